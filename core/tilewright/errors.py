@@ -1,0 +1,71 @@
+"""Errors that a user can act on.
+
+Each message is one line: what was expected, what was found, where, and what to do next. The
+command line prints it without a traceback and exits with code 2.
+"""
+
+from collections.abc import Iterable, Sequence
+
+
+class TilewrightError(Exception):
+    """Base of every error that tilewright raises on purpose."""
+
+
+class ConfigError(TilewrightError):
+    """A run file, flag, environment variable or option is wrong."""
+
+
+class PluginError(TilewrightError):
+    """A plugin is unknown, ambiguous, broken, or written for another API version."""
+
+
+class ModelError(TilewrightError):
+    """A model's files are missing, damaged, unsupported, or disagree with each other."""
+
+
+class RequestError(TilewrightError):
+    """A prompt or its settings cannot be served by this model as it is set up."""
+
+
+class OutOfPagesError(TilewrightError):
+    """The KV cache has too few free pages for what was asked."""
+
+
+class ExecutorError(TilewrightError):
+    """An executor cannot run the model as it is set up, or failed while it ran it."""
+
+
+class NonFiniteLogitsError(TilewrightError):
+    """Logits held NaN or infinity.
+
+    Attributes:
+        request_id: the request whose logits they are.
+        step: how many tokens the request had generated before this step.
+        token_ids: the vocabulary ids whose logits are not finite, ascending.
+    """
+
+    def __init__(self, request_id: str, step: int, token_ids: Sequence[int], vocab_size: int):
+        self.request_id = request_id
+        self.step = step
+        self.token_ids = tuple(token_ids)
+        first = ", ".join(str(i) for i in self.token_ids[:8])
+        more = ", ..." if len(self.token_ids) > 8 else ""
+        super().__init__(
+            f"request {request_id!r}, step {step}: {len(self.token_ids)} of {vocab_size} logits "
+            f"are not finite (token ids {first}{more}); find the first non-finite tensor with a "
+            "tap, or set the sampler option on_nonfinite='sanitize' for a smoke run only"
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ``"; did you mean 'top-p'?"``, or ``""`` when nothing is close."""
+    from difflib import get_close_matches
+
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def listed(items: Sequence[str], limit: int = 6) -> str:
+    """``"a, b, c (and 4 more)"``: a list short enough for one line."""
+    shown = ", ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown} (and {len(items) - limit} more)"

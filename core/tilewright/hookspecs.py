@@ -1,0 +1,141 @@
+"""What a plugin may implement: one class of hook specs a kind.
+
+A plugin is a module or an object named by an entry point. It carries ``tilewright_api``, the number
+of the API that it was written for, and functions marked with ``hookimpl``::
+
+    from tilewright import hookimpl
+
+    tilewright_api = 1
+
+    @hookimpl
+    def create_sampler(request):
+        return MySampler(request.options)
+
+An implementation may take fewer arguments than its spec names, never others. Hooks make things; the
+things they make follow the protocols in ``tilewright.types`` and are called directly.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pluggy
+
+from tilewright.types import (
+    Check,
+    Executor,
+    ExecutorRequest,
+    GenerateResult,
+    KvAllocator,
+    KvAllocatorRequest,
+    LoadedModel,
+    LoadRequest,
+    ModelConfig,
+    PluginInfo,
+    Sampler,
+    SamplerRequest,
+    StepEvent,
+    TensorSource,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+API_VERSION = 1
+"""Raised when a spec or a protocol changes so that a plugin written before would break."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+hookimpl: Callable[[_F], _F] = pluggy.HookimplMarker("tilewright")
+"""Marks a plugin's function as the implementation of the hook of the same name."""
+
+_every = pluggy.HookspecMarker("tilewright")
+_first = _every(firstresult=True)
+
+
+class AnyPlugin:
+    """Hooks for plugins of every kind; all optional."""
+
+    @_first
+    def plugin_info(self) -> PluginInfo:  # type: ignore[empty-body]
+        """A summary, the options class, and the limits in words."""
+
+    @_first
+    def doctor_checks(self) -> Sequence[Check]:  # type: ignore[empty-body]
+        """Findings about this machine that matter to the plugin. Loads no model; raises nothing."""
+
+
+class LoaderHooks:
+    """Kind ``loader``: from a source as the user names it to a model described by data."""
+
+    @_first
+    def can_load(self, source: str) -> bool:  # type: ignore[empty-body]
+        """Whether source looks like this loader's. Cheap: reads no weights, has no side effect."""
+
+    @_first
+    def load_model(self, request: LoadRequest) -> LoadedModel:  # type: ignore[empty-body]
+        """Read headers and configuration. Raises ModelError for what is missing or unsupported."""
+
+
+class WeightFormatHooks:
+    """Kind ``weight_format``: opens files of one kind as named tensors."""
+
+    @_first
+    def can_open(self, directory: Path) -> bool:  # type: ignore[empty-body]
+        """Whether the directory holds weights in this format. Looks at names only."""
+
+    @_first
+    def open_weights(self, directory: Path, options: Any) -> TensorSource:  # type: ignore[empty-body]
+        """Open them, reading headers only. Raises ModelError for damaged or absent files."""
+
+
+class ExecutorHooks:
+    """Kind ``executor``: runs the forward pass."""
+
+    @_first
+    def create_executor(self, request: ExecutorRequest) -> Executor:  # type: ignore[empty-body]
+        """Validate the model against what the executor can do, then load its weights."""
+
+
+class KvAllocatorHooks:
+    """Kind ``kv_allocator``: owns the KV cache."""
+
+    @_first
+    def create_kv_allocator(self, request: KvAllocatorRequest) -> KvAllocator:  # type: ignore[empty-body]
+        """Make the cache that the executor's spec describes."""
+
+
+class SamplerHooks:
+    """Kind ``sampler``: chooses tokens."""
+
+    @_first
+    def create_sampler(self, request: SamplerRequest) -> Sampler:  # type: ignore[empty-body]
+        """Make a sampler; it serves every model of its engine."""
+
+
+class ObserverHooks:
+    """Kind ``observer``: told of what happens; any number of them, all called, none can change it.
+
+    A hook that nobody implements costs nothing: no event is made for it.
+    """
+
+    @_every
+    def on_load_progress(
+        self, model_id: str, tensor: str, bytes_read: int, bytes_total: int
+    ) -> None:
+        """A weight was read: its name, the bytes handed out so far, and the checkpoint's bytes."""
+
+    @_every
+    def on_model_loaded(self, model_id: str, model_config: ModelConfig, seconds: float) -> None:
+        """A model is ready."""
+
+    @_every
+    def on_step(self, event: StepEvent) -> None:
+        """An executor step has run."""
+
+    @_every
+    def on_tensor(self, model_id: str, name: str, tensor: "Tensor") -> None:
+        """An intermediate tensor, as a tap gets it. Copy what you keep: memory is used again."""
+
+    @_every
+    def on_request_finished(self, result: GenerateResult) -> None:
+        """A request is complete; its pages are free again."""

@@ -1,0 +1,197 @@
+"""The paged KV cache: fixed-size pages, handed to requests as they grow.
+
+Position p of a request lies in its page number p // page_size at offset p % page_size; the slot
+page * page_size + offset names that place in every layer. Pages are reference-counted, so that
+requests with a common beginning can share full pages; a partly full page has one holder, so no slot
+is ever written for two requests.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from tilewright.errors import OutOfPagesError
+from tilewright.hookspecs import hookimpl
+from tilewright.types import KvAllocatorRequest, KvCacheSpec, KvLayer, PluginInfo
+from tilewright.weights import torch_dtype
+
+tilewright_api = 1
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        summary="fixed-size pages with reference counts",
+        limits={"page size": "any", "row orders": "NHD, HND", "sharing": "full pages, by fork"},
+    )
+
+
+@hookimpl
+def create_kv_allocator(request: KvAllocatorRequest) -> "KvCacheManager":
+    return KvCacheManager(request.spec, budget(request))
+
+
+def budget(request: KvAllocatorRequest) -> int:
+    """How many pages the cache has: as set, or what the sequences need within the memory limit.
+
+    Raises OutOfPagesError when the memory limit does not even hold one page.
+    """
+    if request.total_pages is not None:
+        return request.total_pages
+    spec = request.spec
+    wanted = request.max_sequences * -(-request.max_seq_len // spec.page_size)
+    if spec.memory_limit is None:
+        return wanted
+    affordable = spec.memory_limit // spec.page_bytes
+    if affordable < 1:
+        raise OutOfPagesError(
+            f"the KV cache may take {spec.memory_limit} bytes, but one page of {spec.page_size} "
+            f"tokens takes {spec.page_bytes}: free memory or set a smaller page_size"
+        )
+    return min(wanted, affordable)
+
+
+@define
+class _Holding:
+    """The pages of one request, and how many of their slots are in use."""
+
+    num_tokens: int
+    pages: list[int] = field(factory=list)
+
+
+class KvCacheManager:
+    """A ``KvAllocator`` (see tilewright.types) over tensors of ``total_pages`` pages."""
+
+    def __init__(self, spec: KvCacheSpec, total_pages: int):
+        if total_pages < 1:
+            raise ValueError(f"total_pages must be at least 1, found {total_pages}")
+        self.spec = spec
+        self._references = [0] * total_pages
+        # A stack, so that pages freed last are used first while they are warm in the caches.
+        self._free = list(range(total_pages - 1, -1, -1))
+        self._held: dict[str, _Holding] = {}
+        self._layers: list[KvLayer] | None = None
+
+    @property
+    def total_pages(self) -> int:
+        return len(self._references)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.spec.page_size)
+
+    def allocate(self, request_id: str, num_tokens: int) -> None:
+        if request_id in self._held:
+            raise ValueError(f"request {request_id!r} already has pages: extend or free it")
+        if num_tokens < 1:
+            raise ValueError(
+                f"request {request_id!r}: num_tokens must be at least 1, found {num_tokens}"
+            )
+        pages = self._take(request_id, self.pages_for(num_tokens), num_tokens)
+        self._held[request_id] = _Holding(num_tokens, pages)
+
+    def extend(self, request_id: str, num_tokens: int = 1) -> None:
+        held = self._held[request_id]
+        if num_tokens < 0:
+            raise ValueError(f"request {request_id!r}: cannot extend by {num_tokens} tokens")
+        total = held.num_tokens + num_tokens
+        held.pages += self._take(request_id, self.pages_for(total) - len(held.pages), total)
+        held.num_tokens = total
+
+    def num_tokens(self, request_id: str) -> int:
+        return self._held[request_id].num_tokens
+
+    def slots(self, request_id: str, start: int, stop: int) -> Tensor:
+        held = self._held[request_id]
+        if not 0 <= start <= stop <= held.num_tokens:
+            raise IndexError(
+                f"request {request_id!r} has positions 0 to {held.num_tokens}; asked for "
+                f"{start} to {stop}"
+            )
+        size = self.spec.page_size
+        return torch.tensor(
+            [held.pages[p // size] * size + p % size for p in range(start, stop)],
+            dtype=torch.int32,
+        )
+
+    def block_table(self, request_ids: Sequence[str]) -> Tensor:
+        rows = [self._held[r].pages for r in request_ids]
+        width = max(map(len, rows), default=0)
+        return torch.tensor(
+            [row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32
+        ).reshape(len(rows), width)
+
+    def fork(self, parent_id: str, child_id: str) -> None:
+        if child_id in self._held:
+            raise ValueError(f"request {child_id!r} already has pages: free it first")
+        parent = self._held[parent_id]
+        full = parent.num_tokens // self.spec.page_size
+        tail = self._take(child_id, len(parent.pages) - full, parent.num_tokens)
+        for page in parent.pages[:full]:
+            self._references[page] += 1
+        self._held[child_id] = _Holding(parent.num_tokens, parent.pages[:full] + tail)
+        for source, target in zip(parent.pages[full:], tail, strict=True):
+            for layer in self.layers():
+                layer.key[target] = layer.key[source]
+                layer.value[target] = layer.value[source]
+
+    def free(self, request_id: str) -> None:
+        for page in reversed(self._held.pop(request_id).pages):
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+
+    def layers(self) -> Sequence[KvLayer]:
+        if self._layers is None:
+            spec = self.spec
+            rows = (
+                (spec.page_size, spec.num_kv_heads)
+                if spec.row_order == "NHD"
+                else (spec.num_kv_heads, spec.page_size)
+            )
+            shape = (self.total_pages, *rows, spec.head_dim)
+            dtype = torch_dtype(spec.dtype)
+            allocate = spec.allocate or (
+                lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=spec.device)
+            )
+            self._layers = [
+                KvLayer(allocate(shape, dtype), allocate(shape, dtype))
+                for _ in range(spec.num_layers)
+            ]
+        return self._layers
+
+    def check_integrity(self) -> None:
+        counted = [0] * self.total_pages
+        for request_id, held in self._held.items():
+            assert len(held.pages) == self.pages_for(held.num_tokens), (
+                f"request {request_id!r} holds {len(held.pages)} pages for {held.num_tokens} tokens"
+            )
+            for index, page in enumerate(held.pages):
+                counted[page] += 1
+                last_and_partial = (index + 1) * self.spec.page_size > held.num_tokens
+                assert not (last_and_partial and self._references[page] > 1), (
+                    f"page {page}, partly filled by request {request_id!r}, has another holder"
+                )
+        assert counted == self._references, "reference counts differ from the pages that are held"
+        assert len(set(self._free)) == len(self._free), "a page is on the free list twice"
+        assert set(self._free) == {p for p, n in enumerate(counted) if n == 0}, (
+            "the free list differs from the pages that nobody holds"
+        )
+
+    def _take(self, request_id: str, count: int, num_tokens: int) -> list[int]:
+        if count > len(self._free):
+            raise OutOfPagesError(
+                f"request {request_id!r} needs {count} more KV cache pages of "
+                f"{self.spec.page_size} tokens to hold {num_tokens} tokens; {len(self._free)} of "
+                f"{self.total_pages} are free and {len(self._held)} requests hold the rest: "
+                "raise total_pages, or run fewer or shorter requests at once"
+            )
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self._references[page] = 1
+        return taken

@@ -1,0 +1,118 @@
+"""Which tensors a model needs, and whether a source has them."""
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+from tilewright.errors import ModelError, listed
+from tilewright.types import DType, ModelConfig, TensorInfo, TensorSource
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def torch_dtype(name: DType) -> "torch.dtype":
+    import torch
+
+    dtypes: dict[str, torch.dtype] = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    return dtypes[name]
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights of a model, in the order in which they are used.
+
+    The names are those of Hugging Face checkpoints. Projections are stored [out, in].
+    """
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    q_rows, kv_rows = config.num_heads * head, config.num_kv_heads * head
+    expected: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden)
+    }
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        expected[f"{layer}.input_layernorm.weight"] = (hidden,)
+        for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+            expected[f"{attention}.{name}_proj.weight"] = (rows, hidden)
+            if config.qkv_bias:
+                expected[f"{attention}.{name}_proj.bias"] = (rows,)
+        if config.qk_norm:
+            expected[f"{attention}.q_norm.weight"] = (head,)
+            expected[f"{attention}.k_norm.weight"] = (head,)
+        expected[f"{attention}.o_proj.weight"] = (hidden, q_rows)
+        if config.output_bias:
+            expected[f"{attention}.o_proj.bias"] = (hidden,)
+        expected[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        for name, rows, columns in (
+            ("gate", inner, hidden),
+            ("up", inner, hidden),
+            ("down", hidden, inner),
+        ):
+            expected[f"{mlp}.{name}_proj.weight"] = (rows, columns)
+            if config.mlp_bias:
+                expected[f"{mlp}.{name}_proj.bias"] = (rows,)
+    expected["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        expected["lm_head.weight"] = (config.vocab_size, hidden)
+    return expected
+
+
+def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None:
+    """Raise ModelError unless a source has exactly the expected tensors. Reads headers only."""
+    expected = expected_tensors(config)
+    names = set(source.names())
+    missing = [f"{n} {list(shape)}" for n, shape in expected.items() if n not in names]
+    unexpected = [f"{n} {list(source.info(n).shape)}" for n in sorted(names - expected.keys())]
+    wrong = []
+    for name, shape in expected.items():
+        if name not in names:
+            continue
+        info = source.info(name)
+        if info.shape != shape:
+            wrong.append(f"{name} {list(shape)}, found {list(info.shape)} in {info.location}")
+        elif info.dtype not in ("float32", "bfloat16", "float16"):
+            wrong.append(f"{name} in a floating dtype, found {info.dtype} in {info.location}")
+    problems = [
+        f"{title}: {listed(tensors)}"
+        for title, tensors in (
+            ("missing", missing),
+            ("wrong, expected", wrong),
+            ("unexpected", unexpected),
+        )
+        if tensors
+    ]
+    if problems:
+        raise ModelError(
+            f"{where}: the weights do not fit config.json ({config.architecture}): "
+            f"{'; '.join(problems)}"
+        )
+
+
+class MeteredSource:
+    """A tensor source that tells a listener of each tensor that is read."""
+
+    def __init__(self, source: TensorSource, on_read: Callable[[str, int, int], None]):
+        """on_read is called with a tensor's name, the bytes read so far, and all bytes."""
+        self._source = source
+        self._on_read = on_read
+        self._read = 0
+        self._total = sum(source.info(name).nbytes for name in source.names())
+
+    def names(self) -> Collection[str]:
+        return self._source.names()
+
+    def info(self, name: str) -> TensorInfo:
+        return self._source.info(name)
+
+    def get(self, name: str) -> "Tensor":
+        tensor = self._source.get(name)
+        self._read += self._source.info(name).nbytes
+        self._on_read(name, self._read, self._total)
+        return tensor
+
+    def close(self) -> None:
+        self._source.close()

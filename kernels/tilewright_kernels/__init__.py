@@ -1,0 +1,1 @@
+"""Device kernels, one package a model. PyPTO source; importing this package needs no PyPTO."""

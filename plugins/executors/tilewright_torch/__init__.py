@@ -1,0 +1,1 @@
+"""The reference executor: dense decoder-only models on PyTorch over a paged KV cache."""

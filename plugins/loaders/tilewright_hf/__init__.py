@@ -1,0 +1,1 @@
+"""Loads Hugging Face model directories: loader ``hf-local``, weight format ``safetensors``."""

@@ -1,0 +1,1 @@
+"""Samplers ``greedy`` and ``top-p``."""
