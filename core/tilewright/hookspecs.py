@@ -113,9 +113,17 @@ class SamplerHooks:
 
 
 class ObserverHooks:
-    """Kind ``observer``: told of what happens; any number of them, all called, none can change it.
+    """Kind ``observer``: is told of what happens; any number of them, and none can change it."""
 
-    A hook that nobody implements costs nothing: no event is made for it.
+    @_first
+    def create_observer(self, options: Any) -> object:  # type: ignore[empty-body]
+        """Make an object that implements any of the hooks of ObserverEvents; one an engine."""
+
+
+class ObserverEvents:
+    """What an observer is told. All observers are called, in the order in which they were named.
+
+    An event that nobody listens to costs nothing: it is not made.
     """
 
     @_every
@@ -139,3 +147,7 @@ class ObserverHooks:
     @_every
     def on_request_finished(self, result: GenerateResult) -> None:
         """A request is complete; its pages are free again."""
+
+    @_every
+    def on_close(self) -> None:
+        """The engine closes: write out what is held."""

@@ -36,7 +36,7 @@ KINDS = {
     "executor": Kind("tilewright.executors", "ExecutorHooks", ("create_executor",)),
     "kv_allocator": Kind("tilewright.kv_allocators", "KvAllocatorHooks", ("create_kv_allocator",)),
     "sampler": Kind("tilewright.samplers", "SamplerHooks", ("create_sampler",)),
-    "observer": Kind("tilewright.observers", "ObserverHooks", ()),
+    "observer": Kind("tilewright.observers", "ObserverHooks", ("create_observer",)),
 }
 
 _KIND_OF_GROUP = {kind.group: name for name, kind in KINDS.items()}
@@ -115,8 +115,6 @@ def load(plugin: Plugin) -> Any:
 
 def check(obj: Any, kind: str, who: str) -> None:
     """Raise PluginError unless obj is written for this API and its hooks fit their specs."""
-    import pluggy
-
     from tilewright.hookspecs import API_VERSION
 
     declared = getattr(obj, "tilewright_api", None)
@@ -131,6 +129,20 @@ def check(obj: Any, kind: str, who: str) -> None:
         raise PluginError(
             f"{who} is written for API {declared}; this tilewright has API {API_VERSION}: {cure}"
         )
+    implemented = check_hooks(obj, who)
+    for hook in KINDS[kind].required:
+        if hook not in implemented:
+            unmarked = " (it has a function of that name: mark it with @hookimpl)"
+            raise PluginError(
+                f"{who} does not implement {hook!r}, which every {kind.replace('_', ' ')} must"
+                f"{unmarked if callable(getattr(obj, hook, None)) else ''}"
+            )
+
+
+def check_hooks(obj: Any, who: str) -> set[str]:
+    """The names of the hooks that obj implements; PluginError unless each fits its spec."""
+    import pluggy
+
     manager = new_manager()
     try:
         manager.register(obj)
@@ -144,13 +156,7 @@ def check(obj: Any, kind: str, who: str) -> None:
         raise PluginError(
             f"{who} implements {hook!r}, which is no hook of tilewright{nearest(hook, known)}"
         )
-    for hook in KINDS[kind].required:
-        if hook not in implemented:
-            unmarked = " (it has a function of that name: mark it with @hookimpl)"
-            raise PluginError(
-                f"{who} does not implement {hook!r}, which every {kind.replace('_', ' ')} must"
-                f"{unmarked if callable(getattr(obj, hook, None)) else ''}"
-            )
+    return implemented
 
 
 def register(manager: "PluginManager", kind: str, name: str) -> Any:
@@ -172,7 +178,7 @@ def new_manager() -> "PluginManager":
     from tilewright import hookspecs
 
     manager = pluggy.PluginManager("tilewright")
-    for specs in ("AnyPlugin", *(kind.specs for kind in KINDS.values())):
+    for specs in ("AnyPlugin", *(kind.specs for kind in KINDS.values()), "ObserverEvents"):
         manager.add_hookspecs(getattr(hookspecs, specs))
     return manager
 

@@ -1,0 +1,655 @@
+"""The engine: models, the requests on them, and the plugins that do the work."""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import define, evolve, field, fields
+from pluggy import PluginManager
+
+from tilewright import registry
+from tilewright.errors import (
+    ConfigError,
+    NonFiniteLogitsError,
+    RequestError,
+    nearest,
+)
+from tilewright.formats import InstalledFormats
+from tilewright.options import read_options
+from tilewright.scheduler import Request, Scheduler, Step
+from tilewright.text import Text, TextStream
+from tilewright.types import (
+    BUILTIN_GENERATE,
+    Executor,
+    ExecutorRequest,
+    FinishReason,
+    GenerateConfig,
+    GenerateResult,
+    KvAllocator,
+    KvAllocatorRequest,
+    LoadedModel,
+    LoadRequest,
+    RuntimeConfig,
+    SampledToken,
+    Sampler,
+    SamplerRequest,
+    SamplingParams,
+    StepEvent,
+    Tap,
+    TensorSource,
+    Timings,
+    TokenLogprobs,
+)
+from tilewright.weights import MeteredSource, check_tensors
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+@define(eq=False)
+class ServedModel:
+    """A model that an engine has ready."""
+
+    model_id: str
+    loaded: LoadedModel
+    runtime: RuntimeConfig
+    """With nothing left open: dtypes, lengths and pages as they are in force."""
+    max_seq_len: int
+    executor: Executor
+    allocator: KvAllocator
+    scheduler: Scheduler
+    text: Text
+    load_seconds: float
+    num_steps: int = 0
+    generations: "dict[str, _Generation]" = field(factory=dict)
+
+    @property
+    def generation_defaults(self) -> GenerateConfig:
+        """What is in force where a request says nothing: every field filled but the optional."""
+        return self.loaded.generation_defaults.over(BUILTIN_GENERATE)
+
+
+@define(eq=False)
+class _Generation:
+    """A request, and what has come of it so far."""
+
+    request: Request
+    eos_ids: frozenset[int]
+    stop_ids: frozenset[int]
+    stream: TextStream
+    started: float
+    pieces: list[str] = field(factory=list)
+    unread: deque[str] = field(factory=deque)
+    logprobs: list[TokenLogprobs] = field(factory=list)
+    sanitized_steps: int = 0
+    prefilled: float = 0.0
+    """When the first token came, on time.perf_counter's clock."""
+    finish_reason: FinishReason | None = None
+    result: GenerateResult | None = None
+    error: Exception | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.result is not None or self.error is not None
+
+    def accept(self, sampled: SampledToken) -> None:
+        """Take in the next token; sets finish_reason when it is the last one."""
+        token, request = sampled.token_id, self.request
+        if not request.output_token_ids:
+            self.prefilled = time.perf_counter()
+        request.output_token_ids.append(token)
+        if sampled.logprobs is not None:
+            self.logprobs.append(sampled.logprobs)
+        self.sanitized_steps += sampled.sanitized > 0
+        if token in self.eos_ids:
+            self.finish_reason = "eos"
+        elif token in self.stop_ids:
+            self.finish_reason = "stop"
+        else:
+            self._emit(self.stream.push(token))
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+            elif len(request.output_token_ids) == request.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            self._emit(self.stream.finish())
+            # What was held back may have completed a stop string only now.
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+
+    def _emit(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+            self.unread.append(piece)
+
+
+class GenerationStream(Iterator[str]):
+    """The text of one generation as it comes. The pieces join to exactly ``result.text``.
+
+    ``result`` is None until the stream is exhausted. Closing it, leaving its ``with`` block, or an
+    exception in it (Ctrl-C included) ends the request and frees its pages.
+    """
+
+    def __init__(self, engine: "LLMEngine", model: ServedModel, generation: _Generation):
+        self._engine = engine
+        self._model = model
+        self._generation = generation
+
+    @property
+    def result(self) -> GenerateResult | None:
+        return self._generation.result
+
+    def __next__(self) -> str:
+        generation = self._generation
+        while not generation.unread:
+            if generation.over:
+                if generation.error:
+                    raise generation.error
+                raise StopIteration
+            if generation.request.request_id not in self._model.generations:
+                raise StopIteration
+            try:
+                self._engine._step(self._model)
+            except BaseException:
+                self.close()
+                raise
+        return generation.unread.popleft()
+
+    def close(self) -> None:
+        """End the request if it is not finished; its result stays None."""
+        self._engine._cancel(self._model, self._generation)
+
+    def __enter__(self) -> "GenerationStream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class LLMEngine:
+    """Runs models through the plugins that it was made with.
+
+    An engine is used from one thread at a time. Streams may be read in turns: a step that is run
+    for one of them advances all requests of that model.
+    """
+
+    def __init__(
+        self,
+        manager: PluginManager,
+        plugins: Mapping[str, Any],
+        options: Mapping[str, Any],
+        selection: dict[str, Any],
+    ):
+        """Use ``from_plugins`` or ``from_config``."""
+        self._manager = manager
+        self._events = manager.hook
+        self._plugins = plugins
+        self._options = options
+        self.selection = selection
+        """Arguments of ``from_plugins`` that make the same engine again, in another process too."""
+        self._sampler: Sampler = registry.call(
+            plugins["sampler"],
+            "create_sampler",
+            request=SamplerRequest(options=options["sampler"]),
+        )
+        self._models: dict[str, ServedModel] = {}
+        self._num_requests = 0
+        self._closed = False
+
+    # --- making and closing ----------------------------------------------------------------------
+
+    @classmethod
+    def from_plugins(
+        cls,
+        *,
+        loader: str = "hf-local",
+        executor: str = "torch",
+        kv_allocator: str = "paged",
+        sampler: str = "top-p",
+        observers: Sequence[str | object] = (),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> "LLMEngine":
+        """Make an engine from installed plugins, by name (``name`` or ``distribution:name``).
+
+        Observers may also be objects that implement hooks of ``ObserverEvents``. ``options`` maps
+        a kind (``executor``, ``loader``, ``kv_allocator``, ``sampler``) to that plugin's options,
+        and ``weight_format`` and ``observer`` to options by plugin name.
+
+        Raises PluginError for a plugin that is unknown, ambiguous or broken, and ConfigError for
+        options that a plugin does not have or cannot take.
+        """
+        options = {kind: dict(given) for kind, given in (options or {}).items()}
+        for kind in options.keys() - registry.KINDS.keys():
+            raise ConfigError(
+                f"options are given for {kind!r}, which is no kind of plugin"
+                f"{nearest(kind, registry.KINDS)} (kinds: {', '.join(registry.KINDS)})"
+            )
+        chosen = {
+            "loader": loader,
+            "executor": executor,
+            "kv_allocator": kv_allocator,
+            "sampler": sampler,
+        }
+        manager = registry.new_manager()
+        plugins, read = {}, {}
+        for kind, name in chosen.items():
+            plugins[kind] = registry.register(manager, kind, name)
+            info = registry.info(plugins[kind])
+            read[kind] = read_options(
+                f"{kind.replace('_', ' ')} {name!r}", info, options.get(kind, {})
+            )
+        for observer in observers:
+            if isinstance(observer, str):
+                plugin = registry.load(registry.find("observer", observer))
+                given = options.get("observer", {}).get(observer, {})
+                made = read_options(f"observer {observer!r}", registry.info(plugin), given)
+                observer = registry.call(plugin, "create_observer", options=made)
+            registry.check_hooks(observer, f"observer {observer!r}")
+            manager.register(observer)
+        selection = chosen | {"observers": tuple(observers), "options": options}
+        return cls(manager, plugins, read, selection)
+
+    @classmethod
+    def from_config(cls, path: str | Path) -> "LLMEngine":
+        """Make an engine from a run file, with the file's model loaded (see docs/run-files.md).
+
+        The environment's TILEWRIGHT_ variables win over the file. Raises ConfigError naming the
+        file, line and key of a mistake, and what ``from_plugins`` and ``init_model`` raise.
+        """
+        from tilewright.config import resolve
+
+        config = resolve(file=Path(path)).config
+        engine = cls.from_plugins(**config.selection())
+        try:
+            engine.init_model(
+                config.model.id, config.model.path, config.runtime, config.model.format
+            )
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def close(self) -> None:
+        """End all requests and free all models. A closed engine is not used again."""
+        if self._closed:
+            return
+        self._closed = True
+        for model in self._models.values():
+            for generation in list(model.generations.values()):
+                self._cancel(model, generation)
+            model.executor.close()
+        self._models.clear()
+        self._events.on_close()
+
+    def __enter__(self) -> "LLMEngine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- models ----------------------------------------------------------------------------------
+
+    def init_model(
+        self,
+        model_id: str,
+        model_dir: str | Path,
+        runtime_config: RuntimeConfig | None = None,
+        model_format: str | None = None,
+        **loader_options: Any,
+    ) -> LoadedModel:
+        """Load a model and make it ready under a name of your choice.
+
+        ``model_dir`` is whatever the loader takes: a directory for ``hf-local``. ``model_format``
+        names the weight format; by default the one that finds its files. ``loader_options`` are
+        added to the loader's options for this model.
+
+        Raises ConfigError when the name is taken or a setting does not suit the model, ModelError
+        for what is wrong with the files, ExecutorError for what the executor cannot run.
+        """
+        self._check_open()
+        if model_id in self._models:
+            raise ConfigError(
+                f"a model named {model_id!r} is already loaded; choose another model_id"
+            )
+        started = time.perf_counter()
+        loaded = self._load(str(model_dir), model_format, loader_options)
+        try:
+            runtime = _resolve_runtime(runtime_config or RuntimeConfig(), loaded)
+            check_tensors(loaded.weights, loaded.config, loaded.source)
+            executor = self._create_executor(model_id, loaded, runtime)
+        finally:
+            loaded.weights.close()
+        try:
+            model = self._serve(model_id, loaded, runtime, executor, started)
+        except BaseException:
+            executor.close()
+            raise
+        self._models[model_id] = model
+        if self._listens("on_model_loaded"):
+            self._events.on_model_loaded(
+                model_id=model_id, model_config=loaded.config, seconds=model.load_seconds
+            )
+        return loaded
+
+    def model(self, model_id: str) -> ServedModel:
+        """A loaded model. Raises RequestError, listing the known ones, for an unknown name."""
+        self._check_open()
+        if model_id not in self._models:
+            known = ", ".join(map(repr, self._models)) or "none; call init_model first"
+            raise RequestError(
+                f"no model is named {model_id!r}{nearest(model_id, self._models)} (loaded: {known})"
+            )
+        return self._models[model_id]
+
+    def default_config(self, model_id: str) -> GenerateConfig:
+        """What is in force where a request says nothing: the model's settings, else the built-in."""
+        return self.model(model_id).generation_defaults
+
+    def _load(self, source: str, model_format: str | None, options: dict[str, Any]) -> LoadedModel:
+        plugin = self._plugins["loader"]
+        given = self.selection["options"].get("loader", {})
+        name = self.selection["loader"]
+        merged = read_options(f"loader {name!r}", registry.info(plugin), {**given, **options})
+        request = LoadRequest(
+            source=source,
+            options=merged,
+            weight_format=model_format,
+            formats=InstalledFormats(
+                self._manager, self.selection["options"].get("weight_format", {})
+            ),
+        )
+        loaded: LoadedModel = registry.call(plugin, "load_model", request=request)
+        return loaded
+
+    def _create_executor(
+        self, model_id: str, loaded: LoadedModel, runtime: RuntimeConfig
+    ) -> Executor:
+        weights: TensorSource = loaded.weights
+        if self._listens("on_load_progress"):
+
+            def on_read(tensor: str, done: int, total: int) -> None:
+                self._events.on_load_progress(
+                    model_id=model_id, tensor=tensor, bytes_read=done, bytes_total=total
+                )
+
+            weights = MeteredSource(weights, on_read)
+        request = ExecutorRequest(
+            model_config=loaded.config,
+            runtime_config=runtime,
+            weights=weights,
+            options=self._options["executor"],
+        )
+        executor: Executor = registry.call(
+            self._plugins["executor"], "create_executor", request=request
+        )
+        return executor
+
+    def _serve(
+        self,
+        model_id: str,
+        loaded: LoadedModel,
+        runtime: RuntimeConfig,
+        executor: Executor,
+        started: float,
+    ) -> ServedModel:
+        limits = executor.limits
+        max_seq_len = _least(runtime.max_seq_len or 0, limits.max_seq_len)
+        max_batch_size = _least(runtime.max_batch_size, limits.max_batch_size)
+        max_batch_tokens = _least(runtime.max_batch_tokens, limits.max_batch_tokens)
+        allocator: KvAllocator = registry.call(
+            self._plugins["kv_allocator"],
+            "create_kv_allocator",
+            request=KvAllocatorRequest(
+                spec=executor.kv_cache_spec,
+                total_pages=runtime.total_pages,
+                max_sequences=max_batch_size,
+                max_seq_len=max_seq_len,
+                options=self._options["kv_allocator"],
+            ),
+        )
+        executor.bind_kv_cache(allocator.layers())
+        return ServedModel(
+            model_id=model_id,
+            loaded=loaded,
+            runtime=evolve(
+                runtime,
+                max_seq_len=max_seq_len,
+                max_batch_size=max_batch_size,
+                max_batch_tokens=max_batch_tokens,
+                total_pages=allocator.total_pages,
+            ),
+            max_seq_len=max_seq_len,
+            executor=executor,
+            allocator=allocator,
+            scheduler=Scheduler(allocator, max_batch_size, max_batch_tokens),
+            text=Text(loaded.text),
+            load_seconds=time.perf_counter() - started,
+        )
+
+    # --- generation ------------------------------------------------------------------------------
+
+    def generate(
+        self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
+    ) -> "str | GenerationStream":
+        """Continue a prompt (text, or token ids): the new text, or with ``config.stream`` a stream.
+
+        Raises RequestError for a prompt or settings that cannot be served, OutOfPagesError when
+        the KV cache is too small for them, NonFiniteLogitsError, and ExecutorError.
+        """
+        model = self.model(model_id)
+        settings = (config or GenerateConfig()).over(model.generation_defaults)
+        if settings.stream:
+            return GenerationStream(self, model, self._submit(model, prompt, settings))
+        return self.generate_result(model_id, prompt, config).text
+
+    def generate_result(
+        self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
+    ) -> GenerateResult:
+        """As ``generate``, to a result with tokens, finish reason, logprobs and timings."""
+        return self.generate_batch(model_id, [prompt], config)[0]
+
+    def generate_batch(
+        self, model_id: str, prompts: Sequence[Prompt], config: GenerateConfig | None = None
+    ) -> list[GenerateResult]:
+        """As ``generate_result`` for many prompts at once; results in the order of the prompts.
+
+        With a seed, prompt i is sampled with seed + i, so that equal prompts may differ. When one
+        fails, the others are ended too and its error is raised.
+        """
+        model = self.model(model_id)
+        settings = (config or GenerateConfig()).over(model.generation_defaults)
+        generations: list[_Generation] = []
+        try:
+            for i, prompt in enumerate(prompts):
+                seed = None if settings.seed is None else (settings.seed + i) % 2**63
+                generations.append(self._submit(model, prompt, evolve(settings, seed=seed)))
+            while not all(g.over for g in generations):
+                self._step(model)
+                for generation in generations:
+                    if generation.error:
+                        raise generation.error
+        finally:
+            for generation in generations:
+                self._cancel(model, generation)
+        return [g.result for g in generations if g.result]
+
+    def chat(
+        self, model_id: str, messages: Sequence[Message], config: GenerateConfig | None = None
+    ) -> "str | GenerationStream":
+        """Answer a conversation, as ``generate`` does, through the model's chat template.
+
+        Messages are mappings with ``role`` and ``content``. Raises RequestError when the model has
+        no template or the template refuses them.
+        """
+        return self.generate(model_id, self.chat_tokens(model_id, messages), config)
+
+    def chat_tokens(self, model_id: str, messages: Sequence[Message]) -> list[int]:
+        """The prompt that ``chat`` makes of a conversation, as token ids."""
+        text = self.model(model_id).text
+        # Templates write their own special tokens.
+        return text.encode(text.render_chat(messages), add_special_tokens=False)
+
+    def _submit(self, model: ServedModel, prompt: Prompt, settings: GenerateConfig) -> _Generation:
+        ids = tuple(model.text.encode(prompt) if isinstance(prompt, str) else prompt)
+        self._check_prompt(model, ids)
+        assert settings.max_new_tokens is not None
+        self._num_requests += 1
+        seed = secrets.randbits(63) if settings.seed is None else settings.seed
+        request = Request(
+            request_id=f"{model.model_id}-{self._num_requests}",
+            prompt_token_ids=ids,
+            params=_sampling_params(evolve(settings, seed=seed)),
+            max_new_tokens=min(settings.max_new_tokens, model.max_seq_len - len(ids)),
+        )
+        model.scheduler.add(request)
+        eos_ids = () if settings.ignore_eos else model.loaded.config.eos_token_ids
+        generation = _Generation(
+            request=request,
+            eos_ids=frozenset(eos_ids),
+            stop_ids=frozenset(settings.stop_token_ids or ()),
+            stream=TextStream(model.text, settings.stop or ()),
+            started=time.perf_counter(),
+        )
+        model.generations[request.request_id] = generation
+        return generation
+
+    def _step(self, model: ServedModel) -> None:
+        """Run the model's next step for every request that is in it."""
+        step = model.scheduler.schedule()
+        if step is None:
+            return
+        tap: Tap | None = None
+        if self._listens("on_tensor"):
+
+            def tap(name: str, tensor: Any) -> None:
+                self._events.on_tensor(model_id=model.model_id, name=name, tensor=tensor)
+
+        started = time.perf_counter()
+        try:
+            run = model.executor.prefill if step.phase == "prefill" else model.executor.decode
+            logits = run(step.batch, tap)
+            rows = [r.sampler_row() for r in step.sampled]
+            tokens = self._sampler.sample(logits, rows) if rows else []
+        except NonFiniteLogitsError as error:
+            # The others lose nothing: the step is not done, and is scheduled again without it.
+            self._fail(model, model.generations[error.request_id], error)
+            return
+        except Exception as error:
+            for request in step.requests:
+                self._fail(model, model.generations[request.request_id], error)
+            return
+        model.scheduler.done(step)
+        self._report(model, step, time.perf_counter() - started)
+        for request, token in zip(step.sampled, tokens, strict=True):
+            generation = model.generations[request.request_id]
+            generation.accept(token)
+            if generation.finish_reason:
+                self._finish(model, generation)
+
+    def _report(self, model: ServedModel, step: Step, seconds: float) -> None:
+        if self._listens("on_step"):
+            event = StepEvent(
+                model_id=model.model_id,
+                phase=step.phase,
+                step=model.num_steps,
+                request_ids=tuple(r.request_id for r in step.requests),
+                num_tokens=len(step.batch.token_ids),
+                seconds=seconds,
+            )
+            self._events.on_step(event=event)
+        model.num_steps += 1
+
+    def _finish(self, model: ServedModel, generation: _Generation) -> None:
+        self._drop(model, generation)
+        request = generation.request
+        assert generation.finish_reason is not None
+        generation.result = GenerateResult(
+            model_id=model.model_id,
+            request_id=request.request_id,
+            text="".join(generation.pieces),
+            token_ids=tuple(request.output_token_ids),
+            finish_reason=generation.finish_reason,
+            prompt_token_ids=request.prompt_token_ids,
+            seed=request.params.seed,
+            logprobs=tuple(generation.logprobs) if request.params.logprobs is not None else None,
+            timings=Timings(
+                load_seconds=model.load_seconds,
+                prefill_seconds=generation.prefilled - generation.started,
+                decode_seconds=time.perf_counter() - generation.prefilled,
+                prompt_tokens=len(request.prompt_token_ids),
+                new_tokens=len(request.output_token_ids),
+            ),
+            sanitized_steps=generation.sanitized_steps,
+        )
+        if self._listens("on_request_finished"):
+            self._events.on_request_finished(result=generation.result)
+
+    def _fail(self, model: ServedModel, generation: _Generation, error: Exception) -> None:
+        generation.error = error
+        self._drop(model, generation)
+
+    def _cancel(self, model: ServedModel, generation: _Generation) -> None:
+        if generation.request.request_id in model.generations:
+            self._drop(model, generation)
+
+    @staticmethod
+    def _drop(model: ServedModel, generation: _Generation) -> None:
+        del model.generations[generation.request.request_id]
+        model.scheduler.remove(generation.request)
+
+    def _listens(self, event: str) -> bool:
+        return bool(getattr(self._events, event).get_hookimpls())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError("this engine is closed; make a new one")
+
+    @staticmethod
+    def _check_prompt(model: ServedModel, ids: tuple[int, ...]) -> None:
+        limit, vocab_size = model.max_seq_len, model.loaded.config.vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty: expected at least one token")
+        if len(ids) >= limit:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, which leaves no room for a new one within "
+                f"max_seq_len = {limit} of model {model.model_id!r}: shorten it, or raise "
+                f"max_seq_len if it is below {model.loaded.config.max_position_embeddings}"
+            )
+        bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if bad is not None:
+            raise RequestError(
+                f"token id {bad} in the prompt is outside of the vocabulary of model "
+                f"{model.model_id!r} (0 to {vocab_size - 1})"
+            )
+
+
+def _resolve_runtime(runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConfig:
+    """The runtime with dtypes and max_seq_len filled in from the model."""
+    config = loaded.config
+    longest = config.max_position_embeddings
+    if runtime.max_seq_len is not None and runtime.max_seq_len > longest:
+        raise ConfigError(
+            f"max_seq_len = {runtime.max_seq_len} is above the {longest} positions that "
+            f"{loaded.source} was made for (max_position_embeddings): lower it"
+        )
+    weight_dtype = runtime.weight_dtype or config.dtype
+    return evolve(
+        runtime,
+        weight_dtype=weight_dtype,
+        kv_dtype=runtime.kv_dtype or weight_dtype,
+        max_seq_len=runtime.max_seq_len or longest,
+    )
+
+
+def _least(wanted: int, limit: int | None) -> int:
+    return wanted if limit is None else min(wanted, limit)
+
+
+def _sampling_params(settings: GenerateConfig) -> SamplingParams:
+    return SamplingParams(**{a.name: getattr(settings, a.name) for a in fields(SamplingParams)})
