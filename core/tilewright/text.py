@@ -1,0 +1,243 @@
+"""Text to token ids and back: tokenizer, chat template, incremental detokenisation."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tilewright.errors import ModelError, RequestError, TilewrightError
+from tilewright.types import TextAssets
+
+if TYPE_CHECKING:
+    import jinja2
+
+_REPLACEMENT = "\ufffd"
+
+_CONTEXT_TOKENS = 4
+"""Tokens that a window keeps before what is new. A UTF-8 character has at most four bytes and a
+token at least one, so these tokens show how the text before them ends."""
+
+
+class Text:
+    """A model's tokenizer and chat template. Truncation and padding of the tokenizer are off."""
+
+    def __init__(self, assets: TextAssets):
+        self.assets = assets
+        self._tokenizer = tokenizer = assets.tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._special_ids = {
+            i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        self._byte_ids: set[int] = set()
+        if tokenizer.decoder is not None and tokenizer.decoder.decode(["<0x41>"]) == "A":
+            names = [f"<0x{b:{case}}>" for b in range(256) for case in ("02X", "02x")]
+            self._byte_ids = {i for n in names if (i := tokenizer.token_to_id(n)) is not None}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of text; add_special_tokens: with what the tokenizer puts around a prompt.
+
+        A rendered chat has its special tokens already: encode it with add_special_tokens=False.
+        Raises RequestError for text that is not valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"expected valid Unicode, found a lone surrogate ({text[error.start]!r}) at "
+                f"character {error.start} of the text: decode its source with the right encoding"
+            ) from error
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids. Special tokens and unknown ids give none; spaces stay as is."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether decode looks at the token at all: it is known and not special."""
+        return token_id not in self._special_ids and (
+            self._tokenizer.id_to_token(token_id) is not None
+        )
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is a single byte, ``<0x41>``, that decodes only with its neighbours.
+
+        All adjacent bytes together are one UTF-8 string; if they are not valid, each of them is
+        a replacement character.
+        """
+        return token_id in self._byte_ids
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt for a conversation, by the model's chat template.
+
+        messages: mappings with ``role``, ``content`` and whatever else the template reads.
+        add_generation_prompt: end with the beginning of the assistant's answer.
+
+        Raises RequestError when the model has no template or the template does not accept the
+        messages, ModelError when the template itself is wrong.
+        """
+        for index, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise RequestError(
+                    f"chat message {index}: expected a mapping such as "
+                    f'{{"role": "user", "content": "Hi"}}, found {type(message).__name__}'
+                )
+        template = self._chat_template
+        try:
+            return template.render(
+                **self.assets.special_tokens,
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:
+            raise _template_error(error) from error
+
+    @cached_property
+    def _chat_template(self) -> "jinja2.Template":
+        if self.assets.chat_template is None:
+            raise RequestError(
+                "this model has no chat template: give the whole prompt as text to generate, or "
+                "put a chat_template.jinja beside its tokenizer.json"
+            )
+        try:
+            return _compile(self.assets.chat_template)
+        except Exception as error:
+            raise _template_error(error) from error
+
+
+class TextStream:
+    """One request's text as its tokens come, ended before the first stop string.
+
+    All that push and finish return, put together, is the text of all tokens, cut where the
+    leftmost stop string begins. What might still change or become a stop string is held back.
+    The cost of a token does not depend on how many came before.
+    """
+
+    def __init__(self, text: Text, stop: Sequence[str] = ()):
+        """Raises RequestError for an empty stop string."""
+        if "" in stop:
+            raise RequestError(
+                "expected stop strings of at least one character, found an empty one"
+            )
+        self.stopped = False
+        """A stop string was found: all text before it has been returned, nothing follows."""
+        self._text = text
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self._window: list[int] = []
+        self._shown = 0  # characters of the window's text that have left the window
+        self._held = ""  # text that may be, or begin, a stop string
+
+    def push(self, token_id: int) -> str:
+        """The text that has become certain with this token, often one token late; may be empty."""
+        if self.stopped or not self._text.has_text(token_id):
+            return ""
+        self._window.append(token_id)
+        if self._text.is_byte(token_id):
+            return ""
+        new = self._certain()[self._shown :]
+        self._window = self._window[-_CONTEXT_TOKENS:]
+        self._shown = len(self._certain())
+        return self._release(new)
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come; after this there is nothing."""
+        rest = self._text.decode(self._window)[self._shown :]
+        self._window, self._shown = [], 0
+        return "" if self.stopped else self._release(rest, final=True)
+
+    def _certain(self) -> str:
+        # A replacement character at the end may be the beginning of a character.
+        return self._text.decode(self._window).removesuffix(_REPLACEMENT)
+
+    def _release(self, new: str, final: bool = False) -> str:
+        held = self._held + new
+        found = min((i for s in self._stop if (i := held.find(s)) >= 0), default=None)
+        undecided = len(held)
+        if not final:
+            begins = range(max(0, len(held) - self._longest + 1), len(held))
+            undecided = next((i for i in begins if self._begins_stop(held[i:])), undecided)
+        if found is not None and found <= undecided:
+            self.stopped = True
+            self._held = ""
+            return held[:found]
+        self._held = held[undecided:]
+        return held[:undecided]
+
+    def _begins_stop(self, ending: str) -> bool:
+        return any(len(ending) < len(s) and s.startswith(ending) for s in self._stop)
+
+
+def _compile(source: str) -> "jinja2.Template":
+    """Compile a chat template as transformers does: same sandbox, white space, and functions."""
+    import json
+    from datetime import datetime
+
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` marks the assistant's part for training; here it marks nothing."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment.from_string(source)
+
+
+def _template_error(error: Exception) -> TilewrightError:
+    """What a failing chat template tells the user, with the line that failed."""
+    import traceback
+
+    from jinja2 import TemplateSyntaxError
+    from jinja2.exceptions import SecurityError
+
+    if isinstance(error, TilewrightError):
+        return error
+    if isinstance(error, TemplateSyntaxError):
+        line = error.lineno
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno or 0 for f in reversed(frames) if f.filename == "<template>"), 0)
+    where = f"chat template, line {line}: " if line else "chat template: "
+    what = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, TemplateSyntaxError):
+        return ModelError(f"{where}{what}; correct the model's template, or give it another")
+    if isinstance(error, SecurityError):
+        return ModelError(f"{where}{what}; templates may not do this: use one that you trust")
+    return RequestError(f"{where}{what}; the template does not accept these messages")
