@@ -97,6 +97,8 @@ class _Generation:
 
     def accept(self, sampled: SampledToken) -> None:
         """Take in the next token; sets finish_reason when it is the last one."""
+        if self.finish_reason:
+            return
         token, request = sampled.token_id, self.request
         if not request.output_token_ids:
             self.prefilled = time.perf_counter()
@@ -348,7 +350,7 @@ class LLMEngine:
         return self._models[model_id]
 
     def default_config(self, model_id: str) -> GenerateConfig:
-        """What is in force where a request says nothing: the model's settings, else the built-in."""
+        """What is in force where a request says nothing: the model's settings, or the built-in."""
         return self.model(model_id).generation_defaults
 
     def _load(self, source: str, model_format: str | None, options: dict[str, Any]) -> LoadedModel:
@@ -399,7 +401,8 @@ class LLMEngine:
         started: float,
     ) -> ServedModel:
         limits = executor.limits
-        max_seq_len = _least(runtime.max_seq_len or 0, limits.max_seq_len)
+        assert runtime.max_seq_len is not None
+        max_seq_len = _least(runtime.max_seq_len, limits.max_seq_len)
         max_batch_size = _least(runtime.max_batch_size, limits.max_batch_size)
         max_batch_tokens = _least(runtime.max_batch_tokens, limits.max_batch_tokens)
         allocator: KvAllocator = registry.call(
@@ -544,11 +547,12 @@ class LLMEngine:
             for request in step.requests:
                 self._fail(model, model.generations[request.request_id], error)
             return
+        # Tokens first, then computed: if Ctrl-C falls between the two, a token is computed twice.
+        for request, token in zip(step.sampled, tokens, strict=True):
+            model.generations[request.request_id].accept(token)
         model.scheduler.done(step)
         self._report(model, step, time.perf_counter() - started)
-        for request, token in zip(step.sampled, tokens, strict=True):
-            generation = model.generations[request.request_id]
-            generation.accept(token)
+        for generation in list(model.generations.values()):
             if generation.finish_reason:
                 self._finish(model, generation)
 

@@ -7,6 +7,9 @@ is ever written for two requests.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from math import prod
+from mmap import mmap
 
 import torch
 from attrs import define, field
@@ -156,9 +159,7 @@ class KvCacheManager:
             )
             shape = (self.total_pages, *rows, spec.head_dim)
             dtype = torch_dtype(spec.dtype)
-            allocate = spec.allocate or (
-                lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=spec.device)
-            )
+            allocate = spec.allocate or partial(_zeros, device=spec.device)
             self._layers = [
                 KvLayer(allocate(shape, dtype), allocate(shape, dtype))
                 for _ in range(spec.num_layers)
@@ -195,3 +196,11 @@ class KvCacheManager:
         for page in taken:
             self._references[page] = 1
         return taken
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros would touch every page of memory now; a fresh mapping is zero when first touched.
+    memory = mmap(-1, prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
