@@ -1,0 +1,336 @@
+"""config.json -> ModelConfig, for the families that share one dense decoder architecture.
+
+What an absent key means is what the configuration classes of transformers 5 make of it.
+"""
+
+from typing import Any, Literal, get_args
+
+from attrs import frozen
+
+from tilewright.errors import ModelError, nearest
+from tilewright.types import DType, ModelConfig, RopeConfig, RopeKind
+from tilewright_hf.json_file import JsonObject, shown
+
+
+@frozen(kw_only=True)
+class Family:
+    """What sets a model type apart, and its defaults.
+
+    window: which layers have the sliding window: none, all, or those that ``layer_types`` or
+        ``max_window_layers`` say while ``use_sliding_window`` is on.
+    """
+
+    architecture: str
+    vocab_size: int
+    intermediate_size: int
+    num_kv_heads: int | None
+    """None: as many as heads."""
+    head_dim: int | None = None
+    """None: hidden_size / num_heads."""
+    max_position_embeddings: int
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    attention_bias_key: bool = False
+    """Whether ``attention_bias`` turns on the biases of the q, k, v and o projections."""
+    mlp_bias_key: bool = False
+    qk_norm: bool = False
+    window: Literal["none", "all", "some"] = "none"
+
+
+FAMILIES = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        vocab_size=32000,
+        intermediate_size=11008,
+        num_kv_heads=None,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        attention_bias_key=True,
+        mlp_bias_key=True,
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        vocab_size=32000,
+        intermediate_size=14336,
+        num_kv_heads=8,
+        max_position_embeddings=131072,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        window="all",
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        vocab_size=151936,
+        intermediate_size=22016,
+        num_kv_heads=32,
+        max_position_embeddings=32768,
+        qkv_bias=True,
+        window="some",
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        vocab_size=151936,
+        intermediate_size=22016,
+        num_kv_heads=32,
+        head_dim=128,
+        max_position_embeddings=32768,
+        attention_bias_key=True,
+        qk_norm=True,
+        window="some",
+    ),
+}
+
+MAX_LAYERS = 10_000
+
+DTYPES: tuple[DType, ...] = get_args(DType)
+
+_REFUSED = {
+    "quantization_config": "quantised weights",
+    "compression_config": "compressed weights",
+    "num_experts": "mixtures of experts",
+    "num_local_experts": "mixtures of experts",
+    "n_routed_experts": "mixtures of experts",
+    "moe_intermediate_size": "mixtures of experts",
+    "per_layer_config": "layers that differ in shape",
+    "is_encoder_decoder": "encoder-decoder models",
+    "vision_config": "images",
+    "audio_config": "audio",
+}
+
+_ROPE_FIELDS: dict[RopeKind, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+_ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model that a config.json describes, and warnings about what in it has no effect.
+
+    ModelConfig.dtype is float32 when config.json names none (see ``declared_dtype``).
+    Raises ModelError for what is missing, out of range or unsupported.
+    """
+    family = _family(config)
+    for key, what in _REFUSED.items():
+        if config.values.get(key):
+            raise ModelError(
+                f"{config.where}: {key!r} is set, but {what} are not supported by hf-local; "
+                "use another checkpoint of the model, or a loader plugin that reads this one"
+            )
+    if config.string("hidden_act", "silu") != "silu":
+        config.fail("hidden_act", "silu, the activation of the supported families")
+    vocab_size = config.integer("vocab_size", family.vocab_size)
+    hidden_size = config.integer("hidden_size", 4096)
+    num_layers = config.integer("num_hidden_layers", 32, maximum=MAX_LAYERS)
+    num_heads = config.integer("num_attention_heads", 32)
+    num_kv_heads = (
+        config.optional_integer("num_key_value_heads", family.num_kv_heads, maximum=num_heads)
+        or num_heads
+    )
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"{config.where}: 'num_attention_heads' must be a multiple of 'num_key_value_heads', "
+            f"found {num_heads} and {num_kv_heads}"
+        )
+    head_dim = config.optional_integer("head_dim", family.head_dim)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ModelError(
+                f"{config.where}: 'hidden_size' must be a multiple of 'num_attention_heads' when "
+                f"'head_dim' is not given, found {hidden_size} and {num_heads}"
+            )
+        head_dim = hidden_size // num_heads
+    if head_dim % 2:
+        raise ModelError(f"{config.where}: the size of a head must be even, found {head_dim}")
+    max_positions = config.integer("max_position_embeddings", family.max_position_embeddings)
+    bias = family.attention_bias_key and config.boolean("attention_bias", False)
+    rope, warnings = _rope(config, max_positions, head_dim)
+    if family.window != "some" and config.values.get("layer_types") is not None:
+        warnings += (f"{config.where}: 'layer_types' has no effect on {family.architecture}",)
+    eos_token_ids = family.eos_token_ids
+    if "eos_token_id" in config.values:
+        eos_token_ids = config.token_ids("eos_token_id", vocab_size) or ()
+    return ModelConfig(
+        architecture=family.architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("intermediate_size", family.intermediate_size),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=config.number("rms_norm_eps", 1e-6, least=0.0, most=1.0),
+        rope=rope,
+        max_position_embeddings=max_positions,
+        dtype=declared_dtype(config) or "float32",
+        qkv_bias=family.qkv_bias or bias,
+        output_bias=bias,
+        mlp_bias=family.mlp_bias_key and config.boolean("mlp_bias", False),
+        qk_norm=family.qk_norm,
+        tie_word_embeddings=config.boolean("tie_word_embeddings", False),
+        sliding_windows=_sliding_windows(config, family, num_layers),
+        bos_token_id=config.optional_integer(
+            "bos_token_id", family.bos_token_id, minimum=0, maximum=vocab_size - 1
+        ),
+        eos_token_ids=eos_token_ids,
+    ), warnings
+
+
+def declared_dtype(config: JsonObject) -> DType | None:
+    """The dtype that config.json names (``dtype``, or ``torch_dtype`` of older files), if any."""
+    for key in ("dtype", "torch_dtype"):
+        value = config.values.get(key)
+        if value is not None and value != "auto":
+            found = next((dtype for dtype in DTYPES if dtype == value), None)
+            return found or config.fail(key, f"one of {', '.join(DTYPES)}")
+    return None
+
+
+def _family(config: JsonObject) -> Family:
+    model_type = config.values.get("model_type")
+    if model_type is not None:
+        model_type = config.string("model_type", None)
+    architectures = config.strings("architectures") or ()
+    supported = "; ".join(f"{kind}: {f.architecture}" for kind, f in FAMILIES.items())
+    more = f"hf-local supports {supported}; an installed plugin of kind loader can add more"
+    if model_type is None and not architectures:
+        raise ModelError(
+            f"{config.where}: says neither 'model_type' nor 'architectures', so the model is "
+            f"unknown ({more})"
+        )
+    if model_type is None:
+        families = [f for f in FAMILIES.values() if f.architecture in architectures]
+    else:
+        families = [f for kind, f in FAMILIES.items() if kind == model_type]
+        if not families:
+            hint = nearest(model_type, FAMILIES)
+            raise ModelError(
+                f"{config.where}: model_type {shown(model_type)} is not supported{hint} ({more})"
+            )
+    if not families or (architectures and families[0].architecture not in architectures):
+        of = f" for model_type {model_type!r}" if model_type else ""
+        found = ", ".join(shown(name) for name in architectures[:3])
+        raise ModelError(f"{config.where}: architecture {found} is not supported{of} ({more})")
+    return families[0]
+
+
+def _sliding_windows(config: JsonObject, family: Family, num_layers: int) -> tuple[int | None, ...]:
+    if family.window == "none":
+        return ()
+    window = config.optional_integer("sliding_window", 4096)
+    if family.window == "all":
+        return (window,) * num_layers if window else ()
+    if not config.boolean("use_sliding_window", False):
+        window = None
+    first = config.integer("max_window_layers", 28, minimum=0)
+    types = config.strings("layer_types")
+    if types is None:
+        return tuple(window if i >= first else None for i in range(num_layers)) if window else ()
+    known = ("full_attention", "sliding_attention")
+    if len(types) != num_layers or not set(types) <= set(known):
+        odd = next((t for t in types if t not in known), None)
+        found = f"{len(types)} entries" if odd is None else shown(odd)
+        raise ModelError(
+            f"{config.where}: 'layer_types' must have {num_layers} entries (num_hidden_layers), "
+            f"each {' or '.join(known)}, found {found}"
+        )
+    if "sliding_attention" not in types:
+        return ()
+    if window is None:
+        raise ModelError(
+            f"{config.where}: 'layer_types' has sliding_attention, but the window is not set: "
+            "expected 'use_sliding_window' true and 'sliding_window' a number of tokens"
+        )
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
+def _rope(
+    config: JsonObject, max_positions: int, head_dim: int
+) -> tuple[RopeConfig, tuple[str, ...]]:
+    """``rope_scaling`` (older files) or ``rope_parameters``; the first wins where both are set."""
+    flat = config.without_nulls()
+    theta = flat.number("rope_theta", 10000.0, over=1.0)
+    _whole_head(flat)
+    found = config.object("rope_scaling") or config.object("rope_parameters")
+    if found is None:
+        return RopeConfig(theta=theta), ()
+    rope = found.without_nulls()
+    nested = [key for key, value in rope.values.items() if isinstance(value, dict)]
+    if nested:
+        raise ModelError(
+            f"{rope.where}: settings a layer type ({nested[0][:60]!r}) are not supported for this "
+            "model; expected one set for all layers"
+        )
+    _whole_head(rope)
+    theta = rope.number("rope_theta", theta, over=1.0)
+    key = "rope_type" if "rope_type" in rope.values else "type"
+    if key not in rope.values and "factor" in rope.values:
+        raise ModelError(
+            f"{rope.where}: has a 'factor' but no 'rope_type' to say what it scales; "
+            f"expected one of {', '.join(_ROPE_FIELDS)}"
+        )
+    name = rope.choice(key, "default", _ROPE_FIELDS)
+    kind = next(k for k in _ROPE_FIELDS if k == name)
+    ignored = sorted(rope.values.keys() - set(_ROPE_COMMON) - set(_ROPE_FIELDS[kind]))
+    warnings = tuple(f"{rope.where}: {k[:60]!r} has no effect on {kind} RoPE" for k in ignored)
+    if kind == "default":
+        return RopeConfig(theta=theta), warnings
+    original = max_positions if kind == "dynamic" else None
+    if kind in ("llama3", "yarn"):
+        # Where both say it, transformers computes with the one outside.
+        outer = flat if "original_max_position_embeddings" in flat.values else rope
+        original = outer.integer("original_max_position_embeddings", max_positions)
+    factor = rope.number("factor", None, over=0.0)
+    if kind == "yarn" and original and "factor" in found.values and factor is None:
+        factor = max_positions / original  # what null means, which some YaRN files have
+    if factor is None:
+        rope.fail("factor", f"a number, which {kind} RoPE scales by")
+    more: dict[str, Any] = {}
+    if kind == "dynamic" and head_dim == 2:
+        raise ModelError(f"{rope.where}: dynamic RoPE needs heads larger than 2")
+    if kind == "llama3":
+        low = rope.number("low_freq_factor", None, over=0.0)
+        high = rope.number("high_freq_factor", None, over=0.0)
+        if low is None or high is None or high <= low:
+            raise ModelError(
+                f"{rope.where}: expected 'low_freq_factor' below 'high_freq_factor', found "
+                f"{shown(low)} and {shown(high)}"
+            )
+        more = {"low_freq_factor": low, "high_freq_factor": high}
+    if kind == "yarn":
+        more = {
+            "attention_factor": rope.number("attention_factor", None, least=0.0),
+            # For these, 0 means that they are not set.
+            "beta_fast": rope.number("beta_fast", 0.0, least=0.0) or 32.0,
+            "beta_slow": rope.number("beta_slow", 0.0, least=0.0) or 1.0,
+            "mscale": rope.number("mscale", 0.0, least=0.0) or None,
+            "mscale_all_dim": rope.number("mscale_all_dim", 0.0, least=0.0) or None,
+            "truncate": rope.boolean("truncate", True),
+        }
+    return RopeConfig(
+        theta=theta, kind=kind, factor=factor, original_max_position=original, **more
+    ), warnings
+
+
+def _whole_head(section: JsonObject) -> None:
+    if section.number("partial_rotary_factor", 1.0) != 1.0:
+        section.fail("partial_rotary_factor", "1: RoPE over part of a head is not supported")

@@ -1,0 +1,70 @@
+"""generation_config.json -> the settings that a model recommends, and what ends a text."""
+
+from attrs import evolve, frozen
+
+from tilewright.types import GenerateConfig
+from tilewright_hf.json_file import JsonObject
+
+_UNSUPPORTED = {
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "stop_strings": None,
+}
+"""Settings that would change the text but that tilewright does not have, and when they do not."""
+
+
+@frozen(kw_only=True)
+class Recommended:
+    """What a generation_config.json says.
+
+    eos_token_ids: None when it says nothing of them.
+    """
+
+    defaults: GenerateConfig
+    eos_token_ids: tuple[int, ...] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def recommended(config: JsonObject, vocab_size: int) -> Recommended:
+    """Read a generation_config.json; raises ModelError for a value of a wrong type or range.
+
+    A setting means what transformers' generate makes of it: temperature, top_k, top_p and min_p
+    count only when do_sample is true, with temperature 1 and top_k 50 where they are not given;
+    otherwise the likeliest token is taken.
+    """
+    given = config.without_nulls()
+    temperature = given.number("temperature", 1.0, least=0.0)
+    top_k = given.integer("top_k", 50, minimum=0)
+    top_p = given.number("top_p", 1.0, over=0.0, most=1.0)
+    min_p = given.number("min_p", 0.0, least=0.0, most=1.0)
+    always = GenerateConfig(
+        max_new_tokens=given.integer("max_new_tokens", None),
+        repetition_penalty=given.number("repetition_penalty", None, over=0.0),
+    )
+    if given.boolean("do_sample", False):
+        defaults = evolve(always, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    else:
+        defaults = evolve(always, temperature=0.0)
+    return Recommended(
+        defaults=defaults,
+        eos_token_ids=given.token_ids("eos_token_id", vocab_size),
+        warnings=tuple(
+            f"{config.where}: {key!r} is not supported and has no effect"
+            for key, neutral in _UNSUPPORTED.items()
+            if given.values.get(key, neutral) not in (neutral, [], {})
+        ),
+    )

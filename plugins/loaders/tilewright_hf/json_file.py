@@ -1,0 +1,222 @@
+"""JSON files written by others: read with care, and values taken out by type and range.
+
+Every error is a ModelError that names the file and the key.
+"""
+
+import json
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from attrs import frozen
+
+from tilewright.errors import ModelError
+
+_T = TypeVar("_T")
+
+MAX_BYTES = 256 * 2**20
+"""A larger file is no configuration; reading it would only use up memory."""
+
+MAX_INT = 2**31 - 1
+
+
+def read_text(path: Path) -> str:
+    """A text file's content. Raises ModelError when it is no readable UTF-8 file."""
+    if not path.is_file():
+        found = "a directory" if path.is_dir() else "something else" if path.exists() else "nothing"
+        raise ModelError(f"{path}: expected a file, found {found}")
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ModelError(f"{path}: expected at most {MAX_BYTES} bytes of text, found {size}")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {one_line(error)}") from error
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{path}: expected UTF-8 text, but the byte at offset {error.start} is not; "
+            "save the file as UTF-8"
+        ) from error
+    if text.startswith("\ufeff"):
+        raise ModelError(
+            f"{path}: starts with a byte order mark; save the file as UTF-8 without it"
+        )
+    return text
+
+
+def read_json(path: Path) -> "JsonObject":
+    """A file that holds one JSON object. Raises ModelError for anything else."""
+    text = read_text(path)
+    try:
+        values = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"{path}: not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+        ) from error
+    except RecursionError as error:
+        raise ModelError(f"{path}: not valid JSON: nested too deeply") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {shown(values)}")
+    return JsonObject(str(path), values)
+
+
+def one_line(error: BaseException) -> str:
+    """An error of somebody else's as one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def shown(value: Any) -> str:
+    """A JSON value, short enough for a message of one line."""
+    match value:
+        case dict():
+            return f"an object of {len(value)} keys"
+        case list():
+            return f"a list of {len(value)}"
+        case None:
+            return "null"
+        case str():
+            kind = "a string"
+        case _:
+            kind = ""
+    text = json.dumps(value)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{text} ({kind})" if kind else text
+
+
+@frozen
+class JsonObject:
+    """A JSON object of a file, and where it stands for error messages.
+
+    The plain accessors give ``default`` for an absent key and refuse null; the ``optional_`` ones
+    give ``default`` for an absent key and None for null.
+    """
+
+    where: str
+    values: dict[str, Any]
+
+    def fail(self, key: str, expected: str) -> NoReturn:
+        raise ModelError(
+            f"{self.where}: {key!r} must be {expected}, found {shown(self.values.get(key))}"
+        )
+
+    def integer(self, key: str, default: _T, minimum: int = 1, maximum: int = MAX_INT) -> int | _T:
+        if key not in self.values:
+            return default
+        value = self.values[key]
+        if not _is_int(value) or not minimum <= value <= maximum:
+            self.fail(key, f"an integer from {minimum} to {maximum}")
+        return int(value)
+
+    def optional_integer(
+        self, key: str, default: int | None, minimum: int = 1, maximum: int = MAX_INT
+    ) -> int | None:
+        if key in self.values and self.values[key] is None:
+            return None
+        return self.integer(key, default, minimum, maximum)
+
+    def number(
+        self, key: str, default: _T, *, over: float = -math.inf, least: float = -math.inf,
+        most: float = math.inf,
+    ) -> float | _T:  # fmt: skip
+        """A finite number > over, >= least and <= most."""
+        if key not in self.values:
+            return default
+        value = _as_float(self.values[key])
+        if value is None or not (value > over and least <= value <= most):
+            bounds = [
+                text
+                for text, bound in (
+                    (f"above {over:g}", over),
+                    (f"at least {least:g}", least),
+                    (f"at most {most:g}", most),
+                )
+                if math.isfinite(bound)
+            ]
+            self.fail(key, f"a finite number{' ' if bounds else ''}{' and '.join(bounds)}")
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            self.fail(key, "true or false")
+        return value
+
+    def string(self, key: str, default: _T) -> str | _T:
+        if key not in self.values:
+            return default
+        value = self.values[key]
+        if not isinstance(value, str):
+            self.fail(key, "a string")
+        return value
+
+    def choice(self, key: str, default: _T, choices: Collection[str]) -> str | _T:
+        if key not in self.values:
+            return default
+        value = self.values[key]
+        if not isinstance(value, str) or value not in choices:
+            self.fail(key, f"one of {', '.join(choices)}")
+        return value
+
+    def strings(self, key: str) -> tuple[str, ...] | None:
+        """A list of strings; None when it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self.fail(key, "a list of strings")
+        return tuple(value)
+
+    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...] | None:
+        """A token id or a list of them, without repeats; None when it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            if not _is_int(item) or not 0 <= item < vocab_size:
+                raise ModelError(
+                    f"{self.where}: {key!r} must be a token id from 0 to {vocab_size - 1} or a "
+                    f"list of them, found {shown(item)}"
+                )
+        return tuple(dict.fromkeys(items))
+
+    def object(self, key: str) -> "JsonObject | None":
+        """An object inside this one; None when it is absent, null or empty."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fail(key, "an object")
+        return JsonObject(f"{self.where}: {key}", value) if value else None
+
+    def without_nulls(self) -> "JsonObject":
+        return JsonObject(self.where, {k: v for k, v in self.values.items() if v is not None})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+    return values

@@ -1,0 +1,153 @@
+"""Loader ``hf-local``: a directory in the layout of Hugging Face checkpoints."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+from tilewright.errors import ModelError
+from tilewright.hookspecs import hookimpl
+from tilewright.types import (
+    DType,
+    GenerateConfig,
+    LoadedModel,
+    LoadRequest,
+    PluginInfo,
+    TensorInfo,
+    TensorSource,
+)
+from tilewright_hf.architecture import DTYPES, FAMILIES, declared_dtype, model_config
+from tilewright_hf.generation import Recommended, recommended
+from tilewright_hf.json_file import read_json
+from tilewright_hf.tokenizer import load_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+tilewright_api = 1
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        summary="a local directory as Hugging Face checkpoints have it",
+        limits={
+            "models": ", ".join(family.architecture for family in FAMILIES.values()),
+            "RoPE": "default, linear, dynamic, llama3, yarn",
+            "tokenizer": "tokenizer.json",
+        },
+    )
+
+
+@hookimpl
+def can_load(source: str) -> bool:
+    try:
+        return os.path.isfile(os.path.join(os.path.expanduser(source), "config.json"))
+    except ValueError:
+        return False
+
+
+@hookimpl
+def load_model(request: LoadRequest) -> LoadedModel:
+    """Read configuration, tokenizer and weight headers of a directory."""
+    directory = _directory(request.source)
+    config_file = read_json(directory / "config.json")
+    config, warnings = model_config(config_file)
+    generation = _generation(directory, config.vocab_size)
+    if generation.eos_token_ids is not None:
+        config = evolve(config, eos_token_ids=generation.eos_token_ids)
+    text, text_warnings = load_text(directory, config)
+    weights = _without_rotary_buffers(request.formats.open(directory, request.weight_format))
+    names = weights.names()
+    warnings += generation.warnings + text_warnings
+    if config.tie_word_embeddings and "lm_head.weight" in names:
+        config = evolve(config, tie_word_embeddings=False)
+        warnings += (
+            f"{config_file.where}: tie_word_embeddings is true, but the weights have an "
+            "lm_head.weight of their own, which is used",
+        )
+    if declared_dtype(config_file) is None:
+        config = evolve(config, dtype=_stored_dtype(weights))
+    return LoadedModel(
+        config=config,
+        weights=weights,
+        text=text,
+        generation_defaults=generation.defaults,
+        source=str(directory),
+        warnings=warnings,
+    )
+
+
+def _directory(source: str) -> Path:
+    """The directory that a source names. Raises ModelError that says what it is instead."""
+    path = Path(os.path.expanduser(source))
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(
+            f"no model directory {source[:200]!r}: {why}; hf-local loads a local directory that "
+            "holds config.json"
+        ) from error
+    if path.suffix == ".gguf":
+        raise ModelError(
+            f"{path}: a GGUF file, which hf-local cannot read; it loads a directory that holds "
+            "config.json (`tilewright plugins list` shows the other loaders)"
+        )
+    if not path.is_dir():
+        raise ModelError(
+            f"{path}: expected a directory that holds config.json, found a file; "
+            f"give its directory, {path.parent}"
+        )
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    if "config.json" not in names:
+        found = f"found {', '.join(ascii(n) for n in names[:5])}" if names else "it is empty"
+        more = " and more" if len(names) > 5 else ""
+        raise ModelError(f"{path}: expected a directory that holds config.json; {found}{more}")
+    return path
+
+
+def _generation(directory: Path, vocab_size: int) -> Recommended:
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return Recommended(defaults=GenerateConfig())
+    return recommended(read_json(path), vocab_size)
+
+
+def _stored_dtype(weights: TensorSource) -> DType:
+    """The dtype of the embedding, for a config.json that names none."""
+    name = "model.embed_tokens.weight"
+    stored = weights.info(name).dtype if name in weights.names() else None
+    return next((dtype for dtype in DTYPES if dtype == stored), "float32")
+
+
+class _Selected:
+    """Some of a source's tensors."""
+
+    def __init__(self, source: TensorSource, names: Collection[str]):
+        self._source = source
+        self._names = names
+
+    def names(self) -> Collection[str]:
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        return self._source.info(name)
+
+    def get(self, name: str) -> "Tensor":
+        return self._source.get(name)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def _without_rotary_buffers(source: TensorSource) -> TensorSource:
+    """Leave out ``rotary_emb.inv_freq``, which older checkpoints carry: config.json gives it."""
+    names = source.names()
+    kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
+    return source if len(kept) == len(names) else _Selected(source, frozenset(kept))
