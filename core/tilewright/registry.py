@@ -7,7 +7,7 @@ name imports that plugin and no other.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tilewright.errors import PluginError, nearest
@@ -39,8 +39,6 @@ KINDS = {
     "observer": Kind("tilewright.observers", "ObserverHooks", ("create_observer",)),
 }
 
-_KIND_OF_GROUP = {kind.group: name for name, kind in KINDS.items()}
-
 
 class Plugin(NamedTuple):
     """An installed plugin, as its distribution's metadata states it."""
@@ -48,22 +46,31 @@ class Plugin(NamedTuple):
     kind: str
     name: str
     distribution: str
+    """Its name as PEP 503 normalises it."""
     version: str
     target: str
     """``module`` or ``module:attribute``."""
     where: str
-    """The folder on sys.path that holds the distribution's metadata."""
+    """The folder or zip file on sys.path that holds the distribution's metadata."""
 
     @property
     def qualified(self) -> str:
         return f"{self.distribution}:{self.name}"
 
+    def __str__(self) -> str:
+        return f"{noun(self.kind)} {self.name!r} of {self.distribution} {self.version}"
+
 
 def installed(kind: str | None = None) -> list[Plugin]:
     """All installed plugins, or those of one kind, by kind and name. Imports nothing."""
-    found = [p for p in _scan() if kind in (None, p.kind)]
+    groups = {k.group: name for name, k in KINDS.items() if kind in (None, name)}
+    # A set, since one distribution may list the same line twice.
+    found = {
+        Plugin(groups[e.group], e.name, e.distribution, e.version, e.target, e.where)
+        for e in entry_points(groups)
+    }
     order = list(KINDS)
-    return sorted(found, key=lambda p: (order.index(p.kind), p.name, p.distribution))
+    return sorted(found, key=lambda p: (order.index(p.kind), *p[1:]))
 
 
 def find(kind: str, name: str) -> Plugin:
@@ -72,60 +79,101 @@ def find(kind: str, name: str) -> Plugin:
     Raises PluginError when there is none, or more than one.
     """
     of_kind = installed(kind)
-    distribution, _, plain = name.rpartition(":")
-    matches = [
-        p
-        for p in of_kind
-        if p.name == plain and (not distribution or normalized(distribution) == p.distribution)
-    ]
+    matches = matching(name, of_kind)
     if len(matches) == 1:
         return matches[0]
-    noun = kind.replace("_", " ")
     if matches:
-        raise PluginError(
-            f"{noun} {name!r} is claimed by {len(matches)} distributions; "
-            f"choose one: {' or '.join(repr(p.qualified) for p in matches)}"
-        )
-    names = [p.name for p in of_kind]
-    here = f"installed: {', '.join(dict.fromkeys(names))}" if names else "none is installed"
-    broken = [f"{p.name} ({why})" for p in of_kind if (why := missing_code(p))]
+        raise PluginError(f"{noun(kind)} {name!r} is {clash(matches)}")
+    raise unknown(name, of_kind, noun(kind))
+
+
+def matching(name: str, plugins: Iterable[Plugin]) -> list[Plugin]:
+    """The plugins that ``name`` or ``distribution:name`` means. Names compare exactly."""
+    distribution, colon, plain = name.partition(":")
+    if not colon:
+        return [p for p in plugins if p.name == name]
+    distribution = normalized(distribution)
+    return [p for p in plugins if p.name == plain and p.distribution == distribution]
+
+
+def clash(rivals: Sequence[Plugin]) -> str:
+    """That plugins share a kind and a name, and how to choose, to follow ``'NAME' is``."""
+    sources = [
+        f"{p.distribution} {p.version}{f' ({why})' if (why := missing_code(p)) else ''}"
+        for p in rivals
+    ]
+    choices = list(dict.fromkeys(repr(p.qualified) for p in rivals))
+    if len(choices) == 1:
+        targets = " and ".join(p.target for p in rivals)
+        return f"listed twice by {sources[0]} ({targets}): reinstall or uninstall it"
+    return f"claimed by {' and by '.join(sources)}; choose {' or '.join(choices)}"
+
+
+def unknown(name: str, plugins: Iterable[Plugin], what: str) -> PluginError:
+    """The error that none of the plugins has a name."""
+    qualified = ":" in name
+    usable, broken = [], []
+    for plugin in plugins:
+        shown = plugin.qualified if qualified else plugin.name
+        if why := missing_code(plugin):
+            broken.append(f"{shown} ({why})")
+        elif shown not in usable:
+            usable.append(shown)
+    here = f"installed: {', '.join(usable)}" if usable else "none is installed"
     also = f"; broken: {', '.join(broken)}" if broken else ""
-    raise PluginError(f"no {noun} is named {name!r}{nearest(plain, names)} ({here}{also})")
+    return PluginError(f"no {what} is named {name!r}{nearest(name, usable)} ({here}{also})")
+
+
+def state(plugin: Plugin, among: Iterable[Plugin]) -> tuple[str, str]:
+    """``ok``, ``clash`` or ``missing``, and what is wrong in words. Imports nothing."""
+    if why := missing_code(plugin):
+        return "missing", why
+    rivals = [p for p in among if (p.kind, p.name) == (plugin.kind, plugin.name)]
+    return ("clash", clash(rivals)) if len(rivals) > 1 else ("ok", "")
 
 
 def load(plugin: Plugin) -> Any:
     """Import a plugin and check its API version and its hooks.
 
-    Raises PluginError, which names the plugin, its distribution and the cause.
+    Raises PluginError, which names the plugin, its distribution and the cause; SystemExit in the
+    plugin counts as a cause, KeyboardInterrupt goes through.
     """
     from importlib import import_module
 
     module, _, attribute = plugin.target.partition(":")
-    who = _who(plugin)
     try:
-        obj = import_module(module)
+        obj: Any = import_module(module)
         for part in attribute.split(".") if attribute else ():
             obj = getattr(obj, part)
-    except Exception as error:
-        why = missing_code(plugin) or f"{type(error).__name__}: {error}"
-        raise PluginError(f"{who} cannot be imported from {plugin.target}: {why}") from error
-    check(obj, plugin.kind, who)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        why = missing_code(plugin) or _cause(error)
+        raise PluginError(f"{plugin} cannot be imported from {plugin.target}: {why}") from error
+    check(obj, plugin.kind, str(plugin))
     return obj
 
 
 def check(obj: Any, kind: str, who: str) -> None:
     """Raise PluginError unless obj is written for this API and its hooks fit their specs."""
+    from inspect import isroutine
+
     from tilewright.hookspecs import API_VERSION
 
-    declared = getattr(obj, "tilewright_api", None)
-    if declared is None:
+    if isinstance(obj, type) or isroutine(obj):
         raise PluginError(
-            f"{who} does not say which API it was written for; expected tilewright_api = "
-            f"{API_VERSION} in it"
+            f"{who} must be a module or an object with hooks, found {_described(obj)}: nothing is "
+            "called to make a plugin, so let the entry point name a module or an instance"
+        )
+    declared = getattr(obj, "tilewright_api", None)
+    if type(declared) is not int:
+        found = "nothing" if declared is None else repr(declared)
+        raise PluginError(
+            f"{who} does not say which API it was written for: expected tilewright_api = "
+            f"{API_VERSION} in {_described(obj)}, found {found}"
         )
     if declared != API_VERSION:
-        newer = isinstance(declared, int) and declared > API_VERSION
-        cure = "upgrade tilewright" if newer else "install a newer version of it"
+        cure = "upgrade tilewright" if declared > API_VERSION else "install a newer version of it"
         raise PluginError(
             f"{who} is written for API {declared}; this tilewright has API {API_VERSION}: {cure}"
         )
@@ -134,35 +182,56 @@ def check(obj: Any, kind: str, who: str) -> None:
         if hook not in implemented:
             unmarked = " (it has a function of that name: mark it with @hookimpl)"
             raise PluginError(
-                f"{who} does not implement {hook!r}, which every {kind.replace('_', ' ')} must"
+                f"{who} does not implement {hook!r}, which every {noun(kind)} must"
                 f"{unmarked if callable(getattr(obj, hook, None)) else ''}"
             )
 
 
 def check_hooks(obj: Any, who: str) -> set[str]:
     """The names of the hooks that obj implements; PluginError unless each fits its spec."""
-    import pluggy
+    from inspect import Parameter, signature
 
     manager = new_manager()
+    known = known_hooks()
+    implemented = set()
+    for attribute in dir(obj):
+        marks = manager.parse_hookimpl_opts(obj, attribute)
+        if marks is None:
+            continue
+        hook = marks.get("specname") or attribute
+        implemented.add(hook)
+        if hook not in known:
+            raise PluginError(
+                f"{who} implements {hook!r}, which is no hook of tilewright{nearest(hook, known)}"
+            )
+        for parameter in signature(getattr(obj, attribute)).parameters.values():
+            if parameter.name not in known[hook]:
+                raise PluginError(
+                    f"{who}: {hook}() takes an argument {parameter.name!r}"
+                    f"{nearest(parameter.name, known[hook])} "
+                    f"(the hook has: {', '.join(known[hook]) or 'none'})"
+                )
+            # pluggy passes only such arguments, and leaves all others at their defaults.
+            if parameter.default is not Parameter.empty or parameter.kind not in (
+                Parameter.POSITIONAL_ONLY,
+                Parameter.POSITIONAL_OR_KEYWORD,
+            ):
+                raise PluginError(
+                    f"{who}: {hook}() must take {parameter.name!r} without a default and not by "
+                    f"keyword only, found '{parameter}'"
+                )
     try:
         manager.register(obj)
-    except pluggy.PluginValidationError as error:
-        raise PluginError(
-            f"{who} does not fit its hook spec: {_argument_problem(manager, obj, error)}"
-        ) from error
-    implemented = {caller.name for caller in manager.get_hookcallers(obj) or ()}
-    known = known_hooks()
-    for hook in sorted(implemented - known.keys()):
-        raise PluginError(
-            f"{who} implements {hook!r}, which is no hook of tilewright{nearest(hook, known)}"
-        )
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise PluginError(f"{who} does not fit its hook spec: {why}") from error
     return implemented
 
 
 def register(manager: "PluginManager", kind: str, name: str) -> Any:
     """Find, load and register the plugin that a name means; returns it.
 
-    Registered under ``kind:name``; a plugin that serves two kinds is registered once.
+    Registered under ``kind:distribution:name``; an object that serves two kinds only once.
     """
     plugin = find(kind, name)
     obj = load(plugin)
@@ -194,27 +263,57 @@ def known_hooks() -> dict[str, tuple[str, ...]]:
 
 
 def call(obj: Any, hook: str, **kwargs: Any) -> Any:
-    """One plugin's answer to a hook (None if it does not implement it)."""
+    """One plugin's answer to a hook, None if it does not implement it.
+
+    Takes a millisecond or two: for what makes things, not for the token loop. Raises PluginError
+    when a hook that every plugin of a kind has to answer returns nothing.
+    """
     manager = new_manager()
     manager.register(obj)
-    return getattr(manager.hook, hook)(**kwargs)
+    answer = getattr(manager.hook, hook)(**kwargs)
+    if answer is None and any(hook in kind.required for kind in KINDS.values()):
+        raise PluginError(f"{hook}() of {_described(obj)} returned nothing")
+    return answer
 
 
 def info(obj: Any) -> "PluginInfo":
     """What a loaded plugin says of itself; an empty summary if it says nothing."""
     from tilewright.types import PluginInfo
 
-    return call(obj, "plugin_info") or PluginInfo(summary="")
+    said = call(obj, "plugin_info")
+    if said is None:
+        return PluginInfo(summary="")
+    if not isinstance(said, PluginInfo):
+        raise PluginError(
+            f"plugin_info() of {_described(obj)} must return a PluginInfo, found {said!r}"
+        )
+    return said
+
+
+def noun(kind: str) -> str:
+    """A kind as messages name it: ``kv allocator``."""
+    return kind.replace("_", " ")
 
 
 def missing_code(plugin: Plugin) -> str | None:
-    """Why a plugin's top-level module cannot even be found, or None if it can. Imports nothing."""
-    from importlib.machinery import BuiltinImporter, PathFinder
-
-    top = plugin.target.partition(":")[0].partition(".")[0]
-    if top in sys.modules or BuiltinImporter.find_spec(top) or PathFinder.find_spec(top):
-        return None
-    return f"no module {top!r}: its files are gone, reinstall or uninstall {plugin.distribution}"
+    """Why a plugin's module cannot even be found; None if it can, or nobody can say unimported."""
+    path: Sequence[str] | None = None
+    name = ""
+    for part in plugin.target.partition(":")[0].split("."):
+        name = f"{name}.{part}" if name else part
+        try:
+            if name in sys.modules:
+                path = list(getattr(sys.modules[name], "__path__", ()))
+                continue
+            specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+            spec = next(filter(None, specs), None)
+            path = list(spec.submodule_search_locations or ()) if spec else None
+        except Exception:
+            return None
+        if spec is None:
+            cure = f"reinstall or uninstall {plugin.distribution}"
+            return f"no module {name!r}: its files are gone, {cure}"
+    return None
 
 
 def normalized(distribution: str) -> str:
@@ -223,63 +322,95 @@ def normalized(distribution: str) -> str:
     return "-".join(part for part in parts if part)
 
 
-def _who(plugin: Plugin) -> str:
-    noun = plugin.kind.replace("_", " ")
-    return f"{noun} {plugin.name!r} of {plugin.distribution} {plugin.version}"
+class EntryPoint(NamedTuple):
+    """One line of an installed distribution's ``entry_points.txt``."""
+
+    group: str
+    name: str
+    target: str
+    distribution: str
+    version: str
+    where: str
 
 
-def _argument_problem(manager: "PluginManager", obj: Any, error: Exception) -> str:
-    known = known_hooks()
-    for name in dir(obj):
-        options = manager.parse_hookimpl_opts(obj, name)
-        if options is None or name not in known:
-            continue
-        from pluggy._hooks import varnames
+def entry_points(groups: Collection[str]) -> Iterator[EntryPoint]:
+    """Entry points of some groups, of every distribution on sys.path.
 
-        for argument in varnames(getattr(obj, name))[0]:
-            if argument not in known[name]:
-                return (
-                    f"{name}() takes an argument {argument!r}{nearest(argument, known[name])} "
-                    f"(the hook has: {', '.join(known[name]) or 'none'})"
-                )
-    return " ".join(str(error).split())
-
-
-def _scan() -> Iterator[Plugin]:
-    """Plugins of every distribution on sys.path; of two copies of one, the first, as imports do."""
+    Of two copies of a distribution the first counts, as for imports. Only ``*.dist-info`` is read,
+    which every installer writes; ``*.egg-info``, which older tools left, is not.
+    """
     seen: set[str] = set()
-    for folder in dict.fromkeys(sys.path):
-        try:
-            entries = sorted(os.listdir(folder or "."))
-        except OSError:
-            continue
-        for entry in entries:
-            if not entry.endswith(".dist-info"):
-                continue
-            distribution, _, version = entry.removesuffix(".dist-info").partition("-")
+    for where in dict.fromkeys(sys.path):
+        for folder, text in _metadata(where or "."):
+            distribution, _, version = folder.removesuffix(".dist-info").partition("-")
             distribution = normalized(distribution)
             if distribution in seen:
                 continue
             seen.add(distribution)
-            try:
-                with open(os.path.join(folder, entry, "entry_points.txt"), encoding="utf-8") as f:
-                    text = f.read()
-            except OSError:
-                continue
-            if "tilewright." not in text:
-                continue
-            for group, name, target in _entry_points(text):
-                if kind := _KIND_OF_GROUP.get(group):
-                    yield Plugin(kind, name, distribution, version, target, folder)
+            for group, name, target in _parsed(text):
+                if group in groups:
+                    yield EntryPoint(group, name, target, distribution, version, where or ".")
 
 
-def _entry_points(text: str) -> Iterator[tuple[str, str, str]]:
-    """(group, name, value) of each line, in the format of the Python packaging specification."""
+def _metadata(where: str) -> Iterator[tuple[str, str]]:
+    """The name and the entry_points.txt of each ``*.dist-info`` in a folder or zip file."""
+    try:
+        folders = [name for name in os.listdir(where) if name.endswith(".dist-info")]
+    except NotADirectoryError:
+        yield from _zipped_metadata(where)
+        return
+    except OSError:
+        return
+    for folder in sorted(folders):
+        # pip renames what it is about to delete to ~NAME, and leaves that when it is interrupted.
+        if folder.startswith("~"):
+            continue
+        try:
+            path = os.path.join(where, folder, "entry_points.txt")
+            with open(path, encoding="utf-8", errors="replace") as file:
+                yield folder, file.read()
+        except OSError:
+            yield folder, ""
+
+
+def _zipped_metadata(where: str) -> Iterator[tuple[str, str]]:
+    from zipfile import BadZipFile, ZipFile
+
+    try:
+        with ZipFile(where) as archive:
+            for path in sorted(archive.namelist()):
+                folder, _, file = path.partition("/")
+                if folder.endswith(".dist-info") and file == "entry_points.txt":
+                    yield folder, archive.read(path).decode("utf-8", "replace")
+    except (OSError, BadZipFile):
+        return
+
+
+def _parsed(text: str) -> Iterator[tuple[str, str, str]]:
+    """(group, name, target) of each line, in the format of the Python packaging specification."""
     group = ""
-    for line in text.splitlines():
-        line = line.strip()
+    for line in map(str.strip, text.splitlines()):
         if line.startswith("[") and line.endswith("]"):
-            group = line[1:-1].strip()
+            group = line[1:-1]
         elif line and line[0] not in "#;" and "=" in line:
             name, _, value = line.partition("=")
-            yield group, name.strip(), value.partition("[")[0].strip()
+            target = value.partition("[")[0].split(":")
+            yield group, name.strip(), ":".join(part.strip() for part in target)
+
+
+def _cause(error: BaseException) -> str:
+    """An exception in one line, with the place in the plugin's code where it was raised."""
+    from traceback import extract_tb
+
+    said = " ".join(str(error).split())
+    frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    # The first frame is the registry's own.
+    at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}{': ' if said else ''}{said}{at}"
+
+
+def _described(obj: Any) -> str:
+    """What an object is, for messages: ``module x``, ``class X``, ``function f``."""
+    name = getattr(obj, "__name__", None)
+    kind = type(obj).__name__
+    return f"{'class' if isinstance(obj, type) else kind} {name}" if name else f"a {kind} object"

@@ -1,0 +1,484 @@
+"""Plugins are found, selected, checked and refused as docs/plugins.md says."""
+
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import plugin_distributions as dists
+import pytest
+from attrs import field, frozen
+
+from tilewright import hookimpl, registry
+from tilewright.errors import PluginError
+from tilewright.types import PluginInfo
+
+Install = Callable[..., Path]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs distributions into a site folder on sys.path; forgets their modules afterwards."""
+    folder = tmp_path / "site"
+    before = set(sys.modules)
+
+    def install(*distributions: dists.Distribution) -> Path:
+        return dists.install(folder, *distributions)
+
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    yield install
+    for name in set(sys.modules) - before:
+        if str(folder) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+def refusal(kind: str, name: str) -> str:
+    """The message with which a selection is refused, which is one line."""
+    with pytest.raises(PluginError) as caught:
+        registry.load(registry.find(kind, name))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def module(source: str, name: str = "acme-x") -> dists.Distribution:
+    return dists.sampler(name, "x", source)
+
+
+# --- what is installed ----------------------------------------------------------------------------
+
+
+def as_importlib_sees(folders: list[str]) -> set[tuple[str, ...]]:
+    found, seen = set(), set()
+    for distribution in importlib.metadata.distributions(path=folders):
+        name = registry.normalized(distribution.name)
+        if name in seen or str(distribution._path).endswith(".egg-info"):  # type: ignore[attr-defined]
+            continue
+        seen.add(name)
+        for e in distribution.entry_points:
+            # What importlib.metadata takes from value, as it was written but for extras.
+            target = f"{e.module}:{e.attr}" if e.attr else e.module
+            found.add((e.group, e.name, target, name, distribution.version))
+    return found
+
+
+def as_tilewright_sees(groups: set[str]) -> set[tuple[str, ...]]:
+    return {tuple(e[:5]) for e in registry.entry_points(groups)}
+
+
+def test_all_entry_points_of_this_environment_are_read_as_importlib_metadata_reads_them() -> None:
+    expected = as_importlib_sees(sys.path)
+    assert as_tilewright_sees({row[0] for row in expected}) == expected
+    assert ("tilewright.samplers", "top-p") in {row[:2] for row in expected}
+
+
+def test_all_entry_points_of_a_crowded_site_are_read_as_importlib_metadata_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    dists.install(first, dists.GOOD, dists.STALE, *dists.RIVALS)
+    dists.install(second, dists.sampler("Acme_One", "shadowed", "", version="9"))
+    texts = {
+        "empty-1": "",
+        "comments-1": "# [tilewright.samplers]\n[tilewright.samplers]\n\n# a = b\n  c = d  \n",
+        "spaces-1.0.post1": "[tilewright.samplers]\nname with spaces=mod.ule : at.tr\n",
+        "extras-2!1.0": "[tilewright.samplers]\nx = a.b:c [fast, slow]\ny=z [q]\n",
+        "other-1": "[console_scripts]\nx = a:b\n[tilewright.executors]\nx = b\n[odd]\nx = c\n",
+        "windows-1": "[tilewright.loaders]\r\nx = a.b\r\n",
+        "local-1.0+cpu": "[tilewright.loaders]\ncolon:name = a\n",
+        "many.dots_and__lines-1": "[tilewright.observers]\nx = y\n",
+    }
+    for folder, text in texts.items():
+        name, _, version = folder.partition("-")
+        info = second / f"{folder}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_bytes(text.encode())
+    folders = [str(first), str(second), str(tmp_path / "gone"), str(first)]
+    monkeypatch.setattr(sys, "path", folders)
+    expected = as_importlib_sees(folders)
+    groups = {kind.group for kind in registry.KINDS.values()} | {"console_scripts", "odd"}
+    assert as_tilewright_sees(groups) == expected
+    assert len(expected) == 18
+    assert "shadowed" not in {row[1] for row in expected}
+
+
+def test_a_wheel_that_pip_installs_is_listed_as_one_that_the_tests_unpack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = dists.build_wheel(dists.GOOD, tmp_path)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    offline = ["--no-deps", "--no-index", "--target", tmp_path / "pip"]
+    subprocess.run([*pip, "install", *offline, wheel], check=True)
+    dists.install(tmp_path / "unpacked", dists.GOOD)
+    listed = {}
+    for folder in ("pip", "unpacked"):
+        monkeypatch.setattr(sys, "path", [str(tmp_path / folder)])
+        listed[folder] = [p._replace(where="") for p in registry.installed()]
+    assert listed["pip"] == listed["unpacked"]
+    assert [p.name for p in listed["pip"]] == ["bag-random", "bag", "slab", "likeliest", "tally"]
+
+
+def test_a_wheel_on_the_path_counts_and_other_files_and_absent_folders_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = dists.build_wheel(dists.sampler("acme-zipped", "zipped", dists.LIKELIEST), tmp_path)
+    text = tmp_path / "notes.txt"
+    text.write_text("no zip file")
+    for entry in (text, tmp_path / "absent", wheel):
+        monkeypatch.syspath_prepend(str(entry))
+    plugin = registry.find("sampler", "zipped")
+    assert (plugin.where, plugin.version) == (str(wheel), "1.0")
+    assert registry.load(plugin).tilewright_api == 1
+    sys.modules.pop("acme_zipped")
+
+
+def test_what_an_interrupted_uninstall_left_behind_is_not_listed(site: Install) -> None:
+    folder = site(dists.RIVALS[0])
+    info = folder / "acme_one-1.5.dist-info"
+    info.rename(folder / "~cme_one-1.5.dist-info")
+    assert not [p for p in registry.installed("sampler") if p.name == "rival"]
+
+
+def test_undecodable_metadata_does_not_hide_the_other_plugins(site: Install) -> None:
+    folder = site(*dists.RIVALS)
+    (folder / "acme_one-1.5.dist-info" / "entry_points.txt").write_bytes(b"\xff[\x00=")
+    assert registry.find("sampler", "rival").distribution == "acme-two"
+
+
+def test_listing_imports_nothing_and_finds_code_that_is_gone(site: Install) -> None:
+    site(dists.GOOD, dists.BROKEN_IMPORT, dists.STALE)
+    plugins = {p.name: p for p in registry.installed()}
+    states = {name: registry.state(p, plugins.values())[0] for name, p in plugins.items()}
+    assert (states["likeliest"], states["broken"], states["stale"]) == ("ok", "ok", "missing")
+    assert not {"acme_bag", "acme_broken"} & sys.modules.keys()
+
+
+def test_folders_that_remain_without_code_do_not_pass_for_a_plugin(site: Install) -> None:
+    (site(dists.STALE) / "acme_stale_package" / "__pycache__").mkdir(parents=True)
+    why = registry.missing_code(registry.find("sampler", "stale"))
+    assert why is not None
+    assert "no module 'acme_stale_package.plugin'" in why
+
+
+def test_namespace_packages_are_found(site: Install) -> None:
+    source = dedent(dists.LIKELIEST)
+    dist = dists.Distribution(
+        "acme-ns", {"acme_ns/deep/er.py": source}, {"sampler": {"ns": "acme_ns.deep.er"}}
+    )
+    site(dist)
+    plugin = registry.find("sampler", "ns")
+    assert registry.missing_code(plugin) is None
+    registry.load(plugin)
+
+
+# --- what a name means ----------------------------------------------------------------------------
+
+
+def test_a_name_selects_its_plugin_and_imports_no_other(site: Install) -> None:
+    site(dists.GOOD, dists.BROKEN_IMPORT, *dists.RIVALS)
+    plugin = registry.find("sampler", "likeliest")
+    assert str(plugin) == "sampler 'likeliest' of acme-bag 0.3"
+    assert registry.load(plugin) is sys.modules["acme_bag.likeliest"]
+    assert not {"acme_bag.executor", "acme_broken", "acme_one"} & sys.modules.keys()
+
+
+def test_an_unknown_name_lists_what_is_installed_what_is_broken_and_the_nearest(
+    site: Install,
+) -> None:
+    site(dists.GOOD, dists.STALE)
+    assert refusal("sampler", "likliest") == (
+        "no sampler is named 'likliest'; did you mean 'likeliest'? (installed: greedy, likeliest, "
+        "top-p; broken: stale (no module 'acme_stale_package': its files are gone, reinstall or "
+        "uninstall acme-stale))"
+    )
+    assert refusal("observer", "x") == "no observer is named 'x' (installed: tally)"
+
+
+def test_a_kind_with_nothing_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    assert refusal("loader", "hf-local") == "no loader is named 'hf-local' (none is installed)"
+
+
+def test_names_are_compared_exactly(site: Install) -> None:
+    site(dists.GOOD)
+    assert "did you mean 'likeliest'?" in refusal("sampler", "Likeliest")
+    assert "installed:" in refusal("executor", "likeliest")
+
+
+def test_a_name_that_two_distributions_claim_is_refused_and_the_distribution_chooses(
+    site: Install,
+) -> None:
+    site(*dists.RIVALS)
+    assert refusal("sampler", "rival") == (
+        "sampler 'rival' is claimed by acme-one 1.5 and by acme-two 2.0; "
+        "choose 'acme-one:rival' or 'acme-two:rival'"
+    )
+    one = registry.load(registry.find("sampler", "acme-one:rival"))
+    two = registry.load(registry.find("sampler", "acme-two:rival"))
+    assert (one.__name__, two.__name__) == ("acme_one", "acme_two")
+
+
+@pytest.mark.parametrize("spelling", ["acme-two", "Acme.Two", "ACME__two"])
+def test_distributions_are_compared_as_installers_compare_them(
+    site: Install, spelling: str
+) -> None:
+    site(*dists.RIVALS)
+    assert registry.find("sampler", f"{spelling}:rival").distribution == "acme-two"
+
+
+def test_an_unknown_distribution_is_answered_with_the_qualified_names(site: Install) -> None:
+    site(*dists.RIVALS)
+    message = refusal("sampler", "acme-tow:rival")
+    assert "did you mean 'acme-two:rival'?" in message
+    assert "tilewright:greedy, acme-one:rival, acme-two:rival, tilewright:top-p" in message
+
+
+def test_a_rival_whose_code_is_gone_is_named_as_such(site: Install) -> None:
+    (site(*dists.RIVALS) / "acme_one.py").unlink()
+    assert "acme-one 1.5 (no module 'acme_one': its files are gone" in refusal("sampler", "rival")
+
+
+def test_a_distribution_that_lists_a_name_twice(site: Install) -> None:
+    listing = site(dists.RIVALS[0]) / "acme_one-1.5.dist-info" / "entry_points.txt"
+    line = "rival = acme_one\n"
+    listing.write_text(listing.read_text() + line)
+    assert registry.find("sampler", "rival").target == "acme_one"
+    listing.write_text(listing.read_text() + line.replace("acme_one", "other"))
+    assert refusal("sampler", "acme-one:rival") == (
+        "sampler 'acme-one:rival' is listed twice by acme-one 1.5 (acme_one and other): "
+        "reinstall or uninstall it"
+    )
+
+
+# --- plugins that are refused ---------------------------------------------------------------------
+
+REFUSED = {
+    "import": (
+        dists.BROKEN_IMPORT,
+        "sampler 'broken' of acme-broken 1.0 cannot be imported from acme_broken: "
+        "ModuleNotFoundError: No module named 'a_library_that_is_not_installed' "
+        "(SITE/acme_broken.py, line 1)",
+    ),
+    "exit": (
+        dists.EXITS,
+        "sampler 'exits' of acme-exits 1.0 cannot be imported from acme_exits: SystemExit: 3 "
+        "(SITE/acme_exits.py, line 1)",
+    ),
+    "panic": (
+        module("class Panic(BaseException): pass\nraise Panic('two\\nlines')"),
+        "sampler 'x' of acme-x 1.0 cannot be imported from acme_x: Panic: two lines "
+        "(SITE/acme_x.py, line 2)",
+    ),
+    "syntax": (
+        dists.SYNTAX,
+        "sampler 'syntax' of acme-syntax 1.0 cannot be imported from acme_syntax: "
+        "SyntaxError: invalid syntax (acme_syntax.py, line 1)",
+    ),
+    "gone": (
+        dists.STALE,
+        "sampler 'stale' of acme-stale 1.0 cannot be imported from acme_stale_package.plugin: "
+        "no module 'acme_stale_package': its files are gone, reinstall or uninstall acme-stale",
+    ),
+    "attribute": (
+        dists.Distribution("acme-x", {"acme_x.py": ""}, {"sampler": {"x": "acme_x:plugin"}}),
+        "sampler 'x' of acme-x 1.0 cannot be imported from acme_x:plugin: "
+        "AttributeError: module 'acme_x' has no attribute 'plugin'",
+    ),
+    "misspelt hook": (
+        dists.MISSPELT_HOOK,
+        "sampler 'misspelt' of acme-misspelt 1.0 implements 'create_samplr', which is no hook of "
+        "tilewright; did you mean 'create_sampler'?",
+    ),
+    "wrong argument": (
+        dists.WRONG_ARGUMENT,
+        "sampler 'argument' of acme-argument 1.0: create_sampler() takes an argument 'reqest'; "
+        "did you mean 'request'? (the hook has: request)",
+    ),
+    "argument with a default": (
+        module(dists.LIKELIEST.replace("(request)", "(request=None)")),
+        "sampler 'x' of acme-x 1.0: create_sampler() must take 'request' without a default and "
+        "not by keyword only, found 'request=None'",
+    ),
+    "argument by keyword only": (
+        module(dists.LIKELIEST.replace("(request)", "(*, request)")),
+        "sampler 'x' of acme-x 1.0: create_sampler() must take 'request' without a default and "
+        "not by keyword only, found 'request'",
+    ),
+    "argument of nothing": (
+        module(dists.LIKELIEST + "\n    @hookimpl\n    def on_close(**kwargs): pass\n"),
+        "sampler 'x' of acme-x 1.0: on_close() takes an argument 'kwargs' (the hook has: none)",
+    ),
+    "wrapper that is none": (
+        module(dists.LIKELIEST.replace("@hookimpl", "@hookimpl(wrapper=True)")),
+        "sampler 'x' of acme-x 1.0 does not fit its hook spec: Plugin 'acme_x' for hook "
+        "'create_sampler' hookimpl definition: create_sampler(request) Declared as wrapper=True "
+        "or hookwrapper=True but function is not a generator function",
+    ),
+    "newer API": (
+        dists.OTHER_API,
+        "sampler 'future' of acme-api 1.0 is written for API 999; this tilewright has API 1: "
+        "upgrade tilewright",
+    ),
+    "older API": (
+        dists.OLD_API,
+        "sampler 'past' of acme-old 1.0 is written for API 0; this tilewright has API 1: "
+        "install a newer version of it",
+    ),
+    "no API": (
+        module(dists.LIKELIEST.replace("tilewright_api = 1", "")),
+        "sampler 'x' of acme-x 1.0 does not say which API it was written for: expected "
+        "tilewright_api = 1 in module acme_x, found nothing",
+    ),
+    "API in words": (
+        module(dists.LIKELIEST.replace("tilewright_api = 1", "tilewright_api = '1.0'")),
+        "sampler 'x' of acme-x 1.0 does not say which API it was written for: expected "
+        "tilewright_api = 1 in module acme_x, found '1.0'",
+    ),
+    "unmarked hook": (
+        dists.UNMARKED,
+        "sampler 'unmarked' of acme-unmarked 1.0 does not implement 'create_sampler', which every "
+        "sampler must (it has a function of that name: mark it with @hookimpl)",
+    ),
+    "no hook": (
+        module("tilewright_api = 1"),
+        "sampler 'x' of acme-x 1.0 does not implement 'create_sampler', which every sampler must",
+    ),
+    "another kind": (
+        dists.Distribution(
+            "acme-x", {"acme_x.py": dedent(dists.LIKELIEST)}, {"executor": {"x": "acme_x"}}
+        ),
+        "executor 'x' of acme-x 1.0 does not implement 'create_executor', which every executor "
+        "must",
+    ),
+    "class": (
+        dists.Distribution(
+            "acme-x",
+            {"acme_x.py": "class Plugin:\n    tilewright_api = 1\n"},
+            {"sampler": {"x": "acme_x:Plugin"}},
+        ),
+        "sampler 'x' of acme-x 1.0 must be a module or an object with hooks, found class Plugin: "
+        "nothing is called to make a plugin, so let the entry point name a module or an instance",
+    ),
+    "factory": (
+        dists.Distribution(
+            "acme-x", {"acme_x.py": "def make(): pass\n"}, {"sampler": {"x": "acme_x:make"}}
+        ),
+        "sampler 'x' of acme-x 1.0 must be a module or an object with hooks, found function make: "
+        "nothing is called to make a plugin, so let the entry point name a module or an instance",
+    ),
+    "target that is no target": (
+        dists.Distribution("acme-x", {}, {"sampler": {"x": ":"}}),
+        "sampler 'x' of acme-x 1.0 cannot be imported from :: ValueError: Empty module name",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_selected_plugin_that_cannot_be_used_is_refused_with_the_cause(
+    site: Install, what: str
+) -> None:
+    distribution, expected = REFUSED[what]
+    folder = site(distribution)
+    ((kind, names),) = distribution.plugins.items()
+    (name,) = names
+    assert refusal(kind, name) == expected.replace("SITE", str(folder))
+
+
+def test_ctrl_c_in_an_import_goes_through(site: Install) -> None:
+    site(module("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        registry.load(registry.find("sampler", "x"))
+
+
+def test_a_cause_is_kept_for_the_traceback(site: Install) -> None:
+    site(dists.BROKEN_IMPORT)
+    with pytest.raises(PluginError) as caught:
+        registry.load(registry.find("sampler", "broken"))
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+# --- plugins that are accepted --------------------------------------------------------------------
+
+
+def test_an_object_may_serve_two_kinds_and_is_registered_once(site: Install) -> None:
+    source = """
+        from tilewright import hookimpl
+
+        class Both:
+            tilewright_api = 1
+
+            @hookimpl
+            def create_sampler(self):
+                return "sampler"
+
+            @hookimpl
+            def create_executor(self, request):
+                return "executor"
+
+        class Namespace:
+            both = Both()
+    """
+    targets = {"x": "acme_x : Namespace.both"}
+    site(
+        dists.Distribution(
+            "acme-x", {"acme_x.py": dedent(source)}, {"sampler": targets, "executor": targets}
+        )
+    )
+    manager = registry.new_manager()
+    sampler = registry.register(manager, "sampler", "x")
+    executor = registry.register(manager, "executor", "x")
+    assert sampler is executor
+    assert manager.get_name(sampler) == "sampler:acme-x:x"
+    assert registry.call(sampler, "create_sampler", request=None) == "sampler"
+    assert registry.call(sampler, "create_executor", request=None) == "executor"
+
+
+def test_every_hook_has_documentation_and_each_kind_its_required_hooks() -> None:
+    from tilewright import hookspecs
+
+    known = registry.known_hooks()
+    for kind in registry.KINDS.values():
+        specs = vars(getattr(hookspecs, kind.specs))
+        for hook in kind.required:
+            assert specs[hook].__doc__
+            assert hook in known
+
+
+@frozen
+class Options:
+    size: int = field(default=1, metadata={"help": "how big"})
+
+
+class Plugin:
+    tilewright_api = 1
+
+    def __init__(self, says: Any) -> None:
+        self.says = says
+
+    @hookimpl
+    def plugin_info(self) -> Any:
+        return self.says
+
+    @hookimpl
+    def create_sampler(self) -> Any:
+        return self.says
+
+
+def test_info_is_what_the_plugin_says_of_itself() -> None:
+    says = PluginInfo(summary="a plugin", options=Options)
+    assert registry.info(Plugin(says)) is says
+    assert registry.info(Plugin(None)) == PluginInfo(summary="")
+    with pytest.raises(PluginError, match="must return a PluginInfo, found 'a plugin'"):
+        registry.info(Plugin("a plugin"))
+
+
+def test_a_hook_that_makes_nothing_is_an_error_of_the_plugin() -> None:
+    with pytest.raises(
+        PluginError, match=r"create_sampler\(\) of a Plugin object returned nothing"
+    ):
+        registry.call(Plugin(None), "create_sampler", request=None)
+    assert registry.call(Plugin(None), "doctor_checks") is None
