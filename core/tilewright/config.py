@@ -62,18 +62,20 @@ class ModelChoice:
     """The model, and what it is called in results."""
 
     id: str = _setting("the model's name in results; default: the last part of path", "")
-    path: str = _setting("what the loader takes: a directory", str(DEMO_MODEL))
+    path: str = _setting(
+        "the model's directory, or what else the loader takes; default: the bundled demo model",
+        str(DEMO_MODEL),
+    )
     format: str | None = _setting("weight format; default: the one that finds its files")
 
 
 @frozen
 class Prompts:
-    """The prompts, in text or in files; ``-`` is standard input."""
+    """The prompts, in text or in files, one or a list; the file ``-`` is standard input."""
 
-    text: tuple[str, ...] = _setting("a prompt, or a list of prompts", ())
+    text: tuple[str, ...] = _setting("text to continue", ())
     file: tuple[str, ...] = _setting(
-        "a file, or a list of files: each holds one prompt, or one a line as JSON if it is *.jsonl",
-        (),
+        "a file that holds a prompt, or with a name in .jsonl a prompt a line, as JSON", ()
     )
 
 
@@ -347,9 +349,7 @@ def _hint(name: str, section: str | None) -> str:
     """A wrong name, with the nearest right one, or the section that it belongs to."""
     home = next((s for s in SECTIONS if s != section and name in keys(s)), None)
     known = [*SECTIONS, "options"] if section is None else keys(section)
-    guess = nearest(name, known)
-    if home and not guess:
-        guess = f"; it is a key of [{home}]"
+    guess = f"; it is a key of [{home}]" if home else nearest(name, known)
     within = "sections" if section is None else f"keys of [{section}]"
     return f"{name!r}{guess} ({within}: {', '.join(known)})"
 

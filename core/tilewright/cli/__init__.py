@@ -1,0 +1,144 @@
+"""The ``tilewright`` command. A command is a module, imported when it is called.
+
+It has ``SUMMARY``, ``configure(parser)`` and ``run(args) -> int``, the exit code.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from tilewright import __version__
+from tilewright.errors import ConfigError, TilewrightError, nearest
+
+COMMANDS = {
+    "generate": "continue a prompt",
+    "chat": "talk with a model",
+    "run": "do what a run file says",
+    "bench": "measure prefill and decode",
+    "plugins": "list, show and check plugins",
+    "doctor": "check this machine",
+}
+"""Each command's module in this package, and its summary, which is here so that ``--help`` need not
+import them."""
+
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (``sys.argv`` by default). Returns the exit code.
+
+    A user's mistake is one line on stderr and code 2; with ``--debug`` its traceback comes first.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _prepare_streams()
+        code = _run(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+    except (TilewrightError, OSError) as error:
+        if "--debug" in argv:
+            import traceback
+
+            traceback.print_exc()
+        print(f"tilewright: error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = USER_ERROR
+    _give_up_unwritten()
+    return code
+
+
+def _run(argv: Sequence[str]) -> int:
+    called = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser([called] if called in COMMANDS else [])
+    try:
+        args, extra = parser.parse_known_args(argv)
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    if extra:
+        raise ConfigError(_unexpected(extra[0], subparsers(parser).get(args.command, parser)))
+    if args.command is None:
+        raise ConfigError(f"a command is missing: {', '.join(COMMANDS)} (tilewright --help)")
+    module = import_module(f"tilewright.cli.{args.command}")
+    return int(module.run(args))
+
+
+def build_parser(configured: Collection[str]) -> "Parser":
+    """The parser, with the arguments of some commands only: the others are not imported."""
+    parser = Parser(prog="tilewright", description="A plugin-based LLM inference framework.")
+    parser.add_argument("--version", action="version", version=f"tilewright {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        if name in configured:
+            import_module(f"tilewright.cli.{name}").configure(command)
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show tracebacks of errors",
+        )
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError for wrong usage, with the nearest right word."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f"unknown {value!r}{nearest(str(value), known)} ({', '.join(known)})"
+            )
+
+
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """A parser's commands by name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def _unexpected(word: str, parser: argparse.ArgumentParser) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}: quote text that has spaces"
+    flag = word.partition("=")[0]
+    return f"unknown option {flag!r}{nearest(flag, _flags(parser))} (see {parser.prog} --help)"
+
+
+def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield from parser._option_string_actions
+    for nested in subparsers(parser).values():
+        yield from _flags(nested)
+
+
+def _prepare_streams() -> None:
+    """Make printing safe where the locale knows little of Unicode, or a stream is closed."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise ConfigError("standard output is closed: redirect it to a file or to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_unwritten() -> None:
+    """Drop output that cannot be written, of which Python would complain when it ends."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

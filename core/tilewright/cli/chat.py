@@ -1,0 +1,144 @@
+"""``tilewright chat``: a conversation on a terminal, or one message a line from a pipe."""
+
+import argparse
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, cast
+
+from attrs import define, evolve, field
+
+from tilewright.cli import INTERRUPTED, flags
+from tilewright.cli.generate import print_stream
+from tilewright.cli.output import note
+from tilewright.cli.session import open_engine
+from tilewright.config import RunConfig, resolve
+from tilewright.errors import RequestError, TilewrightError, nearest
+
+if TYPE_CHECKING:
+    from tilewright.engine import GenerationStream, LLMEngine
+
+SUMMARY = "talk with a model"
+
+_WORDS = {
+    "/reset": "forget the conversation",
+    "/system TEXT": "forget the conversation and begin one with this system message",
+    "/quit": "end, as Ctrl-D does",
+    "/help": "show this",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "tilewright chat [options]"
+    parser.description = (
+        "Talk with a model. Ctrl-C stops an answer. Without a terminal, each line of standard "
+        f"input is a message. A line may also be {', '.join(_WORDS)}."
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    flags.add_generate_flags(parser)
+    flags.add_engine_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    resolved = resolve(flags=flags.layer(args))
+    with open_engine(resolved) as engine:
+        conversation = Conversation(engine, resolved.config)
+        conversation.begin(args.system)
+        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+            return _talk(conversation)
+        _read_messages(conversation)
+    return 0
+
+
+@define
+class Conversation:
+    """The messages so far, and where answers come from."""
+
+    engine: "LLMEngine"
+    config: RunConfig
+    messages: list[dict[str, str]] = field(factory=list)
+
+    def begin(self, system: str | None) -> None:
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def answer(self, text: str) -> None:
+        """Print the answer to a message. One that is interrupted stays as far as it came."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        stream = cast(
+            "GenerationStream",
+            self.engine.chat(
+                self.config.model.id, messages, evolve(self.config.generate, stream=True)
+            ),
+        )
+        said: list[str] = []
+        try:
+            print_stream(stream, said)
+        finally:
+            if said:
+                self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+        if stream.result and stream.result.finish_reason == "length":
+            tokens = len(stream.result.token_ids)
+            note(f"note: cut after {tokens} tokens; --max-new-tokens N allows more")
+
+
+def _talk(conversation: Conversation) -> int:
+    with suppress(ImportError):
+        import readline  # noqa: F401  gives input() line editing and history
+
+    note(f"{conversation.config.model.id}: Ctrl-C stops an answer, Ctrl-D ends, /help tells more")
+    interrupted = False
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            if interrupted:
+                print()
+                return INTERRUPTED
+            interrupted = True
+            note("\nCtrl-C again or Ctrl-D ends the chat")
+            continue
+        interrupted = False
+        try:
+            if not _take(conversation, line):
+                return 0
+        except KeyboardInterrupt:
+            continue
+        except TilewrightError as error:
+            note(f"error: {error}")
+
+
+def _read_messages(conversation: Conversation) -> None:
+    if sys.stdin is None:
+        raise RequestError("standard input is closed: expected a message a line there")
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"standard input, line {number}: expected UTF-8, found byte "
+                f"0x{line[error.start]:02x}"
+            ) from error
+        if not _take(conversation, text):
+            return
+
+
+def _take(conversation: Conversation, line: str) -> bool:
+    """Do what a line says. False when it ends the conversation."""
+    word, _, rest = line.strip().partition(" ")
+    if word == "/quit":
+        return False
+    if word == "/reset":
+        conversation.begin(None)
+    elif word == "/system":
+        conversation.begin(rest)
+    elif word == "/help":
+        for usage, meaning in _WORDS.items():
+            note(f"{usage}: {meaning}")
+    elif word.startswith("/"):
+        known = [usage.partition(" ")[0] for usage in _WORDS]
+        raise RequestError(f"no command is named {word!r}{nearest(word, known)}; see /help")
+    elif word:
+        conversation.answer(line.strip())
+    return True

@@ -1,0 +1,170 @@
+"""Flags that several commands have, derived from the settings that they set."""
+
+import argparse
+from collections.abc import Collection, Mapping
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from tilewright import registry
+from tilewright.config import OPTIONS_BY_NAME, SECTIONS, Given, Layer, Place, keys
+from tilewright.errors import ConfigError, nearest
+from tilewright.options import Option, options_of
+
+_NAMES = {
+    ("model", "path"): "--model",
+    ("plugins", "observers"): "--observer",
+    ("prompts", "text"): "--prompt",
+    ("prompts", "file"): "--prompt-file",
+    ("output", "file"): "--output",
+}
+"""Where a flag is not just its key with dashes."""
+
+_OPTIONS = "options"
+PROMPT = "prompts.text"
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose model and plugins, and set how the model runs."""
+    model = parser.add_argument_group("model")
+    _add(model, "model", {"path", "format"})
+    _add(parser.add_argument_group("runtime"), "runtime")
+    plugins = parser.add_argument_group("plugins")
+    _add(plugins, "plugins")
+    plugins.add_argument(
+        "-o",
+        "--option",
+        dest=_OPTIONS,
+        action="append",
+        metavar="KEY=VALUE",
+        help="set an executor option; KIND.KEY=VALUE (loader, kv_allocator, sampler) or "
+        "KIND.NAME.KEY=VALUE (weight_format, observer) that of another plugin",
+    )
+    parser.epilog = (
+        "Settings also come from the environment, as TILEWRIGHT_RUNTIME_PAGE_SIZE=32 or "
+        "TILEWRIGHT_MODEL_PATH=DIR; flags win over it, and it wins over a run file."
+    )
+
+
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of a generation."""
+    _add(parser.add_argument_group("generation"), "generate")
+
+
+def add_prompt_flag(parser: argparse.ArgumentParser) -> None:
+    """For commands whose argument is not the prompt."""
+    _add(parser, "prompts", {"text"})
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for prompt files, and for where results go."""
+    _add(parser.add_argument_group("prompts"), "prompts", {"file"})
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        dest="output.format",
+        action="store_const",
+        const="jsonl",
+        help="print a JSON object a result",
+    )
+    _add(output, "output", {"file"})
+    output.add_argument(
+        "--stats",
+        action="store_true",
+        help="print speeds on standard error; on a terminal that is done anyway",
+    )
+
+
+def layer(args: argparse.Namespace) -> Layer:
+    """The settings that were given as flags."""
+    given: dict[Place, Given] = {}
+    for dest, value in vars(args).items():
+        section, dot, key = dest.partition(".")
+        if dot and value is not None:
+            given[section, key] = Given(value, flag_name(section, key))
+    if isinstance(text := getattr(args, PROMPT, None), str):
+        del given["prompts", "text"]
+        place = ("prompts", "file" if text == "-" else "text")
+        if place in given:
+            raise ConfigError("PROMPT is - but there is also --prompt-file: give one of them")
+        given[place] = Given([text], "PROMPT")
+    if isinstance(bias := getattr(args, "generate.logit_bias", None), list):
+        given["generate", "logit_bias"] = Given(
+            dict(_split(item, "--logit-bias", "ID=VALUE") for item in bias), "--logit-bias"
+        )
+    for item in getattr(args, _OPTIONS, None) or ():
+        key, value = _split(item, "-o", "KEY=VALUE")
+        given[option_place(key)] = Given(value, f"-o {key}")
+    return given
+
+
+def option_place(key: str) -> Place:
+    """``threads`` is the executor's; ``sampler.x`` and ``weight_format.gguf.x`` name a plugin."""
+    kind, dot, rest = key.partition(".")
+    if not dot:
+        return (_OPTIONS, "executor", key)
+    if kind not in registry.KINDS:
+        raise ConfigError(
+            f"-o {key}: unknown kind of plugin {kind!r}{nearest(kind, registry.KINDS)} "
+            f"(kinds: {', '.join(registry.KINDS)})"
+        )
+    if kind not in OPTIONS_BY_NAME:
+        return (_OPTIONS, kind, rest)
+    name, dot, option = rest.rpartition(".")
+    if not dot:
+        raise ConfigError(f"-o {key}: expected {kind}.NAME.KEY=VALUE, with the plugin's name")
+    return (_OPTIONS, kind, name, option)
+
+
+def flag_name(section: str, key: str) -> str:
+    """The flag of a setting."""
+    if (section, key) == ("output", "format"):
+        return "--json"
+    return _NAMES.get((section, key), f"--{key.replace('_', '-')}")
+
+
+def _add(
+    group: "argparse._ActionsContainer", section: str, chosen: Collection[str] | None = None
+) -> None:
+    for option in options_of(SECTIONS[section]):
+        if option.name in (chosen or keys(section)):
+            group.add_argument(
+                flag_name(section, option.name),
+                dest=f"{section}.{option.name}",
+                help=_help(section, option).replace("%", "%%"),
+                **_action(section, option),
+            )
+
+
+def _action(section: str, option: Option) -> dict[str, Any]:
+    """How argparse reads the flag. The values stay text: the settings' types are theirs."""
+    type_ = option.type
+    if get_origin(type_) in (Union, UnionType):
+        type_ = next(t for t in get_args(type_) if t is not type(None))
+    if type_ is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    words = {int: "N", float: "X"}
+    metavar = words.get(type_, option.name.rpartition("_")[2].upper())
+    if section == "plugins":
+        metavar = "NAME"
+    if type_ == tuple[str, ...]:
+        return {"action": "append", "metavar": metavar}
+    if type_ == tuple[int, ...]:
+        return {"metavar": "ID,ID"}
+    if get_origin(type_) is Mapping:
+        return {"action": "append", "metavar": "ID=VALUE"}
+    return {"metavar": metavar}
+
+
+def _help(section: str, option: Option) -> str:
+    text = option.help
+    repeated = " (repeatable)" if _action(section, option).get("action") == "append" else ""
+    if option.default in (None, "", ()) or section in ("model", "output"):
+        return text + repeated
+    return f"{text} ({option.default})"
+
+
+def _split(item: str, flag: str, form: str) -> tuple[str, str]:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{flag}: expected {form}, found {item!r}")
+    return key, value

@@ -1,0 +1,109 @@
+"""What a command prints: results on standard output or in a file, notes on standard error."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+from tilewright.errors import ConfigError
+from tilewright.types import GenerateResult, TokenLogprobs
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def opened(path: str | None) -> Iterator[IO[str]]:
+    """Standard output (None or ``-``), or a file that appears when the block ends well.
+
+    Raises ConfigError at once when the file cannot be made.
+    """
+    if path in (None, "-"):
+        yield sys.stdout
+        return
+    assert path is not None
+    try:
+        path = os.path.realpath(path)  # the file that a link names is replaced, not the link
+        if os.path.isdir(path):
+            raise IsADirectoryError(None, "it is a directory")
+        regular = os.path.isfile(path) or not os.path.exists(path)
+        unfinished = f"{path}.{os.getpid()}.unfinished" if regular else path
+        file = open(unfinished, "x" if regular else "w", encoding="utf-8")  # noqa: SIM115
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"output file {path!r} cannot be written: {why}") from error
+    try:
+        with file:
+            yield file
+        if regular:
+            os.replace(unfinished, path)
+    except BaseException:
+        if regular:
+            os.unlink(unfinished)
+        raise
+
+
+def write_text(results: Sequence[GenerateResult], file: IO[str]) -> None:
+    """The texts, each with a newline after it and, between two, an empty line."""
+    file.write("\n".join(f"{result.text}\n" for result in results))
+
+
+def write_json(value: Any, file: IO[str]) -> None:
+    """One line. Escaped to ASCII where the stream has no Unicode."""
+    unicode = (getattr(file, "encoding", None) or "").lower().startswith("utf")
+    file.write(json.dumps(value, ensure_ascii=not unicode) + "\n")
+    file.flush()
+
+
+def result_record(result: GenerateResult, prompt: str) -> dict[str, Any]:
+    """A result as ``--json`` prints it."""
+    timings = result.timings
+    record: dict[str, Any] = {
+        "model": result.model_id,
+        "prompt": prompt,
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "prompt_token_ids": result.prompt_token_ids,
+        "seed": result.seed,
+        "timings": {
+            "load_seconds": timings.load_seconds,
+            "prefill_seconds": timings.prefill_seconds,
+            "decode_seconds": timings.decode_seconds,
+            "prompt_tokens": timings.prompt_tokens,
+            "new_tokens": timings.new_tokens,
+            "prefill_tokens_per_second": timings.prefill_tokens_per_second,
+            "decode_tokens_per_second": timings.decode_tokens_per_second,
+        },
+    }
+    if result.logprobs is not None:
+        record["logprobs"] = [_logprobs_record(token) for token in result.logprobs]
+    if result.sanitized_steps:
+        record["sanitized_steps"] = result.sanitized_steps
+    return record
+
+
+def _logprobs_record(token: TokenLogprobs) -> dict[str, Any]:
+    return {"token_id": token.token_id, "logprob": token.logprob, "top": token.top}
+
+
+def stats_line(results: Sequence[GenerateResult]) -> str:
+    """Tokens and speeds, for one result or for a batch."""
+    timings = [result.timings for result in results]
+    prompt_tokens = sum(t.prompt_tokens for t in timings)
+    new_tokens = sum(t.new_tokens for t in timings)
+    loading = f"the model loaded in {timings[0].load_seconds:.2f} s"
+    if len(results) > 1:
+        seconds = max(t.prefill_seconds + t.decode_seconds for t in timings)
+        return (
+            f"{len(results)} prompts: {prompt_tokens} prompt tokens and {new_tokens} new tokens "
+            f"in {seconds:.2f} s; {loading}"
+        )
+    return (
+        f"{prompt_tokens} prompt tokens ({timings[0].prefill_tokens_per_second:.1f} tokens/s), "
+        f"{new_tokens} new tokens ({timings[0].decode_tokens_per_second:.1f} tokens/s), "
+        f"ended by {results[0].finish_reason}; {loading}"
+    )

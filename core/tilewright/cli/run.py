@@ -1,0 +1,108 @@
+"""``tilewright run``: a run file, with flags and environment over it."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewright.cli import flags
+from tilewright.cli.generate import produce
+from tilewright.config import OPTIONS_BY_NAME, SECTIONS, Place, Resolved, keys, resolve
+from tilewright.types import BUILTIN_GENERATE
+
+SUMMARY = "do what a run file says"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "tilewright run [options] CONFIG"
+    parser.add_argument("config", metavar="CONFIG", help="the run file, in TOML")
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print every setting and where it comes from, as a run file, and do nothing else",
+    )
+    flags.add_prompt_flag(parser)
+    flags.add_output_flags(parser)
+    flags.add_generate_flags(parser)
+    flags.add_engine_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    resolved = resolve(Path(args.config), flags.layer(args))
+    if args.show:
+        sys.stdout.write(show(resolved))
+    else:
+        produce(resolved, stats=args.stats)
+    return 0
+
+
+def show(resolved: Resolved) -> str:
+    """A run file with all settings, each with its origin in a comment.
+
+    Those that nothing but the model decides are comments altogether.
+    """
+    lines: list[str] = []
+    for section in SECTIONS:
+        lines += ["", f"[{section}]", *_lines(resolved, section)]
+        if section == "plugins":
+            for place, table in _tables(resolved.config.options):
+                lines += ["", f"[{'.'.join(map(_key, place))}]"]
+                lines += [
+                    f"{_key(key)} = {_toml(value)}  # {resolved.origin(*place, key)}"
+                    for key, value in table.items()
+                ]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _lines(resolved: Resolved, section: str) -> Iterator[str]:
+    settings = getattr(resolved.config, section)
+    for key in keys(section):
+        value = getattr(settings, key)
+        if value is not None and (section, value) != ("prompts", ()):
+            yield f"{key} = {_toml(value)}  # {resolved.origin(section, key)}"
+        elif section == "generate":
+            builtin = getattr(BUILTIN_GENERATE, key)
+            otherwise = "" if builtin is None else f", or else {_toml(builtin)}"
+            yield f"# {key}: as the model recommends{otherwise}"
+        else:
+            yield f"# {key}: {_WHEN_OPEN[section]}"
+
+
+_WHEN_OPEN = {
+    "model": "the one that finds its files",
+    "runtime": "decided when the model is loaded",
+    "prompts": "none",
+    "output": "standard output",
+}
+
+
+def _tables(options: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    for kind, table in options.items():
+        if kind in OPTIONS_BY_NAME:
+            for name, named in table.items():
+                yield ("options", kind, name), named
+        else:
+            yield ("options", kind), table
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_key(str(k))} = {_toml(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, str):
+        # TOML's escapes are JSON's, but for DEL, which JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value)
+
+
+def _key(key: str) -> str:
+    bare = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+    return key if bare else _toml(key)

@@ -1,0 +1,103 @@
+"""The engine of a command, with its model loaded."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from attrs import fields
+
+from tilewright.cli.output import note
+from tilewright.config import Resolved
+from tilewright.errors import ConfigError
+from tilewright.hookspecs import API_VERSION, hookimpl
+from tilewright.types import BUILTIN_GENERATE, GenerateConfig, LoadedModel
+
+if TYPE_CHECKING:
+    from tilewright.engine import LLMEngine
+
+
+@contextmanager
+def open_engine(resolved: Resolved) -> "Iterator[LLMEngine]":
+    """An engine with the run's model under its id. Says on stderr what the user should know."""
+    from tilewright.engine import LLMEngine
+
+    config = resolved.config
+    selection = config.selection()
+    bar = LoadingBar() if sys.stderr.isatty() else None
+    if bar:
+        selection["observers"] = (*selection["observers"], bar)
+    try:
+        engine = LLMEngine.from_plugins(**selection)
+    except ConfigError as error:
+        raise ConfigError(_with_origin(str(error), resolved)) from error
+    with engine:
+        try:
+            loaded = engine.init_model(
+                config.model.id, config.model.path, config.runtime, config.model.format
+            )
+        finally:
+            if bar:
+                bar.stop()
+        for warning in loaded.warnings:
+            note(f"warning: {warning}")
+        if text := recommended(loaded, config.generate):
+            note(f"note: the model's own settings are in force: {text}")
+        yield engine
+
+
+def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
+    """The settings that the model's files recommend and nobody overrode: ``top_k = 20, ...``."""
+    return ", ".join(
+        f"{name} = {value}"
+        for name in (a.name for a in fields(GenerateConfig))
+        if (value := getattr(loaded.generation_defaults, name)) is not None
+        and getattr(asked, name) is None
+        and value != getattr(BUILTIN_GENERATE, name)
+    )
+
+
+def _with_origin(message: str, resolved: Resolved) -> str:
+    """Plugins read their options without knowing where they were given; the message names one."""
+    for place, origin in resolved.origins.items():
+        if place[0] == "options" and repr(place[-1]) in message:
+            return f"{origin}: {message}"
+    return message
+
+
+class LoadingBar:
+    """An observer that shows how much of a model is read: bytes, rate and tensors."""
+
+    tilewright_api = API_VERSION
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._tensors = 0
+
+    @hookimpl
+    def on_load_progress(self, tensor: str, bytes_read: int, bytes_total: int) -> None:
+        if self._progress is None:
+            self._start(bytes_total)
+        self._tensors += 1
+        self._progress.update(0, completed=bytes_read, tensors=self._tensors)
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _start(self, bytes_total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+        from rich.progress import TransferSpeedColumn as SpeedColumn
+
+        self._progress = Progress(
+            TextColumn("loading"),
+            BarColumn(),
+            DownloadColumn(),
+            SpeedColumn(),
+            TextColumn("{task.fields[tensors]} tensors"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._progress.add_task("loading", total=bytes_total, tensors=0)
+        self._progress.start()
