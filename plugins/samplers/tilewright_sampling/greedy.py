@@ -1,0 +1,21 @@
+"""Plugin ``greedy``: always the likeliest token."""
+
+from tilewright import hookimpl
+from tilewright.types import PluginInfo, SamplerRequest
+from tilewright_sampling.sampler import LogitsSampler, Options
+
+tilewright_api = 1
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        summary="the likeliest token after penalties and bias",
+        options=Options,
+        limits={"no effect": "temperature, top_k, top_p, min_p, seed"},
+    )
+
+
+@hookimpl
+def create_sampler(request: SamplerRequest) -> LogitsSampler:
+    return LogitsSampler(request.options, greedy=True)
