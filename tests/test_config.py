@@ -175,9 +175,9 @@ def test_a_prompt_that_looks_like_data_is_text(tmp_path, prompt):
         ("[model]\nformat = 'safetensor'\n", "run.toml:2: no weight format is named 'safetensor'"),
         ("[model\n", "run.toml:1: no valid TOML: Expected ']'"),
         ("[model]\npath = 'a'\npath = 'b'\n", "run.toml:3: no valid TOML: Cannot overwrite"),
-        ("[model]\npath = 'a", "run.toml:2: no valid TOML"),
+        ("[model]\npath = 'a\n\n[runtime]\n", "run.toml:2: no valid TOML"),
         (f"x = {'[' * 5000}\n", "nested too deeply"),
-        (f"x = {'9' * 5000}\n", "run.toml"),
+        (f"\nx = {'9' * 5000}\n", "run.toml:2: no valid TOML"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, message):
@@ -323,6 +323,11 @@ z = 3
     }
     tomllib.loads(text)
     assert key_lines(text) == expected
+
+
+def test_finding_lines_ends_early_in_a_huge_statement():
+    text = "a = 1\nx = [\n" + "[1],\n" * 50_000 + "]\nb = 1\n"
+    assert key_lines(text) == {("a",): 1}
 
 
 VALUES = ["1", '"s"', '[\n "]",\n 2 ]', '"""\n[x]\nk = 1\n"""', "'''a\n]\n}'''", "{ a = 1 }"]

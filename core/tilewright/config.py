@@ -289,7 +289,11 @@ def _file_layer(path: Path) -> Layer:
     except (ValueError, RecursionError) as error:
         raise ConfigError(_syntax_error(path, text, error)) from error
     lines = key_lines(text)
-    return dict(_settings(document, lambda place: f"{path}:{lines.get(place, 1)}", path.parent))
+
+    def origin(place: Place) -> str:
+        return f"{path}:{lines[place]}" if place in lines else str(path)
+
+    return dict(_settings(document, origin, path.parent))
 
 
 def _syntax_error(path: Path, text: str, error: Exception) -> str:
@@ -297,8 +301,8 @@ def _syntax_error(path: Path, text: str, error: Exception) -> str:
         return f"{path}: arrays or tables are nested too deeply"
     message, _, position = str(error).rpartition(" (at ")
     number = position.removeprefix("line ").partition(",")[0]
-    if not number.isdecimal():
-        number = str(text.count("\n") + 1)
+    if not number.isdecimal():  # "end of document", which is not where the mistake is
+        number = str(next((start for start, _, parsed in _statements(text) if parsed is None), 1))
     return f"{path}:{number}: no valid TOML: {message or error}"
 
 
@@ -379,25 +383,12 @@ def _in_folder(folder: Path, value: Any) -> Any:
 
 
 def key_lines(text: str) -> dict[Place, int]:
-    """On which line each table and key of a valid TOML document is first set, counted from 1.
-
-    tomllib tells no positions. But each statement of a document is a document of its own, so the
-    shortest run of lines that parses is a statement, and what it parses to are its keys.
-    """
+    """On which line each table and key of a TOML document is first set, counted from 1."""
     found: dict[Place, int] = {}
     table: Place = ()
-    statement, start = "", 1
-    for number, line in enumerate(text.split("\n"), 1):
-        if not statement:
-            start = number
-        elif not any(end in line for end in ("]", "}", '"""', "'''")):
-            statement += line + "\n"  # cannot be the end of what began on an earlier line
-            continue
-        statement += line + "\n"
-        try:
-            parsed = tomllib.loads(statement)
-        except tomllib.TOMLDecodeError:
-            continue
+    for start, statement, parsed in _statements(text):
+        if parsed is None:
+            break
         if statement.lstrip().startswith("["):
             table = _header(parsed)
             places: Iterator[Place] = (table[:n] for n in range(1, len(table) + 1))
@@ -405,8 +396,40 @@ def key_lines(text: str) -> dict[Place, int]:
             places = (table + place for place in _places(parsed))
         for place in places:
             found.setdefault(place, start)
-        statement = ""
     return found
+
+
+def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+    """A document's headers and settings, each with its line and what it is on its own.
+
+    tomllib tells no positions. But each statement of a document is a document, so the shortest run
+    of lines that parses is one. One that never ends comes last, with None.
+    """
+    statement, start = "", 1
+    tries = _MOST_TRIED
+    for number, line in enumerate(text.split("\n"), 1):
+        if not statement:
+            start = number
+        elif not any(end in line for end in ("]", "}", '"""', "'''")):
+            statement += line + "\n"  # cannot be the end of what began on an earlier line
+            continue
+        statement += line + "\n"
+        tries -= len(statement) if start != number else 0
+        if tries < 0:
+            break
+        try:
+            parsed = tomllib.loads(statement)
+        except ValueError:
+            continue
+        yield start, statement, parsed
+        statement = ""
+    if statement:
+        yield start, statement, None
+
+
+_MOST_TRIED = 2**20
+"""Characters of statements on many lines, over all tries to find their ends; then lines are not
+told any more."""
 
 
 def _header(parsed: Any) -> Place:

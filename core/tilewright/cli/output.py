@@ -26,11 +26,11 @@ def opened(path: str | None) -> Iterator[IO[str]]:
         return
     assert path is not None
     try:
-        path = os.path.realpath(path)  # the file that a link names is replaced, not the link
-        if os.path.isdir(path):
+        target = os.path.realpath(path)  # the file that a link names is replaced, not the link
+        if os.path.isdir(target):
             raise IsADirectoryError(None, "it is a directory")
-        regular = os.path.isfile(path) or not os.path.exists(path)
-        unfinished = f"{path}.{os.getpid()}.unfinished" if regular else path
+        regular = os.path.isfile(target) or not os.path.exists(target)
+        unfinished = f"{target}.{os.getpid()}.unfinished" if regular else target
         file = open(unfinished, "x" if regular else "w", encoding="utf-8")  # noqa: SIM115
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
@@ -39,7 +39,7 @@ def opened(path: str | None) -> Iterator[IO[str]]:
         with file:
             yield file
         if regular:
-            os.replace(unfinished, path)
+            os.replace(unfinished, target)
     except BaseException:
         if regular:
             os.unlink(unfinished)

@@ -1,0 +1,371 @@
+"""Wrong run files, flags and environment variables: one line on stderr, exit code 2, no traceback.
+
+The cases are made from good ones: every setting with a wrong value and with a misspelt name, in
+each of the places where it can be given, and a good file that is damaged in many ways.
+"""
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tilewright.cli import main
+from tilewright.cli.flags import flag_name
+from tilewright.config import SECTIONS, keys
+from tilewright.options import options_of
+
+GOOD = """\
+# A run file that says something in every section.
+[plugins]
+loader = "hf-local"
+executor = "torch"
+observers = []
+
+[options.weight_format.safetensors]
+backend = "mmap"
+
+[model]
+id = "demo"
+
+[runtime]
+weight_dtype = "float32"
+page_size = 8
+max_batch_size = 4
+
+[generate]
+max_new_tokens = 4
+temperature = 0.5
+stop = ["\\n", "."]
+logit_bias = { 1 = -1.5 }
+ignore_eos = true
+
+[prompts]
+text = [
+  "one",
+  "two",
+]
+
+[output]
+format = "jsonl"
+"""
+
+SETTINGS = [(section, key) for section in SECTIONS for key in keys(section)]
+NUMBERS_AND_TEXT = {
+    key: "text"
+    for section in ("runtime", "generate")
+    for option in options_of(SECTIONS[section])
+    if "number" in option.expected or "integer" in option.expected
+    for key in [(section, option.name)]
+}
+CHOSEN = {
+    ("runtime", "weight_dtype"): "float31",
+    ("runtime", "kv_dtype"): "int8",
+    ("generate", "ignore_eos"): "perhaps",
+    ("output", "format"): "jsonlines",
+    ("plugins", "loader"): "hf-locale",
+    ("plugins", "executor"): "toch",
+    ("plugins", "kv_allocator"): "pages",
+    ("plugins", "sampler"): "top-k",
+    ("plugins", "observers"): "nobody",
+    ("model", "format"): "safetensor",
+}
+BAD_TEXT = NUMBERS_AND_TEXT | CHOSEN
+OUT_OF_RANGE = {
+    ("runtime", "page_size"): "0",
+    ("runtime", "total_pages"): "-1",
+    ("runtime", "max_seq_len"): "1",
+    ("runtime", "max_batch_size"): "2.5",
+    ("runtime", "max_batch_tokens"): "1e3",
+    ("generate", "max_new_tokens"): "0",
+    ("generate", "temperature"): "nan",
+    ("generate", "top_k"): "-1",
+    ("generate", "top_p"): "0",
+    ("generate", "min_p"): "1.5",
+    ("generate", "repetition_penalty"): "0",
+    ("generate", "presence_penalty"): "inf",
+    ("generate", "frequency_penalty"): "nan",
+    ("generate", "seed"): str(2**63),
+    ("generate", "logprobs"): "-1",
+    ("generate", "stop_token_ids"): "1,x",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.startswith("TILEWRIGHT_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def told(capsys, *argv: str) -> str:
+    """The one line that a mistake is answered with."""
+    code = main(argv)
+    out, err = capsys.readouterr()
+    assert code == 2, (code, out, err)
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("tilewright: error: ")
+    assert "Traceback" not in err
+    return err
+
+
+def run_file(text: str | bytes) -> str:
+    with open("run.toml", "wb") as f:
+        f.write(text.encode() if isinstance(text, str) else text)
+    return "run.toml"
+
+
+def misspelt(name: str) -> str:
+    return name + name[-1]
+
+
+def test_the_good_file_is_good(capsys):
+    assert main(["run", run_file(GOOD), "--show"]) == 0
+    assert "page_size = 8  # run.toml:15" in capsys.readouterr().out
+
+
+# --- run files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("section", "key"), SETTINGS)
+def test_a_value_of_a_wrong_type_in_a_file(capsys, section, key):
+    line = told(capsys, "run", run_file(f"\n[{section}]\n{key} = 1979-05-27\n"))
+    assert f"run.toml:3: {key!r} must be " in line
+    assert "1979" in line
+
+
+@pytest.mark.parametrize(("section", "key"), SETTINGS)
+def test_a_misspelt_key_in_a_file(capsys, section, key):
+    line = told(capsys, "run", run_file(f"[{section}]\n# \n{misspelt(key)} = 1\n"))
+    assert f"run.toml:3: unknown key {misspelt(key)!r}" in line
+    assert f"did you mean {key!r}" in line
+
+
+@pytest.mark.parametrize("section", [*SECTIONS, "options"])
+def test_a_misspelt_section_in_a_file(capsys, section):
+    line = told(capsys, "run", run_file(f"\n[{misspelt(section)}]\n"))
+    assert f"run.toml:2: unknown section {misspelt(section)!r}; did you mean {section!r}" in line
+
+
+@pytest.mark.parametrize("section", [*SECTIONS, "options"])
+@pytest.mark.parametrize("text", ["{} = 1\n", "[[{}]]\n", "{} = []\n", "{} = 'x'\n"])
+def test_a_section_that_is_no_table(capsys, section, text):
+    line = told(capsys, "run", run_file(text.format(section)))
+    assert f"run.toml:1: [{section}] must be a table" in line
+
+
+@pytest.mark.parametrize(("place", "value"), OUT_OF_RANGE.items(), ids=str)
+def test_a_value_out_of_range_in_a_file(capsys, place, value):
+    section, key = place
+    line = told(capsys, "run", run_file(f'[{section}]\n{key} = "{value}"\n'))
+    assert f"run.toml:2: {key!r} must be " in line
+
+
+@pytest.mark.parametrize("bad", ["\x00", "\ufeff", "= 1", "[", "]", '"', "x", "x = 'a", "é = 1"])
+@pytest.mark.parametrize("after", [0, 11, len(GOOD.splitlines())])
+def test_a_line_that_is_no_toml(capsys, bad, after):
+    lines = GOOD.splitlines(keepends=True)
+    lines.insert(after, f"{bad}\n")
+    if bad == "\ufeff" and after == 0:
+        lines[0] = "\ufeff\ufeff\n"
+    line = told(capsys, "run", run_file("".join(lines)))
+    assert f"run.toml:{after + 1}: no valid TOML: " in line
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"\xc3", b"\xed\xa0\x80"])
+def test_a_file_that_is_no_utf_8(capsys, byte):
+    data = GOOD.encode()
+    line = told(capsys, "run", run_file(data.replace(b"one", byte)))
+    assert "'run.toml', line 27: expected UTF-8" in line
+
+
+@pytest.mark.parametrize("path", ["nothing.toml", ".", "run.toml/x", "x" * 5000, "\0"])
+def test_a_run_file_that_cannot_be_read(capsys, path):
+    run_file(GOOD)
+    assert "run file" in told(capsys, "run", path)
+
+
+def test_damaged_files_are_told_in_one_line_or_are_still_good(capsys):
+    """Bytes are lost, doubled, changed and swapped in a good file, a few at a time."""
+    chance = random.Random(0)
+    codes = []
+    for _ in range(300):
+        data = bytearray(GOOD.encode())
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(data))
+            match chance.randrange(5):
+                case 0:
+                    del data[at : at + chance.randint(1, 30)]
+                case 1:
+                    data[at:at] = data[at : at + chance.randint(1, 30)]
+                case 2:
+                    data[at] = chance.randrange(256)
+                case 3:
+                    data[at:at] = chance.choice([b"[", b"]", b'"', b"'", b"=", b"\n", b".", b"{"])
+                case 4:
+                    other = chance.randrange(len(data))
+                    data[at], data[other] = data[other], data[at]
+        code = main(["run", run_file(bytes(data)), "--show"])
+        out, err = capsys.readouterr()
+        assert code in (0, 2), bytes(data)
+        if code == 2:
+            assert (out, err.count("\n")) == ("", 1), (bytes(data), err)
+            assert err.startswith("tilewright: error: "), err
+        codes.append(code)
+    assert codes.count(2) > 200
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "value"), (BAD_TEXT | OUT_OF_RANGE).items(), ids=str)
+def test_a_bad_value_of_a_flag(capsys, place, value):
+    flag = flag_name(*place)
+    assert flag in told(capsys, "generate", f"{flag}={value}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "a command is missing: generate, chat, run"),
+        (["generat"], "unknown 'generat'; did you mean 'generate'"),
+        (["--versio"], "unknown option '--versio'; did you mean '--version'"),
+        (["generate", "--temprature=1"], "did you mean '--temperature'"),
+        (["generate", "--temp", "1"], "unknown option '--temp'"),
+        (["generate", "-x"], "unknown option '-x'"),
+        (["generate", "a", "b"], "unexpected argument 'b': quote text that has spaces"),
+        (["generate", "--seed"], "--seed: expected one argument"),
+        (["generate", "--seed", "--json"], "--seed: expected one argument"),
+        (["generate", ""], "PROMPT: the prompt is empty"),
+        (["generate", "\udcff"], "PROMPT: the prompt is no valid UTF-8"),
+        (["generate", "x", "--prompt-file", "f"], "prompts are given in text already (PROMPT)"),
+        (["generate", "-", "--prompt-file", "f"], "give one of them"),
+        (["generate", "--prompt-file", "f"], "prompt file 'f' cannot be read: No such file"),
+        (["generate", "--prompt-file", "."], "prompt file '.' cannot be read: Is a directory"),
+        (["generate", "--model", "x"], "no prompt is given"),
+        (["generate", "--logit-bias", "3"], "--logit-bias: expected ID=VALUE, found '3'"),
+        (["generate", "--logit-bias", "a=1"], "'logit_bias' must be a table from integers"),
+        (["generate", "--logit-bias", "=1"], "--logit-bias: expected ID=VALUE"),
+        (["generate", "-o", "x"], "-o: expected KEY=VALUE, found 'x'"),
+        (["generate", "-o", "=1"], "-o: expected KEY=VALUE"),
+        (["generate", "-o", "samplr.x=1"], "unknown kind of plugin 'samplr'; did you mean 'sampl"),
+        (["generate", "-o", "observer.x=1"], "expected observer.NAME.KEY=VALUE"),
+        (["generate", "-o", "observer.y.x=1"], "-o observer.y.x: no observer is named 'y'"),
+        (["generate", "-o", "weight_format.x.y=1"], "no weight format is named 'x'"),
+        (["generate", "--output", "no/where"], "'no/where' cannot be written: No such file"),
+        (["generate", "--output", "."], "cannot be written: it is a directory"),
+        (["generate", "--output", "\0"], "cannot be written: embedded null byte"),
+        (["generate", "--output", ""], "cannot be written"),
+        (["generate", "--output", "x" * 300], "cannot be written: File name too long"),
+        (["run"], "arguments are required: CONFIG"),
+        (["run", "a.toml", "b.toml"], "unexpected argument 'b.toml'"),
+        (["chat", "hello"], "unexpected argument 'hello'"),
+        (["bench", "--batch", "0"], "--batch: expected an integer of at least 1, found '0'"),
+        (["bench", "--batch", "1", "x"], "--batch: expected an integer"),
+        (["bench", "--batch"], "--batch: expected at least one argument"),
+        (["bench", "--prompt-tokens", "1.5"], "--prompt-tokens: expected an integer"),
+        (["bench", "--warmup", "-1"], "--warmup: expected"),
+        (["bench", "--temperature", "0"], "unknown option '--temperature'"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_wrong_usage(capsys, argv, message):
+    assert message in told(capsys, *argv)
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--page-size", "--executor", "--model"])
+@pytest.mark.parametrize("command", ["generate", "run", "chat"])
+def test_a_misspelt_flag_of_any_command(capsys, command, flag):
+    argv = [command, f"{misspelt(flag)}=1"] + ["run.toml"] * (command == "run")
+    assert f"unknown option {misspelt(flag)!r}; did you mean {flag!r}" in told(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("{", "no valid JSON"),
+        ("3", "expected a string"),
+        ('{"text": "x"}', "expected a string"),
+        ('{"prompt": ["x"]}', "expected a string"),
+        ("null", "expected a string"),
+        ("[" * 100_000, "no valid JSON"),
+    ],
+    ids=range(6),
+)
+def test_a_bad_line_of_prompts(capsys, tmp_path, line, found):
+    (tmp_path / "p.jsonl").write_text(f'"good"\n\n{line}\n')
+    assert f"p.jsonl:3: {found}" in told(capsys, "generate", "--prompt-file", "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [(b"", "empty"), (b"\n", "empty"), (b"a\n\xff", "line 2: expected UTF-8, found byte 0xff")],
+)
+def test_a_bad_prompt_file(capsys, tmp_path, data, found):
+    (tmp_path / "p.txt").write_bytes(data)
+    assert found in told(capsys, "generate", "--prompt-file", "p.txt")
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "value"), (BAD_TEXT | OUT_OF_RANGE).items(), ids=str)
+def test_a_bad_value_of_a_variable(capsys, monkeypatch, place, value):
+    name = "_".join(("TILEWRIGHT", *place)).upper()
+    monkeypatch.setenv(name, value)
+    assert f"error: {name}: " in told(capsys, "generate")
+
+
+@pytest.mark.parametrize(("section", "key"), SETTINGS)
+def test_a_misspelt_variable(capsys, monkeypatch, section, key):
+    name = f"TILEWRIGHT_{section}_{key}".upper()
+    wrong = misspelt(name)
+    monkeypatch.setenv(wrong, "1")
+    assert f"error: {wrong}: no such setting; did you mean {name!r}" in told(capsys, "generate")
+
+
+# --- as a user sees it ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "stdin", "message"),
+    [
+        (["generate", "-"], b"\xff", "standard input: expected UTF-8, found byte 0xff"),
+        (["generate", "-"], b"", "the prompt is empty"),
+        (["generate", "--prompt-file", "-"], b"\n", "the prompt is empty"),
+        (["generate", b"\xff"], b"", "PROMPT: the prompt is no valid UTF-8"),
+        (["run", "/dev/zero"], b"", "larger than 64 MiB"),
+    ],
+    ids=range(5),
+)
+def test_mistakes_from_outside(argv, stdin, message):
+    command = [sys.executable, "-m", "tilewright", *argv]
+    done = subprocess.run(command, input=stdin, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1), done.stderr
+    assert message in done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">&-", "standard output is closed"),
+        ("<&-", "standard input is closed"),
+    ],
+)
+def test_closed_streams(redirection, message):
+    command = f"exec '{sys.executable}' -m tilewright generate - {redirection}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
+    assert message in done.stderr.decode()
+
+
+def test_debug_shows_where_an_error_came_from(capsys):
+    assert main(["generate", "--page-size", "x", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith(
+        "tilewright: error: --page-size: 'page_size' must be an integer, found 'x'\n"
+    )
