@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import invalidate_caches
 from pathlib import Path
 from textwrap import dedent
 
@@ -63,6 +65,29 @@ def install(site: Path, *distributions: Distribution) -> Path:
             archive.extractall(site)
         wheel.unlink()
     return site
+
+
+Install = Callable[..., Path]
+
+
+@contextmanager
+def on_path(site: Path) -> Iterator[Install]:
+    """Put a site folder first on sys.path; yields what installs distributions into it.
+
+    Afterwards the path is as before, and what was imported from the folder is forgotten.
+    """
+    site.mkdir()
+    before = set(sys.modules)
+    path = sys.path[:]
+    sys.path.insert(0, str(site))
+    invalidate_caches()
+    try:
+        yield lambda *distributions: install(site, *distributions)
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - before:
+            if str(site) in (getattr(sys.modules[name], "__file__", None) or ""):
+                del sys.modules[name]
 
 
 def run(*arguments: str, site: Path | None = None, **environment: str) -> "Completed":

@@ -3,7 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -11,29 +11,17 @@ from typing import Any
 import plugin_distributions as dists
 import pytest
 from attrs import field, frozen
+from plugin_distributions import Install
 
 from tilewright import hookimpl, registry
 from tilewright.errors import PluginError
 from tilewright.types import PluginInfo
 
-Install = Callable[..., Path]
-
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs distributions into a site folder on sys.path; forgets their modules afterwards."""
-    folder = tmp_path / "site"
-    before = set(sys.modules)
-
-    def install(*distributions: dists.Distribution) -> Path:
-        return dists.install(folder, *distributions)
-
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    yield install
-    for name in set(sys.modules) - before:
-        if str(folder) in (getattr(sys.modules[name], "__file__", None) or ""):
-            del sys.modules[name]
+def site(tmp_path: Path) -> Iterator[Install]:
+    with dists.on_path(tmp_path / "site") as install:
+        yield install
 
 
 def refusal(kind: str, name: str) -> str:

@@ -88,18 +88,30 @@ def read_options(who: str, info: PluginInfo, given: Mapping[str, Any]) -> Any:
     """An instance of a plugin's options class, or None when it has none.
 
     who is the plugin in words, such as ``sampler 'top-p'``. Raises ConfigError as structure does,
-    also when options are given to a plugin that has none; PluginError when its options class is no
-    attrs class.
+    also when options are given to a plugin that has none; PluginError as plugin_options does.
     """
+    plugin_options(who, info)
+    if info.options is not None:
+        return structure(info.options, given, who)
+    if given:
+        raise ConfigError(f"{who} has no options, found {', '.join(map(repr, given))}")
+    return None
+
+
+def plugin_options(who: str, info: PluginInfo) -> list[Option]:
+    """The options that a plugin takes. Raises PluginError when they are not in an attrs class."""
     if info.options is None:
-        if given:
-            raise ConfigError(f"{who} has no options, found {', '.join(map(repr, given))}")
-        return None
+        return []
     if not attrs.has(info.options):
         raise PluginError(
             f"{who}: the options in its plugin_info must be an attrs class, found {info.options!r}"
         )
-    return structure(info.options, given, who)
+    try:
+        return options_of(info.options)
+    except NameError as error:
+        raise PluginError(
+            f"{who}: a type in {info.options.__name__} cannot be resolved: {error}"
+        ) from error
 
 
 def expected(type_: Any) -> str:

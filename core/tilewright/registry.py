@@ -83,7 +83,7 @@ def find(kind: str, name: str) -> Plugin:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise PluginError(f"{noun(kind)} {name!r} is {clash(matches)}")
+        raise PluginError(clash(name, matches))
     raise unknown(name, of_kind, noun(kind))
 
 
@@ -96,17 +96,18 @@ def matching(name: str, plugins: Iterable[Plugin]) -> list[Plugin]:
     return [p for p in plugins if p.name == plain and p.distribution == distribution]
 
 
-def clash(rivals: Sequence[Plugin]) -> str:
-    """That plugins share a kind and a name, and how to choose, to follow ``'NAME' is``."""
+def clash(name: str, rivals: Sequence[Plugin]) -> str:
+    """That plugins share a kind and a name, and how to choose one of them."""
     sources = [
         f"{p.distribution} {p.version}{f' ({why})' if (why := missing_code(p)) else ''}"
         for p in rivals
     ]
+    who = f"{noun(rivals[0].kind)} {name!r}"
     choices = list(dict.fromkeys(repr(p.qualified) for p in rivals))
     if len(choices) == 1:
         targets = " and ".join(p.target for p in rivals)
-        return f"listed twice by {sources[0]} ({targets}): reinstall or uninstall it"
-    return f"claimed by {' and by '.join(sources)}; choose {' or '.join(choices)}"
+        return f"{who} is listed twice by {sources[0]} ({targets}): reinstall or uninstall it"
+    return f"{who} is claimed by {' and by '.join(sources)}; choose {' or '.join(choices)}"
 
 
 def unknown(name: str, plugins: Iterable[Plugin], what: str) -> PluginError:
@@ -127,9 +128,9 @@ def unknown(name: str, plugins: Iterable[Plugin], what: str) -> PluginError:
 def state(plugin: Plugin, among: Iterable[Plugin]) -> tuple[str, str]:
     """``ok``, ``clash`` or ``missing``, and what is wrong in words. Imports nothing."""
     if why := missing_code(plugin):
-        return "missing", why
+        return "missing", f"{plugin}: {why}"
     rivals = [p for p in among if (p.kind, p.name) == (plugin.kind, plugin.name)]
-    return ("clash", clash(rivals)) if len(rivals) > 1 else ("ok", "")
+    return ("clash", clash(plugin.name, rivals)) if len(rivals) > 1 else ("ok", "")
 
 
 def load(plugin: Plugin) -> Any:
@@ -148,7 +149,7 @@ def load(plugin: Plugin) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        why = missing_code(plugin) or _cause(error)
+        why = missing_code(plugin) or cause(error)
         raise PluginError(f"{plugin} cannot be imported from {plugin.target}: {why}") from error
     check(obj, plugin.kind, str(plugin))
     return obj
@@ -398,7 +399,7 @@ def _parsed(text: str) -> Iterator[tuple[str, str, str]]:
             yield group, name.strip(), ":".join(part.strip() for part in target)
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """An exception in one line, with the place in the plugin's code where it was raised."""
     from traceback import extract_tb
 

@@ -1,0 +1,223 @@
+"""``tilewright plugins``: what is installed, what a plugin offers, and whether all of them work.
+
+``list`` reads metadata only. ``show`` imports one plugin, ``check`` all of them.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tilewright import registry
+from tilewright.errors import PluginError
+
+if TYPE_CHECKING:
+    from tilewright.options import Option
+    from tilewright.types import PluginInfo
+
+SUMMARY = "list, show and check plugins"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for function, summary in (
+        (list_plugins, "what is installed and where; imports nothing"),
+        (show, "a plugin's options, hooks and limits"),
+        (check, "import all plugins and check their hooks; code 1 if one is broken"),
+    ):
+        name = function.__name__.removesuffix("_plugins")
+        action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        action.set_defaults(function=function)
+        if function is show:
+            action.add_argument("name", metavar="NAME", help="NAME or DISTRIBUTION:NAME")
+        if function is not check:
+            action.add_argument("--kind", choices=list(registry.KINDS), help="only of this kind")
+        action.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    code: int = args.function(args)
+    return code
+
+
+def list_plugins(args: argparse.Namespace) -> int:
+    plugins = registry.installed()
+    chosen = [p for p in plugins if args.kind in (None, p.kind)]
+    states = [registry.state(p, plugins) for p in chosen]
+    if args.json:
+        print_json(
+            record(p) | {"state": state, "problem": why or None}
+            for p, (state, why) in zip(chosen, states, strict=True)
+        )
+        return 0
+    print_columns(
+        ("NAME", "KIND", "DISTRIBUTION", "STATE", "WHERE"),
+        [
+            (p.name, p.kind, f"{p.distribution} {p.version}", state, p.where)
+            for p, (state, _) in zip(chosen, states, strict=True)
+        ],
+    )
+    _print_problems(states)
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    plugins = registry.installed(args.kind)
+    found = registry.matching(args.name, plugins)
+    if not found:
+        what = registry.noun(args.kind) if args.kind else "plugin"
+        raise registry.unknown(args.name, plugins, what)
+    # find() once more, since one name in one kind must be one plugin's.
+    chosen = [registry.find(kind, args.name) for kind in dict.fromkeys(p.kind for p in found)]
+    presented = [(p, *examine(p)) for p in chosen]
+    if args.json:
+        print_json(
+            record(plugin)
+            | {
+                "summary": info.summary,
+                "options": [
+                    {
+                        "name": option.name,
+                        "type": option.expected,
+                        "required": not _has_default(option),
+                        "default": option.default if _has_default(option) else None,
+                        "help": option.help,
+                    }
+                    for option in options
+                ],
+                "hooks": hooks,
+                "limits": dict(info.limits),
+            }
+            for plugin, hooks, info, options in presented
+        )
+        return 0
+    for index, (plugin, hooks, info, options) in enumerate(presented):
+        if index:
+            print()
+        print(plugin)
+        print(f"  {info.summary or '(it says nothing of itself)'}")
+        print(f"  {plugin.target}, installed in {plugin.where}")
+        print("options:" if options else "options: none")
+        for option in options:
+            given = f"default {_word(option.default)}" if _has_default(option) else "required"
+            print(f"  {option.name}: {option.expected} ({given})")
+            if option.help:
+                print(f"      {option.help}")
+        print(f"hooks: {', '.join(hooks)}")
+        print("limits:" if info.limits else "limits: none stated")
+        for topic, limit in info.limits.items():
+            print(f"  {topic}: {limit}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    from time import perf_counter
+
+    plugins = registry.installed()
+    findings = []
+    for plugin in plugins:
+        started = perf_counter()
+        try:
+            examine(plugin)
+        except PluginError as broken:
+            state, problem = "broken", str(broken)
+        else:
+            state, problem = registry.state(plugin, plugins)
+        findings.append((plugin, state, perf_counter() - started, problem))
+    if args.json:
+        print_json(
+            record(plugin)
+            | {"state": state, "seconds": round(seconds, 6), "problem": problem or None}
+            for plugin, state, seconds, problem in findings
+        )
+    else:
+        print_columns(
+            ("NAME", "KIND", "DISTRIBUTION", "STATE", "SECONDS"),
+            [
+                (p.name, p.kind, f"{p.distribution} {p.version}", state, f"{seconds:.3f}")
+                for p, state, seconds, _ in findings
+            ],
+        )
+        _print_problems((state, problem) for _, state, _, problem in findings)
+    return int(any(state == "broken" for _, state, _, _ in findings))
+
+
+def examine(plugin: registry.Plugin) -> "tuple[list[str], PluginInfo, list[Option]]":
+    """A plugin's hooks in the order of their specs, what it says of itself, and its options.
+
+    Raises PluginError when it cannot be imported, does not fit, or fails to describe itself. What
+    it prints meanwhile goes to stderr.
+    """
+    from contextlib import redirect_stdout
+
+    from tilewright.options import plugin_options
+
+    with redirect_stdout(sys.stderr):
+        obj = registry.load(plugin)
+        implemented = registry.check_hooks(obj, str(plugin))
+        try:
+            info = registry.info(obj)
+            options = plugin_options(str(plugin), info)
+        except PluginError:
+            raise
+        except Exception as error:
+            why = registry.cause(error)
+            raise PluginError(f"{plugin}: plugin_info() failed: {why}") from error
+    return [hook for hook in registry.known_hooks() if hook in implemented], info, options
+
+
+def record(plugin: registry.Plugin) -> dict[str, Any]:
+    """A plugin's fields as JSON output has them."""
+    return plugin._asdict()
+
+
+def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns, or on a terminal that is too narrow for them, one item a block."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    if sum(widths) + 2 * len(widths) - 2 <= _terminal_width():
+        for row in (header, *rows):
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print("  ".join(cells).rstrip())
+        return
+    for name, *others in rows:
+        print(name)
+        for title, cell in zip(header[1:], others, strict=True):
+            print(f"  {title.lower()}: {cell}")
+
+
+def _print_problems(states: Iterable[tuple[str, str]]) -> None:
+    # Rivals have one problem between them.
+    for state, problem in dict.fromkeys(states):
+        if problem:
+            print(f"\n{state}: {problem}")
+
+
+def _terminal_width() -> float:
+    """Columns of the terminal that is written to; infinite for files and pipes."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal():
+        return int(given)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or float("inf")
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def print_json(records: Iterable[dict[str, Any]]) -> None:
+    import json
+
+    print(json.dumps(list(records), indent=2, default=str))
+
+
+def _has_default(option: "Option") -> bool:
+    from attrs import NOTHING
+
+    return option.default is not NOTHING
+
+
+def _word(value: Any) -> str:
+    """A default as a user would write it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or "''"

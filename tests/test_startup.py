@@ -1,0 +1,80 @@
+"""What the commands that need no model leave unimported, on which their speed rests.
+
+benchmarks/startup.py measures the times.
+"""
+
+import json
+from pathlib import Path
+
+import plugin_distributions as dists
+import pytest
+
+from tilewright import registry
+
+HEAVY = {
+    "attr",
+    "attrs",
+    "cattrs",
+    "huggingface_hub",
+    "importlib.metadata",
+    "jinja2",
+    "numpy",
+    "pluggy",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "tomllib",
+    "torch",
+    "transformers",
+}
+RUN = """
+import json, sys
+from tilewright.cli import main
+code = main(sys.argv[1:])
+print(json.dumps(sorted(sys.modules)), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def imported(*arguments: str, site: Path | None = None) -> set[str]:
+    done = dists.run(*arguments, site=site)
+    assert done.code == 0, done.err
+    return set(json.loads(done.err))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["plugins", "--help"],
+        ["plugins", "list"],
+        ["plugins", "list", "--json", "--kind", "sampler"],
+    ],
+    ids=" ".join,
+)
+def test_neither_libraries_nor_plugins_are_imported(tmp_path: Path, arguments: list[str]) -> None:
+    site = dists.install(tmp_path, dists.GOOD, dists.BROKEN_IMPORT, dists.STALE, *dists.RIVALS)
+    modules = imported("-c", RUN, *arguments, site=site)
+    assert "tilewright.cli" in modules
+    assert modules & HEAVY == set()
+    plugins = {plugin.target.partition(":")[0] for plugin in registry.installed()}
+    assert "tilewright.kv_cache" in plugins
+    assert modules & plugins == set()
+    assert [m for m in modules if m.startswith(("acme", "tilewright_"))] == []
+
+
+def test_import_tilewright_costs_next_to_nothing() -> None:
+    source = "import sys, json, tilewright; print(json.dumps(list(sys.modules)), file=sys.stderr)"
+    modules = imported("-c", source)
+    assert modules & HEAVY == set()
+    assert {m for m in modules if m.startswith("tilewright")} == {"tilewright"}
+
+
+def test_a_name_imports_what_it_needs_and_no_plugin() -> None:
+    source = (
+        "import sys, json; from tilewright import hookimpl, GenerateConfig; "
+        "print(json.dumps(list(sys.modules)), file=sys.stderr)"
+    )
+    modules = imported("-c", source)
+    assert modules & {"torch", "rich", "jinja2", "transformers", "tokenizers"} == set()
