@@ -52,6 +52,8 @@ def read_json(path: Path) -> "JsonObject":
     text = read_text(path)
     try:
         values = json.loads(text, object_pairs_hook=_unique)
+        if "\\ud" in text.lower():
+            json.dumps(values, ensure_ascii=False).encode()  # refuses half a surrogate pair
     except json.JSONDecodeError as error:
         raise ModelError(
             f"{path}: not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
@@ -72,21 +74,13 @@ def one_line(error: BaseException) -> str:
 
 
 def shown(value: Any) -> str:
-    """A JSON value, short enough for a message of one line."""
-    match value:
-        case dict():
-            return f"an object of {len(value)} keys"
-        case list():
-            return f"a list of {len(value)}"
-        case None:
-            return "null"
-        case str():
-            kind = "a string"
-        case _:
-            kind = ""
+    """A JSON value, short enough for a message of one line. Quotes tell a string from a number."""
+    if isinstance(value, dict):
+        return f"an object of {len(value)} keys"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
     text = json.dumps(value)
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    return f"{text} ({kind})" if kind else text
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @frozen

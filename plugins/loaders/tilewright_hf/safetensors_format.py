@@ -11,6 +11,7 @@ from attrs import field, frozen, validators
 from tilewright.errors import ConfigError, ModelError, listed
 from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo
+from tilewright.weights import printable
 from tilewright_hf.json_file import one_line, read_json, shown
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def open_weights(directory: Path, options: Options) -> "SafetensorsSource":
     found = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".gguf"))]
     raise ModelError(
         f"{directory}: expected {SINGLE}, or {INDEX} and its shards; found "
-        f"{listed([shown_name(name) for name in found]) if found else 'no weights'}"
+        f"{listed([printable(name) for name in found]) if found else 'no weights'}"
     )
 
 
@@ -131,7 +132,7 @@ class SafetensorsSource:
             tensor: Tensor = shard.handle.get_tensor(name)
         except Exception as error:
             raise ModelError(
-                f"{shard.path}: tensor {shown_name(name)} cannot be read: {one_line(error)}"
+                f"{shard.path}: tensor {printable(name)} cannot be read: {one_line(error)}"
             ) from error
         return tensor
 
@@ -143,11 +144,6 @@ class SafetensorsSource:
         if self._shards is None:
             raise ModelError("these weights are closed; load the model again to read them")
         return self._shards
-
-
-def shown_name(name: str) -> str:
-    """A name out of a file, fit for a message of one line."""
-    return name if name.isprintable() and len(name) <= 120 else shown(name)
 
 
 def _backend(backend: str) -> dict[str, str]:
@@ -214,7 +210,7 @@ def _indexed(index: Path, backend: str) -> list[_Shard]:
     for name, file in weight_map.values.items():
         if not isinstance(file, str) or not _plain_name(file):
             raise ModelError(
-                f"{index}: tensor {shown_name(name)} must be in a file of the same directory, "
+                f"{index}: tensor {printable(name)} must be in a file of the same directory, "
                 f"found {shown(file)}"
             )
     files = sorted(set(weight_map.values.values()))
@@ -222,7 +218,7 @@ def _indexed(index: Path, backend: str) -> list[_Shard]:
     if absent:
         raise ModelError(
             f"{index}: {len(absent)} of the {len(files)} files that it names are not there: "
-            f"{listed([shown_name(f) for f in absent])}; download them"
+            f"{listed([printable(f) for f in absent])}; download them"
         )
     shards = {file: _Shard(index.parent / file, backend) for file in files}
     home: dict[str, str] = {}
@@ -230,7 +226,7 @@ def _indexed(index: Path, backend: str) -> list[_Shard]:
         for name in shard.tensors:
             if name in home:
                 raise ModelError(
-                    f"{index.parent}: tensor {shown_name(name)} is in two shards, {home[name]} "
+                    f"{index.parent}: tensor {printable(name)} is in two shards, {home[name]} "
                     f"and {file}; remove the files that do not belong to this checkpoint"
                 )
             home[name] = file
@@ -238,7 +234,7 @@ def _indexed(index: Path, backend: str) -> list[_Shard]:
         if home.get(name) != file:
             where = f"is in {home[name]}" if name in home else "is in none of the shards"
             raise ModelError(
-                f"{index}: names {file} for tensor {shown_name(name)}, which {where}; index and "
+                f"{index}: names {file} for tensor {printable(name)}, which {where}; index and "
                 "shards are from different checkpoints"
             )
     return list(shards.values())

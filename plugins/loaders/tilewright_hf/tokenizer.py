@@ -5,6 +5,7 @@ tokenizer.json alone says how text becomes ids, special tokens at the start incl
 has a tokenizer.json, as in transformers 5.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from tilewright_hf.json_file import JsonObject, one_line, read_json, read_text, 
 
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
+_SUBWORD_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
+
+_UNLIKELY = "a \U0010fffd"
+"""Text with a word that no vocabulary has."""
+
 
 def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[str, ...]]:
     """Tokenizer, chat template and special tokens of a directory, and warnings.
@@ -25,9 +31,11 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
     path = directory / "tokenizer.json"
     tokenizer = _read_tokenizer(path)
     settings = _optional_json(directory / "tokenizer_config.json")
-    special_tokens = _special_tokens(directory, settings)
+    named, nameless = _special_tokens(directory, settings)
     _add_declared(tokenizer, settings, config.vocab_size)
-    warnings = _add_special(tokenizer, special_tokens, config.vocab_size, settings.where)
+    warnings = _add_special(
+        tokenizer, [*named.values(), *nameless], config.vocab_size, settings.where
+    )
     # Saved settings of a training run: they would cut or pad every prompt.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -36,7 +44,7 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
     assets = TextAssets(
         tokenizer=tokenizer,
         chat_template=template,
-        special_tokens={key: token.content for key, token in special_tokens.items()},
+        special_tokens={key: token.content for key, token in named.items()},
     )
     return assets, warnings + template_warnings
 
@@ -51,6 +59,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             )
         raise ModelError(f"{path}: no such file; expected the tokenizer of the model there")
     text = read_text(path)
+    if _SUBWORD_PREFIX.search(text) and '"BPE"' in text:
+        # tokenizers 0.23 slices merges that are shorter than the prefix out of bounds, and the
+        # process dies of it.
+        raise ModelError(
+            f"{path}: a BPE model with a 'continuing_subword_prefix' is not supported; expected "
+            "null or an empty string, as in the tokenizers of the supported models"
+        )
     try:
         return Tokenizer.from_str(text)
     except Exception as error:
@@ -63,30 +78,38 @@ def _optional_json(path: Path) -> JsonObject:
     return read_json(path) if path.exists() else JsonObject(str(path), {})
 
 
-def _special_tokens(directory: Path, settings: JsonObject) -> dict[str, AddedToken]:
-    """The tokens that have a name (``bos_token``, ...), with the flags they are declared with."""
+def _special_tokens(
+    directory: Path, settings: JsonObject
+) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """The tokens that have a name (``bos_token``, ...), and those that are special without one."""
     sources = [settings]
     if "added_tokens_decoder" not in settings.values:
         sources.append(_optional_json(directory / "special_tokens_map.json"))
     named: dict[str, AddedToken] = {}
+    nameless: list[AddedToken] = []
     for source in sources:
         for key, value in source.values.items():
-            if not key.endswith("_token") or isinstance(value, bool) or value is None:
-                continue
-            if isinstance(value, str):
-                named[key] = AddedToken(value, special=True, normalized=False)
-            elif isinstance(value, dict):
-                named[key] = _added_token(source, key, value | {"special": True})
-            else:
-                source.fail(key, "a string or an object with 'content'")
-    return named
+            if key in ("additional_special_tokens", "extra_special_tokens"):
+                if isinstance(value, dict):
+                    named |= {k: _special_token(source, k, v) for k, v in value.items()}
+                elif isinstance(value, list):
+                    nameless += [_special_token(source, key, v) for v in value]
+            elif key.endswith("_token") and value is not None and not isinstance(value, bool):
+                named[key] = _special_token(source, key, value)
+    return named, nameless
+
+
+def _special_token(where: JsonObject, key: str, value: Any) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    return _added_token(where, key, value)
 
 
 def _added_token(where: JsonObject, key: str, value: Any) -> AddedToken:
     flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise ModelError(
-            f"{where.where}: {key[:60]!r} must be an object with a string 'content', found "
+            f"{where.where}: {key[:60]!r} must be a token, an object with a 'content', found "
             f"{shown(value)}"
         )
     declared = JsonObject(f"{where.where}: {key[:60]}", value)
@@ -107,8 +130,8 @@ def _add_declared(tokenizer: Tokenizer, settings: JsonObject, vocab_size: int) -
                 f"config.json) as keys, found {shown(key)}"
             )
         tokens[int(key)] = _added_token(declared, key, value)
-    for token_id, token in sorted(tokens.items()):
-        tokenizer.add_tokens([token])
+    tokenizer.add_tokens([token for _, token in sorted(tokens.items())])
+    for token_id, token in tokens.items():
         found = tokenizer.token_to_id(token.content)
         if found != token_id:
             raise ModelError(
@@ -118,18 +141,21 @@ def _add_declared(tokenizer: Tokenizer, settings: JsonObject, vocab_size: int) -
 
 
 def _add_special(
-    tokenizer: Tokenizer, named: dict[str, AddedToken], vocab_size: int, where: str
+    tokenizer: Tokenizer, tokens: list[AddedToken], vocab_size: int, where: str
 ) -> tuple[str, ...]:
-    """See that named tokens are never split. One that is new and has no room is left out."""
+    """See that special tokens are never split. One that is new and has no room is left out."""
     warnings = []
-    for key, token in named.items():
+    declared = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
+    for token in tokens:
+        known = declared.get(token.content, token)
         if tokenizer.token_to_id(token.content) is None and _next_id(tokenizer) >= vocab_size:
             warnings.append(
-                f"{where}: {key!r} {shown(token.content)} is left out: tokenizer.json does not "
-                f"have it and the vocabulary of {vocab_size} is full"
+                f"{where}: special token {shown(token.content)} is left out: tokenizer.json does "
+                f"not have it, and all {vocab_size} ids of the vocabulary are taken"
             )
-        else:
-            tokenizer.add_special_tokens([token])
+        elif not (known.special and token.content in declared):
+            known.special = True
+            tokenizer.add_special_tokens([known])
     return tuple(warnings)
 
 
@@ -141,7 +167,13 @@ def _check_ids(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
     size = _next_id(tokenizer)
     if size == 0:
         raise ModelError(f"{path}: has no tokens")
-    highest = max([size - 1, *tokenizer.encode("").ids])
+    try:
+        probe = tokenizer.encode(_UNLIKELY).ids
+    except Exception as error:
+        raise ModelError(
+            f"{path}: cannot encode text that is not in its vocabulary: {one_line(error)}"
+        ) from error
+    highest = max([size - 1, *probe])
     if highest >= vocab_size:
         raise ModelError(
             f"{path}: has token ids up to {highest}, but vocab_size in config.json is "
