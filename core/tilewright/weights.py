@@ -65,8 +65,8 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
     """Raise ModelError unless a source has exactly the expected tensors. Reads headers only."""
     expected = expected_tensors(config)
     names = set(source.names())
-    missing = [f"{n} {list(shape)}" for n, shape in expected.items() if n not in names]
-    unexpected = [f"{n} {list(source.info(n).shape)}" for n in sorted(names - expected.keys())]
+    missing = [n for n in expected if n not in names]
+    unexpected = sorted(names - expected.keys())
     wrong = []
     for name, shape in expected.items():
         if name not in names:
@@ -79,17 +79,29 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
     problems = [
         f"{title}: {listed(tensors)}"
         for title, tensors in (
-            ("missing", missing),
+            ("missing", [f"{n} {list(expected[n])}" for n in missing]),
             ("wrong, expected", wrong),
-            ("unexpected", unexpected),
+            (
+                "unexpected",
+                [f"{printable(n)} {list(source.info(n).shape)}" for n in unexpected],
+            ),
         )
         if tensors
     ]
+    if missing == ["lm_head.weight"]:
+        problems.append("a model without it has tie_word_embeddings = true in its configuration")
     if problems:
         raise ModelError(
-            f"{where}: the weights do not fit config.json ({config.architecture}): "
+            f"{where}: the weights do not fit the configuration ({config.architecture}): "
             f"{'; '.join(problems)}"
         )
+
+
+def printable(name: str) -> str:
+    """A name out of a file, fit for a message of one line."""
+    if len(name) > 120:
+        name = f"{name[:117]}..."
+    return name if name.isprintable() else ascii(name)
 
 
 class MeteredSource:
