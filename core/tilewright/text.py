@@ -235,7 +235,7 @@ def _template_error(error: Exception) -> TilewrightError:
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f.lineno or 0 for f in reversed(frames) if f.filename == "<template>"), 0)
     where = f"chat template, line {line}: " if line else "chat template: "
-    what = " ".join(str(error).split()) or type(error).__name__
+    what = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
         return ModelError(f"{where}{what}; correct the model's template, or give it another")
     if isinstance(error, SecurityError):

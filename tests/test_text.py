@@ -1,0 +1,649 @@
+"""Text streams token by token to exactly what transformers decodes; chats render as it does."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
+
+from tilewright.errors import ModelError, RequestError
+from tilewright.text import Text, TextStream
+from tilewright.types import TextAssets
+
+SAMPLE = (
+    "The quick brown fox jumps over the lazy dog. naïve café, “quotes” — dashes… "
+    "数学は美しい。 안녕하세요 세계 Привет, мир! 👍🏽 👩‍👩‍👧 🇫🇷 e\u0301 a\u0308 "
+    "def f(x):\n    return x\n\n"
+)
+PIECES = [
+    *("é", "e\u0301", "数", "学", "👍🏽", "👩‍👩‍👧", "🇫🇷", "\u200d", "\ufffd", "\x00", "\U0010ffff"),
+    *("a", " a", "  ", "\n", "▁", "Ġ", "<0x41>", "<s>", "</s>", "<think>", ".", " ,", "the", "# "),
+]
+SPECIAL = ["<s>", "</s>", "<|im_end|>"]
+
+
+def add_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken(" two words "), AddedToken("数学")])
+    return tokenizer
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    tokenizer.train_from_iterator([SAMPLE] * 3, trainer)
+    return add_tokens(tokenizer)
+
+
+def byte_fallback(decoder: decoders.Decoder, normalizer: normalizers.Normalizer) -> Tokenizer:
+    """A vocabulary as sentencepiece makes it: few words, and the 256 bytes for all else."""
+    pieces = ["<unk>", *(f"<0x{b:02X}>" for b in range(256))]
+    pieces += [*"▁abcdefghijklmnopqrstuvwxyz.,\n数é\ufffd", "▁t", "he", "▁the", "▁▁", "fo", "fox"]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "▁"), ("f", "o"), ("fo", "x")],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoder
+    return add_tokens(tokenizer)
+
+
+def llama_2() -> Tokenizer:
+    return byte_fallback(
+        decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        ),
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    )
+
+
+def gemma() -> Tokenizer:
+    return byte_fallback(
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
+        normalizers.Replace(" ", "▁"),
+    )
+
+
+def metaspace() -> Tokenizer:
+    tokenizer = byte_fallback(
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+        normalizers.NFC(),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+def word_piece() -> Tokenizer:
+    pieces = ["[UNK]", "the", "fox", "##es", "##y", "a", ".", "don", "'", "t", "数", "##学"]
+    tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    return add_tokens(tokenizer)
+
+
+def no_decoder() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({"the": 0, "fox": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return add_tokens(tokenizer)
+
+
+TOKENIZERS: list[Callable[[], Tokenizer]] = [
+    byte_level,
+    llama_2,
+    gemma,
+    metaspace,
+    word_piece,
+    no_decoder,
+]
+every_tokenizer = pytest.mark.parametrize("make", TOKENIZERS, ids=lambda make: make.__name__)
+
+
+@cache
+def text_of(make: Callable[[], Tokenizer]) -> Text:
+    return Text(TextAssets(tokenizer=make()))
+
+
+@cache
+def transformers_of(make: Callable[[], Tokenizer]) -> Any:
+    return PreTrainedTokenizerFast(tokenizer_object=make())
+
+
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
+def stream(text: Text, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], bool]:
+    """What each token gives and, last, what finish gives; and whether a stop string was found."""
+    running = TextStream(text, stop)
+    parts = [running.push(i) for i in ids]
+    parts.append(running.finish())
+    assert running.finish() == ""
+    return parts, running.stopped
+
+
+def token_ids(make: Callable[[], Tokenizer]) -> st.SearchStrategy[list[int]]:
+    """Random tokens, whole texts, and texts cut anywhere, one after another."""
+    text = text_of(make)
+    tokenizer = text.assets.tokenizer
+    size = tokenizer.get_vocab_size()
+    bytes_ = [i for i in range(size) if text.is_byte(i) or len(text.decode([i])) == 1]
+    one = st.one_of(
+        st.integers(0, size + 3),
+        st.sampled_from(bytes_ or [0]),
+        st.sampled_from([id_of(tokenizer, token) for token in SPECIAL]),
+    )
+    written = st.lists(st.sampled_from(PIECES)).map(lambda p: text.encode("".join(p)))
+    cut = st.tuples(written, st.integers(0, 5)).map(lambda t: t[0][t[1] :])
+    parts = st.lists(st.one_of(st.lists(one, max_size=8), written, cut), max_size=6)
+    return parts.map(lambda p: [i for part in p for i in part])
+
+
+relaxed = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+# --- incremental detokenisation -------------------------------------------------------------------
+
+
+@every_tokenizer
+def test_decode_is_that_of_transformers(make: Callable[[], Tokenizer]) -> None:
+    expected = transformers_of(make)
+
+    @relaxed
+    @given(token_ids(make))
+    def check(ids: list[int]) -> None:
+        assert text_of(make).decode(ids) == expected.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    check()
+
+
+@every_tokenizer
+def test_a_stream_is_the_decoded_text(make: Callable[[], Tokenizer]) -> None:
+    text = text_of(make)
+
+    @relaxed
+    @given(token_ids(make))
+    def check(ids: list[int]) -> None:
+        parts, stopped = stream(text, ids)
+        assert "".join(parts) == text.decode(ids)
+        assert not stopped
+
+    check()
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(st.binary(min_size=20, max_size=120))
+@example(b"\xff" * 100)
+@example(b"\xf0" * 100)
+@example(b"\x80" * 100)
+@example(b"\xf0\x90\x80\x80\x80\x80\x80" * 10)
+@example("👩‍👩‍👧".encode() * 8)
+def test_long_runs_of_arbitrary_bytes(data: bytes) -> None:
+    for make in (byte_level, llama_2):
+        text, ids = text_of(make), byte_ids(make, data)
+        parts, _ = stream(text, ids)
+        assert "".join(parts) == text.decode(ids)
+    ids = byte_ids(byte_level, data)
+    assert "".join(stream(text_of(byte_level), ids)[0]) == data.decode(errors="replace")
+
+
+def byte_ids(make: Callable[[], Tokenizer], data: bytes) -> list[int]:
+    """One token a byte."""
+    tokenizer = text_of(make).assets.tokenizer
+    if make is byte_level:
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+        names = [letters[b] for b in data]
+    else:
+        names = [f"<0x{b:02X}>" for b in data]
+    return [id_of(tokenizer, name) for name in names]
+
+
+def test_text_comes_as_soon_as_its_characters_are_complete() -> None:
+    text = text_of(byte_level)
+    ids = byte_ids(byte_level, "a👍b".encode())
+    assert stream(text, ids)[0] == ["a", "", "", "", "👍", "b", ""]
+
+
+def test_a_character_that_never_completes_comes_at_the_end() -> None:
+    parts, _ = stream(text_of(byte_level), byte_ids(byte_level, b"a\xf0\x9f"))
+    assert parts == ["a", "", "", "\ufffd"]
+
+
+def test_special_tokens_within_a_character_do_not_break_it() -> None:
+    for make in (byte_level, llama_2):
+        text = text_of(make)
+        end = id_of(text.assets.tokenizer, "<|im_end|>")
+        ids = [i for b in byte_ids(make, "👍".encode()) for i in (b, end)]
+        assert "".join(stream(text, ids)[0]) == "👍"
+
+
+def test_bytes_wait_for_the_end_of_their_run() -> None:
+    """One invalid byte turns a whole run into replacement characters, even complete ones."""
+    text = text_of(llama_2)
+    good = byte_ids(llama_2, "👍".encode())
+    a = id_of(text.assets.tokenizer, "a")
+    assert stream(text, [*good, a])[0] == ["", "", "", "", "👍a", ""]
+    assert stream(text, [*good, good[0], a])[0] == [""] * 5 + ["\ufffd" * 5 + "a", ""]
+
+
+def test_why_the_tokenizers_own_stream_does_not_do() -> None:
+    """When this fails, DecodeStream may have become good enough."""
+    a = id_of(text_of(llama_2).assets.tokenizer, "a")
+    good = byte_ids(llama_2, "👍".encode())
+    running = DecodeStream(skip_special_tokens=True)
+    with pytest.raises(Exception, match="Invalid prefix"):
+        [running.step(text_of(llama_2).assets.tokenizer, i) for i in [*good, good[0], a]]
+    running = DecodeStream(skip_special_tokens=True)
+    ids = byte_ids(byte_level, b"a\xf0\x9f")
+    parts = [running.step(text_of(byte_level).assets.tokenizer, i) for i in ids]
+    assert parts == ["a", None, None]  # and nothing gives the rest
+
+
+class CountingTokenizer:
+    """A tokenizer that notes how many tokens each decode is given."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.lengths: list[int] = []
+
+    def decode(self, ids: list[int], **kwargs: Any) -> str:
+        self.lengths.append(len(ids))
+        return self.tokenizer.decode(ids, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("data", [b"plain text ", b"\xff", b"\xf0", b"\x80", "👍".encode()])
+def test_the_work_for_a_token_does_not_grow(data: bytes) -> None:
+    counting = CountingTokenizer(byte_level())
+    running = TextStream(Text(TextAssets(tokenizer=counting)), ["\n\nQ:"])  # type: ignore[arg-type]
+    for token_id in byte_ids(byte_level, data * (2000 // len(data))):
+        running.push(token_id)
+    assert len(counting.lengths) <= 2 * 2000
+    assert max(counting.lengths) <= 8
+
+
+# --- stop strings ---------------------------------------------------------------------------------
+
+
+def cut(whole: str, stop: Sequence[str]) -> str:
+    """What the text must be: cut before the leftmost stop string."""
+    return whole[: min((whole.find(s) for s in stop if s in whole), default=len(whole))]
+
+
+@every_tokenizer
+def test_the_text_is_cut_before_the_leftmost_stop_string(make: Callable[[], Tokenizer]) -> None:
+    text = text_of(make)
+
+    @relaxed
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        ids = data.draw(token_ids(make))
+        whole = text.decode(ids)
+        positions = st.integers(0, max(len(whole) - 1, 0))
+        within = st.tuples(positions, st.integers(1, 9)).map(lambda p: whole[p[0] : sum(p)])
+        any_text = st.text(st.sampled_from(whole or "a"), min_size=1, max_size=4)
+        stop = data.draw(st.lists(st.one_of(within, any_text).filter(bool), max_size=4))
+        parts, stopped = stream(text, ids, stop)
+        assert "".join(parts) == cut(whole, stop)
+        assert stopped == any(s in whole for s in stop)
+
+    check()
+
+
+@relaxed
+@given(
+    st.text("ab", max_size=40),
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_repetitive_text_and_overlapping_stop_strings(
+    whole: str, stop: list[str], random: Any
+) -> None:
+    text = text_of(byte_level)
+    at = sorted(random.sample(range(len(whole) + 1), k=min(len(whole), 5)))
+    pieces = [whole[i:j] for i, j in zip([0, *at], [*at, None], strict=True)]
+    ids = [i for piece in pieces for i in text.encode(piece)]
+    parts, stopped = stream(text, ids, stop)
+    assert "".join(parts) == cut(whole, stop)
+    assert stopped == any(s in whole for s in stop)
+
+
+def test_stop_strings_one_character_at_a_time() -> None:
+    text = text_of(byte_level)
+
+    def parts(whole: str, *stop: str) -> list[str]:
+        return stream(text, byte_ids(byte_level, whole.encode()), stop)[0]
+
+    # A prefix of a stop string is held back until it is decided.
+    assert parts("abxabc", "abc") == ["", "", "abx", "", "", "", ""]
+    assert parts("abx", "abc") == ["", "", "abx", ""]
+    assert parts("ab", "abc") == ["", "", "ab"]
+    # Of two that begin together the shorter one ends the text at once.
+    assert parts("xabc", "abc", "ab") == ["x", "", "", "", ""]
+    # One inside another waits for the outer one, which begins before it.
+    assert parts("xabcd.", "abcd", "c") == ["x", "", "", "", "", "", ""]
+    assert parts("xabce.", "abcd", "c") == ["x", "", "", "", "ab", "", ""]
+    assert parts("xabc", "abcd", "c") == ["x", "", "", "", "ab"]
+    # Overlaps with itself.
+    assert parts("aaab", "aab") == ["", "", "a", "", ""]
+
+
+def test_a_stream_says_as_soon_as_it_has_stopped() -> None:
+    running = TextStream(text_of(byte_level), ["c"])
+    said = []
+    for token_id in byte_ids(byte_level, b"abcd"):
+        running.push(token_id)
+        said.append(running.stopped)
+    assert said == [False, False, True, True]
+
+
+def test_a_stop_string_in_what_finish_returns() -> None:
+    parts, stopped = stream(text_of(byte_level), byte_ids(byte_level, b"a\xf0"), ["\ufffd"])
+    assert (parts, stopped) == (["a", "", ""], True)
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(RequestError, match="empty"):
+        TextStream(text_of(byte_level), ["a", ""])
+
+
+# --- encode ---------------------------------------------------------------------------------------
+
+
+@every_tokenizer
+def test_encode_is_that_of_transformers(make: Callable[[], Tokenizer]) -> None:
+    for text in (SAMPLE, "", " <s> the fox", "数学<think>"):
+        assert text_of(make).encode(text) == transformers_of(make).encode(text)
+
+
+def test_special_tokens_around_a_prompt_only_when_asked_for() -> None:
+    tokenizer = byte_level()
+    bos = id_of(tokenizer, "<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    text = Text(TextAssets(tokenizer=tokenizer))
+    plain = text.encode("the fox", add_special_tokens=False)
+    assert text.encode("the fox") == [bos, *plain]
+    assert text.decode([bos, *plain]) == "the fox"
+
+
+def test_truncation_and_padding_in_the_tokenizers_file_are_not_for_prompts() -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    text = Text(TextAssets(tokenizer=tokenizer))
+    assert text.decode(text.encode(SAMPLE)) == SAMPLE
+
+
+@pytest.mark.parametrize("bad", ["\ud800", "ok \udfff", "\ud83d \udc4d"])
+def test_lone_surrogates_are_refused(bad: str) -> None:
+    with pytest.raises(RequestError, match="lone surrogate") as caught:
+        text_of(byte_level).encode(bad)
+    str(caught.value).encode()
+
+
+# --- chat templates -------------------------------------------------------------------------------
+
+CHATML = """\
+{%- if messages[0].role != 'system' %}
+<|im_start|>system
+You answer briefly.<|im_end|>
+{% endif %}
+{% for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' -}}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+LLAMA_3 = """\
+{{- bos_token }}
+{%- set today = strftime_now("%Y") if strftime_now is defined else "1970" %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Year: " + today + "\\n\\n" + system + "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if message.role == 'skip' %}{% continue %}{% endif %}
+    {%- if message.role == 'end' %}{% break %}{% endif %}
+    {{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' }}
+    {%- if message.content is string %}
+        {{- message.content | trim + '<|eot_id|>' }}
+    {%- else %}
+        {%- for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}
+        {{- '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and not tools %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+MISTRAL = """\
+{{ bos_token }}
+{%- for message in messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{- raise_exception('Roles must alternate user/assistant/user/assistant/...') }}
+    {%- endif -%}
+    {%- if message['role'] == 'user' -%}
+        {{ ' [INST] ' + message['content'] + ' [/INST]' }}
+    {%- else -%}
+        {% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+QWEN_3 = """\
+{%- set ns = namespace(last_query=messages|length - 1, searching=true) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.searching and message.role == "user" and message.content is string
+           and not message.content.startswith('<tool_response>') %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_query = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == "assistant" %}
+        {%- set thought = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set thought = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.last_query or loop.last %}
+            {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- content }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if call.function %}{% set call = call.function %}{% endif %}
+            {{- '<tool_call>\\n{"name": "' ~ call.name ~ '", "arguments": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response>' }}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+JSON = """\
+{% for m in messages %}{{ [m.role, m.content, m.tool_calls or 0] | tojson }}{% endfor %}
+{{ messages[0] | tojson(indent=2) }}
+{% set box = namespace(n=0) %}{% for m in messages %}{% set box.n = box.n + 1 %}{% endfor %}
+{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}
+   {% if documents is none and tools is none %}
+  {{ box.n }} {{ undefined_name }} {{ dict(a=1) | tojson }} {{ "<&>'" | tojson }}
+  {% endif %}
+"""
+
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "Hi"}],
+    [
+        {"role": "system", "content": ' Be <b>kind</b> & "short". '},
+        {"role": "user", "content": "数学 👍"},
+    ],
+    [
+        {"role": "user", "content": "2+2?\n"},
+        {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n4"},
+        {"role": "user", "content": "And 3+3?"},
+    ],
+    [
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "Ask the tool.",
+            "tool_calls": [{"function": {"name": "weather", "arguments": {"town": "Zürich"}}}],
+        },
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "Sun."},
+    ],
+    [
+        {"role": "skip", "content": "no"},
+        {"role": "user", "content": [{"type": "text", "text": "parts"}, {"type": "image"}]},
+        {"role": "end", "content": "no"},
+        {"role": "user", "content": "never seen"},
+    ],
+]
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama-3": LLAMA_3,
+    "mistral": MISTRAL,
+    "qwen-3": QWEN_3,
+    "json": JSON,
+}
+NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def chat(template: str | None) -> Text:
+    return Text(TextAssets(tokenizer=no_decoder(), chat_template=template, special_tokens=NAMED))
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_chats_render_as_transformers_renders_them(
+    template: str, add_generation_prompt: bool
+) -> None:
+    expected = PreTrainedTokenizerFast(tokenizer_object=no_decoder(), **NAMED)
+    text = chat(template)
+    rendered = 0
+    for messages in CONVERSATIONS:
+        options = {"add_generation_prompt": add_generation_prompt}
+        try:
+            wanted = expected.apply_chat_template(
+                messages, chat_template=template, tokenize=False, **options
+            )
+        except Exception:
+            with pytest.raises(RequestError):
+                text.render_chat(messages, **options)
+        else:
+            assert text.render_chat(messages, **options) == wanted
+            rendered += 1
+    assert rendered >= 2
+
+
+def failure(template: str, messages: Any = None) -> Exception:
+    with pytest.raises((RequestError, ModelError)) as caught:
+        chat(template).render_chat(messages or [{"role": "user", "content": "Hi"}])
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "line", "what"),
+    [
+        ("\n{% if %}", ModelError, 2, "Expected an expression"),
+        ("a\nb\n{% for m in messages %}", ModelError, 3, "endfor"),
+        ("{% generation %}\nnever closed", ModelError, 2, "generation"),
+        ("\n\n{{ messages | no_such_filter }}", ModelError, 3, "no_such_filter"),
+        ("\n{{ raise_exception('Only\n two roles') }}", RequestError, 2, "Only two roles"),
+        ("{% macro f() %}\n{{ no.such }}\n{% endmacro %}\n{{ f() }}", RequestError, 2, "no"),
+        ("\n{{ messages[7].role }}", RequestError, 2, "no element 7"),
+        ("\n\n\n{{ messages[0].content + 1 }}", RequestError, 4, "str"),
+        ("\n{{ messages[0].content.__class__.mro() }}", ModelError, 2, "unsafe"),
+        ("\n{{ messages.append(1) }}", ModelError, 2, "append"),
+        ("\n{{ messages[0].update(role='x') }}", ModelError, 2, "update"),
+        ("\n{{ 1 // 0 }}", RequestError, 2, "zero"),
+        ("{{ range }}\n{{ strftime_now | tojson }}", RequestError, 2, "not JSON serializable"),
+        ("\n{% include 'other' %}", RequestError, 2, "no loader"),
+    ],
+)  # fmt: skip
+def test_a_failing_template_is_one_line_with_its_line_number(
+    template: str, error: type[Exception], line: int, what: str
+) -> None:
+    found = failure(template)
+    assert type(found) is error
+    assert f"chat template, line {line}: " in str(found)
+    assert what in str(found)
+
+
+def test_a_model_without_a_template_says_what_to_do() -> None:
+    with pytest.raises(RequestError, match=r"no chat template.*generate.*chat_template\.jinja"):
+        chat(None).render_chat([{"role": "user", "content": "Hi"}])
+
+
+def test_messages_must_be_mappings() -> None:
+    with pytest.raises(RequestError, match=r"message 1: expected a mapping .* found str"):
+        chat(CHATML).render_chat([{"role": "user", "content": "Hi"}, "Hello"])  # type: ignore[list-item]
+
+
+def test_rendering_leaves_the_messages_alone() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    chat(LLAMA_3).render_chat(messages)
+    assert messages == [{"role": "user", "content": "Hi"}]
