@@ -116,8 +116,8 @@ def test_a_wheel_on_the_path_counts_and_other_files_and_absent_folders_do_not(
     wheel = dists.build_wheel(dists.sampler("acme-zipped", "zipped", dists.LIKELIEST), tmp_path)
     text = tmp_path / "notes.txt"
     text.write_text("no zip file")
-    for entry in (text, tmp_path / "absent", wheel):
-        monkeypatch.syspath_prepend(str(entry))
+    strange: list[Any] = [tmp_path, b"bytes", str(text), str(tmp_path / "absent"), str(wheel)]
+    monkeypatch.setattr(sys, "path", [*strange, *sys.path])
     plugin = registry.find("sampler", "zipped")
     assert (plugin.where, plugin.version) == (str(wheel), "1.0")
     assert registry.load(plugin).tilewright_api == 1
@@ -350,6 +350,17 @@ REFUSED = {
         ),
         "sampler 'x' of acme-x 1.0 must be a module or an object with hooks, found class Plugin: "
         "nothing is called to make a plugin, so let the entry point name a module or an instance",
+    ),
+    "attribute that raises": (
+        dists.Distribution(
+            "acme-x",
+            {
+                "acme_x.py": "class X:\n    @property\n    def tilewright_api(self):\n"
+                "        raise RuntimeError('no')\nplugin = X()\n"
+            },
+            {"sampler": {"x": "acme_x:plugin"}},
+        ),
+        "sampler 'x' of acme-x 1.0 cannot be checked: RuntimeError: no (SITE/acme_x.py, line 4)",
     ),
     "factory": (
         dists.Distribution(

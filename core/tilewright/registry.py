@@ -151,7 +151,12 @@ def load(plugin: Plugin) -> Any:
     except BaseException as error:
         why = missing_code(plugin) or cause(error)
         raise PluginError(f"{plugin} cannot be imported from {plugin.target}: {why}") from error
-    check(obj, plugin.kind, str(plugin))
+    try:
+        check(obj, plugin.kind, str(plugin))
+    except PluginError:
+        raise
+    except Exception as error:  # from attributes that the plugin computes
+        raise PluginError(f"{plugin} cannot be checked: {cause(error)}") from error
     return obj
 
 
@@ -341,7 +346,7 @@ def entry_points(groups: Collection[str]) -> Iterator[EntryPoint]:
     which every installer writes; ``*.egg-info``, which older tools left, is not.
     """
     seen: set[str] = set()
-    for where in dict.fromkeys(sys.path):
+    for where in dict.fromkeys(path for path in sys.path if isinstance(path, str)):
         for folder, text in _metadata(where or "."):
             distribution, _, version = folder.removesuffix(".dist-info").partition("-")
             distribution = normalized(distribution)
