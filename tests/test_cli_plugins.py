@@ -88,6 +88,18 @@ def test_list_as_json_says_what_is_wrong(tilewright: Any, site: Install) -> None
     assert "its files are gone" in stale["problem"]
 
 
+def test_list_on_a_terminal_names_places_once(
+    tilewright: Any, site: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = site(dists.GOOD)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = tilewright("plugins", "list")
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["NAME", "KIND", "DISTRIBUTION", "STATE"]
+    assert ["tally", "observer", "acme-bag", "0.3", "ok"] in rows
+    assert out.count(f"acme-bag 0.3 is in {folder}\n") == 1
+
+
 def test_list_on_a_narrow_terminal_is_a_block_a_plugin(
     tilewright: Any, site: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,8 +107,10 @@ def test_list_on_a_narrow_terminal_is_a_block_a_plugin(
     monkeypatch.setenv("COLUMNS", "40")
     _, out, _ = tilewright("plugins", "list")
     block = ["tally", "  kind: observer", "  distribution: acme-bag 0.3", "  state: ok"]
-    assert "\n".join([*block, f"  where: {folder}"]) in out
-    assert all(len(line) <= 40 for line in out.splitlines() if not line.startswith("  where"))
+    assert "\n".join(block) in out
+    blocks, places = out.split("\n\n")
+    assert all(len(line) <= 40 for line in blocks.splitlines())
+    assert f"acme-bag 0.3 is in {folder}\n" in places
 
 
 def test_a_child_process_lists_what_is_on_its_path(tmp_path: Any) -> None:

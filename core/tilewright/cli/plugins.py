@@ -51,13 +51,18 @@ def list_plugins(args: argparse.Namespace) -> int:
             for p, (state, why) in zip(chosen, states, strict=True)
         )
         return 0
-    print_columns(
-        ("NAME", "KIND", "DISTRIBUTION", "STATE", "WHERE"),
-        [
-            (p.name, p.kind, f"{p.distribution} {p.version}", state, p.where)
-            for p, (state, _) in zip(chosen, states, strict=True)
-        ],
-    )
+    header = ("NAME", "KIND", "DISTRIBUTION", "STATE", "WHERE")
+    rows = [
+        (p.name, p.kind, f"{p.distribution} {p.version}", state, p.where)
+        for p, (state, _) in zip(chosen, states, strict=True)
+    ]
+    if _width(header, rows) <= _terminal_width():
+        print_columns(header, rows)
+    else:
+        print_columns(header[:-1], [row[:-1] for row in rows])
+        print()
+        for distribution, where in dict.fromkeys((row[2], row[4]) for row in rows):
+            print(f"{distribution} is in {where}")
     _print_problems(states)
     return 0
 
@@ -174,8 +179,8 @@ def record(plugin: registry.Plugin) -> dict[str, Any]:
 
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns, or on a terminal that is too narrow for them, one item a block."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    if sum(widths) + 2 * len(widths) - 2 <= _terminal_width():
+    if _width(header, rows) <= _terminal_width():
+        widths = _widths(header, rows)
         for row in (header, *rows):
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             print("  ".join(cells).rstrip())
@@ -184,6 +189,15 @@ def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print(name)
         for title, cell in zip(header[1:], others, strict=True):
             print(f"  {title.lower()}: {cell}")
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+
+def _width(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """How many columns of a terminal the aligned columns take."""
+    return sum(_widths(header, rows)) + 2 * (len(header) - 1)
 
 
 def _print_problems(states: Iterable[tuple[str, str]]) -> None:
