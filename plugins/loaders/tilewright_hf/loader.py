@@ -43,10 +43,8 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    try:
-        return os.path.isfile(os.path.join(os.path.expanduser(source), "config.json"))
-    except ValueError:
-        return False
+    directory = os.path.expanduser(source)
+    return os.path.isdir(directory) and os.path.isfile(os.path.join(directory, "config.json"))
 
 
 @hookimpl
@@ -82,15 +80,16 @@ def load_model(request: LoadRequest) -> LoadedModel:
 
 def _directory(source: str) -> Path:
     """The directory that a source names. Raises ModelError that says what it is instead."""
-    path = Path(os.path.expanduser(source))
+    expanded = os.path.expanduser(source)
     try:
-        path.stat()
+        os.stat(expanded)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(
             f"no model directory {source[:200]!r}: {why}; hf-local loads a local directory that "
             "holds config.json"
         ) from error
+    path = Path(expanded)
     if path.suffix == ".gguf":
         raise ModelError(
             f"{path}: a GGUF file, which hf-local cannot read; it loads a directory that holds "
