@@ -1,0 +1,324 @@
+"""Weight format safetensors: the tensors that safetensors itself reads, and checked headers."""
+
+import json
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_directories import split_weights
+from safetensors.torch import load_file, save_file
+
+from tilewright import registry
+from tilewright.errors import ConfigError, ModelError
+from tilewright.options import read_options
+from tilewright.types import TensorSource
+
+BACKENDS = ("mmap", "pread")
+
+
+def plugin() -> Any:
+    return registry.load(registry.find("weight_format", "safetensors"))
+
+
+def open_weights(directory: Path, **options: Any) -> TensorSource:
+    read = read_options("weight format 'safetensors'", registry.info(plugin()), options)
+    source: TensorSource = registry.call(
+        plugin(), "open_weights", directory=directory, options=read
+    )
+    return source
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(ModelError) as error:
+        open_weights(directory)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    floats = torch.randn(40, 25, generator=random)
+    return {
+        "float32": floats,
+        "bfloat16": floats.bfloat16(),
+        "float16": floats[:3].half(),
+        "float64": floats[:, 0].double().contiguous(),
+        "float8_e4m3fn": floats.to(torch.float8_e4m3fn),
+        "float8_e5m2": floats.to(torch.float8_e5m2),
+        "int64": torch.arange(7),
+        "uint8": torch.arange(9, dtype=torch.uint8),
+        "bool": floats > 0,
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    save_file(tensors(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_tensor_is_read_as_safetensors_reads_it(
+    directory: Path, backend: str, sharded: bool
+) -> None:
+    expected = load_file(directory / "model.safetensors")
+    if sharded:
+        split_weights(directory)
+    source = open_weights(directory, backend=backend)
+    assert set(source.names()) == set(expected)
+    for name, tensor in expected.items():
+        read = source.get(name)
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read.float(), tensor.float())
+        info = source.info(name)
+        assert info.shape == tuple(tensor.shape)
+        assert info.dtype == str(tensor.dtype).removeprefix("torch.")
+        assert info.nbytes == tensor.nbytes
+        assert Path(info.location).parent == directory
+    with pytest.raises(KeyError):
+        source.info("absent")
+
+
+def resident_kib(kind: str) -> int:
+    """Resident memory of this process: RssAnon is its own, RssFile is shared with files."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(kind))
+    return int(line.split()[1])
+
+
+@pytest.mark.parametrize(("backend", "own"), [("mmap", False), ("pread", True)])
+def test_mapped_tensors_take_no_memory_of_their_own(
+    tmp_path: Path, backend: str, own: bool
+) -> None:
+    kib = 64 * 1024
+    save_file({"a": torch.ones(kib * 256)}, tmp_path / "model.safetensors")
+    before = resident_kib("RssAnon")
+    source = open_weights(tmp_path, backend=backend)
+    assert resident_kib("RssAnon") - before < kib / 8  # nothing is read on opening
+    first, second = source.get("a"), source.get("a")
+    assert first.sum() == second.sum() == kib * 256
+    grown = resident_kib("RssAnon") - before
+    assert grown > 1.8 * kib if own else grown < kib / 8
+    assert (first.data_ptr() == second.data_ptr()) is not own
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_may_read_at_once(directory: Path, backend: str) -> None:
+    expected = load_file(directory / "model.safetensors")
+    source = open_weights(directory, backend=backend)
+    wrong: list[object] = []
+
+    def read() -> None:
+        try:
+            for _ in range(50):
+                for name, tensor in expected.items():
+                    if not torch.equal(source.get(name).float(), tensor.float()):
+                        wrong.append(name)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_after_closing_nothing_is_read_but_what_was_stays(directory: Path, backend: str) -> None:
+    source = open_weights(directory, backend=backend)
+    tensor = source.get("float32")
+    source.close()
+    source.close()
+    uses: list[Callable[[], object]] = [
+        lambda: source.get("float32"),
+        lambda: source.info("float32"),
+        lambda: source.names(),
+    ]
+    for use in uses:
+        with pytest.raises(ModelError, match="closed"):
+            use()
+    assert torch.equal(tensor, tensors()["float32"])
+
+
+def test_an_unknown_backend_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="backend"):
+        open_weights(directory, backend="mpread")
+
+
+# --- which files ----------------------------------------------------------------------------------
+
+
+def test_other_copies_of_the_weights_are_ignored(directory: Path) -> None:
+    for name in (
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "model-00001-of-00002.safetensors",
+    ):
+        (directory / name).write_bytes(b"not looked at")
+    assert set(open_weights(directory).names()) == set(tensors())
+    split_weights(directory)
+    assert set(open_weights(directory).names()) == set(tensors())
+
+
+def test_links_are_followed(directory: Path, tmp_path: Path) -> None:
+    """As in the hub's cache, where files are links to blobs."""
+    blob = tmp_path / "blob"
+    (directory / "model.safetensors").rename(blob)
+    (directory / "model.safetensors").symlink_to("blob")
+    assert set(open_weights(directory).names()) == set(tensors())
+    blob.unlink()
+    assert "a link to 'blob', which does not exist" in refusal(directory)
+
+
+def test_can_open_goes_by_names_only(tmp_path: Path) -> None:
+    def can_open() -> bool:
+        return bool(registry.call(plugin(), "can_open", directory=tmp_path))
+
+    (tmp_path / "pytorch_model.bin").touch()
+    assert not can_open()
+    assert "pytorch_model.bin" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert can_open()
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.safetensors.index.json")
+    assert can_open()
+    assert not registry.call(plugin(), "can_open", directory=tmp_path / "absent")
+    assert "no weights" in refusal(tmp_path / "absent")
+
+
+def test_shards_without_an_index_are_named(directory: Path) -> None:
+    split_weights(directory)
+    (directory / "model.safetensors.index.json").unlink()
+    assert "model-00001-of-00003.safetensors" in refusal(directory)
+
+
+# --- damaged files --------------------------------------------------------------------------------
+
+
+def header(tensor: dict[str, Any]) -> bytes:
+    text = json.dumps({"a": tensor}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "an empty file"),
+    "a Git LFS pointer": (POINTER, "git lfs pull"),
+    "a web page": (b"<!doctype html><html></html>", "not a safetensors file"),
+    "a pickle": (b"\x80\x02}q\x00(X\x05\x00\x00\x00layer", "not a safetensors file"),
+    "shorter than a length": (b"\x08\x00", "not a safetensors file"),
+    "a header that is cut": (header(ONE)[:30], "truncated"),
+    "a header longer than any": (struct.pack("<Q", 2**63) + b"{}", "truncated"),
+    "data that is cut": (
+        header(ONE) + b"123",
+        f"truncated: expected {len(header(ONE)) + 4} bytes, found {len(header(ONE)) + 3}",
+    ),
+    "no data": (header(ONE), "truncated"),
+    "data after the end": (header(ONE) + b"12345", "not a valid safetensors file"),
+    "no JSON": (struct.pack("<Q", 4) + b"{abc", "not a safetensors file"),
+    "a list": (struct.pack("<Q", 2) + b"[]", "not a safetensors file"),
+    "an unknown dtype": (header(ONE | {"dtype": "F99"}) + b"1234", "F99"),
+    "a shape that does not fit": (header(ONE | {"shape": [2]}) + b"1234", "not a valid"),
+    "a shape that overflows": (header(ONE | {"shape": [2**62, 8]}) + b"1234", "overflow"),
+    "offsets backwards": (header(ONE | {"data_offsets": [4, 0]}) + b"1234", "invalid offset"),
+    "offsets that are no numbers": (header(ONE | {"data_offsets": ["a"]}) + b"1234", "not a"),
+    "a negative shape": (header(ONE | {"shape": [-1]}) + b"1234", "not a"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_named_with_what_is_wrong(kind: str, tmp_path: Path) -> None:
+    content, why = DAMAGED[kind]
+    (tmp_path / "model.safetensors").write_bytes(content)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / 'model.safetensors'}: ")
+    assert why in message
+
+
+def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    assert "found a directory" in refusal(tmp_path)
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weight_map(directory: Path) -> dict[str, str]:
+    return split_weights(directory)
+
+
+def write_index(directory: Path, weight_map: object) -> None:
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_absent_shards_are_all_named(directory: Path, weight_map: dict[str, str]) -> None:
+    files = sorted(set(weight_map.values()))
+    for file in files[1:]:
+        (directory / file).unlink()
+    message = refusal(directory)
+    assert "2 of the 3 files" in message
+    assert files[1] in message
+    assert files[2] in message
+    assert files[0] not in message
+
+
+def test_a_truncated_shard_is_named(directory: Path, weight_map: dict[str, str]) -> None:
+    shard = directory / weight_map["float32"]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    message = refusal(directory)
+    assert message.startswith(f"{shard}: truncated")
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "a\0b", "a\nb", 3],
+)
+def test_an_index_reaches_no_file_outside_its_directory(
+    directory: Path, weight_map: dict[str, str], file: object
+) -> None:
+    write_index(directory, weight_map | {"float32": file})
+    assert "tensor float32 must be in a file of the same directory" in refusal(directory)
+
+
+@pytest.mark.parametrize("value", [{}, None, [], "model.safetensors"])
+def test_an_index_without_a_weight_map(
+    directory: Path, weight_map: dict[str, str], value: object
+) -> None:
+    write_index(directory, value)
+    assert "weight_map" in refusal(directory)
+
+
+def test_an_entry_that_is_in_another_shard_or_in_none(
+    directory: Path, weight_map: dict[str, str]
+) -> None:
+    file, other = weight_map["float32"], weight_map["bfloat16"]
+    assert file != other
+    write_index(directory, weight_map | {"float32": other})
+    assert f"names {other} for tensor float32, which is in {file}" in refusal(directory)
+    write_index(directory, weight_map | {"absent": file})
+    assert "for tensor absent, which is in none of the shards" in refusal(directory)
+
+
+def test_a_tensor_in_two_shards(directory: Path, weight_map: dict[str, str]) -> None:
+    file, other = weight_map["float32"], weight_map["bfloat16"]
+    save_file(load_file(directory / other) | {"float32": torch.zeros(2)}, directory / other)
+    message = refusal(directory)
+    assert "tensor float32 is in two shards" in message
+    assert file in message
+    assert other in message

@@ -1,0 +1,128 @@
+"""Which tensors a model needs, and what is said of a source that does not have them."""
+
+from collections.abc import Collection
+
+import pytest
+import torch
+from attrs import evolve
+from reference_models import CONFIGS
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tilewright.errors import ModelError
+from tilewright.types import ModelConfig, RopeConfig, TensorInfo
+from tilewright.weights import MeteredSource, check_tensors, expected_tensors, printable
+from tilewright_hf.architecture import model_config
+from tilewright_hf.json_file import JsonObject
+
+CONFIG = ModelConfig(
+    architecture="ToyForCausalLM",
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=6,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    norm_eps=1e-6,
+    rope=RopeConfig(),
+    max_position_embeddings=32,
+    dtype="float32",
+)
+
+
+class Dictionary:
+    """A tensor source over tensors in memory."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32):
+        self.tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self.tensors[name]
+        return TensorInfo(
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            nbytes=tensor.nbytes,
+            location="memory",
+        )
+
+    def get(self, name: str) -> Tensor:
+        raise AssertionError("checking reads no weights")
+
+    def close(self) -> None:
+        pass
+
+
+def problem(source: Dictionary, config: ModelConfig = CONFIG) -> str:
+    with pytest.raises(ModelError) as error:
+        check_tensors(source, config, "/models/toy")
+    message = str(error.value)
+    assert message.startswith("/models/toy: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_expected_tensors_are_those_of_the_model_in_transformers(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    config, _ = model_config(JsonObject("config.json", CONFIGS[name].to_dict()))
+    parameters = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    assert expected_tensors(config) == parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_exactly_the_expected_tensors_pass(dtype: torch.dtype) -> None:
+    check_tensors(Dictionary(expected_tensors(CONFIG), dtype), CONFIG, "here")
+
+
+def test_each_missing_unexpected_and_wrong_tensor_is_named_with_its_shapes() -> None:
+    shapes = expected_tensors(CONFIG)
+    del shapes["model.layers.1.mlp.up_proj.weight"]
+    shapes["model.layers.0.self_attn.k_proj.weight"] = (16, 8)
+    shapes["model.layers.2.mlp.up_proj.weight"] = (6, 8)
+    message = problem(Dictionary(shapes))
+    assert "missing: model.layers.1.mlp.up_proj.weight [6, 8]" in message
+    assert "model.layers.0.self_attn.k_proj.weight [8, 8], found [16, 8] in memory" in message
+    assert "unexpected: model.layers.2.mlp.up_proj.weight [6, 8]" in message
+
+
+def test_a_tensor_of_the_right_shape_and_a_wrong_dtype_is_named() -> None:
+    source = Dictionary(expected_tensors(CONFIG))
+    source.tensors["model.norm.weight"] = torch.zeros(8, dtype=torch.int8)
+    assert "model.norm.weight in a floating dtype, found int8 in memory" in problem(source)
+
+
+def test_a_long_list_is_cut_to_one_readable_line() -> None:
+    message = problem(Dictionary({}), evolve(CONFIG, num_layers=500))
+    assert "and 4497 more" in message
+    assert len(message) < 1000
+
+
+def test_a_missing_output_head_hints_at_tying() -> None:
+    shapes = expected_tensors(CONFIG)
+    del shapes["lm_head.weight"]
+    assert "tie_word_embeddings = true" in problem(Dictionary(shapes))
+    check_tensors(Dictionary(shapes), evolve(CONFIG, tie_word_embeddings=True), "here")
+
+
+def test_names_out_of_a_file_stay_on_one_line() -> None:
+    shapes = expected_tensors(CONFIG) | {"new\nline": (1,), "x" * 100_000: (2,)}
+    message = problem(Dictionary(shapes))
+    assert len(message) < 1000
+    assert printable("model.norm.weight") == "model.norm.weight"
+    assert printable("\ud800").isascii()
+
+
+def test_a_metered_source_tells_what_was_read_of_how_much() -> None:
+    source = Dictionary({"a": (2, 3), "b": (5,)})
+    source.get = lambda name: source.tensors[name]  # type: ignore[method-assign]
+    heard: list[tuple[str, int, int]] = []
+    metered = MeteredSource(source, lambda *event: heard.append(event))
+    assert set(metered.names()) == {"a", "b"}
+    assert metered.get("b") is source.tensors["b"]
+    assert metered.get("a") is source.tensors["a"]
+    assert heard == [("b", 20, 44), ("a", 44, 44)]
