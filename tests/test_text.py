@@ -366,8 +366,9 @@ def test_stop_strings_one_character_at_a_time() -> None:
     assert parts("aaab", "aab") == ["", "", "a", "", ""]
 
 
-def test_a_stream_says_as_soon_as_it_has_stopped() -> None:
-    running = TextStream(text_of(byte_level), ["c"])
+@pytest.mark.parametrize("stop", [["bc"], ["bcx", "bc"]])
+def test_a_stream_says_as_soon_as_it_has_stopped(stop: list[str]) -> None:
+    running = TextStream(text_of(byte_level), stop)
     said = []
     for token_id in byte_ids(byte_level, b"abcd"):
         running.push(token_id)
