@@ -39,11 +39,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if sys.stdin is None:
+        raise RequestError("standard input is closed: expected messages there")
     resolved = resolve(flags=flags.layer(args))
     with open_engine(resolved) as engine:
         conversation = Conversation(engine, resolved.config)
         conversation.begin(args.system)
-        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        if sys.stdin.isatty() and sys.stdout.isatty():
             return _talk(conversation)
         _read_messages(conversation)
     return 0
@@ -110,8 +112,6 @@ def _talk(conversation: Conversation) -> int:
 
 
 def _read_messages(conversation: Conversation) -> None:
-    if sys.stdin is None:
-        raise RequestError("standard input is closed: expected a message a line there")
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             text = line.decode().rstrip("\r\n")
@@ -138,7 +138,7 @@ def _take(conversation: Conversation, line: str) -> bool:
             note(f"{usage}: {meaning}")
     elif word.startswith("/"):
         known = [usage.partition(" ")[0] for usage in _WORDS]
-        raise RequestError(f"no command is named {word!r}{nearest(word, known)}; see /help")
+        raise RequestError(f"no command is named {word!r}{nearest(word, known)} (see /help)")
     elif word:
         conversation.answer(line.strip())
     return True

@@ -40,8 +40,12 @@ def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     yield f"{parser.description}\n"
     nested = subparsers(parser)
     if not nested:
-        usage = parser.format_usage() if parser.usage else f"usage: {name} [options]"
-        yield f"    {' '.join(usage.split()).removeprefix('usage: ')}\n"
+        words = [
+            f"[{action.metavar}]" if action.nargs == "?" else f"{action.metavar}"
+            for action in parser._actions
+            if not action.option_strings
+        ]
+        yield f"    {' '.join([name, '[options]', *words])}\n"
     for group in parser._action_groups:
         entries = [line for action in group._group_actions for line in _entry(action, parser)]
         if entries:
