@@ -1,0 +1,176 @@
+"""Causal attention over the paged KV cache.
+
+Keys and values are read from the cache through the block table, this step's own included, so that
+a token sees the same keys whether its prompt came in one step or in several. Only slots of the
+sequence itself are read: what other pages hold, NaN included, cannot reach a result.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright.types import StepBatch
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries [T, num_heads, head_dim] and the keys and values of a layer, [slots, num_kv_heads,
+head_dim] each, to [T, num_heads * head_dim]. Query head h reads KV head h // (num_heads //
+num_kv_heads). Softmax is taken in float32."""
+
+QUERY_BLOCK = 256
+"""Queries that share a mask of prefill, which is QUERY_BLOCK by context at most."""
+
+
+def paged_attention(
+    batch: StepBatch, page_size: int, window: int | None, dtype: torch.dtype
+) -> Attend:
+    """Attention for one step, for the layers that have the same sliding window.
+
+    dtype: what queries, keys and values are multiplied in.
+    """
+    if batch.token_ids.shape[0] == batch.context_lens.shape[0]:
+        return _decode(batch, page_size, window, dtype)
+    return _prefill(batch, page_size, window, dtype)
+
+
+def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.dtype) -> Attend:
+    """One query a sequence, all sequences at once.
+
+    Sequences shorter than the longest repeat their own last slot, masked.
+    """
+    lengths = batch.context_lens.long().unsqueeze(1)
+    starts = torch.zeros_like(lengths) if window is None else (lengths - window).clamp(min=0)
+    counts = lengths - starts
+    width = int(counts.max())
+    offsets = torch.arange(width)
+    positions = torch.minimum(starts + offsets, lengths - 1)
+    slots = _slots(batch.block_table, positions, page_size).flatten()
+    sequences = lengths.shape[0]
+    mask = None
+    if int(counts.min()) < width:
+        mask = _additive(offsets >= counts, dtype)[:, None, None, :]
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        heads, head_dim = q.shape[1:]
+        kv_heads = keys.shape[1]
+        shape = (sequences, width, kv_heads, head_dim)
+        k = keys.index_select(0, slots).view(shape).transpose(1, 2)
+        v = values.index_select(0, slots).view(shape).transpose(1, 2)
+        # The query heads of a KV head stand in for several queries: nothing is repeated.
+        grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
+        out = F.scaled_dot_product_attention(
+            grouped.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask
+        )
+        return out.reshape(sequences, heads * head_dim).to(q.dtype)
+
+    return attend
+
+
+class _Sequence(NamedTuple):
+    """One sequence of a prefill step."""
+
+    rows: slice
+    slots: Tensor
+    """[n] int64: of the positions that its queries see, in order."""
+    blocks: list["_Block"]
+
+
+class _Block(NamedTuple):
+    """Queries that attend in one go."""
+
+    queries: slice
+    """Among the sequence's rows."""
+    keys: slice
+    """Among its slots."""
+    masked: bool
+    """Whether these keys need a mask; else each query sees the keys up to its own place."""
+
+
+def _prefill(batch: StepBatch, page_size: int, window: int | None, dtype: torch.dtype) -> Attend:
+    """Any number of queries a sequence, one sequence after another."""
+    sequences = list(_sequences(batch, page_size, window))
+    masked = [b for s in sequences for b in s.blocks if b.masked]
+    mask = _additive(_hidden(masked, window), dtype) if masked else None
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        heads, head_dim = q.shape[1:]
+        kv_heads = keys.shape[1]
+        group = heads // kv_heads
+        attended = torch.empty(q.shape[0], kv_heads, group, head_dim, dtype=q.dtype)
+        for sequence in sequences:
+            # [kv_heads, group, tokens, head_dim]; a KV head's keys serve its group as they are.
+            k = _by_head(keys.index_select(0, sequence.slots).to(dtype), group)
+            v = _by_head(values.index_select(0, sequence.slots).to(dtype), group)
+            grouped = q[sequence.rows].view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+            result = attended[sequence.rows].permute(1, 2, 0, 3)
+            for queries, seen, is_masked in sequence.blocks:
+                rows, columns = queries.stop - queries.start, seen.stop - seen.start
+                result[:, :, queries] = F.scaled_dot_product_attention(
+                    grouped[:, :, queries].to(dtype),
+                    k[:, :, seen],
+                    v[:, :, seen],
+                    attn_mask=mask[-rows:, -columns:] if mask is not None and is_masked else None,
+                    is_causal=not is_masked,
+                )
+        return attended.view(-1, heads * head_dim)
+
+    return attend
+
+
+def _sequences(batch: StepBatch, page_size: int, window: int | None) -> Iterator[_Sequence]:
+    starts = batch.query_starts.tolist()
+    for i, length in enumerate(batch.context_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        new = rows.stop - rows.start
+        before = length - new
+        first = 0 if window is None else max(0, before - window + 1)
+        positions = torch.arange(first, length)
+        slots = _slots(batch.block_table[i : i + 1], positions.unsqueeze(0), page_size)[0]
+        if before == 0 and (window is None or window >= length):
+            blocks = [_Block(slice(0, new), slice(0, new), masked=False)]
+        else:
+            blocks = [
+                _Block(
+                    slice(start, stop),
+                    slice(
+                        0 if window is None else max(0, before + start - window + 1 - first),
+                        before + stop - first,
+                    ),
+                    masked=True,
+                )
+                for start in range(0, new, QUERY_BLOCK)
+                for stop in (min(new, start + QUERY_BLOCK),)
+            ]
+        yield _Sequence(rows, slots, blocks)
+
+
+def _hidden(blocks: list[_Block], window: int | None) -> Tensor:
+    """Which keys which queries do not see, [queries, keys] bool.
+
+    Last query and last key of each block are the same token, so the mask of a block is this one's
+    lower right part.
+    """
+    rows = max(b.queries.stop - b.queries.start for b in blocks)
+    columns = max(b.keys.stop - b.keys.start for b in blocks)
+    back = torch.arange(rows - 1, -1, -1).unsqueeze(1)
+    key_back = torch.arange(columns - 1, -1, -1)
+    hidden = key_back < back
+    return hidden if window is None else hidden | (key_back >= back + window)
+
+
+def _by_head(states: Tensor, group: int) -> Tensor:
+    """[tokens, kv_heads, head_dim] as [kv_heads, group, tokens, head_dim], repeated by stride."""
+    tokens, kv_heads, head_dim = states.shape
+    return states.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, tokens, head_dim)
+
+
+def _slots(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """Slots [B, n] int64 of positions [B, n] int64, all within the sequences."""
+    pages = block_table.gather(1, positions // page_size).long()
+    return pages * page_size + positions % page_size
+
+
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))

@@ -1,0 +1,244 @@
+"""The forward pass of a dense decoder-only transformer, and the executor that runs it.
+
+Rounding to the weights' dtype happens where transformers' eager code rounds: after each matrix
+product, after a norm and again after its weight, after attention, after each sum. Inside norms,
+rotary embedding and softmax all is float32. With a 16-bit dtype rotary tables and attention scores
+stay in float32, where transformers rounds them too.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from attrs import frozen
+from torch import Tensor
+
+from tilewright.errors import ExecutorError
+from tilewright.types import (
+    ExecutorLimits,
+    KvCacheSpec,
+    KvLayer,
+    ModelConfig,
+    StepBatch,
+    Tap,
+    TensorSource,
+)
+from tilewright.weights import torch_dtype
+from tilewright_torch.attention import Attend, paged_attention
+from tilewright_torch.linear import Linear, linear
+from tilewright_torch.rope import rotary, rotate
+
+
+@frozen(kw_only=True)
+class Layer:
+    """One layer's weights, as the forward pass uses them."""
+
+    attn_norm: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    qk_norm: Tensor | None
+    """[num_heads + num_kv_heads, head_dim]: the norm weight of each query and key head."""
+    o: Linear
+    mlp_norm: Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@frozen(kw_only=True)
+class Model:
+    """A model's weights, in one dtype."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    embedding: Tensor
+    """[vocab_size, hidden_size]"""
+    layers: Sequence[Layer]
+    final_norm: Tensor
+    head: Linear
+
+
+def load(config: ModelConfig, weights: TensorSource, dtype: torch.dtype) -> Model:
+    """Read the weights one by one; those of this dtype are used as they are, uncopied."""
+
+    def get(name: str) -> Tensor:
+        return weights.get(name).to(dtype)
+
+    def projection(name: str, bias: bool) -> Linear:
+        return linear(get(f"{name}.weight"), get(f"{name}.bias") if bias else None)
+
+    def layer(name: str) -> Layer:
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        qk_norm = None
+        if config.qk_norm:
+            q_norm = get(f"{attention}.q_norm.weight").expand(config.num_heads, -1)
+            k_norm = get(f"{attention}.k_norm.weight").expand(config.num_kv_heads, -1)
+            qk_norm = torch.cat((q_norm, k_norm))
+        return Layer(
+            attn_norm=get(f"{name}.input_layernorm.weight"),
+            q=projection(f"{attention}.q_proj", config.qkv_bias),
+            k=projection(f"{attention}.k_proj", config.qkv_bias),
+            v=projection(f"{attention}.v_proj", config.qkv_bias),
+            qk_norm=qk_norm,
+            o=projection(f"{attention}.o_proj", config.output_bias),
+            mlp_norm=get(f"{name}.post_attention_layernorm.weight"),
+            gate=projection(f"{mlp}.gate_proj", config.mlp_bias),
+            up=projection(f"{mlp}.up_proj", config.mlp_bias),
+            down=projection(f"{mlp}.down_proj", config.mlp_bias),
+        )
+
+    embedding = get("model.embed_tokens.weight")
+    return Model(
+        config=config,
+        dtype=dtype,
+        embedding=embedding,
+        layers=[layer(f"model.layers.{i}") for i in range(config.num_layers)],
+        final_norm=get("model.norm.weight"),
+        head=linear(embedding if config.tie_word_embeddings else get("lm_head.weight")),
+    )
+
+
+class TorchExecutor:
+    """An ``Executor`` (see tilewright.types) on the CPU."""
+
+    limits = ExecutorLimits()
+
+    def __init__(self, model: Model, kv_cache_spec: KvCacheSpec):
+        self.kv_cache_spec = kv_cache_spec
+        self._model: Model | None = model
+        self._rotary = rotary(model.config)
+        self._kv: list[tuple[Tensor, Tensor]] = []
+
+    def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
+        """Raises ExecutorError for storage that is not as kv_cache_spec says."""
+        spec = self.kv_cache_spec
+        page = (spec.page_size, spec.num_kv_heads, spec.head_dim)
+        storage = [t for layer in layers for t in (layer.key, layer.value)]
+        found = {(tuple(t.shape[1:]), t.dtype) for t in storage}
+        if len(layers) != spec.num_layers or found != {(page, torch_dtype(spec.dtype))}:
+            shown = "; ".join(f"{list(shape)} {dtype}" for shape, dtype in found)
+            raise ExecutorError(
+                f"executor torch needs a KV cache of {spec.num_layers} layers with pages of "
+                f"{list(page)} {spec.dtype}, and was given {len(layers)} layers with {shown}: "
+                "the KV allocator does not follow kv_cache_spec"
+            )
+        self._kv = [(layer.key.flatten(0, 1), layer.value.flatten(0, 1)) for layer in layers]
+
+    def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        return self._run(batch, tap)
+
+    def decode(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        return self._run(batch, tap)
+
+    def close(self) -> None:
+        self._model = None
+        self._kv = []
+
+    @torch.inference_mode()
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        model = self._model
+        if model is None:
+            raise ExecutorError("executor torch is closed: load the model again")
+        config = model.config
+        compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
+        attention: dict[int | None, Attend] = {
+            window: paged_attention(batch, self.kv_cache_spec.page_size, window, compute)
+            for window in {config.window(i) for i in range(config.num_layers)}
+        }
+        cos, sin = self._rotary(batch)
+        slots = batch.slot_mapping.long()
+
+        x = F.embedding(batch.token_ids, model.embedding)
+        if tap:
+            tap("embed", x)
+        for i, layer in enumerate(model.layers):
+            layer_tap = _of_layer(tap, i) if tap else None
+            x = x + _attention(
+                layer,
+                config,
+                x,
+                cos,
+                sin,
+                self._kv[i],
+                slots,
+                attention[config.window(i)],
+                layer_tap,
+            )
+            if layer_tap:
+                layer_tap("attn_residual", x)
+            x = x + _mlp(layer, config, x, layer_tap)
+            if layer_tap:
+                layer_tap("output", x)
+        x = rms_norm(x[batch.logits_rows], model.final_norm, config.norm_eps)
+        if tap:
+            tap("final_norm", x)
+        logits = model.head(x).float()
+        if tap:
+            tap("logits", logits)
+        return logits
+
+
+def _of_layer(tap: Tap, layer: int) -> Tap:
+    return lambda stage, tensor: tap(f"layers.{layer}.{stage}", tensor)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv:1910.07467) over the last dimension: rounded, then times the weight."""
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+
+
+def _attention(
+    layer: Layer,
+    config: ModelConfig,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv: tuple[Tensor, Tensor],
+    slots: Tensor,
+    attend: Attend,
+    tap: "Tap | None",
+) -> Tensor:
+    """The attention block's output [T, hidden_size]; writes the tokens' keys and values."""
+    heads, head_dim = config.num_heads, config.head_dim
+    h = rms_norm(x, layer.attn_norm, config.norm_eps)
+    q, k, v = layer.q(h), layer.k(h), layer.v(h)
+    qk = torch.cat((q, k), -1).view(x.shape[0], -1, head_dim)
+    v = v.view(x.shape[0], -1, head_dim)
+    if tap:
+        tap("attn_norm", h)
+        tap("q_proj", qk[:, :heads])
+        tap("k_proj", qk[:, heads:])
+        tap("v_proj", v)
+    if layer.qk_norm is not None:
+        qk = rms_norm(qk, layer.qk_norm, config.norm_eps)
+        if tap:
+            tap("q_norm", qk[:, :heads])
+            tap("k_norm", qk[:, heads:])
+    qk = rotate(qk, cos, sin)
+    q, k = qk[:, :heads], qk[:, heads:]
+    keys, values = kv
+    keys.index_copy_(0, slots, k.to(keys.dtype))
+    values.index_copy_(0, slots, v.to(values.dtype))
+    attended = attend(q, keys, values)
+    out = layer.o(attended)
+    if tap:
+        tap("q_rope", q)
+        tap("k_rope", k)
+        tap("attention", attended)
+        tap("o_proj", out)
+    return out
+
+
+def _mlp(layer: Layer, config: ModelConfig, x: Tensor, tap: "Tap | None") -> Tensor:
+    h = rms_norm(x, layer.mlp_norm, config.norm_eps)
+    gate, up = layer.gate(h), layer.up(h)
+    activation = F.silu(gate) * up
+    out = layer.down(activation)
+    if tap:
+        tap("mlp_norm", h)
+        tap("gate_proj", gate)
+        tap("up_proj", up)
+        tap("activation", activation)
+        tap("down_proj", out)
+    return out

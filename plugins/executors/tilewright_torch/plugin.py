@@ -1,0 +1,129 @@
+"""Plugin ``torch``: the reference executor, on the CPU with PyTorch."""
+
+import os
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen, validators
+
+from tilewright import hookimpl
+from tilewright.errors import ExecutorError
+from tilewright.types import (
+    Check,
+    ExecutorRequest,
+    KvCacheSpec,
+    ModelConfig,
+    PluginInfo,
+    RuntimeConfig,
+)
+
+if TYPE_CHECKING:
+    from tilewright_torch.model import TorchExecutor
+
+tilewright_api = 1
+
+
+@frozen
+class Options:
+    threads: int | None = field(
+        default=None,
+        validator=validators.optional(validators.ge(1)),
+        metadata={"help": "threads that torch uses, in the whole process; default: as it is set"},
+    )
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        summary="the reference: any supported model on the CPU, with PyTorch",
+        options=Options,
+        limits={
+            "device": "cpu",
+            "weights and KV cache": "float32, bfloat16, float16, also different from each other",
+            "RoPE": "default, linear, dynamic, llama3, yarn",
+            "attention": "any head size, grouped queries, sliding windows by layer",
+            "taps": "all of docs/tensors.md",
+        },
+    )
+
+
+@hookimpl
+def doctor_checks() -> list[Check]:
+    import torch
+
+    from tilewright_torch.linear import has_native
+
+    native = [d for d in ("bfloat16", "float16") if has_native(getattr(torch, d))]
+    found = f"{' and '.join(native)} natively" if native else "float32 only"
+    return [
+        Check(
+            name="matrix products on this CPU",
+            status="ok",
+            found=f"{found}; 16-bit dtypes that are not native are widened to float32 block by "
+            "block: as exact, slower in prefill, as fast in decode"
+            if len(native) < 2
+            else found,
+        )
+    ]
+
+
+@hookimpl
+def create_executor(request: ExecutorRequest) -> "TorchExecutor":
+    """Raises ExecutorError for a device, a shape or a cache that it cannot run."""
+    config, runtime = request.model_config, request.runtime_config
+    _check(config, runtime)
+
+    import torch
+
+    from tilewright.weights import torch_dtype
+    from tilewright_torch.model import TorchExecutor, load
+
+    if request.options is not None and request.options.threads is not None:
+        torch.set_num_threads(request.options.threads)
+    assert runtime.weight_dtype is not None
+    assert runtime.kv_dtype is not None
+    model = load(config, request.weights, torch_dtype(runtime.weight_dtype))
+    spec = KvCacheSpec(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=runtime.page_size,
+        dtype=runtime.kv_dtype,
+        memory_limit=_half_of_free_memory(_mapped_bytes(request)),
+    )
+    return TorchExecutor(model, spec)
+
+
+def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
+    if runtime.device != "cpu":
+        raise ExecutorError(
+            f"executor torch runs on device cpu, found device = {runtime.device!r}: "
+            "set device = 'cpu', or choose another executor (`tilewright plugins list`)"
+        )
+    if config.num_heads % config.num_kv_heads:
+        raise ExecutorError(
+            f"executor torch needs num_heads to be a multiple of num_kv_heads, found "
+            f"{config.num_heads} and {config.num_kv_heads} in {config.architecture}"
+        )
+    least = 4 if config.rope.kind == "dynamic" else 2
+    if config.head_dim % 2 or config.head_dim < least:
+        raise ExecutorError(
+            f"executor torch needs an even head_dim of {least} or more to rotate "
+            f"({config.rope.kind} RoPE), found {config.head_dim} in {config.architecture}"
+        )
+
+
+def _mapped_bytes(request: ExecutorRequest) -> int:
+    """Bytes of weights that are used as stored, and so may not have been read yet."""
+    weights, dtype = request.weights, request.runtime_config.weight_dtype
+    infos = [weights.info(name) for name in weights.names()]
+    return sum(info.nbytes for info in infos if info.dtype == dtype)
+
+
+def _half_of_free_memory(spoken_for: int) -> int:
+    """Half of the memory that is free once spoken_for bytes are in it."""
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, free - spoken_for) // 2
