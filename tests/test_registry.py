@@ -428,8 +428,8 @@ def test_an_object_may_serve_two_kinds_and_is_registered_once(site: Install) -> 
         )
     )
     manager = registry.new_manager()
-    sampler = registry.register(manager, "sampler", "x")
-    executor = registry.register(manager, "executor", "x")
+    sampler = registry.register(manager, registry.find("sampler", "x"))
+    executor = registry.register(manager, registry.find("executor", "x"))
     assert sampler is executor
     assert manager.get_name(sampler) == "sampler:acme-x:x"
     assert registry.call(sampler, "create_sampler", request=None) == "sampler"

@@ -15,6 +15,7 @@ from attrs import evolve, field, frozen
 from tilewright import registry
 from tilewright.errors import ConfigError, PluginError, nearest
 from tilewright.options import options_of, structure
+from tilewright.registry import OPTIONS_BY_NAME
 from tilewright.types import GenerateConfig, RuntimeConfig
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -121,9 +122,6 @@ SECTIONS: dict[str, type] = {
     "output": Output,
 }
 """The tables of a run file but ``[options.<kind>]``."""
-
-OPTIONS_BY_NAME = ("weight_format", "observer")
-"""Kinds of which several plugins may be in use: their options are tables by plugin name."""
 
 
 @frozen

@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from tilewright.errors import (
     nearest,
 )
 from tilewright.formats import InstalledFormats
-from tilewright.options import read_options
 from tilewright.scheduler import Request, Scheduler, Step
+from tilewright.selection import Selected, check_options, select
 from tilewright.text import Text, TextStream
 from tilewright.types import (
     BUILTIN_GENERATE,
@@ -184,7 +184,7 @@ class LLMEngine:
     def __init__(
         self,
         manager: PluginManager,
-        plugins: Mapping[str, Any],
+        plugins: Mapping[str, Selected],
         options: Mapping[str, Any],
         selection: dict[str, Any],
     ):
@@ -195,10 +195,8 @@ class LLMEngine:
         self._options = options
         self.selection = selection
         """Arguments of ``from_plugins`` that make the same engine again, in another process too."""
-        self._sampler: Sampler = registry.call(
-            plugins["sampler"],
-            "create_sampler",
-            request=SamplerRequest(options=options["sampler"]),
+        self._sampler: Sampler = plugins["sampler"].call(
+            "create_sampler", request=SamplerRequest(options=options["sampler"])
         )
         self._models: dict[str, ServedModel] = {}
         self._num_requests = 0
@@ -227,34 +225,27 @@ class LLMEngine:
         options that a plugin does not have or cannot take.
         """
         options = {kind: dict(given) for kind, given in (options or {}).items()}
-        for kind in options.keys() - registry.KINDS.keys():
-            raise ConfigError(
-                f"options are given for {kind!r}, which is no kind of plugin"
-                f"{nearest(kind, registry.KINDS)} (kinds: {', '.join(registry.KINDS)})"
-            )
-        chosen = {
-            "loader": loader,
-            "executor": executor,
-            "kv_allocator": kv_allocator,
-            "sampler": sampler,
-        }
         manager = registry.new_manager()
-        plugins, read = {}, {}
-        for kind, name in chosen.items():
-            plugins[kind] = registry.register(manager, kind, name)
-            info = registry.info(plugins[kind])
-            read[kind] = read_options(
-                f"{kind.replace('_', ' ')} {name!r}", info, options.get(kind, {})
-            )
-        for observer in observers:
-            if isinstance(observer, str):
-                plugin = registry.load(registry.find("observer", observer))
-                given = options.get("observer", {}).get(observer, {})
-                made = read_options(f"observer {observer!r}", registry.info(plugin), given)
-                observer = registry.call(plugin, "create_observer", options=made)
+        plugins = {
+            "loader": select(manager, "loader", loader),
+            "executor": select(manager, "executor", executor),
+            "kv_allocator": select(manager, "kv_allocator", kv_allocator),
+            "sampler": select(manager, "sampler", sampler),
+        }
+        watching = [select(manager, "observer", o) if isinstance(o, str) else o for o in observers]
+        check_options(options, [o.plugin for o in watching if isinstance(o, Selected)])
+        read = {kind: selected.read_options(options) for kind, selected in plugins.items()}
+        for observer in watching:
+            if isinstance(observer, Selected):
+                made = observer.read_options(options)
+                observer = observer.call("create_observer", options=made)
             registry.check_hooks(observer, f"observer {observer!r}")
             manager.register(observer)
-        selection = chosen | {"observers": tuple(observers), "options": options}
+        selection: dict[str, Any] = {kind: p.plugin.qualified for kind, p in plugins.items()}
+        selection["observers"] = tuple(
+            o.plugin.qualified if isinstance(o, Selected) else o for o in watching
+        )
+        selection["options"] = options
         return cls(manager, plugins, read, selection)
 
     @classmethod
@@ -354,19 +345,14 @@ class LLMEngine:
         return self.model(model_id).generation_defaults
 
     def _load(self, source: str, model_format: str | None, options: dict[str, Any]) -> LoadedModel:
-        plugin = self._plugins["loader"]
-        given = self.selection["options"].get("loader", {})
-        name = self.selection["loader"]
-        merged = read_options(f"loader {name!r}", registry.info(plugin), {**given, **options})
+        loader, given = self._plugins["loader"], self.selection["options"]
         request = LoadRequest(
             source=source,
-            options=merged,
+            options=loader.read_options(given, **options),
             weight_format=model_format,
-            formats=InstalledFormats(
-                self._manager, self.selection["options"].get("weight_format", {})
-            ),
+            formats=InstalledFormats(self._manager, given),
         )
-        loaded: LoadedModel = registry.call(plugin, "load_model", request=request)
+        loaded: LoadedModel = loader.call("load_model", request=request)
         return loaded
 
     def _create_executor(
@@ -387,9 +373,7 @@ class LLMEngine:
             weights=weights,
             options=self._options["executor"],
         )
-        executor: Executor = registry.call(
-            self._plugins["executor"], "create_executor", request=request
-        )
+        executor: Executor = self._plugins["executor"].call("create_executor", request=request)
         return executor
 
     def _serve(
@@ -405,8 +389,7 @@ class LLMEngine:
         max_seq_len = _least(runtime.max_seq_len, limits.max_seq_len)
         max_batch_size = _least(runtime.max_batch_size, limits.max_batch_size)
         max_batch_tokens = _least(runtime.max_batch_tokens, limits.max_batch_tokens)
-        allocator: KvAllocator = registry.call(
-            self._plugins["kv_allocator"],
+        allocator: KvAllocator = self._plugins["kv_allocator"].call(
             "create_kv_allocator",
             request=KvAllocatorRequest(
                 spec=executor.kv_cache_spec,
@@ -501,6 +484,7 @@ class LLMEngine:
     def _submit(self, model: ServedModel, prompt: Prompt, settings: GenerateConfig) -> _Generation:
         ids = tuple(model.text.encode(prompt) if isinstance(prompt, str) else prompt)
         self._check_prompt(model, ids)
+        self._check_ids(model, settings.logit_bias or (), "logit_bias")
         assert settings.max_new_tokens is not None
         self._num_requests += 1
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
@@ -614,9 +598,8 @@ class LLMEngine:
         if self._closed:
             raise RequestError("this engine is closed; make a new one")
 
-    @staticmethod
-    def _check_prompt(model: ServedModel, ids: tuple[int, ...]) -> None:
-        limit, vocab_size = model.max_seq_len, model.loaded.config.vocab_size
+    def _check_prompt(self, model: ServedModel, ids: tuple[int, ...]) -> None:
+        limit = model.max_seq_len
         if not ids:
             raise RequestError("the prompt is empty: expected at least one token")
         if len(ids) >= limit:
@@ -625,10 +608,15 @@ class LLMEngine:
                 f"max_seq_len = {limit} of model {model.model_id!r}: shorten it, or raise "
                 f"max_seq_len if it is below {model.loaded.config.max_position_embeddings}"
             )
+        self._check_ids(model, ids, "the prompt")
+
+    @staticmethod
+    def _check_ids(model: ServedModel, ids: Iterable[int], where: str) -> None:
+        vocab_size = model.loaded.config.vocab_size
         bad = next((i for i in ids if not 0 <= i < vocab_size), None)
         if bad is not None:
             raise RequestError(
-                f"token id {bad} in the prompt is outside of the vocabulary of model "
+                f"token id {bad} in {where} is outside of the vocabulary of model "
                 f"{model.model_id!r} (0 to {vocab_size - 1})"
             )
 

@@ -1,14 +1,12 @@
 """The installed weight formats, as a loader sees them."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pluggy import PluginManager
 
 from tilewright import registry
 from tilewright.errors import ModelError, PluginError
-from tilewright.options import read_options
+from tilewright.selection import Options, select
 from tilewright.types import TensorSource
 
 PREFERRED = "safetensors"
@@ -22,21 +20,15 @@ class InstalledFormats:
     the others only when it finds nothing.
     """
 
-    def __init__(self, manager: PluginManager, options: Mapping[str, Mapping[str, Any]]):
-        """options: those of the formats, by name."""
+    def __init__(self, manager: PluginManager, options: Options):
+        """options: those of the engine, of which ``weight_format`` concerns the formats."""
         self._manager = manager
         self._options = options
 
     def open(self, directory: Path, name: str | None = None) -> TensorSource:
-        return self._open(name or self._detect(directory), directory)
-
-    def _open(self, name: str, directory: Path) -> TensorSource:
-        plugin = registry.register(self._manager, "weight_format", name)
-        options = read_options(
-            f"weight format {name!r}", registry.info(plugin), self._options.get(name, {})
-        )
-        source: TensorSource = registry.call(
-            plugin, "open_weights", directory=directory, options=options
+        chosen = select(self._manager, "weight_format", name or self._detect(directory))
+        source: TensorSource = chosen.call(
+            "open_weights", directory=directory, options=chosen.read_options(self._options)
         )
         return source
 

@@ -116,7 +116,7 @@ class ObserverHooks:
     """Kind ``observer``: is told of what happens; any number of them, and none can change it."""
 
     @_first
-    def create_observer(self, options: Any) -> object:  # type: ignore[empty-body]
+    def create_observer(self, options: Any) -> object:
         """Make an object that implements any of the hooks of ObserverEvents; one an engine."""
 
 

@@ -39,6 +39,9 @@ KINDS = {
     "observer": Kind("tilewright.observers", "ObserverHooks", ("create_observer",)),
 }
 
+OPTIONS_BY_NAME = ("weight_format", "observer")
+"""Kinds of which several plugins may be in use: their options are given by plugin name."""
+
 
 class Plugin(NamedTuple):
     """An installed plugin, as its distribution's metadata states it."""
@@ -234,15 +237,14 @@ def check_hooks(obj: Any, who: str) -> set[str]:
     return implemented
 
 
-def register(manager: "PluginManager", kind: str, name: str) -> Any:
-    """Find, load and register the plugin that a name means; returns it.
+def register(manager: "PluginManager", plugin: Plugin) -> Any:
+    """Load a plugin and register it with a manager; returns it.
 
     Registered under ``kind:distribution:name``; an object that serves two kinds only once.
     """
-    plugin = find(kind, name)
     obj = load(plugin)
     if not manager.is_registered(obj):
-        manager.register(obj, f"{kind}:{plugin.qualified}")
+        manager.register(obj, f"{plugin.kind}:{plugin.qualified}")
     return obj
 
 

@@ -272,7 +272,7 @@ class Executor(Protocol):
         """Run any number of tokens a sequence, with or without context before them.
 
         Writes the tokens' keys and values to their slots and to no other. Returns the wanted
-        logits, [L, vocab_size] float32.
+        logits, [L, vocab_size] float32 on the CPU.
         """
         ...
 
@@ -396,7 +396,10 @@ class GenerateConfig:
         "subtract for each occurrence in the output (0)",
         validator=_optional(validators.gt(float("-inf")), validators.lt(float("inf"))),
     )
-    logit_bias: Mapping[int, float] | None = _setting("token id -> added to its logit")
+    logit_bias: Mapping[int, float] | None = _setting(
+        "token id -> added to its logit; -inf forbids the token",
+        validator=_optional(validators.deep_mapping(validators.ge(0), validators.lt(float("inf")))),
+    )
     seed: int | None = _setting(
         "same seed, same tokens, whatever else is in the batch (drawn anew)",
         validator=_optional(validators.ge(0), validators.lt(2**63)),
@@ -468,7 +471,7 @@ class Sampler(Protocol):
     """Chooses each request's next token."""
 
     def sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> list[SampledToken]:
-        """From logits [B, vocab_size] float32, one row a request, to B tokens.
+        """From logits [B, vocab_size] float32 on the CPU, one row a request, to B tokens.
 
         A row's result depends on that row alone. Ties go to the smallest id. The logits are not
         changed. Raises NonFiniteLogitsError for NaN or infinity (-inf included).

@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from tilewright import registry
-from tilewright.config import OPTIONS_BY_NAME, SECTIONS, Given, Layer, Place, keys
+from tilewright.config import SECTIONS, Given, Layer, Place, keys
 from tilewright.errors import ConfigError, nearest
 from tilewright.options import Option, options_of
 
@@ -107,7 +107,7 @@ def option_place(key: str) -> Place:
             f"-o {key}: unknown kind of plugin {kind!r}{nearest(kind, registry.KINDS)} "
             f"(kinds: {', '.join(registry.KINDS)})"
         )
-    if kind not in OPTIONS_BY_NAME:
+    if kind not in registry.OPTIONS_BY_NAME:
         return (_OPTIONS, kind, rest)
     name, dot, option = rest.rpartition(".")
     if not dot:

@@ -10,7 +10,8 @@ from typing import Any
 
 from tilewright.cli import flags
 from tilewright.cli.generate import produce
-from tilewright.config import OPTIONS_BY_NAME, SECTIONS, Place, Resolved, keys, resolve
+from tilewright.config import SECTIONS, Place, Resolved, keys, resolve
+from tilewright.registry import OPTIONS_BY_NAME
 from tilewright.types import BUILTIN_GENERATE
 
 SUMMARY = "do what a run file says"
