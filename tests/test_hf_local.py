@@ -28,7 +28,7 @@ from tilewright.errors import ModelError
 from tilewright.types import GenerateConfig, ModelConfig, RopeConfig
 from tilewright.weights import check_tensors, expected_tensors
 from tilewright_hf.architecture import FAMILIES, model_config
-from tilewright_hf.json_file import JsonObject
+from tilewright_hf.files import JsonObject
 
 SMALL = {
     "vocab_size": 131,

@@ -13,7 +13,7 @@ from tilewright.errors import ModelError
 from tilewright.types import ModelConfig, RopeConfig, TensorInfo
 from tilewright.weights import MeteredSource, check_tensors, expected_tensors, printable
 from tilewright_hf.architecture import model_config
-from tilewright_hf.json_file import JsonObject
+from tilewright_hf.files import JsonObject
 
 CONFIG = ModelConfig(
     architecture="ToyForCausalLM",

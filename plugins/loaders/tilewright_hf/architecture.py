@@ -9,7 +9,7 @@ from attrs import frozen
 
 from tilewright.errors import ModelError, nearest
 from tilewright.types import DType, ModelConfig, RopeConfig, RopeKind
-from tilewright_hf.json_file import JsonObject, shown
+from tilewright_hf.files import JsonObject, shown
 
 
 @frozen(kw_only=True)

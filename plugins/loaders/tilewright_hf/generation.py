@@ -3,7 +3,7 @@
 from attrs import evolve, frozen
 
 from tilewright.types import GenerateConfig
-from tilewright_hf.json_file import JsonObject
+from tilewright_hf.files import JsonObject
 
 _UNSUPPORTED = {
     "num_beams": 1,

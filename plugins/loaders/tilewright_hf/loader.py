@@ -19,8 +19,8 @@ from tilewright.types import (
     TensorSource,
 )
 from tilewright_hf.architecture import DTYPES, FAMILIES, declared_dtype, model_config
+from tilewright_hf.files import is_there, read_json
 from tilewright_hf.generation import Recommended, recommended
-from tilewright_hf.json_file import read_json
 from tilewright_hf.tokenizer import load_text
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _directory(source: str) -> Path:
 
 def _generation(directory: Path, vocab_size: int) -> Recommended:
     path = directory / "generation_config.json"
-    if not path.exists():
+    if not is_there(path):
         return Recommended(defaults=GenerateConfig())
     return recommended(read_json(path), vocab_size)
 

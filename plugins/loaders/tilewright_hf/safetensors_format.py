@@ -12,7 +12,7 @@ from tilewright.errors import ConfigError, ModelError, listed
 from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo
 from tilewright.weights import printable
-from tilewright_hf.json_file import one_line, read_json, shown
+from tilewright_hf.files import check_file, is_there, one_line, read_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ class _Shard:
     def __init__(self, path: Path, backend: str):
         from safetensors import safe_open
 
-        _check_regular(path)
+        check_file(path)
         try:
             self.handle: Any = safe_open(path, "pt", **_backend(backend))
             self.tensors = _infos(path)
@@ -148,15 +148,6 @@ class SafetensorsSource:
 
 def _backend(backend: str) -> dict[str, str]:
     return {} if backend == "mmap" else {"backend": backend}
-
-
-def _check_regular(path: Path) -> None:
-    if path.is_file():
-        return
-    if path.is_symlink() and not path.exists():
-        raise ModelError(f"{path}: a link to {os.readlink(path)!r}, which does not exist")
-    found = "a directory" if path.is_dir() else "something else" if path.exists() else "nothing"
-    raise ModelError(f"{path}: expected a safetensors file, found {found}")
 
 
 def _infos(path: Path) -> dict[str, TensorInfo]:
@@ -214,7 +205,7 @@ def _indexed(index: Path, backend: str) -> list[_Shard]:
                 f"found {shown(file)}"
             )
     files = sorted(set(weight_map.values.values()))
-    absent = [f for f in files if not os.path.lexists(index.parent / f)]
+    absent = [f for f in files if not is_there(index.parent / f)]
     if absent:
         raise ModelError(
             f"{index}: {len(absent)} of the {len(files)} files that it names are not there: "

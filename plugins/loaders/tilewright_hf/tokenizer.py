@@ -6,6 +6,8 @@ has a tokenizer.json, as in transformers 5.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import ModelConfig, TextAssets
-from tilewright_hf.json_file import JsonObject, one_line, read_json, read_text, shown
+from tilewright_hf.files import JsonObject, is_there, one_line, read_json, read_text, shown
 
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
@@ -50,8 +52,8 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    if not path.exists():
-        others = [name for name in _OTHER_FORMATS if (path.parent / name).exists()]
+    if not is_there(path):
+        others = [name for name in _OTHER_FORMATS if is_there(path.parent / name)]
         if others:
             raise ModelError(
                 f"{path}: no such file; {listed(others)} can be converted to it with transformers: "
@@ -66,16 +68,26 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             f"{path}: a BPE model with a 'continuing_subword_prefix' is not supported; expected "
             "null or an empty string, as in the tokenizers of the supported models"
         )
+    with _refusing(f"{path}: the tokenizers library cannot read it"):
+        tokenizer = Tokenizer.from_str(text)
+    if not tokenizer.get_vocab_size(with_added_tokens=False):
+        raise ModelError(f"{path}: its vocabulary is empty")
+    return tokenizer
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn what tokenizers raises into a ModelError. Its panics are no Exception."""
     try:
-        return Tokenizer.from_str(text)
-    except Exception as error:
-        raise ModelError(
-            f"{path}: the tokenizers library cannot read it: {one_line(error)}"
-        ) from error
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ModelError(f"{what}: {one_line(error)}") from error
 
 
 def _optional_json(path: Path) -> JsonObject:
-    return read_json(path) if path.exists() else JsonObject(str(path), {})
+    return read_json(path) if is_there(path) else JsonObject(str(path), {})
 
 
 def _special_tokens(
@@ -160,20 +172,13 @@ def _add_special(
 
 
 def _next_id(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _check_ids(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
-    size = _next_id(tokenizer)
-    if size == 0:
-        raise ModelError(f"{path}: has no tokens")
-    try:
+    with _refusing(f"{path}: cannot encode text that is not in its vocabulary"):
         probe = tokenizer.encode(_UNLIKELY).ids
-    except Exception as error:
-        raise ModelError(
-            f"{path}: cannot encode text that is not in its vocabulary: {one_line(error)}"
-        ) from error
-    highest = max([size - 1, *probe])
+    highest = max([_next_id(tokenizer) - 1, *probe])
     if highest >= vocab_size:
         raise ModelError(
             f"{path}: has token ids up to {highest}, but vocab_size in config.json is "
@@ -183,10 +188,10 @@ def _check_ids(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
 
 def _chat_template(directory: Path, settings: JsonObject) -> tuple[str | None, tuple[str, ...]]:
     path = directory / "chat_template.jinja"
-    if path.exists():
+    if is_there(path):
         return read_text(path), ()
     path = directory / "chat_template.json"
-    source = read_json(path) if path.exists() else settings
+    source = read_json(path) if is_there(path) else settings
     value = source.values.get("chat_template")
     if value is None or isinstance(value, str):
         return value, ()

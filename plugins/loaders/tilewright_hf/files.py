@@ -1,10 +1,11 @@
-"""JSON files written by others: read with care, and values taken out by type and range.
+"""Files written by others: opened with care, and JSON values taken out by type and range.
 
 Every error is a ModelError that names the file and the key.
 """
 
 import json
 import math
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -21,11 +22,24 @@ MAX_BYTES = 256 * 2**20
 MAX_INT = 2**31 - 1
 
 
+def is_there(path: Path) -> bool:
+    """Whether a directory lists the file; what it is, and whether it can be read, comes later."""
+    return os.path.lexists(path)
+
+
+def check_file(path: Path) -> None:
+    """Raise ModelError unless path is a regular file, or a link to one."""
+    if path.is_file():
+        return
+    if path.is_symlink() and not path.exists():
+        raise ModelError(f"{path}: a link to {os.readlink(path)!r}, which does not exist")
+    found = "a directory" if path.is_dir() else "a device" if path.exists() else "nothing"
+    raise ModelError(f"{path}: expected a file, found {found}")
+
+
 def read_text(path: Path) -> str:
     """A text file's content. Raises ModelError when it is no readable UTF-8 file."""
-    if not path.is_file():
-        found = "a directory" if path.is_dir() else "something else" if path.exists() else "nothing"
-        raise ModelError(f"{path}: expected a file, found {found}")
+    check_file(path)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
