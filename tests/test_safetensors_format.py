@@ -222,7 +222,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "a pickle": (b"\x80\x02}q\x00(X\x05\x00\x00\x00layer", "not a safetensors file"),
     "shorter than a length": (b"\x08\x00", "not a safetensors file"),
     "a header that is cut": (header(ONE)[:30], "truncated"),
-    "a header longer than any": (struct.pack("<Q", 2**63) + b"{}", "truncated"),
+    "a header longer than any": (struct.pack("<Q", 2**63) + b"{}", "not a safetensors file"),
     "data that is cut": (
         header(ONE) + b"123",
         f"truncated: expected {len(header(ONE)) + 4} bytes, found {len(header(ONE)) + 3}",

@@ -3,7 +3,7 @@
 What an absent key means is what the configuration classes of transformers 5 make of it.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from attrs import frozen
 
@@ -200,8 +200,7 @@ def declared_dtype(config: JsonObject) -> DType | None:
     for key in ("dtype", "torch_dtype"):
         value = config.values.get(key)
         if value is not None and value != "auto":
-            found = next((dtype for dtype in DTYPES if dtype == value), None)
-            return found or config.fail(key, f"one of {', '.join(DTYPES)}")
+            return cast(DType, config.choice(key, None, DTYPES))
     return None
 
 
@@ -288,8 +287,7 @@ def _rope(
             f"{rope.where}: has a 'factor' but no 'rope_type' to say what it scales; "
             f"expected one of {', '.join(_ROPE_FIELDS)}"
         )
-    name = rope.choice(key, "default", _ROPE_FIELDS)
-    kind = next(k for k in _ROPE_FIELDS if k == name)
+    kind = cast(RopeKind, rope.choice(key, "default", _ROPE_FIELDS))
     ignored = sorted(rope.values.keys() - set(_ROPE_COMMON) - set(_ROPE_FIELDS[kind]))
     warnings = tuple(f"{rope.where}: {k[:60]!r} has no effect on {kind} RoPE" for k in ignored)
     if kind == "default":
@@ -304,31 +302,35 @@ def _rope(
         factor = max_positions / original  # what null means, which some YaRN files have
     if factor is None:
         rope.fail("factor", f"a number, which {kind} RoPE scales by")
-    more: dict[str, Any] = {}
     if kind == "dynamic" and head_dim == 2:
         raise ModelError(f"{rope.where}: dynamic RoPE needs heads larger than 2")
-    if kind == "llama3":
-        low = rope.number("low_freq_factor", None, over=0.0)
-        high = rope.number("high_freq_factor", None, over=0.0)
-        if low is None or high is None or high <= low:
-            raise ModelError(
-                f"{rope.where}: expected 'low_freq_factor' below 'high_freq_factor', found "
-                f"{shown(low)} and {shown(high)}"
-            )
-        more = {"low_freq_factor": low, "high_freq_factor": high}
-    if kind == "yarn":
-        more = {
-            "attention_factor": rope.number("attention_factor", None, least=0.0),
-            # For these, 0 means that they are not set.
-            "beta_fast": rope.number("beta_fast", 0.0, least=0.0) or 32.0,
-            "beta_slow": rope.number("beta_slow", 0.0, least=0.0) or 1.0,
-            "mscale": rope.number("mscale", 0.0, least=0.0) or None,
-            "mscale_all_dim": rope.number("mscale_all_dim", 0.0, least=0.0) or None,
-            "truncate": rope.boolean("truncate", True),
-        }
+    more = _llama3(rope) if kind == "llama3" else _yarn(rope) if kind == "yarn" else {}
     return RopeConfig(
         theta=theta, kind=kind, factor=factor, original_max_position=original, **more
     ), warnings
+
+
+def _llama3(rope: JsonObject) -> dict[str, Any]:
+    low = rope.number("low_freq_factor", None, over=0.0)
+    high = rope.number("high_freq_factor", None, over=0.0)
+    if low is None or high is None or high <= low:
+        raise ModelError(
+            f"{rope.where}: expected 'low_freq_factor' below 'high_freq_factor', found "
+            f"{shown(low)} and {shown(high)}"
+        )
+    return {"low_freq_factor": low, "high_freq_factor": high}
+
+
+def _yarn(rope: JsonObject) -> dict[str, Any]:
+    """0 means not set, as transformers reads it, but for attention_factor."""
+    return {
+        "attention_factor": rope.number("attention_factor", None, least=0.0),
+        "beta_fast": rope.number("beta_fast", 0.0, least=0.0) or 32.0,
+        "beta_slow": rope.number("beta_slow", 0.0, least=0.0) or 1.0,
+        "mscale": rope.number("mscale", 0.0, least=0.0) or None,
+        "mscale_all_dim": rope.number("mscale_all_dim", 0.0, least=0.0) or None,
+        "truncate": rope.boolean("truncate", True),
+    }
 
 
 def _whole_head(section: JsonObject) -> None:

@@ -122,7 +122,7 @@ def _stored_dtype(weights: TensorSource) -> DType:
     """The dtype of the embedding, for a config.json that names none."""
     name = "model.embed_tokens.weight"
     stored = weights.info(name).dtype if name in weights.names() else None
-    return next((dtype for dtype in DTYPES if dtype == stored), "float32")
+    return stored if stored in DTYPES else "float32"
 
 
 class _Selected:

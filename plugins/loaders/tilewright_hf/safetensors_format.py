@@ -22,6 +22,9 @@ tilewright_api = 1
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_MAX_HEADER = 100_000_000
+"""Bytes: what safetensors itself accepts at most."""
+
 _LFS_POINTER = b"version https://git-lfs"
 
 _DTYPES = {
@@ -153,17 +156,21 @@ def _backend(backend: str) -> dict[str, str]:
 def _infos(path: Path) -> dict[str, TensorInfo]:
     """Shapes and sizes from the header of a file that safetensors has found to be valid."""
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return {
         name: TensorInfo(
             shape=tuple(entry["shape"]),
-            dtype=_DTYPES.get(entry["dtype"], entry["dtype"].lower()),
+            dtype=_dtype(entry["dtype"]),
             nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
             location=str(path),
         )
         for name, entry in header.items()
     }
+
+
+def _dtype(code: str) -> str:
+    return _DTYPES.get(code, code.lower())
 
 
 def _diagnosis(path: Path, error: Exception) -> str:
@@ -179,7 +186,7 @@ def _diagnosis(path: Path, error: Exception) -> str:
             return "a Git LFS pointer instead of the weights; run `git lfs pull` there"
         file.seek(0)
         header_size = int.from_bytes(file.read(8), "little")
-        if start[8:9] != b"{":
+        if start[8:9] != b"{" or header_size > _MAX_HEADER:
             return f"not a safetensors file: {one_line(error)}"
         if 8 + header_size > size:
             return f"truncated: its header alone takes {8 + header_size} bytes, found {size}"

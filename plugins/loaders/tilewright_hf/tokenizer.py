@@ -106,7 +106,7 @@ def _special_tokens(
                     named |= {k: _special_token(source, k, v) for k, v in value.items()}
                 elif isinstance(value, list):
                     nameless += [_special_token(source, key, v) for v in value]
-            elif key.endswith("_token") and value is not None and not isinstance(value, bool):
+            elif key.endswith("_token") and not key.startswith("add_") and value is not None:
                 named[key] = _special_token(source, key, value)
     return named, nameless
 
