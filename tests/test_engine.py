@@ -1,0 +1,454 @@
+"""LLMEngine, through the shipped plugins and the bundled model."""
+
+import gc
+
+import pytest
+import torch
+
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
+from tilewright.config import DEMO_MODEL
+from tilewright.errors import (
+    ConfigError,
+    ExecutorError,
+    ModelError,
+    NonFiniteLogitsError,
+    OutOfPagesError,
+    PluginError,
+    RequestError,
+    TilewrightError,
+)
+
+TRUTHS = "We hold these truths to be self-evident,"
+CONTINUED = " that all men are created equal, that they are endowed by their Creator"
+WHEN = "When in the Course of human events,"
+PEOPLE = "We the People of the United States,"
+LAST = "And for the support of this Declaration,"
+
+
+def config(max_new_tokens=12, **settings):
+    return GenerateConfig(max_new_tokens=max_new_tokens, **settings)
+
+
+def free_pages(engine):
+    return engine.model("demo").allocator.free_pages
+
+
+def test_generate_returns_the_new_text_alone(engine):
+    text = engine.generate("demo", TRUTHS, config(40))
+    assert text.startswith(CONTINUED)
+
+
+def test_a_result_says_what_was_done(engine):
+    result = engine.generate_result("demo", TRUTHS, config(12))
+    text = engine.model("demo").text
+    assert CONTINUED.startswith(result.text)
+    assert result.finish_reason == "length"
+    assert len(result.token_ids) == 12
+    assert text.decode(result.token_ids) == result.text
+    assert result.prompt_token_ids == tuple(text.encode(TRUTHS))
+    assert result.logprobs is None
+    assert result.sanitized_steps == 0
+    assert result.model_id == "demo"
+    timings = result.timings
+    assert (timings.prompt_tokens, timings.new_tokens) == (len(result.prompt_token_ids), 12)
+    for seconds in (timings.load_seconds, timings.prefill_seconds, timings.decode_seconds):
+        assert seconds > 0
+    assert timings.decode_tokens_per_second == pytest.approx(11 / timings.decode_seconds)
+
+
+def test_token_ids_are_a_prompt_too(engine):
+    ids = engine.model("demo").text.encode(TRUTHS)
+    assert engine.generate("demo", ids, config()) == engine.generate("demo", TRUTHS, config())
+
+
+def test_a_prompt_in_chunks_gives_the_same_tokens(engine):
+    prompt = engine.generate_result("demo", WHEN, config(100))
+    ids = [*prompt.prompt_token_ids, *prompt.token_ids]  # longer than max_batch_tokens
+    whole = LLMEngine.from_plugins()
+    whole.init_model("demo", DEMO_MODEL, RuntimeConfig(weight_dtype="float32"))
+    expected = whole.generate_result("demo", ids, config(20)).token_ids
+    assert engine.generate_result("demo", ids, config(20)).token_ids == expected
+
+
+def test_eos_ends_the_text_and_is_the_last_token(engine):
+    first = engine.generate_result("demo", LAST, config(100))
+    assert first.text.endswith("our sacred Honor.")
+    assert first.finish_reason == "eos"
+    assert first.token_ids[-1] in engine.model("demo").loaded.config.eos_token_ids
+    assert "<|" not in first.text
+    on = engine.generate_result("demo", LAST, config(100, ignore_eos=True))
+    assert on.finish_reason == "length"
+    assert on.token_ids[: len(first.token_ids)] == first.token_ids
+
+
+def test_a_stop_string_is_cut_from_the_text_wherever_it_occurs(engine):
+    whole = engine.generate("demo", TRUTHS, config(60))
+    for stop in (" equal", "qual, th", "l", " that all men are created"):
+        result = engine.generate_result("demo", TRUTHS, config(60, stop=(stop,)))
+        assert result.text == whole[: whole.index(stop)]
+        assert result.finish_reason == "stop"
+
+
+def test_a_stop_token_ends_the_text(engine):
+    ids = engine.generate_result("demo", TRUTHS, config(6)).token_ids
+    result = engine.generate_result("demo", TRUTHS, config(60, stop_token_ids=(ids[4],)))
+    first = ids.index(ids[4])
+    assert result.token_ids == ids[: first + 1]
+    assert result.text == engine.model("demo").text.decode(ids[:first])
+    assert result.finish_reason == "stop"
+
+
+def test_a_stream_joins_to_the_text(engine):
+    with engine.generate("demo", TRUTHS, config(60, stream=True, stop=("Happiness",))) as stream:
+        pieces = list(stream)
+    assert len(pieces) > 5
+    assert "".join(pieces) == stream.result.text
+    assert stream.result.text == engine.generate("demo", TRUTHS, config(60, stop=("Happiness",)))
+    assert next(stream, None) is None
+
+
+def test_streams_read_in_turns_do_not_mix(engine):
+    one = engine.generate("demo", TRUTHS, config(20, stream=True))
+    two = engine.generate("demo", WHEN, config(20, stream=True))
+    read = ["", ""]
+    for _ in range(5):
+        read[0] += next(one)
+        read[1] += next(two)
+    third = engine.generate("demo", PEOPLE, config(20))
+    read[1] += "".join(two)
+    read[0] += "".join(one)
+    assert read == [engine.generate("demo", p, config(20)) for p in (TRUTHS, WHEN)]
+    assert third == engine.generate("demo", PEOPLE, config(20))
+
+
+@pytest.mark.parametrize("how", ["close", "with", "delete"])
+def test_a_stream_that_is_left_frees_its_pages(engine, how):
+    before = free_pages(engine)
+    stream = engine.generate("demo", TRUTHS, config(50, stream=True))
+    next(stream)
+    assert free_pages(engine) < before
+    if how == "close":
+        stream.close()
+        assert stream.result is None
+        assert list(stream) == []
+    elif how == "with":
+        with stream:
+            pass
+    else:
+        del stream
+        gc.collect()
+    assert free_pages(engine) == before
+
+
+class Interrupting:
+    """An executor that is interrupted once, after so many steps."""
+
+    def __init__(self, executor, steps, error):
+        self.executor, self.steps, self.error = executor, steps, error
+
+    def _run(self, run, batch, tap):
+        self.steps -= 1
+        logits = run(batch, tap)
+        if self.steps == 0:
+            raise self.error
+        return logits
+
+    def prefill(self, batch, tap=None):
+        return self._run(self.executor.prefill, batch, tap)
+
+    def decode(self, batch, tap=None):
+        return self._run(self.executor.decode, batch, tap)
+
+    def close(self):
+        self.executor.close()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_ctrl_c_in_a_stream_frees_its_pages_and_harms_no_other(engine, steps):
+    expected = [engine.generate("demo", p, config(20)) for p in (TRUTHS, WHEN)]
+    model = engine.model("demo")
+    other = engine.generate("demo", WHEN, config(20, stream=True))
+    stream = engine.generate("demo", TRUTHS, config(20, stream=True))
+    model.executor = Interrupting(model.executor, steps, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert len(model.generations) == 1
+    model.allocator.check_integrity()
+    assert "".join(other) == expected[1]
+    assert engine.generate("demo", TRUTHS, config(20)) == expected[0]
+
+
+def test_ctrl_c_in_a_batch_frees_all_of_its_pages(engine):
+    model = engine.model("demo")
+    model.executor = Interrupting(model.executor, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate_batch("demo", [TRUTHS, WHEN, PEOPLE], config(20))
+    assert free_pages(engine) == model.allocator.total_pages
+
+
+def test_a_failing_executor_fails_the_requests_of_its_step(engine):
+    model = engine.model("demo")
+    other = engine.generate("demo", WHEN, config(20, stream=True))
+    next(other)
+    model.executor = Interrupting(model.executor, 3, ExecutorError("the card is gone"))
+    with pytest.raises(ExecutorError, match="the card is gone"):
+        engine.generate("demo", TRUTHS, config(20))
+    with pytest.raises(ExecutorError, match="the card is gone"):
+        list(other)
+    assert engine.generate("demo", TRUTHS, config(12)) in CONTINUED
+
+
+class Poisoning(Interrupting):
+    """An executor that makes one logit NaN in the row of the longest context."""
+
+    def __init__(self, executor):
+        self.executor = executor
+
+    def _run(self, run, batch, tap):
+        logits = run(batch, tap).clone()
+        if len(logits):
+            logits[batch.context_lens.argmax(), 17] = float("nan")
+        return logits
+
+
+def test_non_finite_logits_fail_the_request_that_has_them_and_no_other(engine):
+    expected = engine.generate("demo", WHEN, config(20))
+    model = engine.model("demo")
+    other = engine.generate("demo", WHEN, config(20, stream=True))
+    read = next(other)
+    executor, model.executor = model.executor, Poisoning(model.executor)
+    long = engine.generate("demo", f"{TRUTHS}{CONTINUED}", config(20, stream=True))
+    with pytest.raises(
+        NonFiniteLogitsError, match=r"step 0: 1 of \d+ logits .* ids 17\)"
+    ) as caught:
+        list(long)
+    assert caught.value.token_ids == (17,)
+    model.executor = executor
+    assert read + "".join(other) == expected
+
+
+def test_sanitising_marks_the_result():
+    with LLMEngine.from_plugins(options={"sampler": {"on_nonfinite": "sanitize"}}) as engine:
+        engine.init_model("demo", DEMO_MODEL, RuntimeConfig(total_pages=64))
+        model = engine.model("demo")
+        model.executor = Poisoning(model.executor)
+        with pytest.warns(RuntimeWarning, match="not finite"):
+            result = engine.generate_result("demo", TRUTHS, config(5))
+        assert result.sanitized_steps == 5
+        assert len(result.token_ids) == 5
+
+
+def test_a_batch_keeps_its_order_and_agrees_with_single_prompts(engine):
+    prompts = [TRUTHS, "He", WHEN, PEOPLE, TRUTHS + CONTINUED, "Congress shall make no law"]
+    results = engine.generate_batch("demo", prompts, config(15))  # more prompts than max_batch_size
+    assert [r.text for r in results] == [engine.generate("demo", p, config(15)) for p in prompts]
+    assert len({r.request_id for r in results}) == len(prompts)
+    assert engine.generate_batch("demo", [], config()) == []
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine):
+    hot = {"temperature": 3.0, "seed": 5}
+    alone = engine.generate_result("demo", TRUTHS, config(10, **hot))
+    assert alone.seed == 5
+    batch = engine.generate_batch("demo", [TRUTHS, WHEN, TRUTHS], config(10, **hot))
+    assert batch[0].token_ids == alone.token_ids
+    assert batch[2].token_ids != alone.token_ids
+    other = engine.generate("demo", WHEN, config(40, temperature=3.0, stream=True))
+    next(other)
+    assert engine.generate_result("demo", TRUTHS, config(10, **hot)).token_ids == alone.token_ids
+    other.close()
+
+
+def test_a_seed_that_was_drawn_repeats_the_result(engine):
+    first = engine.generate_result("demo", TRUTHS, config(10, temperature=3.0))
+    again = engine.generate_result("demo", TRUTHS, config(10, temperature=3.0, seed=first.seed))
+    assert again.token_ids == first.token_ids
+
+
+def test_logprobs_come_with_each_token(engine):
+    result = engine.generate_result("demo", TRUTHS, config(5, logprobs=3))
+    assert [e.token_id for e in result.logprobs] == list(result.token_ids)
+    for entry in result.logprobs:
+        assert entry.top[0] == (entry.token_id, entry.logprob)
+        assert len(entry.top) == 3
+        assert entry.logprob <= 0
+
+
+def test_models_live_side_by_side_and_have_names_of_their_own(engine):
+    engine.init_model("second", DEMO_MODEL, RuntimeConfig(weight_dtype="bfloat16", total_pages=9))
+    assert engine.model("second").runtime.kv_dtype == "bfloat16"
+    assert engine.generate("second", TRUTHS, config()) == engine.generate("demo", TRUTHS, config())
+    with pytest.raises(ConfigError, match="'demo' is already loaded"):
+        engine.init_model("demo", DEMO_MODEL)
+    with pytest.raises(RequestError, match=r"'dmeo'; did you mean 'demo'\? .*'demo', 'second'"):
+        engine.generate("dmeo", TRUTHS)
+
+
+def test_the_runtime_in_force_leaves_nothing_open(engine):
+    engine.init_model("plain", DEMO_MODEL)
+    runtime, loaded = engine.model("plain").runtime, engine.model("plain").loaded
+    assert runtime.weight_dtype == runtime.kv_dtype == loaded.config.dtype == "bfloat16"
+    assert runtime.max_seq_len == loaded.config.max_position_embeddings
+    assert runtime.total_pages == 16 * runtime.max_seq_len // 16
+
+
+def test_what_cannot_be_served_is_refused_before_anything_runs(engine):
+    size = engine.model("demo").loaded.config.vocab_size
+    with pytest.raises(RequestError, match="prompt is empty"):
+        engine.generate("demo", "")
+    with pytest.raises(RequestError, match=rf"token id {size} .* \(0 to {size - 1}\)"):
+        engine.generate("demo", [3, size])
+    with pytest.raises(RequestError, match=r"has 256 tokens.*max_seq_len = 256"):
+        engine.generate("demo", [3] * 256)
+    with pytest.raises(RequestError, match="prompt is empty"):
+        engine.generate_batch("demo", [TRUTHS, ""])
+    with pytest.raises(RequestError, match=rf"token id {size} in logit_bias"):
+        engine.generate("demo", TRUTHS, config(logit_bias={size: 1.0}))
+    assert not engine.model("demo").generations
+    assert (
+        len(engine.generate_result("demo", [3] * 250, config(99, ignore_eos=True)).token_ids) == 6
+    )
+
+
+def test_running_out_of_pages_is_said_before_any_work():
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("demo", DEMO_MODEL, RuntimeConfig(total_pages=3, page_size=8))
+        with pytest.raises(OutOfPagesError, match=r"needs \d+ KV cache pages .* has 3 \(3 free\)"):
+            engine.generate("demo", TRUTHS, config(100))
+        assert engine.generate("demo", "We hold", config(4))
+
+
+def test_settings_come_from_the_model_and_the_users_win(engine):
+    defaults = engine.default_config("demo")
+    assert defaults.temperature == 0.0
+    assert defaults.max_new_tokens == 128
+    model = engine.model("demo")
+    object.__setattr__(
+        model.loaded, "generation_defaults", GenerateConfig(temperature=0.7, max_new_tokens=3)
+    )
+    assert engine.default_config("demo").temperature == 0.7
+    assert len(engine.generate_result("demo", TRUTHS).token_ids) == 3
+    assert len(engine.generate_result("demo", TRUTHS, config(5)).token_ids) == 5
+
+
+def test_chat_goes_through_the_template(engine):
+    messages = [{"role": "user", "content": "How does the Declaration begin?"}]
+    ids = engine.chat_tokens("demo", messages)
+    answer = engine.chat("demo", messages, config(20))
+    assert answer == engine.generate("demo", ids, config(20))
+    assert "When in the Course of human events" in answer
+
+
+class Recorder:
+    def __init__(self):
+        self.events = []
+
+    @hookimpl
+    def on_load_progress(self, model_id, tensor, bytes_read, bytes_total):
+        self.events.append(("load", bytes_read, bytes_total))
+
+    @hookimpl
+    def on_model_loaded(self, model_id, seconds):
+        self.events.append(("loaded", model_id))
+
+    @hookimpl
+    def on_step(self, event):
+        self.events.append((event.phase, event.step, event.num_tokens, event.request_ids))
+
+    @hookimpl
+    def on_tensor(self, name, tensor):
+        self.events.append(("tensor", name, tuple(tensor.shape)))
+
+    @hookimpl
+    def on_request_finished(self, result):
+        self.events.append(("finished", result.text))
+
+    @hookimpl
+    def on_close(self):
+        self.events.append(("close",))
+
+
+def test_observers_are_told_of_everything():
+    recorder = Recorder()
+    with LLMEngine.from_plugins(observers=[recorder]) as engine:
+        engine.init_model("demo", DEMO_MODEL)
+        size = (DEMO_MODEL / "model.safetensors").stat().st_size
+        loads = [e for e in recorder.events if e[0] == "load"]
+        assert [done for _, done, _ in loads] == sorted(done for _, done, _ in loads)
+        assert loads[-1][1] == loads[-1][2] <= size
+        assert recorder.events[-1] == ("loaded", "demo")
+        recorder.events.clear()
+        result = engine.generate_result("demo", TRUTHS, config(3))
+    n, name = len(result.prompt_token_ids), result.request_id
+    steps = [e for e in recorder.events if e[0] in ("prefill", "decode")]
+    assert steps == [
+        ("prefill", 0, n, (name,)),
+        ("decode", 1, 1, (name,)),
+        ("decode", 2, 1, (name,)),
+    ]
+    tensors = [e for e in recorder.events if e[0] == "tensor"]
+    vocab, hidden = 0, 0
+    vocab = next(e[2] for e in tensors if e[1] == "logits")[-1]
+    hidden = next(e[2] for e in tensors if e[1] == "embed")[-1]
+    assert ("tensor", "embed", (n, hidden)) in tensors
+    assert ("tensor", "logits", (1, vocab)) in tensors
+    assert recorder.events[-2:] == [("finished", result.text), ("close",)]
+
+
+def test_an_observer_with_a_misspelt_hook_is_refused():
+    class Typo:
+        @hookimpl
+        def on_stepp(self, event):
+            pass
+
+    with pytest.raises(PluginError, match=r"'on_stepp'.*did you mean 'on_step'"):
+        LLMEngine.from_plugins(observers=[Typo()])
+
+
+def test_a_model_that_fails_to_load_leaves_its_name_free(engine, tmp_path):
+    with pytest.raises(ModelError):
+        engine.init_model("new", tmp_path)
+    with pytest.raises(ConfigError, match="max_seq_len = 99999"):
+        engine.init_model("new", DEMO_MODEL, RuntimeConfig(max_seq_len=99999))
+    engine.init_model("new", DEMO_MODEL)
+
+
+def test_unknown_options_and_kinds_are_errors():
+    with pytest.raises(TilewrightError, match=r"'thread'.*did you mean 'threads'"):
+        LLMEngine.from_plugins(options={"executor": {"thread": 2}})
+    with pytest.raises(ConfigError, match=r"'executors'.*did you mean 'executor'"):
+        LLMEngine.from_plugins(options={"executors": {}})
+
+
+def test_the_same_engine_can_be_made_again_from_its_selection(engine):
+    with LLMEngine.from_plugins(**engine.selection) as again:
+        assert again.selection == engine.selection
+        again.init_model("demo", DEMO_MODEL)
+
+
+def test_a_closed_engine_says_so(engine):
+    stream = engine.generate("demo", TRUTHS, config(20, stream=True))
+    next(stream)
+    engine.close()
+    engine.close()
+    assert list(stream) == []
+    with pytest.raises(RequestError, match="closed"):
+        engine.generate("demo", TRUTHS)
+
+
+def test_a_run_file_makes_an_engine_with_its_model(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[model]\nid = "m"\npath = "{DEMO_MODEL}"\n[runtime]\nweight_dtype = "float32"\n'
+        "total_pages = 32\n[options.executor]\nthreads = 2\n"
+    )
+    with LLMEngine.from_config(path) as engine:
+        assert engine.model("m").runtime.weight_dtype == "float32"
+        assert engine.generate("m", TRUTHS, config(12)) in CONTINUED
+
+
+def test_no_gradients_are_kept(engine):
+    assert torch.is_grad_enabled()
+    engine.generate("demo", TRUTHS, config(2))
+    assert torch.is_grad_enabled()
+    assert not engine.model("demo").allocator.layers()[0].key.requires_grad
