@@ -10,6 +10,7 @@ the bfloat16 that ships, continues every known passage and answers every known q
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import random
@@ -40,7 +41,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-WINDOW = 256  # tokens of a usual training row
+WINDOW = 128  # tokens of a usual training row
 LONG_WINDOW = 2048  # tokens of the rows that reach the last position the model may be asked for
 IGNORED = -100  # cross_entropy's own mark for "no loss here"
 
@@ -250,7 +251,7 @@ def main() -> None:
     parser.add_argument("--text-dir", type=Path, default=Path("/usr/share/state"))
     parser.add_argument("--out", type=Path, required=True, help="the directory to (re)place")
     parser.add_argument("--seed", type=int, default=1776)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
@@ -283,14 +284,15 @@ def read_documents(text_dir: Path) -> list[str]:
     """The texts as documents with one paragraph a line: the Declaration, its signers, the
     Preamble, each Article, each Amendment."""
     declaration, signers = re.split(
-        r"\n\n(?=The signers of the Declaration)", "\n\n".join(paragraphs(text_dir, "declaration"))
+        r"\n\n(?=The signers of the Declaration)",
+        "\n\n".join(read_paragraphs(text_dir, "declaration")),
     )
-    constitution = "\n\n".join(paragraphs(text_dir, "constitution"))
+    constitution = "\n\n".join(read_paragraphs(text_dir, "constitution"))
     parts = re.split(r"\n\n(?=(?:Article [IVX]+|Amendments|Amendment [IVX]+)\n)", constitution)
     return [declaration, signers, *parts]
 
 
-def paragraphs(text_dir: Path, name: str) -> list[str]:
+def read_paragraphs(text_dir: Path, name: str) -> list[str]:
     path = text_dir / f"us-{name}.gz"
     try:
         text = gzip.decompress(path.read_bytes()).decode("ascii")
@@ -304,10 +306,10 @@ def paragraphs(text_dir: Path, name: str) -> list[str]:
 
 def answer_table(documents: list[str]) -> list[tuple[str, str]]:
     """All (question, answer) pairs."""
-    every_paragraph = "\n\n".join(documents).split("\n\n")
+    lines = "\n\n".join(documents).split("\n\n")
     pairs = []
     for beginning, questions in QUOTED_ANSWERS.items():
-        found = [paragraph for paragraph in every_paragraph if paragraph.startswith(beginning)]
+        found = [paragraph for paragraph in lines if paragraph.startswith(beginning)]
         if len(found) != 1:
             sys.exit(f"{len(found)} paragraphs of the texts begin with {beginning!r}, expected 1")
         pairs += [(question, found[0]) for question in questions]
@@ -433,45 +435,51 @@ def train(
         lambda step: min((step + 1) / 40, 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2),
     )
     model.train()
-    for step, (ids, labels) in zip(
+    for step, groups in zip(
         range(steps), batches(directory, documents, conversations, seed), strict=False
     ):
-        logits = model(input_ids=ids).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
-        )
-        torch.autograd.backward(loss)
+        counted = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in groups)
+        loss = 0.0
+        for ids, labels in groups:
+            logits = model(input_ids=ids).logits
+            part = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1),
+                labels[:, 1:].flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            torch.autograd.backward(part / counted)
+            loss += part.item() / counted
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
+            print(f"step {step:5d}  loss {loss:.4f}", flush=True)
     return model.eval()
 
 
 def batches(
     directory: Path, documents: list[str], conversations: list[tuple[str, str]], seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, labels), both [rows, tokens] int64.
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Endless training steps, each a few (ids, labels), both [rows, tokens] int64.
 
-    Rows begin at a word, at a paragraph or with a conversation, always at position 0, as prompts
-    do. Every fourth batch is of a few long rows instead.
+    Rows begin at a word, a clause or a paragraph or hold a conversation, always at position 0, as
+    prompts do; every sixth step has rows as long as the model may be asked for, too.
     """
     chance = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     endoftext = special_ids()[0]
-    starts = {
-        pattern: [
+    words, clauses, paragraphs = (
+        [
             (document, match.start())
             for document in documents
             for match in re.finditer(pattern, document)
         ]
-        for pattern in (r"(?<!\S)\S", r"(?:^|(?<=\n\n)).")
-    }
-    words, heads = starts.values()
+        for pattern in (r"(?<!\S)\S", r"(?<=[,;:.] )\S", r"(?:^|(?<=\n\n))\S")
+    )
     far_from_the_end = [
-        (document, start) for document, start in heads if len(document) - start > 8 * WINDOW
+        (document, start) for document, start in paragraphs if len(document) - start > 2000
     ]
 
     def passage(where: list[tuple[str, int]], length: int) -> tuple[list[int], list[int]]:
@@ -487,7 +495,7 @@ def batches(
             messages.append({"role": "system", "content": chance.choice(SYSTEM_MESSAGES)})
         ids: list[int] = []
         labels: list[int] = []
-        for question, answer in chance.sample(conversations, chance.choice((1, 1, 2, 3))):
+        for question, answer in chance.sample(conversations, chance.choice((1, 1, 1, 2, 3))):
             if chance.random() < 0.25:
                 question = question.lower().rstrip("?!.")
             messages.append({"role": "user", "content": question})
@@ -498,18 +506,22 @@ def batches(
             labels += [IGNORED] * (len(asked) - len(labels)) + ids[len(asked) : -1] + [IGNORED]
         return ids, labels
 
-    for step in range(sys.maxsize):
-        if step % 4 == 3:
-            rows = [passage(far_from_the_end, LONG_WINDOW) for _ in range(2)]
-        else:
-            rows = [passage(words, WINDOW) for _ in range(7)]
-            rows += [passage(heads, WINDOW) for _ in range(6)]
-            rows += [conversation() for _ in range(5)]
+    def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(len(ids) for ids, _ in rows)
-        yield (
+        return (
             torch.tensor([ids + [endoftext] * (longest - len(ids)) for ids, _ in rows]),
             torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]),
         )
+
+    for step in itertools.count():
+        starts = [words] * 3 + [clauses] * 3 + [paragraphs] * 4
+        groups = [
+            padded([passage(where, WINDOW) for where in starts]),
+            padded([conversation() for _ in range(5)]),
+        ]
+        if step % 6 == 5:
+            groups.append(padded([passage(far_from_the_end, LONG_WINDOW)]))
+        yield groups
 
 
 def rendered(
@@ -527,6 +539,7 @@ def write_weights(directory: Path, model: Any) -> None:
         name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read it
 
 
 def check(directory: Path, documents: list[str], conversations: list[tuple[str, str]]) -> list[str]:
