@@ -368,6 +368,17 @@ TOKENIZERS: dict[str, Any] = {
         }
     },
     "a decoder of no kind": bpe() | {"decoder": "fast"},
+    "a decoder that strips an empty token": bpe()
+    | {
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "a"}, "content": ""},
+                {"type": "Strip", "content": " ", "start": 0, "stop": 1},
+            ],
+        }
+    },
+    "a vocabulary of control characters": bpe(vocab={"a": 0}, merges=[["a", "\0"]]),
     "a post-processor with ids beyond the model": bpe() | {"post_processor": template(999)},
     "a post-processor without its tokens": bpe()
     | {"post_processor": template(0) | {"special_tokens": {}}},

@@ -84,6 +84,7 @@ def read_json(path: Path) -> "JsonObject":
 def one_line(error: BaseException) -> str:
     """An error of somebody else's as one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

@@ -21,8 +21,8 @@ _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 _SUBWORD_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 
-_UNLIKELY = "a \U0010fffd"
-"""Text with a word that no vocabulary has."""
+_UNLIKELY = "zqxj \U0010fffd Ω漢7"
+"""Text with words that no vocabulary has, of several scripts."""
 
 
 def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[str, ...]]:
@@ -176,8 +176,9 @@ def _next_id(tokenizer: Tokenizer) -> int:
 
 
 def _check_ids(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
-    with _refusing(f"{path}: cannot encode text that is not in its vocabulary"):
+    with _refusing(f"{path}: cannot encode and decode words that are not in its vocabulary"):
         probe = tokenizer.encode(_UNLIKELY).ids
+        tokenizer.decode(probe)
     highest = max([_next_id(tokenizer) - 1, *probe])
     if highest >= vocab_size:
         raise ModelError(
