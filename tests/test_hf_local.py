@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from reference_models import CONFIGS, write_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tilewright import registry
@@ -799,6 +800,12 @@ def test_can_load_looks_and_does_not_touch(directory: Path) -> None:
     assert sorted((p.name, p.stat().st_mtime_ns) for p in directory.iterdir()) == before
 
 
-def test_auto_classes_of_transformers_read_the_same_directory(good: Path) -> None:
-    assert AutoConfig.from_pretrained(good).model_type == "llama"
-    assert load_checked(good).config.architecture == "LlamaForCausalLM"
+def test_the_bundled_model_is_such_a_directory() -> None:
+    directory = files("tilewright") / "demo_model"
+    model = load_checked(str(directory))
+    expect_same(json.loads((directory / "config.json").read_text()))
+    assert model.warnings == ()
+    assert model.text.chat_template
+    oracle = AutoTokenizer.from_pretrained(str(directory))
+    for sample in SAMPLES:
+        assert model.text.tokenizer.encode(sample).ids == oracle.encode(sample)
