@@ -1,1 +1,1 @@
-"""Device kernels, one package a model. PyPTO source; importing this package needs no PyPTO."""
+"""The place of device kernels, one package a model. None is shipped yet."""
