@@ -4,7 +4,7 @@ written."""
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -386,44 +386,48 @@ def test_a_step_may_want_no_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 70])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("native", [True, False], ids=["as-the-cpu-has-it", "widened"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(37, 100), (300, 83), (65, 2111)], ids=str)
-def test_each_path_of_a_16_bit_product_sums_in_float32_and_rounds_once(
+def test_each_path_of_a_product_sums_in_float32_and_rounds_once(
     shape: tuple[int, int],
-    dtype: torch.dtype,
-    rows: int,
+    dtype: DType,
+    native: bool,
     bias: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tilewright_torch.linear, "BLOCK_BYTES", 64 * 1024)
+    if not native:
+        monkeypatch.setattr(tilewright_torch.linear, "has_native", lambda dtype: False)
+    of = getattr(torch, dtype)
     random = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, shape[1], generator=random).to(dtype) for n in (rows, shape[0]))
-    offset = torch.randn(shape[0], generator=random).to(dtype) if bias else None
-    exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
-    paths: list[Callable[..., Tensor]] = [tilewright_torch.linear.widened]
-    if rows == 1:
-        paths.append(tilewright_torch.linear.matrix_vector)
-    if tilewright_torch.linear.has_native(dtype):
-        paths.append(F.linear)
-    for path in paths:
-        found = path(x, weight, offset)
-        assert found.dtype == dtype
+    weight = torch.randn(shape, generator=random).to(of)
+    offset = torch.randn(shape[0], generator=random).to(of) if bias else None
+    product = tilewright_torch.linear.linear(weight, offset)
+    for rows in (0, 1, 2, 5, 70):
+        x = torch.randn(rows, shape[1], generator=random).to(of)
+        exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+        found = product(x)
+        assert found.dtype == of
+        assert found.is_contiguous()
         # Half a unit in the last place, and what a float32 sum of this length may be off.
-        torch.testing.assert_close(
-            found.double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-4
-        )
+        rtol = torch.finfo(of).eps / 2 * 1.01
+        torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=3e-4)
 
 
-def test_a_product_leaves_onednn_as_it_was() -> None:
-    x, weight = torch.ones(1, 300).bfloat16(), torch.ones(300, 300).bfloat16()
-    for enabled in (True, False):
-        with torch.backends.mkldnn.flags(enabled=enabled):
-            tilewright_torch.linear.linear(weight)(x)
-            assert torch.backends.mkldnn.enabled == enabled
-    with pytest.raises(RuntimeError):
-        tilewright_torch.linear.linear(weight)(x[:, :7])
-    assert torch.backends.mkldnn.enabled
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_product_leaves_onednn_as_it_was(enabled: bool) -> None:
+    before = torch._C._get_mkldnn_enabled()
+    product = tilewright_torch.linear.linear(torch.ones(300, 300).bfloat16())
+    try:
+        torch._C._set_mkldnn_enabled(enabled)
+        product(torch.ones(1, 300).bfloat16())
+        assert torch._C._get_mkldnn_enabled() == enabled
+        with pytest.raises(RuntimeError):
+            product(torch.ones(1, 7).bfloat16())
+        assert torch._C._get_mkldnn_enabled() == enabled
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 # --- taps -----------------------------------------------------------------------------------------

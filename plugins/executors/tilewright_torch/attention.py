@@ -19,6 +19,9 @@ Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 head_dim] each, to [T, num_heads * head_dim]. Query head h reads KV head h // (num_heads //
 num_kv_heads). Softmax is taken in float32."""
 
+Read: TypeAlias = Callable[[Tensor], Tensor]
+"""From a layer's keys or values to those of some slots, [n, num_kv_heads, head_dim]."""
+
 QUERY_BLOCK = 256
 """Queries that share a mask of prefill, which is QUERY_BLOCK by context at most."""
 
@@ -46,7 +49,7 @@ def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.d
     width = int(counts.max())
     offsets = torch.arange(width)
     positions = torch.minimum(starts + offsets, lengths - 1)
-    slots = _slots(batch.block_table, positions, page_size).flatten()
+    read = _reader(_slots(batch.block_table, positions, page_size).flatten())
     sequences = lengths.shape[0]
     mask = None
     if int(counts.min()) < width:
@@ -56,8 +59,8 @@ def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.d
         heads, head_dim = q.shape[1:]
         kv_heads = keys.shape[1]
         shape = (sequences, width, kv_heads, head_dim)
-        k = keys.index_select(0, slots).view(shape).transpose(1, 2)
-        v = values.index_select(0, slots).view(shape).transpose(1, 2)
+        k = read(keys).view(shape).transpose(1, 2)
+        v = read(values).view(shape).transpose(1, 2)
         # The query heads of a KV head stand in for several queries: nothing is repeated.
         grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
         out = F.scaled_dot_product_attention(
@@ -72,8 +75,8 @@ class _Sequence(NamedTuple):
     """One sequence of a prefill step."""
 
     rows: slice
-    slots: Tensor
-    """[n] int64: of the positions that its queries see, in order."""
+    read: Read
+    """The positions that its queries see, in order."""
     blocks: list["_Block"]
 
 
@@ -83,7 +86,7 @@ class _Block(NamedTuple):
     queries: slice
     """Among the sequence's rows."""
     keys: slice
-    """Among its slots."""
+    """Among the positions read."""
     masked: bool
     """Whether these keys need a mask; else each query sees the keys up to its own place."""
 
@@ -101,8 +104,8 @@ def _prefill(batch: StepBatch, page_size: int, window: int | None, dtype: torch.
         attended = torch.empty(q.shape[0], kv_heads, group, head_dim, dtype=q.dtype)
         for sequence in sequences:
             # [kv_heads, group, tokens, head_dim]; a KV head's keys serve its group as they are.
-            k = _by_head(keys.index_select(0, sequence.slots).to(dtype), group)
-            v = _by_head(values.index_select(0, sequence.slots).to(dtype), group)
+            k = _by_head(sequence.read(keys).to(dtype), group)
+            v = _by_head(sequence.read(values).to(dtype), group)
             grouped = q[sequence.rows].view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3)
             result = attended[sequence.rows].permute(1, 2, 0, 3)
             for queries, seen, is_masked in sequence.blocks:
@@ -122,28 +125,29 @@ def _prefill(batch: StepBatch, page_size: int, window: int | None, dtype: torch.
 def _sequences(batch: StepBatch, page_size: int, window: int | None) -> Iterator[_Sequence]:
     starts = batch.query_starts.tolist()
     for i, length in enumerate(batch.context_lens.tolist()):
-        rows = slice(starts[i], starts[i + 1])
-        new = rows.stop - rows.start
-        before = length - new
-        first = 0 if window is None else max(0, before - window + 1)
-        positions = torch.arange(first, length)
-        slots = _slots(batch.block_table[i : i + 1], positions.unsqueeze(0), page_size)[0]
-        if before == 0 and (window is None or window >= length):
-            blocks = [_Block(slice(0, new), slice(0, new), masked=False)]
-        else:
-            blocks = [
-                _Block(
-                    slice(start, stop),
-                    slice(
-                        0 if window is None else max(0, before + start - window + 1 - first),
-                        before + stop - first,
-                    ),
-                    masked=True,
-                )
-                for start in range(0, new, QUERY_BLOCK)
-                for stop in (min(new, start + QUERY_BLOCK),)
-            ]
-        yield _Sequence(rows, slots, blocks)
+        new = starts[i + 1] - starts[i]
+        first = 0 if window is None else max(0, length - new - window + 1)
+        positions = torch.arange(first, length).unsqueeze(0)
+        slots = _slots(batch.block_table[i : i + 1], positions, page_size)[0]
+        yield _Sequence(
+            rows=slice(starts[i], starts[i + 1]),
+            read=_reader(slots),
+            blocks=_blocks(new, length, first, window),
+        )
+
+
+def _blocks(new: int, length: int, first: int, window: int | None) -> list[_Block]:
+    """The last ``new`` of ``length`` tokens in blocks, over keys from position ``first`` on."""
+    if new == length and (window is None or window >= length):
+        return [_Block(slice(0, new), slice(0, new), masked=False)]
+    blocks = []
+    for start in range(0, new, QUERY_BLOCK):
+        stop = min(new, start + QUERY_BLOCK)
+        position = length - new + start
+        seen_from = first if window is None else max(first, position - window + 1)
+        keys = slice(seen_from - first, length - new + stop - first)
+        blocks.append(_Block(slice(start, stop), keys, masked=True))
+    return blocks
 
 
 def _hidden(blocks: list[_Block], window: int | None) -> Tensor:
@@ -164,6 +168,14 @@ def _by_head(states: Tensor, group: int) -> Tensor:
     """[tokens, kv_heads, head_dim] as [kv_heads, group, tokens, head_dim], repeated by stride."""
     tokens, kv_heads, head_dim = states.shape
     return states.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, tokens, head_dim)
+
+
+def _reader(slots: Tensor) -> Read:
+    """Consecutive slots, as a sequence that is alone has them, are read in place."""
+    first, last = int(slots[0]), int(slots[0]) + slots.shape[0]
+    if torch.equal(slots, torch.arange(first, last)):
+        return lambda layer: layer[first:last]
+    return lambda layer: layer.index_select(0, slots)
 
 
 def _slots(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:

@@ -1,7 +1,17 @@
 """Matrix products with a model's weights: the path is chosen by dtype, rows and CPU.
 
 Whatever the path, operands have the weights' dtype, sums are taken in float32, the bias is added to
-the sum, and the result is rounded once, to the weights' dtype.
+the sum, and the result is rounded once, to the weights' dtype. Weights stay as they are stored:
+[out, in], neither copied nor repacked.
+
+=========  =================  ====================================================
+rows       dtype              path
+=========  =================  ====================================================
+1          float32            ``split_matrix_vector``
+1          16 bits            ``matrix_vector``
+more       native on the CPU  ``onednn``
+more       16 bits otherwise  ``widened``
+=========  =================  ====================================================
 """
 
 from collections.abc import Callable
@@ -18,38 +28,71 @@ Linear: TypeAlias = Callable[[Tensor], Tensor]
 BLOCK_BYTES = 2**20
 """Of a weight widened to float32 at a time: stays in a core's L2 cache while it is multiplied."""
 
+MOST_PARTS = 16
+"""Into which a weight is split among threads for one row; memory is the limit before this is."""
+
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The product with a weight [out, in] as stored, which is neither copied nor written to."""
-    if weight.dtype == torch.float32:
-        return lambda x: F.linear(x, weight, bias)
+    """The product with a weight [out, in]."""
+    many: Callable[[Tensor, Tensor, Tensor | None], Tensor] = widened
     if has_native(weight.dtype):
-        return lambda x: (
-            F.linear(x, weight, bias) if x.shape[0] > 1 else matrix_vector(x, weight, bias)
-        )
-    return lambda x: widened(x, weight, bias) if x.shape[0] > 1 else matrix_vector(x, weight, bias)
+        many = onednn
+    elif weight.dtype == torch.float32:
+        many = F.linear
+    if weight.dtype == torch.float32:
+        one = split_matrix_vector(weight, bias)
+        return lambda x: many(x, weight, bias) if x.shape[0] > 1 else one(x)
+    return lambda x: (many if x.shape[0] > 1 else matrix_vector)(x, weight, bias)
 
 
 @cache
 def has_native(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this 16-bit dtype with this CPU's own instructions.
+    """Whether oneDNN multiplies matrices of this dtype with this CPU's own instructions.
 
-    Where it does not, torch multiplies them element by element: 0.3 GFLOP/s were seen on a core
-    pair that does 167 in float32.
+    Where it does not, torch multiplies 16-bit matrices element by element: 0.3 GFLOP/s were seen on
+    a pair of cores that does 167 in float32.
     """
-    if not torch._C._has_mkldnn:
+    if not torch._C._has_mkldnn or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Many rows, by oneDNN: as F.linear in 16 bits; in float32 F.linear would ask MKL.
+
+    MKL was seen to be slower on an AMD CPU: half as fast for some rows, by a fifth for many.
+    """
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def split_matrix_vector(weight: Tensor, bias: Tensor | None) -> Linear:
+    """One row, in float32: the weight as a batch of matrices, which go to threads in parallel.
+
+    MKL's matrix-vector product, which F.linear takes, was seen to use one thread and a third of the
+    memory's speed. A weight whose rows cannot be split (their number is prime) is left to it.
+    """
+    rows, columns = weight.shape
+    parts = next(n for n in range(MOST_PARTS, 0, -1) if rows % n == 0)
+    if parts == 1:
+        return lambda x: F.linear(x, weight, bias)
+    split = weight.view(parts, rows // parts, columns)
+    if bias is None:
+        return lambda x: torch.bmm(split, x.t().expand(parts, -1, -1)).view(-1, rows)
+    split_bias = bias.view(parts, -1, 1)
+    return lambda x: torch.baddbmm(split_bias, split, x.t().expand(parts, -1, -1)).view(-1, rows)
 
 
 def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One row, in 16 bits: a dot product a weight row, at the speed of memory.
 
-    torch has a kernel for that, but prefers oneDNN where it can; which repacks the weight first and
-    takes up to four times as long. The switch is the process's: another thread that multiplies
-    meanwhile may get the other kernel.
+    torch has a kernel for that, but prefers oneDNN where it can; which takes two to four times as
+    long. The switch is the process's: another thread that multiplies meanwhile may get the other
+    kernel.
     """
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
@@ -61,6 +104,7 @@ def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Many rows, in 16 bits, on a CPU without instructions for it: block by block in float32."""
+    multiply = onednn if has_native(torch.float32) else F.linear
     rows, columns = weight.shape
     step = min(rows, max(16, BLOCK_BYTES // (4 * columns)))
     wide_x = x.float()
@@ -70,5 +114,5 @@ def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         part = weight[start : start + step]
         wide = block[: part.shape[0]].copy_(part)
         wide_bias = None if bias is None else bias[start : start + step].float()
-        product[:, start : start + step] = F.linear(wide_x, wide, wide_bias)
+        product[:, start : start + step] = multiply(wide_x, wide, wide_bias)
     return product
