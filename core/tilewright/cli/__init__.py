@@ -41,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = INTERRUPTED
     except BrokenPipeError:
         code = BROKEN_PIPE
-    except (TilewrightError, OSError) as error:
+    except (TilewrightError, OSError, MemoryError) as error:
         if "--debug" in argv:
             import traceback
 
             traceback.print_exc()
-        print(f"tilewright: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split()) or "out of memory"
+        print(f"tilewright: error: {message}", file=sys.stderr)
         code = USER_ERROR
     _give_up_unwritten()
     return code
