@@ -310,6 +310,12 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(engine):
     )
 
 
+def test_a_refused_request_leaves_nothing_behind(engine):
+    with pytest.raises(RequestError, match="empty one"):
+        engine.generate("demo", TRUTHS, config(stop=("",)))
+    assert CONTINUED.startswith(engine.generate("demo", TRUTHS, config()))
+
+
 def test_running_out_of_pages_is_said_before_any_work():
     with LLMEngine.from_plugins() as engine:
         engine.init_model("demo", DEMO_MODEL, RuntimeConfig(total_pages=3, page_size=8))
@@ -393,6 +399,27 @@ def test_observers_are_told_of_everything():
     assert ("tensor", "embed", (n, hidden)) in tensors
     assert ("tensor", "logits", (1, vocab)) in tensors
     assert recorder.events[-2:] == [("finished", result.text), ("close",)]
+
+
+class Breaking:
+    @hookimpl
+    def on_step(self, event):
+        raise RuntimeError("an observer's own mistake")
+
+
+def test_requests_that_ended_in_a_step_that_broke_off_are_finished_and_not_run_on():
+    runtime = RuntimeConfig(page_size=8, total_pages=3)
+    with LLMEngine.from_plugins(observers=[Breaking()]) as engine:
+        engine.init_model("demo", DEMO_MODEL, runtime)
+        prompts = [[token] * 8 for token in (10, 20, 30)]  # with one new token, a page each
+        streams = [engine.generate("demo", p, config(1, stream=True)) for p in prompts]
+        with pytest.raises(RuntimeError, match="own mistake"):
+            next(streams[0])
+        for stream in streams[1:]:
+            assert "".join(stream) == stream.result.text
+            assert stream.result.finish_reason == "length"
+        assert engine.model("demo").num_steps == 0  # none was run after the one that broke off
+        assert free_pages(engine) == 3
 
 
 def test_an_observer_with_a_misspelt_hook_is_refused():

@@ -5,18 +5,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field, fields
 from pluggy import PluginManager
 
 from tilewright import registry
-from tilewright.errors import (
-    ConfigError,
-    NonFiniteLogitsError,
-    RequestError,
-    nearest,
-)
+from tilewright.errors import ConfigError, NonFiniteLogitsError, RequestError, nearest
 from tilewright.formats import InstalledFormats
 from tilewright.scheduler import Request, Scheduler, Step
 from tilewright.selection import Selected, check_options, select
@@ -44,6 +39,9 @@ from tilewright.types import (
     TokenLogprobs,
 )
 from tilewright.weights import MeteredSource, check_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -494,7 +492,6 @@ class LLMEngine:
             params=_sampling_params(evolve(settings, seed=seed)),
             max_new_tokens=min(settings.max_new_tokens, model.max_seq_len - len(ids)),
         )
-        model.scheduler.add(request)
         eos_ids = () if settings.ignore_eos else model.loaded.config.eos_token_ids
         generation = _Generation(
             request=request,
@@ -503,24 +500,20 @@ class LLMEngine:
             stream=TextStream(model.text, settings.stop or ()),
             started=time.perf_counter(),
         )
+        model.scheduler.add(request)
         model.generations[request.request_id] = generation
         return generation
 
     def _step(self, model: ServedModel) -> None:
         """Run the model's next step for every request that is in it."""
+        self._finish_ended(model)  # that a step did not get to because of Ctrl-C or an observer
         step = model.scheduler.schedule()
         if step is None:
             return
-        tap: Tap | None = None
-        if self._listens("on_tensor"):
-
-            def tap(name: str, tensor: Any) -> None:
-                self._events.on_tensor(model_id=model.model_id, name=name, tensor=tensor)
-
         started = time.perf_counter()
         try:
             run = model.executor.prefill if step.phase == "prefill" else model.executor.decode
-            logits = run(step.batch, tap)
+            logits = run(step.batch, self._tap(model.model_id))
             rows = [r.sampler_row() for r in step.sampled]
             tokens = self._sampler.sample(logits, rows) if rows else []
         except NonFiniteLogitsError as error:
@@ -536,9 +529,16 @@ class LLMEngine:
             model.generations[request.request_id].accept(token)
         model.scheduler.done(step)
         self._report(model, step, time.perf_counter() - started)
-        for generation in list(model.generations.values()):
-            if generation.finish_reason:
-                self._finish(model, generation)
+        self._finish_ended(model)
+
+    def _tap(self, model_id: str) -> "Tap | None":
+        if not self._listens("on_tensor"):
+            return None
+
+        def tap(name: str, tensor: "Tensor") -> None:
+            self._events.on_tensor(model_id=model_id, name=name, tensor=tensor)
+
+        return tap
 
     def _report(self, model: ServedModel, step: Step, seconds: float) -> None:
         if self._listens("on_step"):
@@ -553,8 +553,12 @@ class LLMEngine:
             self._events.on_step(event=event)
         model.num_steps += 1
 
+    def _finish_ended(self, model: ServedModel) -> None:
+        for generation in list(model.generations.values()):
+            if generation.finish_reason:
+                self._finish(model, generation)
+
     def _finish(self, model: ServedModel, generation: _Generation) -> None:
-        self._drop(model, generation)
         request = generation.request
         assert generation.finish_reason is not None
         generation.result = GenerateResult(
@@ -575,6 +579,7 @@ class LLMEngine:
             ),
             sanitized_steps=generation.sanitized_steps,
         )
+        self._drop(model, generation)
         if self._listens("on_request_finished"):
             self._events.on_request_finished(result=generation.result)
 
