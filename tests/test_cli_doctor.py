@@ -148,13 +148,6 @@ def test_little_memory_and_little_disk_are_warnings(
         assert check.advice
 
 
-def test_available_memory_is_within_the_machines_memory() -> None:
-    available, total = doctor.available_memory()
-    assert 0 < available < total
-    meminfo = Path("/proc/meminfo").read_text().split()
-    assert total <= int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
-
-
 @pytest.mark.parametrize(("encoding", "status"), [("utf-8", "ok"), ("ascii", "warning")])
 def test_an_output_that_cannot_take_all_characters_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, encoding: str, status: str

@@ -14,6 +14,7 @@ import attrs
 from tilewright import registry
 from tilewright.cli.plugins import print_json
 from tilewright.errors import PluginError
+from tilewright.machine import available_memory, total_memory
 from tilewright.types import Check
 
 SUMMARY = "check this machine"
@@ -164,32 +165,12 @@ def cpu_flags() -> set[str]:
 
 
 def memory() -> Check:
-    available, total = available_memory()
+    available, total = available_memory(), total_memory()
     found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     if available < LOW_MEMORY:
         advice = "close other programs, or use a small model with weight_dtype bfloat16"
         return Check(name="memory", status="warning", found=found, advice=advice)
     return Check(name="memory", status="ok", found=found)
-
-
-def available_memory() -> tuple[int, int]:
-    """Bytes that this process can still take, and all of them, within a container's limit."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = os.sysconf("SC_PHYS_PAGES") * page
-    available = os.sysconf("SC_AVPHYS_PAGES") * page
-    try:
-        # Unlike the free pages, this counts what the kernel would give back.
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    limits = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        limit, used = (int(path.read_text()) for path in limits)
-    except (OSError, ValueError):  # no container, or "max"
-        return available, total
-    return min(available, limit - used), min(total, limit)
 
 
 def model_cache() -> Path:

@@ -1,12 +1,12 @@
 """Plugin ``torch``: the reference executor, on the CPU with PyTorch."""
 
-import os
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen, validators
 
 from tilewright import hookimpl
 from tilewright.errors import ExecutorError
+from tilewright.machine import available_memory
 from tilewright.types import (
     Check,
     ExecutorRequest,
@@ -88,7 +88,8 @@ def create_executor(request: ExecutorRequest) -> "TorchExecutor":
         head_dim=config.head_dim,
         page_size=runtime.page_size,
         dtype=runtime.kv_dtype,
-        memory_limit=_half_of_free_memory(_mapped_bytes(request)),
+        # Half of what is free once all weights are read.
+        memory_limit=max(0, available_memory() - _mapped_bytes(request)) // 2,
     )
     return TorchExecutor(model, spec)
 
@@ -117,13 +118,3 @@ def _mapped_bytes(request: ExecutorRequest) -> int:
     weights, dtype = request.weights, request.runtime_config.weight_dtype
     infos = [weights.info(name) for name in weights.names()]
     return sum(info.nbytes for info in infos if info.dtype == dtype)
-
-
-def _half_of_free_memory(spoken_for: int) -> int:
-    """Half of the memory that is free once spoken_for bytes are in it."""
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(0, free - spoken_for) // 2
