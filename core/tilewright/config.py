@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import evolve, field, frozen
+from attrs import evolve, field, fields, frozen
 
 from tilewright import registry
 from tilewright.errors import ConfigError, PluginError, nearest
-from tilewright.options import options_of, structure
+from tilewright.options import structure
 from tilewright.registry import OPTIONS_BY_NAME
 from tilewright.types import GenerateConfig, RuntimeConfig
 
@@ -179,7 +179,7 @@ def resolve(
 
 def keys(section: str) -> list[str]:
     """The keys of a section. Streaming is the command line's own choice, not a setting of a run."""
-    return [o.name for o in options_of(SECTIONS[section]) if (section, o.name) != _STREAM]
+    return [a.name for a in fields(SECTIONS[section]) if (section, a.name) != _STREAM]
 
 
 _STREAM = ("generate", "stream")
