@@ -115,7 +115,8 @@ def theirs(directory: Path, dtype: DType) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    model: Any = loaded.eval()  # its own types do not let generate() be called
 
     class Clock(BaseStreamer):  # type: ignore[misc]
         """Notes when each token comes; the prompt comes first."""

@@ -15,9 +15,9 @@ An implementation may take fewer arguments than its spec names, never others. Ho
 things they make follow the protocols in ``tilewright.types`` and are called directly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 API_VERSION = 1
 """Raised when a spec or a protocol changes so that a plugin written before would break."""
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-hookimpl: Callable[[_F], _F] = pluggy.HookimplMarker("tilewright")
+hookimpl = pluggy.HookimplMarker("tilewright")
 """Marks a plugin's function as the implementation of the hook of the same name."""
 
 _every = pluggy.HookspecMarker("tilewright")

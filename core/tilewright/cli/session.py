@@ -3,17 +3,19 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import fields
 
 from tilewright.cli.output import note
 from tilewright.config import Resolved
 from tilewright.errors import ConfigError
-from tilewright.hookspecs import API_VERSION, hookimpl
+from tilewright.hookspecs import hookimpl
 from tilewright.types import BUILTIN_GENERATE, GenerateConfig, LoadedModel
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from tilewright.engine import LLMEngine
 
 
@@ -68,36 +70,38 @@ def _with_origin(message: str, resolved: Resolved) -> str:
 class LoadingBar:
     """An observer that shows how much of a model is read: bytes, rate and tensors."""
 
-    tilewright_api = API_VERSION
-
     def __init__(self) -> None:
-        self._progress: Any = None
+        self._progress: Progress | None = None
         self._tensors = 0
 
     @hookimpl
     def on_load_progress(self, tensor: str, bytes_read: int, bytes_total: int) -> None:
         if self._progress is None:
-            self._start(bytes_total)
+            self._progress = _progress_bar(bytes_total)
         self._tensors += 1
-        self._progress.update(0, completed=bytes_read, tensors=self._tensors)
+        self._progress.update(
+            self._progress.task_ids[0], completed=bytes_read, tensors=self._tensors
+        )
 
     def stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
 
-    def _start(self, bytes_total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-        from rich.progress import TransferSpeedColumn as SpeedColumn
 
-        self._progress = Progress(
-            TextColumn("loading"),
-            BarColumn(),
-            DownloadColumn(),
-            SpeedColumn(),
-            TextColumn("{task.fields[tensors]} tensors"),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._progress.add_task("loading", total=bytes_total, tensors=0)
-        self._progress.start()
+def _progress_bar(bytes_total: int) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import TransferSpeedColumn as SpeedColumn
+
+    progress = Progress(
+        TextColumn("loading"),
+        BarColumn(),
+        DownloadColumn(),
+        SpeedColumn(),
+        TextColumn("{task.fields[tensors]} tensors"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    progress.add_task("loading", total=bytes_total, tensors=0)
+    progress.start()
+    return progress
