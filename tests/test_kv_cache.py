@@ -179,6 +179,12 @@ def test_an_executors_own_storage_is_passed_on_untouched():
     assert len({id(t) for layer in layers for t in (layer.key, layer.value)}) == 4
 
 
+def test_a_cache_that_is_too_large_says_how_large():
+    cache = KvCacheManager(spec(num_kv_heads=2**20, head_dim=2**20, page_size=2**20), total_pages=2)
+    with pytest.raises(OutOfPagesError, match=r"2 pages takes \d+\.0 GiB, which cannot be had"):
+        cache.layers()
+
+
 def request(**changes):
     fields = {"total_pages": None, "max_sequences": 3, "max_seq_len": 11, "options": None}
     return KvAllocatorRequest(**{"spec": spec()} | fields | changes)

@@ -160,10 +160,17 @@ class KvCacheManager:
             shape = (self.total_pages, *rows, spec.head_dim)
             dtype = torch_dtype(spec.dtype)
             allocate = spec.allocate or partial(_zeros, device=spec.device)
-            self._layers = [
-                KvLayer(allocate(shape, dtype), allocate(shape, dtype))
-                for _ in range(spec.num_layers)
-            ]
+            try:
+                self._layers = [
+                    KvLayer(allocate(shape, dtype), allocate(shape, dtype))
+                    for _ in range(spec.num_layers)
+                ]
+            except (MemoryError, OSError, OverflowError) as error:
+                raise OutOfPagesError(
+                    f"a KV cache of {self.total_pages} pages takes "
+                    f"{self.total_pages * spec.page_bytes / 2**30:.1f} GiB, which cannot be had "
+                    f"here ({error}): lower total_pages, max_seq_len or max_batch_size"
+                ) from error
         return self._layers
 
     def check_integrity(self) -> None:
