@@ -89,6 +89,11 @@ def test_a_stop_string_is_cut_from_the_text_wherever_it_occurs(engine):
         assert result.finish_reason == "stop"
 
 
+def test_one_string_is_no_list_of_stop_strings():
+    with pytest.raises(TypeError, match="'stop' must be"):
+        GenerateConfig(stop="END")
+
+
 def test_a_stop_token_ends_the_text(engine):
     ids = engine.generate_result("demo", TRUTHS, config(6)).token_ids
     result = engine.generate_result("demo", TRUTHS, config(60, stop_token_ids=(ids[4],)))

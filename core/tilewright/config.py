@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import evolve, field, fields, frozen
+from attrs import evolve, fields, frozen
 
 from tilewright import registry
 from tilewright.errors import ConfigError, PluginError, nearest
 from tilewright.options import structure
 from tilewright.registry import OPTIONS_BY_NAME
-from tilewright.types import GenerateConfig, RuntimeConfig
+from tilewright.types import GenerateConfig, RuntimeConfig, described
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_PROMPT = "We hold these truths to be self-evident,"
@@ -43,39 +43,35 @@ Place = tuple[str, ...]
 Layer = Mapping[Place, Given]
 
 
-def _setting(help: str, default: Any = None) -> Any:
-    return field(default=default, kw_only=True, metadata={"help": help})
-
-
 @frozen
 class PluginSelection:
     """Which plugins make the engine: ``name`` or ``distribution:name`` of each kind."""
 
-    loader: str = _setting("reads the model's configuration and tokenizer", "hf-local")
-    executor: str = _setting("runs the forward pass", "torch")
-    kv_allocator: str = _setting("owns the KV cache", "paged")
-    sampler: str = _setting("chooses tokens", "top-p")
-    observers: tuple[str, ...] = _setting("are told of what happens", ())
+    loader: str = described("reads the model's configuration and tokenizer", "hf-local")
+    executor: str = described("runs the forward pass", "torch")
+    kv_allocator: str = described("owns the KV cache", "paged")
+    sampler: str = described("chooses tokens", "top-p")
+    observers: tuple[str, ...] = described("are told of what happens", ())
 
 
 @frozen
 class ModelChoice:
     """The model, and what it is called in results."""
 
-    id: str = _setting("the model's name in results; default: the last part of path", "")
-    path: str = _setting(
+    id: str = described("the model's name in results; default: the last part of path", "")
+    path: str = described(
         "the model's directory, or what else the loader takes; default: the bundled demo model",
         str(DEMO_MODEL),
     )
-    format: str | None = _setting("weight format; default: the one that finds its files")
+    format: str | None = described("weight format; default: the one that finds its files")
 
 
 @frozen
 class Prompts:
     """The prompts, in text or in files, one or a list; the file ``-`` is standard input."""
 
-    text: tuple[str, ...] = _setting("text to continue", ())
-    file: tuple[str, ...] = _setting(
+    text: tuple[str, ...] = described("text to continue", ())
+    file: tuple[str, ...] = described(
         "a file that holds a prompt, or with a name in .jsonl a prompt a line, as JSON", ()
     )
 
@@ -84,8 +80,8 @@ class Prompts:
 class Output:
     """Where results go, and how."""
 
-    format: Literal["text", "jsonl"] = _setting("text, or jsonl: a JSON object a result", "text")
-    file: str | None = _setting("file to write, complete or not at all; default: standard output")
+    format: Literal["text", "jsonl"] = described("text, or jsonl: a JSON object a result", "text")
+    file: str | None = described("file to write, complete or not at all; default: standard output")
 
 
 @frozen(kw_only=True)

@@ -250,6 +250,7 @@ class LLMEngine:
     def from_config(cls, path: str | Path) -> "LLMEngine":
         """Make an engine from a run file, with the file's model loaded (see docs/run-files.md).
 
+        ``[generate]``, ``[prompts]`` and ``[output]`` are for ``tilewright run``: no effect here.
         The environment's TILEWRIGHT_ variables win over the file. Raises ConfigError naming the
         file, line and key of a mistake, and what ``from_plugins`` and ``init_model`` raise.
         """
@@ -298,7 +299,7 @@ class LLMEngine:
 
         ``model_dir`` is whatever the loader takes: a directory for ``hf-local``. ``model_format``
         names the weight format; by default the one that finds its files. ``loader_options`` are
-        added to the loader's options for this model.
+        added to the loader's options for this model. The weights of what is returned are closed.
 
         Raises ConfigError when the name is taken or a setting does not suit the model, ModelError
         for what is wrong with the files, ExecutorError for what the executor cannot run.

@@ -6,7 +6,7 @@ holds a field of the other. Nothing here imports torch at run time.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 from attrs import field, fields, frozen, validators
 
@@ -21,12 +21,14 @@ RowOrder = Literal["NHD", "HND"]
 FinishReason = Literal["eos", "stop", "length"]
 Phase = Literal["prefill", "decode"]
 
+DTYPES: tuple[DType, ...] = get_args(DType)
+
 Tap: TypeAlias = "Callable[[str, Tensor], None]"
 """Called by an executor with a tensor's name and the tensor; see docs/tensors.md for the names."""
 
 
-def _setting(help: str, default: Any = None, **kwargs: Any) -> Any:
-    """A field with a line of help, which the command line and the docs show."""
+def described(help: str, default: Any = None, **kwargs: Any) -> Any:
+    """A keyword field with a line of help, which the command line and the docs show."""
     return field(default=default, metadata={"help": help}, kw_only=True, **kwargs)
 
 
@@ -122,7 +124,9 @@ class TensorSource(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the files. Tensors that were handed out stay valid."""
+        ...
 
 
 @frozen(kw_only=True)
@@ -156,27 +160,27 @@ class LoadedModel:
 class RuntimeConfig:
     """How this machine runs a model. None means: decided when the model is loaded."""
 
-    device: str = _setting("device that holds weights and KV cache, e.g. cpu", "cpu")
-    weight_dtype: DType | None = _setting(
+    device: str = described("device that holds weights and KV cache, e.g. cpu", "cpu")
+    weight_dtype: DType | None = described(
         "float32, bfloat16 or float16; default: as the checkpoint has it",
-        validator=_optional(validators.in_(("float32", "bfloat16", "float16"))),
+        validator=_optional(validators.in_(DTYPES)),
     )
-    kv_dtype: DType | None = _setting(
+    kv_dtype: DType | None = described(
         "dtype of the KV cache; default: the weights' dtype",
-        validator=_optional(validators.in_(("float32", "bfloat16", "float16"))),
+        validator=_optional(validators.in_(DTYPES)),
     )
-    page_size: int = _setting("tokens in a KV cache page", 16, validator=validators.ge(1))
-    total_pages: int | None = _setting(
+    page_size: int = described("tokens in a KV cache page", 16, validator=validators.ge(1))
+    total_pages: int | None = described(
         "pages in the KV cache; default: enough for max_batch_size sequences of max_seq_len, "
         "within half of the free memory",
         validator=_optional(validators.ge(1)),
     )
-    max_seq_len: int | None = _setting(
+    max_seq_len: int | None = described(
         "longest prompt plus continuation in tokens; default: the model's own limit",
         validator=_optional(validators.ge(2)),
     )
-    max_batch_size: int = _setting("sequences in a step at most", 16, validator=validators.ge(1))
-    max_batch_tokens: int = _setting(
+    max_batch_size: int = described("sequences in a step at most", 16, validator=validators.ge(1))
+    max_batch_tokens: int = described(
         "tokens in a prefill step at most; longer prompts go in chunks",
         2048,
         validator=validators.ge(1),
@@ -289,7 +293,7 @@ class KvAllocator(Protocol):
     """Owns the KV cache: which request holds which page, and the storage behind the pages.
 
     A page belongs to the requests that hold it and is free when none does. Only the executor writes
-    to the storage, and only to slots of a request's own unshared pages.
+    to the storage, and only to slots of a request's own unshared pages; but for fork, which copies.
     """
 
     @property
@@ -323,11 +327,18 @@ class KvAllocator(Protocol):
         ...
 
     def block_table(self, request_ids: Sequence[str]) -> "Tensor":
-        """[B, max_pages] int32: each request's pages in order of position, padded with -1."""
+        """[B, max_pages] int32: each request's pages in order of position, padded with -1.
+
+        max_pages is that of the longest of them. Raises KeyError.
+        """
         ...
 
     def fork(self, parent_id: str, child_id: str) -> None:
-        """Give a new request the parent's tokens: full pages shared, the partly full one copied."""
+        """Give a new request the parent's tokens: full pages shared, the partly full one copied.
+
+        Raises OutOfPagesError and changes nothing; KeyError for an unknown parent; ValueError when
+        the child already has pages.
+        """
         ...
 
     def free(self, request_id: str) -> None:
@@ -366,52 +377,57 @@ class SamplingParams:
 class GenerateConfig:
     """What a user asks of one generation. None: as the model's files recommend, else as said."""
 
-    max_new_tokens: int | None = _setting(
+    max_new_tokens: int | None = described(
         "tokens to generate at most (128)", validator=_optional(validators.ge(1))
     )
-    temperature: float | None = _setting(
+    temperature: float | None = described(
         "0 takes the likeliest token; higher is more random (0)",
         validator=_optional(validators.ge(0.0), validators.lt(float("inf"))),
     )
-    top_k: int | None = _setting(
+    top_k: int | None = described(
         "sample among the k likeliest tokens; 0: all (0)", validator=_optional(validators.ge(0))
     )
-    top_p: float | None = _setting(
+    top_p: float | None = described(
         "sample among the fewest tokens whose probabilities reach p (1)",
         validator=_optional(validators.gt(0.0), validators.le(1.0)),
     )
-    min_p: float | None = _setting(
+    min_p: float | None = described(
         "drop tokens less likely than min_p times the likeliest (0)",
         validator=_optional(validators.ge(0.0), validators.le(1.0)),
     )
-    repetition_penalty: float | None = _setting(
+    repetition_penalty: float | None = described(
         "divide (or multiply, below 0) logits of tokens seen in prompt or output (1)",
         validator=_optional(validators.gt(0.0), validators.lt(float("inf"))),
     )
-    presence_penalty: float | None = _setting(
+    presence_penalty: float | None = described(
         "subtract once from logits of tokens in the output (0)",
         validator=_optional(validators.gt(float("-inf")), validators.lt(float("inf"))),
     )
-    frequency_penalty: float | None = _setting(
+    frequency_penalty: float | None = described(
         "subtract for each occurrence in the output (0)",
         validator=_optional(validators.gt(float("-inf")), validators.lt(float("inf"))),
     )
-    logit_bias: Mapping[int, float] | None = _setting(
+    logit_bias: Mapping[int, float] | None = described(
         "token id -> added to its logit; -inf forbids the token",
         validator=_optional(validators.deep_mapping(validators.ge(0), validators.lt(float("inf")))),
     )
-    seed: int | None = _setting(
-        "same seed, same tokens, whatever else is in the batch (drawn anew)",
+    seed: int | None = described(
+        "same seed, same tokens, whatever else is in the batch; of many prompts, number i from 0 "
+        "has seed + i (drawn anew)",
         validator=_optional(validators.ge(0), validators.lt(2**63)),
     )
-    logprobs: int | None = _setting(
+    logprobs: int | None = described(
         "return log-probabilities: of the chosen token (0) and of the n likeliest (n)",
         validator=_optional(validators.ge(0)),
     )
-    stop: tuple[str, ...] | None = _setting("end before any of these strings, cut from the text")
-    stop_token_ids: tuple[int, ...] | None = _setting("end at any of these token ids")
-    ignore_eos: bool | None = _setting("go on after an end-of-sequence token (false)")
-    stream: bool | None = _setting("generate() yields text as it comes (false)")
+    stop: tuple[str, ...] | None = described(
+        "end before any of these strings, cut from the text",
+        # A string is a sequence of strings too: each of its characters would end the text.
+        validator=_optional(validators.instance_of((tuple, list))),
+    )
+    stop_token_ids: tuple[int, ...] | None = described("end at any of these token ids")
+    ignore_eos: bool | None = described("go on after an end-of-sequence token (false)")
+    stream: bool | None = described("generate() yields text as it comes (false)")
 
     def over(self, defaults: "GenerateConfig") -> "GenerateConfig":
         """This configuration, with what it leaves open taken from defaults."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from tilewright.errors import ModelError, listed
-from tilewright.types import DType, ModelConfig, TensorInfo, TensorSource
+from tilewright.types import DTYPES, DType, ModelConfig, TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -14,12 +14,8 @@ if TYPE_CHECKING:
 def torch_dtype(name: DType) -> "torch.dtype":
     import torch
 
-    dtypes: dict[str, torch.dtype] = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    return dtypes[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -74,7 +70,7 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         info = source.info(name)
         if info.shape != shape:
             wrong.append(f"{name} {list(shape)}, found {list(info.shape)} in {info.location}")
-        elif info.dtype not in ("float32", "bfloat16", "float16"):
+        elif info.dtype not in DTYPES:
             wrong.append(f"{name} in a floating dtype, found {info.dtype} in {info.location}")
     problems = [
         f"{title}: {listed(tensors)}"

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     config = resolved.config
     with open_engine(resolved) as engine:
         model = engine.model(config.model.id)
-        _check_lengths(args, model.runtime.max_batch_size, model.runtime.max_seq_len)
+        _check_lengths(args, model.runtime.max_batch_size, model.max_seq_len)
         figures = []
         if not args.json:
             print(_ROW.format("batch", "prompt", "new", "prefill", "decode"))
@@ -147,14 +147,14 @@ def _round(
     )
 
 
-def _check_lengths(args: argparse.Namespace, max_batch_size: int, max_seq_len: int | None) -> None:
+def _check_lengths(args: argparse.Namespace, max_batch_size: int, max_seq_len: int) -> None:
     if max(args.batch) > max_batch_size:
         raise ConfigError(
             f"--batch {max(args.batch)} is above max_batch_size = {max_batch_size}, so it would "
             "run in parts: set --max-batch-size too, if the executor allows it"
         )
     longest = max(args.prompt_tokens) + args.new_tokens
-    if max_seq_len is not None and longest > max_seq_len:
+    if longest > max_seq_len:
         raise ConfigError(
             f"--prompt-tokens {max(args.prompt_tokens)} and --new-tokens {args.new_tokens} make "
             f"{longest} tokens, above max_seq_len = {max_seq_len}: lower them"

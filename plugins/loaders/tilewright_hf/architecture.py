@@ -3,12 +3,12 @@
 What an absent key means is what the configuration classes of transformers 5 make of it.
 """
 
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from attrs import frozen
 
 from tilewright.errors import ModelError, nearest
-from tilewright.types import DType, ModelConfig, RopeConfig, RopeKind
+from tilewright.types import DTYPES, DType, ModelConfig, RopeConfig, RopeKind
 from tilewright_hf.files import JsonObject, shown
 
 
@@ -83,8 +83,6 @@ FAMILIES = {
 }
 
 MAX_LAYERS = 10_000
-
-DTYPES: tuple[DType, ...] = get_args(DType)
 
 _REFUSED = {
     "quantization_config": "quantised weights",

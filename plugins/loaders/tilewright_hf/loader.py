@@ -10,6 +10,7 @@ from attrs import evolve
 from tilewright.errors import ModelError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import (
+    DTYPES,
     DType,
     GenerateConfig,
     LoadedModel,
@@ -18,7 +19,7 @@ from tilewright.types import (
     TensorInfo,
     TensorSource,
 )
-from tilewright_hf.architecture import DTYPES, FAMILIES, declared_dtype, model_config
+from tilewright_hf.architecture import FAMILIES, declared_dtype, model_config
 from tilewright_hf.files import is_there, read_json
 from tilewright_hf.generation import Recommended, recommended
 from tilewright_hf.tokenizer import load_text
