@@ -76,7 +76,6 @@ def test_help_of_a_command_imports_no_torch(command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_modules_of_one_form(command):
     module = import_module(f"tilewright.cli.{command}")
-    assert COMMANDS[command] == module.SUMMARY
     assert callable(module.configure)
     assert callable(module.run)
 

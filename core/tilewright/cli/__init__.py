@@ -1,6 +1,6 @@
 """The ``tilewright`` command. A command is a module, imported when it is called.
 
-It has ``SUMMARY``, ``configure(parser)`` and ``run(args) -> int``, the exit code.
+It has ``configure(parser)`` and ``run(args) -> int``, the exit code.
 """
 
 import argparse

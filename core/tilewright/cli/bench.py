@@ -20,8 +20,6 @@ from tilewright.types import GenerateConfig
 if TYPE_CHECKING:
     from tilewright.engine import LLMEngine
 
-SUMMARY = "measure prefill and decode"
-
 _SEED = 0
 
 

@@ -17,8 +17,6 @@ from tilewright.errors import RequestError, TilewrightError, nearest
 if TYPE_CHECKING:
     from tilewright.engine import GenerationStream, LLMEngine
 
-SUMMARY = "talk with a model"
-
 _WORDS = {
     "/reset": "forget the conversation",
     "/system TEXT": "forget the conversation and begin one with this system message",

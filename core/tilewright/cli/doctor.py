@@ -17,8 +17,6 @@ from tilewright.errors import PluginError
 from tilewright.machine import available_memory, total_memory
 from tilewright.types import Check
 
-SUMMARY = "check this machine"
-
 GIB = 1 << 30
 LOW_MEMORY = 2 * GIB
 """Less is too little for the weights and KV cache of all but the smallest models."""
@@ -28,7 +26,7 @@ REPAIR = "repair, update or uninstall its distribution; other plugins work witho
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.description = f"{SUMMARY.capitalize()}: exit code 1 if a check failed."
+    parser.description = "Check this machine: exit code 1 if a check failed."
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,8 +24,6 @@ from tilewright.types import GenerateConfig, GenerateResult
 if TYPE_CHECKING:
     from tilewright.engine import GenerationStream, LLMEngine
 
-SUMMARY = "continue a prompt"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright generate [options] [PROMPT]"

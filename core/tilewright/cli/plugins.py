@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from tilewright.options import Option
     from tilewright.types import PluginInfo
 
-SUMMARY = "list, show and check plugins"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

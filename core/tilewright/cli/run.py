@@ -14,8 +14,6 @@ from tilewright.config import SECTIONS, Place, Resolved, keys, resolve
 from tilewright.registry import OPTIONS_BY_NAME
 from tilewright.types import BUILTIN_GENERATE
 
-SUMMARY = "do what a run file says"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright run [options] CONFIG"
