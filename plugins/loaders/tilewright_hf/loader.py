@@ -126,7 +126,7 @@ def _stored_dtype(weights: TensorSource) -> DType:
     return stored if stored in DTYPES else "float32"
 
 
-class _Selected:
+class _Subset:
     """Some of a source's tensors."""
 
     def __init__(self, source: TensorSource, names: Collection[str]):
@@ -150,4 +150,4 @@ def _without_rotary_buffers(source: TensorSource) -> TensorSource:
     """Leave out ``rotary_emb.inv_freq``, which older checkpoints carry: config.json gives it."""
     names = source.names()
     kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
-    return source if len(kept) == len(names) else _Selected(source, frozenset(kept))
+    return source if len(kept) == len(names) else _Subset(source, frozenset(kept))
