@@ -1,6 +1,7 @@
 """LLMEngine, through the shipped plugins and the bundled model."""
 
 import gc
+from math import inf
 
 import pytest
 import torch
@@ -309,6 +310,8 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(engine):
         engine.generate_batch("demo", [TRUTHS, ""])
     with pytest.raises(RequestError, match=rf"token id {size} in logit_bias"):
         engine.generate("demo", TRUTHS, config(logit_bias={size: 1.0}))
+    with pytest.raises(RequestError, match="forbids every token"):
+        engine.generate("demo", TRUTHS, config(logit_bias=dict.fromkeys(range(size), -inf)))
     assert not engine.model("demo").generations
     assert (
         len(engine.generate_result("demo", [3] * 250, config(99, ignore_eos=True)).token_ids) == 6

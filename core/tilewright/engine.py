@@ -4,6 +4,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -483,7 +484,7 @@ class LLMEngine:
     def _submit(self, model: ServedModel, prompt: Prompt, settings: GenerateConfig) -> _Generation:
         ids = tuple(model.text.encode(prompt) if isinstance(prompt, str) else prompt)
         self._check_prompt(model, ids)
-        self._check_ids(model, settings.logit_bias or (), "logit_bias")
+        self._check_bias(model, settings.logit_bias or {})
         assert settings.max_new_tokens is not None
         self._num_requests += 1
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
@@ -615,6 +616,11 @@ class LLMEngine:
                 f"max_seq_len if it is below {model.loaded.config.max_position_embeddings}"
             )
         self._check_ids(model, ids, "the prompt")
+
+    def _check_bias(self, model: ServedModel, bias: Mapping[int, float]) -> None:
+        self._check_ids(model, bias, "logit_bias")
+        if list(bias.values()).count(-inf) == model.loaded.config.vocab_size:
+            raise RequestError("logit_bias forbids every token: allow one")
 
     @staticmethod
     def _check_ids(model: ServedModel, ids: Iterable[int], where: str) -> None:
