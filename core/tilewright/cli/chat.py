@@ -9,7 +9,7 @@ from attrs import define, evolve, field
 
 from tilewright.cli import INTERRUPTED, flags
 from tilewright.cli.generate import print_stream
-from tilewright.cli.output import note
+from tilewright.cli.output import note, warn_sanitized
 from tilewright.cli.session import open_engine
 from tilewright.config import RunConfig, resolve
 from tilewright.errors import RequestError, TilewrightError, nearest
@@ -75,7 +75,10 @@ class Conversation:
         finally:
             if said:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
-        if stream.result and stream.result.finish_reason == "length":
+        if stream.result is None:
+            return
+        warn_sanitized([stream.result])
+        if stream.result.finish_reason == "length":
             tokens = len(stream.result.token_ids)
             note(f"note: cut after {tokens} tokens; --max-new-tokens N allows more")
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from attrs import evolve
@@ -13,6 +12,7 @@ from tilewright.cli.output import (
     opened,
     result_record,
     stats_line,
+    warn_sanitized,
     write_json,
     write_text,
 )
@@ -62,7 +62,7 @@ def produce(resolved: Resolved, stats: bool) -> None:
         else:
             results = engine.generate_batch(model_id, prompts, config.generate)
             write_text(results, file)
-        _warn(results)
+        warn_sanitized(results)
         if stats or sys.stderr.isatty():
             note(stats_line(results))
 
@@ -89,9 +89,3 @@ def _stream(
     print_stream(stream, [])
     assert stream.result is not None
     return stream.result
-
-
-def _warn(results: Sequence[GenerateResult]) -> None:
-    sanitized = sum(result.sanitized_steps for result in results)
-    if sanitized:
-        note(f"warning: logits were sanitized in {sanitized} steps: this text proves nothing")

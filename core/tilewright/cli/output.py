@@ -15,6 +15,13 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def warn_sanitized(results: Sequence[GenerateResult]) -> None:
+    """Say so when logits were sanitised on the way to these results."""
+    sanitized = sum(result.sanitized_steps for result in results)
+    if sanitized:
+        note(f"warning: logits were sanitized in {sanitized} steps: this text proves nothing")
+
+
 @contextmanager
 def opened(path: str | None) -> Iterator[IO[str]]:
     """Standard output (None or ``-``), or a file that appears when the block ends well.
