@@ -180,9 +180,12 @@ def test_an_executors_own_storage_is_passed_on_untouched():
 
 
 def test_a_cache_that_is_too_large_says_how_large():
-    cache = KvCacheManager(spec(num_kv_heads=2**20, head_dim=2**20, page_size=2**20), total_pages=2)
+    large = spec(num_kv_heads=2**20, head_dim=2**20, page_size=2**20)
     with pytest.raises(OutOfPagesError, match=r"2 pages takes \d+\.0 GiB, which cannot be had"):
-        cache.layers()
+        KvCacheManager(large, total_pages=2)
+    for pages in (10**12, 10**25):
+        with pytest.raises(OutOfPagesError, match=rf"{pages} pages takes .* which cannot be had"):
+            KvCacheManager(spec(), total_pages=pages)
 
 
 def request(**changes):

@@ -71,11 +71,12 @@ class KvCacheManager:
         if total_pages < 1:
             raise ValueError(f"total_pages must be at least 1, found {total_pages}")
         self.spec = spec
+        # Storage first: lists of more pages than it can hold would take all memory.
+        self._layers = _storage(spec, total_pages)
         self._references = [0] * total_pages
         # A stack, so that pages freed last are used first while they are warm in the caches.
         self._free = list(range(total_pages - 1, -1, -1))
         self._held: dict[str, _Holding] = {}
-        self._layers: list[KvLayer] | None = None
 
     @property
     def total_pages(self) -> int:
@@ -139,7 +140,7 @@ class KvCacheManager:
             self._references[page] += 1
         self._held[child_id] = _Holding(parent.num_tokens, parent.pages[:full] + tail)
         for source, target in zip(parent.pages[full:], tail, strict=True):
-            for layer in self.layers():
+            for layer in self._layers:
                 layer.key[target] = layer.key[source]
                 layer.value[target] = layer.value[source]
 
@@ -150,27 +151,6 @@ class KvCacheManager:
                 self._free.append(page)
 
     def layers(self) -> Sequence[KvLayer]:
-        if self._layers is None:
-            spec = self.spec
-            rows = (
-                (spec.page_size, spec.num_kv_heads)
-                if spec.row_order == "NHD"
-                else (spec.num_kv_heads, spec.page_size)
-            )
-            shape = (self.total_pages, *rows, spec.head_dim)
-            dtype = torch_dtype(spec.dtype)
-            allocate = spec.allocate or partial(_zeros, device=spec.device)
-            try:
-                self._layers = [
-                    KvLayer(allocate(shape, dtype), allocate(shape, dtype))
-                    for _ in range(spec.num_layers)
-                ]
-            except (MemoryError, OSError, OverflowError) as error:
-                raise OutOfPagesError(
-                    f"a KV cache of {self.total_pages} pages takes "
-                    f"{self.total_pages * spec.page_bytes / 2**30:.1f} GiB, which cannot be had "
-                    f"here ({error}): lower total_pages, max_seq_len or max_batch_size"
-                ) from error
         return self._layers
 
     def check_integrity(self) -> None:
@@ -203,6 +183,27 @@ class KvCacheManager:
         for page in taken:
             self._references[page] = 1
         return taken
+
+
+def _storage(spec: KvCacheSpec, total_pages: int) -> list[KvLayer]:
+    rows = (
+        (spec.page_size, spec.num_kv_heads)
+        if spec.row_order == "NHD"
+        else (spec.num_kv_heads, spec.page_size)
+    )
+    shape = (total_pages, *rows, spec.head_dim)
+    dtype = torch_dtype(spec.dtype)
+    allocate = spec.allocate or partial(_zeros, device=spec.device)
+    try:
+        return [
+            KvLayer(allocate(shape, dtype), allocate(shape, dtype)) for _ in range(spec.num_layers)
+        ]
+    except (MemoryError, OSError, OverflowError) as error:
+        raise OutOfPagesError(
+            f"a KV cache of {total_pages} pages takes "
+            f"{total_pages * spec.page_bytes / 2**30:.1f} GiB, which cannot be had "
+            f"here ({error}): lower total_pages, max_seq_len or max_batch_size"
+        ) from error
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
