@@ -624,6 +624,9 @@ def test_the_number_of_threads_is_an_option(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+    for threads in (0, 99999):  # so many cannot be started: the process would end there
+        with pytest.raises(ValueError, match="'threads' must be"):
+            Options(threads=threads)
 
 
 def test_a_closed_executor_says_so(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ tilewright_api = 1
 class Options:
     threads: int | None = field(
         default=None,
-        validator=validators.optional(validators.ge(1)),
+        # OpenMP ends the process, or crashes it, when it cannot start as many threads as asked.
+        validator=validators.optional([validators.ge(1), validators.le(1024)]),
         metadata={"help": "threads that torch uses, in the whole process; default: as it is set"},
     )
 
