@@ -63,12 +63,12 @@ def test_token_ids_are_a_prompt_too(engine):
 
 
 def test_a_prompt_in_chunks_gives_the_same_tokens(engine):
-    prompt = engine.generate_result("demo", WHEN, config(100))
+    prompt = engine.generate_result("demo", WHEN, config(40))
     ids = [*prompt.prompt_token_ids, *prompt.token_ids]  # longer than max_batch_tokens
     whole = LLMEngine.from_plugins()
     whole.init_model("demo", DEMO_MODEL, RuntimeConfig(weight_dtype="float32"))
-    expected = whole.generate_result("demo", ids, config(20)).token_ids
-    assert engine.generate_result("demo", ids, config(20)).token_ids == expected
+    expected = whole.generate_result("demo", ids, config(8)).token_ids
+    assert engine.generate_result("demo", ids, config(8)).token_ids == expected
 
 
 def test_eos_ends_the_text_and_is_the_last_token(engine):
@@ -310,6 +310,8 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(engine):
         engine.generate_batch("demo", [TRUTHS, ""])
     with pytest.raises(RequestError, match=rf"token id {size} in logit_bias"):
         engine.generate("demo", TRUTHS, config(logit_bias={size: 1.0}))
+    with pytest.raises(RequestError, match=rf"token id {size} in stop_token_ids"):
+        engine.generate("demo", TRUTHS, config(stop_token_ids=(size,)))
     with pytest.raises(RequestError, match="forbids every token"):
         engine.generate("demo", TRUTHS, config(logit_bias=dict.fromkeys(range(size), -inf)))
     assert not engine.model("demo").generations

@@ -485,6 +485,7 @@ class LLMEngine:
         ids = tuple(model.text.encode(prompt) if isinstance(prompt, str) else prompt)
         self._check_prompt(model, ids)
         self._check_bias(model, settings.logit_bias or {})
+        self._check_ids(model, settings.stop_token_ids or (), "stop_token_ids")
         assert settings.max_new_tokens is not None
         self._num_requests += 1
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
