@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 from attrs import frozen
 
-from tilewright.errors import ModelError, nearest
+from tilewright.errors import ModelError
 from tilewright.types import DTYPES, DType, ModelConfig, RopeConfig, RopeKind
 from tilewright_hf.files import JsonObject, shown
 
@@ -219,9 +219,8 @@ def _family(config: JsonObject) -> Family:
     else:
         families = [f for kind, f in FAMILIES.items() if kind == model_type]
         if not families:
-            hint = nearest(model_type, FAMILIES)
             raise ModelError(
-                f"{config.where}: model_type {shown(model_type)} is not supported{hint} ({more})"
+                f"{config.where}: model_type {shown(model_type)} is not supported ({more})"
             )
     if not families or (architectures and families[0].architecture not in architectures):
         of = f" for model_type {model_type!r}" if model_type else ""
