@@ -18,6 +18,7 @@ from tilewright.errors import (
     RequestError,
     TilewrightError,
 )
+from tilewright.types import SampledToken
 
 TRUTHS = "We hold these truths to be self-evident,"
 CONTINUED = " that all men are created equal, that they are endowed by their Creator"
@@ -242,6 +243,25 @@ def test_sanitising_marks_the_result():
             result = engine.generate_result("demo", TRUTHS, config(5))
         assert result.sanitized_steps == 5
         assert len(result.token_ids) == 5
+
+
+class Answering:
+    """A sampler that ignores what it is asked."""
+
+    def __init__(self, *token_ids):
+        self.tokens = [SampledToken(token_id=i) for i in token_ids]
+
+    def sample(self, logits, rows):
+        return self.tokens
+
+
+@pytest.mark.parametrize("token_ids", [(), (1, 2), (-1,), (10**6,)])
+def test_a_sampler_that_breaks_its_contract_is_named(engine, monkeypatch, token_ids):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_sampler", Answering(*token_ids))
+        with pytest.raises(PluginError, match=r"'top-p' of tilewright .* one token from 0 to \d+"):
+            engine.generate("demo", TRUTHS, config(5))
+    assert engine.generate("demo", TRUTHS, config(5))
 
 
 def test_a_batch_keeps_its_order_and_agrees_with_single_prompts(engine):

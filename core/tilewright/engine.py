@@ -12,7 +12,7 @@ from attrs import define, evolve, field, fields
 from pluggy import PluginManager
 
 from tilewright import registry
-from tilewright.errors import ConfigError, NonFiniteLogitsError, RequestError, nearest
+from tilewright.errors import ConfigError, NonFiniteLogitsError, PluginError, RequestError, nearest
 from tilewright.formats import InstalledFormats
 from tilewright.scheduler import Request, Scheduler, Step
 from tilewright.selection import Selected, check_options, select
@@ -32,6 +32,7 @@ from tilewright.types import (
     SampledToken,
     Sampler,
     SamplerRequest,
+    SamplerRow,
     SamplingParams,
     StepEvent,
     Tap,
@@ -518,7 +519,7 @@ class LLMEngine:
             run = model.executor.prefill if step.phase == "prefill" else model.executor.decode
             logits = run(step.batch, self._tap(model.model_id))
             rows = [r.sampler_row() for r in step.sampled]
-            tokens = self._sampler.sample(logits, rows) if rows else []
+            tokens = self._sample(logits, rows) if rows else []
         except NonFiniteLogitsError as error:
             # The others lose nothing: the step is not done, and is scheduled again without it.
             self._fail(model, model.generations[error.request_id], error)
@@ -533,6 +534,16 @@ class LLMEngine:
         model.scheduler.done(step)
         self._report(model, step, time.perf_counter() - started)
         self._finish_ended(model)
+
+    def _sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> Sequence[SampledToken]:
+        tokens = self._sampler.sample(logits, rows)
+        vocab_size = logits.shape[1]
+        if len(tokens) != len(rows) or not all(0 <= t.token_id < vocab_size for t in tokens):
+            raise PluginError(
+                f"{self._plugins['sampler'].plugin} must return one token from 0 to "
+                f"{vocab_size - 1} for each of {len(rows)} rows, found {tokens!r:.100}"
+            )
+        return tokens
 
     def _tap(self, model_id: str) -> "Tap | None":
         if not self._listens("on_tensor"):
