@@ -188,6 +188,12 @@ def test_an_output_device_is_written_to_and_stays(capsys):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_standard_output_may_be_named(capsys, name):
+    out, _ = printed(capsys, "generate", "Congress shall make", *GREEDY, "--output", name)
+    assert out.startswith(" no law")
+
+
 def test_settings_come_from_the_environment_too(capsys, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_GENERATE_MAX_NEW_TOKENS", "3")
     out, _ = printed(capsys, "generate", "--json")

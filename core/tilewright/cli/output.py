@@ -24,11 +24,12 @@ def warn_sanitized(results: Sequence[GenerateResult]) -> None:
 
 @contextmanager
 def opened(path: str | None) -> Iterator[IO[str]]:
-    """Standard output (None or ``-``), or a file that appears when the block ends well.
+    """Standard output (None, ``-`` or /dev/stdout), or a file that appears when the block ends well.
 
     Raises ConfigError at once when the file cannot be made.
     """
-    if path in (None, "-"):
+    # As a link, /dev/stdout would name the file that a shell sent it to, and replace that.
+    if path in (None, "-", "/dev/stdout"):
         yield sys.stdout
         return
     assert path is not None
