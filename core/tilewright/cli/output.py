@@ -24,7 +24,7 @@ def warn_sanitized(results: Sequence[GenerateResult]) -> None:
 
 @contextmanager
 def opened(path: str | None) -> Iterator[IO[str]]:
-    """Standard output (None, ``-`` or /dev/stdout), or a file that appears when the block ends well.
+    """Standard output (None, ``-``, /dev/stdout), or a file that appears when the block ends well.
 
     Raises ConfigError at once when the file cannot be made.
     """
