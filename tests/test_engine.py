@@ -334,6 +334,8 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(engine):
         engine.generate("demo", TRUTHS, config(stop_token_ids=(size,)))
     with pytest.raises(RequestError, match="forbids every token"):
         engine.generate("demo", TRUTHS, config(logit_bias=dict.fromkeys(range(size), -inf)))
+    with pytest.raises(RequestError, match="expected a list of prompts"):
+        engine.generate_batch("demo", TRUTHS)
     assert not engine.model("demo").generations
     assert (
         len(engine.generate_result("demo", [3] * 250, config(99, ignore_eos=True)).token_ids) == 6

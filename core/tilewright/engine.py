@@ -449,6 +449,8 @@ class LLMEngine:
         With a seed, prompt i is sampled with seed + i, so that equal prompts may differ. When one
         fails, the others are ended too and its error is raised.
         """
+        if isinstance(prompts, str):
+            raise RequestError("expected a list of prompts, found a string: generate() takes one")
         model = self.model(model_id)
         settings = (config or GenerateConfig()).over(model.generation_defaults)
         generations: list[_Generation] = []

@@ -68,7 +68,7 @@ def produce(resolved: Resolved, stats: bool) -> None:
 
 
 def print_stream(stream: "GenerationStream", printed: list[str]) -> None:
-    """Print the pieces as they come, and a newline, however it ends. Adds them to printed."""
+    """Print the pieces as they come, adding them to printed, and end what was printed in a line."""
     with stream:
         try:
             for piece in stream:
@@ -76,8 +76,9 @@ def print_stream(stream: "GenerationStream", printed: list[str]) -> None:
                 sys.stdout.flush()
                 printed.append(piece)
         finally:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            if printed or stream.result:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
 
 
 def _stream(
