@@ -357,7 +357,13 @@ class Terminal:
         self.screen = b""
         self._master, slave = pty.openpty()
         self._process = subprocess.Popen(
-            [*TILEWRIGHT, *argv], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+            [*TILEWRIGHT, *argv],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            # Tests that run in a shell's background inherit an ignored Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
 
