@@ -1,1 +1,1 @@
-"""The place of device kernels, one package a model. None is shipped yet."""
+"""Device kernels, one package a model: source for PyPTO, and what it needs to be told."""

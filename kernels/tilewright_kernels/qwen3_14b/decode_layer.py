@@ -1,0 +1,146 @@
+"""One decoder layer over one new token of each of several sequences."""
+
+import pypto.language as pl
+
+from .blocks import (
+    add_rows,
+    attend,
+    copy_last_tile,
+    feed_forward,
+    project,
+    rms_norm,
+    rotate_heads,
+    round_rows,
+    store_rows,
+    widen_rows,
+    write_cache,
+)
+from .constants import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, KV_TILE, Q_ROWS, ROWS
+
+Q_DIM = HEADS * HEAD_DIM
+KV_DIM = KV_HEADS * HEAD_DIM
+GROUP = HEADS // KV_HEADS
+BAND = Q_ROWS + 2 * KV_TILE
+VISIBLE = KV_TILE + 1
+TAIL = KV_HEADS * KV_TILE
+# The queries of one KV head are read as Q_ROWS rows, those past its own heads only to fill a tile:
+# after the last token's there must be as many more.
+SPARE = (Q_ROWS + HEADS - 1) // HEADS
+QUERY_ROWS = ROWS + SPARE
+QUERY_HEADS = QUERY_ROWS * HEADS
+ROW_HEADS = ROWS * HEADS
+
+B = pl.dynamic("B")
+ENTRIES = pl.dynamic("ENTRIES")
+POSITIONS = pl.dynamic("POSITIONS")
+CACHE_ROWS = pl.dynamic("CACHE_ROWS")
+
+KV_ROW_ORDER = "HND"
+
+
+@pl.jit
+def decode_layer(
+    hidden: pl.Tensor[[B, HIDDEN], pl.BF16],
+    context_lens: pl.Tensor[[B], pl.INT32],
+    block_table: pl.Tensor[[ENTRIES], pl.INT32],
+    slot_mapping: pl.Tensor[[B], pl.INT32],
+    rope_cos: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    rope_sin: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    input_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    wq: pl.Tensor[[HIDDEN, Q_DIM], pl.BF16],
+    wk: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    wv: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    q_norm: pl.Tensor[[1, HEAD_DIM], pl.FP32],
+    k_norm: pl.Tensor[[1, HEAD_DIM], pl.FP32],
+    wo: pl.Tensor[[Q_DIM, HIDDEN], pl.BF16],
+    post_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    w_gate: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_up: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_down: pl.Tensor[[INTERMEDIATE, HIDDEN], pl.BF16],
+    k_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
+    v_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
+    out: pl.Out[pl.Tensor[[B, HIDDEN], pl.BF16]],
+):
+    batch = pl.tensor.dim(context_lens, 0)
+    table_stride = pl.tensor.dim(block_table, 0) // batch
+
+    zeros = pl.create_tensor([Q_ROWS, BAND], dtype=pl.FP32)
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="zeros"):
+        zeros[0:Q_ROWS, 0:BAND] = pl.full([Q_ROWS, BAND], dtype=pl.FP32, value=0.0)
+    band = pl.create_tensor([Q_ROWS, BAND], dtype=pl.FP32)
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="band"):
+        part = pl.slice(zeros, [Q_ROWS, BAND], [0, 0], valid_shape=[Q_ROWS, VISIBLE])
+        band[0:Q_ROWS, 0:BAND] = pl.fillpad(part, pad_value=pl.PadValue.min)
+
+    for row in pl.range(0, batch, ROWS):
+        count = pl.min(ROWS, batch - row)
+        x = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
+        x = widen_rows(hidden, row, count, x)
+        normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)
+        normed = rms_norm(x, input_norm, normed)
+        q = pl.create_tensor([ROWS, Q_DIM], dtype=pl.FP32)
+        q = project(normed, wq, q)
+        k = pl.create_tensor([ROWS, KV_DIM], dtype=pl.FP32)
+        k = project(normed, wk, k)
+        v = pl.create_tensor([ROWS, KV_DIM], dtype=pl.FP32)
+        v = project(normed, wv, v)
+
+        cos = pl.create_tensor([ROWS, HEAD_DIM], dtype=pl.FP32)
+        sin = pl.create_tensor([ROWS, HEAD_DIM], dtype=pl.FP32)
+        queries = pl.create_tensor([QUERY_ROWS, Q_DIM], dtype=pl.BF16)
+        attended_heads = pl.create_tensor([ROW_HEADS, HEAD_DIM], dtype=pl.BF16)
+        with pl.at(level=pl.Level.CORE_GROUP, name_hint="positions"):
+            for t in pl.range(count):
+                position = pl.cast(pl.read(context_lens, [row + t]), pl.INDEX) - 1
+                cos[t : t + 1, 0:HEAD_DIM] = rope_cos[position : position + 1, 0:HEAD_DIM]
+                sin[t : t + 1, 0:HEAD_DIM] = rope_sin[position : position + 1, 0:HEAD_DIM]
+        with pl.at(level=pl.Level.CORE_GROUP, name_hint="padding"):
+            for t in pl.range(count, ROWS):
+                none = pl.full([1, HEAD_DIM], dtype=pl.FP32, value=0.0)
+                cos[t : t + 1, 0:HEAD_DIM] = none
+                sin[t : t + 1, 0:HEAD_DIM] = none
+                heads = pl.full([HEADS, HEAD_DIM], dtype=pl.FP32, value=0.0)
+                attended_heads[t * HEADS : t * HEADS + HEADS, 0:HEAD_DIM] = pl.cast(
+                    heads, pl.BF16, mode="rint"
+                )
+            for c in pl.range(0, Q_DIM, HEAD_DIM):
+                spare = pl.full([SPARE, HEAD_DIM], dtype=pl.FP32, value=0.0)
+                queries[ROWS:QUERY_ROWS, c : c + HEAD_DIM] = pl.cast(spare, pl.BF16, mode="rint")
+
+        queries = rotate_heads(q, q_norm, cos, sin, queries, 0)
+        keys = pl.create_tensor([ROWS, KV_DIM], dtype=pl.BF16)
+        keys = rotate_heads(k, k_norm, cos, sin, keys, 0)
+        values = pl.create_tensor([ROWS, KV_DIM], dtype=pl.BF16)
+        values = round_rows(v, values)
+        k_cache = write_cache(keys, slot_mapping, row, count, k_cache)
+        v_cache = write_cache(values, slot_mapping, row, count, v_cache)
+
+        query_heads = pl.reshape(queries, [QUERY_HEADS, HEAD_DIM])
+        for t in pl.parallel(count):
+            context = pl.cast(pl.read(context_lens, [row + t]), pl.INDEX)
+            position = context - 1
+            table_row = (row + t) * table_stride
+            k_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
+            k_tail = copy_last_tile(k_cache, block_table, table_row, context, k_tail)
+            v_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
+            v_tail = copy_last_tile(v_cache, block_table, table_row, context, v_tail)
+            for g in pl.parallel(KV_HEADS):
+                first_head = t * HEADS + g * GROUP
+                stats = pl.create_tensor([3, Q_ROWS], dtype=pl.FP32)
+                o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
+                o = attend(
+                    query_heads, first_head, 0, g, position, context,
+                    block_table, table_row, k_cache, v_cache, k_tail, v_tail, band, stats, o,
+                )  # fmt: skip
+                with pl.at(level=pl.Level.CORE_GROUP, name_hint="attended"):
+                    own = pl.slice(o, [Q_ROWS, HEAD_DIM], [0, 0], valid_shape=[GROUP, HEAD_DIM])
+                    attended_heads = pl.assemble(
+                        attended_heads, pl.cast(own, pl.BF16, mode="rint"), [first_head, 0]
+                    )
+        attended = pl.reshape(attended_heads, [ROWS, Q_DIM])
+        projected = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
+        projected = project(attended, wo, projected)
+        x = add_rows(x, projected)
+        x = feed_forward(x, post_norm, w_gate, w_up, w_down)
+        out = store_rows(x, out, row, count)
+    return out

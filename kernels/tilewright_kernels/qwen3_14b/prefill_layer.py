@@ -1,0 +1,159 @@
+"""One decoder layer over chunks of several sequences' prompts."""
+
+import pypto.language as pl
+
+from .blocks import (
+    add_rows,
+    attend,
+    copy_last_tile,
+    feed_forward,
+    project,
+    rms_norm,
+    rotate_heads,
+    round_rows,
+    store_rows,
+    widen_rows,
+    write_cache,
+)
+from .constants import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    KV_TILE,
+    Q_ROWS,
+    ROWS,
+    SCRATCH_ROWS,
+)
+
+Q_DIM = HEADS * HEAD_DIM
+KV_DIM = KV_HEADS * HEAD_DIM
+GROUP = HEADS // KV_HEADS
+BAND = Q_ROWS + 2 * KV_TILE
+TAIL = KV_HEADS * KV_TILE
+
+T = pl.dynamic("T")
+B = pl.dynamic("B")
+ENTRIES = pl.dynamic("ENTRIES")
+POSITIONS = pl.dynamic("POSITIONS")
+CACHE_ROWS = pl.dynamic("CACHE_ROWS")
+
+KV_ROW_ORDER = "HND"
+
+
+@pl.jit
+def prefill_layer(
+    hidden: pl.Tensor[[T, HIDDEN], pl.BF16],
+    context_lens: pl.Tensor[[B], pl.INT32],
+    query_starts: pl.Tensor[[B], pl.INT32],
+    query_lens: pl.Tensor[[B], pl.INT32],
+    block_table: pl.Tensor[[ENTRIES], pl.INT32],
+    slot_mapping: pl.Tensor[[T], pl.INT32],
+    rope_cos: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    rope_sin: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    input_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    wq: pl.Tensor[[HIDDEN, Q_DIM], pl.BF16],
+    wk: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    wv: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    q_norm: pl.Tensor[[1, HEAD_DIM], pl.FP32],
+    k_norm: pl.Tensor[[1, HEAD_DIM], pl.FP32],
+    wo: pl.Tensor[[Q_DIM, HIDDEN], pl.BF16],
+    post_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    w_gate: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_up: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_down: pl.Tensor[[INTERMEDIATE, HIDDEN], pl.BF16],
+    k_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
+    v_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
+    out: pl.Out[pl.Tensor[[T, HIDDEN], pl.BF16]],
+):
+    batch = pl.tensor.dim(context_lens, 0)
+    table_stride = pl.tensor.dim(block_table, 0) // batch
+
+    zeros = pl.create_tensor([1, BAND], dtype=pl.FP32)
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="zeros"):
+        zeros[0:1, 0:BAND] = pl.full([1, BAND], dtype=pl.FP32, value=0.0)
+    band = pl.create_tensor([Q_ROWS, BAND], dtype=pl.FP32)
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="band"):
+        for i in pl.range(Q_ROWS):
+            visible = i + KV_TILE + 1
+            part = pl.slice(zeros, [1, BAND], [0, 0], valid_shape=[1, visible])
+            band[i : i + 1, 0:BAND] = pl.fillpad(part, pad_value=pl.PadValue.min)
+
+    # Sequence b's queries start at row query_starts[b] + b * ROWS: each has room for a last tile.
+    queries = pl.create_tensor([SCRATCH_ROWS, Q_DIM], dtype=pl.BF16)
+    for b in pl.range(batch):
+        start = pl.cast(pl.read(query_starts, [b]), pl.INDEX)
+        length = pl.cast(pl.read(query_lens, [b]), pl.INDEX)
+        before = pl.cast(pl.read(context_lens, [b]), pl.INDEX) - length
+        for i in pl.range(0, length, ROWS):
+            count = pl.min(ROWS, length - i)
+            row = start + i
+            position = before + i
+            x = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
+            x = widen_rows(hidden, row, count, x)
+            normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)
+            normed = rms_norm(x, input_norm, normed)
+            q = pl.create_tensor([ROWS, Q_DIM], dtype=pl.FP32)
+            q = project(normed, wq, q)
+            k = pl.create_tensor([ROWS, KV_DIM], dtype=pl.FP32)
+            k = project(normed, wk, k)
+            v = pl.create_tensor([ROWS, KV_DIM], dtype=pl.FP32)
+            v = project(normed, wv, v)
+            cos = pl.create_tensor([ROWS, HEAD_DIM], dtype=pl.FP32)
+            sin = pl.create_tensor([ROWS, HEAD_DIM], dtype=pl.FP32)
+            with pl.at(level=pl.Level.CORE_GROUP, name_hint="positions"):
+                cos_rows = pl.slice(
+                    rope_cos, [ROWS, HEAD_DIM], [position, 0], valid_shape=[count, HEAD_DIM]
+                )
+                cos[0:ROWS, 0:HEAD_DIM] = pl.fillpad(cos_rows, pad_value=pl.PadValue.zero)
+                sin_rows = pl.slice(
+                    rope_sin, [ROWS, HEAD_DIM], [position, 0], valid_shape=[count, HEAD_DIM]
+                )
+                sin[0:ROWS, 0:HEAD_DIM] = pl.fillpad(sin_rows, pad_value=pl.PadValue.zero)
+            scratch_row = row + b * ROWS
+            queries = rotate_heads(q, q_norm, cos, sin, queries, scratch_row)
+            keys = pl.create_tensor([ROWS, KV_DIM], dtype=pl.BF16)
+            keys = rotate_heads(k, k_norm, cos, sin, keys, 0)
+            values = pl.create_tensor([ROWS, KV_DIM], dtype=pl.BF16)
+            values = round_rows(v, values)
+            k_cache = write_cache(keys, slot_mapping, row, count, k_cache)
+            v_cache = write_cache(values, slot_mapping, row, count, v_cache)
+
+    for b in pl.range(batch):
+        start = pl.cast(pl.read(query_starts, [b]), pl.INDEX)
+        length = pl.cast(pl.read(query_lens, [b]), pl.INDEX)
+        before = pl.cast(pl.read(context_lens, [b]), pl.INDEX) - length
+        table_row = b * table_stride
+        for i in pl.range(0, length, ROWS):
+            count = pl.min(ROWS, length - i)
+            row = start + i
+            position = before + i
+            context = position + count
+            scratch_row = row + b * ROWS
+            k_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
+            k_tail = copy_last_tile(k_cache, block_table, table_row, context, k_tail)
+            v_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
+            v_tail = copy_last_tile(v_cache, block_table, table_row, context, v_tail)
+            attended = pl.create_tensor([ROWS, Q_DIM], dtype=pl.BF16)
+            for h in pl.parallel(HEADS):
+                kv_head = h // GROUP
+                column = h * HEAD_DIM
+                stats = pl.create_tensor([3, Q_ROWS], dtype=pl.FP32)
+                o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
+                o = attend(
+                    queries, scratch_row, column, kv_head, position, context,
+                    block_table, table_row, k_cache, v_cache, k_tail, v_tail, band, stats, o,
+                )  # fmt: skip
+                with pl.at(level=pl.Level.CORE_GROUP, name_hint="attended"):
+                    attended[0:ROWS, column : column + HEAD_DIM] = pl.cast(
+                        o[0:ROWS, 0:HEAD_DIM], pl.BF16, mode="rint"
+                    )
+            x = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
+            x = widen_rows(hidden, row, count, x)
+            projected = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
+            projected = project(attended, wo, projected)
+            x = add_rows(x, projected)
+            x = feed_forward(x, post_norm, w_gate, w_up, w_down)
+            out = store_rows(x, out, row, count)
+    return out

@@ -1,0 +1,147 @@
+"""The sizes that the kernels of this package are made for."""
+
+from collections.abc import Iterator
+
+from attrs import Factory, asdict, field, frozen
+
+TILES = (256, 128, 64, 32, 16)
+ACCUMULATOR_BYTES = 128 * 1024
+"""L0C of an a2a3 core: a tile of a product in FP32 must fit."""
+
+
+def _widest(*sizes: int, limit: int = 256) -> int:
+    """The widest tile that divides all sizes; 16 when none does, for the check to refuse."""
+    fitting = (t for t in TILES if t <= limit and all(size % t == 0 for size in sizes))
+    return next(fitting, 16)
+
+
+@frozen(kw_only=True)
+class LayerShape:
+    """One decoder layer's sizes, and the tiles and limits that its kernels are compiled with.
+
+    Raises ValueError for a shape that the tiles cannot serve, naming the constraint.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    """Tokens in a page of the KV cache."""
+    norm_eps: float = 1e-6
+    max_batch: int = 16
+    """Sequences in one step."""
+    max_tokens: int = 512
+    """Tokens in one prefill step, of all its sequences."""
+
+    prefill_rows: int = 16
+    """Tokens in a tile of prefill."""
+    decode_rows: int = 16
+    kv_tile: int = field(
+        default=Factory(lambda s: _widest(s.page_size, limit=128), takes_self=True)
+    )
+    """Keys in one step of attention."""
+    vec_tile: int = field(
+        default=Factory(
+            lambda s: _widest(s.hidden, s.intermediate, s.kv_heads * s.head_dim), takes_self=True
+        )
+    )
+    """Columns that vector code works on at a time."""
+    n_tile: int = field(
+        default=Factory(
+            lambda s: _widest(
+                s.hidden, s.intermediate, s.heads * s.head_dim, s.kv_heads * s.head_dim
+            ),
+            takes_self=True,
+        )
+    )
+    """Output columns of a matrix product's tile."""
+    k_tile: int = field(
+        default=Factory(
+            lambda s: _widest(s.hidden, s.intermediate, s.heads * s.head_dim), takes_self=True
+        )
+    )
+    """Inner dimension that a matrix product's tile takes at a time."""
+    vocab_tile: int = 128
+    """Output columns of a tile of the LM head."""
+
+    def __attrs_post_init__(self) -> None:
+        broken = next(self._broken(), None)
+        if broken:
+            raise ValueError(f"the kernels cannot serve this layer shape: {broken}")
+
+    def _broken(self) -> Iterator[str]:
+        """Each constraint that the shape breaks, with the sizes found."""
+        for name, size in asdict(self).items():
+            if size <= 0:
+                yield f"{name} must be above zero, found {size}"
+                return
+        if self.heads % self.kv_heads:
+            yield f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}"
+        if self.head_dim % 32:
+            yield f"head_dim {self.head_dim} must be a multiple of 32: half a head is 32-byte rows"
+        for name in ("prefill_rows", "decode_rows", "kv_tile", "n_tile", "k_tile", "vocab_tile"):
+            if getattr(self, name) % 16:
+                yield f"{name} {getattr(self, name)} must be a multiple of 16, the cube's tile"
+        if self.vec_tile % 16:
+            yield f"vec_tile {self.vec_tile} must be a multiple of 16: BF16 rows of 32 bytes"
+        if self.page_size % self.kv_tile:
+            yield f"page_size {self.page_size} must be a multiple of kv_tile {self.kv_tile}"
+        q_dim, kv_dim = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        for name, size, tiles in (
+            ("hidden", self.hidden, ("vec_tile", "n_tile", "k_tile")),
+            ("intermediate", self.intermediate, ("vec_tile", "n_tile", "k_tile")),
+            ("heads * head_dim", q_dim, ("n_tile", "k_tile")),
+            ("kv_heads * head_dim", kv_dim, ("vec_tile", "n_tile")),
+        ):
+            for tile in tiles:
+                if size % getattr(self, tile):
+                    yield f"{name} {size} must be a multiple of {tile} {getattr(self, tile)}"
+        rows = max(self.prefill_rows, self.decode_rows)
+        width = max(self.n_tile, self.vocab_tile, self.kv_tile, self.head_dim)
+        if rows * width * 4 > ACCUMULATOR_BYTES:
+            yield (
+                f"a product's tile of {rows} x {width} in FP32 must fit in {ACCUMULATOR_BYTES} "
+                "bytes: make the rows or the tiles smaller"
+            )
+
+    def constants(self, kernel: str) -> dict[str, int | float]:
+        """What a kernel's source expects to find in its module."""
+        prefill = kernel == "prefill_layer"
+        group = -(-(self.heads // self.kv_heads) // 16) * 16
+        return {
+            "HIDDEN": self.hidden,
+            "INTERMEDIATE": self.intermediate,
+            "HEADS": self.heads,
+            "KV_HEADS": self.kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "PAGE": self.page_size,
+            "ROWS": self.prefill_rows if prefill else self.decode_rows,
+            # In prefill the queries of a tile are one head's tokens, in decode one token's heads.
+            "Q_ROWS": self.prefill_rows if prefill else group,
+            "KV_TILE": self.kv_tile,
+            "VEC_TILE": self.vec_tile,
+            "N_TILE": self.n_tile,
+            "K_TILE": self.k_tile,
+            "VOCAB_TILE": self.vocab_tile,
+            "SCRATCH_ROWS": self.max_tokens + self.max_batch * self.prefill_rows,
+            "EPS": self.norm_eps,
+            "SCALE": self.head_dim**-0.5,
+        }
+
+
+QWEN3_14B = LayerShape(
+    hidden=5120,
+    intermediate=17408,
+    heads=40,
+    kv_heads=8,
+    head_dim=128,
+    page_size=128,
+    max_tokens=4096,
+    prefill_rows=64,
+)
+DEMO = LayerShape(
+    hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=128, page_size=64, max_tokens=2048
+)
+"""The model that comes with tilewright."""
