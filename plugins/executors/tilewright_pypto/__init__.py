@@ -1,0 +1,1 @@
+"""PyPTO kernels on Ascend NPUs, on PyPTO's simulator, and emulated."""
