@@ -1,0 +1,117 @@
+"""PyPTO itself as an oracle, without a device: its front end lowers a kernel for a2a3 with all its
+passes, and ``pypto.debug.torch_codegen`` turns what comes out into PyTorch.
+
+torch_codegen is a debugging aid, and lenient; here it is held to what the IR says:
+
+- A value's valid region is that of its type in the IR; torch_codegen loses it at an operator.
+- Products of BF16 are added up in FP32; torch_codegen rounds each to BF16.
+- Scratch begins as NaN, the part of a tile that a load did not fill is NaN, and a window that
+  reaches outside of its tensor is an error; torch_codegen has zeros for all three.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+REASON = "PyPTO (hw-native-sys/pypto, its front end) is not importable"
+
+
+def pypto_or_skip() -> Any:
+    """PyPTO's ``pypto.language``; skips the test where there is none."""
+    try:
+        import pypto.debug
+        import pypto.language
+        from pypto.runtime import RunConfig  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"{REASON}: {error}")
+    return pypto.language
+
+
+SUPPORT = """
+def _region(value, valid, full):
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.view(value.shape) if value.is_contiguous() else value.as_strided(
+        value.size(), value.stride(), value.storage_offset())
+    value._pypto_valid_shape = tuple(map(int, valid))
+    value._pypto_full_shape = tuple(map(int, full))
+    return value
+
+def _product(a, b):
+    return torch.matmul(a.float(), b.float())
+
+def _poisoned(shape, dtype):
+    value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max // 3
+    return torch.full(tuple(map(int, shape)), value, dtype=dtype)
+
+def _place(tensor, offsets, extents):
+    for offset, extent, size in zip(offsets, extents, tensor.shape):
+        if offset < 0 or offset + extent > size:
+            raise IndexError(f"{tuple(offsets)} + {tuple(extents)} outside {tuple(tensor.shape)}")
+    return tuple(slice(int(o), int(o) + int(e)) for o, e in zip(offsets, extents))
+
+def _tile_load(tensor, offsets, shapes, valid_shape=None):
+    shapes = tuple(map(int, shapes))
+    valid = shapes if valid_shape is None else tuple(map(int, valid_shape))
+    found = tensor[_place(tensor, offsets, valid)]
+    if valid == shapes:
+        return found.clone()
+    tile = _poisoned(shapes, tensor.dtype)
+    tile[tuple(slice(v) for v in valid)] = found
+    return _region(tile, valid, shapes)
+
+def _tile_store(tile, offsets, out, atomic=0):
+    assert not atomic
+    valid = getattr(tile, "_pypto_valid_shape", tuple(tile.shape))
+    target = out[_place(out, offsets, valid)]
+    target.copy_(tile[tuple(slice(v) for v in valid)].reshape(target.shape))
+    return out
+"""
+
+
+def lowered(kernel: Any) -> Callable[..., None]:
+    """The kernel's IR after all passes, as a function of its tensors in the kernel's order."""
+    from pypto import ir
+    from pypto.runtime import RunConfig
+
+    codegen = sys.modules["pypto.debug.torch_codegen"]
+
+    class Generator(codegen.TorchCodegen):
+        def visit_assign_stmt(self, op: Any) -> None:
+            super().visit_assign_stmt(op)
+            kind = op.var.type
+            view = getattr(kind, "tile_view", None) or getattr(kind, "tensor_view", None)
+            if view is not None and view.valid_shape:
+                valid = ", ".join(self._visit_expr_str(e) for e in view.valid_shape)
+                full = ", ".join(self._visit_expr_str(e) for e in kind.shape)
+                name = self._name_of(op.var)
+                self._emit(f"{name} = _region({name}, ({valid},), ({full},))")
+
+    program = kernel.lower(config=RunConfig(platform="a2a3"))
+    original = dict(codegen._OP_MAP)
+    try:
+        for name, emit in original.items():
+            if "matmul" in name:
+                codegen._OP_MAP[name] = lambda args, kwargs, emit=emit: emit(args, kwargs).replace(
+                    "torch.matmul(", "_product("
+                )
+        for kind in ("tensor", "tile"):
+            codegen._OP_MAP[f"{kind}.create"] = lambda args, kwargs: (
+                f"_poisoned({args[0]}, {codegen._kw_dtype(kwargs)})"
+            )
+        codegen._OP_MAP["tile.alloc"] = lambda args, kwargs: "None"
+        groups = codegen._build_group_meta(program)
+        generator = Generator(group_meta=groups)
+        generator.visit_program(program)
+    finally:
+        codegen._OP_MAP.clear()
+        codegen._OP_MAP.update(original)
+    parts = [codegen._PREAMBLE, SUPPORT, f"_GROUP_META.update({groups!r})", generator.get_output()]
+    namespace: dict[str, Any] = {}
+    exec(compile("\n".join(parts), "<lowered>", "exec"), namespace)
+    (entry,) = (
+        f.name for f in program.functions.values() if f.func_type == ir.FunctionType.Orchestration
+    )
+    return namespace[entry]

@@ -1,0 +1,729 @@
+"""The stand-in for ``pypto.language``: what it refuses, each with a kernel that does it, and how it
+computes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from attrs import evolve
+
+from tilewright.errors import ExecutorError
+from tilewright_kernels.contract import read_contract
+from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels.qwen3_14b.shape import DEMO
+from tilewright_pypto.emulated import KernelError
+from tilewright_pypto.emulated import language as pl
+
+N = 32
+ROWS = pl.dynamic("ROWS")
+CORE = pl.Level.CORE_GROUP
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+def fails(message: str):
+    return pytest.raises(KernelError, match=message)
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+@pl.jit
+def copy_rows(
+    x: pl.Tensor[[ROWS, N], pl.FP32],
+    start: pl.Tensor[[2], pl.INT32],
+    y: pl.InOut[pl.Tensor[[16, N], pl.FP32]],
+):
+    first = pl.read(start, [0])
+    to = pl.read(start, [1])
+    with pl.at(level=CORE):
+        y[to : to + 8, 0:N] = x[first : first + 8, 0:N]
+
+
+@pytest.mark.parametrize(("first", "to"), [(0, 0), (8, 8), (3, 5)])
+def test_a_window_inside_its_tensor_is_copied(first, to):
+    x, y = torch.randn(16, N), torch.zeros(16, N)
+    expected = y.clone()
+    expected[to : to + 8] = x[first : first + 8]
+    copy_rows(x=x, start=torch.tensor([first, to], dtype=torch.int32), y=y)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(("first", "to", "tensor"), [(9, 0, "x"), (-1, 0, "x"), (0, 9, "y")])
+def test_a_window_that_reaches_outside_is_an_error(first, to, tensor):
+    start = torch.tensor([first, to], dtype=torch.int32)
+    with fails(rf"{tensor}\[.*\] reaches outside of \[16, 32\]"):
+        copy_rows(x=ones(16, N), start=start, y=ones(16, N))
+
+
+def test_an_error_names_the_kernel_and_its_line():
+    start = torch.tensor([9, 0], dtype=torch.int32)
+    with pytest.raises(KernelError) as error:
+        copy_rows(x=ones(16, N), start=start, y=ones(16, N))
+    found = re.match(r"kernel copy_rows, test_pypto_language.py:(\d+): ", str(error.value))
+    assert found
+    line = Path(__file__).read_text().splitlines()[int(found[1]) - 1]
+    assert line.strip().startswith("y[to : to + 8")
+
+
+def test_an_element_outside_is_an_error():
+    @pl.jit
+    def kernel(x: pl.Tensor[[2], pl.INT32], y: pl.InOut[pl.Tensor[[1, N], pl.FP32]]):
+        pl.read(x, [2])
+
+    with fails(r"x\[2\] is outside of \[2\]"):
+        kernel(x=ones(2, dtype=torch.int32), y=ones(1, N))
+
+
+@pl.jit
+def tail(
+    x: pl.Tensor[[ROWS, N], pl.FP32],
+    count: pl.Tensor[[1], pl.INT32],
+    y: pl.InOut[pl.Tensor[[16, N], pl.FP32]],
+):
+    n = pl.read(count, [0])
+    with pl.at(level=CORE):
+        part = pl.slice(x, [16, N], [0, 0], valid_shape=[n, N])
+        y = pl.assemble(y, pl.add(part, part), [0, 0])
+
+
+def test_only_the_valid_part_of_a_window_is_read_and_stored():
+    x, y = torch.randn(5, N), torch.full((16, N), 7.0)
+    tail(x=x, count=torch.tensor([5], dtype=torch.int32), y=y)
+    assert torch.equal(y[:5], 2 * x)
+    assert (y[5:] == 7).all()
+
+
+def test_a_valid_part_that_reaches_outside_is_an_error():
+    with fails(r"x\[0:6, 0:32\] reaches outside of \[5, 32\]"):
+        tail(x=ones(5, N), count=torch.tensor([6], dtype=torch.int32), y=ones(16, N))
+
+
+@pytest.mark.parametrize("count", [0, 17])
+def test_a_valid_part_must_fit_its_window_and_hold_something(count):
+    with fails(r"valid_shape \[.*\] must be from 1"):
+        tail(x=ones(32, N), count=torch.tensor([count], dtype=torch.int32), y=ones(16, N))
+
+
+# --- memory that nobody wrote ---------------------------------------------------------------------
+
+
+def test_scratch_that_nobody_wrote_cannot_be_read():
+    @pl.jit
+    def kernel(x: pl.Tensor[[16, N], pl.FP32], y: pl.Out[pl.Tensor[[16, N], pl.FP32]]):
+        scratch = pl.create_tensor([16, N], dtype=pl.FP32)
+        with pl.at(level=CORE):
+            scratch[0:8, 0:N] = x[0:8, 0:N]
+        with pl.at(level=CORE):
+            y[0:16, 0:N] = scratch[0:16, 0:N]
+
+    with fails(r"scratch\[0:16, 0:32\] is read, and not all of it was written"):
+        kernel(x=ones(16, N), y=ones(16, N))
+
+
+def test_an_output_cannot_be_read_before_it_is_written_whatever_it_held():
+    @pl.jit
+    def kernel(y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            y[:] = pl.add(y[0:8, 0:N], 1.0)
+
+    with fails("y.* is read, and not all of it was written"):
+        kernel(y=ones(8, N))
+
+
+def test_what_is_tracked_is_who_wrote_and_not_whether_it_is_a_number():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        scratch = pl.create_tensor([8, N], dtype=pl.FP32)
+        with pl.at(level=CORE):
+            scratch[:] = x[0:8, 0:N]
+        with pl.at(level=CORE):
+            y[:] = scratch[0:8, 0:N]
+
+    y = ones(8, N)
+    kernel(x=torch.full((8, N), float("nan")), y=y)
+    assert y.isnan().all()
+
+
+def test_an_output_must_be_written_whole():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[16, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            y[0:8, 0:N] = x[0:8, 0:N]
+
+    with fails("256 of 512 elements of output y were never written"):
+        kernel(x=ones(8, N), y=ones(16, N))
+
+
+def test_giving_an_output_a_new_value_does_not_write_it():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            y = pl.add(x, x)  # noqa: F841
+
+    with fails("output y were never written"):
+        kernel(x=ones(8, N), y=ones(8, N))
+
+
+def test_an_in_and_out_parameter_keeps_what_is_not_written():
+    y = torch.arange(16 * N).float().view(16, N)
+    expected = y.clone()
+    expected[2:10] = 1
+    copy_rows(x=ones(8, N), start=torch.tensor([0, 2], dtype=torch.int32), y=y)
+    assert torch.equal(y, expected)
+
+
+def test_an_input_cannot_be_written():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            y[:] = pl.add(x, x)
+            x[:] = pl.add(x, x)
+
+    with fails("x is an input and cannot be written"):
+        kernel(x=ones(8, N), y=ones(8, N))
+
+
+def test_an_input_cannot_be_written_through_a_view():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        view = x[0:4, 0:N]
+        with pl.at(level=CORE):
+            view[:] = x[4:8, 0:N]
+
+    with fails("x is an input and cannot be written"):
+        kernel(x=ones(8, N), y=ones(8, N))
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+def test_a_reduction_over_padding_is_an_error_and_fillpad_mends_it():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, 20], pl.FP32], y: pl.Out[pl.Tensor[[8, 1], pl.FP32]]):
+        with pl.at(level=CORE):
+            part = pl.slice(x, [8, N], [0, 0], valid_shape=[8, 20])
+            y[:] = pl.row_max(part)
+
+    @pl.jit
+    def mended(x: pl.Tensor[[8, 20], pl.FP32], y: pl.Out[pl.Tensor[[8, 1], pl.FP32]]):
+        with pl.at(level=CORE):
+            part = pl.slice(x, [8, N], [0, 0], valid_shape=[8, 20])
+            y[:] = pl.row_max(pl.fillpad(part, pad_value=pl.PadValue.min))
+
+    x, y = torch.full((8, 20), -3.0), ones(8, 1)
+    with fails(r"pl.row_max of \[8, 32\], of which \[8, 20\] is valid"):
+        kernel(x=x, y=y)
+    mended(x=x, y=y)
+    assert (y == -3).all()
+
+
+def test_padding_cannot_reach_an_output_through_an_operator_that_loses_the_valid_shape():
+    @pl.jit
+    def kernel(
+        a: pl.Tensor[[5, N], pl.FP32],
+        b: pl.Tensor[[8, N], pl.FP32],
+        y: pl.InOut[pl.Tensor[[8, N], pl.FP32]],
+    ):
+        with pl.at(level=CORE):
+            part = pl.slice(a, [8, N], [0, 0], valid_shape=[5, N])
+            y[:] = pl.add(part, b[0:8, 0:N])
+
+    with fails(r"a tile of \[8, 32\] is stored to y, of which only \[5, 32\] was computed"):
+        kernel(a=ones(5, N), b=ones(8, N), y=ones(8, N))
+
+
+@pl.jit
+def ragged_product(
+    a: pl.Tensor[[ROWS, N], pl.BF16],
+    b: pl.Tensor[[N, 16], pl.BF16],
+    used: pl.Tensor[[1], pl.INT32],
+    y: pl.InOut[pl.Tensor[[16, 16], pl.FP32]],
+):
+    rows = pl.tensor.dim(a, 0)
+    scratch = pl.create_tensor([16, 16], dtype=pl.FP32)
+    with pl.at(level=CORE):
+        part = pl.slice(a, [16, N], [0, 0], valid_shape=[rows, N])
+        scratch[:] = pl.matmul(part, b[0:N, 0:16], out_dtype=pl.FP32)
+    n = pl.read(used, [0])
+    with pl.at(level=CORE):
+        y = pl.assemble(y, pl.slice(scratch, [16, 16], [0, 0], valid_shape=[n, 16]), [0, 0])
+
+
+def test_rows_of_a_product_that_come_from_padding_may_lie_in_scratch_and_not_be_used():
+    a, b = torch.randn(5, N).bfloat16(), torch.randn(N, 16).bfloat16()
+    y = torch.full((16, 16), 7.0)
+    ragged_product(a=a, b=b, used=torch.tensor([5], dtype=torch.int32), y=y)
+    torch.testing.assert_close(y[:5], a.float() @ b.float())
+    assert (y[5:] == 7).all()
+    with fails("scratch.* is read, and not all of it was written"):
+        ragged_product(a=a, b=b, used=torch.tensor([6], dtype=torch.int32), y=y)
+
+
+def test_padding_cannot_be_added_up_in_a_product():
+    @pl.jit
+    def kernel(
+        a: pl.Tensor[[16, N], pl.BF16],
+        b: pl.Tensor[[20, 16], pl.BF16],
+        y: pl.Out[pl.Tensor[[16, 16], pl.FP32]],
+    ):
+        with pl.at(level=CORE):
+            part = pl.slice(b, [N, 16], [0, 0], valid_shape=[20, 16])
+            y[:] = pl.matmul(a, part, out_dtype=pl.FP32)
+
+    half = torch.bfloat16
+    with fails("adds up 32 products, of which some have an operand that was not computed"):
+        kernel(a=ones(16, N, dtype=half), b=ones(20, 16, dtype=half), y=ones(16, 16))
+
+
+# --- parallel -------------------------------------------------------------------------------------
+
+
+@pl.jit
+def overlapping(
+    x: pl.Tensor[[8, N], pl.FP32],
+    step: pl.Tensor[[1], pl.INT32],
+    y: pl.InOut[pl.Tensor[[64, N], pl.FP32]],
+):
+    by = pl.read(step, [0])
+    for i in pl.parallel(4):
+        with pl.at(level=CORE):
+            y[i * by : i * by + 8, 0:N] = x[0:8, 0:N]
+
+
+def test_iterations_that_write_places_of_their_own_pass():
+    y = torch.zeros(64, N)
+    overlapping(x=ones(8, N), step=torch.tensor([8], dtype=torch.int32), y=y)
+    assert (y[:32] == 1).all()
+    assert (y[32:] == 0).all()
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_one_place_written_from_two_iterations_is_an_error(step):
+    with fails(r"iterations \d and \d of a pl.parallel write the same place of y"):
+        overlapping(x=ones(8, N), step=torch.tensor([step], dtype=torch.int32), y=ones(64, N))
+
+
+def test_one_place_is_one_place_in_another_shape_too():
+    @pl.jit
+    def kernel(x: pl.Tensor[[1, N], pl.FP32], y: pl.InOut[pl.Tensor[[4, 64], pl.FP32]]):
+        flat = pl.reshape(y, [8, N])
+        for i in pl.parallel(2):
+            with pl.at(level=CORE):
+                if i == 0:
+                    y[1:2, 0:N] = x[0:1, 0:N]
+                else:
+                    flat[2:3, 0:N] = x[0:1, 0:N]
+
+    with fails("write the same place of y"):
+        kernel(x=ones(1, N), y=ones(4, 64))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reading_what_another_iteration_writes_is_an_error_in_any_order(seed):
+    @pl.jit
+    def kernel(y: pl.InOut[pl.Tensor[[5, N], pl.FP32]]):
+        for i in pl.parallel(4):
+            with pl.at(level=CORE):
+                y[i : i + 1, 0:N] = y[i + 1 : i + 2, 0:N]
+
+    with fails(r"iteration \d of a pl.parallel reads what iteration \d writes in y"):
+        evolve(kernel, seed=seed)(y=ones(5, N))
+
+
+def test_an_outer_iteration_is_checked_for_what_its_inner_loop_does():
+    @pl.jit
+    def kernel(x: pl.Tensor[[1, N], pl.FP32], y: pl.InOut[pl.Tensor[[4, N], pl.FP32]]):
+        for _i in pl.parallel(2):
+            for j in pl.parallel(4):
+                with pl.at(level=CORE):
+                    y[j : j + 1, 0:N] = x[0:1, 0:N]
+
+    with fails("iterations . and . of a pl.parallel write the same place of y"):
+        kernel(x=ones(1, N), y=ones(4, N))
+
+
+def test_scratch_that_an_iteration_makes_is_its_own():
+    @pl.jit
+    def kernel(x: pl.Tensor[[4, N], pl.FP32], y: pl.Out[pl.Tensor[[4, N], pl.FP32]]):
+        for i in pl.parallel(4):
+            scratch = pl.create_tensor([1, N], dtype=pl.FP32)
+            with pl.at(level=CORE):
+                scratch[:] = x[i : i + 1, 0:N]
+            with pl.at(level=CORE):
+                y[i : i + 1, 0:N] = scratch[0:1, 0:N]
+
+    x, y = torch.randn(4, N), ones(4, N)
+    kernel(x=x, y=y)
+    assert torch.equal(x, y)
+
+
+def test_iterations_come_in_an_order_of_the_seed():
+    orders = []
+
+    @pl.jit
+    def kernel(y: pl.InOut[pl.Tensor[[1, N], pl.FP32]]):
+        for i in pl.parallel(2, 34, 2):
+            orders.append(i)
+
+    for seed in (0, 0, 1):
+        evolve(kernel, seed=seed)(y=ones(1, N))
+    first, again, other = orders[:16], orders[16:32], orders[32:]
+    assert first == again != other
+    assert sorted(first) == sorted(other) == list(range(2, 34, 2)) != first
+
+
+# --- where things may stand -----------------------------------------------------------------------
+
+
+def test_an_operator_outside_of_a_task_is_an_error():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        y[:] = pl.add(x, x)
+
+    with fails("pl.add must stand inside a pl.at"):
+        kernel(x=ones(8, N), y=ones(8, N))
+
+
+def test_a_store_outside_of_a_task_is_an_error():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            t = pl.add(x, x)
+        y[:] = t
+
+    with fails("a store must stand inside a pl.at"):
+        kernel(x=ones(8, N), y=ones(8, N))
+
+
+@pytest.mark.parametrize("what", ["create_tensor", "parallel", "at"])
+def test_what_belongs_outside_of_a_task_is_refused_inside(what):
+    @pl.jit
+    def create_tensor(y: pl.InOut[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            pl.create_tensor([8, N], dtype=pl.FP32)
+
+    @pl.jit
+    def parallel(y: pl.InOut[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            for _i in pl.parallel(2):
+                pass
+
+    @pl.jit
+    def at(y: pl.InOut[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE), pl.at(level=CORE):
+            pass
+
+    kernels = {"create_tensor": create_tensor, "parallel": parallel, "at": at}
+    with fails(f"pl.{what} must stand outside of a pl.at"):
+        kernels[what](y=ones(8, N))
+
+
+# --- what the parser refuses ----------------------------------------------------------------------
+
+
+def test_augmented_assignment_is_refused_when_the_kernel_is_made():
+    with fails("augmented assignment"):
+
+        @pl.jit
+        def kernel(x: pl.Tensor[[8, N], pl.FP32]):
+            n = 1
+            n += 1
+
+
+def test_a_loop_of_python_is_refused():
+    with fails(r"a loop over range\(4\): use pl.range or pl.parallel"):
+
+        @pl.jit
+        def kernel(x: pl.Tensor[[8, N], pl.FP32]):
+            for _i in range(4):
+                pass
+
+
+def test_a_comprehension_is_refused():
+    with fails("a comprehension"):
+
+        @pl.jit.inline
+        def function(x: pl.Tensor[[8, N], pl.FP32]):
+            return [i for i in x]  # noqa: C416
+
+
+def test_conditions_that_python_would_cut_short_are_refused():
+    with fails("and / or"):
+
+        @pl.jit
+        def kernel(x: pl.Tensor[[8, N], pl.FP32]):
+            if N > 1 and N < 9:
+                pass
+
+
+def test_a_name_that_is_not_emulated_is_refused_before_anything_runs():
+    with fails("pl.spmd, which is not emulated"):
+
+        @pl.jit
+        def kernel(x: pl.Tensor[[8, N], pl.FP32]):
+            pl.spmd(4)
+
+    with fails("pl.NZ is not emulated"):
+        pl.NZ  # noqa: B018
+
+
+# --- dtypes and shapes ----------------------------------------------------------------------------
+
+
+def run_one(operate, *tensors: torch.Tensor) -> torch.Tensor:
+    """Run an operator on whole tensors in a kernel of its own; the result goes to y."""
+    names = {torch.float32: pl.FP32, torch.bfloat16: pl.BF16, torch.int32: pl.INT32}
+    a, b = (*tensors, tensors[0])[:2]
+    a_type = pl.Tensor[list(a.shape), names[a.dtype]]
+    b_type = pl.Tensor[list(b.shape), names[b.dtype]]
+    found = []
+
+    @pl.jit
+    def kernel(a: a_type, b: b_type):
+        with pl.at(level=CORE):
+            found.append(operate(a, b))
+
+    kernel(a=a, b=b.clone())
+    return found[0].data
+
+
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("operate", "tensors", "message"),
+    [
+        (lambda a, b: pl.exp(a), [ones(8, N, dtype=HALF)], "vectors are computed in FP32"),
+        (lambda a, b: pl.mul(a, 2.0), [ones(8, N, dtype=HALF)], "vectors are computed in FP32"),
+        (
+            lambda a, b: pl.add(a, b),
+            [ones(8, N), ones(8, N, dtype=HALF)],
+            "vectors are computed in FP32",
+        ),
+        (lambda a, b: pl.add(a, b), [ones(8, N), ones(1, N)], "tiles of one shape"),
+        (lambda a, b: pl.exp(a), [ones(8, 5)], "multiples of 32 bytes"),
+        (lambda a, b: pl.row_expand_mul(a, b), [ones(8, N), ones(1, N)], r"takes \[8, 1\]"),
+        (lambda a, b: pl.col_expand_mul(a, b), [ones(8, N), ones(8, 1)], r"takes \[1, 32\]"),
+        (lambda a, b: pl.cast(a, pl.FP32), [ones(8, N)], "from torch.float32 to itself"),
+        (
+            lambda a, b: pl.cast(a, pl.BF16, mode="odd"),
+            [ones(8, N)],
+            "cast mode 'odd' is not emulated",
+        ),
+        (
+            lambda a, b: pl.matmul(a, b, out_dtype=pl.FP32),
+            [ones(16, N), ones(N, 16, dtype=HALF)],
+            "operands of one dtype",
+        ),
+        (lambda a, b: pl.matmul(a, b), [ones(16, N), ones(N, 16)], "needs out_dtype=pl.FP32"),
+        (
+            lambda a, b: pl.matmul(a, b, out_dtype=pl.FP32),
+            [ones(5, N), ones(N, 16)],
+            "5 x 32 x 16: the cube takes multiples of 16",
+        ),
+        (
+            lambda a, b: pl.matmul(a, b, out_dtype=pl.FP32),
+            [ones(16, N), ones(16, N)],
+            "inner dimensions differ",
+        ),
+        (
+            lambda a, b: pl.matmul_acc(pl.full([16, 32], dtype=pl.FP32, value=0.0), a, b),
+            [ones(16, N), ones(N, 16)],
+            r"adds \[16, 16\] to \[16, 32\]",
+        ),
+        (
+            lambda a, b: pl.matmul_acc(pl.full([16, 16], dtype=pl.BF16, value=0.0), a, b),
+            [ones(16, N), ones(N, 16)],
+            "adds to FP32",
+        ),
+        (lambda a, b: pl.exp(a) + 1, [ones(8, N)], "write pl.add"),
+        (lambda a, b: pl.exp(a)[0:4, 0:N], [ones(8, N)], "a slice of a tile on chip"),
+    ],
+)
+def test_operands_that_do_not_fit_are_errors(operate, tensors, message):
+    with fails(message):
+        run_one(operate, *tensors)
+
+
+def test_a_store_does_not_cast():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.BF16]]):
+        with pl.at(level=CORE):
+            y[:] = pl.add(x, x)
+
+    with fails("a tile of torch.float32 is stored to y, which is torch.bfloat16: cast"):
+        kernel(x=ones(8, N), y=ones(8, N, dtype=HALF))
+
+
+def test_a_tile_must_have_the_shape_of_its_window():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.InOut[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            y[0:4, 0:N] = pl.add(x, x)
+
+    with fails(r"a tile of \[8, 32\] is stored to a window of \[4, 32\]"):
+        kernel(x=ones(8, N), y=ones(8, N))
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+# Two bfloat16 neighbours near 1 are 2**-7 apart: these values lie in the middle, or just beside.
+STEP = 2.0**-7
+TIES = [1 + STEP / 2, 1 + 1.5 * STEP, -1 - STEP / 2, -1 - 1.5 * STEP]
+AWAY = [1 + STEP, 1 + 2 * STEP, -1 - STEP, -1 - 2 * STEP]
+EVEN = [1.0, 1 + 2 * STEP, -1.0, -1 - 2 * STEP]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [({}, AWAY), ({"mode": "rint"}, EVEN)])
+def test_a_cast_rounds_ties_away_from_zero_unless_told_to_round_to_even(mode, expected):
+    found = run_one(lambda a, b: pl.cast(a, pl.BF16, **mode), torch.tensor([TIES * 8]))
+    assert found.dtype == torch.bfloat16
+    assert found.float()[0, :4].tolist() == expected
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "rint"}])
+def test_a_cast_that_is_no_tie_goes_to_the_nearest_and_keeps_what_is_not_finite(mode):
+    x = torch.randn(64, N) * 10.0 ** torch.randint(-30, 30, (64, N))
+    x[0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    found = run_one(lambda a, b: pl.cast(a, pl.BF16, **mode), x)
+    ties = (x.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(found[~ties].nan_to_num(), x.bfloat16()[~ties].nan_to_num())
+    assert found[0, 2].isnan()
+
+
+def test_a_cast_to_integers_rounds_by_its_mode():
+    x = torch.tensor([[2.5, 3.5, -2.5, 0.49999997, 1.2, -1.7, 0.0, 7.0]])
+    expected = {
+        "round": [3, 4, -3, 0, 1, -2, 0, 7],
+        "rint": [2, 4, -2, 0, 1, -2, 0, 7],
+        "floor": [2, 3, -3, 0, 1, -2, 0, 7],
+        "ceil": [3, 4, -2, 1, 2, -1, 0, 7],
+        "trunc": [2, 3, -2, 0, 1, -1, 0, 7],
+    }
+    for mode, values in expected.items():
+        found = run_one(lambda a, b, mode=mode: pl.cast(a, pl.INT32, mode=mode), x)
+        assert found.tolist() == [values], mode
+
+
+@pytest.mark.parametrize("b_trans", [False, True])
+def test_products_of_bf16_are_added_up_in_fp32(b_trans):
+    a, b = torch.randn(16, 256).bfloat16(), torch.randn(256, 32).bfloat16()
+    stored = b.t().contiguous() if b_trans else b
+    expected = a.double() @ b.double()
+    found = run_one(lambda a, b: pl.matmul(a, b, b_trans=b_trans, out_dtype=pl.FP32), a, stored)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+    def twice(a, b):
+        acc = pl.matmul(a, b, b_trans=b_trans, out_dtype=pl.FP32)
+        return pl.matmul_acc(acc, a, b, b_trans=b_trans)
+
+    torch.testing.assert_close(
+        run_one(twice, a, stored).double(), 2 * expected, rtol=1e-5, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("operate", "expected"),
+    [
+        (lambda a, b: pl.sub(a, b), lambda a, b: a - b),
+        (lambda a, b: pl.div(a, b), lambda a, b: a / b),
+        (lambda a, b: pl.maximum(a, b), torch.maximum),
+        (lambda a, b: pl.neg(a), lambda a, b: -a),
+        (lambda a, b: pl.sqrt(pl.mul(a, a)), lambda a, b: a.abs()),
+        (lambda a, b: pl.exp(a), lambda a, b: a.exp()),
+        (lambda a, b: pl.row_sum(a), lambda a, b: a.sum(1, keepdim=True)),
+        (lambda a, b: pl.row_expand_sub(a, pl.row_max(a)), lambda a, b: a - a.amax(1, True)),
+        (lambda a, b: pl.row_expand_mul(a, pl.row_max(a)), lambda a, b: a * a.amax(1, True)),
+        (lambda a, b: pl.row_expand_div(a, pl.row_max(a)), lambda a, b: a / a.amax(1, True)),
+        (lambda a, b: pl.reshape(a, [N, 8]), lambda a, b: a.reshape(N, 8)),
+    ],
+)
+def test_operators_compute_what_they_are_called(operate, expected):
+    a, b = torch.randn(8, N), torch.randn(8, N)
+    torch.testing.assert_close(run_one(operate, a, b), expected(a, b))
+
+
+# --- functions and arguments ----------------------------------------------------------------------
+
+
+@pl.jit.inline
+def double(x: pl.Tensor[[8, N], pl.FP32], y: pl.Tensor[[ROWS, N], pl.FP32]):
+    with pl.at(level=CORE):
+        y[0:8, 0:N] = pl.add(x, x)
+    return y
+
+
+@pl.jit.inline
+def forgetful(x: pl.Tensor[[8, N], pl.FP32]):
+    with pl.at(level=CORE):
+        pl.add(x, x)
+
+
+def test_an_inline_function_takes_what_its_annotations_say_and_returns_something():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        y = double(x, y)
+
+    @pl.jit
+    def too_long(x: pl.Tensor[[16, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        y = double(x, y)
+
+    @pl.jit
+    def no_result(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        forgetful(x)
+
+    y = ones(8, N)
+    kernel(x=ones(8, N), y=y)
+    assert (y == 2).all()
+    with fails(r"double takes x as torch.float32 \[8, 32\], found torch.float32 \[16, 32\]"):
+        too_long(x=ones(16, N), y=y)
+    with fails("forgetful must return the tensor that it wrote"):
+        no_result(x=ones(8, N), y=y)
+    with fails("runs inside a kernel only"):
+        double(None, None)
+
+
+@pl.jit
+def symmetric(
+    x: pl.Tensor[[ROWS, N], pl.FP32],
+    lengths: pl.Tensor[[ROWS], pl.INT32],
+    y: pl.InOut[pl.Tensor[[ROWS, N], pl.FP32]],
+):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": None}, "kernel symmetric was not given y"),
+        ({"length": ones(3)}, "no parameter 'length'; did you mean 'lengths'"),
+        ({"x": ones(3, N, dtype=HALF)}, r"x as float32 \[ROWS, 32\], found bfloat16 \[3, 32\]"),
+        ({"x": ones(3, N + 1)}, r"x as float32 \[ROWS, 32\], found \[3, 33\]"),
+        ({"x": ones(3 * N)}, r"x as float32 \[ROWS, 32\], found float32 \[96\]"),
+        ({"y": ones(4, N)}, r"y as .*, found \[4, 32\]: ROWS is 3 in x"),
+        ({"y": ones(N, 3).t()}, r"y as .*, contiguous, found strides"),
+    ],
+)
+def test_tensors_are_bound_by_name_and_must_fit(change, message):
+    tensors = {"x": ones(3, N), "lengths": ones(3, dtype=torch.int32), "y": ones(3, N)} | change
+    with pytest.raises(ExecutorError, match=message):
+        symmetric(**{n: t for n, t in tensors.items() if t is not None})
+
+
+def test_what_is_written_shares_no_memory_with_another_parameter():
+    both = ones(4, N)
+    with fails("x and y share memory, and one is written"):
+        symmetric(x=both[:3], lengths=ones(3, dtype=torch.int32), y=both[1:])
+
+
+@pytest.mark.parametrize("kernel", source.KERNELS)
+def test_a_contract_read_from_source_is_the_one_that_the_language_sees(kernel):
+    read = read_contract(source.path(kernel), kernel, DEMO.constants(kernel))
+    assert read == source.load(kernel, DEMO, pl).contract
+    directions = {p.name: p.direction for p in read.parameters}
+    assert set(directions.values()) == {"in", "out"} | ({"inout"} if kernel != "head" else set())

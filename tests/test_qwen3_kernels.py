@@ -1,0 +1,407 @@
+"""Qwen3's kernels, emulated and by PyPTO's own front end, against the torch executor.
+
+A kernel must be as near to the torch executor in BF16 as rounding allows, and nearly as near to it
+in FP32 as its own BF16 is. ``compare_layer`` checks the KV cache and the memory around every buffer
+as well.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve, fields
+from pypto_oracle import lowered, pypto_or_skip
+from qwen3_layers import (
+    Cache,
+    Guarded,
+    Run,
+    compare_layer,
+    config_of,
+    kernel_weights,
+    layer_inputs,
+    pages_of,
+    random_weights,
+    relative_rms,
+)
+from reference_models import write_model
+from torch import Tensor
+from transformers import Qwen3Config
+
+from tilewright import registry
+from tilewright.config import DEMO_MODEL
+from tilewright.formats import InstalledFormats
+from tilewright.types import LoadedModel, LoadRequest
+from tilewright_hf.loader import load_model
+from tilewright_kernels.contract import read_contract
+from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B, LayerShape
+from tilewright_pypto.emulated import KernelError, language
+from tilewright_torch.model import load, rms_norm
+
+
+def shaped(**changes: int) -> LayerShape:
+    sizes = {"hidden": 128, "intermediate": 256, "heads": 4, "kv_heads": 2, "head_dim": 64}
+    return LayerShape(**sizes | {"page_size": 32, "max_batch": 17} | changes)
+
+
+SMALL = shaped()
+SHAPES = {
+    "small": SMALL,
+    "demo": evolve(DEMO, max_batch=17, max_tokens=256),
+    "mha": shaped(heads=2, page_size=16),
+    "mqa-8": shaped(heads=8, kv_heads=1, head_dim=32, page_size=128, kv_tile=32),
+    "gqa-5": shaped(hidden=96, intermediate=160, heads=10, head_dim=32, page_size=48),
+    "tiles": shaped(prefill_rows=32, n_tile=16, k_tile=32, vec_tile=16),
+    "group-of-20": shaped(heads=20, kv_heads=1, head_dim=32, page_size=64),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # The tiles are tiny: two threads would spend their time waiting for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def emulated(kernel: str, shape: LayerShape, seed: int = 0) -> Run:
+    made = evolve(source.load(kernel, shape, language), seed=seed)
+    return lambda tensors: made(**tensors)
+
+
+@cache
+def by_pypto(kernel: str, shape: LayerShape) -> Run:
+    contract = read_contract(source.path(kernel), kernel, shape.constants(kernel))
+    run = lowered(source.load(kernel, shape, pypto_or_skip()))
+    return lambda tensors: run(*contract.bind(tensors))
+
+
+on_both = pytest.mark.parametrize(
+    "make", [emulated, pytest.param(by_pypto, marks=pytest.mark.pypto, id="pypto")]
+)
+
+
+def hidden_rows(shape: LayerShape, rows: int, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, shape.hidden, generator=random).bfloat16()
+
+
+# --- decode ---------------------------------------------------------------------------------------
+
+
+@on_both
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("batch_size", [1, 3, 16, 17])
+def test_decode_agrees_with_the_torch_executor(make, name, batch_size):
+    shape = SHAPES[name]
+    config, weights = config_of(shape), random_weights(config_of(shape))
+    tile, page = shape.kv_tile, shape.page_size
+    histories = [0, tile - 1, tile, page - 1, page, page + 1, 2 * page + 3, 5, 1, 2, 30, 31, 32]
+    cache = Cache(shape, 64)
+    cache.add(*(histories * 2)[-batch_size:])
+    for step in range(3):
+        batch = cache.step([1] * batch_size)
+        hidden = hidden_rows(shape, batch_size, step)
+        run = make("decode_layer", shape)
+        compare_layer(run, "decode_layer", config, weights, 0, hidden, batch, cache).check()
+
+
+def test_twenty_decode_steps_write_twenty_slots_in_turn():
+    config, weights = config_of(SMALL), random_weights(config_of(SMALL))
+    cache = Cache(SMALL, 8)
+    cache.add(20, 31)
+    run = emulated("decode_layer", SMALL)
+    for step in range(20):
+        hidden = hidden_rows(SMALL, 2, step)
+        batch = cache.step([1, 1])
+        compare_layer(run, "decode_layer", config, weights, 0, hidden, batch, cache).check()
+    assert int((~cache.key.isnan()).sum()) == (40 + 51) * SMALL.kv_heads * SMALL.head_dim
+
+
+# --- prefill --------------------------------------------------------------------------------------
+
+PREFILLS = {
+    "one token": ([0], [1]),
+    "within a tile": ([0], [7]),
+    "a tile": ([0], [16]),
+    "past a tile": ([0], [17]),
+    "past a page": ([0], [70]),
+    "three sequences": ([0, 0, 0], [5, 33, 16]),
+    "chunks with a context": ([40, 0, 31, 64], [23, 9, 1, 32]),
+    "seventeen sequences": ([0, 3] * 8 + [50], [1, 2, 3, 4, 5, 6, 7, 8] * 2 + [18]),
+}
+
+
+@on_both
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("what", PREFILLS)
+def test_prefill_agrees_with_the_torch_executor(make, name, what):
+    histories, new = PREFILLS[what]
+    shape = SHAPES[name]
+    config, weights = config_of(shape), random_weights(config_of(shape))
+    cache = Cache(shape, 64)
+    cache.add(*histories)
+    batch = cache.step(new)
+    hidden = hidden_rows(shape, sum(new))
+    run = make("prefill_layer", shape)
+    compare_layer(run, "prefill_layer", config, weights, 0, hidden, batch, cache).check()
+
+
+@pytest.mark.parametrize("sizes", [[50], [16, 34], [1, 31, 18], [33, 17]])
+def test_a_prompt_in_chunks_has_the_outputs_of_the_prompt(sizes):
+    config, weights = config_of(SMALL), random_weights(config_of(SMALL))
+    hidden = hidden_rows(SMALL, 50)
+    whole = Cache(SMALL, 8)
+    whole.add(0)
+    run = emulated("prefill_layer", SMALL)
+    given = ("prefill_layer", config, weights, 0)
+    expected = compare_layer(run, *given, hidden, whole.step([50]), whole).out
+    chunked = Cache(SMALL, 8)
+    chunked.add(0)
+    found = []
+    for size, rows in zip(sizes, hidden.split(sizes), strict=True):
+        found.append(compare_layer(run, *given, rows, chunked.step([size]), chunked).out)
+    assert relative_rms(torch.cat(found), expected) < 2e-3
+
+
+@pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
+def test_neither_the_order_of_iterations_nor_of_pages_changes_a_bit(kernel):
+    config, weights = config_of(SMALL), random_weights(config_of(SMALL))
+    outputs = []
+    for seed, pages in [(0, 30), (1, 30), (2, 41)]:
+        cache = Cache(SMALL, pages)
+        cache.add(70, 3, 31)
+        new = [1, 1, 1] if kernel == "decode_layer" else [40, 1, 2]
+        run = emulated(kernel, SMALL, seed)
+        hidden = hidden_rows(SMALL, sum(new))
+        outputs.append(
+            compare_layer(run, kernel, config, weights, 0, hidden, cache.step(new), cache).out
+        )
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def loaded_from(directory: Path) -> LoadedModel:
+    formats = InstalledFormats(registry.new_manager(), {})
+    return load_model(
+        LoadRequest(source=str(directory), options=None, weight_format=None, formats=formats)
+    )
+
+
+def shape_of(config: Any) -> LayerShape:
+    return LayerShape(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=32,
+        norm_eps=config.norm_eps,
+    )
+
+
+@pytest.mark.parametrize("which", ["demo", "gqa-5", "gqa-8"])
+def test_every_layer_of_a_model_agrees_with_the_torch_executor(which, tmp_path):
+    if which == "demo":
+        loaded = loaded_from(DEMO_MODEL)
+    else:
+        heads, kv_heads = {"gqa-5": (10, 2), "gqa-8": (8, 1)}[which]
+        settings = {
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 4,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 32,
+            "vocab_size": 131,
+        }
+        write_model(Qwen3Config(**settings, tie_word_embeddings=False), tmp_path, "bfloat16")
+        loaded = loaded_from(tmp_path)
+    config, weights = loaded.config, loaded.weights
+    shape = shape_of(config)
+    random = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, config.vocab_size, (45 + 3,), generator=random)
+    caches = []
+    for _ in range(config.num_layers):
+        caches.append(Cache(shape, 9))
+        caches[-1].add(0, 0)
+    x = weights.get("model.embed_tokens.weight")[ids].bfloat16()
+    for new, kernel in (([40, 5], "prefill_layer"), ([1, 1], "decode_layer")):
+        rows = x[: sum(new)]
+        for layer, kv in enumerate(caches):
+            run = emulated(kernel, shape)
+            found = compare_layer(run, kernel, config, weights, layer, rows, kv.step(new), kv)
+            found.check()
+            rows = found.out
+        x = x[sum(new) :]
+
+
+# --- head -----------------------------------------------------------------------------------------
+
+
+@on_both
+@pytest.mark.parametrize("name", ["small", "demo"])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17])
+@pytest.mark.parametrize("vocab", [67, 128, 300])
+def test_the_head_agrees_with_the_torch_executor(make, name, rows, vocab):
+    shape = SHAPES[name]
+    config = config_of(shape, vocab)
+    weights = random_weights(config)
+    hidden = hidden_rows(shape, rows)
+    guarded = Guarded()
+    guarded.add("hidden", hidden)
+    guarded.add("final_norm", weights.get("model.norm.weight").float().unsqueeze(0))
+    guarded.add("lm_head", weights.get("lm_head.weight"))
+    guarded.add("logits", torch.full((rows, vocab), float("nan")))
+    make("head", shape)(guarded.tensors)
+    assert guarded.changed() == {"logits"}
+    assert not guarded.broken()
+
+    def by_torch(dtype: torch.dtype) -> Tensor:
+        model = load(config, weights, dtype)
+        normed = rms_norm(hidden.to(dtype), model.final_norm, config.norm_eps)
+        return model.head(normed).float()
+
+    found, truth, near = (
+        guarded.tensors["logits"],
+        by_torch(torch.float32),
+        by_torch(torch.bfloat16),
+    )
+    assert relative_rms(found, near) <= 1e-2
+    assert relative_rms(found, truth) <= 1.5 * relative_rms(near, truth)
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def test_more_tokens_than_the_shape_allows_are_an_error_and_not_an_overrun():
+    shape = shaped(max_tokens=16, max_batch=1)
+    config, weights = config_of(shape), kernel_weights(random_weights(config_of(shape)))
+    cache = Cache(shape, 8)
+    cache.add(0)
+    batch = cache.step([33])
+    inputs = layer_inputs("prefill_layer", config, weights, hidden_rows(shape, 33), batch, cache)
+    with pytest.raises(KernelError, match=r"scratch\[.*\] reaches outside"):
+        emulated("prefill_layer", shape)(inputs)
+
+
+@pytest.mark.parametrize("broken", ["slot_mapping", "block_table", "context_lens"])
+def test_what_points_outside_of_the_cache_is_an_error_and_not_an_overrun(broken):
+    config, weights = config_of(SMALL), kernel_weights(random_weights(config_of(SMALL)))
+    cache = Cache(SMALL, 8)
+    cache.add(40)
+    inputs = layer_inputs(
+        "decode_layer", config, weights, hidden_rows(SMALL, 1), cache.step([1]), cache
+    )
+    wrong = {"slot_mapping": 8 * 32, "block_table": 8, "context_lens": 1000}
+    inputs[broken] = torch.full_like(inputs[broken], wrong[broken])
+    with pytest.raises(KernelError, match="outside of"):
+        emulated("decode_layer", SMALL)(inputs)
+
+
+def test_the_kernels_order_of_cache_rows_is_declared_and_is_the_one_they_have():
+    for kernel in ("prefill_layer", "decode_layer"):
+        assert read_contract(source.path(kernel), kernel, DEMO.constants(kernel)).kv_row_order == (
+            "HND"
+        )
+    rows = torch.arange(2 * 3 * 4).view(-1, 1)  # 2 pages, 3 KV heads, 4 slots a page
+    of_pages = pages_of(rows, torch.empty(2, 4, 3, 1))
+    page, head, offset = 1, 2, 3
+    assert of_pages[page, offset, head] == (page * 3 + head) * 4 + offset
+
+
+@pytest.mark.parametrize(
+    ("change", "constraint"),
+    [
+        ({"hidden": 0}, "hidden must be above zero, found 0"),
+        ({"kv_heads": 3}, "heads 4 must be a multiple of kv_heads 3"),
+        ({"head_dim": 80}, "head_dim 80 must be a multiple of 32"),
+        ({"hidden": 130}, "hidden 130 must be a multiple of"),
+        ({"intermediate": 250}, "intermediate 250 must be a multiple of"),
+        ({"page_size": 40}, "page_size 40 must be a multiple of kv_tile"),
+        ({"kv_tile": 24}, "kv_tile 24 must be a multiple of 16"),
+        ({"prefill_rows": 8}, "prefill_rows 8 must be a multiple of 16"),
+        ({"prefill_rows": 512}, "must fit in 131072 bytes"),
+    ],
+)
+def test_a_shape_that_the_tiles_cannot_serve_is_refused_with_the_constraint(change, constraint):
+    with pytest.raises(
+        ValueError, match=f"the kernels cannot serve this layer shape: .*{constraint}"
+    ):
+        shaped(**change)
+
+
+def test_the_shipped_shapes_are_those_of_the_models():
+    demo = shape_of(loaded_from(DEMO_MODEL).config)
+    names = {"hidden", "intermediate", "heads", "kv_heads", "head_dim", "norm_eps"}
+    assert names < {f.name for f in fields(LayerShape)}
+    assert all(getattr(demo, n) == getattr(DEMO, n) for n in names)
+    assert QWEN3_14B.heads * QWEN3_14B.head_dim == QWEN3_14B.hidden == 5120
+    assert QWEN3_14B.heads // QWEN3_14B.kv_heads == 5
+
+
+# --- at full width --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_layer_of_the_width_of_qwen3_14b():
+    shape = QWEN3_14B
+    config, weights = config_of(shape), random_weights(config_of(shape))
+    prefill, decode = emulated("prefill_layer", shape), emulated("decode_layer", shape)
+    cache = Cache(shape, 12)
+    cache.add(0, 200, 17)
+    for chunk in (170, 130):
+        batch = cache.step([chunk], [0])
+        hidden = hidden_rows(shape, chunk)
+        compare_layer(prefill, "prefill_layer", config, weights, 0, hidden, batch, cache).check()
+    for step in range(5):
+        batch = cache.step([1, 1, 1])
+        hidden = hidden_rows(shape, 3, step)
+        compare_layer(decode, "decode_layer", config, weights, 0, hidden, batch, cache).check()
+
+
+# --- PyPTO ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.pypto
+@pytest.mark.parametrize("kernel", source.KERNELS)
+@pytest.mark.parametrize("shape", [SMALL, DEMO, QWEN3_14B], ids=["small", "demo", "qwen3-14b"])
+def test_pypto_compiles_a_kernel_up_to_what_its_assembler_takes(
+    kernel, shape, tmp_path, monkeypatch
+):
+    pl = pypto_or_skip()
+    from pypto.runtime import RunConfig
+
+    monkeypatch.setenv("PYPTO_PROG_BUILD_DIR", str(tmp_path))
+    compiled = source.load(kernel, shape, pl).compile(config=RunConfig(platform="a2a3"))
+    contract = read_contract(source.path(kernel), kernel, shape.constants(kernel))
+    assert compiled.param_names == [p.name for p in contract.parameters]
+    written = [i for i, p in enumerate(contract.parameters) if p.direction != "in"]
+    assert compiled.output_indices == written
+    tasks = {p.stem for p in Path(compiled.output_dir).rglob("*.pto")}
+    assert tasks >= {"widen", "rms_norm"}
+
+
+@pytest.mark.pypto
+@pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
+def test_the_emulation_and_pypto_compute_the_same(kernel):
+    config, weights = config_of(SMALL), random_weights(config_of(SMALL))
+    outputs = []
+    for make in (emulated, by_pypto):
+        cache = Cache(SMALL, 30)
+        cache.add(70, 3, 31)
+        new = [1, 1, 1] if kernel == "decode_layer" else [40, 1, 2]
+        hidden = hidden_rows(SMALL, sum(new))
+        run = make(kernel, SMALL)
+        found = compare_layer(run, kernel, config, weights, 0, hidden, cache.step(new), cache)
+        outputs.append((found.out, cache.key.nan_to_num(), cache.value.nan_to_num()))
+    for ours, theirs in zip(*outputs, strict=True):
+        assert relative_rms(ours, theirs) < 1e-3
