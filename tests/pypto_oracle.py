@@ -26,6 +26,7 @@ def pypto_or_skip() -> Any:
         from pypto.runtime import RunConfig  # noqa: F401
     except ImportError as error:
         pytest.skip(f"{REASON}: {error}")
+    pypto.set_log_level(pypto.LogLevel.ERROR)
     return pypto.language
 
 
@@ -101,6 +102,7 @@ def lowered(kernel: Any) -> Callable[..., None]:
             codegen._OP_MAP[f"{kind}.create"] = lambda args, kwargs: (
                 f"_poisoned({args[0]}, {codegen._kw_dtype(kwargs)})"
             )
+            codegen._OP_MAP[f"{kind}.set_validshape"] = lambda args, kwargs: f"{args[0]}.clone()"
         codegen._OP_MAP["tile.alloc"] = lambda args, kwargs: "None"
         groups = codegen._build_group_meta(program)
         generator = Generator(group_meta=groups)
