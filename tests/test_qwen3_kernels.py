@@ -352,11 +352,12 @@ def test_the_shipped_shapes_are_those_of_the_models():
 # --- at full width --------------------------------------------------------------------------------
 
 
+@on_both
 @pytest.mark.slow
-def test_a_layer_of_the_width_of_qwen3_14b():
+def test_a_layer_of_the_width_of_qwen3_14b(make):
     shape = QWEN3_14B
     config, weights = config_of(shape), random_weights(config_of(shape))
-    prefill, decode = emulated("prefill_layer", shape), emulated("decode_layer", shape)
+    prefill, decode = make("prefill_layer", shape), make("decode_layer", shape)
     cache = Cache(shape, 12)
     cache.add(0, 200, 17)
     for chunk in (170, 130):

@@ -2,8 +2,11 @@
 
 Source for PyPTO's parser, loaded by ``source.load``. Matrix products and vector code stand in
 tasks of their own and meet in scratch in device memory. A tile's rows past its tokens hold zeros,
-never leftovers. PyPTO takes the sizes of a function's parameters from its first call, so what
-differs from call to call is declared dynamic.
+never leftovers.
+
+PyPTO takes the sizes of a function's parameters from its first call, so what differs from call to
+call is declared dynamic. A weight is not: PyPTO would make the kernel's own parameter dynamic too,
+and the contract would lose its sizes.
 """
 
 import pypto.language as pl
@@ -77,12 +80,12 @@ def rms_norm(
 @pl.jit.inline
 def project(
     a: pl.Tensor[[ROWS, DEPTH], pl.BF16],
-    weight: pl.Tensor[[DEPTH, COLUMNS], pl.BF16],
+    weight: pl.Tensor,
     y: pl.Tensor[[ROWS, COLUMNS], pl.FP32],
+    depth: pl.Scalar[pl.INDEX],
+    columns: pl.Scalar[pl.INDEX],
 ):
-    """y[ROWS, N] FP32 = a[ROWS, K] BF16 times weight[K, N] BF16."""
-    depth = pl.tensor.dim(weight, 0)
-    columns = pl.tensor.dim(weight, 1)
+    """y[ROWS, columns] FP32 = a[ROWS, depth] BF16 times weight[depth, columns] BF16."""
     for c in pl.parallel(0, columns, N_TILE):
         with pl.at(level=pl.Level.CORE_GROUP, name_hint="project"):
             acc = pl.matmul(
@@ -98,10 +101,9 @@ def project(
 
 @pl.jit.inline
 def round_rows(x: pl.Tensor[[ROWS, KV_DIM], pl.FP32], y: pl.Tensor[[ROWS, KV_DIM], pl.BF16]):
-    """y BF16 = x FP32, both [ROWS, a multiple of VEC_TILE]."""
-    columns = pl.tensor.dim(x, 1)
+    """y BF16 = x FP32."""
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="round"):
-        for c in pl.range(0, columns, VEC_TILE):
+        for c in pl.range(0, KV_DIM, VEC_TILE):
             y[0:ROWS, c : c + VEC_TILE] = pl.cast(x[0:ROWS, c : c + VEC_TILE], pl.BF16, mode="rint")
     return y
 
@@ -314,23 +316,22 @@ def feed_forward(
     w_down: pl.Tensor[[INTERMEDIATE, HIDDEN], pl.BF16],
 ):
     """x[ROWS, HIDDEN] FP32 = x + the gated MLP (SwiGLU, arXiv:2002.05202) of its RMSNorm."""
-    width = pl.tensor.dim(w_gate, 1)
     normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)
     normed = rms_norm(x, norm, normed)
     gate = pl.create_tensor([ROWS, INTERMEDIATE], dtype=pl.FP32)
-    gate = project(normed, w_gate, gate)
+    gate = project(normed, w_gate, gate, HIDDEN, INTERMEDIATE)
     up = pl.create_tensor([ROWS, INTERMEDIATE], dtype=pl.FP32)
-    up = project(normed, w_up, up)
+    up = project(normed, w_up, up, HIDDEN, INTERMEDIATE)
     activation = pl.create_tensor([ROWS, INTERMEDIATE], dtype=pl.BF16)
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="silu"):
-        for c in pl.range(0, width, VEC_TILE):
+        for c in pl.range(0, INTERMEDIATE, VEC_TILE):
             g = gate[0:ROWS, c : c + VEC_TILE]
             silu = pl.div(g, pl.add(pl.exp(pl.neg(g)), 1.0))
             activation[0:ROWS, c : c + VEC_TILE] = pl.cast(
                 pl.mul(silu, up[0:ROWS, c : c + VEC_TILE]), pl.BF16, mode="rint"
             )
     down = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
-    down = project(activation, w_down, down)
+    down = project(activation, w_down, down, INTERMEDIATE, HIDDEN)
     x = add_rows(x, down)
     return x
 

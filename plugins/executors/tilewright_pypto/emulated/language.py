@@ -53,6 +53,8 @@ class TensorType:
 
 
 class _TensorOf:
+    """``pl.Tensor[shape, dtype]``; bare, in an inline function, it takes any tensor."""
+
     def __getitem__(self, of: tuple[Sequence["int | Dynamic"], torch.dtype]) -> TensorType:
         shape, dtype = of
         return TensorType(tuple(shape), dtype)
