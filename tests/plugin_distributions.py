@@ -271,6 +271,7 @@ GOOD = Distribution(
             from tilewright.types import Check, ExecutorLimits, KvCacheSpec, PluginInfo
 
             class Bag:
+                device = "cpu"
                 limits = ExecutorLimits(max_batch_size=4)
 
                 def __init__(self, request):
@@ -281,7 +282,7 @@ GOOD = Distribution(
                         num_layers=1,
                         num_kv_heads=1,
                         head_dim=config.head_dim,
-                        page_size=runtime.page_size,
+                        page_size=runtime.page_size or 4,
                         dtype="float32",
                     )
 

@@ -39,7 +39,10 @@ def described(**parts: str) -> dists.Distribution:
 # --- list -----------------------------------------------------------------------------------------
 
 
-def test_list_says_name_kind_distribution_state_and_place(tilewright: Any, site: Install) -> None:
+def test_list_says_name_kind_distribution_state_and_place(
+    tilewright: Any, site: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # as wide as it takes
     folder = site(dists.GOOD, dists.STALE, *dists.RIVALS)
     code, out, err = tilewright("plugins", "list")
     assert (code, err) == (0, "")

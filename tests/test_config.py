@@ -40,7 +40,7 @@ def written(folder: Path, text: str) -> Path:
         (FLAG, ENVIRONMENT, FILE, 8, "--page-size"),
         ({}, ENVIRONMENT, FILE, 32, "TILEWRIGHT_RUNTIME_PAGE_SIZE"),
         ({}, {}, FILE, 64, "run.toml:3"),
-        ({}, {}, "", 16, DEFAULT),
+        ({}, {}, "", None, DEFAULT),
         (FLAG, {}, FILE, 8, "--page-size"),
         (FLAG, {}, "", 8, "--page-size"),
         ({}, {"TILEWRIGHT_RUNTIME_PAGE_SIZE": ""}, FILE, 64, "run.toml:3"),

@@ -367,5 +367,5 @@ def test_debug_shows_where_an_error_came_from(capsys):
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
     assert err.endswith(
-        "tilewright: error: --page-size: 'page_size' must be an integer, found 'x'\n"
+        "tilewright: error: --page-size: 'page_size' must be an integer or none, found 'x'\n"
     )

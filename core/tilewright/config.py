@@ -24,6 +24,9 @@ DEMO_PROMPT = "We hold these truths to be self-evident,"
 ENVIRONMENT_PREFIX = "TILEWRIGHT_"
 DEFAULT = "default"
 
+GRANTED_DEVICE = "TASK_DEVICE"
+"""The variable in which a queue of a shared host says which device this process was given."""
+
 _MOST_BYTES = 64 * 2**20
 """Of a file with settings or prompts, so that a device file ends in an error."""
 
@@ -143,12 +146,14 @@ def resolve(
     ConfigError, or PluginError for a plugin that is not installed; both begin with the place of
     the mistake.
     """
+    environ = os.environ if environ is None else environ
+    written = _file_layer(Path(file)) if file is not None else {}
+    if environ.get(GRANTED_DEVICE):
+        # The file was written before; to take another device than the granted one is to take
+        # somebody else's. The executor reads which one it is.
+        written = {place: setting for place, setting in written.items() if place not in _DEVICES}
     given: dict[Place, Given] = {}
-    for layer in (
-        _file_layer(Path(file)) if file is not None else {},
-        _environment_layer(os.environ if environ is None else environ),
-        flags or {},
-    ):
+    for layer in (written, _environment_layer(environ), flags or {}):
         _lay_over(given, layer)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     options: dict[str, dict[str, Any]] = {}
@@ -179,6 +184,7 @@ def keys(section: str) -> list[str]:
 
 
 _STREAM = ("generate", "stream")
+_DEVICES = {("runtime", "device"), ("options", "executor", "device")}
 _TEXT, _FILE = ("prompts", "text"), ("prompts", "file")
 
 

@@ -56,7 +56,7 @@ class ServedModel:
     model_id: str
     loaded: LoadedModel
     runtime: RuntimeConfig
-    """With nothing left open: dtypes, lengths and pages as they are in force."""
+    """With nothing left open: device, dtypes, lengths and pages as they are in force."""
     max_seq_len: int
     executor: Executor
     allocator: KvAllocator
@@ -368,11 +368,17 @@ class LLMEngine:
                 )
 
             weights = MeteredSource(weights, on_read)
+
+        def report(what: str, done: int, total: int) -> None:
+            if self._listens("on_prepare"):
+                self._events.on_prepare(model_id=model_id, what=what, done=done, total=total)
+
         request = ExecutorRequest(
             model_config=loaded.config,
             runtime_config=runtime,
             weights=weights,
             options=self._options["executor"],
+            report=report,
         )
         executor: Executor = self._plugins["executor"].call("create_executor", request=request)
         return executor
@@ -385,7 +391,7 @@ class LLMEngine:
         executor: Executor,
         started: float,
     ) -> ServedModel:
-        limits = executor.limits
+        limits, spec = executor.limits, executor.kv_cache_spec
         assert runtime.max_seq_len is not None
         max_seq_len = _least(runtime.max_seq_len, limits.max_seq_len)
         max_batch_size = _least(runtime.max_batch_size, limits.max_batch_size)
@@ -393,7 +399,7 @@ class LLMEngine:
         allocator: KvAllocator = self._plugins["kv_allocator"].call(
             "create_kv_allocator",
             request=KvAllocatorRequest(
-                spec=executor.kv_cache_spec,
+                spec=spec,
                 total_pages=runtime.total_pages,
                 max_sequences=max_batch_size,
                 max_seq_len=max_seq_len,
@@ -409,6 +415,8 @@ class LLMEngine:
                 max_seq_len=max_seq_len,
                 max_batch_size=max_batch_size,
                 max_batch_tokens=max_batch_tokens,
+                page_size=spec.page_size,
+                device=executor.device,
                 total_pages=allocator.total_pages,
             ),
             max_seq_len=max_seq_len,
@@ -577,6 +585,7 @@ class LLMEngine:
     def _finish(self, model: ServedModel, generation: _Generation) -> None:
         request = generation.request
         assert generation.finish_reason is not None
+        assert model.runtime.device is not None
         generation.result = GenerateResult(
             model_id=model.model_id,
             request_id=request.request_id,
@@ -593,6 +602,7 @@ class LLMEngine:
                 prompt_tokens=len(request.prompt_token_ids),
                 new_tokens=len(request.output_token_ids),
             ),
+            device=model.runtime.device,
             sanitized_steps=generation.sanitized_steps,
         )
         self._drop(model, generation)

@@ -132,6 +132,10 @@ class ObserverEvents:
         """A weight was read: its name, the bytes handed out so far, and the checkpoint's bytes."""
 
     @_every
+    def on_prepare(self, model_id: str, what: str, done: int, total: int) -> None:
+        """The executor gets ready, say compiles kernels: with what, and how many of how many."""
+
+    @_every
     def on_model_loaded(self, model_id: str, model_config: ModelConfig, seconds: float) -> None:
         """A model is ready."""
 

@@ -160,7 +160,10 @@ class LoadedModel:
 class RuntimeConfig:
     """How this machine runs a model. None means: decided when the model is loaded."""
 
-    device: str = described("device that holds weights and KV cache, e.g. cpu", "cpu")
+    device: str | None = described(
+        "device that computes, as the executor names it: cpu, the number of a card; default: the "
+        "executor's choice"
+    )
     weight_dtype: DType | None = described(
         "float32, bfloat16 or float16; default: as the checkpoint has it",
         validator=_optional(validators.in_(DTYPES)),
@@ -169,7 +172,10 @@ class RuntimeConfig:
         "dtype of the KV cache; default: the weights' dtype",
         validator=_optional(validators.in_(DTYPES)),
     )
-    page_size: int = described("tokens in a KV cache page", 16, validator=validators.ge(1))
+    page_size: int | None = described(
+        "tokens in a KV cache page; default: the executor's choice",
+        validator=_optional(validators.ge(1)),
+    )
     total_pages: int | None = described(
         "pages in the KV cache; default: enough for max_batch_size sequences of max_seq_len, "
         "within half of the free memory",
@@ -261,6 +267,11 @@ class ExecutorLimits:
 
 class Executor(Protocol):
     """Runs a model's forward pass over a paged KV cache."""
+
+    @property
+    def device(self) -> str:
+        """What computes, as results name it: ``cpu``, ``a2a3 card 3``, ``emulated``."""
+        ...
 
     @property
     def limits(self) -> ExecutorLimits: ...
@@ -530,6 +541,8 @@ class GenerateResult:
     seed: int
     logprobs: tuple[TokenLogprobs, ...] | None
     timings: Timings
+    device: str
+    """What computed it, as the executor says."""
     sanitized_steps: int = 0
     """Steps whose logits were not finite and were sanitised; such text proves nothing."""
 
@@ -607,6 +620,8 @@ class ExecutorRequest:
     weights: TensorSource
     """Checked: every expected tensor is there with its expected shape."""
     options: Any
+    report: Callable[[str, int, int], None]
+    """Tells observers what is being got ready, and how many of how many are (on_prepare)."""
 
 
 @frozen(kw_only=True)

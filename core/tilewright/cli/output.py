@@ -77,6 +77,7 @@ def result_record(result: GenerateResult, prompt: str) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "prompt_token_ids": result.prompt_token_ids,
         "seed": result.seed,
+        "device": result.device,
         "timings": {
             "load_seconds": timings.load_seconds,
             "prefill_seconds": timings.prefill_seconds,
@@ -103,7 +104,7 @@ def stats_line(results: Sequence[GenerateResult]) -> str:
     timings = [result.timings for result in results]
     prompt_tokens = sum(t.prompt_tokens for t in timings)
     new_tokens = sum(t.new_tokens for t in timings)
-    loading = f"the model loaded in {timings[0].load_seconds:.2f} s"
+    loading = f"the model loaded in {timings[0].load_seconds:.2f} s on {results[0].device}"
     if len(results) > 1:
         seconds = max(t.prefill_seconds + t.decode_seconds for t in timings)
         return (

@@ -14,7 +14,7 @@ from tilewright.hookspecs import hookimpl
 from tilewright.types import BUILTIN_GENERATE, GenerateConfig, LoadedModel
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
     from tilewright.engine import LLMEngine
 
@@ -41,6 +41,8 @@ def open_engine(resolved: Resolved) -> "Iterator[LLMEngine]":
         finally:
             if bar:
                 bar.stop()
+        if (device := engine.model(config.model.id).runtime.device) != "cpu":
+            note(f"note: what follows is computed on: {device}")
         for warning in loaded.warnings:
             note(f"warning: {warning}")
         if text := recommended(loaded, config.generate):
@@ -68,16 +70,25 @@ def _with_origin(message: str, resolved: Resolved) -> str:
 
 
 class LoadingBar:
-    """An observer that shows how much of a model is read: bytes, rate and tensors."""
+    """An observer that shows what the executor gets ready, then how much of the model is read."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._tensors = 0
 
     @hookimpl
+    def on_prepare(self, what: str, done: int, total: int) -> None:
+        if self._progress is None:
+            self._progress = _preparing(total)
+        self._progress.update(self._progress.task_ids[0], description=what, completed=done)
+        if done == total:
+            self.stop()
+            note(what)
+
+    @hookimpl
     def on_load_progress(self, tensor: str, bytes_read: int, bytes_total: int) -> None:
         if self._progress is None:
-            self._progress = _progress_bar(bytes_total)
+            self._progress = _loading(bytes_total)
         self._tensors += 1
         self._progress.update(
             self._progress.task_ids[0], completed=bytes_read, tensors=self._tensors
@@ -86,22 +97,29 @@ class LoadingBar:
     def stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
 
 
-def _progress_bar(bytes_total: int) -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+def _preparing(total: int) -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return _started("", total, *columns, TimeElapsedColumn())
+
+
+def _loading(bytes_total: int) -> "Progress":
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
 
-    progress = Progress(
-        TextColumn("loading"),
-        BarColumn(),
-        DownloadColumn(),
-        SpeedColumn(),
-        TextColumn("{task.fields[tensors]} tensors"),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    progress.add_task("loading", total=bytes_total, tensors=0)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), SpeedColumn())
+    return _started("loading", bytes_total, *columns, TextColumn("{task.fields[tensors]} tensors"))
+
+
+def _started(description: str, total: int, *columns: "ProgressColumn") -> "Progress":
+    from rich.console import Console
+    from rich.progress import Progress
+
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    progress.add_task(description, total=total, tensors=0)
     progress.start()
     return progress

@@ -102,6 +102,7 @@ def load(config: ModelConfig, weights: TensorSource, dtype: torch.dtype) -> Mode
 class TorchExecutor:
     """An ``Executor`` (see tilewright.types) on the CPU."""
 
+    device = "cpu"
     limits = ExecutorLimits()
 
     def __init__(self, model: Model, kv_cache_spec: KvCacheSpec):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 tilewright_api = 1
 
+PAGE_SIZE = 16
+"""Tokens in a page of the KV cache, unless a user says otherwise."""
+
 
 @frozen
 class Options:
@@ -87,7 +90,7 @@ def create_executor(request: ExecutorRequest) -> "TorchExecutor":
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        page_size=runtime.page_size,
+        page_size=runtime.page_size or PAGE_SIZE,
         dtype=runtime.kv_dtype,
         # Half of what is free once all weights are read.
         memory_limit=max(0, available_memory() - _mapped_bytes(request)) // 2,
@@ -96,7 +99,7 @@ def create_executor(request: ExecutorRequest) -> "TorchExecutor":
 
 
 def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
-    if runtime.device != "cpu":
+    if runtime.device not in (None, "cpu"):
         raise ExecutorError(
             f"executor torch runs on device cpu, found device = {runtime.device!r}: "
             "set device = 'cpu', or choose another executor (`tilewright plugins list`)"
