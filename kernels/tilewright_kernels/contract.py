@@ -82,7 +82,8 @@ class Contract:
                 raise ExecutorError(
                     f"{wanted}, found {list(shape)}: {extent} is {known} in {where}"
                 )
-        if not tensor.is_contiguous():
+        # A handle of memory on a device has no strides: it is contiguous.
+        if hasattr(tensor, "is_contiguous") and not tensor.is_contiguous():
             raise ExecutorError(f"{wanted}, contiguous, found strides {list(tensor.stride())}")
 
 
