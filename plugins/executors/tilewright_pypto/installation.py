@@ -216,7 +216,7 @@ def _unusable(folders: Sequence[Path]) -> _Lack | None:
             f"the PyPTO in {where} was never built: it has no pypto_core binary",
             f"run `pip install -e {checkout}`; {EMULATED}",
         )
-    if not any(b.name.endswith(tuple(EXTENSION_SUFFIXES)) for b in binaries):
+    if not any(b.name.removeprefix("pypto_core") in EXTENSION_SUFFIXES for b in binaries):
         return _Lack(
             f"the PyPTO in {where} was built for another Python ({binaries[0].name})",
             f"build it again with this one, whose modules end in {EXTENSION_SUFFIXES[0]}",

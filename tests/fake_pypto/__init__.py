@@ -1,0 +1,111 @@
+"""A PyPTO of our own, for tests: as much of its API as tilewright_pypto.adapter uses.
+
+``python/pypto`` stands in for the package. It "compiles" a kernel to a file that says which one it
+is, and runs it with the emulated language; memory of its device is opaque to the caller, as it
+should be. test_pypto_adapter holds its names and parameters to the real ones.
+
+It fails as told by the environment variable FAKE_PYPTO, a JSON object from places (``compile
+head``, ``load head``, ``register head``, ``run head``, ``open``, ``malloc``, ``close``) to the
+message of the exception raised there, or to seconds that it takes there. FAKE_PYPTO_LOG names a
+file that gets a line of each event; FAKE_PYPTO_MEMORY is how many bytes the device has.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+
+BINARY = f"pypto_core{EXTENSION_SUFFIXES[0]}"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PLATFORMS = {"a2a3": "onboard", "a5": "onboard", "a2a3sim": "sim", "a5sim": "sim"}
+
+
+def checkout(root: Path) -> Path:
+    """A checkout that was built, with its runtime for all platforms."""
+    package = root / "python" / "pypto"
+    source = Path(__file__).parent / "python" / "pypto"
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
+    files = {
+        package / BINARY: "",
+        root / "runtime" / "simpler_setup" / "__init__.py": "",
+        root / "runtime" / "python" / "simpler" / "__init__.py": "",
+        root / "runtime" / "python" / f"_task_interface{EXTENSION_SUFFIXES[0]}": "",
+        root / ".git" / "HEAD": "ref: refs/heads/main\n",
+        root / ".git" / "packed-refs": f"# pack-refs\n{COMMIT} refs/heads/main\n",
+    }
+    for platform, variant in PLATFORMS.items():
+        built = root / "runtime" / "build" / "lib" / platform.removesuffix("sim") / variant
+        files[built / "tensormap_and_ringbuffer" / "libhost_runtime.so"] = ""
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+def program(file: Path, text: str = "#!/bin/sh\n") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    file.chmod(0o755)
+    return file
+
+
+def machine(folder: Path) -> dict[str, str]:
+    """A machine with all that PyPTO needs besides itself, but for the cards: its environment."""
+    program(folder / "bin" / "g++-15", "#!/bin/sh\necho '#define __STDCPP_BFLOAT16_T__ 1'\n")
+    program(folder / "ptoas" / "ptoas")
+    program(folder / "cann" / "bin" / "ccec")
+    return {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PTOAS_ROOT": str(folder / "ptoas"),
+        "ASCEND_HOME_PATH": str(folder / "cann"),
+        "FAKE_PYPTO_LOG": str(folder / "log"),
+    }
+
+
+def cards(folder: Path, *numbers: int) -> Path:
+    """A folder to be taken for /dev, with those Ascend cards."""
+    folder.mkdir()
+    for node in ("davinci_manager", *(f"davinci{n}" for n in numbers)):
+        (folder / node).touch()
+    return folder
+
+
+def failing(**how: str | float) -> str:
+    """A value for FAKE_PYPTO: ``compile_head="out of paper"``."""
+    return json.dumps({place.replace("_", " ", 1): what for place, what in how.items()})
+
+
+@contextmanager
+def unimported() -> Iterator[None]:
+    """A process that has not imported pypto yet, whatever it did before and does meanwhile."""
+    path, modules = list(sys.path), _pyptos()
+    for name in modules:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in _pyptos():
+            del sys.modules[name]
+        sys.modules.update(modules)
+        sys.path[:] = path
+
+
+def _pyptos() -> dict[str, object]:
+    return {n: m for n, m in sys.modules.items() if n == "pypto" or n.startswith("pypto.")}
+
+
+@pytest.fixture
+def pypto_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The root of a fake checkout, on a machine that has all it needs."""
+    for name, value in machine(tmp_path / "machine").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("FAKE_PYPTO", raising=False)
+    with unimported():
+        yield checkout(tmp_path / "checkout")

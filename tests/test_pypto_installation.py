@@ -1,0 +1,333 @@
+"""PyPTO is found by its files and told from its namesake, and what it lacks is said early."""
+
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+from attrs import asdict
+from fake_pypto import BINARY, COMMIT, cards, checkout, program, pypto_root, unimported
+
+from tilewright.errors import ExecutorError
+from tilewright_pypto import installation
+from tilewright_pypto.installation import checks, find, identity, require
+
+__all__ = ["pypto_root"]
+
+
+@pytest.fixture(autouse=True)
+def dev(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without cards, whatever the one is that runs the tests."""
+    monkeypatch.setattr(installation, "DEV", cards(tmp_path / "dev"))
+    return tmp_path / "dev"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder that packages are imported from, on a machine without any PyPTO."""
+    site = tmp_path / "site"
+    site.mkdir()
+    with unimported():
+        monkeypatch.setattr(sys, "path", [str(site)])
+        yield site
+
+
+def one_line(error: pytest.ExceptionInfo[ExecutorError]) -> str:
+    (line,) = str(error.value).splitlines()
+    return line
+
+
+def failed(found: list) -> dict[str, str]:
+    return {c.name: c.found for c in found if c.status == "failed"}
+
+
+# --- the package ----------------------------------------------------------------------------------
+
+
+def test_a_checkout_is_found_with_its_version_and_commit(pypto_root):
+    found = find(str(pypto_root))
+    assert found.folders == (pypto_root / "python" / "pypto",)
+    assert found.version == "0.1.0"
+    assert found.commit == COMMIT
+    assert str(found) == f"PyPTO 0.1.0 ({COMMIT[:7]}) in {pypto_root}/python/pypto"
+    assert [p.relative_to(pypto_root).as_posix() for p in found.search_path] == [
+        "python",
+        "runtime",
+        "runtime/python",
+    ]
+
+
+def test_nothing_of_pypto_is_imported_to_find_it(pypto_root):
+    before = set(sys.modules)
+    checks("a2a3sim", str(pypto_root))
+    assert not {m for m in set(sys.modules) - before if "pypto" in m or "simpler" in m}
+
+
+def test_the_folder_that_holds_the_package_is_a_root_too(pypto_root):
+    assert find(str(pypto_root / "python")).folders == (pypto_root / "python" / "pypto",)
+
+
+@pytest.mark.parametrize(
+    ("files", "commit"),
+    [
+        ({"HEAD": f"{COMMIT}\n"}, COMMIT),
+        ({"HEAD": "ref: refs/heads/x\n", "refs/heads/x": f"{COMMIT}\n"}, COMMIT),
+        ({"HEAD": "ref: refs/heads/x\n", "packed-refs": f"{COMMIT} refs/heads/y\n"}, None),
+        ({}, None),
+    ],
+)
+def test_the_commit_is_read_as_git_keeps_it(pypto_root, files, commit):
+    git = pypto_root / ".git"
+    for file in git.iterdir():
+        file.unlink()
+    for name, text in files.items():
+        (git / name).parent.mkdir(parents=True, exist_ok=True)
+        (git / name).write_text(text)
+    assert find(str(pypto_root)).commit == commit
+
+
+def test_the_commit_of_a_work_tree_is_that_of_git(tmp_path):
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path / "clone", check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    (tmp_path / "clone").mkdir()
+    git("init", "-q", "-b", "main")
+    git("commit", "-q", "--allow-empty", "-m", "x")
+    git("worktree", "add", "-q", "-b", "other", str(tmp_path / "tree"))
+    checkout(tmp_path / "built")
+    (tmp_path / "built" / "python").rename(tmp_path / "tree" / "python")
+    assert find(str(tmp_path / "tree")).commit == git("rev-parse", "HEAD")
+
+
+def test_an_installed_package_is_found(site, tmp_path):
+    (checkout(tmp_path / "c") / "python" / "pypto").rename(site / "pypto")
+    found = find(None)
+    assert found.folders == (site / "pypto",)
+    assert found.search_path == ()
+    assert found.commit is None
+
+
+def test_without_any_the_error_warns_of_the_namesake(site):
+    with pytest.raises(ExecutorError) as error:
+        find(None)
+    line = one_line(error)
+    assert "no PyPTO is installed" in line
+    assert "`pip install pypto` gets another product" in line
+    assert "pypto_root" in line
+    assert "platform=emulated" in line
+
+
+def cann_product(package: Path) -> None:
+    for file in ("__init__.py", "frontend/__init__.py", f"pypto_impl{EXTENSION_SUFFIXES[0]}"):
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).write_text('__version__ = "0.1.0"\n')
+
+
+def test_the_namesake_is_told_apart_by_its_files(site):
+    cann_product(site / "pypto")
+    with pytest.raises(ExecutorError, match=r"CANN's product of that name: uninstall it") as error:
+        find(None)
+    assert str(site / "pypto") in one_line(error)
+
+
+def test_the_namesake_is_no_checkout(tmp_path):
+    cann_product(tmp_path / "root" / "python" / "pypto")
+    with pytest.raises(ExecutorError, match="CANN's product"):
+        find(str(tmp_path / "root"))
+
+
+def test_a_checkout_in_the_working_folder_is_no_package(site, tmp_path):
+    # A clone's folder is called pypto, and Python takes any folder for a namespace package.
+    checkout(site / "pypto")
+    with pytest.raises(ExecutorError, match=f"a mere folder: .*pypto_root={site / 'pypto'}"):
+        find(None)
+
+
+def test_a_package_elsewhere_wins_over_a_mere_folder(site, tmp_path):
+    (tmp_path / "first" / "pypto").mkdir(parents=True)
+    (checkout(tmp_path / "c") / "python" / "pypto").rename(site / "pypto")
+    sys.path.insert(0, str(tmp_path / "first"))
+    assert find(None).folders == (site / "pypto",)
+
+
+def test_a_checkout_that_was_never_built_is_refused(pypto_root):
+    (pypto_root / "python" / "pypto" / BINARY).unlink()
+    with pytest.raises(ExecutorError, match="never built") as error:
+        find(str(pypto_root))
+    assert f"pip install -e {pypto_root}" in one_line(error)
+
+
+def test_one_that_was_built_for_another_python_is_refused(pypto_root):
+    package = pypto_root / "python" / "pypto"
+    (package / BINARY).rename(package / "pypto_core.cpython-37m-x86_64-linux-gnu.so")
+    with pytest.raises(ExecutorError, match=r"another Python \(pypto_core.cpython-37m"):
+        find(str(pypto_root))
+
+
+def test_a_checkout_may_have_its_binary_where_pip_put_it(pypto_root, monkeypatch):
+    # As scikit-build-core installs an editable package: a finder that joins two folders.
+    package, site = pypto_root / "python" / "pypto", pypto_root / "site" / "pypto"
+    site.mkdir(parents=True)
+    (package / BINARY).rename(site / BINARY)
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name != "pypto":
+                return None
+            from importlib.util import spec_from_file_location
+
+            return spec_from_file_location(
+                name,
+                package / "__init__.py",
+                submodule_search_locations=[str(site), str(package)],
+            )
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    assert find(None).folders == (package, site)
+    assert find(str(pypto_root)).folders == (package, site)
+
+
+@pytest.mark.parametrize("root", ["nowhere", "dev"])
+def test_a_root_that_is_no_checkout_is_refused(tmp_path, root):
+    with pytest.raises(ExecutorError, match=f"pypto_root must be a checkout .*{tmp_path / root}"):
+        find(str(tmp_path / root))
+
+
+# --- what a platform needs besides ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", ["a2a3", "a5", "a2a3sim", "a5sim"])
+def test_a_machine_with_all_of_it_lacks_nothing(pypto_root, dev, platform):
+    (dev / "davinci3").touch()
+    require(platform, find(str(pypto_root)), 3)
+    assert {c.status for c in checks(platform, str(pypto_root), 3)} == {"ok"}
+
+
+def test_all_that_is_missing_stands_in_one_line(pypto_root, monkeypatch, tmp_path):
+    monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "empty"))
+    monkeypatch.delenv("ASCEND_HOME_PATH")
+    (pypto_root / "runtime" / "python" / "simpler" / "__init__.py").unlink()
+    with pytest.raises(ExecutorError) as error:
+        require("a2a3", find(str(pypto_root)), 3)
+    line = one_line(error)
+    for part in ("lacks 4", "no simpler", str(tmp_path / "empty"), "ASCEND_HOME_PATH", "davinci"):
+        assert part in line
+    assert "g++" not in line
+
+
+def test_a_runtime_that_was_built_for_another_platform_is_told(pypto_root):
+    built = pypto_root / "runtime" / "build" / "lib" / "a2a3" / "sim"
+    built.rename(built.with_name("elsewhere"))
+    assert "a2a3/sim" in failed(checks("a2a3sim", str(pypto_root)))["PyPTO's runtime"]
+    assert not failed(checks("a5sim", str(pypto_root)))
+    named = next(c for c in checks(None, str(pypto_root)) if c.name == "PyPTO's runtime")
+    assert named.found.endswith("for a2a3, a5, a5sim")
+
+
+@pytest.mark.parametrize("place", ["ptoas", "ptoas.sh", "bin/ptoas"])
+def test_ptoas_is_looked_for_where_pypto_does(pypto_root, monkeypatch, tmp_path, place):
+    monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "release"))
+    assert "ptoas" in failed(checks("a5sim", str(pypto_root)))
+    program(tmp_path / "release" / place)
+    assert not failed(checks("a5sim", str(pypto_root)))
+
+
+def test_ptoas_on_the_path_counts_only_without_a_root(pypto_root, monkeypatch, tmp_path):
+    program(tmp_path / "machine" / "bin" / "ptoas")
+    monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "empty"))
+    assert "ptoas" in failed(checks("a5sim", str(pypto_root)))
+    monkeypatch.delenv("PTOAS_ROOT")
+    assert not failed(checks("a5sim", str(pypto_root)))
+
+
+def test_a_ptoas_that_is_not_executable_is_told(pypto_root, tmp_path):
+    (tmp_path / "machine" / "ptoas" / "ptoas").chmod(0o644)
+    assert "not executable" in failed(checks("a5sim", str(pypto_root)))["ptoas"]
+
+
+def test_a_compiler_without_bf16_fails_the_simulators_only(pypto_root, tmp_path, dev):
+    program(tmp_path / "machine" / "bin" / "g++-15")
+    (dev / "davinci0").touch()
+    found = failed(checks("a2a3sim", str(pypto_root)))
+    assert "FP16 instead" in found["g++-15 for the simulators"]
+    assert not failed(checks("a2a3", str(pypto_root), 0))
+
+
+def test_a_compiler_that_does_not_run_is_told(pypto_root, tmp_path):
+    program(tmp_path / "machine" / "bin" / "g++-15", "#!/bin/sh\nexit 3\n")
+    found = failed(checks("a2a3sim", str(pypto_root)))
+    assert "does not work" in found["g++-15 for the simulators"]
+
+
+def test_no_compiler_is_told(pypto_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = failed(checks("a2a3sim", str(pypto_root)))
+    assert "none on PATH" in found["g++-15 for the simulators"]
+
+
+def test_a_toolkit_without_its_compiler_is_told(pypto_root, tmp_path, dev):
+    (dev / "davinci0").touch()
+    (tmp_path / "machine" / "cann" / "bin" / "ccec").unlink()
+    assert "bin/ccec" in failed(checks("a2a3", str(pypto_root), 0))["CANN toolkit"]
+
+
+def test_a_card_that_is_not_there_is_told_with_those_that_are(pypto_root, dev):
+    (dev / "davinci0").touch()
+    (dev / "davinci12").touch()
+    found = failed(checks("a2a3", str(pypto_root), 3))
+    assert found == {"NPU": f"no {dev}/davinci3 (cards here: 0, 12)"}
+
+
+# --- for the doctor -------------------------------------------------------------------------------
+
+
+def test_a_laptop_is_well_without_pypto(site):
+    (found,) = checks()
+    assert found.status == "ok"
+    assert "platform=emulated" in found.found
+
+
+def test_a_host_with_cards_and_no_pypto_is_warned(site, dev):
+    (dev / "davinci0").touch()
+    (found,) = checks()
+    assert found.status == "warning"
+    assert "build it from source" in found.advice
+
+
+def test_a_laptop_with_pypto_alone_is_warned_of_the_rest(pypto_root, monkeypatch):
+    for name in ("PTOAS_ROOT", "ASCEND_HOME_PATH"):
+        monkeypatch.delenv(name)
+    found = {c.name: asdict(c) for c in checks(None, str(pypto_root))}
+    assert found["PyPTO"]["status"] == "ok"
+    assert found["ptoas"]["status"] == "warning"
+    assert found["NPU"]["status"] == "ok"
+    assert not any(c["status"] == "failed" for c in found.values())
+    assert all(c["advice"] for c in found.values() if c["status"] == "warning")
+
+
+# --- what compiled code depends on ----------------------------------------------------------------
+
+
+def test_the_identity_changes_with_the_package_and_with_ptoas(pypto_root, tmp_path):
+    seen = [identity(find(str(pypto_root)))]
+    (pypto_root / "python" / "pypto" / "new.py").write_text("")
+    seen.append(identity(find(str(pypto_root))))
+    (tmp_path / "machine" / "ptoas" / "bin").mkdir()
+    (tmp_path / "machine" / "ptoas" / "bin" / "ptoas").write_text("behind the launcher")
+    seen.append(identity(find(str(pypto_root))))
+    (pypto_root / ".git" / "HEAD").write_text("f" * 40)
+    seen.append(identity(find(str(pypto_root))))
+    assert len({str(s) for s in seen}) == 4
+
+
+def test_the_identity_does_not_change_by_importing(pypto_root):
+    before = identity(find(str(pypto_root)))
+    cache = pypto_root / "python" / "pypto" / "__pycache__"
+    cache.mkdir()
+    (cache / "x.pyc").write_text("")
+    assert identity(find(str(pypto_root))) == before
