@@ -15,6 +15,7 @@ from torch import Tensor
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RopeConfig, StepBatch
 from tilewright.weights import expected_tensors
 from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright_pypto.packing import pack_layer
 from tilewright_torch.model import TorchExecutor, load
 from tilewright_torch.rope import rotary
 
@@ -65,30 +66,7 @@ def config_of(shape: LayerShape, vocab: int = 67) -> ModelConfig:
 
 def kernel_weights(source: Any, layer: int = 0) -> dict[str, Tensor]:
     """A layer's weights by the names of the kernels' parameters."""
-    name = f"model.layers.{layer}"
-    attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-
-    def norm(tensor: str) -> Tensor:
-        weight: Tensor = source.get(f"{tensor}.weight")
-        return weight.float().unsqueeze(0)
-
-    def projection(tensor: str) -> Tensor:
-        weight: Tensor = source.get(f"{tensor}.weight")
-        return weight.bfloat16().t().contiguous()
-
-    return {
-        "input_norm": norm(f"{name}.input_layernorm"),
-        "wq": projection(f"{attention}.q_proj"),
-        "wk": projection(f"{attention}.k_proj"),
-        "wv": projection(f"{attention}.v_proj"),
-        "q_norm": norm(f"{attention}.q_norm"),
-        "k_norm": norm(f"{attention}.k_norm"),
-        "wo": projection(f"{attention}.o_proj"),
-        "post_norm": norm(f"{name}.post_attention_layernorm"),
-        "w_gate": projection(f"{mlp}.gate_proj"),
-        "w_up": projection(f"{mlp}.up_proj"),
-        "w_down": projection(f"{mlp}.down_proj"),
-    }
+    return dict(pack_layer(source, layer))
 
 
 @define

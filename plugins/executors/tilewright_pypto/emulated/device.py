@@ -1,0 +1,34 @@
+"""The device that is none: the kernels' source, run on the CPU."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from tilewright.machine import available_memory
+from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright_pypto.device import Kernel
+from tilewright_pypto.emulated.language import language
+
+
+class EmulatedDevice:
+    """A ``Device`` (see tilewright_pypto.device) whose memory is the host's."""
+
+    name = "emulated"
+    allocate = None
+
+    @property
+    def memory_limit(self) -> int:
+        return available_memory() // 2
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def read(self, kept: Tensor) -> Tensor:
+        return kept
+
+    def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
+        return {kernel: source.load(kernel, shape, language) for kernel in kernels}
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,56 @@
+"""Whether the kernels can run a model as it is set up: decided before any weight is read."""
+
+from collections.abc import Iterator
+
+from tilewright.errors import ExecutorError
+from tilewright.types import ModelConfig, RuntimeConfig
+from tilewright_kernels.qwen3_14b.shape import LayerShape
+
+PAGE_SIZE = 128
+"""Tokens in a page of the KV cache, unless a user says otherwise: as many as attention's widest
+tile has keys."""
+
+
+def layer_shape(config: ModelConfig, runtime: RuntimeConfig) -> LayerShape:
+    """The shape to compile the kernels for.
+
+    Raises ExecutorError with what the kernels expect, what was found, and what to do.
+    """
+    for expected, found, advice in _misfits(config, runtime):
+        raise ExecutorError(f"executor pypto-npu {expected}, found {found}: {advice}")
+    try:
+        return LayerShape(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            norm_eps=config.norm_eps,
+            page_size=runtime.page_size or PAGE_SIZE,
+            max_batch=runtime.max_batch_size,
+            max_tokens=max(runtime.max_batch_tokens, runtime.max_batch_size),
+        )
+    except ValueError as error:
+        raise ExecutorError(f"executor pypto-npu: {error} ({config.architecture})") from error
+
+
+def _misfits(config: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[str, str, str]]:
+    """What does not fit: expected, found, advice."""
+    name, torch = config.architecture, "choose executor torch for it"
+    if not config.qk_norm:
+        yield (
+            "runs dense Qwen3 models, which have a norm of each query and key head",
+            f"{name} without one",
+            torch,
+        )
+    for field in ("qkv_bias", "output_bias", "mlp_bias"):
+        if getattr(config, field):
+            yield "has kernels without biases", f"{field} in {name}", torch
+    if any(window is not None for window in config.sliding_windows):
+        yield "has kernels for full attention", f"sliding windows in {name}", torch
+    if config.rope.kind == "dynamic":
+        yield "reads RoPE from a table", f"dynamic RoPE in {name}, whose angles change", torch
+    for field in ("weight_dtype", "kv_dtype"):
+        dtype = getattr(runtime, field)
+        if dtype != "bfloat16":
+            yield "has kernels in bfloat16", f"{field} = {dtype}", f"set {field} = 'bfloat16'"

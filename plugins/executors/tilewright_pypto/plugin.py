@@ -1,0 +1,163 @@
+"""Plugin ``pypto-npu``: Qwen3 models on Ascend NPUs, through kernels in PyPTO."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from attrs import field, frozen, validators
+
+from tilewright import hookimpl
+from tilewright.config import GRANTED_DEVICE
+from tilewright.errors import ConfigError, ExecutorError
+from tilewright.types import Check, ExecutorRequest, PluginInfo, RuntimeConfig
+
+if TYPE_CHECKING:
+    from tilewright_pypto.device import Device
+    from tilewright_pypto.executor import PyptoExecutor
+
+tilewright_api = 1
+
+Platform = Literal["a2a3", "a5", "a2a3sim", "a5sim", "emulated"]
+HARDWARE: tuple[Platform, ...] = ("a2a3", "a5")
+
+
+def _size(help: str) -> int | None:
+    optional: int | None = field(
+        default=None, validator=validators.optional(validators.ge(1)), metadata={"help": help}
+    )
+    return optional
+
+
+@frozen
+class Options:
+    platform: Platform = field(
+        default="a2a3",
+        validator=validators.in_(get_args(Platform)),
+        metadata={
+            "help": "a2a3 (Ascend 910B, 910C), a5 (950), PyPTO's simulators a2a3sim and a5sim, or "
+            "emulated: the kernels' source on the CPU, without PyPTO"
+        },
+    )
+    device: int | None = field(
+        default=None,
+        validator=validators.optional(validators.ge(0)),
+        metadata={
+            "help": "number of the card, as --device; default: TASK_DEVICE. A run file's number "
+            "gives way to TASK_DEVICE"
+        },
+    )
+    pypto_root: str | None = field(
+        default=None,
+        metadata={"help": "a checkout of PyPTO, built; default: the installed package"},
+    )
+    build_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder of compiled kernels; default: ~/.cache/tilewright/pypto"},
+    )
+    compile_jobs: int | None = _size("assembler runs at a time; default: PyPTO's choice")
+    ring_task_window: int | None = _size("tasks in flight; default: PyPTO's choice")
+    ring_heap: int | None = _size("bytes of the runtime's heap; default: PyPTO's choice")
+    ring_dep_pool: int | None = _size("dependencies in flight; default: PyPTO's choice")
+    weights_on_device: bool = field(
+        default=True,
+        metadata={"help": "keep weights on the device; false: copy them there for each call"},
+    )
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        summary="Qwen3 models on Ascend NPUs, through one kernel a layer in PyPTO",
+        options=Options,
+        limits={
+            "device": "a card of an Ascend host, a simulator of PyPTO, or emulated on the CPU",
+            "models": "dense Qwen3: q/k norm, no biases, full attention",
+            "weights and KV cache": "bfloat16",
+            "RoPE": "default, linear, llama3, yarn",
+            "shapes": "head_dim a multiple of 32; hidden and intermediate size, heads x head_dim "
+            "and page size multiples of 16",
+            "taps": "embed, v_proj, k_rope and output of each layer, logits",
+        },
+    )
+
+
+@hookimpl
+def doctor_checks() -> list[Check]:
+    from tilewright_pypto import installation
+
+    return installation.checks(platform=None, pypto_root=None, card=None)
+
+
+@hookimpl
+def create_executor(request: ExecutorRequest) -> "PyptoExecutor":
+    """Raises ExecutorError for a model, a device or a PyPTO that it cannot work with."""
+    from tilewright_pypto.fit import layer_shape
+
+    config, runtime = request.model_config, request.runtime_config
+    options = request.options or Options()
+    shape = layer_shape(config, runtime)
+    card = chosen_card(options, runtime)
+
+    from tilewright_pypto.executor import load
+
+    device = _open(options, card, request)
+    try:
+        return load(request, shape, device, options.weights_on_device)
+    except BaseException:
+        device.close()
+        raise
+
+
+def chosen_card(options: Options, runtime: RuntimeConfig) -> int | None:
+    """The card's number: as asked for, or as a queue granted it.
+
+    None for a platform that has no cards, whatever is said of one. Raises ExecutorError for a
+    hardware platform without a number: a default would be somebody else's card.
+    """
+    asked = None if runtime.device == "cpu" else runtime.device
+    if asked is not None and options.device is not None and asked != str(options.device):
+        raise ConfigError(
+            f"device is {asked} in the runtime's settings and {options.device} in the options of "
+            "executor pypto-npu: give it once"
+        )
+    if asked is None and options.device is not None:
+        asked = str(options.device)
+    asked = asked or os.environ.get(GRANTED_DEVICE) or None
+    if asked is not None and not (asked.isascii() and asked.isdigit()):
+        raise ExecutorError(
+            f"executor pypto-npu takes the number of a card as device, found {asked!r}: "
+            "see `npu-smi info` for the cards"
+        )
+    if options.platform not in HARDWARE:
+        return None
+    if asked is None:
+        raise ExecutorError(
+            f"platform {options.platform} needs a card, and none was named: give --device N, run "
+            f"under task-submit, which sets {GRANTED_DEVICE}, or set -o platform=emulated to run "
+            "the kernels without a card"
+        )
+    return int(asked)
+
+
+def _open(options: Options, card: int | None, request: ExecutorRequest) -> "Device":
+    if options.platform == "emulated":
+        from tilewright_pypto.emulated.device import EmulatedDevice
+
+        return EmulatedDevice()
+    from tilewright_pypto import adapter, installation
+
+    found = installation.find(options.pypto_root)
+    installation.require(options.platform, found, card)
+    return adapter.open_device(
+        found,
+        options.platform,
+        card,
+        adapter.Rings(
+            ring_task_window=options.ring_task_window,
+            ring_heap=options.ring_heap,
+            ring_dep_pool=options.ring_dep_pool,
+        ),
+        options.compile_jobs,
+        Path(options.build_dir) if options.build_dir else None,
+        request.report,
+    )

@@ -1,0 +1,463 @@
+"""The pypto-npu executor on platform emulated, against the torch executor step by step."""
+
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import define, evolve, field
+from model_directories import change_weights, load_checked
+from qwen3_layers import relative_rms, rope_tables
+from reference_models import prompts, write_model
+from torch import Tensor
+from transformers import LlamaConfig, Qwen3Config
+
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
+from tilewright.config import DEMO_MODEL
+from tilewright.errors import ConfigError, ExecutorError, ModelError, TilewrightError
+from tilewright.kv_cache import KvCacheManager
+from tilewright.scheduler import Request, Scheduler
+from tilewright.types import (
+    Executor,
+    ExecutorRequest,
+    KvLayer,
+    LoadedModel,
+    RopeConfig,
+    SamplingParams,
+    StepBatch,
+)
+from tilewright_kernels.qwen3_14b import source
+from tilewright_pypto import executor as pypto_executor
+from tilewright_pypto import plugin as pypto
+from tilewright_pypto.emulated.device import EmulatedDevice
+from tilewright_pypto.fit import layer_shape
+from tilewright_torch import plugin as reference
+
+EMULATED = pypto.Options(platform="emulated")
+DEMO_CONTINUATION = (
+    " it becomes necessary for one people to dissolve the political bands which have"
+)
+
+
+def qwen3(**changes: Any) -> Qwen3Config:
+    sizes = {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 199,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+    return Qwen3Config(**sizes | changes)
+
+
+def written(directory: Path, config: Any = None, dtype: str = "bfloat16") -> LoadedModel:
+    """A random model, with embeddings as large as what a few layers add to them."""
+    write_model(config or qwen3(), directory, dtype)
+    embedding = load_checked(directory).weights.get("model.embed_tokens.weight").clone()
+    name = "model.embed_tokens.weight"
+    change_weights(directory, name, **{name.replace(".", "__"): 4 * embedding})
+    return load_checked(directory)
+
+
+def asked(loaded: LoadedModel, options: Any = EMULATED, **runtime: Any) -> ExecutorRequest:
+    settings = {"weight_dtype": "bfloat16", "kv_dtype": "bfloat16", "max_seq_len": 256}
+    return ExecutorRequest(
+        model_config=loaded.config,
+        runtime_config=RuntimeConfig(**settings | runtime),
+        weights=loaded.weights,
+        options=options,
+        report=lambda what, done, total: None,
+    )
+
+
+# --- whole models, step by step -------------------------------------------------------------------
+
+
+@define
+class Running:
+    """An executor with a KV cache of its own, and what its last step gave."""
+
+    executor: Executor
+    pages: int
+    layers: Sequence[KvLayer] = field(init=False)
+    seen: dict[str, Tensor] = field(factory=dict)
+    logits: Tensor = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.layers = KvCacheManager(self.executor.kv_cache_spec, self.pages).layers()
+        self.executor.bind_kv_cache(self.layers)
+
+    def run(self, phase: str, batch: StepBatch) -> None:
+        self.seen = {}
+        step = self.executor.prefill if phase == "prefill" else self.executor.decode
+        self.logits = step(batch, lambda name, tensor: self.seen.setdefault(name, tensor.clone()))
+
+    def slots(self, layer: int) -> Iterator[Tensor]:
+        """Keys, then values: [slots, KV heads, head_dim], whatever the order of rows."""
+        order = self.executor.kv_cache_spec.row_order
+        for storage in (self.layers[layer].key, self.layers[layer].value):
+            pages = storage.transpose(1, 2) if order == "HND" else storage
+            yield pages.flatten(0, 1)
+
+
+def compare(
+    loaded: LoadedModel, ids: Sequence[Sequence[int]], new_tokens: int, pages: int, **runtime: Any
+) -> tuple[int, int]:
+    """Generate greedily, with every step run by three executors; returns tokens checked and all.
+
+    Checks each layer's output, the KV cache slot by slot, and the logits: from the torch executor
+    in float32 at most 1.5 times as far as the one in bfloat16. That limit grows with depth as the
+    rounding does; where all have the same input, in the first layer, 1e-2 is one too.
+    """
+    ours = Running(pypto.create_executor(asked(loaded, **runtime)), pages)
+    near = Running(reference.create_executor(asked(loaded, None, **runtime)), pages)
+    wide = {"weight_dtype": "float32", "kv_dtype": "float32"}
+    true = Running(reference.create_executor(asked(loaded, None, **runtime | wide)), pages)
+    limits = ours.executor.limits
+    allocator = KvCacheManager(evolve(ours.executor.kv_cache_spec, num_layers=1), pages)
+    scheduler = Scheduler(allocator, limits.max_batch_size, limits.max_batch_tokens)
+    for i, prompt in enumerate(ids):
+        scheduler.add(Request(str(i), tuple(prompt), SamplingParams(), new_tokens))
+    filled = torch.zeros(pages * ours.executor.kv_cache_spec.page_size, dtype=torch.bool)
+    checked = total = 0
+    while step := scheduler.schedule():
+        for running in (ours, near, true):
+            running.run(step.phase, step.batch)
+        filled[step.batch.slot_mapping.long()] = True
+        first = [r.seen["layers.0.output"] for r in (ours, near)]
+        assert relative_rms(*first) <= 1e-2
+        for layer in range(loaded.config.num_layers):
+            check_near(*(r.seen[f"layers.{layer}.output"] for r in (ours, near, true)))
+            for mine, close, truth in zip(
+                *(r.slots(layer) for r in (ours, near, true)), strict=True
+            ):
+                check_near(mine[filled], close[filled], truth[filled])
+                assert not mine[~filled].any(), "a slot of no token was written"
+        checked += check_logits(ours.logits, near.logits, true.logits)
+        total += len(ours.logits)
+        for request, row in zip(step.sampled, ours.logits, strict=True):
+            request.output_token_ids.append(int(row.argmax()))
+        scheduler.done(step)
+        for request in step.sampled:
+            if len(request.output_token_ids) == new_tokens:
+                scheduler.remove(request)
+    allocator.check_integrity()
+    return checked, total
+
+
+def check_near(ours: Tensor, near: Tensor, true: Tensor) -> None:
+    assert relative_rms(ours, true) <= 1.5 * relative_rms(near, true)
+
+
+def check_logits(ours: Tensor, near: Tensor, true: Tensor) -> int:
+    """How many rows had a margin wide enough to expect the same token, and had it."""
+    if not len(ours):
+        return 0
+    check_near(ours, near, true)
+    error = (near - true).abs().amax(-1)
+    top = true.topk(2, -1).values
+    clear = top[:, 0] - top[:, 1] > 3 * error
+    assert torch.equal(ours.argmax(-1)[clear], true.argmax(-1)[clear])
+    return int(clear.sum())
+
+
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
+    # changes of the model, of the runtime, and the prompts' lengths
+    "one": ({}, {"page_size": 64}, [45]),
+    "gqa-5": (
+        {"num_attention_heads": 10, "head_dim": 64, "hidden_size": 128},
+        {"page_size": 16, "max_batch_tokens": 48},
+        [1, 31, 50],
+    ),
+    "mha-tied": (
+        {"num_attention_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+        {"page_size": 32},
+        [16, 15, 17, 32, 33, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    ),
+    "mqa-8": (
+        {"num_attention_heads": 8, "num_key_value_heads": 1},
+        {"page_size": 48, "max_batch_size": 17, "max_batch_tokens": 40},
+        [47, 48, 49, 3, 1, 20, 2, 2, 2, 9, 5, 6, 7, 8, 11, 13, 31],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_random_model_agrees_with_the_torch_executor(name, tmp_path):
+    changes, runtime, lengths = MODELS[name]
+    loaded = written(tmp_path, qwen3(**changes))
+    ids = list(prompts(qwen3(**changes), lengths))
+    checked, total = compare(loaded, ids, 21, 60, **runtime)
+    assert total == 21 * len(lengths)
+    assert checked > total / 2
+
+
+def test_the_bundled_model_agrees_with_the_torch_executor():
+    loaded = load_checked(DEMO_MODEL)
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("demo", DEMO_MODEL)
+        texts = ["When in the Course of human events,", "Congress shall make no law", "We"]
+        ids = [engine.model("demo").text.encode(text) for text in texts]
+    checked, total = compare(loaded, ids, 20, 6, page_size=64, max_batch_tokens=16)
+    assert total == 60
+    assert checked > 40
+
+
+# --- through the engine ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def emulated() -> Iterator[LLMEngine]:
+    options = {"executor": {"platform": "emulated"}}
+    with LLMEngine.from_plugins(executor="pypto-npu", options=options) as engine:
+        yield engine
+
+
+def test_the_bundled_model_continues_as_it_is_known_to_and_says_that_it_is_emulated(emulated):
+    emulated.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=256))
+    assert emulated.model("demo").runtime.device == "emulated"
+    result = emulated.generate_result(
+        "demo", "When in the Course of human events,", GenerateConfig(max_new_tokens=32)
+    )
+    assert result.text.startswith(DEMO_CONTINUATION)
+    assert (len(result.token_ids), result.device) == (32, "emulated")
+
+
+def test_an_engine_is_closed_and_made_again(emulated):
+    runtime = RuntimeConfig(max_seq_len=64)
+    emulated.init_model("demo", DEMO_MODEL, runtime)
+    executor = emulated.model("demo").executor
+    emulated.close()
+    with pytest.raises(ExecutorError, match="is closed: load the model again"):
+        executor.decode(None)
+    executor.close()
+    with LLMEngine.from_plugins(**emulated.selection) as again:
+        again.init_model("demo", DEMO_MODEL, runtime)
+        assert again.generate("demo", "We hold", GenerateConfig(max_new_tokens=2))
+
+
+def test_a_failing_kernel_is_named_with_its_step_and_layer_and_the_engine_goes_on(
+    emulated, monkeypatch
+):
+    emulated.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=64))
+    kernels = emulated.model("demo").executor._model.kernels
+    working = kernels["decode_layer"]
+    calls = iter(range(100))
+
+    def failing(**tensors: Any) -> None:
+        if next(calls) == 4:
+            raise ExecutorError("kernel decode_layer on a2a3 card 3: out of tasks")
+        working(**tensors)
+
+    monkeypatch.setitem(kernels, "decode_layer", failing)
+    config = GenerateConfig(max_new_tokens=4)
+    with pytest.raises(ExecutorError, match=r"^step 3, layer 1: kernel decode_layer on"):
+        emulated.generate("demo", "We hold", config)
+    assert emulated.generate("demo", "We hold", config)
+    allocator = emulated.model("demo").allocator
+    allocator.check_integrity()
+    assert allocator.free_pages == allocator.total_pages
+
+
+def test_a_tap_gets_the_documented_tensors_that_the_kernels_have(tmp_path):
+    loaded = written(tmp_path)
+    config = loaded.config
+    running = Running(pypto.create_executor(asked(loaded, page_size=16)), 8)
+    scheduler = Scheduler(KvCacheManager(running.executor.kv_cache_spec, 8), 4, 64)
+    for i, prompt in enumerate(prompts(qwen3(), [20, 3])):
+        scheduler.add(Request(str(i), tuple(prompt), SamplingParams(), 4))
+    running.run("prefill", scheduler.schedule().batch)
+    kv, hidden = (23, config.num_kv_heads, config.head_dim), (23, config.hidden_size)
+    expected: dict[str, tuple[Any, ...]] = {"embed": (hidden, torch.bfloat16)}
+    for i in range(config.num_layers):
+        for name, shape in (("v_proj", kv), ("k_rope", kv), ("output", hidden)):
+            expected[f"layers.{i}.{name}"] = (shape, torch.bfloat16)
+    expected["logits"] = ((2, config.vocab_size), torch.float32)
+    found = {name: (tuple(t.shape), t.dtype) for name, t in running.seen.items()}
+    assert found == expected
+    assert list(found) == list(expected)
+
+
+# --- weights and tables ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(theta=1e6),
+        RopeConfig(theta=1e4, kind="linear", factor=4.0),
+        RopeConfig(theta=1e6, kind="yarn", factor=4.0, original_max_position=128),
+    ],
+    ids=lambda rope: rope.kind,
+)
+def test_the_rope_table_is_that_of_the_torch_executor_up_to_the_last_position(rope, tmp_path):
+    config = evolve(written(tmp_path).config, rope=rope)
+    cos, sin = rope_tables(config, 300)
+    tables = pypto_executor.rope_tables(config, 300)
+    torch.testing.assert_close(tables["rope_cos"], cos, rtol=0, atol=0)
+    torch.testing.assert_close(tables["rope_sin"], sin, rtol=0, atol=0)
+
+
+class Elsewhere(EmulatedDevice):
+    """Memory that is not the host's: what is kept is copied, and how much is not yet is counted."""
+
+    def __init__(self) -> None:
+        self.waiting: set[int] = set()
+        self.most = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.waiting:
+            self.waiting.add(id(tensor))
+            weakref.finalize(tensor, self.waiting.discard, id(tensor))
+        self.most = max(self.most, len(self.waiting))
+        return tensor.clone()
+
+
+def test_no_more_than_one_packed_layer_is_in_host_memory_at_a_time(tmp_path):
+    loaded = written(tmp_path, qwen3(num_hidden_layers=8))
+    request, device = asked(loaded), Elsewhere()
+    shape = layer_shape(request.model_config, request.runtime_config)
+    pypto_executor.load(request, shape, device, weights_on_device=True)
+    assert 1 <= device.most <= 11
+
+
+def test_weights_that_stay_on_the_host_are_not_kept_on_the_device(tmp_path):
+    request, device = asked(written(tmp_path)), Elsewhere()
+    shape = layer_shape(request.model_config, request.runtime_config)
+    kept = pypto_executor.load(request, shape, device, weights_on_device=False)
+    assert device.most == 2  # the RoPE tables
+    kept.close()
+
+
+# --- what it cannot run ---------------------------------------------------------------------------
+
+
+def refused(request: ExecutorRequest, kind: type[TilewrightError] = ExecutorError) -> str:
+    """The error's one line. No weight may have been read but for an error about one."""
+    if kind is not ModelError:
+        request = evolve(request, weights=Unread())
+    with pytest.raises(kind) as error:
+        pypto.create_executor(request)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+class Unread:
+    def get(self, name: str) -> Tensor:
+        raise AssertionError(f"{name} was read")
+
+
+BAD: dict[str, tuple[Any, Mapping[str, Any], str]] = {
+    "hidden": (qwen3(hidden_size=100), {}, "hidden 100 must be a multiple of vec_tile 16"),
+    "intermediate": (qwen3(intermediate_size=90), {}, "intermediate 90 must be a multiple of"),
+    "head": (qwen3(head_dim=48), {}, "head_dim 48 must be a multiple of 32"),
+    "page": (qwen3(), {"page_size": 24}, "page_size 24 must be a multiple of kv_tile 16"),
+    "kv-dtype": (qwen3(), {"kv_dtype": "float32"}, "found kv_dtype = float32: set kv_dtype = 'bf"),
+    "dtype": (qwen3(), {"weight_dtype": "float16"}, "found weight_dtype = float16: set weight_dt"),
+    "bias": (qwen3(attention_bias=True), {}, "without biases, found qkv_bias in"),
+    "llama": (
+        LlamaConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=1, vocab_size=99),
+        {},
+        "runs dense Qwen3 models, which have a norm of each query and key head, found .* without",
+    ),
+    "dynamic": (
+        qwen3(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}),
+        {},
+        "reads RoPE from a table, found dynamic RoPE",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_the_kernels_cannot_run_is_refused_before_a_weight_is_read(name, tmp_path):
+    config, runtime, message = BAD[name]
+    import re
+
+    assert re.search(message, refused(asked(written(tmp_path, config), **runtime)))
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    loaded = written(tmp_path)
+    name = "model.layers.2.mlp.up_proj.weight"
+    bad = loaded.weights.get(name).clone()
+    bad[3, 5], bad[0, 1] = math.nan, math.inf
+    loaded.weights.close()
+    change_weights(tmp_path, name, **{name.replace(".", "__"): bad})
+    message = refused(asked(load_checked(tmp_path)), ModelError)
+    assert f"{name} in {tmp_path / 'model.safetensors'}: 2 of {bad.numel()} values are" in message
+
+
+def test_a_float32_checkpoint_is_refused_with_what_to_set_and_runs_when_it_is_set(
+    emulated, tmp_path
+):
+    written(tmp_path, dtype="float32")
+    with pytest.raises(ExecutorError, match="found weight_dtype = float32: set weight_dtype = 'bf"):
+        emulated.init_model("m", tmp_path)
+    emulated.init_model("m", tmp_path, RuntimeConfig(weight_dtype="bfloat16", max_seq_len=64))
+    assert emulated.generate("m", [5, 6, 7], GenerateConfig(max_new_tokens=2))
+
+
+def test_a_step_beyond_what_the_kernels_are_compiled_for_is_an_error(tmp_path):
+    limits = {"max_seq_len": 32, "max_batch_size": 2, "max_batch_tokens": 20}
+    executor = pypto.create_executor(asked(written(tmp_path), page_size=16, **limits))
+    executor.bind_kv_cache(KvCacheManager(executor.kv_cache_spec, 8).layers())
+    for lengths, context, message in (
+        ([21], 21, "at most 20 tokens, found 21"),
+        ([1, 1, 1], 1, "at most 2 sequences, found 3"),
+        ([1], 33, "at most 32 tokens of a sequence, found 33"),
+    ):
+        rows = sum(lengths)
+        batch = StepBatch(
+            token_ids=torch.zeros(rows, dtype=torch.int64),
+            positions=torch.zeros(rows, dtype=torch.int32),
+            slot_mapping=torch.arange(rows, dtype=torch.int32),
+            block_table=torch.zeros(len(lengths), 3, dtype=torch.int32),
+            context_lens=torch.full((len(lengths),), context, dtype=torch.int32),
+            query_starts=torch.tensor([0, *lengths]).cumsum(0).int(),
+            logits_rows=torch.tensor([0]),
+        )
+        with pytest.raises(ExecutorError, match=message):
+            executor.prefill(batch)
+
+
+def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path):
+    executor = pypto.create_executor(asked(written(tmp_path), page_size=16))
+    spec = executor.kv_cache_spec
+    for changed in ({"row_order": "NHD"}, {"num_layers": 2}, {"dtype": "float32"}):
+        with pytest.raises(ExecutorError, match="does not follow kv_cache_spec"):
+            executor.bind_kv_cache(KvCacheManager(evolve(spec, **changed), 4).layers())
+
+
+def test_the_kernels_declare_the_order_of_rows_that_the_cache_is_asked_for(monkeypatch, tmp_path):
+    request = asked(written(tmp_path))
+    shape = layer_shape(request.model_config, request.runtime_config)
+    assert pypto_executor.row_order(shape) == "HND"
+    other = tmp_path / "decode_layer.py"
+    text = source.path("decode_layer").read_text()
+    other.write_text(text.replace('KV_ROW_ORDER = "HND"', 'KV_ROW_ORDER = "NHD"'))
+    path = source.path
+    monkeypatch.setattr(source, "path", lambda k: other if k == "decode_layer" else path(k))
+    with pytest.raises(ExecutorError, match="must declare one KV_ROW_ORDER, found"):
+        pypto_executor.row_order(shape)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"platform": "a2a4"}, "'platform' must be .*a2a3.*, found 'a2a4'"),
+        ({"ring_heap": 0}, "'ring_heap' must be"),
+        ({"cards": 2}, "unknown option 'cards'"),
+    ],
+)
+def test_a_wrong_option_is_an_error_that_names_it(option, message):
+    with pytest.raises(ConfigError, match=message):
+        LLMEngine.from_plugins(executor="pypto-npu", options={"executor": option})
