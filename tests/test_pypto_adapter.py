@@ -1,0 +1,654 @@
+"""PyPTO behind the adapter: on a fake of ours, and the fake held to the real one."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+from fake_pypto import cards, failing, pypto_root
+from pypto_oracle import pypto_or_skip
+from qwen3_layers import Cache, compare_layer, config_of, random_weights
+
+from tilewright.errors import ExecutorError, OutOfPagesError
+from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright_pypto import adapter, installation
+from tilewright_pypto.adapter import PyptoDevice, Rings, open_device
+from tilewright_pypto.installation import find
+
+__all__ = ["pypto_root"]
+
+SHAPE = LayerShape(
+    hidden=64, intermediate=64, heads=4, kv_heads=2, head_dim=32, page_size=16, max_tokens=64
+)
+
+
+@pytest.fixture
+def log(tmp_path):
+    """What the fake was asked for, line by line."""
+
+    def lines(beginning: str = "") -> list[str]:
+        file = tmp_path / "machine" / "log"
+        text = file.read_text() if file.exists() else ""
+        return [line for line in text.splitlines() if line.startswith(beginning)]
+
+    return lines
+
+
+@pytest.fixture
+def opened(pypto_root, monkeypatch, tmp_path):
+    """Opens devices of the fake, and closes them."""
+    monkeypatch.setattr(installation, "DEV", cards(tmp_path / "dev", 0, 3))
+    devices = []
+
+    def opened(platform: str = "a2a3sim", card: int | None = None, **how: Any) -> PyptoDevice:
+        devices.append(open_device(find(str(pypto_root)), platform, card, **how))
+        return devices[-1]
+
+    yield opened
+    for device in devices:
+        device.close()
+
+
+def head_tensors(device: PyptoDevice, rows: int = 3) -> dict[str, Any]:
+    """The head's parameters: weights kept on the device, the rest on the host."""
+    random = torch.Generator().manual_seed(0)
+    weights = {
+        "final_norm": torch.ones(1, SHAPE.hidden),
+        "lm_head": torch.randn(40, SHAPE.hidden, generator=random).bfloat16(),
+    }
+    return {
+        "hidden": torch.randn(rows, SHAPE.hidden, generator=random).bfloat16(),
+        **{name: device.keep(tensor) for name, tensor in weights.items()},
+        "logits": torch.full((rows, 40), float("nan")),
+    }
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    (line,) = str(error.value).splitlines()
+    return line
+
+
+# --- kernels on a device --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
+def test_a_layer_on_the_device_agrees_with_the_torch_executor(opened, kernel):
+    device = opened()
+    run = device.load([kernel], SHAPE)[kernel]
+    config = config_of(SHAPE)
+    cache = Cache(SHAPE, 12)
+    cache.add(17, 0, 5)
+    news = [1, 1, 1] if kernel == "decode_layer" else [9, 20, 1]
+
+    def on_device(tensors: dict[str, torch.Tensor]) -> None:
+        """Weights and caches on the device; what is new in each step comes from the host."""
+        stays = [n for n in tensors if n[:1] == "w" or "norm" in n or "cache" in n]
+        kept = {n: device.keep(tensors[n]) for n in stays}
+        run(**tensors | kept)
+        for name in ("k_cache", "v_cache"):
+            tensors[name].copy_(device.read(kept[name]))
+
+    batch = cache.step(news)
+    hidden = torch.randn(sum(news), SHAPE.hidden, generator=torch.Generator().manual_seed(0))
+    weights = random_weights(config)
+    compared = compare_layer(on_device, kernel, config, weights, 0, hidden.bfloat16(), batch, cache)
+    compared.check()
+
+
+def test_only_outputs_come_back_to_the_host(opened):
+    device = opened()
+    tensors = head_tensors(device)
+    before = tensors["hidden"].clone()
+    device.load(["head"], SHAPE)["head"](**tensors)
+    assert tensors["logits"].isfinite().all()
+    assert torch.equal(tensors["hidden"], before)
+
+
+def test_storage_of_the_cache_comes_as_rows(opened):
+    device = opened()
+    rows = device.allocate((5, 2, 16, 32), torch.bfloat16)
+    assert tuple(rows.shape) == (5 * 2 * 16, 32)
+    assert rows.dtype == torch.bfloat16
+    assert not isinstance(rows, torch.Tensor)
+    assert device.read(rows).shape == (160, 32)
+
+
+def test_a_tensor_that_does_not_fit_is_refused_by_name(opened):
+    device = opened()
+    tensors = head_tensors(device)
+    head = device.load(["head"], SHAPE)["head"]
+    with pytest.raises(ExecutorError, match="wants lm_head as bfloat16"):
+        head(**tensors | {"lm_head": device.keep(torch.zeros(40, SHAPE.hidden))})
+    with pytest.raises(ExecutorError, match="no parameter 'lm_heads'; did you mean 'lm_head'"):
+        head(**tensors, lm_heads=tensors["lm_head"])
+    with pytest.raises(ExecutorError, match="contiguous"):
+        head(**tensors | {"hidden": torch.zeros(SHAPE.hidden, 3).bfloat16().T})
+
+
+@pytest.mark.parametrize(
+    ("platform", "card", "name", "number"),
+    [("a2a3", 3, "a2a3 card 3", 3), ("a5", 0, "a5 card 0", 0), ("a5sim", 7, "a5sim", 7)],
+)
+def test_a_call_goes_to_the_card_with_the_rings_as_asked(opened, log, platform, card, name, number):
+    rings = Rings(ring_task_window=131072, ring_dep_pool=5)
+    device = opened(platform, card, rings=rings)
+    assert device.name == name
+    device.load(["head"], SHAPE)["head"](**head_tensors(device))
+    (called,) = log("call")
+    with_rings = json.loads(called.removeprefix(f"call head on {number} with "))
+    assert with_rings == {"ring_task_window": 131072, "ring_heap": None, "ring_dep_pool": 5}
+
+
+@pytest.mark.parametrize(
+    ("ring", "wrong", "right"),
+    [
+        ("ring_task_window", [0, 2, 6, -4], [4, 131072]),
+        ("ring_heap", [512, 1025], [1024, 1 << 32]),
+        ("ring_dep_pool", [3, 1 << 31], [4, 5, (1 << 31) - 1]),
+    ],
+)
+def test_sizes_of_rings_are_those_that_pypto_takes(ring, wrong, right):
+    for size in wrong:
+        with pytest.raises(ValueError, match=ring):
+            Rings(**{ring: size})
+    assert [getattr(Rings(**{ring: size}), ring) for size in right] == right
+
+
+def test_the_memory_limit_is_the_machines_or_a_cards(opened):
+    assert opened("a2a3", 0).memory_limit == 16 << 30
+    from tilewright.machine import total_memory
+
+    assert 0 < opened("a2a3sim").memory_limit <= total_memory() // 2
+
+
+# --- compiling ------------------------------------------------------------------------------------
+
+
+def test_kernels_are_compiled_once_and_loaded_by_the_next(opened, log):
+    said = []
+    report = lambda *what: said.append(what)  # noqa: E731
+    kernels = ["prefill_layer", "decode_layer", "head"]
+    opened(report=report).load(kernels, SHAPE)
+    assert [s[1:] for s in said] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert [s[0] for s in said[:3]] == [f"compiling {k} for a2a3sim" for k in kernels]
+    assert said[3][0].startswith("3 kernels compiled in ")
+    assert len(log("compile")) == 3
+
+    said.clear()
+    device = opened(report=report)
+    run = device.load(kernels, SHAPE)
+    assert len(log("compile")) == 3
+    assert said[0] == ("loading prefill_layer for a2a3sim", 0, 3)
+    assert said[3][0].startswith("3 kernels from the cache, ")
+    assert said[3][0].endswith(" s saved")
+    tensors = head_tensors(device)
+    run["head"](**tensors)
+    assert tensors["logits"].isfinite().all()
+
+
+def test_what_matters_is_compiled_anew_and_nothing_else(opened, log, pypto_root, tmp_path):
+    def compiles(shape: LayerShape = SHAPE, **how: Any) -> bool:
+        before = len(log("compile"))
+        opened(**how).load(["head"], shape)
+        return len(log("compile")) > before
+
+    assert compiles()
+    assert not compiles(rings=Rings(ring_heap=1024), jobs=1)
+    assert compiles(platform="a5sim")
+    assert compiles(build_dir=tmp_path / "elsewhere")
+    assert compiles(evolve(SHAPE, norm_eps=1e-5))
+    assert not compiles()
+    (pypto_root / "python" / "pypto" / "changed.py").touch()
+    assert compiles()
+    (tmp_path / "machine" / "ptoas" / "ptoas").write_text("#!/bin/sh\nexit 1\n")
+    assert compiles()
+    assert not compiles()
+
+
+@pytest.mark.parametrize("changed", ["head.py", "blocks.py"])
+def test_a_kernel_whose_source_changed_is_compiled_anew(
+    opened, log, tmp_path, monkeypatch, changed
+):
+    opened().load(["head"], SHAPE)
+    copies = tmp_path / "kernels"
+    shutil.copytree(source.path("head").parent, copies)
+    monkeypatch.setattr(source, "path", lambda kernel: copies / f"{kernel}.py")
+    opened().load(["head"], SHAPE)
+    assert len(log("compile")) == 1
+    (copies / changed).write_text((copies / changed).read_text() + "# changed\n")
+    opened().load(["head"], SHAPE)
+    assert len(log("compile")) == 2
+
+
+def test_a_folder_that_pypto_cannot_load_is_compiled_anew(opened, log):
+    device = opened()
+    device.load(["head"], SHAPE)
+    (Path(device.artifacts("head")) / "compiled_meta.json").write_text("{")
+    opened().load(["head"], SHAPE)
+    assert len(log("compile")) == 2
+
+
+def test_the_artifacts_are_where_the_device_says(opened, tmp_path):
+    device = opened(build_dir=tmp_path / "builds")
+    assert device.artifacts("head") is None
+    device.load(["head"], SHAPE)
+    home = Path(device.artifacts("head"))
+    assert home.parent == tmp_path / "builds"
+    assert (home / "compiled_meta.json").is_file()
+
+
+@pytest.mark.parametrize("before", [None, "7"])
+def test_jobs_bound_the_assemblers_while_it_compiles(opened, monkeypatch, before):
+    name = "PYPTO_CODEGEN_MAX_WORKERS"
+    monkeypatch.delenv(name, raising=False)
+    if before:
+        monkeypatch.setenv(name, before)
+    seen = []
+    monkeypatch.setattr(source, "load", spying(source.load, lambda: seen.append(os.environ[name])))
+    opened(jobs=2).load(["head"], SHAPE)
+    assert seen[0] == "2"
+    assert os.environ.get(name) == before
+
+
+def spying(function, then):
+    def spied(*args, **kwargs):
+        then()
+        return function(*args, **kwargs)
+
+    return spied
+
+
+def test_parameters_that_pypto_made_up_are_refused(opened, monkeypatch):
+    device = opened()
+    program = sys.modules["pypto.ir"].CompiledProgram
+    monkeypatch.setattr(program, "param_names", ["hidden", "final_norm", "lm_head", "logits_v1"])
+    with pytest.raises(ExecutorError, match="logits_v1, and the source has hidden") as error:
+        device.load(["head"], SHAPE)
+    assert device.artifacts("head") in one_line(error)
+
+
+def test_nothing_gets_to_stdout(opened, capfd):
+    device = opened()
+    device.load(["head"], SHAPE)["head"](**head_tensors(device))
+    opened().load(["head"], SHAPE)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "fake pypto says hello" in err
+    assert "fake pypto loads head" in err
+
+
+def test_pypto_logs_errors_only(opened, log, monkeypatch):
+    opened()
+    assert log("log level") == ["log level ERROR"]
+    assert log("runtime log") == ["runtime log error"]
+    monkeypatch.setenv("PYPTO_RUNTIME_LOG", "debug")
+    opened()
+    assert len(log("runtime log")) == 1
+
+
+@pytest.mark.parametrize("problem", ["file", "below"])
+def test_a_build_folder_that_takes_no_files_is_told_before_pypto_loads(opened, tmp_path, problem):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" if problem == "file" else tmp_path / "file" / "below"
+    with pytest.raises(ExecutorError, match="build_dir"):
+        opened(build_dir=folder)
+    assert "pypto" not in sys.modules
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+PROCESS = textwrap.dedent("""
+    import sys
+    from tilewright_kernels.qwen3_14b.shape import LayerShape
+    from tilewright_pypto.adapter import open_device
+    from tilewright_pypto.installation import find
+
+    shape = LayerShape(hidden=64, intermediate=64, heads=4, kv_heads=2, head_dim=32, page_size=16)
+    device = open_device(
+        find(sys.argv[1]), "a2a3sim", None, report=lambda what, *_: print(what, flush=True)
+    )
+    device.load(["head"], shape)
+    device.close()
+""")
+
+
+def start(root: Path, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS, str(root)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_of_two_processes_one_compiles(pypto_root, log):
+    processes = [start(pypto_root, FAKE_PYPTO=failing(compile_head=2.0)) for _ in range(2)]
+    said = [p.communicate()[0].splitlines() for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    assert log("compile") == ["compile head"]
+    assert sorted(lines[-1].split(" in ")[0].split(",")[0] for lines in said) == [
+        "1 kernel compiled",
+        "1 kernel from the cache",
+    ]
+
+
+def test_one_killed_in_the_middle_leaves_nothing_that_passes_for_whole(pypto_root, log):
+    first = start(pypto_root, FAKE_PYPTO=failing(compile_head=600.0))
+    with first:
+        assert first.stdout.readline() == "compiling head for a2a3sim\n"
+        first.kill()
+    second = start(pypto_root)
+    said = second.communicate()[0].splitlines()
+    assert second.returncode == 0
+    assert said[0] == "compiling head for a2a3sim"
+    third = start(pypto_root)
+    assert third.communicate()[0].startswith("loading head")
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+NATIVE = "finalize_native_run failed with code {} run_id=4 dispatch=9\n\nC++ Traceback (most recent"
+
+
+@pytest.mark.parametrize(
+    ("place", "said", "advice"),
+    [
+        ("compile_head", "Unknown operation 'pl.nosuch'", "platform=emulated"),
+        ("compile_head", "ptoas compilation failed: error: bad tile", "toolchain/versions.env"),
+        ("compile_head", "[Errno 28] No space left on device", "build_dir"),
+        ("compile_head", "ptoas compilation timed out after 60s", "compile_jobs"),
+        ("load_head", "No module named 'simpler_setup'", "`tilewright doctor`"),
+        ("load_head", "SimKernel compilation failed with exit code 1:\nx.cpp: error", "emulated"),
+        ("register_head", "register_callable failed with code -1", "emulated"),
+        ("run_head", NATIVE.format(-1), "raise option ring_task_window"),
+        ("run_head", NATIVE.format(-2), "raise option ring_heap"),
+        ("run_head", NATIVE.format(-3), "raise option ring_task_window"),
+        ("run_head", NATIVE.format(-4), "raise option ring_dep_pool"),
+        ("run_head", NATIVE.format(-11), "raise options ring_task_window"),
+        ("run_head", "FATAL: Dependency Pool Deadlock Detected!", "raise option ring_dep_pool"),
+        ("run_head", "Task Allocator Deadlock - Heap Exhausted! ring=0", "raise option ring_heap"),
+        ("run_head", NATIVE.format(-100), "PTO2_SCHEDULER_TIMEOUT_MS"),
+        ("run_head", "waiting for tensor data timed out", "made no progress"),
+        ("run_head", NATIVE.format(507899), "`npu-smi info` whether card 3 is there"),
+        ("run_head", "device 3 was lost", "`npu-smi info` whether card 3 is there"),
+        ("run_head", NATIVE.format(-77), "platform=emulated"),
+        ("run_head", "malloc failed", "max_batch_tokens"),
+    ],
+)
+def test_a_failure_names_kernel_device_cause_artifacts_and_advice(
+    opened, monkeypatch, place, said, advice
+):
+    device = opened("a2a3", 3)
+    tensors = head_tensors(device)
+    monkeypatch.setenv("FAKE_PYPTO", failing(**{place: said}))
+    with pytest.raises(ExecutorError) as error:
+        device.load(["head"], SHAPE)["head"](**tensors)
+    line = one_line(error)
+    assert line.startswith("kernel head on a2a3 card 3")
+    assert " ".join(said.split("\n\n")[0].split()) in line
+    assert f"artifacts in {device.artifacts('head')}" in line
+    assert advice in line
+    assert "Traceback" not in line
+
+
+def test_a_simulator_is_not_looked_for_with_npu_smi(opened, monkeypatch):
+    device = opened("a2a3sim")
+    monkeypatch.setenv("FAKE_PYPTO", failing(run_head="the device was lost"))
+    with pytest.raises(ExecutorError) as error:
+        device.load(["head"], SHAPE)["head"](**head_tensors(device))
+    assert "npu-smi" not in one_line(error)
+
+
+def test_after_a_failure_it_can_be_closed_and_opened_again(opened, monkeypatch):
+    device = opened("a2a3", 3)
+    head = device.load(["head"], SHAPE)["head"]
+    monkeypatch.setenv("FAKE_PYPTO", failing(run_head="device 3 was lost", close="device lost"))
+    with pytest.raises(ExecutorError, match="lost"):
+        head(**head_tensors(device))
+    device.close()
+    device.close()
+    monkeypatch.delenv("FAKE_PYPTO")
+    again = opened("a2a3", 3)
+    tensors = head_tensors(again)
+    again.load(["head"], SHAPE)["head"](**tensors)
+    assert tensors["logits"].isfinite().all()
+
+
+def test_a_closed_device_says_so(opened):
+    device = opened()
+    head, tensors = device.load(["head"], SHAPE)["head"], head_tensors(device)
+    device.close()
+    for use in (
+        lambda: head(**tensors),
+        lambda: device.keep(torch.zeros(2, 2)),
+        lambda: device.allocate((2, 2), torch.bfloat16),
+        lambda: device.read(tensors["lm_head"]),
+        lambda: device.load(["head"], SHAPE),
+    ):
+        with pytest.raises(ExecutorError, match="a2a3sim is closed: load the model again"):
+            use()
+
+
+def test_a_keypress_goes_through(opened, monkeypatch):
+    device = opened()
+    monkeypatch.setattr(source, "load", spying(source.load, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        device.load(["head"], SHAPE)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_card_that_does_not_open_is_told(opened, monkeypatch):
+    monkeypatch.setenv("FAKE_PYPTO", failing(open="simpler_init failed with code 507033"))
+    with pytest.raises(ExecutorError, match="a2a3 card 3 cannot be opened: simpler_init") as error:
+        opened("a2a3", 3)
+    assert "`npu-smi info` whether card 3" in one_line(error)
+
+
+def test_weights_that_do_not_fit_are_told_with_what_is_kept(opened, monkeypatch):
+    device = opened("a2a3", 3)
+    monkeypatch.setenv("FAKE_PYPTO_MEMORY", str(3 << 20))
+    device.keep(torch.zeros(1 << 19))
+    with pytest.raises(ExecutorError) as error:
+        device.keep(torch.zeros(1 << 19))
+    line = one_line(error)
+    assert "cannot keep a tensor of 2.0 MiB (2.0 MiB are kept there): malloc failed" in line
+    assert "free memory of card 3" in line
+
+
+def test_a_cache_that_does_not_fit_is_out_of_pages(opened, monkeypatch):
+    device = opened("a2a3", 3)
+    monkeypatch.setenv("FAKE_PYPTO_MEMORY", "1000")
+    with pytest.raises(OutOfPagesError, match="set total_pages"):
+        device.allocate((4, 2, 16, 32), torch.bfloat16)
+    monkeypatch.setenv("FAKE_PYPTO", failing(malloc="device 3 was lost"))
+    with pytest.raises(ExecutorError, match="npu-smi"):
+        device.allocate((4, 2, 16, 32), torch.bfloat16)
+
+
+# --- which pypto ----------------------------------------------------------------------------------
+
+
+def test_another_pypto_that_is_imported_already_is_refused(opened, pypto_root, tmp_path):
+    opened()
+    other = tmp_path / "other"
+    pypto_root.rename(other)
+    with pytest.raises(ExecutorError, match="this process has imported the pypto of") as error:
+        open_device(find(str(other)), "a2a3sim", None)
+    line = one_line(error)
+    assert str(pypto_root) in line
+    assert str(other) in line
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "lacks"),
+    [
+        ("language", "compile(self", "JITFunction.compile"),
+        ("runtime", "ChipWorker:", "runtime.ChipWorker"),
+        ("ir", "from_dir(cls", "CompiledProgram.from_dir"),
+    ],
+)
+def test_an_older_generation_is_refused_with_both_versions(pypto_root, file, name, lacks):
+    module = pypto_root / "python" / "pypto" / file / "__init__.py"
+    text = module.read_text()
+    assert name in text
+    module.write_text(text.replace(name, f"old_{name}"))
+    path = list(sys.path)
+    with pytest.raises(ExecutorError) as error:
+        open_device(find(str(pypto_root)), "a2a3sim", None)
+    line = one_line(error)
+    for part in (lacks, "PyPTO 0.1.0 (0123456)", str(pypto_root), "2026-08-21 (e2d0f78) or newer"):
+        assert part in line
+    assert sys.path == path
+
+
+def test_one_that_cannot_be_imported_is_told(pypto_root):
+    (pypto_root / "python" / "pypto" / "ir" / "__init__.py").write_text("import no_such_module")
+    with pytest.raises(ExecutorError, match=r"cannot be imported \(ModuleNotFoundError: .*no_such"):
+        open_device(find(str(pypto_root)), "a2a3sim", None)
+
+
+def test_what_the_platform_lacks_is_told_before_the_device_opens(pypto_root, monkeypatch, log):
+    monkeypatch.delenv("PTOAS_ROOT")
+    monkeypatch.setenv("PATH", str(pypto_root))
+    with pytest.raises(ExecutorError, match=r"lacks 2 .*ptoas.*g\+\+-15"):
+        open_device(find(str(pypto_root)), "a2a3sim", None)
+    assert not log("open")
+
+
+# --- the fake and the real one --------------------------------------------------------------------
+
+SURFACE: dict[str, list[str]] = {
+    "LogLevel.ERROR": [],
+    "set_log_level": [],
+    "language.JITFunction.compile": ["kwargs"],
+    "ir.CompiledProgram.from_dir": ["output_dir", "platform"],
+    "ir.CompiledProgram.load": [],
+    "ir.CompiledProgram.param_names": [],
+    "runtime.configure_log": ["level"],
+    "runtime.RunConfig": [
+        "platform",
+        "device_id",
+        "save_kernels_dir",
+        "ring_task_window",
+        "ring_heap",
+        "ring_dep_pool",
+    ],
+    "runtime.ChipWorker": ["config"],
+    "runtime.ChipWorker.alloc_tensor": ["shape", "dtype", "init"],
+    "runtime.ChipWorker.copy_from": ["dst_host_ptr", "src_dev_ptr", "nbytes"],
+    "runtime.ChipWorker.register": ["compiled"],
+    "runtime.ChipWorker.close": [],
+    "runtime.RegistrationHandle.__call__": ["args", "config"],
+    "runtime.DeviceTensor": ["data_ptr", "shape", "dtype"],
+}
+"""What the adapter uses of PyPTO, with the parameters that it gives, in their order."""
+
+
+def check_surface(pypto: Any) -> None:
+    for path, wanted in SURFACE.items():
+        thing = pypto
+        for name in path.split("."):
+            thing = getattr(thing, name)
+        if wanted:
+            parameters = inspect.signature(thing).parameters
+            assert [name for name in parameters if name in wanted] == wanted, path
+            needed = {n for n, p in parameters.items() if p.default is p.empty}
+            assert needed <= {*wanted, "self", "args", "kwargs"}, path
+
+
+def test_the_fake_has_what_the_adapter_uses(opened):
+    opened()
+    check_surface(sys.modules["pypto"])
+
+
+@pytest.mark.pypto
+def test_pypto_has_what_the_adapter_uses():
+    pypto_or_skip()
+    check_surface(sys.modules["pypto"])
+
+
+@pytest.mark.pypto
+@pytest.mark.parametrize("ring", ["ring_task_window", "ring_heap", "ring_dep_pool"])
+def test_pypto_takes_the_sizes_of_rings_that_we_take(ring):
+    pypto_or_skip()
+    config = sys.modules["pypto.runtime"].RunConfig
+    for size in (1, 2, 3, 4, 5, 6, 8, 512, 1023, 1024, 1025, 131072, 1 << 30, 1 << 32):
+
+        def takes(what: Any, size: int = size) -> bool:
+            try:
+                what(**{ring: size})
+            except ValueError:
+                return False
+            return True
+
+        assert takes(Rings) == takes(config), size
+
+
+@pytest.fixture
+def real() -> installation.Installation:
+    pypto_or_skip()
+    return find(None)
+
+
+@pytest.mark.pypto
+def test_pypto_is_found_where_it_is_imported_from(real):
+    assert real.folders[0] == Path(sys.modules["pypto"].__file__).parent
+    assert real.version == sys.modules["pypto"].__version__
+
+
+@pytest.mark.pypto
+def test_pypto_is_not_found_to_be_old(real):
+    api = adapter._import(real)
+    assert api.language is sys.modules["pypto.language"]
+
+
+@pytest.mark.pypto
+@pytest.mark.parametrize("kernel", source.KERNELS)
+def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel, monkeypatch):
+    """Without its assembler PyPTO stops before the device's code: one error, and artifacts."""
+    monkeypatch.setenv("PTOAS_ROOT", str(tmp_path))
+    device = without_worker(adapter._import(real), tmp_path)
+    with pytest.raises(ExecutorError) as error:
+        device.load([kernel], SHAPE)
+    line = one_line(error)
+    home = Path(device.artifacts(kernel))
+    assert line.startswith(f"kernel {kernel} on a2a3 card 0 did not compile: ")
+    assert f"artifacts in {home}" in line
+    assert list(home.rglob("*.pto"))
+    program = sys.modules["pypto.ir"].CompiledProgram.from_dir(str(home), platform="a2a3")
+    parameters = source.path(kernel).read_text()
+    assert program.param_names
+    assert all(f"{name}:" in parameters for name in program.param_names)
+
+
+def without_worker(api: Any, folder: Path) -> PyptoDevice:
+    """A device that compiles, and has no card behind it."""
+    idle = evolve(api, worker=lambda config: object())
+    return PyptoDevice(idle, "a2a3", 0, Rings(), 2, folder, {}, None)
+
+
+@pytest.mark.pypto
+def test_pypto_says_where_a_kernel_is_wrong(real, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in source.path("head").parent.glob("*.py"):
+        text = file.read_text().replace("pl.matmul_acc(", "pl.no_such_thing(")
+        (broken / file.name).write_text(text)
+    monkeypatch.setattr(source, "path", lambda kernel: broken / f"{kernel}.py")
+    device = without_worker(adapter._import(real), tmp_path)
+    with pytest.raises(ExecutorError) as error:
+        device.load(["head"], SHAPE)
+    assert "Unknown operation 'pl.no_such_thing'" in one_line(error)
+    assert f"{broken / 'head.py'}, line " in one_line(error)
