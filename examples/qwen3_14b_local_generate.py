@@ -1,8 +1,19 @@
-"""Continue a prompt with Qwen3-14B, or any other supported model, from a local directory.
+"""Continue a prompt with Qwen3-14B from a local directory, on an Ascend NPU.
 
-    python examples/qwen3_14b_local_generate.py --model-dir models/Qwen3-14B --prompt "Huawei is"
+    python examples/qwen3_14b_local_generate.py --model-dir models/Qwen3-14B --device 0 \\
+        --prompt "Huawei is"
 
-Greedy, through LLMEngine. Prints the text, the token ids and why the text ended.
+On a host whose cards task-submit hands out; it adds --device to the command:
+
+    task-submit --device auto --max-time 0 --timeout 0 --run "python \\
+        examples/qwen3_14b_local_generate.py --model-dir models/Qwen3-14B --prompt-file prompt.txt"
+
+Without an NPU, the same kernels run slowly on the CPU, with the bundled model:
+
+    python examples/qwen3_14b_local_generate.py --model-dir core/tilewright/demo_model \\
+        --platform emulated --prompt "We the People of the United States,"
+
+Greedy, through LLMEngine. Prints the text, the token ids, why the text ended, and what computed it.
 """
 
 import argparse
@@ -12,6 +23,9 @@ from pathlib import Path
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, TilewrightError
 from tilewright.config import read_text
 
+PAGE_SIZE, PAGES = 128, 32
+"""A KV cache of 4096 tokens for the one sequence: 640 MiB of the card with Qwen3-14B."""
+
 
 def main() -> int:
     args = parse_args()
@@ -20,6 +34,9 @@ def main() -> int:
         for name, value in (("platform", args.platform), ("pypto_root", args.pypto_root))
         if value is not None
     }
+    runtime = RuntimeConfig(
+        device=args.device, page_size=PAGE_SIZE, total_pages=PAGES, max_batch_size=1
+    )
     try:
         prompt = args.prompt
         if args.prompt_file:
@@ -27,7 +44,7 @@ def main() -> int:
         with LLMEngine.from_plugins(
             executor=args.executor, options={"executor": options}
         ) as engine:
-            engine.init_model("qwen3-14b", args.model_dir, RuntimeConfig(device=args.device))
+            engine.init_model("qwen3-14b", args.model_dir, runtime)
             result = engine.generate_result(
                 "qwen3-14b",
                 prompt,
@@ -39,6 +56,7 @@ def main() -> int:
     print(f"text: {result.text}")
     print(f"token_ids: {list(result.token_ids)}")
     print(f"finish_reason: {result.finish_reason}")
+    print(f"device: {result.device}")
     return 0
 
 
@@ -49,14 +67,13 @@ def parse_args() -> argparse.Namespace:
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument("--prompt-file", type=Path, help="a file that holds the prompt")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="at most (32)")
+    parser.add_argument("--executor", default="pypto-npu", help="or torch (pypto-npu)")
+    parser.add_argument("--device", help="number of the card; default: what TASK_DEVICE says")
     parser.add_argument(
-        "--executor",
-        default="torch",
-        help="an installed executor (torch, until pypto-npu is shipped)",
+        "--platform",
+        help="option of pypto-npu: a2a3, a5, a2a3sim, a5sim, or emulated (a2a3)",
     )
-    parser.add_argument("--device", default="cpu", help="device of weights and KV cache (cpu)")
-    parser.add_argument("--platform", help="option of the executor: a2a3, a5, a2a3sim, a5sim")
-    parser.add_argument("--pypto-root", help="option of the executor: a PyPTO checkout")
+    parser.add_argument("--pypto-root", help="option of pypto-npu: a checkout of PyPTO, built")
     args = parser.parse_args()
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be at least 1, found {args.max_new_tokens}")

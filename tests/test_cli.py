@@ -414,27 +414,3 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only():
     terminal.type(b"\x04")
     assert terminal.end() == 0
     assert b"Traceback" not in terminal.screen
-
-
-# --- the example ----------------------------------------------------------------------------------
-
-
-def example(*argv: str) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / "examples/qwen3_14b_local_generate.py")
-    return subprocess.run([sys.executable, script, *argv], capture_output=True, text=True)
-
-
-def test_the_qwen3_example_runs_any_directory(continuation):
-    done = example("--model-dir", str(DEMO_MODEL), "--prompt", DEMO_PROMPT, "--max-new-tokens=8")
-    assert done.stderr == ""
-    text, token_ids, finish_reason = done.stdout.splitlines()
-    assert continuation.startswith(text.removeprefix("text: "))
-    assert len(json.loads(token_ids.removeprefix("token_ids: "))) == 8
-    assert finish_reason == "finish_reason: length"
-
-
-def test_the_qwen3_example_passes_options_to_the_executor():
-    done = example("--model-dir", str(DEMO_MODEL), "--prompt", "x", "--platform", "a5")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "unknown option 'platform'" in done.stderr or "no options" in done.stderr
-    assert "Traceback" not in done.stderr
