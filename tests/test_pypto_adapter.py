@@ -465,6 +465,7 @@ def test_weights_that_do_not_fit_are_told_with_what_is_kept(opened, monkeypatch)
     line = one_line(error)
     assert "cannot keep a tensor of 2.0 MiB (2.0 MiB are kept there): malloc failed" in line
     assert "free memory of card 3" in line
+    assert "weights_on_device=false" in line
 
 
 def test_a_cache_that_does_not_fit_is_out_of_pages(opened, monkeypatch):

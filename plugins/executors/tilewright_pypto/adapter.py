@@ -205,7 +205,10 @@ class PyptoDevice:
         try:
             kept = self._opened().alloc_tensor(tuple(tensor.shape), tensor.dtype, init=tensor)
         except Exception as error:
-            raise self._refused(f"cannot keep a tensor of {_mib(tensor.nbytes)}", error) from error
+            refused = self._refused(f"cannot keep a tensor of {_mib(tensor.nbytes)}", error)
+            if _symptom(error) is MEMORY:
+                refused = ExecutorError(f"{refused}; weights_on_device=false keeps less there")
+            raise refused from error
         self._taken += tensor.nbytes
         return kept
 
@@ -390,20 +393,23 @@ SYMPTOMS = (
     # The runtime's own error numbers, negated, are all that a failed run has in its exception.
     _Symptom(
         r"run failed with code -[13]\b|scope.deadlock|flow.control.deadlock|task.(ring|window)",
-        "raise option ring_task_window (131072 has served), then ring_dep_pool and ring_heap",
+        "the window of tasks is full: raise option ring_task_window (131072 has served), then "
+        "ring_dep_pool and ring_heap",
     ),
     _Symptom(
         r"run failed with code -2\b|heap.(ring|exhausted)|ring.heap",
-        "raise option ring_heap (4294967296 has served), then ring_task_window and ring_dep_pool",
+        "the heap between tasks is full: raise option ring_heap (4294967296 has served), then "
+        "ring_task_window and ring_dep_pool",
     ),
     _Symptom(
         r"run failed with code -4\b|dep.?pool|dependency pool",
-        "raise option ring_dep_pool (131072 has served), then ring_task_window and ring_heap",
+        "the pool of dependencies is full: raise option ring_dep_pool (131072 has served), then "
+        "ring_task_window and ring_heap",
     ),
     _Symptom(
         r"\bring\b|deadlock|run failed with code -(10|11)\b",
-        "raise options ring_task_window and ring_dep_pool (131072 have served) and ring_heap "
-        "(4294967296)",
+        "a ring is full: raise options ring_task_window and ring_dep_pool (131072 have served) and "
+        "ring_heap (4294967296)",
     ),
     MEMORY,
     _Symptom(
