@@ -392,7 +392,7 @@ SYMPTOMS = (
     ),
     # The runtime's own error numbers, negated, are all that a failed run has in its exception.
     _Symptom(
-        r"run failed with code -[13]\b|scope.deadlock|flow.control.deadlock|task.(ring|window)",
+        r"run failed with code -3\b|scope.deadlock|flow.control.deadlock|task.(ring|window)",
         "the window of tasks is full: raise option ring_task_window (131072 has served), then "
         "ring_dep_pool and ring_heap",
     ),
@@ -407,7 +407,12 @@ SYMPTOMS = (
         "ring_task_window and ring_heap",
     ),
     _Symptom(
-        r"\bring\b|deadlock|run failed with code -(10|11)\b",
+        r"run failed with code -1\b",  # also for failures that have no number of their own
+        "PyPTO's log above may say more; if a scope's tasks filled the window, raise option "
+        "ring_task_window (131072 has served)",
+    ),
+    _Symptom(
+        r"\bring\b|deadlock",
         "a ring is full: raise options ring_task_window and ring_dep_pool (131072 have served) and "
         "ring_heap (4294967296)",
     ),
