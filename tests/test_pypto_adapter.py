@@ -21,8 +21,9 @@ from tilewright.errors import ExecutorError, OutOfPagesError
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto import adapter, installation
-from tilewright_pypto.adapter import PyptoDevice, Rings, open_device
+from tilewright_pypto.adapter import PyptoDevice, open_device
 from tilewright_pypto.installation import find
+from tilewright_pypto.plugin import Options
 
 __all__ = ["pypto_root"]
 
@@ -139,7 +140,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(opened):
     [("a2a3", 3, "a2a3 card 3", 3), ("a5", 0, "a5 card 0", 0), ("a5sim", 7, "a5sim", 7)],
 )
 def test_a_call_goes_to_the_card_with_the_rings_as_asked(opened, log, platform, card, name, number):
-    rings = Rings(ring_task_window=131072, ring_dep_pool=5)
+    rings = {"ring_task_window": 131072, "ring_dep_pool": 5}
     device = opened(platform, card, rings=rings)
     assert device.name == name
     device.load(["head"], SHAPE)["head"](**head_tensors(device))
@@ -159,8 +160,8 @@ def test_a_call_goes_to_the_card_with_the_rings_as_asked(opened, log, platform, 
 def test_sizes_of_rings_are_those_that_pypto_takes(ring, wrong, right):
     for size in wrong:
         with pytest.raises(ValueError, match=ring):
-            Rings(**{ring: size})
-    assert [getattr(Rings(**{ring: size}), ring) for size in right] == right
+            Options(**{ring: size})
+    assert [getattr(Options(**{ring: size}), ring) for size in right] == right
 
 
 def test_the_memory_limit_is_the_machines_or_a_cards(opened):
@@ -202,7 +203,7 @@ def test_what_matters_is_compiled_anew_and_nothing_else(opened, log, pypto_root,
         return len(log("compile")) > before
 
     assert compiles()
-    assert not compiles(rings=Rings(ring_heap=1024), jobs=1)
+    assert not compiles(rings={"ring_heap": 1024}, jobs=1)
     assert compiles(platform="a5sim")
     assert compiles(build_dir=tmp_path / "elsewhere")
     assert compiles(evolve(SHAPE, norm_eps=1e-5))
@@ -232,16 +233,16 @@ def test_a_kernel_whose_source_changed_is_compiled_anew(
 def test_a_folder_that_pypto_cannot_load_is_compiled_anew(opened, log):
     device = opened()
     device.load(["head"], SHAPE)
-    (Path(device.artifacts("head")) / "compiled_meta.json").write_text("{")
+    (device.artifacts["head"] / "compiled_meta.json").write_text("{")
     opened().load(["head"], SHAPE)
     assert len(log("compile")) == 2
 
 
 def test_the_artifacts_are_where_the_device_says(opened, tmp_path):
     device = opened(build_dir=tmp_path / "builds")
-    assert device.artifacts("head") is None
+    assert device.artifacts == {}
     device.load(["head"], SHAPE)
-    home = Path(device.artifacts("head"))
+    home = device.artifacts["head"]
     assert home.parent == tmp_path / "builds"
     assert (home / "compiled_meta.json").is_file()
 
@@ -273,7 +274,7 @@ def test_parameters_that_pypto_made_up_are_refused(opened, monkeypatch):
     monkeypatch.setattr(program, "param_names", ["hidden", "final_norm", "lm_head", "logits_v1"])
     with pytest.raises(ExecutorError, match="logits_v1, and the source has hidden") as error:
         device.load(["head"], SHAPE)
-    assert device.artifacts("head") in one_line(error)
+    assert str(device.artifacts["head"]) in one_line(error)
 
 
 def test_nothing_gets_to_stdout(opened, capfd):
@@ -396,7 +397,7 @@ def test_a_failure_names_kernel_device_cause_artifacts_and_advice(
     line = one_line(error)
     assert line.startswith("kernel head on a2a3 card 3")
     assert " ".join(said.split("\n\n")[0].split()) in line
-    assert f"artifacts in {device.artifacts('head')}" in line
+    assert f"artifacts in {device.artifacts['head']}" in line
     assert advice in line
     assert "Traceback" not in line
 
@@ -595,7 +596,7 @@ def test_pypto_takes_the_sizes_of_rings_that_we_take(ring):
                 return False
             return True
 
-        assert takes(Rings) == takes(config), size
+        assert takes(Options) == takes(config), size
 
 
 @pytest.fixture
@@ -625,7 +626,7 @@ def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel
     with pytest.raises(ExecutorError) as error:
         device.load([kernel], SHAPE)
     line = one_line(error)
-    home = Path(device.artifacts(kernel))
+    home = device.artifacts[kernel]
     assert line.startswith(f"kernel {kernel} on a2a3 card 0 did not compile: ")
     assert f"artifacts in {home}" in line
     assert list(home.rglob("*.pto"))
@@ -638,7 +639,7 @@ def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel
 def without_worker(api: Any, folder: Path) -> PyptoDevice:
     """A device that compiles, and has no card behind it."""
     idle = evolve(api, worker=lambda config: object())
-    return PyptoDevice(idle, "a2a3", 0, Rings(), 2, folder, {}, None)
+    return PyptoDevice(idle, "a2a3", 0, {}, 2, folder, {}, None)
 
 
 @pytest.mark.pypto

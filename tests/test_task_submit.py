@@ -277,6 +277,15 @@ def test_both_win_over_a_run_file(monkeypatch, capsys, tmp_path, opened, stale, 
     assert opened == [card], capsys.readouterr().err
 
 
+def test_a_flag_displaces_a_files_card_by_either_name(monkeypatch, capsys, tmp_path, opened):
+    path = tmp_path / "run.toml"
+    path.write_text('[runtime]\ndevice = "1"\n[plugins]\nexecutor = "pypto-npu"\n')
+    assert main(["run", str(path), "-o", "device=3"]) == 2
+    path.write_text('[options.executor]\ndevice = 1\n[plugins]\nexecutor = "pypto-npu"\n')
+    assert main(["run", str(path), "--device", "4"]) == 2
+    assert opened == [3, 4], capsys.readouterr().err
+
+
 def test_a_card_in_the_options_that_task_submit_does_not_see_is_no_silent_choice(
     monkeypatch, capsys, opened
 ):
@@ -323,6 +332,7 @@ def test_without_any_card_nothing_is_opened(capsys, opened, platform):
         (None, None, "5", 5),
         ("cpu", None, "5", 5),
         ("0", None, None, 0),
+        (0, None, "5", 0),
         (None, 0, "5", 0),
     ],
 )

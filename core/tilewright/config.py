@@ -197,6 +197,9 @@ def _lay_over(given: dict[Place, Given], layer: Layer) -> None:
     if _TEXT in layer or _FILE in layer:
         given.pop(_TEXT, None)
         given.pop(_FILE, None)
+    if any(place in layer for place in _DEVICES):
+        for place in _DEVICES:
+            given.pop(place, None)
     given.update(layer)
 
 

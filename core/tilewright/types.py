@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 from attrs import field, fields, frozen, validators
+from attrs.converters import optional
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +163,8 @@ class RuntimeConfig:
 
     device: str | None = described(
         "device that computes, as the executor names it: cpu, the number of a card; default: the "
-        "executor's choice"
+        "executor's choice",
+        converter=optional(str),
     )
     weight_dtype: DType | None = described(
         "float32, bfloat16 or float16; default: as the checkpoint has it",

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from attrs import asdict, field, frozen, validators
+from attrs import frozen
 
 from tilewright.errors import ExecutorError, OutOfPagesError
 from tilewright.machine import available_memory
@@ -34,36 +34,6 @@ CARD_KV_BYTES = 16 << 30
 Qwen3-14B's weights, 28 GiB in BF16, and for the runtime; total_pages asks for more or less."""
 
 
-def power_of_two(least: int) -> Callable[[Any, Any, int | None], None]:
-    """An attrs validator: None, or a power of two of at least ``least``. Raises ValueError."""
-
-    def check(instance: Any, attribute: Any, value: int | None) -> None:
-        if value is not None and (value < least or value & (value - 1)):
-            raise ValueError(
-                f"{attribute.name} must be a power of two of at least {least}, found {value}"
-            )
-
-    return check
-
-
-@frozen(kw_only=True)
-class Rings:
-    """Sizes of the runtime's ring buffers, given with each call. None: PyPTO's own choice.
-
-    Raises ValueError that names the ring, for a size that PyPTO would refuse.
-    """
-
-    ring_task_window: int | None = field(default=None, validator=power_of_two(4))
-    """Tasks in flight."""
-    ring_heap: int | None = field(default=None, validator=power_of_two(1024))
-    """Bytes for what tasks hand to each other."""
-    ring_dep_pool: int | None = field(
-        default=None,
-        validator=validators.optional([validators.ge(4), validators.le((1 << 31) - 1)]),
-    )
-    """Dependencies between tasks."""
-
-
 @frozen
 class _Api:
     language: ModuleType
@@ -76,13 +46,14 @@ def open_device(
     installation: Installation,
     platform: str,
     card: int | None,
-    rings: Rings | None = None,
+    rings: Mapping[str, int] | None = None,
     jobs: int | None = None,
     build_dir: Path | None = None,
     report: Report | None = None,
 ) -> "PyptoDevice":
     """Open a card, or a simulator, for which ``card`` says nothing.
 
+    rings: sizes by name, ring_task_window, ring_heap, ring_dep_pool; PyPTO's choice where none is.
     jobs: kernels' parts that are assembled at a time; None: PyPTO's choice.
     build_dir: where compiled kernels are kept; None: build_cache.default_folder().
 
@@ -94,7 +65,7 @@ def open_device(
     api = _import(installation)
     require(platform, installation, card)
     key = identity(installation) | {"platform": platform}
-    return PyptoDevice(api, platform, card, rings or Rings(), jobs, folder, key, report)
+    return PyptoDevice(api, platform, card, rings or {}, jobs, folder, key, report)
 
 
 def _import(installation: Installation) -> _Api:
@@ -169,7 +140,7 @@ class PyptoDevice:
         api: _Api,
         platform: str,
         card: int | None,
-        rings: Rings,
+        rings: Mapping[str, int],
         jobs: int | None,
         folder: Path,
         key: Mapping[str, str],
@@ -183,11 +154,11 @@ class PyptoDevice:
         self._folder = folder
         self._report = report or (lambda what, done, total: None)
         self._key = key
-        self._homes: dict[str, Path] = {}
+        self.artifacts: dict[str, Path] = {}
+        """What each kernel was compiled to."""
         self._taken = 0
-        sizes = {name: size for name, size in asdict(rings).items() if size is not None}
         # PyPTO takes the rings' sizes from the configuration of each call, not from its worker's.
-        self._config = api.run_config(platform=platform, device_id=card or 0, **sizes)
+        self._config = api.run_config(platform=platform, device_id=card or 0, **rings)
         try:
             with redirect_stdout(sys.stderr):
                 self._worker: Any = api.worker(config=self._config)
@@ -262,10 +233,6 @@ class PyptoDevice:
         self._report("; ".join(parts), len(kernels), len(kernels))
         return loaded
 
-    def artifacts(self, kernel: str) -> str | None:
-        home = self._homes.get(kernel)
-        return str(home) if home else None
-
     def close(self) -> None:
         worker, self._worker = self._worker, None
         if worker is None:
@@ -295,7 +262,7 @@ class PyptoDevice:
         }
 
         def compile(home: Path) -> Any:
-            self._homes[kernel] = home
+            self.artifacts[kernel] = home
             config = self._api.run_config(platform=self._platform, save_kernels_dir=str(home))
             try:
                 with _codegen_workers(self._jobs), redirect_stdout(sys.stderr):
@@ -307,7 +274,7 @@ class PyptoDevice:
             return program
 
         def reload(home: Path) -> Any:
-            self._homes[kernel] = home
+            self.artifacts[kernel] = home
             with redirect_stdout(sys.stderr):
                 program = self._api.program.from_dir(str(home), platform=self._platform)
                 program.load()
@@ -321,7 +288,7 @@ class PyptoDevice:
                 f"kernel {kernel} on {self.name}: PyPTO compiled the parameters "
                 f"{', '.join(names)}, and the source has "
                 f"{', '.join(p.name for p in contract.parameters)}; artifacts in "
-                f"{self._homes[kernel]}; report it, with PyPTO's version"
+                f"{self.artifacts[kernel]}; report it, with PyPTO's version"
             )
         try:
             handle = worker.register(program)
@@ -345,7 +312,7 @@ class PyptoDevice:
     def _failure(self, kernel: str, what: str, error: Exception) -> ExecutorError:
         return ExecutorError(
             f"kernel {kernel} on {self.name}{' ' if what else ': '}{what}{_cause(error)}; "
-            f"artifacts in {self._homes[kernel]}; {self._advice(error)}"
+            f"artifacts in {self.artifacts[kernel]}; {self._advice(error)}"
         )
 
     def _refused(self, what: str, error: Exception) -> ExecutorError:

@@ -1,8 +1,9 @@
 """Plugin ``pypto-npu``: Qwen3 models on Ascend NPUs, through kernels in PyPTO."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from attrs import field, frozen, validators
 
@@ -21,9 +22,24 @@ Platform = Literal["a2a3", "a5", "a2a3sim", "a5sim", "emulated"]
 HARDWARE: tuple[Platform, ...] = ("a2a3", "a5")
 
 
-def _size(help: str) -> int | None:
+def power_of_two(least: int) -> Callable[[Any, Any, int], None]:
+    """An attrs validator."""
+
+    def check(instance: Any, attribute: Any, value: int) -> None:
+        if value < least or value & (value - 1):
+            raise ValueError(
+                f"{attribute.name!r} must be a power of two of at least {least}, found {value}"
+            )
+
+    return check
+
+
+def _size(help: str, check: Any) -> int | None:
+    """An option that is a number, or None for PyPTO's own choice."""
     optional: int | None = field(
-        default=None, validator=validators.optional(validators.ge(1)), metadata={"help": help}
+        default=None,
+        validator=validators.optional(check),
+        metadata={"help": f"{help}; default: PyPTO's choice"},
     )
     return optional
 
@@ -54,10 +70,12 @@ class Options:
         default=None,
         metadata={"help": "folder of compiled kernels; default: ~/.cache/tilewright/pypto"},
     )
-    compile_jobs: int | None = _size("assembler runs at a time; default: PyPTO's choice")
-    ring_task_window: int | None = _size("tasks in flight; default: PyPTO's choice")
-    ring_heap: int | None = _size("bytes of the runtime's heap; default: PyPTO's choice")
-    ring_dep_pool: int | None = _size("dependencies in flight; default: PyPTO's choice")
+    compile_jobs: int | None = _size("assembler runs at a time", validators.ge(1))
+    ring_task_window: int | None = _size("tasks in flight", power_of_two(4))
+    ring_heap: int | None = _size("bytes of the runtime's heap", power_of_two(1024))
+    ring_dep_pool: int | None = _size(
+        "dependencies in flight", [validators.ge(4), validators.le((1 << 31) - 1)]
+    )
     weights_on_device: bool = field(
         default=True,
         metadata={"help": "keep weights on the device; false: copy them there for each call"},
@@ -146,17 +164,16 @@ def _open(options: Options, card: int | None, request: ExecutorRequest) -> "Devi
         return EmulatedDevice()
     from tilewright_pypto import adapter, installation
 
-    found = installation.find(options.pypto_root)
-    installation.require(options.platform, found, card)
+    rings = {
+        name: size
+        for name in ("ring_task_window", "ring_heap", "ring_dep_pool")
+        if (size := getattr(options, name)) is not None
+    }
     return adapter.open_device(
-        found,
+        installation.find(options.pypto_root),
         options.platform,
         card,
-        adapter.Rings(
-            ring_task_window=options.ring_task_window,
-            ring_heap=options.ring_heap,
-            ring_dep_pool=options.ring_dep_pool,
-        ),
+        rings,
         options.compile_jobs,
         Path(options.build_dir) if options.build_dir else None,
         request.report,
