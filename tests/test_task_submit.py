@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from tilewright import LLMEngine, RuntimeConfig
 from tilewright.cli import main
+from tilewright.cli.run import show
 from tilewright.config import DEMO_MODEL, Given, resolve
 from tilewright.errors import ConfigError, ExecutorError
 from tilewright_pypto import plugin
@@ -189,7 +190,7 @@ def test_bench_takes_a_card_too():
     assert done.returncode == 0, done.stderr
     assert "--device 5" in done.stderr
     report = json.loads(done.stdout)
-    assert report["runtime"]["device"] == "emulated"
+    assert report["device"] == "emulated"
     assert len(report["results"]) == 1
 
 
@@ -299,9 +300,10 @@ def test_without_a_queue_the_run_file_says_which(monkeypatch, capsys, tmp_path, 
     path.write_text('[runtime]\ndevice = "1"\n[plugins]\nexecutor = "pypto-npu"\n')
     assert main(["run", str(path)]) == 2
     monkeypatch.setenv("TILEWRIGHT_RUNTIME_DEVICE", "4")
+    assert main(["run", str(path)]) == 2
     monkeypatch.setenv("TASK_DEVICE", "5")
     assert main(["run", str(path)]) == 2
-    assert opened == [1, 4], capsys.readouterr().err
+    assert opened == [1, 4, 5], capsys.readouterr().err
 
 
 def test_from_config_takes_the_granted_card(monkeypatch, tmp_path, opened):
@@ -330,7 +332,6 @@ def test_without_any_card_nothing_is_opened(capsys, opened, platform):
         (None, 3, "5", 3),
         ("3", 3, "5", 3),
         (None, None, "5", 5),
-        ("cpu", None, "5", 5),
         ("0", None, None, 0),
         (0, None, "5", 0),
         (None, 0, "5", 0),
@@ -342,7 +343,7 @@ def test_in_python_settings_are_as_flags(monkeypatch, asked, option, granted, ca
     runtime = RuntimeConfig(device=asked)
     assert chosen_card(Options(device=option), runtime) == card
     for platform in ("a2a3sim", "a5sim", "emulated"):
-        assert chosen_card(Options(device=option, platform=platform), runtime) is None
+        assert chosen_card(Options(device=9, platform=platform), runtime) is None
 
 
 @pytest.mark.parametrize(
@@ -350,11 +351,12 @@ def test_in_python_settings_are_as_flags(monkeypatch, asked, option, granted, ca
     [
         (None, None, None, "needs a card"),
         (None, None, "", "needs a card"),
-        ("cpu", None, None, "needs a card"),
+        ("cpu", None, "5", "the number of a card as device, found 'cpu'"),
         ("3", 4, "5", "device is 3 .* and 4"),
         ("npu:3", None, None, "the number of a card .* found 'npu:3'"),
         ("-1", None, None, "the number of a card .* found '-1'"),
-        (None, None, "five", "the number of a card .* found 'five'"),
+        (None, None, "five", "the number of a card as TASK_DEVICE, found 'five'"),
+        (None, None, "0,1", "the number of a card as TASK_DEVICE, found '0,1'"),
     ],
 )
 def test_what_names_no_card_is_refused(monkeypatch, asked, option, granted, message):
@@ -378,5 +380,7 @@ def test_a_granted_card_takes_the_run_files_card_out_of_the_settings(tmp_path, g
     assert config.options["executor"] == written
     assert config.runtime.device == (None if granted else "1")
     assert config.runtime.page_size == 64
+    shown = show(resolved)
+    assert ("# device: as TASK_DEVICE = 5 says" in shown) == bool(granted)
     flag = {("runtime", "device"): Given("3", "--device")}
     assert resolve(path, flag, environ).origin("runtime", "device") == "--device"

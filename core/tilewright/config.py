@@ -147,13 +147,13 @@ def resolve(
     the mistake.
     """
     environ = os.environ if environ is None else environ
-    written = _file_layer(Path(file)) if file is not None else {}
-    if environ.get(GRANTED_DEVICE):
-        # The file was written before; to take another device than the granted one is to take
-        # somebody else's. The executor reads which one it is.
-        written = {place: setting for place, setting in written.items() if place not in _DEVICES}
     given: dict[Place, Given] = {}
-    for layer in (written, _environment_layer(environ), flags or {}):
+    for layer in (
+        _file_layer(Path(file)) if file is not None else {},
+        _environment_layer(environ),
+        _granted_device(environ),
+        flags or {},
+    ):
         _lay_over(given, layer)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     options: dict[str, dict[str, Any]] = {}
@@ -231,6 +231,16 @@ def _check_plugins(config: RunConfig, given: Layer) -> None:
 
 
 _SINGLE_KINDS = tuple(kind for kind in registry.KINDS if kind not in OPTIONS_BY_NAME)
+
+
+def _granted_device(environ: Mapping[str, str]) -> Layer:
+    """Leaves the device open: the executor reads which one was granted.
+
+    What a file or the environment says of it was written before, and to take another device than
+    the granted one is to take somebody else's.
+    """
+    granted = environ.get(GRANTED_DEVICE)
+    return {("runtime", "device"): Given(None, f"{GRANTED_DEVICE} = {granted}")} if granted else {}
 
 
 # --- the environment ------------------------------------------------------------------------------

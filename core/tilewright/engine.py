@@ -56,9 +56,11 @@ class ServedModel:
     model_id: str
     loaded: LoadedModel
     runtime: RuntimeConfig
-    """With nothing left open: device, dtypes, lengths and pages as they are in force."""
+    """With dtypes, lengths and pages as they are in force."""
     max_seq_len: int
     executor: Executor
+    device: str
+    """What computes, as the executor says."""
     allocator: KvAllocator
     scheduler: Scheduler
     text: Text
@@ -392,6 +394,11 @@ class LLMEngine:
         started: float,
     ) -> ServedModel:
         limits, spec = executor.limits, executor.kv_cache_spec
+        if not spec.page_size or not getattr(executor, "device", ""):
+            raise PluginError(
+                f"{self._plugins['executor'].plugin} must choose a page size where the runtime's "
+                "page_size is None, and name what computes as device: update it for this version"
+            )
         assert runtime.max_seq_len is not None
         max_seq_len = _least(runtime.max_seq_len, limits.max_seq_len)
         max_batch_size = _least(runtime.max_batch_size, limits.max_batch_size)
@@ -416,11 +423,11 @@ class LLMEngine:
                 max_batch_size=max_batch_size,
                 max_batch_tokens=max_batch_tokens,
                 page_size=spec.page_size,
-                device=executor.device,
                 total_pages=allocator.total_pages,
             ),
             max_seq_len=max_seq_len,
             executor=executor,
+            device=executor.device,
             allocator=allocator,
             scheduler=Scheduler(allocator, max_batch_size, max_batch_tokens),
             text=Text(loaded.text),
@@ -585,7 +592,6 @@ class LLMEngine:
     def _finish(self, model: ServedModel, generation: _Generation) -> None:
         request = generation.request
         assert generation.finish_reason is not None
-        assert model.runtime.device is not None
         generation.result = GenerateResult(
             model_id=model.model_id,
             request_id=request.request_id,
@@ -602,7 +608,7 @@ class LLMEngine:
                 prompt_tokens=len(request.prompt_token_ids),
                 new_tokens=len(request.output_token_ids),
             ),
-            device=model.runtime.device,
+            device=model.device,
             sanitized_steps=generation.sanitized_steps,
         )
         self._drop(model, generation)

@@ -27,6 +27,9 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 Tap: TypeAlias = "Callable[[str, Tensor], None]"
 """Called by an executor with a tensor's name and the tensor; see docs/tensors.md for the names."""
 
+Report: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is being got ready, how much of it is done, and how much there is."""
+
 
 def described(help: str, default: Any = None, **kwargs: Any) -> Any:
     """A keyword field with a line of help, which the command line and the docs show."""
@@ -299,6 +302,47 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free weights and device. A closed executor is not used again; closing twice is fine."""
+        ...
+
+
+class LayerwiseExecutor(Executor, Protocol):
+    """An executor whose layers can be run one at a time, on whatever input: one layer of it can so
+    be held against the same layer of another executor.
+
+    A step is embed, run_layer of each layer in turn, and run_head of the wanted rows: prefill and
+    decode compute just that. Hidden states are CPU tensors.
+    """
+
+    def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> "Tensor":
+        """The tokens' embeddings, [T, hidden_size]."""
+        ...
+
+    def run_layer(
+        self, layer: int, hidden: "Tensor", batch: StepBatch, tap: "Tap | None" = None
+    ) -> "Tensor":
+        """One layer on hidden [T, hidden_size]; writes the tokens' keys and values as a step does.
+
+        The phase is decode where each sequence has one token and prefill elsewhere.
+        """
+        ...
+
+    def run_head(self, hidden: "Tensor", tap: "Tap | None" = None) -> "Tensor":
+        """Final norm and LM head: hidden [L, hidden_size] to logits [L, vocab_size] float32."""
+        ...
+
+    def read_kv(self, layer: int) -> KvLayer:
+        """A layer's cache as CPU tensors in the spec's row order; they may be the cache itself."""
+        ...
+
+    def write_kv(self, layer: int, cache: KvLayer) -> None:
+        """Replace a layer's cache by CPU tensors of the same shape."""
+        ...
+
+    def weight(self, name: str) -> "Tensor":
+        """A weight as the checkpoint names and shapes it, made from what the executor works with.
+
+        Raises KeyError for a name that the model does not have.
+        """
         ...
 
 
@@ -615,15 +659,19 @@ class LoadRequest:
 
 @frozen(kw_only=True)
 class ExecutorRequest:
-    """What an executor is made from. The runtime's dtypes and max_seq_len are filled in."""
+    """What an executor is made from.
+
+    The runtime's dtypes and max_seq_len are filled in; where its device and page_size are None, the
+    executor chooses.
+    """
 
     model_config: ModelConfig
     runtime_config: RuntimeConfig
     weights: TensorSource
     """Checked: every expected tensor is there with its expected shape."""
     options: Any
-    report: Callable[[str, int, int], None]
-    """Tells observers what is being got ready, and how many of how many are (on_prepare)."""
+    report: "Report" = lambda what, done, total: None
+    """Tells observers what is being got ready (on_prepare)."""
 
 
 @frozen(kw_only=True)

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
                 "plugins": asdict(config.plugins),
                 "options": config.options,
                 "runtime": asdict(model.runtime),
+                "device": model.device,
                 "load_seconds": model.load_seconds,
                 "results": [asdict(figure) for figure in figures],
             }

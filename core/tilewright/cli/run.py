@@ -10,7 +10,7 @@ from typing import Any
 
 from tilewright.cli import flags
 from tilewright.cli.generate import produce
-from tilewright.config import SECTIONS, Place, Resolved, keys, resolve
+from tilewright.config import DEFAULT, SECTIONS, Place, Resolved, keys, resolve
 from tilewright.registry import OPTIONS_BY_NAME
 from tilewright.types import BUILTIN_GENERATE
 
@@ -66,6 +66,8 @@ def _lines(resolved: Resolved, section: str) -> Iterator[str]:
             builtin = getattr(BUILTIN_GENERATE, key)
             otherwise = "" if builtin is None else f", or else {_toml(builtin)}"
             yield f"# {key}: as the model recommends{otherwise}"
+        elif resolved.origin(section, key) != DEFAULT:
+            yield f"# {key}: as {resolved.origin(section, key)} says"
         else:
             yield f"# {key}: {_WHEN_OPEN[section]}"
 

@@ -41,7 +41,7 @@ def open_engine(resolved: Resolved) -> "Iterator[LLMEngine]":
         finally:
             if bar:
                 bar.stop()
-        if (device := engine.model(config.model.id).runtime.device) != "cpu":
+        if (device := engine.model(config.model.id).device) != "cpu":
             note(f"note: what follows is computed on: {device}")
         for warning in loaded.warnings:
             note(f"warning: {warning}")
@@ -87,8 +87,10 @@ class LoadingBar:
 
     @hookimpl
     def on_load_progress(self, tensor: str, bytes_read: int, bytes_total: int) -> None:
-        if self._progress is None:
+        if self._tensors == 0:
+            self.stop()
             self._progress = _loading(bytes_total)
+        assert self._progress is not None
         self._tensors += 1
         self._progress.update(
             self._progress.task_ids[0], completed=bytes_read, tensors=self._tensors
