@@ -29,7 +29,9 @@ from tilewright.types import (
     SamplingParams,
     StepBatch,
 )
+from tilewright.weights import expected_tensors
 from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels.qwen3_14b.shape import QWEN3_14B
 from tilewright_pypto import executor as pypto_executor
 from tilewright_pypto import plugin as pypto
 from tilewright_pypto.emulated.device import EmulatedDevice
@@ -74,7 +76,6 @@ def asked(loaded: LoadedModel, options: Any = EMULATED, **runtime: Any) -> Execu
         runtime_config=RuntimeConfig(**settings | runtime),
         weights=loaded.weights,
         options=options,
-        report=lambda what, done, total: None,
     )
 
 
@@ -223,7 +224,7 @@ def emulated() -> Iterator[LLMEngine]:
 
 def test_the_bundled_model_continues_as_it_is_known_to_and_says_that_it_is_emulated(emulated):
     emulated.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=256))
-    assert emulated.model("demo").runtime.device == "emulated"
+    assert emulated.model("demo").device == "emulated"
     result = emulated.generate_result(
         "demo", "When in the Course of human events,", GenerateConfig(max_new_tokens=32)
     )
@@ -237,7 +238,7 @@ def test_an_engine_is_closed_and_made_again(emulated):
     executor = emulated.model("demo").executor
     emulated.close()
     with pytest.raises(ExecutorError, match="is closed: load the model again"):
-        executor.decode(None)
+        executor.decode(batch_of([1], 1))
     executor.close()
     with LLMEngine.from_plugins(**emulated.selection) as again:
         again.init_model("demo", DEMO_MODEL, runtime)
@@ -259,7 +260,7 @@ def test_a_failing_kernel_is_named_with_its_step_and_layer_and_the_engine_goes_o
 
     monkeypatch.setitem(kernels, "decode_layer", failing)
     config = GenerateConfig(max_new_tokens=4)
-    with pytest.raises(ExecutorError, match=r"^step 3, layer 1: kernel decode_layer on"):
+    with pytest.raises(ExecutorError, match=r"^step 2, layer 1: kernel decode_layer on"):
         emulated.generate("demo", "We hold", config)
     assert emulated.generate("demo", "We hold", config)
     allocator = emulated.model("demo").allocator
@@ -286,6 +287,41 @@ def test_a_tap_gets_the_documented_tensors_that_the_kernels_have(tmp_path):
     assert list(found) == list(expected)
 
 
+@pytest.mark.parametrize("make", [pypto, reference], ids=["pypto", "torch"])
+def test_a_step_is_its_embedding_its_layers_and_its_head(make, tmp_path):
+    loaded = written(tmp_path)
+    options = EMULATED if make is pypto else None
+    whole, parts = (
+        Running(make.create_executor(asked(loaded, options, page_size=16)), 8) for _ in range(2)
+    )
+    scheduler = Scheduler(KvCacheManager(whole.executor.kv_cache_spec, 8), 4, 64)
+    for i, prompt in enumerate(prompts(qwen3(), [20, 3])):
+        scheduler.add(Request(str(i), tuple(prompt), SamplingParams(), 4))
+    batch = scheduler.schedule().batch
+    whole.run("prefill", batch)
+    executor = parts.executor
+    hidden = executor.embed(batch)
+    for layer in range(loaded.config.num_layers):
+        hidden = executor.run_layer(layer, hidden, batch)
+        assert torch.equal(executor.read_kv(layer).key, whole.layers[layer].key)
+    assert torch.equal(executor.run_head(hidden[batch.logits_rows]), whole.logits)
+
+
+@pytest.mark.parametrize("make", [pypto, reference], ids=["pypto", "torch"])
+def test_a_layers_cache_is_replaced(make, tmp_path):
+    loaded = written(tmp_path)
+    options = EMULATED if make is pypto else None
+    running = Running(make.create_executor(asked(loaded, options, page_size=16)), 3)
+    shape = tuple(running.layers[1].key.shape)
+    new = KvLayer(torch.ones(shape).bfloat16(), torch.full(shape, 2.0).bfloat16())
+    running.executor.write_kv(1, new)
+    found = running.executor.read_kv(1)
+    assert torch.equal(found.key, new.key)
+    assert torch.equal(found.value, new.value)
+    assert torch.equal(running.layers[1].value, new.value)
+    assert not running.layers[0].key.any()
+
+
 # --- weights and tables ---------------------------------------------------------------------------
 
 
@@ -307,13 +343,14 @@ def test_the_rope_table_is_that_of_the_torch_executor_up_to_the_last_position(ro
 
 
 class Elsewhere(EmulatedDevice):
-    """Memory that is not the host's: what is kept is copied, and how much is not yet is counted."""
+    """Memory that is not the host's: what is kept is copied; originals still alive are counted."""
 
     def __init__(self) -> None:
         self.waiting: set[int] = set()
-        self.most = 0
+        self.most = self.kept = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
+        self.kept += 1
         if id(tensor) not in self.waiting:
             self.waiting.add(id(tensor))
             weakref.finalize(tensor, self.waiting.discard, id(tensor))
@@ -329,11 +366,24 @@ def test_no_more_than_one_packed_layer_is_in_host_memory_at_a_time(tmp_path):
     assert 1 <= device.most <= 11
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("make", [pypto, reference], ids=["pypto", "torch"])
+def test_every_weight_is_given_back_as_the_checkpoint_has_it(make, tmp_path, tied):
+    loaded = written(tmp_path, qwen3(tie_word_embeddings=tied))
+    executor = make.create_executor(asked(loaded, EMULATED if make is pypto else None))
+    for name, shape in expected_tensors(loaded.config).items():
+        weight = executor.weight(name)
+        assert tuple(weight.shape) == shape
+        assert torch.equal(weight.bfloat16(), loaded.weights.get(name)), name
+    with pytest.raises(KeyError):
+        executor.weight("model.layers.0.self_attn.r_proj.weight")
+
+
 def test_weights_that_stay_on_the_host_are_not_kept_on_the_device(tmp_path):
     request, device = asked(written(tmp_path)), Elsewhere()
     shape = layer_shape(request.model_config, request.runtime_config)
     kept = pypto_executor.load(request, shape, device, weights_on_device=False)
-    assert device.most == 2  # the RoPE tables
+    assert device.kept == 2  # the RoPE tables
     kept.close()
 
 
@@ -415,18 +465,21 @@ def test_a_step_beyond_what_the_kernels_are_compiled_for_is_an_error(tmp_path):
         ([1, 1, 1], 1, "at most 2 sequences, found 3"),
         ([1], 33, "at most 32 tokens of a sequence, found 33"),
     ):
-        rows = sum(lengths)
-        batch = StepBatch(
-            token_ids=torch.zeros(rows, dtype=torch.int64),
-            positions=torch.zeros(rows, dtype=torch.int32),
-            slot_mapping=torch.arange(rows, dtype=torch.int32),
-            block_table=torch.zeros(len(lengths), 3, dtype=torch.int32),
-            context_lens=torch.full((len(lengths),), context, dtype=torch.int32),
-            query_starts=torch.tensor([0, *lengths]).cumsum(0).int(),
-            logits_rows=torch.tensor([0]),
-        )
         with pytest.raises(ExecutorError, match=message):
-            executor.prefill(batch)
+            executor.prefill(batch_of(lengths, context))
+
+
+def batch_of(lengths: Sequence[int], context: int) -> StepBatch:
+    rows = sum(lengths)
+    return StepBatch(
+        token_ids=torch.zeros(rows, dtype=torch.int64),
+        positions=torch.zeros(rows, dtype=torch.int32),
+        slot_mapping=torch.arange(rows, dtype=torch.int32),
+        block_table=torch.zeros(len(lengths), 3, dtype=torch.int32),
+        context_lens=torch.full((len(lengths),), context, dtype=torch.int32),
+        query_starts=torch.tensor([0, *lengths]).cumsum(0).int(),
+        logits_rows=torch.tensor([0]),
+    )
 
 
 def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path):
@@ -437,17 +490,26 @@ def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path):
             executor.bind_kv_cache(KvCacheManager(evolve(spec, **changed), 4).layers())
 
 
-def test_the_kernels_declare_the_order_of_rows_that_the_cache_is_asked_for(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
+def test_a_kernel_with_another_order_of_rows_is_refused(monkeypatch, tmp_path, kernel):
     request = asked(written(tmp_path))
-    shape = layer_shape(request.model_config, request.runtime_config)
-    assert pypto_executor.row_order(shape) == "HND"
-    other = tmp_path / "decode_layer.py"
-    text = source.path("decode_layer").read_text()
+    other, path = tmp_path / "other.py", source.path
+    text = path(kernel).read_text()
     other.write_text(text.replace('KV_ROW_ORDER = "HND"', 'KV_ROW_ORDER = "NHD"'))
-    path = source.path
-    monkeypatch.setattr(source, "path", lambda k: other if k == "decode_layer" else path(k))
-    with pytest.raises(ExecutorError, match="must declare one KV_ROW_ORDER, found"):
-        pypto_executor.row_order(shape)
+    monkeypatch.setattr(source, "path", lambda k: other if k == kernel else path(k))
+    assert f"kernel {kernel} declares KV_ROW_ORDER = 'NHD'" in refused(request)
+
+
+def test_qwen3_14b_runs_the_kernels_that_are_proved():
+    config = evolve(
+        load_checked(DEMO_MODEL).config,
+        hidden_size=5120,
+        intermediate_size=17408,
+        num_heads=40,
+        num_kv_heads=8,
+    )
+    runtime = RuntimeConfig(weight_dtype="bfloat16", kv_dtype="bfloat16")
+    assert layer_shape(config, runtime) == QWEN3_14B
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,6 @@ def request(loaded: LoadedModel, **runtime: Any) -> ExecutorRequest:
         runtime_config=RuntimeConfig(**settings | runtime),
         weights=loaded.weights,
         options=None,
-        report=lambda what, done, total: None,
     )
 
 

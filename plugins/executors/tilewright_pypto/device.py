@@ -43,6 +43,10 @@ class Device(Protocol):
         """What ``keep`` or ``allocate`` gave, as a CPU tensor of the same shape."""
         ...
 
+    def write(self, kept: Any, tensor: "Tensor") -> None:
+        """Replace the values of what ``keep`` or ``allocate`` gave."""
+        ...
+
     def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
         """Kernels of tilewright_kernels.qwen3_14b, compiled for a layer shape, by name."""
         ...

@@ -29,7 +29,10 @@ from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.device import Device, Kernel
-from tilewright_pypto.packing import pack_head, pack_layer, read_embedding
+from tilewright_pypto.packing import pack_head, pack_layer, read_embedding, unpack
+
+ROW_ORDER: RowOrder = "HND"
+"""Of the KV cache: what ``read_kv`` and ``bind_kv_cache`` take its rows for."""
 
 
 @frozen(kw_only=True)
@@ -40,10 +43,10 @@ class Model:
     kernels: Mapping[str, Kernel]
     embedding: Tensor
     """[vocab_size, hidden_size] BF16, on the host."""
-    rope: Mapping[str, Any]
+    rope: dict[str, Any]
     """``rope_cos`` and ``rope_sin``, [max_seq_len, head_dim] FP32."""
-    layers: Sequence[Mapping[str, Any]]
-    head: Mapping[str, Any]
+    layers: Sequence[dict[str, Any]]
+    head: dict[str, Any]
 
 
 def load(
@@ -51,6 +54,7 @@ def load(
 ) -> "PyptoExecutor":
     """Compile the kernels, then read, pack and hand over the weights, a layer at a time."""
     config, runtime, weights = request.model_config, request.runtime_config, request.weights
+    check_row_order(shape)
     kernels = device.load(source.KERNELS, shape)
     keep = device.keep if weights_on_device else _stay
     positions = runtime.max_seq_len
@@ -76,7 +80,7 @@ def load(
         head_dim=config.head_dim,
         page_size=shape.page_size,
         dtype="bfloat16",
-        row_order=row_order(shape),
+        row_order=ROW_ORDER,
         memory_limit=device.memory_limit,
         allocate=device.allocate,
     )
@@ -92,16 +96,16 @@ def _stay(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def row_order(shape: LayerShape) -> RowOrder:
-    """The order of the KV cache's rows that the layer kernels declare."""
-    declared = {
-        read_contract(source.path(kernel), kernel, shape.constants(kernel)).kv_row_order
-        for kernel in ("prefill_layer", "decode_layer")
-    }
-    match declared.pop() if len(declared) == 1 else declared:
-        case "HND" | "NHD" as order:
-            return order
-    raise ExecutorError(f"the layer kernels must declare one KV_ROW_ORDER, found {declared}")
+def check_row_order(shape: LayerShape) -> None:
+    """Raises ExecutorError for layer kernels that declare another order than the executor's."""
+    for kernel in ("prefill_layer", "decode_layer"):
+        constants = shape.constants(kernel)
+        declared = read_contract(source.path(kernel), kernel, constants).kv_row_order
+        if declared != ROW_ORDER:
+            raise ExecutorError(
+                f"kernel {kernel} declares KV_ROW_ORDER = {declared!r}, and executor pypto-npu "
+                f"lays the cache out as {ROW_ORDER!r}: the kernel must read its rows so"
+            )
 
 
 def rope_tables(config: ModelConfig, positions: int) -> dict[str, Tensor]:
@@ -115,7 +119,7 @@ def rope_tables(config: ModelConfig, positions: int) -> dict[str, Tensor]:
 
 
 class PyptoExecutor:
-    """An ``Executor`` (see tilewright.types) over the kernels of tilewright_kernels.qwen3_14b."""
+    """A ``LayerwiseExecutor`` (see tilewright.types) over tilewright_kernels.qwen3_14b."""
 
     def __init__(
         self, model: Model, device: Device, kv_cache_spec: KvCacheSpec, limits: ExecutorLimits
@@ -127,6 +131,7 @@ class PyptoExecutor:
         self._model: Model | None = model
         self._kv: list[tuple[Any, Any]] = []
         self._steps = 0
+        self._step: _Step | None = None
 
     def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
         """Raises ExecutorError for storage that is not as kv_cache_spec says."""
@@ -139,15 +144,14 @@ class PyptoExecutor:
         self._kv = [(self._rows(layer.key), self._rows(layer.value)) for layer in layers]
 
     def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        starts = batch.query_starts
-        chunks = {"query_starts": starts[:-1].contiguous(), "query_lens": starts.diff()}
-        return self._run("prefill_layer", batch, chunks, tap)
+        return self._run(batch, tap)
 
     def decode(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        return self._run("decode_layer", batch, {}, tap)
+        return self._run(batch, tap)
 
     def close(self) -> None:
         self._model = None
+        self._step = None
         self._kv = []
         self._device.close()
 
@@ -165,57 +169,92 @@ class PyptoExecutor:
             )
         return storage.view(-1, spec.head_dim)
 
-    @torch.inference_mode()
-    def _run(
-        self, kernel: str, batch: StepBatch, chunks: Mapping[str, Tensor], tap: "Tap | None"
-    ) -> Tensor:
-        model = self._model
-        if model is None:
-            raise ExecutorError("executor pypto-npu is closed: load the model again")
-        self._check(batch)
-        self._steps += 1
-        step = {
-            "context_lens": batch.context_lens,
-            "block_table": batch.block_table.flatten(),
-            "slot_mapping": batch.slot_mapping,
-            **chunks,
-            **model.rope,
-        }
-        hidden = F.embedding(batch.token_ids, model.embedding)
+    def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        hidden = F.embedding(batch.token_ids, self._opened().embedding)
         if tap:
             tap("embed", hidden)
-        for i, (weights, (keys, values)) in enumerate(zip(model.layers, self._kv, strict=True)):
-            out = torch.empty_like(hidden)
-            where = f"layer {i}"
-            cache = {"k_cache": keys, "v_cache": values}
-            self._call(model, kernel, where, **step, **weights, **cache, hidden=hidden, out=out)
-            hidden = out
-            if tap:
-                self._tap_cache(tap, i, batch, keys, values)
-                tap(f"layers.{i}.output", hidden)
-        wanted = hidden[batch.logits_rows]
-        logits = torch.empty(wanted.shape[0], model.config.vocab_size)
-        if len(wanted):
-            self._call(model, "head", "the head", **model.head, hidden=wanted, logits=logits)
+        return hidden
+
+    def run_layer(
+        self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
+    ) -> Tensor:
+        model, step = self._opened(), self._prepared(batch)
+        keys, values = self._kv[layer]
+        out = torch.empty_like(hidden)
+        tensors = step.tensors | model.rope | model.layers[layer]
+        tensors |= {"k_cache": keys, "v_cache": values, "hidden": hidden, "out": out}
+        self._call(step.kernel, f"layer {layer}", tensors)
+        if tap:
+            self._tap_cache(tap, layer, batch)
+            tap(f"layers.{layer}.output", out)
+        return out
+
+    def run_head(self, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
+        model = self._opened()
+        logits = torch.empty(hidden.shape[0], model.config.vocab_size)
+        if len(hidden):
+            self._call("head", "the head", model.head | {"hidden": hidden, "logits": logits})
         if tap:
             tap("logits", logits)
         return logits
 
-    def _call(self, model: Model, kernel: str, where: str, **tensors: Any) -> None:
-        try:
-            model.kernels[kernel](**tensors)
-        except ExecutorError as error:
-            raise ExecutorError(f"step {self._steps}, {where}: {error}") from error
-
-    def _tap_cache(self, tap: Tap, layer: int, batch: StepBatch, keys: Any, values: Any) -> None:
-        """What the step's tokens have in the KV cache: values as projected, keys rotated."""
+    def read_kv(self, layer: int) -> KvLayer:
         spec = self.kv_cache_spec
-        slots = batch.slot_mapping.long()
-        page, offset = slots // spec.page_size, slots % spec.page_size
-        for name, cache in (("v_proj", values), ("k_rope", keys)):
-            rows = self._device.read(cache)
-            pages = rows.view(-1, spec.num_kv_heads, spec.page_size, spec.head_dim)
-            tap(f"layers.{layer}.{name}", pages[page, :, offset])
+        pages = (-1, spec.num_kv_heads, spec.page_size, spec.head_dim)
+        return KvLayer(*(self._device.read(rows).view(pages) for rows in self._kv[layer]))
+
+    def write_kv(self, layer: int, cache: KvLayer) -> None:
+        for rows, new in zip(self._kv[layer], (cache.key, cache.value), strict=True):
+            self._device.write(rows, new.reshape(-1, new.shape[-1]))
+
+    def weight(self, name: str) -> Tensor:
+        model = self._opened()
+        if name == "model.embed_tokens.weight":
+            return model.embedding
+        return unpack(name, model.layers, model.head, self._device.read)
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        hidden = self.embed(batch, tap)
+        for layer in range(self.kv_cache_spec.num_layers):
+            hidden = self.run_layer(layer, hidden, batch, tap)
+        return self.run_head(hidden[batch.logits_rows], tap)
+
+    def _opened(self) -> Model:
+        if self._model is None:
+            raise ExecutorError("executor pypto-npu is closed: load the model again")
+        return self._model
+
+    def _prepared(self, batch: StepBatch) -> "_Step":
+        """What all layers' kernels get of a step, made when its first layer runs."""
+        if self._step is None or self._step.batch is not batch:
+            self._check(batch)
+            tensors = {
+                "context_lens": batch.context_lens,
+                "block_table": batch.block_table.flatten(),
+                "slot_mapping": batch.slot_mapping,
+            }
+            kernel = "decode_layer"
+            if len(batch.token_ids) != len(batch.context_lens):
+                kernel = "prefill_layer"
+                starts = batch.query_starts
+                tensors |= {"query_starts": starts[:-1].contiguous(), "query_lens": starts.diff()}
+            self._step = _Step(self._steps, batch, kernel, tensors)
+            self._steps += 1
+        return self._step
+
+    def _call(self, kernel: str, where: str, tensors: Mapping[str, Any]) -> None:
+        try:
+            with torch.inference_mode():
+                self._opened().kernels[kernel](**tensors)
+        except ExecutorError as error:
+            raise ExecutorError(f"step {self._steps - 1}, {where}: {error}") from error
+
+    def _tap_cache(self, tap: Tap, layer: int, batch: StepBatch) -> None:
+        """What the step's tokens have in the KV cache: values as projected, keys rotated."""
+        slots, size = batch.slot_mapping.long(), self.kv_cache_spec.page_size
+        cache = self.read_kv(layer)
+        for name, pages in (("v_proj", cache.value), ("k_rope", cache.key)):
+            tap(f"layers.{layer}.{name}", pages[slots // size, :, slots % size])
 
     def _check(self, batch: StepBatch) -> None:
         """What the kernels are compiled for is not to be passed: they would leave their buffers."""
@@ -229,3 +268,14 @@ class PyptoExecutor:
                     f"the kernels are compiled for steps of at most {most} {what}, found {found}: "
                     "keep to the executor's limits"
                 )
+
+
+@frozen(eq=False)
+class _Step:
+    number: int
+    """From 0."""
+    batch: StepBatch
+    kernel: str
+    """Of the layers: where each sequence has one token, that of decode."""
+    tensors: dict[str, Tensor]
+    """The parameters of it that are the same in all layers."""

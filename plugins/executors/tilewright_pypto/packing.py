@@ -1,6 +1,7 @@
 """A checkpoint's weights as the kernels take them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,24 @@ def pack_head(weights: TensorSource, embedding: "Tensor | None") -> Iterator[tup
     """
     yield "final_norm", _norm(weights, "model.norm.weight")
     yield "lm_head", _read(weights, "lm_head.weight") if embedding is None else embedding
+
+
+def unpack(
+    name: str,
+    layers: Sequence[Mapping[str, Any]],
+    head: Mapping[str, Any],
+    read: Callable[[Any], Tensor],
+) -> Tensor:
+    """A packed weight as the checkpoint names and shapes it. Raises KeyError."""
+    if name == "lm_head.weight":
+        return read(head["lm_head"])
+    if name == "model.norm.weight":
+        return read(head["final_norm"])[0]
+    layer, _, tensor = name.removeprefix("model.layers.").partition(".")
+    known = {n: parameter for parameter, n in (NORMS | PROJECTIONS).items()}
+    parameter = known[tensor.removesuffix(".weight")]
+    packed = read(layers[int(layer)][parameter])
+    return packed[0] if parameter in NORMS else packed.t()
 
 
 def read_embedding(weights: TensorSource) -> Tensor:

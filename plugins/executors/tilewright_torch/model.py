@@ -6,7 +6,7 @@ rotary embedding and softmax all is float32. With a 16-bit dtype rotary tables a
 stay in float32, where transformers rounds them too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +57,18 @@ class Model:
     layers: Sequence[Layer]
     final_norm: Tensor
     head: Linear
+    weights: Mapping[str, Tensor]
+    """All of the above, by the checkpoint's names and in its shapes."""
 
 
 def load(config: ModelConfig, weights: TensorSource, dtype: torch.dtype) -> Model:
     """Read the weights one by one; those of this dtype are used as they are, uncopied."""
 
+    read: dict[str, Tensor] = {}
+
     def get(name: str) -> Tensor:
-        return weights.get(name).to(dtype)
+        read[name] = weights.get(name).to(dtype)
+        return read[name]
 
     def projection(name: str, bias: bool) -> Linear:
         return linear(get(f"{name}.weight"), get(f"{name}.bias") if bias else None)
@@ -96,11 +101,12 @@ def load(config: ModelConfig, weights: TensorSource, dtype: torch.dtype) -> Mode
         layers=[layer(f"model.layers.{i}") for i in range(config.num_layers)],
         final_norm=get("model.norm.weight"),
         head=linear(embedding if config.tie_word_embeddings else get("lm_head.weight")),
+        weights=read,
     )
 
 
 class TorchExecutor:
-    """An ``Executor`` (see tilewright.types) on the CPU."""
+    """A ``LayerwiseExecutor`` (see tilewright.types) on the CPU."""
 
     device = "cpu"
     limits = ExecutorLimits()
@@ -110,6 +116,7 @@ class TorchExecutor:
         self._model: Model | None = model
         self._rotary = rotary(model.config)
         self._kv: list[tuple[Tensor, Tensor]] = []
+        self._step: _Step | None = None
 
     def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
         """Raises ExecutorError for storage that is not as kv_cache_spec says."""
@@ -134,50 +141,99 @@ class TorchExecutor:
 
     def close(self) -> None:
         self._model = None
+        self._step = None
         self._kv = []
 
-    @torch.inference_mode()
-    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
-        model = self._model
-        if model is None:
-            raise ExecutorError("executor torch is closed: load the model again")
-        config = model.config
-        compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
-        attention: dict[int | None, Attend] = {
-            window: paged_attention(batch, self.kv_cache_spec.page_size, window, compute)
-            for window in {config.window(i) for i in range(config.num_layers)}
-        }
-        cos, sin = self._rotary(batch)
-        slots = batch.slot_mapping.long()
-
-        x = F.embedding(batch.token_ids, model.embedding)
+    def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        x = F.embedding(batch.token_ids, self._opened().embedding)
         if tap:
             tap("embed", x)
-        for i, layer in enumerate(model.layers):
-            layer_tap = _of_layer(tap, i) if tap else None
-            x = x + _attention(
-                layer,
-                config,
-                x,
-                cos,
-                sin,
-                self._kv[i],
-                slots,
-                attention[config.window(i)],
-                layer_tap,
-            )
-            if layer_tap:
-                layer_tap("attn_residual", x)
-            x = x + _mlp(layer, config, x, layer_tap)
-            if layer_tap:
-                layer_tap("output", x)
-        x = rms_norm(x[batch.logits_rows], model.final_norm, config.norm_eps)
+        return x
+
+    @torch.inference_mode()
+    def run_layer(
+        self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
+    ) -> Tensor:
+        model, step = self._opened(), self._prepared(batch)
+        config, weights = model.config, model.layers[layer]
+        layer_tap = _of_layer(tap, layer) if tap else None
+        x = hidden + _attention(
+            weights,
+            config,
+            hidden,
+            step.cos,
+            step.sin,
+            self._kv[layer],
+            step.slots,
+            step.attention[config.window(layer)],
+            layer_tap,
+        )
+        if layer_tap:
+            layer_tap("attn_residual", x)
+        x = x + _mlp(weights, config, x, layer_tap)
+        if layer_tap:
+            layer_tap("output", x)
+        return x
+
+    @torch.inference_mode()
+    def run_head(self, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
+        model = self._opened()
+        x = rms_norm(hidden, model.final_norm, model.config.norm_eps)
         if tap:
             tap("final_norm", x)
         logits = model.head(x).float()
         if tap:
             tap("logits", logits)
         return logits
+
+    def read_kv(self, layer: int) -> KvLayer:
+        page = self.kv_cache_spec.page_size
+        return KvLayer(*(rows.view(-1, page, *rows.shape[1:]) for rows in self._kv[layer]))
+
+    def write_kv(self, layer: int, cache: KvLayer) -> None:
+        for rows, new in zip(self._kv[layer], (cache.key, cache.value), strict=True):
+            rows.copy_(new.flatten(0, 1))
+
+    def weight(self, name: str) -> Tensor:
+        return self._opened().weights[name]
+
+    @torch.inference_mode()
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        x = self.embed(batch, tap)
+        for layer in range(self.kv_cache_spec.num_layers):
+            x = self.run_layer(layer, x, batch, tap)
+        return self.run_head(x[batch.logits_rows], tap)
+
+    def _opened(self) -> Model:
+        if self._model is None:
+            raise ExecutorError("executor torch is closed: load the model again")
+        return self._model
+
+    def _prepared(self, batch: StepBatch) -> "_Step":
+        """What all layers need of a step, made when its first layer runs."""
+        if self._step is None or self._step.batch is not batch:
+            model, page_size = self._opened(), self.kv_cache_spec.page_size
+            compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
+            windows = {model.config.window(i) for i in range(model.config.num_layers)}
+            cos, sin = self._rotary(batch)
+            self._step = _Step(
+                batch=batch,
+                cos=cos,
+                sin=sin,
+                slots=batch.slot_mapping.long(),
+                attention={w: paged_attention(batch, page_size, w, compute) for w in windows},
+            )
+        return self._step
+
+
+@frozen(kw_only=True, eq=False)
+class _Step:
+    batch: StepBatch
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    attention: dict[int | None, Attend]
+    """By sliding window."""
 
 
 def _of_layer(tap: Tap, layer: int) -> Tap:

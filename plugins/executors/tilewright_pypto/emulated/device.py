@@ -27,6 +27,9 @@ class EmulatedDevice:
     def read(self, kept: Tensor) -> Tensor:
         return kept
 
+    def write(self, kept: Tensor, tensor: Tensor) -> None:
+        kept.copy_(tensor)
+
     def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
         return {kernel: source.load(kernel, shape, language) for kernel in kernels}
 
