@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,12 +33,13 @@ from transformers import Qwen3Config
 from tilewright import registry
 from tilewright.config import DEMO_MODEL
 from tilewright.formats import InstalledFormats
-from tilewright.types import LoadedModel, LoadRequest
+from tilewright.types import LoadedModel, LoadRequest, ModelConfig, RuntimeConfig
 from tilewright_hf.loader import load_model
 from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B, LayerShape
 from tilewright_pypto.emulated import KernelError, language
+from tilewright_pypto.fit import layer_shape
 from tilewright_torch.model import load, rms_norm
 
 
@@ -197,16 +197,9 @@ def loaded_from(directory: Path) -> LoadedModel:
     )
 
 
-def shape_of(config: Any) -> LayerShape:
-    return LayerShape(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        page_size=32,
-        norm_eps=config.norm_eps,
-    )
+def shape_of(config: ModelConfig) -> LayerShape:
+    dtypes = {"weight_dtype": "bfloat16", "kv_dtype": "bfloat16"}
+    return layer_shape(config, RuntimeConfig(page_size=32, **dtypes))
 
 
 @pytest.mark.parametrize("which", ["demo", "gqa-5", "gqa-8"])

@@ -1,1 +1,1 @@
-"""Qwen3 dense decoder layers as PyPTO kernels, for any layer shape; Qwen3-14B's is the default."""
+"""Qwen3 dense decoder layers as PyPTO kernels, for any layer shape that their tiles can serve."""

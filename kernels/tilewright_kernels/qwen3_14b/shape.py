@@ -35,8 +35,11 @@ class LayerShape:
     max_tokens: int = 512
     """Tokens in one prefill step, of all its sequences."""
 
-    prefill_rows: int = 16
-    """Tokens in a tile of prefill."""
+    prefill_rows: int = field(
+        default=Factory(lambda s: 64 if s.hidden >= 1024 else 16, takes_self=True)
+    )
+    """Tokens in a tile of prefill. The weights are read once a tile: where they are large, more
+    rows are worth more than the padding of a short prompt."""
     decode_rows: int = 16
     kv_tile: int = field(
         default=Factory(lambda s: _widest(s.page_size, limit=128), takes_self=True)
@@ -138,8 +141,7 @@ QWEN3_14B = LayerShape(
     kv_heads=8,
     head_dim=128,
     page_size=128,
-    max_tokens=4096,
-    prefill_rows=64,
+    max_tokens=2048,
 )
 DEMO = LayerShape(
     hidden=256, intermediate=512, heads=4, kv_heads=2, head_dim=128, page_size=64, max_tokens=2048

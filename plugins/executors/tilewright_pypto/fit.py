@@ -10,6 +10,8 @@ PAGE_SIZE = 128
 """Tokens in a page of the KV cache, unless a user says otherwise: as many as attention's widest
 tile has keys."""
 
+OTHERWISE = "choose executor torch for it"
+
 
 def layer_shape(config: ModelConfig, runtime: RuntimeConfig) -> LayerShape:
     """The shape to compile the kernels for.
@@ -31,25 +33,28 @@ def layer_shape(config: ModelConfig, runtime: RuntimeConfig) -> LayerShape:
             max_tokens=max(runtime.max_batch_tokens, runtime.max_batch_size),
         )
     except ValueError as error:
-        raise ExecutorError(f"executor pypto-npu: {error} ({config.architecture})") from error
+        advice = "set page_size to one" if "page_size" in str(error) else OTHERWISE
+        raise ExecutorError(
+            f"executor pypto-npu: {error} ({config.architecture}): {advice}"
+        ) from error
 
 
 def _misfits(config: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[str, str, str]]:
     """What does not fit: expected, found, advice."""
-    name, torch = config.architecture, "choose executor torch for it"
+    name = config.architecture
     if not config.qk_norm:
         yield (
             "runs dense Qwen3 models, which have a norm of each query and key head",
             f"{name} without one",
-            torch,
+            OTHERWISE,
         )
     for field in ("qkv_bias", "output_bias", "mlp_bias"):
         if getattr(config, field):
-            yield "has kernels without biases", f"{field} in {name}", torch
+            yield "has kernels without biases", f"{field} in {name}", OTHERWISE
     if any(window is not None for window in config.sliding_windows):
-        yield "has kernels for full attention", f"sliding windows in {name}", torch
+        yield "has kernels for full attention", f"sliding windows in {name}", OTHERWISE
     if config.rope.kind == "dynamic":
-        yield "reads RoPE from a table", f"dynamic RoPE in {name}, whose angles change", torch
+        yield "reads RoPE from a table", f"dynamic RoPE in {name}, whose angles change", OTHERWISE
     for field in ("weight_dtype", "kv_dtype"):
         dtype = getattr(runtime, field)
         if dtype != "bfloat16":
