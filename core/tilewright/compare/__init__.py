@@ -1,0 +1,6 @@
+"""Where does it first go wrong: two executors on one model, tensor by tensor."""
+
+from tilewright.compare.run import Comparison, compare
+from tilewright.compare.sides import Choice
+
+__all__ = ["Choice", "Comparison", "compare"]

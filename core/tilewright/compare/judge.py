@@ -1,0 +1,158 @@
+"""Whether a tensor is as it should be: its distance from the truth against what rounding costs."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from tilewright.compare.metrics import Difference, difference
+from tilewright.types import Phase
+
+Mode = Literal["chained", "isolated"]
+
+FACTOR = 1.5
+"""How many times the baseline's error a candidate's may be."""
+ROW_FACTOR = 2.5
+"""The same for the row that is worst: the largest of many errors scatters more than their mean."""
+FLOOR = {torch.float32: 2e-5, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+"""Relative RMS that is never too much in a candidate's dtype, where the baseline happens to be
+exact: the order of summation in FP32, half a rounding step in 16 bits."""
+
+
+@frozen(kw_only=True)
+class Place:
+    """Where in a run a tensor belongs."""
+
+    mode: Mode
+    phase: Phase
+    step: int
+    """From 0: the prefill steps, then the decode steps."""
+    tensor: str
+    """As docs/tensors.md names it, or ``layers.N.k_cache`` and ``layers.N.v_cache``."""
+
+    @property
+    def layer(self) -> int | None:
+        head, _, rest = self.tensor.partition(".")
+        return int(rest.partition(".")[0]) if head == "layers" else None
+
+    @property
+    def stage(self) -> str:
+        return self.tensor.rpartition(".")[2]
+
+
+@frozen(kw_only=True)
+class Finding:
+    """One tensor of one step, judged."""
+
+    place: Place
+    passed: bool
+    why: str
+    """Of one that did not pass, in words; else empty."""
+    candidate: Difference | None = None
+    """From the truth. None: there was nothing to measure."""
+    baseline: Difference | None = None
+    worst_row: tuple[float, float] = field(default=(0.0, 0.0))
+    """Relative error of the row that is worst, of the candidate and of the baseline."""
+    limit: float = 0.0
+    """What candidate.relative_rms may be."""
+
+    @property
+    def excess(self) -> float:
+        """The candidate's error over its limit: above 1 it is too large."""
+        if self.candidate is None:
+            return float("inf")
+        return self.candidate.relative_rms / self.limit if self.limit else 0.0
+
+
+def judge(place: Place, candidate: "Tensor | None", baseline: Tensor, truth: Tensor) -> Finding:
+    """A candidate passes when it is hardly farther from the truth than the baseline is."""
+    if candidate is None:
+        return Finding(place=place, passed=False, why="the candidate has no such tensor")
+    if candidate.shape != truth.shape:
+        return Finding(
+            place=place,
+            passed=False,
+            why=f"its shape is {list(candidate.shape)}, expected {list(truth.shape)}",
+        )
+    found, near = difference(candidate, truth), difference(baseline, truth)
+    floor = FLOOR.get(candidate.dtype, FLOOR[torch.float32])
+    if place.stage == "logits":  # float32 by contract, computed in the weights' dtype
+        floor = FLOOR.get(baseline.dtype, floor)
+    limit = FACTOR * near.relative_rms + floor
+    rows = row_error(candidate, truth), row_error(baseline, truth)
+    row_limit = ROW_FACTOR * rows[1] + 4 * floor
+    why = ""
+    if found.candidate_nonfinite > found.reference_nonfinite:
+        why = f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
+    elif found.relative_rms > limit:
+        why = f"its error is {found.relative_rms:.2g}, where rounding explains {limit:.2g}"
+    elif rows[0] > row_limit:
+        why = f"a row's error is {rows[0]:.2g}, where rounding explains {row_limit:.2g}"
+    return Finding(
+        place=place,
+        passed=not why,
+        why=why,
+        candidate=found,
+        baseline=near,
+        worst_row=rows,
+        limit=limit,
+    )
+
+
+def row_error(tensor: Tensor, truth: Tensor) -> float:
+    """The largest of the rows' error norms, over the root mean square of the truth's row norms."""
+    error = (tensor.double() - truth.double()).flatten(1).norm(dim=1)
+    norm = truth.double().flatten(1).norm(dim=1).pow(2).mean().sqrt()
+    return float(error.nan_to_num(nan=float("inf")).max() / norm) if norm else 0.0
+
+
+@frozen(kw_only=True)
+class LogitsAgreement:
+    """One row of logits of a step, candidate against truth."""
+
+    step: int
+    request: int
+    same_argmax: bool
+    top_5: float
+    """Share of the truth's five likeliest tokens that are among the candidate's."""
+    top_50: float
+    kl: float
+    """Kullback-Leibler divergence of the candidate's distribution from the truth's, in nats."""
+    margin: float
+    """Between the truth's two largest logits."""
+    error: float
+    """The candidate's largest error in a logit. A margin below twice that is a near-tie."""
+
+    @property
+    def near_tie(self) -> bool:
+        return self.margin < 2 * self.error
+
+
+def logits_agreement(
+    step: int, requests: Sequence[int], candidate: Tensor, truth: Tensor
+) -> list[LogitsAgreement]:
+    """candidate and truth: [L, vocab_size], a row a request."""
+    found = []
+    for request, ours, theirs in zip(requests, candidate.double(), truth.double(), strict=True):
+        top = theirs.topk(min(2, len(theirs))).values
+        p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
+        found.append(
+            LogitsAgreement(
+                step=step,
+                request=request,
+                same_argmax=bool(ours.argmax() == theirs.argmax()),
+                top_5=_shared(ours, theirs, 5),
+                top_50=_shared(ours, theirs, 50),
+                kl=float((p.exp() * (p - q)).sum()),
+                margin=float(top[0] - top[-1]),
+                error=float((ours - theirs).abs().max()),
+            )
+        )
+    return found
+
+
+def _shared(a: Tensor, b: Tensor, k: int) -> float:
+    k = min(k, len(a))
+    return len(set(a.topk(k).indices.tolist()) & set(b.topk(k).indices.tolist())) / k

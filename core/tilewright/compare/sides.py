@@ -1,0 +1,218 @@
+"""The executors of a comparison: each with an engine, a KV cache and page tables of its own."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import define, evolve, field, frozen
+from torch import Tensor
+
+from tilewright.engine import LLMEngine, ServedModel
+from tilewright.errors import ConfigError
+from tilewright.scheduler import Request, Scheduler, Step
+from tilewright.types import KvLayer, RuntimeConfig, SamplingParams
+
+MODEL_ID = "compared"
+
+Tensors = dict[str, Tensor]
+"""By the names of docs/tensors.md."""
+
+
+@frozen(kw_only=True)
+class Choice:
+    """An executor, and how it runs the model."""
+
+    executor: str
+    options: Mapping[str, Any] = {}
+    runtime: RuntimeConfig = RuntimeConfig()
+    loader: str = "hf-local"
+
+
+@define(eq=False)
+class Side:
+    """One executor of a comparison, and the same requests as on the other sides."""
+
+    name: str
+    engine: LLMEngine
+    scheduler: Scheduler
+    requests: Sequence[Request]
+    surprise: Tensor = field(factory=lambda: torch.zeros(2, dtype=torch.float64))
+
+    def next_step(self) -> Step | None:
+        return self.scheduler.schedule()
+
+    def done(self, step: Step, tokens: Sequence[int]) -> None:
+        """The step has run, and these are the next tokens of the requests that it sampled."""
+        for request, token in zip(step.sampled, tokens, strict=True):
+            request.output_token_ids.append(token)
+        self.scheduler.done(step)
+        for request in step.sampled:
+            if len(request.output_token_ids) == request.max_new_tokens:
+                self.scheduler.remove(request)
+
+    def restart(self) -> None:
+        """The same requests from their beginning, in a cache that still holds what it held."""
+        for request in self.requests:
+            self.scheduler.remove(request)
+        self.requests = [evolve(r, output_token_ids=[], num_computed=0) for r in self.requests]
+        for request in self.requests:
+            self.scheduler.add(request)
+
+    @property
+    def model(self) -> ServedModel:
+        return self.engine.model(MODEL_ID)
+
+    @property
+    def executor(self) -> Any:
+        return self.model.executor
+
+    @property
+    def layerwise(self) -> bool:
+        return hasattr(self.executor, "run_layer")
+
+    def parts(self, step: Step) -> Iterator[Tensors]:
+        """Run a step: what it taps before, in each layer, and after, in turn.
+
+        What an executor hands over is copied: it may use the memory again.
+        """
+        seen: Tensors = {}
+
+        def tap(name: str, tensor: Tensor) -> None:
+            seen[name] = tensor.clone()
+
+        executor, batch = self.executor, step.batch
+        layers = executor.kv_cache_spec.num_layers
+        if not self.layerwise:
+            (executor.prefill if step.phase == "prefill" else executor.decode)(batch, tap)
+            yield {n: t for n, t in seen.items() if n == "embed"}
+            for i in range(layers):
+                yield {n: t for n, t in seen.items() if n.startswith(f"layers.{i}.")}
+            yield {n: t for n, t in seen.items() if n in ("final_norm", "logits")}
+            return
+        hidden = executor.embed(batch, tap)
+        for i in range(layers):
+            yield seen.copy()
+            seen.clear()
+            hidden = executor.run_layer(i, hidden, batch, tap)
+        yield seen.copy()
+        seen.clear()
+        executor.run_head(hidden[batch.logits_rows], tap)
+        if step.phase == "prefill":
+            self.surprise += self._surprise(step, executor.run_head(hidden))
+        yield seen
+
+    def _surprise(self, step: Step, logits: Tensor) -> Tensor:
+        """Nats, and how many tokens: those that follow a chunk's tokens in their prompts."""
+        starts = step.batch.query_starts.tolist()
+        nats = torch.zeros(2, dtype=torch.float64)
+        for request, start, stop in zip(step.requests, starts, starts[1:], strict=False):
+            first = request.num_computed + 1
+            following = torch.tensor(request.prompt_token_ids[first : first + stop - start])
+            rows = logits[start : start + len(following)].double().log_softmax(-1)
+            nats[0] -= rows.gather(1, following.unsqueeze(1)).sum() if len(following) else 0.0
+            nats[1] += len(following)
+        return nats
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of all prompts together; None where layers cannot be run alone, or nothing follows."""
+        nats, tokens = self.surprise.tolist()
+        return math.exp(nats / tokens) if tokens else None
+
+    def kv(self, layer: int) -> KvLayer:
+        if self.layerwise:
+            return self.executor.read_kv(layer)  # type: ignore[no-any-return]
+        return self.model.allocator.layers()[layer]
+
+    def slots(self, request: Request, stop: int) -> Tensor:
+        """Of the request's first tokens, [stop] int64."""
+        return self.model.allocator.slots(request.request_id, 0, stop).long()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def open_side(
+    name: str,
+    choice: Choice,
+    model_dir: str,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    chunk: int,
+) -> Side:
+    """Raises what LLMEngine raises, and ConfigError for prompts that do not fit."""
+    engine = LLMEngine.from_plugins(
+        loader=choice.loader, executor=choice.executor, options={"executor": choice.options}
+    )
+    try:
+        runtime = evolve(
+            choice.runtime,
+            max_seq_len=max(map(len, prompts)) + new_tokens,
+            max_batch_size=len(prompts),
+            max_batch_tokens=chunk,
+        )
+        engine.init_model(MODEL_ID, model_dir, runtime)
+        model = engine.model(MODEL_ID)
+        if model.runtime.max_batch_size < len(prompts) or model.runtime.max_batch_tokens < chunk:
+            raise ConfigError(
+                f"{name} runs at most {model.runtime.max_batch_size} sequences and "
+                f"{model.runtime.max_batch_tokens} tokens in a step, and {len(prompts)} and "
+                f"{chunk} are asked for: give fewer prompts, or a smaller chunk"
+            )
+        requests = [
+            Request(f"prompt-{i}", tuple(ids), SamplingParams(), new_tokens)
+            for i, ids in enumerate(prompts)
+        ]
+        scheduler = Scheduler(model.allocator, len(prompts), chunk)
+        for request in requests:
+            scheduler.add(request)
+        return Side(name, engine, scheduler, requests)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def logical(side: Side, layer: int, request: Request, stop: int) -> KvLayer:
+    """A request's first tokens' keys and values, [stop, KV heads, head_dim], of any layout."""
+    spec, cache = side.executor.kv_cache_spec, side.kv(layer)
+    slots = side.slots(request, stop)
+    return KvLayer(*(_by_slot(t, spec.row_order)[slots] for t in (cache.key, cache.value)))
+
+
+def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
+    """Give target's layer what source's holds of the tokens before a step; the rest stays."""
+    spec = target.executor.kv_cache_spec
+    cache = target.executor.read_kv(layer)
+    new = KvLayer(cache.key.clone(), cache.value.clone())
+    for theirs, ours in zip(source.requests, target.requests, strict=True):
+        before = theirs.num_computed
+        if not before or theirs.request_id not in {r.request_id for r in step.requests}:
+            continue
+        known, slots = logical(source, layer, theirs, before), target.slots(ours, before)
+        for tensor, values in ((new.key, known.key), (new.value, known.value)):
+            _by_slot(tensor, spec.row_order)[slots] = values.to(tensor.dtype)
+    target.executor.write_kv(layer, new)
+
+
+def _by_slot(cache: Tensor, row_order: str) -> "_Slots":
+    return _Slots(cache, row_order)
+
+
+@frozen(eq=False)
+class _Slots:
+    """A cache tensor indexed by slot: [slots, KV heads, head_dim]."""
+
+    cache: Tensor
+    row_order: str
+
+    def _index(self, slots: Tensor) -> tuple[Any, ...]:
+        page_size = self.cache.shape[1 if self.row_order == "NHD" else 2]
+        page, offset = slots // page_size, slots % page_size
+        return (page, offset) if self.row_order == "NHD" else (page, slice(None), offset)
+
+    def __getitem__(self, slots: Tensor) -> Tensor:
+        return self.cache[self._index(slots)]
+
+    def __setitem__(self, slots: Tensor, values: Tensor) -> None:
+        self.cache[self._index(slots)] = values
