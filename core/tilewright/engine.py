@@ -314,7 +314,7 @@ class LLMEngine:
                 f"a model named {model_id!r} is already loaded; choose another model_id"
             )
         started = time.perf_counter()
-        loaded = self._load(str(model_dir), model_format, loader_options)
+        loaded = self.load(model_dir, model_format, **loader_options)
         try:
             runtime = _resolve_runtime(runtime_config or RuntimeConfig(), loaded)
             check_tensors(loaded.weights, loaded.config, loaded.source)
@@ -347,11 +347,18 @@ class LLMEngine:
         """What is in force where a request says nothing: the model's settings, or the built-in."""
         return self.model(model_id).generation_defaults
 
-    def _load(self, source: str, model_format: str | None, options: dict[str, Any]) -> LoadedModel:
+    def load(
+        self, model_dir: str | Path, model_format: str | None = None, **loader_options: Any
+    ) -> LoadedModel:
+        """What the loader says of a model: its configuration and tokenizer. Reads no weights.
+
+        As ``init_model`` without the executor; the caller closes its ``weights``.
+        """
+        self._check_open()
         loader, given = self._plugins["loader"], self.selection["options"]
         request = LoadRequest(
-            source=source,
-            options=loader.read_options(given, **options),
+            source=str(model_dir),
+            options=loader.read_options(given, **loader_options),
             weight_format=model_format,
             formats=InstalledFormats(self._manager, given),
         )

@@ -30,17 +30,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "combination of batch and prompt length. Prompts are random tokens."
     )
     group = parser.add_argument_group("measurement")
-    lists: dict[str, Any] = {"type": _positive, "nargs": "+", "metavar": "N"}
+    lists: dict[str, Any] = {"type": flags.positive, "nargs": "+", "metavar": "N"}
     group.add_argument("--batch", default=[1], help="prompts at once (1)", **lists)
     group.add_argument("--prompt-tokens", default=[128], help="their lengths (128)", **lists)
     group.add_argument(
-        "--new-tokens", type=_positive, default=64, metavar="N", help="tokens to generate (64)"
+        "--new-tokens", type=flags.positive, default=64, metavar="N", help="tokens to generate (64)"
     )
     group.add_argument(
-        "--repeat", type=_positive, default=5, metavar="N", help="rounds that count (5)"
+        "--repeat", type=flags.positive, default=5, metavar="N", help="rounds that count (5)"
     )
     group.add_argument(
-        "--warmup", type=_natural, default=1, metavar="N", help="rounds before them (1)"
+        "--warmup", type=flags.natural, default=1, metavar="N", help="rounds before them (1)"
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
     flags.add_engine_flags(parser)
@@ -158,17 +158,3 @@ def _check_lengths(args: argparse.Namespace, max_batch_size: int, max_seq_len: i
             f"--prompt-tokens {max(args.prompt_tokens)} and --new-tokens {args.new_tokens} make "
             f"{longest} tokens, above max_seq_len = {max_seq_len}: lower them"
         )
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text!r}")
-    return int(text)

@@ -26,10 +26,10 @@ PROMPT = "prompts.text"
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that choose model and plugins, and set how the model runs."""
     model = parser.add_argument_group("model")
-    _add(model, "model", {"path", "format"})
-    _add(parser.add_argument_group("runtime"), "runtime")
+    add(model, "model", {"path", "format"})
+    add(parser.add_argument_group("runtime"), "runtime")
     plugins = parser.add_argument_group("plugins")
-    _add(plugins, "plugins")
+    add(plugins, "plugins")
     plugins.add_argument(
         "-o",
         "--option",
@@ -47,17 +47,17 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of a generation."""
-    _add(parser.add_argument_group("generation"), "generate")
+    add(parser.add_argument_group("generation"), "generate")
 
 
 def add_prompt_flag(parser: argparse.ArgumentParser) -> None:
     """For commands whose argument is not the prompt."""
-    _add(parser, "prompts", {"text"})
+    add(parser, "prompts", {"text"})
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for prompt files, and for where results go."""
-    _add(parser.add_argument_group("prompts"), "prompts", {"file"})
+    add(parser.add_argument_group("prompts"), "prompts", {"file"})
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json",
@@ -66,7 +66,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         const="jsonl",
         help="print a JSON object a result",
     )
-    _add(output, "output", {"file"})
+    add(output, "output", {"file"})
     output.add_argument(
         "--stats",
         action="store_true",
@@ -89,10 +89,10 @@ def layer(args: argparse.Namespace) -> Layer:
         given[place] = Given([text], "PROMPT")
     if isinstance(bias := getattr(args, "generate.logit_bias", None), list):
         given["generate", "logit_bias"] = Given(
-            dict(_split(item, "--logit-bias", "ID=VALUE") for item in bias), "--logit-bias"
+            dict(split(item, "--logit-bias", "ID=VALUE") for item in bias), "--logit-bias"
         )
     for item in getattr(args, _OPTIONS, None) or ():
-        key, value = _split(item, "-o", "KEY=VALUE")
+        key, value = split(item, "-o", "KEY=VALUE")
         given[option_place(key)] = Given(value, f"-o {key}")
     return given
 
@@ -122,9 +122,10 @@ def flag_name(section: str, key: str) -> str:
     return _NAMES.get((section, key), f"--{key.replace('_', '-')}")
 
 
-def _add(
+def add(
     group: "argparse._ActionsContainer", section: str, chosen: Collection[str] | None = None
 ) -> None:
+    """Flags for the settings of a section, or for some of them."""
     for option in options_of(SECTIONS[section]):
         if option.name in (chosen or keys(section)):
             group.add_argument(
@@ -163,7 +164,22 @@ def _help(section: str, option: Option) -> str:
     return f"{text} ({option.default})"
 
 
-def _split(item: str, flag: str, form: str) -> tuple[str, str]:
+def positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text!r}")
+    return int(text)
+
+
+def split(item: str, flag: str, form: str) -> tuple[str, str]:
+    """Key and value of an item of a flag. Raises ConfigError unless it has the form."""
     key, equals, value = item.partition("=")
     if not equals or not key:
         raise ConfigError(f"{flag}: expected {form}, found {item!r}")

@@ -32,7 +32,7 @@ def open_engine(resolved: Resolved) -> "Iterator[LLMEngine]":
     try:
         engine = LLMEngine.from_plugins(**selection)
     except ConfigError as error:
-        raise ConfigError(_with_origin(str(error), resolved)) from error
+        raise ConfigError(with_origin(str(error), resolved)) from error
     with engine:
         try:
             loaded = engine.init_model(
@@ -61,7 +61,7 @@ def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
     )
 
 
-def _with_origin(message: str, resolved: Resolved) -> str:
+def with_origin(message: str, resolved: Resolved) -> str:
     """Plugins read their options without knowing where they were given; the message names one."""
     for place, origin in resolved.origins.items():
         if place[0] == "options" and repr(place[-1]) in message:
@@ -95,6 +95,11 @@ class LoadingBar:
         self._progress.update(
             self._progress.task_ids[0], completed=bytes_read, tensors=self._tensors
         )
+
+    @hookimpl
+    def on_model_loaded(self) -> None:
+        self.stop()
+        self._tensors = 0
 
     def stop(self) -> None:
         if self._progress is not None:
