@@ -16,8 +16,9 @@ from tilewright.scheduler import Step
 from tilewright.types import DType
 from tilewright.weights import expected_tensors, torch_dtype
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is compared now, and how many steps of how many are done."""
+Progress = Callable[["Comparison", str, int, int], None]
+"""Called with the comparison so far, what is compared next, and how many steps of how many are
+done: when all sides are loaded, and after each step."""
 
 
 @frozen(kw_only=True)
@@ -64,6 +65,8 @@ class Comparison:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             return f"weight {wrong[0].name} is packed wrongly: {wrong[0].why}{more}"
         first = self.divergence
+        if first is None and not self.finished:
+            return f"not finished: no difference in {len(self.findings)} tensors so far"
         if first is None:
             return "equal: every tensor is as near to the truth as rounding allows"
         place = first.place
@@ -87,7 +90,7 @@ def compare(
     *,
     new_tokens: int = 8,
     chunk: int = 512,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda result, what, done, total: None,
 ) -> Comparison:
     """Run prompts, then new_tokens - 1 decode steps with the truth's greedy tokens on all sides.
 
@@ -115,13 +118,14 @@ def compare(
         )
         sides = _Sides(tried, near, truth)
         steps = -(-sum(map(len, prompts)) // chunk) + new_tokens - 1
+        progress(result, "weights", 0, steps)
         result.weights = list(sides.weights())
         tokens: list[list[int]] = []
         for number, step in enumerate(sides.chained(result, tokens)):
-            progress(f"chained, {step.phase}", number + 1, steps)
+            progress(result, f"chained, {step.phase}", number + 1, steps)
         if result.divergence and sides.layerwise:
             for number, step in enumerate(sides.isolated(result, tokens)):
-                progress(f"isolated, {step.phase}", number + 1, steps)
+                progress(result, f"isolated, {step.phase}", number + 1, steps)
         if truth.perplexity is not None and tried.perplexity is not None:
             result.perplexity = (truth.perplexity, tried.perplexity)
         result.finished = True

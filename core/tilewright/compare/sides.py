@@ -25,8 +25,14 @@ class Choice:
 
     executor: str
     options: Mapping[str, Any] = {}
+    """The executor's."""
     runtime: RuntimeConfig = RuntimeConfig()
     loader: str = "hf-local"
+    model_format: str | None = None
+    kv_allocator: str = "paged"
+    other_options: Mapping[str, Mapping[str, Any]] = {}
+    """Those of the other plugins, as LLMEngine.from_plugins takes them."""
+    observers: Sequence[str | object] = ()
 
 
 @define(eq=False)
@@ -143,7 +149,11 @@ def open_side(
 ) -> Side:
     """Raises what LLMEngine raises, and ConfigError for prompts that do not fit."""
     engine = LLMEngine.from_plugins(
-        loader=choice.loader, executor=choice.executor, options={"executor": choice.options}
+        loader=choice.loader,
+        executor=choice.executor,
+        kv_allocator=choice.kv_allocator,
+        observers=choice.observers,
+        options={**choice.other_options, "executor": choice.options},
     )
     try:
         runtime = evolve(
@@ -152,7 +162,7 @@ def open_side(
             max_batch_size=len(prompts),
             max_batch_tokens=chunk,
         )
-        engine.init_model(MODEL_ID, model_dir, runtime)
+        engine.init_model(MODEL_ID, model_dir, runtime, choice.model_format)
         model = engine.model(MODEL_ID)
         if model.runtime.max_batch_size < len(prompts) or model.runtime.max_batch_tokens < chunk:
             raise ConfigError(
