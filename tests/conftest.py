@@ -1,9 +1,11 @@
 """What many tests share: engines over the bundled model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from fake_pypto import checkout, machine, unimported
 
 from tilewright import LLMEngine, RuntimeConfig
 from tilewright.config import DEMO_MODEL
@@ -33,3 +35,16 @@ def engine() -> Iterator[LLMEngine]:
             allocator = engine.model("demo").allocator
             allocator.check_integrity()
             assert allocator.free_pages == 64, "a test left pages behind"
+
+
+@pytest.fixture
+def pypto_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The root of a fake PyPTO's checkout, on a machine that has all it needs."""
+    for name, value in machine(tmp_path / "machine").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("FAKE_PYPTO", "FAKE_PYPTO_MEMORY", "PYPTO_RUNTIME_LOG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tilewright_pypto.adapter._architecture", None)
+    with unimported():
+        yield checkout(tmp_path / "checkout")

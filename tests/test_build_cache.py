@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.errors import ExecutorError
-from tilewright_pypto.build_cache import STAMP, cached, default_folder, prepare
+from tilewright_pypto.build_cache import STAMP, cached, default_folder
 
 KEY = {"source": "def kernel(): ...", "platform": "a2a3sim"}
 
@@ -170,40 +170,35 @@ def start(tmp_path):
         process.stdout.close()
 
 
-def test_of_two_processes_one_compiles_and_the_other_waits(tmp_path, start):
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    first = start(folder)
+@pytest.fixture
+def two(tmp_path, start):
+    """A process that compiles, and another that waits for it."""
+    first = start(tmp_path / "cache")
     assert first.stdout.readline() == "compiling kernel\n"
-    second = start(folder)
+    second = start(tmp_path / "cache")
     assert second.stdout.readline() == "waiting for another process that compiles kernel\n"
+    return first, second
+
+
+def test_of_two_processes_one_compiles_and_the_other_waits(tmp_path, two):
+    first, second = two
     (tmp_path / "go").touch()
     assert first.communicate()[0] == "compiled\n"
     assert second.communicate()[0] == "loading kernel\ncompiled before\n"
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_when_one_is_killed_the_other_compiles(tmp_path, start, how):
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    first = start(folder)
-    assert first.stdout.readline() == "compiling kernel\n"
-    second = start(folder)
-    assert second.stdout.readline().startswith("waiting")
+def test_when_one_is_killed_the_other_compiles(tmp_path, two, how):
+    first, second = two
     first.send_signal(how)
     assert second.stdout.readline() == "compiling kernel\n"
     (tmp_path / "go").touch()
     assert second.communicate()[0] == "compiled\n"
-    assert (home_in(folder) / STAMP).exists()
+    assert (home_in(tmp_path / "cache") / STAMP).exists()
 
 
-def test_one_that_waits_can_be_interrupted(tmp_path, start):
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    first = start(folder)
-    assert first.stdout.readline() == "compiling kernel\n"
-    second = start(folder)
-    assert second.stdout.readline().startswith("waiting")
+def test_one_that_waits_can_be_interrupted(tmp_path, two):
+    first, second = two
     second.send_signal(signal.SIGINT)
     assert second.wait(60) != 0
     (tmp_path / "go").touch()
@@ -213,26 +208,25 @@ def test_one_that_waits_can_be_interrupted(tmp_path, start):
 # --- folders that take no files -------------------------------------------------------------------
 
 
-def test_the_folder_is_made(tmp_path):
-    prepare(tmp_path / "a" / "b")
-    assert not list((tmp_path / "a" / "b").iterdir())
+def test_the_folder_is_made(tmp_path, compiler):
+    assert compiler.cached(tmp_path / "a" / "b") == ("compiled", None)
 
 
 @pytest.mark.parametrize("inside", ["", "below"])
-def test_a_file_in_its_place_is_refused(tmp_path, inside):
+def test_a_file_in_its_place_is_refused(tmp_path, compiler, inside):
     (tmp_path / "file").touch()
     with pytest.raises(ExecutorError) as error:
-        prepare(tmp_path / "file" / inside)
+        compiler.cached(tmp_path / "file" / inside)
     (line,) = str(error.value).splitlines()
     assert str(tmp_path / "file") in line
     assert "build_dir" in line
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_of_somebody_else_is_refused(tmp_path):
+def test_a_folder_of_somebody_else_is_refused(tmp_path, compiler):
     tmp_path.chmod(0o500)
     with pytest.raises(ExecutorError, match=r"Permission denied.*make it a writable folder"):
-        prepare(tmp_path)
+        compiler.cached(tmp_path)
 
 
 def test_a_disk_that_takes_no_more_is_refused(tmp_path):
@@ -240,23 +234,19 @@ def test_a_disk_that_takes_no_more_is_refused(tmp_path):
         import resource, sys
         from pathlib import Path
         from tilewright.errors import ExecutorError
-        from tilewright_pypto.build_cache import prepare
+        from tilewright_pypto.build_cache import cached
 
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
         try:
-            prepare(Path(sys.argv[1]))
+            cached(Path(sys.argv[1]), "kernel", {}, lambda home: None, lambda home: None, print)
         except ExecutorError as error:
             print(error)
     """)
     command = [sys.executable, "-c", code, str(tmp_path)]
-    (line,) = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    assert "takes no files (File too large)" in line
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_went_away_is_one_clear_error(tmp_path, compiler):
-    with pytest.raises(ExecutorError, match="No such file or directory"):
-        compiler.cached(tmp_path / "gone")
+    said = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    assert said[0] == "compiling kernel"
+    assert "takes no files (File too large)" in said[1]
+    assert not list(tmp_path.rglob(STAMP))
 
 
 def test_the_default_is_in_the_users_cache(monkeypatch, tmp_path):

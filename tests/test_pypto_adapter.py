@@ -2,30 +2,33 @@
 
 import inspect
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attrs import evolve
-from fake_pypto import cards, failing, pypto_root
+from fake_pypto import cards, failing
 from pypto_oracle import pypto_or_skip
 from qwen3_layers import Cache, compare_layer, config_of, random_weights
 
-from tilewright.errors import ExecutorError, OutOfPagesError
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
+from tilewright.cli import main
+from tilewright.config import DEMO_MODEL
+from tilewright.errors import ExecutorError, OutOfPagesError, TilewrightError
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto import adapter, installation
-from tilewright_pypto.adapter import PyptoDevice, open_device
-from tilewright_pypto.installation import find
+from tilewright_pypto.adapter import SURFACE, PyptoDevice, open_device
 from tilewright_pypto.plugin import Options
-
-__all__ = ["pypto_root"]
 
 SHAPE = LayerShape(
     hidden=64, intermediate=64, heads=4, kv_heads=2, head_dim=32, page_size=16, max_tokens=64
@@ -50,13 +53,20 @@ def opened(pypto_root, monkeypatch, tmp_path):
     monkeypatch.setattr(installation, "DEV", cards(tmp_path / "dev", 0, 3))
     devices = []
 
-    def opened(platform: str = "a2a3sim", card: int | None = None, **how: Any) -> PyptoDevice:
-        devices.append(open_device(find(str(pypto_root)), platform, card, **how))
+    def opened(
+        platform: str = "a2a3sim", card: int | None = None, report: Any = ignore, **options: Any
+    ) -> PyptoDevice:
+        options = {"pypto_root": str(pypto_root)} | options
+        devices.append(open_device(Options(platform=platform, **options), card, report))
         return devices[-1]
 
     yield opened
     for device in devices:
         device.close()
+
+
+def ignore(*what: Any) -> None:
+    pass
 
 
 def head_tensors(device: PyptoDevice, rows: int = 3) -> dict[str, Any]:
@@ -123,6 +133,17 @@ def test_storage_of_the_cache_comes_as_rows(opened):
     assert device.read(rows).shape == (160, 32)
 
 
+def test_what_is_written_is_read_again(opened):
+    device = opened()
+    kept = device.keep(torch.zeros(3, 4))
+    new = torch.arange(12.0).view(4, 3).T  # as no device has it
+    device.write(kept, new)
+    assert torch.equal(device.read(kept), new)
+    rows = device.allocate((2, 2, 16, 32), torch.bfloat16)
+    device.write(rows, torch.ones(64, 32).bfloat16())
+    assert device.read(rows).eq(1).all()
+
+
 def test_a_tensor_that_does_not_fit_is_refused_by_name(opened):
     device = opened()
     tensors = head_tensors(device)
@@ -137,11 +158,10 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(opened):
 
 @pytest.mark.parametrize(
     ("platform", "card", "name", "number"),
-    [("a2a3", 3, "a2a3 card 3", 3), ("a5", 0, "a5 card 0", 0), ("a5sim", 7, "a5sim", 7)],
+    [("a2a3", 3, "a2a3 card 3", 3), ("a5", 0, "a5 card 0", 0), ("a5sim", None, "a5sim", 0)],
 )
 def test_a_call_goes_to_the_card_with_the_rings_as_asked(opened, log, platform, card, name, number):
-    rings = {"ring_task_window": 131072, "ring_dep_pool": 5}
-    device = opened(platform, card, rings=rings)
+    device = opened(platform, card, ring_task_window=131072, ring_dep_pool=5)
     assert device.name == name
     device.load(["head"], SHAPE)["head"](**head_tensors(device))
     (called,) = log("call")
@@ -203,14 +223,17 @@ def test_what_matters_is_compiled_anew_and_nothing_else(opened, log, pypto_root,
         return len(log("compile")) > before
 
     assert compiles()
-    assert not compiles(rings={"ring_heap": 1024}, jobs=1)
-    assert compiles(platform="a5sim")
-    assert compiles(build_dir=tmp_path / "elsewhere")
+    assert not compiles(ring_heap=1024, compile_jobs=1)
+    assert compiles(platform="a2a3", card=3)
+    assert compiles(build_dir=str(tmp_path / "elsewhere"))
     assert compiles(evolve(SHAPE, norm_eps=1e-5))
     assert not compiles()
     (pypto_root / "python" / "pypto" / "changed.py").touch()
     assert compiles()
     (tmp_path / "machine" / "ptoas" / "ptoas").write_text("#!/bin/sh\nexit 1\n")
+    assert compiles()
+    with (tmp_path / "machine" / "bin" / "g++-15").open("a") as compiler:
+        compiler.write("# another release\n")
     assert compiles()
     assert not compiles()
 
@@ -239,7 +262,7 @@ def test_a_folder_that_pypto_cannot_load_is_compiled_anew(opened, log):
 
 
 def test_the_artifacts_are_where_the_device_says(opened, tmp_path):
-    device = opened(build_dir=tmp_path / "builds")
+    device = opened(build_dir=str(tmp_path / "builds"))
     assert device.artifacts == {}
     device.load(["head"], SHAPE)
     home = device.artifacts["head"]
@@ -255,7 +278,7 @@ def test_jobs_bound_the_assemblers_while_it_compiles(opened, monkeypatch, before
         monkeypatch.setenv(name, before)
     seen = []
     monkeypatch.setattr(source, "load", spying(source.load, lambda: seen.append(os.environ[name])))
-    opened(jobs=2).load(["head"], SHAPE)
+    opened(compile_jobs=2).load(["head"], SHAPE)
     assert seen[0] == "2"
     assert os.environ.get(name) == before
 
@@ -296,27 +319,19 @@ def test_pypto_logs_errors_only(opened, log, monkeypatch):
     assert len(log("runtime log")) == 1
 
 
-@pytest.mark.parametrize("problem", ["file", "below"])
-def test_a_build_folder_that_takes_no_files_is_told_before_pypto_loads(opened, tmp_path, problem):
-    (tmp_path / "file").touch()
-    folder = tmp_path / "file" if problem == "file" else tmp_path / "file" / "below"
-    with pytest.raises(ExecutorError, match="build_dir"):
-        opened(build_dir=folder)
-    assert "pypto" not in sys.modules
-
-
 # --- two processes --------------------------------------------------------------------------------
 
 PROCESS = textwrap.dedent("""
     import sys
     from tilewright_kernels.qwen3_14b.shape import LayerShape
     from tilewright_pypto.adapter import open_device
-    from tilewright_pypto.installation import find
+    from tilewright_pypto.plugin import Options
+
+    def report(what, *_):
+        print(what, flush=True)
 
     shape = LayerShape(hidden=64, intermediate=64, heads=4, kv_heads=2, head_dim=32, page_size=16)
-    device = open_device(
-        find(sys.argv[1]), "a2a3sim", None, report=lambda what, *_: print(what, flush=True)
-    )
+    device = open_device(Options(platform="a2a3sim", pypto_root=sys.argv[1]), None, report)
     device.load(["head"], shape)
     device.close()
 """)
@@ -332,7 +347,7 @@ def start(root: Path, **environment: str) -> "subprocess.Popen[str]":
 
 
 def test_of_two_processes_one_compiles(pypto_root, log):
-    processes = [start(pypto_root, FAKE_PYPTO=failing(compile_head=2.0)) for _ in range(2)]
+    processes = [start(pypto_root, FAKE_PYPTO=failing(compile_head=1.0)) for _ in range(2)]
     said = [p.communicate()[0].splitlines() for p in processes]
     assert [p.returncode for p in processes] == [0, 0]
     assert log("compile") == ["compile head"]
@@ -342,21 +357,9 @@ def test_of_two_processes_one_compiles(pypto_root, log):
     ]
 
 
-def test_one_killed_in_the_middle_leaves_nothing_that_passes_for_whole(pypto_root, log):
-    first = start(pypto_root, FAKE_PYPTO=failing(compile_head=600.0))
-    with first:
-        assert first.stdout.readline() == "compiling head for a2a3sim\n"
-        first.kill()
-    second = start(pypto_root)
-    said = second.communicate()[0].splitlines()
-    assert second.returncode == 0
-    assert said[0] == "compiling head for a2a3sim"
-    third = start(pypto_root)
-    assert third.communicate()[0].startswith("loading head")
-
-
 # --- what goes wrong ------------------------------------------------------------------------------
 
+RINGS = "raise options ring_task_window, ring_dep_pool and ring_heap (131072, 131072 and 4294967296"
 NATIVE = "finalize_native_run failed with code {} run_id=4 dispatch=9\n\nC++ Traceback (most recent"
 
 
@@ -368,16 +371,15 @@ NATIVE = "finalize_native_run failed with code {} run_id=4 dispatch=9\n\nC++ Tra
         ("compile_head", "[Errno 28] No space left on device", "build_dir"),
         ("compile_head", "ptoas compilation timed out after 60s", "compile_jobs"),
         ("load_head", "No module named 'simpler_setup'", "`tilewright doctor`"),
+        ("load_head", "PTO-ISA not available.\n\n  The managed checkout must", "pto_isa.pin"),
         ("load_head", "SimKernel compilation failed with exit code 1:\nx.cpp: error", "emulated"),
         ("register_head", "register_callable failed with code -1", "emulated"),
-        ("run_head", NATIVE.format(-1), "raise option ring_task_window"),
-        ("run_head", NATIVE.format(-2), "raise option ring_heap"),
-        ("run_head", NATIVE.format(-3), "raise option ring_task_window"),
-        ("run_head", NATIVE.format(-4), "raise option ring_dep_pool"),
-        ("run_head", "FATAL: Scope Deadlock Detected! (ring 1)", "raise option ring_task_window"),
-        ("run_head", "fanin spill pool deadlock", "raise options ring_task_window"),
-        ("run_head", "FATAL: Dependency Pool Deadlock Detected!", "raise option ring_dep_pool"),
-        ("run_head", "Task Allocator Deadlock - Heap Exhausted! ring=0", "raise option ring_heap"),
+        ("run_head", NATIVE.format(-1), RINGS),
+        ("run_head", NATIVE.format(-4), RINGS),
+        ("run_head", "FATAL: Dependency Pool Deadlock Detected!", RINGS),
+        ("run_head", "Task Allocator Deadlock - Heap Exhausted! ring=0", RINGS),
+        ("run_head", "prepare_native_run failed with code -1 run_id=4", "platform=emulated"),
+        ("run_head", "ring_heap must be a power of 2 >= 1024", "platform=emulated"),
         ("run_head", NATIVE.format(-100), "PTO2_SCHEDULER_TIMEOUT_MS"),
         ("run_head", "waiting for tensor data timed out", "made no progress"),
         ("run_head", NATIVE.format(507899), "`npu-smi info` whether card 3 is there"),
@@ -410,14 +412,16 @@ def test_a_simulator_is_not_looked_for_with_npu_smi(opened, monkeypatch):
     assert "npu-smi" not in one_line(error)
 
 
-def test_after_a_failure_it_can_be_closed_and_opened_again(opened, monkeypatch):
+def test_after_a_failure_it_can_be_closed_and_opened_again(opened, monkeypatch, caplog):
     device = opened("a2a3", 3)
     head = device.load(["head"], SHAPE)["head"]
-    monkeypatch.setenv("FAKE_PYPTO", failing(run_head="device 3 was lost", close="device lost"))
+    lost = failing(run_head="device 3 was lost", free="device lost", close="device lost")
+    monkeypatch.setenv("FAKE_PYPTO", lost)
     with pytest.raises(ExecutorError, match="lost"):
         head(**head_tensors(device))
     device.close()
     device.close()
+    assert caplog.records == []
     monkeypatch.delenv("FAKE_PYPTO")
     again = opened("a2a3", 3)
     tensors = head_tensors(again)
@@ -434,6 +438,7 @@ def test_a_closed_device_says_so(opened):
         lambda: device.keep(torch.zeros(2, 2)),
         lambda: device.allocate((2, 2), torch.bfloat16),
         lambda: device.read(tensors["lm_head"]),
+        lambda: device.write(tensors["lm_head"], torch.zeros(40, SHAPE.hidden).bfloat16()),
         lambda: device.load(["head"], SHAPE),
     ):
         with pytest.raises(ExecutorError, match="a2a3sim is closed: load the model again"):
@@ -488,75 +493,178 @@ def test_another_pypto_that_is_imported_already_is_refused(opened, pypto_root, t
     other = tmp_path / "other"
     pypto_root.rename(other)
     with pytest.raises(ExecutorError, match="this process has imported the pypto of") as error:
-        open_device(find(str(other)), "a2a3sim", None)
+        opened(pypto_root=str(other))
     line = one_line(error)
     assert str(pypto_root) in line
     assert str(other) in line
 
 
+def test_the_other_architecture_is_refused(opened, monkeypatch):
+    opened("a2a3sim").load(["head"], SHAPE)
+    opened("a2a3", 3)
+    with pytest.raises(ExecutorError, match="used PyPTO for a2a3, and a5sim is wanted") as error:
+        opened("a5sim")
+    assert "in a process of its own" in one_line(error)
+    # As PyPTO itself has it, if somebody else used it.
+    monkeypatch.setattr(adapter, "_architecture", None)
+    with pytest.raises(ExecutorError, match="already set to Ascend910B") as error:
+        opened("a5sim").load(["head"], SHAPE)
+    assert "in a process of its own" in one_line(error)
+
+
 @pytest.mark.parametrize(
     ("file", "name", "lacks"),
     [
-        ("language", "compile(self", "JITFunction.compile"),
-        ("runtime", "ChipWorker:", "runtime.ChipWorker"),
-        ("ir", "from_dir(cls", "CompiledProgram.from_dir"),
+        ("__init__", "set_log_level", "set_log_level"),
+        ("__init__", "ERROR", "LogLevel.ERROR"),
+        ("language/__init__", "compile", "language.JITFunction.compile"),
+        ("ir/__init__", "from_dir", "ir.CompiledProgram.from_dir"),
+        ("runtime/__init__", "ChipWorker", "runtime.ChipWorker"),
+        ("runtime/__init__", "RunConfig", "runtime.RunConfig"),
+        ("runtime/__init__", "configure_log", "runtime.configure_log"),
+        ("runtime/__init__", "ring_heap", "runtime.RunConfig(ring_heap)"),
+        ("runtime/__init__", "init", "runtime.ChipWorker.alloc_tensor(init)"),
     ],
 )
-def test_an_older_generation_is_refused_with_both_versions(pypto_root, file, name, lacks):
-    module = pypto_root / "python" / "pypto" / file / "__init__.py"
+def test_another_generation_is_refused_with_both_versions(opened, pypto_root, file, name, lacks):
+    module = pypto_root / "python" / "pypto" / f"{file}.py"
     text = module.read_text()
-    assert name in text
-    module.write_text(text.replace(name, f"old_{name}"))
+    renamed = re.sub(rf"\b{name}\b", f"old_{name}", text)
+    assert renamed != text
+    module.write_text(renamed)
     path = list(sys.path)
     with pytest.raises(ExecutorError) as error:
-        open_device(find(str(pypto_root)), "a2a3sim", None)
+        opened()
     line = one_line(error)
     for part in (lacks, "PyPTO 0.1.0 (0123456)", str(pypto_root), "2026-08-21 (e2d0f78) or newer"):
         assert part in line
     assert sys.path == path
 
 
-def test_one_that_cannot_be_imported_is_told(pypto_root):
+def test_a_log_that_cannot_be_set_is_no_obstacle(opened, pypto_root):
+    module = pypto_root / "python" / "pypto" / "runtime" / "__init__.py"
+    text = module.read_text()
+    told = 'events.note(f"runtime log {level}")'
+    assert told in text
+    module.write_text(text.replace(told, "raise ValueError(level)"))
+    opened()
+
+
+def test_one_that_cannot_be_imported_is_told(opened, pypto_root):
     (pypto_root / "python" / "pypto" / "ir" / "__init__.py").write_text("import no_such_module")
     with pytest.raises(ExecutorError, match=r"cannot be imported \(ModuleNotFoundError: .*no_such"):
-        open_device(find(str(pypto_root)), "a2a3sim", None)
+        opened()
 
 
-def test_what_the_platform_lacks_is_told_before_the_device_opens(pypto_root, monkeypatch, log):
+def test_what_the_platform_lacks_is_told_before_the_device_opens(
+    opened, pypto_root, monkeypatch, log
+):
     monkeypatch.delenv("PTOAS_ROOT")
     monkeypatch.setenv("PATH", str(pypto_root))
     with pytest.raises(ExecutorError, match=r"lacks 2 .*ptoas.*g\+\+-15"):
-        open_device(find(str(pypto_root)), "a2a3sim", None)
+        opened()
     assert not log("open")
 
 
-# --- the fake and the real one --------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------
 
-SURFACE: dict[str, list[str]] = {
-    "LogLevel.ERROR": [],
-    "set_log_level": [],
-    "language.JITFunction.compile": ["kwargs"],
-    "ir.CompiledProgram.from_dir": ["output_dir", "platform"],
-    "ir.CompiledProgram.load": [],
-    "ir.CompiledProgram.param_names": [],
-    "runtime.configure_log": ["level"],
-    "runtime.RunConfig": [
-        "platform",
-        "device_id",
-        "save_kernels_dir",
-        "ring_task_window",
-        "ring_heap",
-        "ring_dep_pool",
+RUNTIME = RuntimeConfig(max_seq_len=64, max_batch_size=1, max_batch_tokens=64)
+
+
+class Watching:
+    """An observer that taps."""
+
+    def __init__(self) -> None:
+        self.prepared: list[tuple[str, int, int]] = []
+        self.tensors: dict[str, tuple[int, ...]] = {}
+
+    @hookimpl
+    def on_prepare(self, what: str, done: int, total: int) -> None:
+        self.prepared.append((what, done, total))
+
+    @hookimpl
+    def on_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        self.tensors[name] = tuple(tensor.shape)
+
+
+def generated(
+    executor: str,
+    options: dict[str, Any],
+    observers: Sequence[object] = (),
+    runtime: RuntimeConfig = RUNTIME,
+) -> str:
+    with LLMEngine.from_plugins(
+        executor=executor, options={"executor": options}, observers=observers
+    ) as engine:
+        engine.init_model("demo", DEMO_MODEL, runtime)
+        config = GenerateConfig(max_new_tokens=2, temperature=0)
+        return engine.generate("demo", "When in the Course", config)
+
+
+def test_a_model_writes_what_torch_writes_and_can_be_watched(pypto_root, tmp_path, log):
+    watching = Watching()
+    options = {
+        "platform": "a2a3sim",
+        "pypto_root": str(pypto_root),
+        "build_dir": str(tmp_path / "builds"),
+    }
+    text = generated("pypto-npu", options, [watching])
+    assert text
+    assert text == generated("torch", {})
+    assert watching.prepared[0] == ("compiling prefill_layer for a2a3sim", 0, 3)
+    assert watching.prepared[-1][1:] == (3, 3)
+    for name in ("embed", "layers.0.v_proj", "layers.0.k_rope", "layers.0.output", "logits"):
+        assert len(watching.tensors[name]) > 1
+    assert len(log("open")) == len(log("close")) == 1
+    assert len(list((tmp_path / "builds").glob("*/tilewright.json"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("memory", "pages", "what"), [(1 << 21, None, "a tensor of"), (6 << 20, 4096, "KV cache")]
+)
+def test_a_device_too_small_for_the_model_is_given_back(
+    pypto_root, monkeypatch, log, memory, pages, what
+):
+    monkeypatch.setenv("FAKE_PYPTO_MEMORY", str(memory))
+    options = {"platform": "a2a3sim", "pypto_root": str(pypto_root)}
+    with pytest.raises(TilewrightError, match=f"{what}.*malloc failed; free memory of "):
+        generated("pypto-npu", options, runtime=evolve(RUNTIME, total_pages=pages))
+    assert len(log("open")) == len(log("close")) == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        ("no PyPTO", "no PyPTO is installed: build it from source"),
+        ("no checkout", "pypto_root must be a checkout of PyPTO"),
+        ("namesake", "CANN's product of that name"),
+        ("build folder", "takes no files"),
     ],
-    "runtime.ChipWorker": ["config"],
-    "runtime.ChipWorker.alloc_tensor": ["shape", "dtype", "init"],
-    "runtime.ChipWorker.copy_from": ["dst_host_ptr", "src_dev_ptr", "nbytes"],
-    "runtime.ChipWorker.register": ["compiled"],
-    "runtime.ChipWorker.close": [],
-    "runtime.RegistrationHandle.__call__": ["args", "config"],
-    "runtime.DeviceTensor": ["data_ptr", "shape", "dtype"],
-}
-"""What the adapter uses of PyPTO, with the parameters that it gives, in their order."""
+)
+def test_a_mistake_is_one_line_on_the_command_line(
+    pypto_root, tmp_path, monkeypatch, capsys, problem, said
+):
+    options = {"platform": "a2a3sim", "pypto_root": pypto_root, "build_dir": tmp_path / "builds"}
+    match problem:
+        case "no PyPTO":
+            monkeypatch.setitem(sys.modules, "pypto", None)
+            del options["pypto_root"]
+        case "no checkout":
+            options["pypto_root"] = tmp_path
+        case "namesake":
+            (pypto_root / "python" / "pypto" / "pypto_impl.so").touch()
+        case "build folder":
+            options["build_dir"].touch()
+    argv = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    assert main(["generate", "--executor", "pypto-npu", *argv, "x"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = (x for x in err.splitlines() if not x.startswith("fake pypto"))
+    assert line.startswith("tilewright: error: ")
+    assert said in line
+
+
+# --- the fake and the real one --------------------------------------------------------------------
 
 
 def check_surface(pypto: Any) -> None:
@@ -566,7 +674,7 @@ def check_surface(pypto: Any) -> None:
             thing = getattr(thing, name)
         if wanted:
             parameters = inspect.signature(thing).parameters
-            assert [name for name in parameters if name in wanted] == wanted, path
+            assert tuple(name for name in parameters if name in wanted) == wanted, path
             needed = {n for n, p in parameters.items() if p.default is p.empty}
             assert needed <= {*wanted, "self", "args", "kwargs"}, path
 
@@ -602,7 +710,7 @@ def test_pypto_takes_the_sizes_of_rings_that_we_take(ring):
 @pytest.fixture
 def real() -> installation.Installation:
     pypto_or_skip()
-    return find(None)
+    return installation.find(None)
 
 
 @pytest.mark.pypto
@@ -612,9 +720,12 @@ def test_pypto_is_found_where_it_is_imported_from(real):
 
 
 @pytest.mark.pypto
-def test_pypto_is_not_found_to_be_old(real):
-    api = adapter._import(real)
-    assert api.language is sys.modules["pypto.language"]
+def test_pypto_is_not_found_to_be_old_and_logs_nothing(real, monkeypatch):
+    monkeypatch.delenv("PYPTO_RUNTIME_LOG", raising=False)
+    assert adapter._import(real) is sys.modules["pypto"]
+    for module in ("pypto.runtime.runtime_base", "pypto.backend.pto_backend"):
+        assert module in sys.modules
+        assert not logging.getLogger(module).isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.pypto
@@ -622,7 +733,7 @@ def test_pypto_is_not_found_to_be_old(real):
 def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel, monkeypatch):
     """Without its assembler PyPTO stops before the device's code: one error, and artifacts."""
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path))
-    device = without_worker(adapter._import(real), tmp_path)
+    device = without_worker(real, tmp_path, monkeypatch)
     with pytest.raises(ExecutorError) as error:
         device.load([kernel], SHAPE)
     line = one_line(error)
@@ -636,10 +747,12 @@ def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel
     assert all(f"{name}:" in parameters for name in program.param_names)
 
 
-def without_worker(api: Any, folder: Path) -> PyptoDevice:
+def without_worker(real: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> PyptoDevice:
     """A device that compiles, and has no card behind it."""
-    idle = evolve(api, worker=lambda config: object())
-    return PyptoDevice(idle, "a2a3", 0, {}, 2, folder, {}, None)
+    pypto = adapter._import(real)
+    monkeypatch.setattr(pypto.runtime, "ChipWorker", lambda config: object())
+    options = Options(platform="a2a3", compile_jobs=2, build_dir=str(folder))
+    return PyptoDevice(pypto, options, 0, {}, ignore)
 
 
 @pytest.mark.pypto
@@ -650,7 +763,7 @@ def test_pypto_says_where_a_kernel_is_wrong(real, tmp_path, monkeypatch):
         text = file.read_text().replace("pl.matmul_acc(", "pl.no_such_thing(")
         (broken / file.name).write_text(text)
     monkeypatch.setattr(source, "path", lambda kernel: broken / f"{kernel}.py")
-    device = without_worker(adapter._import(real), tmp_path)
+    device = without_worker(real, tmp_path, monkeypatch)
     with pytest.raises(ExecutorError) as error:
         device.load(["head"], SHAPE)
     assert "Unknown operation 'pl.no_such_thing'" in one_line(error)

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 from attrs import asdict
-from fake_pypto import BINARY, COMMIT, cards, checkout, program, pypto_root, unimported
+from fake_pypto import BINARY, COMMIT, cards, checkout, program, unimported
 
 from tilewright.errors import ExecutorError
 from tilewright_pypto import installation
-from tilewright_pypto.installation import checks, find, identity, require
-
-__all__ = ["pypto_root"]
+from tilewright_pypto.installation import checks, find, identity, needs, require
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +36,8 @@ def one_line(error: pytest.ExceptionInfo[ExecutorError]) -> str:
     return line
 
 
-def failed(found: list) -> dict[str, str]:
+def failed(platform: str, root: Path, card: int | None = None) -> dict[str, str]:
+    found = needs(platform, find(str(root)), card)
     return {c.name: c.found for c in found if c.status == "failed"}
 
 
@@ -60,7 +59,7 @@ def test_a_checkout_is_found_with_its_version_and_commit(pypto_root):
 
 def test_nothing_of_pypto_is_imported_to_find_it(pypto_root):
     before = set(sys.modules)
-    checks("a2a3sim", str(pypto_root))
+    require("a2a3sim", find(str(pypto_root)), None)
     assert not {m for m in set(sys.modules) - before if "pypto" in m or "simpler" in m}
 
 
@@ -68,23 +67,11 @@ def test_the_folder_that_holds_the_package_is_a_root_too(pypto_root):
     assert find(str(pypto_root / "python")).folders == (pypto_root / "python" / "pypto",)
 
 
-@pytest.mark.parametrize(
-    ("files", "commit"),
-    [
-        ({"HEAD": f"{COMMIT}\n"}, COMMIT),
-        ({"HEAD": "ref: refs/heads/x\n", "refs/heads/x": f"{COMMIT}\n"}, COMMIT),
-        ({"HEAD": "ref: refs/heads/x\n", "packed-refs": f"{COMMIT} refs/heads/y\n"}, None),
-        ({}, None),
-    ],
-)
-def test_the_commit_is_read_as_git_keeps_it(pypto_root, files, commit):
-    git = pypto_root / ".git"
-    for file in git.iterdir():
-        file.unlink()
-    for name, text in files.items():
-        (git / name).parent.mkdir(parents=True, exist_ok=True)
-        (git / name).write_text(text)
-    assert find(str(pypto_root)).commit == commit
+@pytest.mark.parametrize("head", [None, b"", b"\xff\xfe", b"ref: refs/heads/none\n"])
+def test_a_commit_that_cannot_be_read_is_none(pypto_root, head):
+    file = pypto_root / ".git" / "HEAD"
+    file.unlink() if head is None else file.write_bytes(head)
+    assert find(str(pypto_root)).commit is None
 
 
 def test_the_commit_of_a_work_tree_is_that_of_git(tmp_path):
@@ -205,7 +192,7 @@ def test_a_root_that_is_no_checkout_is_refused(tmp_path, root):
 def test_a_machine_with_all_of_it_lacks_nothing(pypto_root, dev, platform):
     (dev / "davinci3").touch()
     require(platform, find(str(pypto_root)), 3)
-    assert {c.status for c in checks(platform, str(pypto_root), 3)} == {"ok"}
+    assert {c.status for c in needs(platform, find(str(pypto_root)), 3)} == {"ok"}
 
 
 def test_all_that_is_missing_stands_in_one_line(pypto_root, monkeypatch, tmp_path):
@@ -223,64 +210,80 @@ def test_all_that_is_missing_stands_in_one_line(pypto_root, monkeypatch, tmp_pat
 def test_a_runtime_that_was_built_for_another_platform_is_told(pypto_root):
     built = pypto_root / "runtime" / "build" / "lib" / "a2a3" / "sim"
     built.rename(built.with_name("elsewhere"))
-    assert "a2a3/sim" in failed(checks("a2a3sim", str(pypto_root)))["PyPTO's runtime"]
-    assert not failed(checks("a5sim", str(pypto_root)))
-    named = next(c for c in checks(None, str(pypto_root)) if c.name == "PyPTO's runtime")
+    assert "a2a3/sim" in failed("a2a3sim", pypto_root)["PyPTO's runtime"]
+    assert not failed("a5sim", pypto_root)
+    named = next(c for c in needs(None, find(str(pypto_root)), None) if c.name == "PyPTO's runtime")
     assert named.found.endswith("for a2a3, a5, a5sim")
 
 
 @pytest.mark.parametrize("place", ["ptoas", "ptoas.sh", "bin/ptoas"])
 def test_ptoas_is_looked_for_where_pypto_does(pypto_root, monkeypatch, tmp_path, place):
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "release"))
-    assert "ptoas" in failed(checks("a5sim", str(pypto_root)))
+    assert "ptoas" in failed("a5sim", pypto_root)
     program(tmp_path / "release" / place)
-    assert not failed(checks("a5sim", str(pypto_root)))
+    assert not failed("a5sim", pypto_root)
 
 
 def test_ptoas_on_the_path_counts_only_without_a_root(pypto_root, monkeypatch, tmp_path):
     program(tmp_path / "machine" / "bin" / "ptoas")
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "empty"))
-    assert "ptoas" in failed(checks("a5sim", str(pypto_root)))
+    assert "ptoas" in failed("a5sim", pypto_root)
     monkeypatch.delenv("PTOAS_ROOT")
-    assert not failed(checks("a5sim", str(pypto_root)))
+    assert not failed("a5sim", pypto_root)
 
 
 def test_a_ptoas_that_is_not_executable_is_told(pypto_root, tmp_path):
     (tmp_path / "machine" / "ptoas" / "ptoas").chmod(0o644)
-    assert "not executable" in failed(checks("a5sim", str(pypto_root)))["ptoas"]
+    assert "not executable" in failed("a5sim", pypto_root)["ptoas"]
 
 
 def test_a_compiler_without_bf16_fails_the_simulators_only(pypto_root, tmp_path, dev):
     program(tmp_path / "machine" / "bin" / "g++-15")
     (dev / "davinci0").touch()
-    found = failed(checks("a2a3sim", str(pypto_root)))
+    found = failed("a2a3sim", pypto_root)
     assert "FP16 instead" in found["g++-15 for the simulators"]
-    assert not failed(checks("a2a3", str(pypto_root), 0))
+    assert not failed("a2a3", pypto_root, 0)
 
 
 def test_a_compiler_that_does_not_run_is_told(pypto_root, tmp_path):
     program(tmp_path / "machine" / "bin" / "g++-15", "#!/bin/sh\nexit 3\n")
-    found = failed(checks("a2a3sim", str(pypto_root)))
+    found = failed("a2a3sim", pypto_root)
     assert "does not work" in found["g++-15 for the simulators"]
 
 
 def test_no_compiler_is_told(pypto_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = failed(checks("a2a3sim", str(pypto_root)))
+    found = failed("a2a3sim", pypto_root)
     assert "none on PATH" in found["g++-15 for the simulators"]
 
 
 def test_a_toolkit_without_its_compiler_is_told(pypto_root, tmp_path, dev):
     (dev / "davinci0").touch()
     (tmp_path / "machine" / "cann" / "bin" / "ccec").unlink()
-    assert "bin/ccec" in failed(checks("a2a3", str(pypto_root), 0))["CANN toolkit"]
+    assert "bin/ccec" in failed("a2a3", pypto_root, 0)["CANN toolkit"]
 
 
 def test_a_card_that_is_not_there_is_told_with_those_that_are(pypto_root, dev):
     (dev / "davinci0").touch()
     (dev / "davinci12").touch()
-    found = failed(checks("a2a3", str(pypto_root), 3))
+    found = failed("a2a3", pypto_root, 3)
     assert found == {"NPU": f"no {dev}/davinci3 (cards here: 0, 12)"}
+
+
+@pytest.mark.parametrize("change", ["gone", "another commit", "no pin"])
+def test_headers_that_pypto_will_clone_are_warned_of(pypto_root, change):
+    runtime = pypto_root / "runtime"
+    match change:
+        case "gone":
+            (runtime / "build" / "pto-isa").rename(runtime / "elsewhere")
+        case "another commit":
+            (runtime / "pto_isa.pin").write_text("f" * 40)
+        case "no pin":
+            (runtime / "pto_isa.pin").unlink()
+    (told,) = (c for c in needs("a2a3sim", find(str(pypto_root)), None) if c.status != "ok")
+    assert (told.name, told.status) == ("PTO-ISA", "warning")
+    assert f"{runtime}/build/pto-isa" in told.found
+    require("a2a3sim", find(str(pypto_root)), None)
 
 
 # --- for the doctor -------------------------------------------------------------------------------
@@ -300,9 +303,10 @@ def test_a_host_with_cards_and_no_pypto_is_warned(site, dev):
 
 
 def test_a_laptop_with_pypto_alone_is_warned_of_the_rest(pypto_root, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*map(str, find(str(pypto_root)).search_path), *sys.path])
     for name in ("PTOAS_ROOT", "ASCEND_HOME_PATH"):
         monkeypatch.delenv(name)
-    found = {c.name: asdict(c) for c in checks(None, str(pypto_root))}
+    found = {c.name: asdict(c) for c in checks()}
     assert found["PyPTO"]["status"] == "ok"
     assert found["ptoas"]["status"] == "warning"
     assert found["NPU"]["status"] == "ok"
@@ -313,21 +317,29 @@ def test_a_laptop_with_pypto_alone_is_warned_of_the_rest(pypto_root, monkeypatch
 # --- what compiled code depends on ----------------------------------------------------------------
 
 
-def test_the_identity_changes_with_the_package_and_with_ptoas(pypto_root, tmp_path):
-    seen = [identity(find(str(pypto_root)))]
-    (pypto_root / "python" / "pypto" / "new.py").write_text("")
-    seen.append(identity(find(str(pypto_root))))
-    (tmp_path / "machine" / "ptoas" / "bin").mkdir()
-    (tmp_path / "machine" / "ptoas" / "bin" / "ptoas").write_text("behind the launcher")
-    seen.append(identity(find(str(pypto_root))))
-    (pypto_root / ".git" / "HEAD").write_text("f" * 40)
-    seen.append(identity(find(str(pypto_root))))
-    assert len({str(s) for s in seen}) == 4
+@pytest.mark.parametrize(
+    ("platform", "compiler"), [("a2a3", "cann/bin/ccec"), ("a5sim", "bin/g++-15")]
+)
+def test_the_identity_changes_with_the_package_and_its_tools(
+    pypto_root, tmp_path, platform, compiler
+):
+    machine = tmp_path / "machine"
+    seen = [identity(find(str(pypto_root)), platform)]
+    for file, text in (
+        (pypto_root / "python" / "pypto" / "new.py", ""),
+        (machine / "ptoas" / "bin" / "ptoas", "behind the launcher"),
+        (pypto_root / ".git" / "HEAD", "f" * 40),
+        (machine / compiler, "another release"),
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        seen.append(identity(find(str(pypto_root)), platform))
+    assert len({str(s) for s in seen}) == len(seen)
 
 
 def test_the_identity_does_not_change_by_importing(pypto_root):
-    before = identity(find(str(pypto_root)))
+    before = identity(find(str(pypto_root)), "a2a3sim")
     cache = pypto_root / "python" / "pypto" / "__pycache__"
     cache.mkdir()
     (cache / "x.pyc").write_text("")
-    assert identity(find(str(pypto_root))) == before
+    assert identity(find(str(pypto_root)), "a2a3sim") == before

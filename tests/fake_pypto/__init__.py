@@ -5,12 +5,13 @@ is, and runs it with the emulated language; memory of its device is opaque to th
 should be. test_pypto_adapter holds its names and parameters to the real ones.
 
 It fails as told by the environment variable FAKE_PYPTO, a JSON object from places (``compile
-head``, ``load head``, ``register head``, ``run head``, ``open``, ``malloc``, ``close``) to the
-message of the exception raised there, or to seconds that it takes there. FAKE_PYPTO_LOG names a
-file that gets a line of each event; FAKE_PYPTO_MEMORY is how many bytes the device has.
+head``, ``load head``, ``register head``, ``run head``, ``open``, ``malloc``, ``free``, ``close``)
+to the message of the exception raised there, or to seconds that it takes there. FAKE_PYPTO_LOG is
+a file that gets a line of each event; FAKE_PYPTO_MEMORY is how many bytes the device has.
 """
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -18,8 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-
-import pytest
 
 BINARY = f"pypto_core{EXTENSION_SUFFIXES[0]}"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -36,9 +35,14 @@ def checkout(root: Path) -> Path:
         root / "runtime" / "simpler_setup" / "__init__.py": "",
         root / "runtime" / "python" / "simpler" / "__init__.py": "",
         root / "runtime" / "python" / f"_task_interface{EXTENSION_SUFFIXES[0]}": "",
-        root / ".git" / "HEAD": "ref: refs/heads/main\n",
-        root / ".git" / "packed-refs": f"# pack-refs\n{COMMIT} refs/heads/main\n",
+        root / "runtime" / "pto_isa.pin": f"{COMMIT}\n",
     }
+    for git in (root / ".git", root / "runtime" / "build" / "pto-isa" / ".git"):
+        files |= {
+            git / "HEAD": f"{COMMIT}\n",
+            git / "objects" / "none": "",
+            git / "refs" / "none": "",
+        }
     for platform, variant in PLATFORMS.items():
         built = root / "runtime" / "build" / "lib" / platform.removesuffix("sim") / variant
         files[built / "tensormap_and_ringbuffer" / "libhost_runtime.so"] = ""
@@ -87,9 +91,13 @@ def unimported() -> Iterator[None]:
     path, modules = list(sys.path), _pyptos()
     for name in modules:
         del sys.modules[name]
+    logger = logging.getLogger("pypto")
+    level = logger.level
+    logger.setLevel(logging.NOTSET)
     try:
         yield
     finally:
+        logger.setLevel(level)
         for name in _pyptos():
             del sys.modules[name]
         sys.modules.update(modules)
@@ -98,14 +106,3 @@ def unimported() -> Iterator[None]:
 
 def _pyptos() -> dict[str, object]:
     return {n: m for n, m in sys.modules.items() if n == "pypto" or n.startswith("pypto.")}
-
-
-@pytest.fixture
-def pypto_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The root of a fake checkout, on a machine that has all it needs."""
-    for name, value in machine(tmp_path / "machine").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("FAKE_PYPTO", raising=False)
-    with unimported():
-        yield checkout(tmp_path / "checkout")

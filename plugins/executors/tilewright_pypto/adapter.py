@@ -1,74 +1,90 @@
 """All of PyPTO's API that tilewright uses: nothing else here knows it."""
 
+import inspect
 import json
+import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import reduce
 from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from tilewright.errors import ExecutorError, OutOfPagesError
 from tilewright.machine import available_memory
-from tilewright_kernels.contract import Contract, read_contract
+from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto import build_cache
-from tilewright_pypto.build_cache import Report
 from tilewright_pypto.device import Kernel
-from tilewright_pypto.installation import HARDWARE, Installation, identity, require
+from tilewright_pypto.installation import Installation, find, identity, require
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tilewright.types import Report
+    from tilewright_pypto.plugin import Options
+
 NEEDED = "hw-native-sys/pypto of 2026-08-21 (e2d0f78) or newer"
+RINGS = ("ring_task_window", "ring_heap", "ring_dep_pool")
+SURFACE: dict[str, tuple[str, ...]] = {
+    "LogLevel.ERROR": (),
+    "set_log_level": (),
+    "language.JITFunction.compile": (),
+    "ir.CompiledProgram.from_dir": ("output_dir", "platform"),
+    "ir.CompiledProgram.load": (),
+    "ir.CompiledProgram.param_names": (),
+    "runtime.configure_log": ("level",),
+    "runtime.RunConfig": ("platform", "device_id", "save_kernels_dir", *RINGS),
+    "runtime.ChipWorker": ("config",),
+    "runtime.ChipWorker.alloc_tensor": ("shape", "dtype", "init"),
+    "runtime.ChipWorker.copy_to": ("dst_dev_ptr", "src_host_ptr", "nbytes"),
+    "runtime.ChipWorker.copy_from": ("dst_host_ptr", "src_dev_ptr", "nbytes"),
+    "runtime.ChipWorker.register": ("compiled",),
+    "runtime.ChipWorker.close": (),
+    "runtime.RegistrationHandle.__call__": ("args", "config"),
+    "runtime.DeviceTensor": ("data_ptr", "shape", "dtype"),
+}
+"""All names of PyPTO that this module uses, with the parameters that it gives, in their order."""
 CARD_KV_BYTES = 16 << 30
 """PyPTO does not tell how much memory a card has free. On a card of 64 GiB this leaves enough for
 Qwen3-14B's weights, 28 GiB in BF16, and for the runtime; total_pages asks for more or less."""
 
-
-@frozen
-class _Api:
-    language: ModuleType
-    run_config: Any
-    worker: Any
-    program: Any
+_architecture: str | None = None
+"""What this process's PyPTO compiles for. It cannot be changed once it has compiled."""
 
 
-def open_device(
-    installation: Installation,
-    platform: str,
-    card: int | None,
-    rings: Mapping[str, int] | None = None,
-    jobs: int | None = None,
-    build_dir: Path | None = None,
-    report: Report | None = None,
-) -> "PyptoDevice":
-    """Open a card, or a simulator, for which ``card`` says nothing.
+def open_device(options: "Options", card: int | None, report: "Report") -> "PyptoDevice":
+    """Open a card, or a simulator, for which ``card`` is None.
 
-    rings: sizes by name, ring_task_window, ring_heap, ring_dep_pool; PyPTO's choice where none is.
-    jobs: kernels' parts that are assembled at a time; None: PyPTO's choice.
-    build_dir: where compiled kernels are kept; None: build_cache.default_folder().
-
-    Raises ExecutorError: the build folder takes no files, another pypto is imported already, this
-    one is too old or cannot be imported, the platform lacks something, the card cannot be opened.
+    Raises ExecutorError: no usable PyPTO is there, it is too old or cannot be imported, this
+    process uses another one or another architecture, the platform lacks something, the card cannot
+    be opened.
     """
-    folder = (build_dir or build_cache.default_folder()).expanduser().absolute()
-    build_cache.prepare(folder)
-    api = _import(installation)
-    require(platform, installation, card)
-    key = identity(installation) | {"platform": platform}
-    return PyptoDevice(api, platform, card, rings or {}, jobs, folder, key, report)
+    global _architecture
+    installation = find(options.pypto_root)
+    architecture = options.platform.removesuffix("sim")
+    if _architecture not in (None, architecture):
+        raise ExecutorError(
+            f"this process has used PyPTO for {_architecture}, and {options.platform} is wanted: "
+            f"{ONE_ARCHITECTURE}"
+        )
+    pypto = _import(installation)
+    require(options.platform, installation, card)
+    key = identity(installation, options.platform)
+    device = PyptoDevice(pypto, options, card, key, report)
+    _architecture = architecture
+    return device
 
 
-def _import(installation: Installation) -> _Api:
+def _import(installation: Installation) -> Any:
     """PyPTO itself, quiet. Raises ExecutorError for another one, an old one, a broken one."""
     _refuse_another(installation)
     added = [p for p in map(str, installation.search_path) if p not in sys.path]
@@ -82,6 +98,7 @@ def _import(installation: Installation) -> _Api:
             import pypto.runtime
         _refuse_another(installation)
         _refuse_old(pypto, installation)
+        pypto.set_log_level(pypto.LogLevel.ERROR)
     except BaseException as error:
         for path in added:
             sys.path.remove(path)
@@ -91,13 +108,12 @@ def _import(installation: Installation) -> _Api:
             f"{installation} cannot be imported ({type(error).__name__}: {_cause(error)}): build "
             "it again, for this Python and with what it needs"
         ) from error
-    pypto.set_log_level(pypto.LogLevel.ERROR)
     if "PYPTO_RUNTIME_LOG" not in os.environ:
-        with suppress(RuntimeError):  # the runtime has a log of its own, where there is a runtime
+        # What matters of its log is in its exceptions; a lost card logs a traceback for a tensor.
+        logging.getLogger("pypto").setLevel(logging.CRITICAL)
+        with suppress(Exception):  # the runtime has a log of its own, where there is a runtime
             pypto.runtime.configure_log("error")
-    return _Api(
-        pypto.language, pypto.runtime.RunConfig, pypto.runtime.ChipWorker, pypto.ir.CompiledProgram
-    )
+    return pypto
 
 
 def _refuse_another(installation: Installation) -> None:
@@ -114,21 +130,21 @@ def _refuse_another(installation: Installation) -> None:
     )
 
 
-def _refuse_old(pypto: ModuleType, installation: Installation) -> None:
-    wanted = {
-        "JITFunction.compile": (pypto.language, "JITFunction", "compile"),
-        "runtime.ChipWorker": (pypto, "runtime", "ChipWorker"),
-        "CompiledProgram.from_dir": (pypto.ir, "CompiledProgram", "from_dir"),
-    }
-    lacking = [
-        name
-        for name, (module, attribute, member) in wanted.items()
-        if not hasattr(getattr(module, attribute, None), member)
-    ]
+def _refuse_old(pypto: Any, installation: Installation) -> None:
+    lacking = []
+    for path, wanted in SURFACE.items():
+        try:
+            found = reduce(getattr, path.split("."), pypto)
+            known = inspect.signature(found).parameters if wanted else {}
+        except AttributeError:
+            lacking.append(path)
+        else:
+            lacking += [f"{path}({name})" for name in wanted if name not in known]
     if lacking:
         raise ExecutorError(
             f"executor pypto-npu needs {NEEDED}, found {installation}, which has no "
-            f"{' and no '.join(lacking)}: update it, and set pypto_root if it is a checkout"
+            f"{' and no '.join(lacking)}: update it, or take e2d0f78 if it is newer; pypto_root "
+            "names a checkout"
         )
 
 
@@ -137,31 +153,31 @@ class PyptoDevice:
 
     def __init__(
         self,
-        api: _Api,
-        platform: str,
+        pypto: Any,
+        options: "Options",
         card: int | None,
-        rings: Mapping[str, int],
-        jobs: int | None,
-        folder: Path,
         key: Mapping[str, str],
-        report: Report | None,
+        report: "Report",
     ):
-        self.name = f"{platform} card {card}" if platform in HARDWARE else platform
-        self._api = api
-        self._platform = platform
+        """key: what compiled code depends on, besides the kernel."""
+        self.name = options.platform if card is None else f"{options.platform} card {card}"
+        self._pypto = pypto
+        self._platform = options.platform
         self._card = card
-        self._jobs = jobs
-        self._folder = folder
-        self._report = report or (lambda what, done, total: None)
+        self._jobs = options.compile_jobs
+        folder = Path(options.build_dir or build_cache.default_folder())
+        self._folder = folder.expanduser().absolute()
+        self._report = report
         self._key = key
         self.artifacts: dict[str, Path] = {}
         """What each kernel was compiled to."""
         self._taken = 0
-        # PyPTO takes the rings' sizes from the configuration of each call, not from its worker's.
-        self._config = api.run_config(platform=platform, device_id=card or 0, **rings)
+        rings = {n: size for n in RINGS if (size := getattr(options, n)) is not None}
         try:
             with redirect_stdout(sys.stderr):
-                self._worker: Any = api.worker(config=self._config)
+                # The rings' sizes are taken from the configuration of each call, not the worker's.
+                self._config = self._run_config(device_id=card or 0, **rings)
+                self._worker: Any = pypto.runtime.ChipWorker(config=self._config)
         except Exception as error:
             raise ExecutorError(
                 f"{self.name} cannot be opened: {_cause(error)}; {self._advice(error)}"
@@ -169,7 +185,7 @@ class PyptoDevice:
 
     @property
     def memory_limit(self) -> int:
-        return CARD_KV_BYTES if self._platform in HARDWARE else available_memory() // 2
+        return available_memory() // 2 if self._card is None else CARD_KV_BYTES
 
     def keep(self, tensor: "Tensor") -> Any:
         """Raises ExecutorError when the device has no memory left."""
@@ -224,12 +240,12 @@ class PyptoDevice:
                 compiled += 1
             else:
                 saved += max(0.0, once - (time.perf_counter() - began))
+        cached = len(kernels) - compiled
         parts = []
         if compiled:
             parts.append(f"{_counted(compiled)} compiled in {time.perf_counter() - started:.0f} s")
-        if len(kernels) > compiled:
-            cached = _counted(len(kernels) - compiled)
-            parts.append(f"{cached} from the cache, {saved:.0f} s saved")
+        if cached:
+            parts.append(f"{_counted(cached)} from the cache, {saved:.0f} s saved")
         self._report("; ".join(parts), len(kernels), len(kernels))
         return loaded
 
@@ -243,6 +259,9 @@ class PyptoDevice:
             # It keeps what it could not free for a second try; a lost card fails that too.
             with suppress(Exception):
                 worker.close()
+
+    def _run_config(self, **settings: Any) -> Any:
+        return self._pypto.runtime.RunConfig(platform=self._platform, **settings)
 
     def _opened(self) -> Any:
         if self._worker is None:
@@ -263,57 +282,52 @@ class PyptoDevice:
 
         def compile(home: Path) -> Any:
             self.artifacts[kernel] = home
-            config = self._api.run_config(platform=self._platform, save_kernels_dir=str(home))
-            try:
-                with _codegen_workers(self._jobs), redirect_stdout(sys.stderr):
-                    function = source.load(kernel, shape, self._api.language)
-                    program = function.compile(config=config)
-                    program.load()
-            except Exception as error:
-                raise self._failure(kernel, "did not compile: ", error) from error
+            quiet = redirect_stdout(sys.stderr)
+            with self._failing(kernel, " did not compile"), _codegen_workers(self._jobs), quiet:
+                function = source.load(kernel, shape, self._pypto.language)
+                program = function.compile(config=self._run_config(save_kernels_dir=str(home)))
+                program.load()
             return program
+
+        load_again = self._pypto.ir.CompiledProgram.from_dir
 
         def reload(home: Path) -> Any:
             self.artifacts[kernel] = home
             with redirect_stdout(sys.stderr):
-                program = self._api.program.from_dir(str(home), platform=self._platform)
+                program = load_again(str(home), platform=self._platform)
                 program.load()
             return program
 
         program, seconds = build_cache.cached(self._folder, kernel, key, compile, reload, say)
         contract = read_contract(source.path(kernel), kernel, constants)
-        names = list(program.param_names)
-        if sorted(names) != sorted(p.name for p in contract.parameters):
+        ours, names = [p.name for p in contract.parameters], list(program.param_names)
+        if sorted(names) != sorted(ours):
             raise ExecutorError(
                 f"kernel {kernel} on {self.name}: PyPTO compiled the parameters "
-                f"{', '.join(names)}, and the source has "
-                f"{', '.join(p.name for p in contract.parameters)}; artifacts in "
+                f"{', '.join(names)}, and the source has {', '.join(ours)}; artifacts in "
                 f"{self.artifacts[kernel]}; report it, with PyPTO's version"
             )
-        try:
+        with self._failing(kernel, " did not load"):
             handle = worker.register(program)
-        except Exception as error:
-            raise self._failure(kernel, "did not load: ", error) from error
-        return self._callable(contract, names, handle), seconds
-
-    def _callable(self, contract: Contract, names: Sequence[str], handle: Any) -> Kernel:
-        ours = [p.name for p in contract.parameters]
 
         def call(**tensors: Any) -> None:
             self._opened()
             bound = dict(zip(ours, contract.bind(tensors), strict=True))
-            try:
+            with self._failing(kernel, ""):
                 handle(*(bound[name] for name in names), config=self._config)
-            except Exception as error:
-                raise self._failure(contract.kernel, "", error) from error
 
-        return call
+        return call, seconds
 
-    def _failure(self, kernel: str, what: str, error: Exception) -> ExecutorError:
-        return ExecutorError(
-            f"kernel {kernel} on {self.name}{' ' if what else ': '}{what}{_cause(error)}; "
-            f"artifacts in {self.artifacts[kernel]}; {self._advice(error)}"
-        )
+    @contextmanager
+    def _failing(self, kernel: str, what: str) -> Iterator[None]:
+        """PyPTO's errors, as errors of a kernel."""
+        try:
+            yield
+        except Exception as error:
+            raise ExecutorError(
+                f"kernel {kernel} on {self.name}{what}: {_cause(error)}; "
+                f"artifacts in {self.artifacts[kernel]}; {self._advice(error)}"
+            ) from error
 
     def _refused(self, what: str, error: Exception) -> ExecutorError:
         if isinstance(error, ExecutorError):
@@ -324,10 +338,10 @@ class PyptoDevice:
         )
 
     def _advice(self, error: Exception) -> str:
-        symptom, hardware = _symptom(error), self._platform in HARDWARE
-        if symptom is LOST and not hardware:
+        symptom, card = _symptom(error), self._card
+        if symptom is LOST and card is None:
             symptom = OTHERWISE
-        return symptom.advice.format(card=f"card {self._card}" if hardware else "this machine")
+        return symptom.advice.format(card="this machine" if card is None else f"card {card}")
 
 
 # --- what failed, in PyPTO's words ----------------------------------------------------------------
@@ -339,6 +353,7 @@ class _Symptom:
     advice: str
 
 
+ONE_ARCHITECTURE = "run each architecture (a2a3, a5) in a process of its own"
 MEMORY = _Symptom(
     r"malloc failed|out of memory|bad_alloc|cannot allocate|memoryerror|code 207001",
     "free memory of {card}: set total_pages or max_batch_tokens lower, or end what else runs there",
@@ -357,40 +372,27 @@ SYMPTOMS = (
         r"no module named|undefined symbol|importerror",
         "PyPTO is not whole: `tilewright doctor` says what it lacks",
     ),
-    # The runtime's own error numbers, negated, are all that a failed run has in its exception.
+    # Only this call's numbers are the runtime's own, negated. -1 is its scope deadlock, and also
+    # what has no number: hence "may".
     _Symptom(
-        r"run failed with code -3\b|scope.deadlock|flow.control.deadlock|task.(ring|window)",
-        "the window of tasks is full: raise option ring_task_window (131072 has served), then "
-        "ring_dep_pool and ring_heap",
-    ),
-    _Symptom(
-        r"run failed with code -2\b|heap.(ring|exhausted)|ring.heap",
-        "the heap between tasks is full: raise option ring_heap (4294967296 has served), then "
-        "ring_task_window and ring_dep_pool",
-    ),
-    _Symptom(
-        r"run failed with code -4\b|dep.?pool|dependency pool",
-        "the pool of dependencies is full: raise option ring_dep_pool (131072 has served), then "
-        "ring_task_window and ring_heap",
-    ),
-    _Symptom(
-        r"run failed with code -1\b",  # also for failures that have no number of their own
-        "PyPTO's log above may say more; if a scope's tasks filled the window, raise option "
-        "ring_task_window (131072 has served)",
-    ),
-    _Symptom(
-        r"\bring\b|deadlock",
-        "a ring is full: raise options ring_task_window and ring_dep_pool (131072 have served) and "
-        "ring_heap (4294967296)",
+        r"finalize_native_run failed with code -[1-4]\b|deadlock|(heap|pool) exhausted|dep_pool",
+        "a ring may be full: raise options ring_task_window, ring_dep_pool and ring_heap (131072, "
+        "131072 and 4294967296 have served); PyPTO's log above may say more",
     ),
     MEMORY,
     _Symptom(
-        r"run failed with code -(8|100)\b|timed? ?out|time-out|5070(14|17|34)\b",
+        r"finalize_native_run failed with code -(8|100)\b|timed? ?out|time-out|5070(14|17|34)\b",
         "it made no progress: see PyPTO's log above (PYPTO_RUNTIME_LOG=info says more), and raise "
         "PTO2_SCHEDULER_TIMEOUT_MS to tell slow from stuck",
     ),
     LOST,
     _Symptom(r"no space left", "free space there, or set option build_dir to another folder"),
+    _Symptom(r"backend type already set", ONE_ARCHITECTURE),
+    _Symptom(
+        r"pto-isa not available",
+        "PyPTO clones it from GitHub: without a network, put it into build/pto-isa beside its "
+        "runtime's pto_isa.pin, checked out at the commit named there",
+    ),
     _Symptom(
         r"ptoas|kernel_config",
         "see that ptoas is of the version that PyPTO pins (toolchain/versions.env in its source)",

@@ -16,18 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from tilewright.errors import ExecutorError
 
 T = TypeVar("T")
 
-Report: TypeAlias = Callable[[str, int, int], None]
-"""Called with what is done now, how many are done, and how many there are to do."""
-
 STAMP = "tilewright.json"
-LEAST_FREE = 1 << 20
-"""Bytes: what a few small kernels take."""
 
 
 def default_folder() -> Path:
@@ -36,20 +31,7 @@ def default_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "tilewright" / "pypto"
 
 
-def prepare(folder: Path) -> None:
-    """Make the folder, and see that it takes files. Raises ExecutorError."""
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.write_bytes(bytes(LEAST_FREE))
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise unusable(folder, error) from error
-
-
-def unusable(folder: Path, error: OSError) -> ExecutorError:
+def _unusable(folder: Path, error: OSError) -> ExecutorError:
     why = error.strerror or str(error)
     advice = "free space there" if error.errno == errno.ENOSPC else "make it a writable folder"
     return ExecutorError(
@@ -93,22 +75,23 @@ def cached(
         try:
             _empty(home)
         except OSError as error:
-            raise unusable(folder, error) from error
+            raise _unusable(folder, error) from error
         say(f"compiling {name}")
         made = compile(home)
         try:
             _write_stamp(home, key, time.perf_counter() - started)
         except OSError as error:
-            raise unusable(folder, error) from error
+            raise _unusable(folder, error) from error
         return made, None
 
 
 @contextmanager
 def _locked(file: Path, name: str, say: Callable[[str], None]) -> Iterator[None]:
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise unusable(file.parent, error) from error
+        raise _unusable(file.parent, error) from error
     try:
         try:
             try:
@@ -117,7 +100,7 @@ def _locked(file: Path, name: str, say: Callable[[str], None]) -> Iterator[None]
                 say(f"waiting for another process that compiles {name}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
-            raise unusable(file.parent, error) from error
+            raise _unusable(file.parent, error) from error
         yield
     finally:
         os.close(lock)

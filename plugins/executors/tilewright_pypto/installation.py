@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,16 +20,19 @@ from attrs import evolve, frozen
 
 from tilewright.errors import ExecutorError
 from tilewright.types import Check
+from tilewright_pypto.plugin import HARDWARE
 
 SIMULATORS = ("a2a3sim", "a5sim")
-HARDWARE = ("a2a3", "a5")
 
+PTO_ISA = "https://github.com/hw-native-sys/pto-isa"
 BUILD = "build it from source: https://github.com/hw-native-sys/pypto"
 EMULATED = "platform=emulated needs none"
 RUNTIME = "tensormap_and_ringbuffer"
 """The runtime, of those that simpler comes with, that PyPTO's compiler makes programs for."""
 PTOAS = ("ptoas", "ptoas.sh", "bin/ptoas")
 """Where PyPTO looks for the assembler in $PTOAS_ROOT, in this order."""
+GXX = "g++-15"
+"""PyPTO compiles simulated kernels with a program of this very name."""
 DEV = Path("/dev")
 
 
@@ -50,14 +54,12 @@ class Installation:
         return f"PyPTO {self.version}{commit} in {self.folders[0]}"
 
 
-@frozen
-class _Lack:
-    """Why there is no PyPTO to be used, and what to do."""
+class _AbsentError(ExecutorError):
+    """There is no PyPTO to be used."""
 
-    found: str
-    advice: str
-    nothing: bool = False
-    """Nothing is there at all, and nobody said that there is."""
+    def __init__(self, found: str, advice: str):
+        super().__init__(f"{found}: {advice}")
+        self.found, self.advice = found, advice
 
 
 def find(pypto_root: str | None) -> Installation:
@@ -66,42 +68,37 @@ def find(pypto_root: str | None) -> Installation:
     Raises ExecutorError: none is there, it is CANN's product of that name, it was never built, it
     was built for another Python, the root is no checkout.
     """
-    found = _locate(pypto_root)
-    if isinstance(found, _Lack):
-        raise ExecutorError(f"{found.found}: {found.advice}")
-    return found
+    importlib.invalidate_caches()
+    folders, search_path = (_installed(), ()) if pypto_root is None else _checkout(pypto_root)
+    _check_usable(folders)
+    text = (folders[0] / "__init__.py").read_text(errors="replace")
+    version = re.search(r"""^__version__\s*=\s*["']([^"']+)""", text, re.MULTILINE)
+    return Installation(
+        folders=folders,
+        search_path=search_path,
+        version=version[1] if version else "unknown",
+        commit=_commit(_root(folders[0])),
+    )
 
 
-def checks(
-    platform: str | None = None, pypto_root: str | None = None, card: int | None = None
-) -> list[Check]:
-    """What is there, for ``tilewright doctor``.
-
-    platform: one of HARDWARE or SIMULATORS, and what it lacks is "failed". None: nobody said, and
-    what is absent is at most a "warning".
-    """
-    found = _locate(pypto_root)
-    if isinstance(found, _Lack):
-        wanted = platform is not None
-        if found.nothing and not wanted and not _cards():
-            return [Check(name="PyPTO", status="ok", found=f"{found.found}; {EMULATED}")]
-        return [
-            Check(
-                name="PyPTO",
-                status="failed" if wanted else "warning",
-                found=found.found,
-                advice=found.advice,
-            )
-        ]
-    needs = [Check(name="PyPTO", status="ok", found=str(found)), *_needs(platform, found, card)]
-    if platform is not None:
-        return needs
-    return [evolve(c, status="warning") if c.status == "failed" else c for c in needs]
+def checks() -> list[Check]:
+    """What is there, for ``tilewright doctor``: what is absent is at most a warning."""
+    try:
+        found = find(None)
+    except _AbsentError as absent:
+        if _spec("pypto") is None and not _cards():
+            return [Check(name="PyPTO", status="ok", found=f"{absent.found}; {EMULATED}")]
+        return [Check(name="PyPTO", status="warning", found=absent.found, advice=absent.advice)]
+    besides = needs(None, found, None)
+    return [
+        Check(name="PyPTO", status="ok", found=str(found)),
+        *(evolve(c, status="warning") if c.status == "failed" else c for c in besides),
+    ]
 
 
 def require(platform: str, installation: Installation, card: int | None) -> None:
     """Raises ExecutorError that names all that the platform needs and this machine lacks."""
-    lacking = [c for c in _needs(platform, installation, card) if c.status == "failed"]
+    lacking = [c for c in needs(platform, installation, card) if c.status == "failed"]
     if lacking:
         each = "; ".join(f"{c.name}: {c.found} ({c.advice})" for c in lacking)
         raise ExecutorError(
@@ -109,8 +106,8 @@ def require(platform: str, installation: Installation, card: int | None) -> None
         )
 
 
-def identity(installation: Installation) -> dict[str, str]:
-    """What compiled code depends on: PyPTO's version and files, and ptoas.
+def identity(installation: Installation, platform: str) -> dict[str, str]:
+    """What compiled code depends on: PyPTO's version and files, ptoas, the platform's compiler.
 
     Files count by path, size and time of change, not by content.
     """
@@ -119,11 +116,13 @@ def identity(installation: Installation) -> dict[str, str]:
         for file in sorted(folder.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:
                 digest.update(_stamp(file).encode())
-    assembler = _ptoas_files()
+    compiler = shutil.which(GXX) if platform in SIMULATORS else _ccec()
     return {
+        "platform": platform,
         "pypto": f"{installation.version} {installation.commit or ''}".strip(),
         "pypto files": digest.hexdigest(),
-        "ptoas": "; ".join(map(_stamp, assembler)) or "none",
+        "ptoas": "; ".join(map(_stamp, _ptoas_files())) or "none",
+        "compiler": _stamp(Path(compiler)) if compiler else "none",
     }
 
 
@@ -135,100 +134,77 @@ def _stamp(file: Path) -> str:
 # --- the package ----------------------------------------------------------------------------------
 
 
-def _locate(pypto_root: str | None) -> Installation | _Lack:
-    importlib.invalidate_caches()
-    if pypto_root is None:
-        search_path: tuple[Path, ...] = ()
-        folders = _installed()
-        if isinstance(folders, _Lack):
-            return folders
-    else:
-        root = Path(pypto_root).expanduser().absolute()
-        homes = [root / "python", root]
-        home = next((h for h in homes if (h / "pypto" / "__init__.py").is_file()), None)
-        if home is None:
-            there = f"{root} holds neither" if root.is_dir() else f"there is no folder {root}"
-            return _Lack(
-                f"pypto_root must be a checkout of PyPTO, with python/pypto or pypto, and {there}",
-                "name the checkout's own folder",
-            )
-        parts = (home, root / "runtime", root / "runtime" / "python")
-        search_path = tuple(p for p in parts if p.is_dir())
-        folders = _with_binary((home / "pypto",))
-    lack = _unusable(folders)
-    if lack:
-        return lack
-    return Installation(
-        folders=folders,
-        search_path=search_path,
-        version=_version(folders[0]),
-        commit=_commit(folders[0]),
-    )
+def _checkout(pypto_root: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The folders of a checkout's package, and its search path."""
+    root = Path(pypto_root).expanduser().absolute()
+    homes = [root / "python", root]
+    home = next((h for h in homes if (h / "pypto" / "__init__.py").is_file()), None)
+    if home is None:
+        there = f"{root} holds neither" if root.is_dir() else f"there is no folder {root}"
+        raise _AbsentError(
+            f"pypto_root must be a checkout of PyPTO, with python/pypto or pypto, and {there}",
+            "name the checkout's own folder",
+        )
+    folders: tuple[Path, ...] = (home / "pypto",)
+    if not _binaries(folders):  # an editable installation of it may keep them elsewhere
+        with suppress(_AbsentError):
+            installed = _installed()
+            if installed[0].resolve() == folders[0].resolve():
+                folders = installed
+    parts = (home, root / "runtime", root / "runtime" / "python")
+    return folders, tuple(p for p in parts if p.is_dir())
 
 
-def _installed() -> tuple[Path, ...] | _Lack:
+def _installed() -> tuple[Path, ...]:
     """The folders of the installed package, that with its __init__.py first."""
     spec = _spec("pypto")
     if spec is None:
-        return _Lack(
+        raise _AbsentError(
             "no PyPTO is installed",
             f"{BUILD} (`pip install pypto` gets another product), or set pypto_root to a built "
             f"checkout; {EMULATED}",
-            nothing=True,
         )
     folders = [Path(f) for f in spec.submodule_search_locations or ()]
     if spec.origin is None:
         checkout = next((f for f in folders if (f / "python" / "pypto").is_dir()), None)
-        found = f"no PyPTO is installed: {', '.join(map(str, folders))} is a mere folder"
-        if checkout:
-            return _Lack(found, f"it looks like a checkout, then set pypto_root={checkout}")
-        return _Lack(found, f"{BUILD}; {EMULATED}")
+        raise _AbsentError(
+            f"no PyPTO is installed: {', '.join(map(str, folders))} is a mere folder",
+            f"it looks like a checkout, then set pypto_root={checkout}"
+            if checkout
+            else f"{BUILD}; {EMULATED}",
+        )
     source = Path(spec.origin).parent
     return (source, *(f for f in folders if f != source))
 
 
-def _with_binary(folders: tuple[Path, ...]) -> tuple[Path, ...]:
-    """A checkout's folder, with that where an editable installation of it keeps the binary."""
-    if not _binaries(folders):
-        installed = _installed()
-        if not isinstance(installed, _Lack) and installed[0].resolve() == folders[0].resolve():
-            return installed
-    return folders
-
-
-def _unusable(folders: Sequence[Path]) -> _Lack | None:
+def _check_usable(folders: Sequence[Path]) -> None:
     def holds(pattern: str) -> bool:
         return any(next(f.glob(pattern), None) for f in folders)
 
-    where = folders[0]
+    where, binaries = folders[0], _binaries(folders)
     if holds("pypto_impl*") or (holds("frontend") and not holds("language")):
-        return _Lack(
+        raise _AbsentError(
             f"the kernels are for hw-native-sys/pypto, and {where} is CANN's product of that name",
             f"uninstall it (they cannot share an environment) and {BUILD}; or set pypto_root to a "
             "built checkout",
         )
     if not holds("language"):
-        return _Lack(f"{where} is no PyPTO: it has no pypto.language", f"{BUILD}; {EMULATED}")
-    binaries = _binaries(folders)
+        raise _AbsentError(f"{where} is no PyPTO: it has no pypto.language", f"{BUILD}; {EMULATED}")
     if not binaries:
-        checkout = where.parent.parent if where.parent.name == "python" else where.parent
-        return _Lack(
+        raise _AbsentError(
             f"the PyPTO in {where} was never built: it has no pypto_core binary",
-            f"run `pip install -e {checkout}`; {EMULATED}",
+            f"run `pip install -e {_root(where)}`; {EMULATED}",
         )
     if not any(b.name.removeprefix("pypto_core") in EXTENSION_SUFFIXES for b in binaries):
-        return _Lack(
+        raise _AbsentError(
             f"the PyPTO in {where} was built for another Python ({binaries[0].name})",
             f"build it again with this one, whose modules end in {EXTENSION_SUFFIXES[0]}",
         )
-    return None
 
 
 def _binaries(folders: Sequence[Path]) -> list[Path]:
-    return [b for f in folders for b in sorted(f.glob("pypto_core*.*")) if b.suffix in _NATIVE]
-
-
-_NATIVE = (".so", ".pyd", ".dylib")
+    native = (".so", ".pyd", ".dylib")
+    return [b for f in folders for b in sorted(f.glob("pypto_core*.*")) if b.suffix in native]
 
 
 def _spec(name: str, search_path: Sequence[Path] = ()) -> ModuleSpec | None:
@@ -242,39 +218,30 @@ def _spec(name: str, search_path: Sequence[Path] = ()) -> ModuleSpec | None:
         return None
 
 
-def _version(package: Path) -> str:
-    text = (package / "__init__.py").read_text(errors="replace")
-    found = re.search(r"""^__version__\s*=\s*["']([^"']+)""", text, re.MULTILINE)
-    return found[1] if found else "unknown"
+def _root(package: Path) -> Path:
+    """Of the checkout that holds a package."""
+    return package.parent.parent if package.parent.name == "python" else package.parent
 
 
-def _commit(package: Path) -> str | None:
-    """What a checkout's HEAD is, as git keeps it."""
-    root = package.parent.parent if package.parent.name == "python" else package.parent
-    git = root / ".git"
-    try:
-        if git.is_file():  # a work tree of another clone
-            git = root / git.read_text().removeprefix("gitdir:").strip()
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref:"):
-            return head
-        ref = head.removeprefix("ref:").strip()
-        shared = git / "commondir"
-        stores = [git, git / shared.read_text().strip()] if shared.is_file() else [git]
-        for store in stores:
-            if (store / ref).is_file():
-                return (store / ref).read_text().strip()
-        packed = (stores[-1] / "packed-refs").read_text().splitlines()
-    except OSError:
+def _commit(root: Path) -> str | None:
+    """What a checkout's HEAD is; None where git does not say."""
+    if not (root / ".git").exists():
         return None
-    return next((line.split()[0] for line in packed if line.endswith(f" {ref}")), None)
+    # Somebody else's checkout is fine, on a shared host.
+    command = ["git", "-c", f"safe.directory={root.resolve()}", "-C", str(root), "rev-parse"]
+    try:
+        said = subprocess.run([*command, "HEAD"], capture_output=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.decode(errors="replace").strip()
 
 
 # --- what a platform needs besides ----------------------------------------------------------------
 
 
-def _needs(platform: str | None, installation: Installation, card: int | None) -> Iterator[Check]:
-    yield _runtime(installation, platform)
+def needs(platform: str | None, installation: Installation, card: int | None) -> Iterator[Check]:
+    """What a platform needs besides PyPTO's package. None: all platforms that may be meant here."""
+    yield from _runtime(installation, platform)
     yield _ptoas()
     if platform is None or platform in SIMULATORS:
         yield _simulators_compiler()
@@ -285,43 +252,55 @@ def _needs(platform: str | None, installation: Installation, card: int | None) -
         yield _npu(card)
 
 
-def _runtime(installation: Installation, platform: str | None) -> Check:
-    """simpler: its Python part, its extension, and the binaries for the platform."""
-    name = "PyPTO's runtime"
-    names = ("simpler", "simpler_setup", "_task_interface")
-    specs = {n: _spec(n, installation.search_path) for n in names}
-    missing = [n for n, spec in specs.items() if spec is None or spec.origin is None]
-    if missing:
+def _failed(name: str, found: str, advice: str) -> Check:
+    return Check(name=name, status="failed", found=found, advice=advice)
+
+
+def _runtime(installation: Installation, platform: str | None) -> Iterator[Check]:
+    """simpler: its Python part, its extension, the binaries for the platform, its PTO-ISA."""
+    name, install = "PyPTO's runtime", "`pip install --no-build-isolation -e"
+    places = {}
+    for module in ("simpler", "simpler_setup", "_task_interface"):
+        spec = _spec(module, installation.search_path)
+        places[module] = spec.origin if spec else None
+    if not all(places.values()):
+        missing = " and no ".join(module for module, place in places.items() if not place)
         runtime = next((p for p in installation.search_path if p.name == "runtime"), None)
-        return Check(
-            name=name,
-            status="failed",
-            found=f"no {' and no '.join(missing)}",
-            advice=f"run `pip install --no-build-isolation -e {runtime or '<checkout>/runtime'}`",
-        )
-    setup = specs["simpler_setup"]
-    assert setup is not None
-    assert setup.origin is not None
-    home = Path(setup.origin).parent
+        yield _failed(name, f"no {missing}", f"run {install} {runtime or '<checkout>/runtime'}`")
+        return
+    home = Path(places["simpler_setup"] or "").parent
     # A wheel brings its binaries with it; a checkout has them where they were built.
     root = home / "_assets" if (home / "_assets" / "src").is_dir() else home.parent
-    platforms = (*HARDWARE, *SIMULATORS)
-    built = [p for p in platforms if _runtime_binary(root, p).is_file()]
+    built = [p for p in (*HARDWARE, *SIMULATORS) if _runtime_binary(root, p).is_file()]
     if platform in built or (platform is None and built):
-        return Check(name=name, status="ok", found=f"in {root}, for {', '.join(built)}")
-    return Check(
-        name=name,
-        status="failed",
-        found=f"no {_runtime_binary(root, platform)}" if platform else f"no binaries in {root}",
-        advice="build the runtime for that platform: `pip install --no-build-isolation -e "
-        f"{root}` where its compilers are",
-    )
+        yield Check(name=name, status="ok", found=f"in {root}, for {', '.join(built)}")
+    else:
+        yield _failed(
+            name,
+            f"no {_runtime_binary(root, platform)}" if platform else f"no binaries in {root}",
+            f"build the runtime for that platform: {install} {root}` where its compilers are",
+        )
+    yield _pto_isa(root)
 
 
 def _runtime_binary(root: Path, platform: str) -> Path:
     variant = "sim" if platform in SIMULATORS else "onboard"
     arch = platform.removesuffix("sim")
     return root / "build" / "lib" / arch / variant / RUNTIME / "libhost_runtime.so"
+
+
+def _pto_isa(runtime: Path) -> Check:
+    """The headers of kernels, at the commit that the runtime names; PyPTO clones them itself."""
+    place, pin = runtime / "build" / "pto-isa", runtime / "pto_isa.pin"
+    wanted = pin.read_text(errors="replace").strip() if pin.is_file() else None
+    if wanted and _commit(place) == wanted.lower():
+        return Check(name="PTO-ISA", status="ok", found=str(place))
+    return Check(
+        name="PTO-ISA",
+        status="warning",
+        found=f"{place} is not at the commit in {pin}: PyPTO will clone it",
+        advice=f"without a network, clone {PTO_ISA} there from elsewhere, and check that out",
+    )
 
 
 def _ptoas_files() -> list[Path]:
@@ -340,45 +319,44 @@ def _ptoas() -> Check:
         return Check(name="ptoas", status="ok", found=str(usable))
     root = os.environ.get("PTOAS_ROOT")
     place = f"PTOAS_ROOT={root} (in {', '.join(PTOAS)})" if root else "PATH, and no PTOAS_ROOT"
-    return Check(
-        name="ptoas",
-        status="failed",
-        found=f"{files[0]} is not executable" if files else f"none in {place}",
-        advice="set PTOAS_ROOT to a release of the version that the checkout's "
-        "toolchain/versions.env names",
+    return _failed(
+        "ptoas",
+        f"{files[0]} is not executable" if files else f"none in {place}",
+        "set PTOAS_ROOT to a release of the version that the checkout's toolchain/versions.env "
+        "names",
     )
 
 
 def _simulators_compiler() -> Check:
-    """PyPTO compiles simulated kernels with a program of this very name."""
-    name, compiler = "g++-15 for the simulators", shutil.which("g++-15")
+    name, compiler = f"{GXX} for the simulators", shutil.which(GXX)
     if compiler is None:
         other = shutil.which("g++")
-        return Check(
-            name=name,
-            status="failed",
-            found="none on PATH" + (f", though {other}" if other else ""),
-            advice="install g++-15, or link a g++ of 13 or newer as g++-15",
+        return _failed(
+            name,
+            "none on PATH" + (f", though {other}" if other else ""),
+            f"install {GXX}, or link a g++ of 13 or newer as {GXX}",
         )
     # PyPTO's headers take BF16 for FP16, silently, where the compiler does not have it.
     command = [compiler, "-std=c++23", "-x", "c++", "-dM", "-E", os.devnull]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        return Check(
-            name=name,
-            status="failed",
-            found=f"{compiler} does not work: {' '.join(str(error).split())}",
-            advice="repair or reinstall it",
-        )
+        found = f"{compiler} does not work: {' '.join(str(error).split())}"
+        return _failed(name, found, "repair or reinstall it")
     if "__STDCPP_BFLOAT16_T__" not in said.stdout:
-        return Check(
-            name=name,
-            status="failed",
-            found=f"{compiler} has no BF16 type, and simulators would compute in FP16 instead",
-            advice="install a g++ of 13 or newer under that name",
+        return _failed(
+            name,
+            f"{compiler} has no BF16 type, and simulators would compute in FP16 instead",
+            "install a g++ of 13 or newer under that name",
         )
     return Check(name=name, status="ok", found=f"{compiler}, with BF16")
+
+
+def _ccec() -> Path | None:
+    """CANN's compiler."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    file = Path(home) / "bin" / "ccec" if home else None
+    return file if file and file.is_file() else None
 
 
 def _cann() -> Check:
@@ -386,37 +364,24 @@ def _cann() -> Check:
     advice = "install it, and source its set_env.sh in the shell that runs tilewright"
     if not home:
         toolkit = os.environ.get("ASCEND_TOOLKIT_HOME")
-        if toolkit:
-            advice = f"export ASCEND_HOME_PATH={toolkit}"
-        found = "ASCEND_HOME_PATH is not set"
-        return Check(name=name, status="failed", found=found, advice=advice)
-    if not (Path(home) / "bin" / "ccec").is_file():
-        found = f"ASCEND_HOME_PATH={home} holds no bin/ccec"
-        return Check(name=name, status="failed", found=found, advice=advice)
+        advice = f"export ASCEND_HOME_PATH={toolkit}" if toolkit else advice
+        return _failed(name, "ASCEND_HOME_PATH is not set", advice)
+    if _ccec() is None:
+        return _failed(name, f"ASCEND_HOME_PATH={home} holds no bin/ccec", advice)
     return Check(name=name, status="ok", found=home)
 
 
 def _npu(card: int | None) -> Check:
-    name, cards = "NPU", _cards()
-    manager = DEV / "davinci_manager"
+    name, cards, see = "NPU", _cards(), "see `npu-smi info`"
     here = f"cards here: {', '.join(map(str, cards))}" if cards else "no cards here"
-    nodes = [manager, *([DEV / f"davinci{card}"] if card is not None else [])]
-    for node in nodes:
-        if not node.exists():
-            return Check(
-                name=name,
-                status="failed",
-                found=f"no {node} ({here})",
-                advice="see `npu-smi info`; a container must be given its cards and the manager",
-            )
-        if not os.access(node, os.R_OK | os.W_OK):
-            return Check(
-                name=name,
-                status="failed",
-                found=f"{node} is not for this user",
-                advice="join the group that owns it",
-            )
-    return Check(name=name, status="ok" if cards else "failed", found=here)
+    for node in ("davinci_manager", *([f"davinci{card}"] if card is not None else [])):
+        file = DEV / node
+        if not file.exists():
+            advice = f"{see}; a container must be given its cards and the manager"
+            return _failed(name, f"no {file} ({here})", advice)
+        if not os.access(file, os.R_OK | os.W_OK):
+            return _failed(name, f"{file} is not for this user", "join the group that owns it")
+    return Check(name=name, status="ok", found=here) if cards else _failed(name, here, see)
 
 
 def _cards() -> list[int]:

@@ -9,6 +9,17 @@ from tilewright_pypto.emulated.language import jit as emulated
 globals().update(NAMES)
 
 
+BACKENDS = {"a2a3": "Ascend910B", "a5": "Ascend950"}
+backend = None
+
+
+def set_backend(wanted):
+    global backend
+    if backend not in (None, wanted):
+        raise ValueError(f"Backend type already set to {backend}, cannot change to {wanted}")
+    backend = wanted
+
+
 class JITFunction:
     def __init__(self, function):
         self._kernel = emulated(function)
@@ -26,6 +37,7 @@ class JITFunction:
         name = self._kernel.contract.kernel
         home = Path(config.save_kernels_dir)
         print(f"fake pypto compiles {name}")
+        set_backend(BACKENDS[config.platform.removesuffix("sim")])
         (home / "kernels").mkdir()
         events.at(f"compile {name}")
         meta = {"kernel": name, "platform": config.platform, "constants": self._constants}

@@ -1,11 +1,14 @@
 import ctypes
 import json
+import logging
 import os
 from dataclasses import dataclass
 
 import torch
 
 from pypto import events
+
+log = logging.getLogger("pypto.runtime.runtime_base")
 
 PLATFORMS = ("a2a3", "a2a3sim", "a5", "a5sim")
 
@@ -83,9 +86,12 @@ class ChipWorker:
             raise ValueError("copy_from leaves the buffer")
         ctypes.memmove(dst_host_ptr, tensor.data_ptr(), nbytes)
 
-    def free_tensor(self, t, *, worker_id=0):
+    def copy_to(self, dst_dev_ptr, src_host_ptr, nbytes, *, worker_id=0):
         self._require_open()
-        del self._memory[t.data_ptr]
+        tensor = self._memory[dst_dev_ptr]
+        if nbytes > tensor.nbytes:
+            raise ValueError("copy_to leaves the buffer")
+        ctypes.memmove(tensor.data_ptr(), src_host_ptr, nbytes)
 
     def register(self, compiled):
         self._require_open()
@@ -95,9 +101,14 @@ class ChipWorker:
         return RegistrationHandle(self, compiled)
 
     def close(self):
-        events.at("close")
+        for ptr in self._memory if self._open else ():
+            try:
+                events.at("free")
+            except RuntimeError:
+                log.warning("free(ptr=0x%x) failed; leaking", ptr, exc_info=True)
         self._memory.clear()
         self._open = False
+        events.at("close")
 
 
 class RegistrationHandle:
