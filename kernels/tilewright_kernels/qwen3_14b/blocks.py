@@ -52,8 +52,8 @@ def widen_rows(
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="widen"):
         for c in pl.range(0, HIDDEN, VEC_TILE):
             part = pl.slice(source, [ROWS, VEC_TILE], [row, c], valid_shape=[count, VEC_TILE])
-            wide = pl.cast(part, pl.FP32, mode="rint")
-            x[0:ROWS, c : c + VEC_TILE] = pl.fillpad(wide, pad_value=pl.PadValue.zero)
+            padded = pl.fillpad(part, pad_value=pl.PadValue.zero)
+            x[0:ROWS, c : c + VEC_TILE] = pl.cast(padded, pl.FP32, mode="rint")
     return x
 
 
@@ -197,9 +197,8 @@ def copy_last_tile(
         for g in pl.range(KV_HEADS):
             at = (page * KV_HEADS + g) * PAGE + offset
             part = pl.slice(cache, [KV_TILE, HEAD_DIM], [at, 0], valid_shape=[count, HEAD_DIM])
-            wide = pl.fillpad(pl.cast(part, pl.FP32, mode="rint"), pad_value=pl.PadValue.zero)
-            tail[g * KV_TILE : g * KV_TILE + KV_TILE, 0:HEAD_DIM] = pl.cast(
-                wide, pl.BF16, mode="rint"
+            tail[g * KV_TILE : g * KV_TILE + KV_TILE, 0:HEAD_DIM] = pl.fillpad(
+                part, pad_value=pl.PadValue.zero
             )
     return tail
 
@@ -214,14 +213,15 @@ def attend_tile(
     kv_row: pl.Scalar[pl.INDEX],
     band: pl.Tensor[[Q_ROWS, BAND], pl.FP32],
     band_column: pl.Scalar[pl.INDEX],
-    stats: pl.Tensor[[3, Q_ROWS], pl.FP32],
+    stats: pl.Tensor[[2, Q_ROWS], pl.FP32],
     o: pl.Tensor[[Q_ROWS, HEAD_DIM], pl.FP32],
 ):
     """One step of the online softmax (arXiv:1805.02867): Q_ROWS queries over KV_TILE keys.
 
-    stats[3, Q_ROWS] FP32 holds each query's maximum, its sum, and what the last step scaled by;
-    o[Q_ROWS, HEAD_DIM] FP32 the weighted values so far. Probabilities are rounded to BF16 for the
-    product, and the sum is taken of the rounded ones.
+    stats[2, Q_ROWS] FP32 holds each query's maximum and its sum, o[Q_ROWS, HEAD_DIM] FP32 the
+    weighted values so far. Probabilities are rounded to BF16 for the product, and the sum is taken
+    of the rounded ones. What o is scaled by has memory of its own: the next step may write to
+    stats before this one has scaled o, as PyPTO orders no task after those that only read.
     """
     scores = pl.create_tensor([Q_ROWS, KV_TILE], dtype=pl.FP32)
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="scores"):
@@ -232,6 +232,7 @@ def attend_tile(
             out_dtype=pl.FP32,
         )
     probabilities = pl.create_tensor([Q_ROWS, KV_TILE], dtype=pl.BF16)
+    scale = pl.create_tensor([1, Q_ROWS], dtype=pl.FP32)
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="softmax"):
         masked = pl.add(
             pl.mul(scores[0:Q_ROWS, 0:KV_TILE], SCALE),
@@ -247,7 +248,7 @@ def attend_tile(
         probabilities[0:Q_ROWS, 0:KV_TILE] = rounded
         stats[0:1, 0:Q_ROWS] = highest
         stats[1:2, 0:Q_ROWS] = total
-        stats[2:3, 0:Q_ROWS] = decay
+        scale[0:1, 0:Q_ROWS] = decay
     weighted = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="weighted"):
         weighted[0:Q_ROWS, 0:HEAD_DIM] = pl.matmul(
@@ -256,7 +257,7 @@ def attend_tile(
             out_dtype=pl.FP32,
         )
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="rescale"):
-        column = pl.reshape(stats[2:3, 0:Q_ROWS], [Q_ROWS, 1])
+        column = pl.reshape(scale[0:1, 0:Q_ROWS], [Q_ROWS, 1])
         o[0:Q_ROWS, 0:HEAD_DIM] = pl.add(
             pl.row_expand_mul(o[0:Q_ROWS, 0:HEAD_DIM], column),
             weighted[0:Q_ROWS, 0:HEAD_DIM],
@@ -279,7 +280,7 @@ def attend(
     k_tail: pl.Tensor[[TAIL, HEAD_DIM], pl.BF16],
     v_tail: pl.Tensor[[TAIL, HEAD_DIM], pl.BF16],
     band: pl.Tensor[[Q_ROWS, BAND], pl.FP32],
-    stats: pl.Tensor[[3, Q_ROWS], pl.FP32],
+    stats: pl.Tensor[[2, Q_ROWS], pl.FP32],
     o: pl.Tensor[[Q_ROWS, HEAD_DIM], pl.FP32],
 ):
     """o[Q_ROWS, HEAD_DIM] FP32 = attention of the queries over the sequence's first context keys.

@@ -126,7 +126,7 @@ def decode_layer(
             v_tail = copy_last_tile(v_cache, block_table, table_row, context, v_tail)
             for g in pl.parallel(KV_HEADS):
                 first_head = t * HEADS + g * GROUP
-                stats = pl.create_tensor([3, Q_ROWS], dtype=pl.FP32)
+                stats = pl.create_tensor([2, Q_ROWS], dtype=pl.FP32)
                 o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
                 o = attend(
                     query_heads, first_head, 0, g, position, context,

@@ -139,7 +139,7 @@ def prefill_layer(
             for h in pl.parallel(HEADS):
                 kv_head = h // GROUP
                 column = h * HEAD_DIM
-                stats = pl.create_tensor([3, Q_ROWS], dtype=pl.FP32)
+                stats = pl.create_tensor([2, Q_ROWS], dtype=pl.FP32)
                 o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
                 o = attend(
                     queries, scratch_row, column, kv_head, position, context,

@@ -153,7 +153,7 @@ def reduce_rows(name: str, compute: Callable[[Tensor], Tensor]) -> Callable[[Ope
 
 def fillpad(source: Operand, *, pad_value: float) -> Tile:
     """Fill what is not valid. The value is zero, or an infinity for PadValue.min and max."""
-    tile = _vector(source, "pl.fillpad")
+    tile = _vector(source, "pl.fillpad", torch.bfloat16)
     if any(d < v for d, v in zip(tile.defined, tile.valid, strict=True)):
         fail("pl.fillpad of a tile whose valid part was not all computed")
     filled = torch.full(tile.shape, pad_value, dtype=tile.dtype)
@@ -268,10 +268,11 @@ def _tile(value: object, name: str) -> Tile:
     return value
 
 
-def _vector(value: object, name: str) -> Tile:
+def _vector(value: object, name: str, *moved: torch.dtype) -> Tile:
+    """A tile of FP32, or of a dtype that the operator moves without computing."""
     in_task(name)
     tile = _tile(value, name)
-    if tile.dtype != torch.float32:
+    if tile.dtype not in (torch.float32, *moved):
         fail(f"{name} of {tile.dtype}: vectors are computed in FP32, cast before")
     if tile.shape[-1] != 1 and tile.shape[-1] * tile.data.element_size() % ROW_BYTES:
         fail(f"{name} of {list(tile.shape)}: a tile's rows must be multiples of {ROW_BYTES} bytes")
