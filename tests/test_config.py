@@ -162,6 +162,7 @@ def test_a_prompt_that_looks_like_data_is_text(tmp_path, prompt):
         ("runtime = 3\n", "run.toml:1: [runtime] must be a table, found 3"),
         ("[[runtime]]\npage_size = 3\n", "run.toml:1: [runtime] must be a table"),
         ("runtime.page_size = 0\n", "run.toml:1: 'page_size' must be >= 1"),
+        ("runtime.device = 1.5\n", "run.toml:1: 'device' must be a string, an integer or none"),
         ("runtime = {device = 'cpu', page_size = 'x'}\n", "run.toml:1: 'page_size' must be an int"),
         ("[generate]\nstop = [\n'a',\n3]\n", "run.toml:2: 'stop' must be a list of strings"),
         ("[options.executer]\nx = 1\n", "run.toml:1: unknown kind of plugin 'executer'; did you"),

@@ -57,6 +57,7 @@ NUMBERS_AND_TEXT = {
     for section in ("runtime", "generate")
     for option in options_of(SECTIONS[section])
     if "number" in option.expected or "integer" in option.expected
+    if "string" not in option.expected
     for key in [(section, option.name)]
 }
 CHOSEN = {

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -497,6 +498,14 @@ def test_another_pypto_that_is_imported_already_is_refused(opened, pypto_root, t
     line = one_line(error)
     assert str(pypto_root) in line
     assert str(other) in line
+
+
+def test_what_a_broken_pypto_left_behind_is_not_mixed_with_another(opened, monkeypatch):
+    left = ModuleType("pypto.events")
+    left.__file__ = "/elsewhere/pypto/events.py"
+    monkeypatch.setitem(sys.modules, "pypto.events", left)
+    with pytest.raises(ExecutorError, match=r"has imported the pypto of /elsewhere/pypto, and"):
+        opened()
 
 
 def test_the_other_architecture_is_refused(opened, monkeypatch):

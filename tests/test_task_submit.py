@@ -334,6 +334,7 @@ def test_without_any_card_nothing_is_opened(capsys, opened, platform):
         (None, None, "5", 5),
         ("0", None, None, 0),
         (0, None, "5", 0),
+        ("03", 3, "5", 3),
         (None, 0, "5", 0),
     ],
 )

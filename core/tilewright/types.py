@@ -164,11 +164,12 @@ class LoadedModel:
 class RuntimeConfig:
     """How this machine runs a model. None means: decided when the model is loaded."""
 
-    device: str | None = described(
+    device: str | int | None = described(
         "device that computes, as the executor names it: cpu, the number of a card; default: the "
         "executor's choice",
         converter=optional(str),
     )
+    """Text, in the end."""
     weight_dtype: DType | None = described(
         "float32, bfloat16 or float16; default: as the checkpoint has it",
         validator=_optional(validators.in_(DTYPES)),

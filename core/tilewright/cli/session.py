@@ -63,10 +63,13 @@ def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
 
 def with_origin(message: str, resolved: Resolved) -> str:
     """Plugins read their options without knowing where they were given; the message names one."""
-    for place, origin in resolved.origins.items():
-        if place[0] == "options" and repr(place[-1]) in message:
-            return f"{origin}: {message}"
-    return message
+    named = [
+        (message.index(repr(place[-1])), origin)
+        for place, origin in resolved.origins.items()
+        if place[0] == "options" and repr(place[-1]) in message
+    ]
+    # The first one is what is wrong; another may be what was meant.
+    return f"{min(named)[1]}: {message}" if named else message
 
 
 class LoadingBar:
@@ -79,7 +82,7 @@ class LoadingBar:
     @hookimpl
     def on_prepare(self, what: str, done: int, total: int) -> None:
         if self._progress is None:
-            self._progress = _preparing(total)
+            self._progress = counting(total)
         self._progress.update(self._progress.task_ids[0], description=what, completed=done)
         if done == total:
             self.stop()
@@ -107,7 +110,8 @@ class LoadingBar:
             self._progress = None
 
 
-def _preparing(total: int) -> "Progress":
+def counting(total: int) -> "Progress":
+    """A bar on standard error for one thing after another; it has started, and has one task."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

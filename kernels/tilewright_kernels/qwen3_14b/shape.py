@@ -7,6 +7,8 @@ from attrs import Factory, asdict, field, frozen
 TILES = (256, 128, 64, 32, 16)
 ACCUMULATOR_BYTES = 128 * 1024
 """L0C of an a2a3 core: a tile of a product in FP32 must fit."""
+SCRATCH_BYTES = 1 << 30
+"""What a prefill step's queries may take: a quarter of the largest heap that has served."""
 
 
 def _widest(*sizes: int, limit: int = 256) -> int:
@@ -109,6 +111,18 @@ class LayerShape:
                 "bytes: make the rows or the tiles smaller"
             )
 
+        scratch = self._scratch_rows * q_dim * 2
+        if scratch > SCRATCH_BYTES:
+            yield (
+                f"a prefill of max_tokens {self.max_tokens} in max_batch {self.max_batch} "
+                f"sequences takes {scratch} bytes of scratch, and {SCRATCH_BYTES} is the most"
+            )
+
+    @property
+    def _scratch_rows(self) -> int:
+        """Rows for a step's tokens when each sequence begins a new tile."""
+        return self.max_tokens + self.max_batch * self.prefill_rows
+
     def constants(self, kernel: str) -> dict[str, int | float]:
         """What a kernel's source expects to find in its module."""
         prefill = kernel == "prefill_layer"
@@ -128,7 +142,7 @@ class LayerShape:
             "N_TILE": self.n_tile,
             "K_TILE": self.k_tile,
             "VOCAB_TILE": self.vocab_tile,
-            "SCRATCH_ROWS": self.max_tokens + self.max_batch * self.prefill_rows,
+            "SCRATCH_ROWS": self._scratch_rows,
             "EPS": self.norm_eps,
             "SCALE": self.head_dim**-0.5,
         }

@@ -4,7 +4,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +13,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
-
 from tilewright.errors import ExecutorError, OutOfPagesError
 from tilewright.machine import available_memory
 from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
-from tilewright_pypto import build_cache
+from tilewright_pypto import build_cache, failures
 from tilewright_pypto.device import Kernel
 from tilewright_pypto.installation import Installation, find, identity, require
 
@@ -74,7 +71,7 @@ def open_device(options: "Options", card: int | None, report: "Report") -> "Pypt
     if _architecture not in (None, architecture):
         raise ExecutorError(
             f"this process has used PyPTO for {_architecture}, and {options.platform} is wanted: "
-            f"{ONE_ARCHITECTURE}"
+            f"{failures.ONE_ARCHITECTURE}"
         )
     pypto = _import(installation)
     require(options.platform, installation, card)
@@ -102,11 +99,11 @@ def _import(installation: Installation) -> Any:
     except BaseException as error:
         for path in added:
             sys.path.remove(path)
-        if isinstance(error, ExecutorError) or not isinstance(error, Exception):
+        if isinstance(error, (ExecutorError, KeyboardInterrupt)):
             raise
         raise ExecutorError(
-            f"{installation} cannot be imported ({type(error).__name__}: {_cause(error)}): build "
-            "it again, for this Python and with what it needs"
+            f"{installation} cannot be imported ({type(error).__name__}: "
+            f"{failures.cause(error)}): build it again, for this Python and with what it needs"
         ) from error
     if "PYPTO_RUNTIME_LOG" not in os.environ:
         # What matters of its log is in its exceptions; a lost card logs a traceback for a tensor.
@@ -117,17 +114,19 @@ def _import(installation: Installation) -> Any:
 
 
 def _refuse_another(installation: Installation) -> None:
-    module = sys.modules.get("pypto")
-    origin = getattr(module, "__file__", None)
-    if module is None or (
-        origin and Path(origin).resolve().parent == installation.folders[0].resolve()
-    ):
-        return
-    where = Path(origin).parent if origin else "a place that it does not tell"
-    raise ExecutorError(
-        f"this process has imported the pypto of {where}, and {installation.folders[0]} is wanted: "
-        "use one of them in a process"
-    )
+    """Also one that failed halfway through its import, and left some of its modules."""
+    ours = [folder.resolve() for folder in installation.folders]
+    for name, module in list(sys.modules.items()):
+        origin = getattr(module, "__file__", None)
+        if name.partition(".")[0] != "pypto" or (
+            origin and any(folder in Path(origin).resolve().parents for folder in ours)
+        ):
+            continue
+        where = Path(origin).parent if origin else "a place that it does not tell"
+        raise ExecutorError(
+            f"this process has imported the pypto of {where}, and {installation.folders[0]} is "
+            "wanted: use one of them in a process"
+        )
 
 
 def _refuse_old(pypto: Any, installation: Installation) -> None:
@@ -180,7 +179,7 @@ class PyptoDevice:
                 self._worker: Any = pypto.runtime.ChipWorker(config=self._config)
         except Exception as error:
             raise ExecutorError(
-                f"{self.name} cannot be opened: {_cause(error)}; {self._advice(error)}"
+                f"{self.name} cannot be opened: {failures.cause(error)}; {self._advice(error)}"
             ) from error
 
     @property
@@ -193,7 +192,7 @@ class PyptoDevice:
             kept = self._opened().alloc_tensor(tuple(tensor.shape), tensor.dtype, init=tensor)
         except Exception as error:
             refused = self._refused(f"cannot keep a tensor of {_mib(tensor.nbytes)}", error)
-            if _symptom(error) is MEMORY:
+            if failures.symptom(error) is failures.MEMORY:
                 refused = ExecutorError(f"{refused}; weights_on_device=false keeps less there")
             raise refused from error
         self._taken += tensor.nbytes
@@ -210,7 +209,7 @@ class PyptoDevice:
             kept = self._opened().alloc_tensor((rows, shape[-1]), dtype)
         except Exception as error:
             refused = self._refused(f"cannot keep {_mib(size)} of KV cache", error)
-            if _symptom(error) is MEMORY:
+            if failures.symptom(error) is failures.MEMORY:
                 raise OutOfPagesError(str(refused)) from error
             raise refused from error
         self._taken += size
@@ -219,12 +218,21 @@ class PyptoDevice:
     def read(self, kept: Any) -> "Tensor":
         import torch
 
+        if isinstance(kept, torch.Tensor):  # a weight that stays on the host
+            return kept
         tensor = torch.empty(kept.shape, dtype=kept.dtype)
         try:
             self._opened().copy_from(tensor.data_ptr(), kept.data_ptr, tensor.nbytes)
         except Exception as error:
             raise self._refused(f"cannot give back {_mib(tensor.nbytes)}", error) from error
         return tensor
+
+    def write(self, kept: Any, tensor: "Tensor") -> None:
+        new = tensor.contiguous()
+        try:
+            self._opened().copy_to(kept.data_ptr, new.data_ptr(), new.nbytes)
+        except Exception as error:
+            raise self._refused(f"cannot take {_mib(new.nbytes)}", error) from error
 
     def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
         """Raises ExecutorError for one that PyPTO does not compile, or not as it is written."""
@@ -325,7 +333,7 @@ class PyptoDevice:
             yield
         except Exception as error:
             raise ExecutorError(
-                f"kernel {kernel} on {self.name}{what}: {_cause(error)}; "
+                f"kernel {kernel} on {self.name}{what}: {failures.cause(error)}; "
                 f"artifacts in {self.artifacts[kernel]}; {self._advice(error)}"
             ) from error
 
@@ -333,96 +341,15 @@ class PyptoDevice:
         if isinstance(error, ExecutorError):
             return error
         return ExecutorError(
-            f"{self.name} {what} ({_mib(self._taken)} are kept there): {_cause(error)}; "
+            f"{self.name} {what} ({_mib(self._taken)} are kept there): {failures.cause(error)}; "
             f"{self._advice(error)}"
         )
 
     def _advice(self, error: Exception) -> str:
-        symptom, card = _symptom(error), self._card
-        if symptom is LOST and card is None:
-            symptom = OTHERWISE
+        symptom, card = failures.symptom(error), self._card
+        if symptom is failures.LOST and card is None:
+            symptom = failures.OTHERWISE
         return symptom.advice.format(card="this machine" if card is None else f"card {card}")
-
-
-# --- what failed, in PyPTO's words ----------------------------------------------------------------
-
-
-@frozen
-class _Symptom:
-    pattern: str
-    advice: str
-
-
-ONE_ARCHITECTURE = "run each architecture (a2a3, a5) in a process of its own"
-MEMORY = _Symptom(
-    r"malloc failed|out of memory|bad_alloc|cannot allocate|memoryerror|code 207001",
-    "free memory of {card}: set total_pages or max_batch_tokens lower, or end what else runs there",
-)
-LOST = _Symptom(
-    r"device.*(lost|offline|unavailable|not found|reset)|lost.*device|heartbeat|"
-    r"simpler_init failed|ensure_acl_ready|\b(507\d{3}|107\d{3})\b",
-    "see `npu-smi info` whether {card} is there, healthy and free, then load the model again",
-)
-SYMPTOMS = (
-    _Symptom(
-        r"ptoas.*timed out",
-        "too many may run at a time: set option compile_jobs lower, and try again",
-    ),
-    _Symptom(
-        r"no module named|undefined symbol|importerror",
-        "PyPTO is not whole: `tilewright doctor` says what it lacks",
-    ),
-    # Only this call's numbers are the runtime's own, negated. -1 is its scope deadlock, and also
-    # what has no number: hence "may".
-    _Symptom(
-        r"finalize_native_run failed with code -[1-4]\b|deadlock|(heap|pool) exhausted|dep_pool",
-        "a ring may be full: raise options ring_task_window, ring_dep_pool and ring_heap (131072, "
-        "131072 and 4294967296 have served); PyPTO's log above may say more",
-    ),
-    MEMORY,
-    _Symptom(
-        r"finalize_native_run failed with code -(8|100)\b|timed? ?out|time-out|5070(14|17|34)\b",
-        "it made no progress: see PyPTO's log above (PYPTO_RUNTIME_LOG=info says more), and raise "
-        "PTO2_SCHEDULER_TIMEOUT_MS to tell slow from stuck",
-    ),
-    LOST,
-    _Symptom(r"no space left", "free space there, or set option build_dir to another folder"),
-    _Symptom(r"backend type already set", ONE_ARCHITECTURE),
-    _Symptom(
-        r"pto-isa not available",
-        "PyPTO clones it from GitHub: without a network, put it into build/pto-isa beside its "
-        "runtime's pto_isa.pin, checked out at the commit named there",
-    ),
-    _Symptom(
-        r"ptoas|kernel_config",
-        "see that ptoas is of the version that PyPTO pins (toolchain/versions.env in its source)",
-    ),
-)
-OTHERWISE = _Symptom("", "try platform=emulated, which tells mistakes of a kernel from a device's")
-
-
-def _symptom(error: BaseException) -> _Symptom:
-    said = f"{type(error).__name__}: {error}".lower()
-    return next((s for s in SYMPTOMS if re.search(s.pattern, said)), OTHERWISE)
-
-
-def _cause(error: BaseException) -> str:
-    """The first line that says something, of messages that go on for pages."""
-    text = str(error).partition("C++ Traceback")[0]
-    lines = [" ".join(line.split()) for line in text.splitlines()]
-    # Rules and frames around what is said, and the heads of tables of it, say nothing.
-    lines = [x for x in lines if x.strip("-=+|^~ ") and not re.fullmatch(r"Function *\| *Error", x)]
-    if not lines:
-        return type(error).__name__
-    said = lines[0]
-    if said.endswith(":") and len(lines) > 1:
-        cells = [x for x in lines[1:] if "|" in x]
-        said += " " + (" ".join(x.replace("|", "").strip() for x in cells) or lines[1])
-    said = " ".join(said.split())
-    match getattr(error, "span", None):
-        case {"filename": str() as file, "line": int() as line}:
-            said += f" ({file}, line {line})"
-    return said if len(said) <= 400 else f"{said[:400]}..."
 
 
 @contextmanager

@@ -11,6 +11,10 @@ PAGE_SIZE = 128
 tile has keys."""
 
 OTHERWISE = "choose executor torch for it"
+_ADVICE = (
+    ("page_size", f"set page_size to a multiple of 16, {PAGE_SIZE} for instance"),
+    ("scratch", "set max_batch_tokens or max_batch_size lower"),
+)
 
 
 def layer_shape(config: ModelConfig, runtime: RuntimeConfig) -> LayerShape:
@@ -33,7 +37,7 @@ def layer_shape(config: ModelConfig, runtime: RuntimeConfig) -> LayerShape:
             max_tokens=max(runtime.max_batch_tokens, runtime.max_batch_size),
         )
     except ValueError as error:
-        advice = "set page_size to one" if "page_size" in str(error) else OTHERWISE
+        advice = next((a for words, a in _ADVICE if words in str(error)), OTHERWISE)
         raise ExecutorError(
             f"executor pypto-npu: {error} ({config.architecture}): {advice}"
         ) from error

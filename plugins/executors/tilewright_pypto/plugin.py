@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from attrs import field, frozen, validators
@@ -103,7 +102,7 @@ def plugin_info() -> PluginInfo:
 def doctor_checks() -> list[Check]:
     from tilewright_pypto import installation
 
-    return installation.checks(platform=None, pypto_root=None, card=None)
+    return installation.checks()
 
 
 @hookimpl
@@ -130,31 +129,35 @@ def chosen_card(options: Options, runtime: RuntimeConfig) -> int | None:
     """The card's number: as asked for, or as a queue granted it.
 
     None for a platform that has no cards, whatever is said of one. Raises ExecutorError for a
-    hardware platform without a number: a default would be somebody else's card.
+    hardware platform without a number, since a default would be somebody else's card, and
+    ConfigError for two numbers.
     """
-    asked = None if runtime.device == "cpu" else runtime.device
-    if asked is not None and options.device is not None and asked != str(options.device):
-        raise ConfigError(
-            f"device is {asked} in the runtime's settings and {options.device} in the options of "
-            "executor pypto-npu: give it once"
-        )
-    if asked is None and options.device is not None:
-        asked = str(options.device)
-    asked = asked or os.environ.get(GRANTED_DEVICE) or None
-    if asked is not None and not (asked.isascii() and asked.isdigit()):
-        raise ExecutorError(
-            f"executor pypto-npu takes the number of a card as device, found {asked!r}: "
-            "see `npu-smi info` for the cards"
-        )
     if options.platform not in HARDWARE:
         return None
-    if asked is None:
+    asked = {
+        str(number).lstrip("0") or "0"
+        for number in (runtime.device, options.device)
+        if number is not None
+    }
+    if len(asked) > 1:
+        raise ConfigError(
+            f"device is {runtime.device} in the runtime's settings and {options.device} in the "
+            "options of executor pypto-npu: give it once"
+        )
+    number = asked.pop() if asked else os.environ.get(GRANTED_DEVICE)
+    if not number:
         raise ExecutorError(
             f"platform {options.platform} needs a card, and none was named: give --device N, run "
             f"under task-submit, which sets {GRANTED_DEVICE}, or set -o platform=emulated to run "
             "the kernels without a card"
         )
-    return int(asked)
+    if not (number.isascii() and number.isdigit()):
+        origin = GRANTED_DEVICE if runtime.device is None else "device"
+        raise ExecutorError(
+            f"executor pypto-npu takes the number of a card as {origin}, found {number!r}: see "
+            "`npu-smi info` for the cards"
+        )
+    return int(number)
 
 
 def _open(options: Options, card: int | None, request: ExecutorRequest) -> "Device":
@@ -162,19 +165,6 @@ def _open(options: Options, card: int | None, request: ExecutorRequest) -> "Devi
         from tilewright_pypto.emulated.device import EmulatedDevice
 
         return EmulatedDevice()
-    from tilewright_pypto import adapter, installation
+    from tilewright_pypto.adapter import open_device
 
-    rings = {
-        name: size
-        for name in ("ring_task_window", "ring_heap", "ring_dep_pool")
-        if (size := getattr(options, name)) is not None
-    }
-    return adapter.open_device(
-        installation.find(options.pypto_root),
-        options.platform,
-        card,
-        rings,
-        options.compile_jobs,
-        Path(options.build_dir) if options.build_dir else None,
-        request.report,
-    )
+    return open_device(options, card, request.report)

@@ -1,0 +1,83 @@
+"""What failed, in PyPTO's words: the line of them that says it, and what to do."""
+
+import re
+
+from attrs import frozen
+
+
+@frozen
+class Symptom:
+    pattern: str
+    advice: str
+
+
+ONE_ARCHITECTURE = "run each architecture (a2a3, a5) in a process of its own"
+MEMORY = Symptom(
+    r"malloc failed|out of memory|bad_alloc|cannot allocate|memoryerror|code 207001",
+    "free memory of {card}: set total_pages or max_batch_tokens lower, or end what else runs there",
+)
+LOST = Symptom(
+    r"device.*(lost|offline|unavailable|not found|reset)|lost.*device|heartbeat|"
+    r"simpler_init failed|ensure_acl_ready|\b(507\d{3}|107\d{3})\b",
+    "see `npu-smi info` whether {card} is there, healthy and free, then load the model again",
+)
+SYMPTOMS = (
+    Symptom(
+        r"ptoas.*timed out",
+        "too many may run at a time: set option compile_jobs lower, and try again",
+    ),
+    Symptom(
+        r"no module named|undefined symbol|importerror",
+        "PyPTO is not whole: `tilewright doctor` says what it lacks",
+    ),
+    # Only this call's numbers are the runtime's own, negated. -1 is its scope deadlock, and also
+    # what has no number: hence "may".
+    Symptom(
+        r"finalize_native_run failed with code -[1-4]\b|deadlock|(heap|pool) exhausted|dep_pool",
+        "a ring may be full: raise options ring_task_window, ring_dep_pool and ring_heap (131072, "
+        "131072 and 4294967296 have served); PyPTO's log above may say more",
+    ),
+    MEMORY,
+    Symptom(
+        r"finalize_native_run failed with code -(8|100)\b|timed? ?out|time-out|5070(14|17|34)\b",
+        "it made no progress: see PyPTO's log above (PYPTO_RUNTIME_LOG=info says more), and raise "
+        "PTO2_SCHEDULER_TIMEOUT_MS to tell slow from stuck",
+    ),
+    LOST,
+    Symptom(r"no space left", "free space there, or set option build_dir to another folder"),
+    Symptom(r"backend type already set", ONE_ARCHITECTURE),
+    Symptom(
+        r"pto-isa not available",
+        "PyPTO clones it from GitHub: without a network, put it into build/pto-isa beside its "
+        "runtime's pto_isa.pin, checked out at the commit named there",
+    ),
+    Symptom(
+        r"ptoas|kernel_config",
+        "see that ptoas is of the version that PyPTO pins (toolchain/versions.env in its source)",
+    ),
+)
+OTHERWISE = Symptom("", "try platform=emulated, which tells mistakes of a kernel from a device's")
+
+
+def symptom(error: BaseException) -> Symptom:
+    said = f"{type(error).__name__}: {error}".lower()
+    return next((s for s in SYMPTOMS if re.search(s.pattern, said)), OTHERWISE)
+
+
+def cause(error: BaseException) -> str:
+    """The first line that says something, of messages that go on for pages."""
+    text = str(error).partition("C++ Traceback")[0]
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    # Rules and frames around what is said, and the heads of tables of it, say nothing.
+    lines = [x for x in lines if x.strip("-=+|^~ ") and not re.fullmatch(r"Function *\| *Error", x)]
+    if not lines:
+        return type(error).__name__
+    said = lines[0]
+    if said.endswith(":") and len(lines) > 1:
+        cells = [x for x in lines[1:] if "|" in x]
+        said += " " + (" ".join(x.replace("|", "").strip() for x in cells) or lines[1])
+    said = " ".join(said.split())
+    match getattr(error, "span", None):
+        case {"filename": str() as file, "line": int() as line}:
+            said += f" ({file}, line {line})"
+    return said if len(said) <= 400 else f"{said[:400]}..."
