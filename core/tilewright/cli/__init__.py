@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "talk with a model",
     "run": "do what a run file says",
     "bench": "measure prefill and decode",
+    "compare": "find where two executors differ",
     "plugins": "list, show and check plugins",
     "doctor": "check this machine",
 }

@@ -1,0 +1,471 @@
+"""A comparison as a page with pictures: one file, without scripts and without a network."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from html import escape
+
+from attrs import frozen
+
+from tilewright import __version__
+from tilewright.compare.judge import Finding, Mode
+from tilewright.compare.metrics import Difference
+from tilewright.compare.report import (
+    MODES,
+    advice,
+    cell,
+    facts,
+    is_tie,
+    verdict,
+    weights_line,
+    worst,
+)
+from tilewright.compare.run import Comparison
+
+_MOST_STEPS = 12
+"""Of which there are pictures: the first and those that went worst."""
+_MOST_WEIGHTS = 50
+
+LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 10.0, 100.0)
+"""Where shades of error over limit end. The last shade has no end."""
+
+
+def html(comparison: Comparison) -> str:
+    """The page. Says everything in words too; colours are told apart in any colour vision."""
+    sections = [
+        _divergence(comparison),
+        *(_heat_maps(comparison, mode) for mode in MODES),
+        _depth(comparison),
+        _logits(comparison),
+        _weights(comparison),
+    ]
+    found = verdict(comparison)
+    mark = {"equal": "✓", "diverged": "✕", "unfinished": "…"}[found]
+    hints = "".join(f"<li>{escape(hint)}</li>" for hint in advice(comparison))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(comparison.candidate)} against {escape(comparison.reference)}: {found}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header>
+<p class="verdict {found}"><span aria-hidden="true">{mark}</span> {found}</p>
+<h1>{escape(comparison.sentence)}</h1>
+<p>{escape(facts(comparison))}</p>
+<p class="small">model {escape(comparison.model)}</p>
+{f"<h2>What to try next</h2><ul>{hints}</ul>" if hints else ""}
+</header>
+{"".join(sections)}
+<footer class="small">tilewright compare {escape(__version__)}</footer>
+</body>
+</html>
+"""
+
+
+# --- words and tables -----------------------------------------------------------------------------
+
+
+def _divergence(comparison: Comparison) -> str:
+    first = comparison.divergence
+    if first is None:
+        return ""
+    place = first.place
+    rows = [
+        ("tensor", place.tensor),
+        ("where", f"{place.phase} step {place.step}, {MODES[place.mode]}"),
+        ("why", first.why),
+    ]
+    told = "".join(f"<tr><th>{k}</th><td>{escape(v)}</td></tr>" for k, v in rows)
+    return (
+        f"<section><h2>The first divergence</h2><table class='facts'>{told}</table>"
+        f"{_figures(first)}</section>"
+    )
+
+
+def _figures(finding: Finding) -> str:
+    ours, near = finding.candidate, finding.baseline
+    if ours is None or near is None:
+        return ""
+    figures: dict[str, Callable[[Difference], object]] = {
+        "relative RMS": lambda d: _number(d.relative_rms),
+        "largest absolute error": lambda d: _number(d.max_abs),
+        "largest relative error": lambda d: _number(d.max_rel),
+        "cosine": lambda d: f"{d.cosine:.6f}",
+        "NMSE": lambda d: _number(d.nmse),
+        "elements beyond tolerance": lambda d: f"{d.beyond:.1%}",
+        "largest distance in ULPs": lambda d: d.max_ulps,
+        "not finite": lambda d: d.candidate_nonfinite,
+        "worst element": lambda d: list(d.worst),
+        "its value": lambda d: _number(d.candidate_at_worst),
+        "in truth": lambda d: _number(d.reference_at_worst),
+    }
+    rows: list[list[object]] = [[name, of(ours), of(near)] for name, of in figures.items()]
+    rows.insert(1, ["worst row", *map(_number, finding.worst_row)])
+    limit = f"<p>The candidate's relative RMS may be {_number(finding.limit)}.</p>"
+    return _table(["distance from the truth", "candidate", "baseline"], rows) + limit
+
+
+def _weights(comparison: Comparison) -> str:
+    wrong = [w for w in comparison.weights if not w.passed]
+    if not wrong:
+        return f"<section><h2>Weights</h2><p>{escape(weights_line(comparison))}</p></section>"
+    rows = ([f"✕ {w.name}", w.why] for w in wrong[:_MOST_WEIGHTS])
+    return (
+        f"<section><h2>Weights</h2><p>{len(wrong)} of {len(comparison.weights)} are not the "
+        f"checkpoint's.</p>{_table(['weight', 'why'], rows)}</section>"
+    )
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    head = "".join(f"<th scope='col'>{escape(h)}</th>" for h in heads)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(str(value))}</td>' for value in row)}</tr>" for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='wide'>{table}</div>"
+
+
+def _number(x: float) -> str:
+    return f"{x:.3g}"
+
+
+# --- heat maps ------------------------------------------------------------------------------------
+
+
+def _heat_maps(comparison: Comparison, mode: Mode) -> str:
+    by_step: dict[int, list[Finding]] = {}
+    for finding in comparison.findings:
+        if finding.place.mode == mode:
+            by_step.setdefault(finding.place.step, []).append(finding)
+    if not by_step:
+        return ""
+
+    def trouble(step: int) -> tuple[int, float]:
+        found = by_step[step]
+        return sum(not f.passed for f in found), max(f.excess for f in found)
+
+    first = min(by_step)
+    others = sorted((s for s in by_step if s != first), key=trouble)[-(_MOST_STEPS - 1) :]
+    shown = [first, *sorted(others)]
+    maps = "".join(
+        f"<figure><figcaption>step {step}, {by_step[step][0].place.phase}</figcaption>"
+        f"{_heat_map(by_step[step])}</figure>"
+        for step in shown
+    )
+    left = len(by_step) - len(shown)
+    more = f"<p>{left} more steps, none of which went worse, have no picture.</p>" if left else ""
+    return (
+        f"<section><h2>Error over its limit: {MODES[mode]}</h2>{_legend()}"
+        f"<div class='maps'>{maps}</div>{more}</section>"
+    )
+
+
+def _level(finding: Finding) -> int:
+    """The shade, from 0; one that failed is never shaded as one that passed, nor the reverse."""
+    allowed = LEVELS.index(1.0)
+    level = next((i for i, end in enumerate(LEVELS) if finding.excess <= end), len(LEVELS))
+    return min(level, allowed) if finding.passed else max(level, allowed + 1)
+
+
+_CELL, _LEFT, _TOP, _RIGHT = 15, 22, 70, 38
+_FLAT = 8
+"""Height of a cell where layers are many."""
+
+
+def _heat_map(findings: Iterable[Finding]) -> str:
+    cells = worst(findings)
+    layers = sorted({layer for layer, _ in cells if layer is not None})
+    stages = list(dict.fromkeys(stage for layer, stage in cells if layer is not None))
+    before = [s for layer, s in cells if layer is None and s == "embed"]
+    after = [s for layer, s in cells if layer is None and s != "embed"]
+    height = _CELL if len(layers) <= 16 else _FLAT
+    drawn: list[str] = []
+    for x, stage in enumerate(stages):
+        at = f"{_LEFT + (x + 0.6) * _CELL:.1f} {_TOP - 4}"
+        drawn.append(f"<text transform='translate({at}) rotate(-60)'>{escape(stage)}</text>")
+    y: float = _TOP
+    for stage in before:
+        drawn.append(_alone(cells[None, stage], y))
+        y += _CELL + 3
+    every = 1 if height == _CELL else 4
+    for layer in layers:
+        if layer % every == 0:
+            drawn.append(f"<text class='end' x='{_LEFT - 4}' y='{y + height - 4}'>{layer}</text>")
+        drawn += [
+            _cell(cells[layer, stage], _LEFT + x * _CELL, y, height)
+            for x, stage in enumerate(stages)
+            if (layer, stage) in cells
+        ]
+        y += height
+    y += 3
+    for stage in after:
+        drawn.append(_alone(cells[None, stage], y))
+        y += _CELL + 1
+    width = max(_LEFT + len(stages) * _CELL + _RIGHT, 110)
+    return _svg(width, y + 1, "".join(drawn), f"Heat map of {len(cells)} tensors")
+
+
+def _alone(finding: Finding, y: float) -> str:
+    """A tensor of no layer: its cell, and its name beside it."""
+    name = f"<text x='{_LEFT + _CELL + 5}' y='{y + 11}'>{escape(finding.place.stage)}</text>"
+    return _cell(finding, _LEFT, y, _CELL) + name
+
+
+def _cell(finding: Finding, x: float, y: float, height: int) -> str:
+    title = f"{finding.place.tensor}: {cell(finding)} {finding.why}".strip()
+    box = (
+        f"<rect class='l{_level(finding)}' x='{x}' y='{y}' width='{_CELL - 1}' "
+        f"height='{height - 1}'><title>{escape(title)}</title></rect>"
+    )
+    return (
+        box
+        if finding.passed
+        else box + _cross(x + (_CELL - 1) / 2, y + (height - 1) / 2, _level(finding))
+    )
+
+
+def _cross(x: float, y: float, level: int | None = None) -> str:
+    """On a shade, or on the page."""
+    style = "cross" if level is None else f"cross on{level}"
+    return f"<path class='{style}' d='M{x - 2.5} {y - 2.5}l5 5m0-5l-5 5'/>"
+
+
+def _legend() -> str:
+    drawn: list[str] = []
+    passing = LEVELS.index(1.0)
+    for i, end in enumerate((*LEVELS, math.inf)):
+        x = 2 + i * 40
+        drawn.append(f"<rect class='l{i}' x='{x}' y='2' width='39' height='13'/>")
+        if i > passing:
+            drawn.append(_cross(x + 19.5, 8.5, i))
+        text = f"to {end:g}" if end < math.inf else "more"
+        drawn.append(f"<text class='middle' x='{x + 19.5}' y='26'>{text}</text>")
+    svg = _svg(4 + 40 * (len(LEVELS) + 1), 30, "".join(drawn), "Legend")
+    return f"<div class='legend'>{svg}<p class='small'>A cross: too large.</p></div>"
+
+
+# --- charts ---------------------------------------------------------------------------------------
+
+
+@frozen
+class Series:
+    name: str
+    style: str
+    """Of its line and its marks, a class of the style sheet."""
+    points: list[tuple[int, float]]
+    crossed: frozenset[int] = frozenset()
+    """Where a mark gets a cross."""
+
+
+def _depth(comparison: Comparison) -> str:
+    """Error of each layer's output, where each side runs on its own outputs."""
+    by_step: dict[int, list[Finding]] = {}
+    for f in comparison.findings:
+        if f.place.mode == "chained" and f.place.stage == "output" and f.candidate and f.baseline:
+            by_step.setdefault(f.place.step, []).append(f)
+    if not by_step:
+        return ""
+    charts = ""
+    for step in sorted({min(by_step), max(by_step)}):
+        found = by_step[step]
+        ours, near, limit = [], [], []
+        for f in found:
+            assert f.place.layer is not None
+            assert f.candidate is not None
+            assert f.baseline is not None
+            ours.append((f.place.layer, f.candidate.relative_rms))
+            near.append((f.place.layer, f.baseline.relative_rms))
+            limit.append((f.place.layer, f.limit))
+        failed = frozenset(f.place.layer or 0 for f in found if not f.passed)
+        chart = _chart(
+            "layer",
+            [
+                Series("limit", "limit", limit),
+                Series("baseline", "baseline", near),
+                Series("candidate", "candidate", ours, failed),
+            ],
+        )
+        caption = f"step {step}, {found[0].place.phase}"
+        charts += f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
+    return (
+        "<section><h2>Error over depth</h2><p>Relative RMS of each layer's output from the truth, "
+        "each side on its own outputs.</p>"
+        f"{_keys()}<div class='charts'>{charts}</div></section>"
+    )
+
+
+def _keys() -> str:
+    marks = (("candidate", "candidate"), ("baseline", "baseline"), ("limit", "limit"))
+    return _key_line(marks)
+
+
+def _key_line(marks: Iterable[tuple[str, str]]) -> str:
+    told = "".join(
+        f"<span><svg viewBox='0 0 30 10' width='30' height='10' aria-hidden='true'>"
+        f"<path class='line {style}' d='M0 5H30'/>{_mark(style, 15, 5)}</svg> {escape(name)}</span>"
+        for name, style in marks
+    )
+    return f"<p class='keys'>{told}<span>✕ too large, or another token</span></p>"
+
+
+def _logits(comparison: Comparison) -> str:
+    rows = comparison.logits
+    if not rows:
+        return ""
+    error: dict[int, float] = {}
+    margin: dict[int, float] = {}
+    other: set[int] = set()
+    for row in rows:
+        error[row.step] = max(row.error, error.get(row.step, 0.0))
+        margin[row.step] = min(row.margin, margin.get(row.step, math.inf))
+        if not row.same_argmax:
+            other.add(row.step)
+    chart = _chart(
+        "step",
+        [
+            Series("margin", "baseline", sorted(margin.items())),
+            Series(
+                "error",
+                "candidate",
+                sorted(error.items()),
+                frozenset(other),
+            ),
+        ],
+    )
+    several = len({row.request for row in rows}) > 1
+
+    def told() -> Iterator[list[object]]:
+        for row in rows:
+            tie = is_tie(comparison, row)
+            same = "same" if row.same_argmax else "near-tie" if tie else "✕ another"
+            yield [
+                row.step,
+                *([row.request] if several else []),
+                same,
+                f"{row.top_5:.0%}",
+                f"{row.top_50:.0%}",
+                f"{row.kl:.1e}",
+                _number(row.margin),
+                _number(row.error),
+            ]
+
+    heads = ["step", *(["prompt"] if several else []), "likeliest token", "top-5", "top-50"]
+    perplexity = ""
+    if comparison.perplexity:
+        true, ours = comparison.perplexity
+        perplexity = f"<p>Perplexity of the prompt: truth {true:.6g}, candidate {ours:.6g}.</p>"
+    return (
+        "<section><h2>Logits</h2><p>The margin between the truth's two likeliest tokens, the "
+        "smallest of a step, and the candidate's largest error in a logit. A margin well above the "
+        "error leaves the token as it is.</p>"
+        + _key_line((("margin", "baseline"), ("error", "candidate")))
+        + f"<div class='charts'><figure>{chart}</figure></div>"
+        + _table([*heads, "KL", "margin", "error"], told())
+        + f"{perplexity}</section>"
+    )
+
+
+_WIDE, _HIGH, _EDGE = 340, 190, 42
+
+
+def _chart(x_name: str, series: Sequence[Series]) -> str:
+    """Lines over whole numbers, on a logarithmic scale; zero is drawn at its foot."""
+    xs = [x for s in series for x, _ in s.points]
+    ys = [y for s in series for _, y in s.points if 0 < y < math.inf]
+    low = math.floor(math.log10(min(ys, default=1e-3)))
+    high = max(math.ceil(math.log10(max(ys, default=1.0))), low + 1)
+    first, last = min(xs), max(xs)
+    right, top, bottom = _WIDE - 12, 8, _HIGH - 34
+
+    def at_x(x: float) -> float:
+        return (
+            (_EDGE + 6 + right) / 2
+            if last == first
+            else _EDGE + 6 + (x - first) / (last - first) * (right - _EDGE - 6)
+        )
+
+    def at_y(y: float) -> float:
+        exponent = math.log10(y) if 0 < y < math.inf else (low if y <= 0 else high)
+        return bottom - (exponent - low) / (high - low) * (bottom - top)
+
+    drawn: list[str] = []
+    for exponent in range(low, high + 1, max(1, (high - low) // 5)):
+        height = at_y(10.0**exponent)
+        drawn.append(f"<path class='grid' d='M{_EDGE} {height:.1f}H{right + 6}'/>")
+        drawn.append(f"<text class='end' x='{_EDGE - 4}' y='{height + 3:.1f}'>1e{exponent}</text>")
+    step = max(1, math.ceil((last - first + 1) / 10))
+    for x in range(first, last + 1, step):
+        drawn.append(f"<text class='middle' x='{at_x(x):.1f}' y='{bottom + 13}'>{x}</text>")
+    middle = (_EDGE + right) / 2
+    drawn.append(f"<text class='middle' x='{middle}' y='{bottom + 27}'>{x_name}</text>")
+    for s in series:
+        line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in s.points)
+        drawn.append(f"<polyline class='line {s.style}' points='{line}'/>")
+        for x, y in s.points:
+            drawn.append(_mark(s.style, at_x(x), at_y(y)))
+            if x in s.crossed:
+                drawn.append(_cross(at_x(x), at_y(y) - 9))
+    return _svg(_WIDE, _HIGH, "".join(drawn), f"{' and '.join(s.name for s in series)} by {x_name}")
+
+
+def _mark(style: str, x: float, y: float) -> str:
+    if style == "candidate":
+        return f"<circle class='mark {style}' cx='{x:.1f}' cy='{y:.1f}' r='3'/>"
+    if style == "baseline":
+        return f"<rect class='mark {style}' x='{x - 3:.1f}' y='{y - 3:.1f}' width='6' height='6'/>"
+    return ""
+
+
+def _svg(width: float, height: float, drawn: str, label: str) -> str:
+    return (
+        f"<svg viewBox='0 0 {width:g} {height:g}' style='width:min(100%,{width * 1.35:.0f}px)' "
+        f"role='img' aria-label='{escape(label)}'>{drawn}</svg>"
+    )
+
+
+# Shades: blue passes, orange fails, each from near the page's own lightness to far from it.
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6570; --rule: #d5dae0;
+--l0: #dfebf7; --l1: #b5d2ec; --l2: #7fb1dc; --l3: #3f83bd; --l4: #fbcf93; --l5: #f39a3d;
+--l6: #cf5f00; --l7: #7d3200; --on-low: #1b1f24; --on-high: #fff;
+--candidate: #c44e00; --baseline: #0067a8; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e6eaef; --faint: #a2acb8;
+--rule: #38414b; --l0: #1c2a38; --l1: #21405c; --l2: #2c6090; --l3: #4b92d0; --l4: #8f5310;
+--l5: #c9741a; --l6: #f79b3c; --l7: #ffd39b; --on-low: #fff; --on-high: #14181d;
+--candidate: #ff9a4d; --baseline: #62b4f5; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1040px; padding: 16px; background: var(--paper);
+color: var(--ink); font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.25rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { margin: .4rem 0; } ul { margin: .4rem 0; padding-left: 1.2rem; }
+.small, figcaption { font-size: .85rem; color: var(--faint); }
+.verdict { display: inline-block; margin: 0 0 .6rem; padding: .1rem .6rem; border-radius: 4px;
+border: 2px solid var(--ink); font-weight: 600; }
+.verdict.diverged { border-color: var(--candidate); color: var(--candidate); }
+.verdict.equal { border-color: var(--baseline); color: var(--baseline); }
+figure { margin: 0; } svg { display: block; max-width: 100%; height: auto; }
+.maps, .charts { display: grid; gap: 16px;
+grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
+.legend { margin: .5rem 0 1rem; }
+svg text { font: 10px system-ui, sans-serif; fill: var(--ink); }
+.end { text-anchor: end; } .middle { text-anchor: middle; }
+.cross { stroke: var(--ink); stroke-width: 1.4; fill: none; }
+.on4, .on5 { stroke: var(--on-low); } .on6, .on7 { stroke: var(--on-high); }
+.grid { stroke: var(--rule); } .line { fill: none; stroke-width: 1.8; }
+.line.candidate { stroke: var(--candidate); }
+.line.baseline { stroke: var(--baseline); stroke-dasharray: 6 3; }
+.line.limit { stroke: var(--faint); stroke-width: 1.2; stroke-dasharray: 2 3; }
+.mark.candidate { fill: var(--candidate); }
+.mark.baseline { fill: var(--paper); stroke: var(--baseline); stroke-width: 1.6; }
+.keys { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; }
+.keys svg { display: inline-block; vertical-align: middle; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0;
+font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
+border-bottom: 1px solid var(--rule); }
+.wide td, .wide th { overflow-wrap: normal; } .facts th { white-space: nowrap; }
+footer { margin-top: 2rem; }
+""" + "".join(f".l{i} {{ fill: var(--l{i}); }}" for i in range(len(LEVELS) + 1))

@@ -1,0 +1,340 @@
+"""A comparison as people read it in a terminal, and as programs do."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import wrap
+from typing import Any
+
+from attrs import asdict
+
+from tilewright import __version__
+from tilewright.compare.judge import Finding, LogitsAgreement, Mode
+from tilewright.compare.metrics import Difference
+from tilewright.compare.run import Comparison
+
+CHECKS = {
+    "embed": "the embedding table, and the token ids that the step was given",
+    "attn_norm": "the RMSNorm before attention: its weight, its eps, its axis",
+    "q_proj": "the query projection: its weight's transposition and order of rows, its bias",
+    "k_proj": "the key projection: its weight's transposition and order of rows, its bias",
+    "v_proj": "the value projection: its weight's transposition and order of rows, its bias",
+    "q_norm": "the RMSNorm of query heads: its weight, its eps, per head and before RoPE",
+    "k_norm": "the RMSNorm of key heads: its weight, its eps, per head and before RoPE",
+    "q_rope": "RoPE of queries: positions, theta, scaling, which dimensions turn together",
+    "k_rope": "RoPE of keys: positions, theta, scaling, which dimensions turn together",
+    "k_cache": "how keys are stored: slots, row order, page size, dtype",
+    "v_cache": "how values are stored: slots, row order, page size, dtype",
+    "attention": "attention: the scale, the causal mask, which KV head a query head reads, and "
+    "which slots of the cache",
+    "o_proj": "the output projection: its weight's transposition, the order of heads",
+    "attn_residual": "the first residual: what is added to the layer's input",
+    "mlp_norm": "the RMSNorm before the MLP: its weight, its eps, its input",
+    "gate_proj": "the gate projection: its weight, and whether it is up's",
+    "up_proj": "the up projection: its weight, and whether it is gate's",
+    "activation": "SiLU of the gate, times up",
+    "down_proj": "the down projection: its weight's transposition",
+    "output": "the second residual: what is added to attn_residual",
+    "final_norm": "the last RMSNorm: its weight, and which rows it gets",
+    "logits": "the head: its weight, tied or not, and which rows it gets",
+}
+"""By stage, in the order of docs/tensors.md: where to look when it is the first that is wrong."""
+
+_MOST_ROWS = 16
+_MOST_STEPS = 12
+
+
+def record(comparison: Comparison) -> dict[str, Any]:
+    """Everything, as docs/numerics.md documents it. A number that is not finite is None."""
+    divergence = comparison.divergence
+    perplexity = comparison.perplexity
+    return {
+        "tilewright": __version__,
+        "verdict": verdict(comparison),
+        "sentence": comparison.sentence,
+        "next": advice(comparison),
+        "model": comparison.model,
+        "reference": comparison.reference,
+        "candidate": comparison.candidate,
+        "dtype": comparison.dtype,
+        "finished": comparison.finished,
+        "divergence": finding_record(divergence) if divergence else None,
+        "weights": [asdict(w) for w in comparison.weights],
+        "perplexity": None
+        if perplexity is None
+        else {"truth": _finite(perplexity[0]), "candidate": _finite(perplexity[1])},
+        "logits": [
+            {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": is_tie(comparison, row)}
+            for row in comparison.logits
+        ],
+        "findings": [finding_record(f) for f in comparison.findings],
+    }
+
+
+def verdict(comparison: Comparison) -> str:
+    if comparison.equal:
+        return "equal"
+    diverged = comparison.divergence or not all(w.passed for w in comparison.weights)
+    return "diverged" if diverged else "unfinished"
+
+
+def is_tie(comparison: Comparison, row: LogitsAgreement) -> bool:
+    """Whether an error that rounding explains could turn the truth's two likeliest tokens."""
+    return row.near_tie and all(
+        f.passed
+        for f in comparison.findings
+        if f.place.stage == "logits" and f.place.mode == "chained" and f.place.step == row.step
+    )
+
+
+def finding_record(finding: Finding) -> dict[str, Any]:
+    place = finding.place
+    return {
+        "mode": place.mode,
+        "phase": place.phase,
+        "step": place.step,
+        "tensor": place.tensor,
+        "layer": place.layer,
+        "stage": place.stage,
+        "passed": finding.passed,
+        "why": finding.why,
+        "excess": _finite(finding.excess),
+        "limit": finding.limit,
+        "candidate": _difference_record(finding.candidate),
+        "baseline": _difference_record(finding.baseline),
+        "worst_row": {
+            "candidate": _finite(finding.worst_row[0]),
+            "baseline": _finite(finding.worst_row[1]),
+        },
+    }
+
+
+def _difference_record(difference: Difference | None) -> dict[str, Any] | None:
+    if difference is None:
+        return None
+    figures = asdict(difference) | {"nmse": difference.nmse}
+    return {name: _finite(value) for name, value in figures.items()}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
+    """Lines. Tables are at most width columns wide (at least 40), sentences only when wrapped.
+
+    What failed is marked with an exclamation mark.
+    """
+    width = max(width, 40)
+
+    def prose(*sentences: str) -> Iterator[str]:
+        for sentence in sentences:
+            yield from wrap(sentence, width, subsequent_indent="  ") if wrapped else [sentence]
+
+    lines = list(prose(comparison.sentence))
+    lines += prose(*(f"next: {hint}" for hint in advice(comparison)))
+    lines += ["", *prose(facts(comparison))]
+    for mode, title in MODES.items():
+        if table := _table(comparison, mode, width):
+            lines += ["", *prose(title), *table]
+    if comparison.findings:
+        lines += prose("(error over its limit, the worst of all steps; ! is too large)")
+    if comparison.logits:
+        lines += ["", *prose("logits, candidate against truth"), *_logits(comparison)]
+        if any(is_tie(comparison, row) for row in comparison.logits):
+            lines += prose("(~ near-tie: the error could turn the truth's two likeliest tokens)")
+    lines += ["", *prose(weights_line(comparison))]
+    if comparison.perplexity:
+        true, ours = comparison.perplexity
+        lines += prose(f"perplexity of the prompt: truth {true:.6g}, candidate {ours:.6g}")
+    return lines
+
+
+MODES: dict[Mode, str] = {
+    "isolated": "each layer by itself, on the reference's input and cache",
+    "chained": "each side on its own outputs",
+}
+
+
+def facts(comparison: Comparison) -> str:
+    steps = {f.place.step: f.place.phase for f in comparison.findings}
+    phases = list(steps.values())
+    failed = sum(not f.passed for f in comparison.findings)
+    return (
+        f"candidate {comparison.candidate} in {comparison.dtype}, reference "
+        f"{comparison.reference}; {phases.count('prefill')} prefill and {phases.count('decode')} "
+        f"decode steps, {len(comparison.findings)} tensors, {failed} of them wrong"
+    )
+
+
+def weights_line(comparison: Comparison) -> str:
+    wrong = [w for w in comparison.weights if not w.passed]
+    if not comparison.weights:
+        return "weights: not compared, the candidate does not give them back"
+    if not wrong:
+        return f"weights: all {len(comparison.weights)} are the checkpoint's"
+    shown = "; ".join(f"{w.name}! {w.why}" for w in wrong[:3])
+    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"weights: {len(wrong)} of {len(comparison.weights)} are wrong: {shown}{more}"
+
+
+def worst(findings: Iterable[Finding]) -> dict[tuple[int | None, str], Finding]:
+    """Of each layer and stage, the finding that failed most, in the order of first appearance."""
+    found: dict[tuple[int | None, str], Finding] = {}
+    for finding in findings:
+        key = (finding.place.layer, finding.place.stage)
+        if key not in found or _badness(finding) > _badness(found[key]):
+            found[key] = finding
+    return found
+
+
+def _badness(finding: Finding) -> tuple[bool, float]:
+    return not finding.passed, finding.excess
+
+
+def _table(comparison: Comparison, mode: Mode, width: int) -> list[str]:
+    cells = worst(f for f in comparison.findings if f.place.mode == mode)
+    layers = sorted({layer for layer, _ in cells if layer is not None})
+    stages = list(dict.fromkeys(stage for layer, stage in cells if layer is not None))
+    groups = grouped(layers, comparison.divergence.place.layer if comparison.divergence else None)
+    rows = []
+    for group in groups:
+        name = f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}"
+        found = [[cells[n, s] for n in group if (n, s) in cells] for s in stages]
+        rows.append([name, *(cell(max(f, key=_badness)) if f else "" for f in found)])
+    lines = _blocks([["layer"], *([_short(s)] for s in stages)], rows, width) if rows else []
+    outside = [f"{s} {cell(f)}" for (layer, s), f in cells.items() if layer is None]
+    return [*lines, "  ".join(outside)] if outside else lines
+
+
+def grouped(layers: Sequence[int], special: int | None) -> list[Sequence[int]]:
+    """Runs of layers, each one alone where they are few; the special one is always alone."""
+    size = 1 if len(layers) <= _MOST_ROWS else -(-len(layers) // (_MOST_ROWS - 2))
+    groups: list[Sequence[int]] = []
+    for start in range(0, len(layers), size):
+        group = layers[start : start + size]
+        at = group.index(special) if special in group else 0
+        parts = [group[:at], group[at : at + 1], group[at + 1 :]] if special in group else [group]
+        groups += [part for part in parts if part]
+    return groups
+
+
+def cell(finding: Finding) -> str:
+    """``0.4``, ``12!``: the error over its limit, and a mark when it is too large."""
+    if finding.candidate is None:
+        return "none!" if "no such" in finding.why else "shape!"
+    x = finding.excess
+    shown = (
+        f"{x:.1f}" if x < 9.95 else f"{x:.0f}" if x < 999.5 else ">999" if x < math.inf else "inf"
+    )
+    return shown if finding.passed else f"{shown}!"
+
+
+def _short(stage: str) -> str:
+    return {"attention": "attn", "attn_residual": "attn_resid", "activation": "act"}.get(
+        stage, stage
+    )
+
+
+def _blocks(heads: list[list[str]], rows: list[list[str]], width: int) -> list[str]:
+    """A table under headings of words one below the other, in as many blocks as the width asks."""
+    words = [head[0].split("_") for head in heads]
+    wide = [max(map(len, (*words[i], *(row[i] for row in rows)))) for i in range(len(heads))]
+    lines: list[str] = []
+    start = 1
+    while start < len(heads):
+        stop, used = start, wide[0]
+        while stop < len(heads) and used + 1 + wide[stop] <= width:
+            used += 1 + wide[stop]
+            stop += 1
+        columns = [0, *range(start, max(stop, start + 1))]
+        height = max(len(words[i]) for i in columns)
+        head_lines = [
+            [w[n - height + len(w)] if n >= height - len(w) else "" for w in words]
+            for n in range(height)
+        ]
+        for line in [*head_lines, *rows]:
+            lines.append(" ".join(f"{line[i]:>{wide[i]}}" for i in columns))
+        start = columns[-1] + 1
+        if start < len(heads):
+            lines.append("")
+    return lines
+
+
+def _logits(comparison: Comparison) -> Iterator[str]:
+    """A line a step; of many steps, those that agree least."""
+    by_step: dict[int, list[LogitsAgreement]] = {}
+    for row in comparison.logits:
+        by_step.setdefault(row.step, []).append(row)
+    shown = sorted(by_step)
+    if len(shown) > _MOST_STEPS:
+
+        def trouble(step: int) -> tuple[int, float]:
+            return sum(not r.same_argmax for r in by_step[step]), max(r.kl for r in by_step[step])
+
+        shown = sorted(sorted(shown, key=trouble)[-_MOST_STEPS:])
+    yield f"{'step':>4} {'argmax':>6} {'top-5':>5} {'KL':>7} {'margin':>6} {'error':>7}"
+    for step in shown:
+        found = by_step[step]
+        same = sum(row.same_argmax for row in found)
+        ties = [is_tie(comparison, row) for row in found]
+        disagree = any(not row.same_argmax and not t for row, t in zip(found, ties, strict=True))
+        mark = "!" if disagree else "~" if any(ties) else ""
+        yield (
+            f"{step:>4} {f'{same}/{len(found)}{mark}':>6} "
+            f"{min(row.top_5 for row in found):>5.0%} {max(row.kl for row in found):>7.1e} "
+            f"{min(row.margin for row in found):>6.2f} {max(row.error for row in found):>7.1e}"
+        )
+    if len(shown) < len(by_step):
+        yield f"and {len(by_step) - len(shown)} more steps that agree better"
+
+
+# --- what to try next -----------------------------------------------------------------------------
+
+
+def advice(comparison: Comparison) -> list[str]:
+    """What to look at, and what to run, when the two differ."""
+    wrong = [w for w in comparison.weights if not w.passed]
+    if wrong:
+        return [f"look at how {comparison.candidate} loads and packs {wrong[0].name}"]
+    first = comparison.divergence
+    if first is None:
+        return []
+    hints = [f"check {CHECKS.get(first.place.stage, first.place.tensor)}"]
+    if gap := _untapped(comparison, first):
+        hints.append(
+            f"{gap[0]} is right, and the candidate taps nothing between it and {gap[-1]}: let it "
+            f"hand out {', '.join(gap[1:-1])}"
+        )
+    modes = {f.place.mode for f in comparison.findings}
+    if first.place.mode == "chained" and comparison.finished:
+        hints.append(
+            "each layer is right by itself: look at what goes from layer to layer, or adds up"
+            if "isolated" in modes
+            else "the candidate cannot run a layer alone, so a layer before it may be the cause: "
+            "give it run_layer, read_kv and write_kv"
+        )
+    if first.place.phase == "decode" and first.place.mode == "chained":
+        hints.append("prefill is right: look at positions, slots and the cache of decode steps")
+    return hints
+
+
+def _untapped(comparison: Comparison, first: Finding) -> list[str]:
+    """The stage before the first wrong one, what the candidate lacks between, and that one."""
+    order = list(CHECKS)
+    layer, stage = first.place.layer, first.place.stage
+    tapped = {
+        f.place.stage
+        for f in comparison.findings
+        if f.place.layer == layer and f.place.step == first.place.step and f.candidate is not None
+    }
+    if layer is None or stage not in order or stage.endswith("_cache"):
+        return []
+    gap = [stage]
+    for before in reversed(order[: order.index(stage)]):
+        gap.insert(0, before)
+        if before in tapped:
+            return gap if len(gap) > 2 else []
+    return []
