@@ -52,10 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--option",
         dest="side_options",
         action="append",
-        metavar="SIDE.KEY=VALUE",
-        help="set an executor option of a side, candidate or reference; SIDE.runtime.KEY=VALUE a "
-        "runtime setting, such as candidate.runtime.page_size=7; loader.KEY=VALUE and "
-        "weight_format.NAME.KEY=VALUE options of plugins that both sides use",
+        metavar="KEY=VALUE",
+        help="candidate.KEY or reference.KEY: an executor option of that side; with .runtime "
+        "before KEY, its runtime setting, such as page_size; loader.KEY or "
+        "weight_format.NAME.KEY: an option of what both sides read the model with",
     )
     flags.add(sides, "runtime", {"device"})
     prompts = parser.add_argument_group("prompts")
@@ -118,14 +118,12 @@ def resolved_sides(args: argparse.Namespace) -> tuple[Resolved, Resolved]:
         if side in SIDES and rest:
             layers[side][_place(side, rest)] = Given(value, f"-o {key}")
             continue
-        place = flags.option_place(key)
-        if place[1] not in ("loader", "weight_format"):
+        if side not in ("loader", "weight_format"):
             raise ConfigError(
-                f"-o {key}: whose setting? expected candidate.{key} or reference.{key}"
-                if "." not in key
-                else f"-o {key}: expected SIDE.KEY=VALUE or loader.KEY=VALUE{nearest(side, SIDES)}"
+                f"-o {key}: expected candidate.KEY=VALUE or reference.KEY=VALUE, an option of that "
+                f"side's executor{nearest(side, SIDES)}"
             )
-        shared[place] = Given(value, f"-o {key}")
+        shared[flags.option_place(key)] = Given(value, f"-o {key}")
     if args.candidate is not None:
         shared["plugins", "executor"] = Given(args.candidate, "--candidate")
     layers["reference"]["plugins", "executor"] = Given(args.reference, "--reference")
@@ -241,9 +239,9 @@ def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> li
     for number, prompt in enumerate(ids, 1):
         if not prompt or len(prompt) + new_tokens > limit:
             raise RequestError(
-                f"prompt {number} of {len(ids)} has {len(prompt)} tokens: expected 1 to "
-                f"{limit - new_tokens}, for {new_tokens} new ones within the {limit} positions of "
-                f"{loaded.source}"
+                f"prompt {number} of {len(ids)} has {len(prompt)} tokens and --new-tokens is "
+                f"{new_tokens}: expected at least one token, and together at most the {limit} "
+                f"positions of {loaded.source}"
             )
     return ids
 
