@@ -1,0 +1,321 @@
+"""``tilewright compare``, its reports, and what its exit codes say."""
+
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from test_cli import Terminal
+
+from tilewright.cli import main
+from tilewright.compare.judge import Finding, LogitsAgreement, Place
+from tilewright.compare.metrics import difference
+from tilewright.compare.page import html
+from tilewright.compare.report import grouped, record, text
+from tilewright.compare.run import Comparison, WeightFinding
+from tilewright_torch.model import TorchExecutor
+
+SHORT = ["--prompt", "We the People", "--new-tokens", "2"]
+SEVEN = ["-o", "candidate.runtime.page_size=7"]
+EMULATED = ["--candidate", "pypto-npu", "-o", "candidate.platform=emulated"]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("TILEWRIGHT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def wrong_layer(monkeypatch):
+    """Layer 1 of the candidate, which is the side with pages of 7, puts out a tenth too much."""
+    run_layer = TorchExecutor.run_layer
+
+    def wrong(self, layer, hidden, batch, tap=None):
+        output = run_layer(self, layer, hidden, batch, tap)
+        if layer == 1 and self.kv_cache_spec.page_size == 7:
+            output = output * 1.1
+            if tap:
+                tap("layers.1.output", output)
+        return output
+
+    monkeypatch.setattr(TorchExecutor, "run_layer", wrong)
+
+
+def compared(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(["compare", *argv])
+    return code, *capsys.readouterr()
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def test_another_page_size_changes_nothing(capsys):
+    code, out, _ = compared(capsys, *SHORT, *SEVEN)
+    assert code == 0
+    assert out.startswith("equal: ")
+    assert "!" not in out.replace("! is too large", "")
+
+
+def test_the_npu_kernels_are_as_near_as_rounding_allows(capsys):
+    code, out, _ = compared(capsys, *SHORT, *EMULATED, "--json")
+    report = json.loads(out)
+    assert (code, report["verdict"]) == (0, "equal")
+    assert report["candidate"] == "pypto-npu"
+    tensors = {f["tensor"] for f in report["findings"]}
+    assert {"embed", "layers.2.output", "layers.0.k_cache", "logits"} <= tensors
+    assert {f["phase"] for f in report["findings"]} == {"prefill", "decode"}
+
+
+def test_float32_is_what_the_truth_is_in(capsys):
+    argv = [*SHORT, "-o", "candidate.runtime.weight_dtype=float32", "--json"]
+    code, out, _ = compared(capsys, *argv)
+    report = json.loads(out)
+    assert (code, report["dtype"]) == (0, "float32")
+    assert all(f["candidate"]["relative_rms"] == 0 for f in report["findings"])
+
+
+def test_a_wrong_layer_is_named_and_ends_with_code_1(capsys, wrong_layer):
+    code, out, _ = compared(capsys, *SHORT, *SEVEN)
+    assert code == 1
+    first = out.splitlines()[0]
+    assert "layers.1.output" in first
+    assert "prefill step 0" in first
+    assert "next: check the second residual" in out
+
+
+def test_the_reports_of_a_wrong_layer_agree(capsys, wrong_layer, tmp_path):
+    page, file = tmp_path / "report.html", tmp_path / "report.json"
+    argv = [*SHORT, *SEVEN, "--json", "--html", str(page), "--output", str(file)]
+    code, out, _ = compared(capsys, *argv)
+    assert (code, out) == (1, "")
+    report = json.loads(file.read_text())
+    assert report["divergence"]["tensor"] == "layers.1.output"
+    assert report["divergence"]["mode"] == "isolated"
+    assert "layers.1.output" in report["sentence"]
+    assert report["sentence"].split(";")[0] in page.read_text().replace("&#x27;", "'")
+    assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json"]
+    alone = [f for f in report["findings"] if f["mode"] == "isolated" and not f["passed"]]
+    assert {f["tensor"] for f in alone} == {"layers.1.output"}
+
+
+def test_a_run_file_is_the_candidate(capsys, tmp_path, wrong_layer):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[runtime]\npage_size = 7\n[prompts]\ntext = ["No person", "We"]\n'
+        f'[output]\nfile = "{tmp_path / "results.jsonl"}"\n'
+    )
+    code, out, _ = compared(capsys, str(path), "--new-tokens", "1", "--json")
+    report = json.loads(out)
+    assert (code, report["divergence"]["layer"]) == (1, 1)
+    assert {row["request"] for row in report["logits"]} == {0, 1}
+    assert os.listdir(tmp_path) == ["run.toml"], "a run's results are no place for a report"
+
+
+def test_the_demo_model_has_a_prompt_of_its_own(capsys):
+    code, _, err = compared(capsys, *SEVEN, "--new-tokens", "1")
+    assert code == 0
+    assert err.startswith("prompt: We hold these truths")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "candidate and reference are one"),
+        (["--candidate", "torhc"], "--candidate: no executor is named 'torhc'"),
+        (["--reference", "torhc"], "--reference: no executor is named 'torhc'"),
+        (["-o", "page_size=7"], "-o page_size: expected candidate.KEY=VALUE"),
+        (["-o", "candidat.threads=1"], "did you mean 'candidate'?"),
+        (["-o", "candidate.theads=1"], "-o candidate.theads: executor 'torch': unknown option"),
+        (["-o", "reference.theads=1"], "-o reference.theads: executor 'torch': unknown option"),
+        (["-o", "candidate.runtime.pagesize=7"], "did you mean 'page_size'?"),
+        (["-o", "candidate.runtime.max_seq_len=7"], "--new-tokens and --chunk: set those"),
+        (["-o", "reference.runtime.kv_dtype=float32"], "set candidate.runtime.kv_dtype"),
+        (["-o", "candidate"], "-o: expected SIDE.KEY=VALUE"),
+        (["--new-tokens", "0"], "expected an integer of at least 1"),
+        ([*SEVEN, "--new-tokens", "5000"], "at most the 2048 positions"),
+        ([*SEVEN, "--html", "no/such/page.html"], "no/such/page.html"),
+        ([*SEVEN, "--model", "no/such/folder"], "no/such/folder"),
+        ([*SEVEN, "--prompt", ""], "--prompt: the prompt is empty"),
+        (["no/such/run.toml"], "no/such/run.toml"),
+        ([*EMULATED, "-o", "candidate.runtime.weight_dtype=float32"], "kernels in bfloat16"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_in_one_line(capsys, argv, message):
+    prompt = [] if "--prompt" in argv else SHORT[:2]
+    code, out, err = compared(capsys, *prompt, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("tilewright: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+# --- reports --------------------------------------------------------------------------------------
+
+
+def made(layers: int, steps: int, wrong: int | None = None) -> Comparison:
+    """A comparison of a deep model, in which everything is wrong from a layer on."""
+    near = torch.tensor([[1.0, 2.0]])
+    truth = near + 0.001
+    off = difference(near, truth)
+    comparison = Comparison(
+        model="m", reference="torch", candidate="mine", dtype="bfloat16", finished=True
+    )
+    for step in range(steps):
+        for layer in range(layers):
+            for stage in ("attn_norm", "attention", "attn_residual", "activation", "output"):
+                passed = wrong is None or layer < wrong
+                place = Place(
+                    mode="chained",
+                    phase="decode" if step else "prefill",
+                    step=step,
+                    tensor=f"layers.{layer}.{stage}",
+                )
+                comparison.findings.append(
+                    Finding(
+                        place=place,
+                        passed=passed,
+                        why="" if passed else "<too> large",
+                        candidate=off,
+                        baseline=off,
+                        limit=off.relative_rms * (2 if passed else 1e-4),
+                    )
+                )
+        comparison.logits.append(
+            LogitsAgreement(
+                step=step,
+                request=0,
+                same_argmax=step != 3,
+                top_5=1.0,
+                top_50=1.0,
+                kl=1e-9,
+                margin=1.0,
+                error=0.01,
+            )
+        )
+    return comparison
+
+
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("wrong", [None, 23])
+def test_forty_layers_fit_a_screen_and_its_width(width, wrong):
+    lines = text(made(40, 30, wrong), width, wrapped=True)
+    assert max(map(len, lines)) <= width
+    assert len(lines) < 90
+
+
+def test_layers_are_grouped_around_the_one_that_matters():
+    assert grouped([0, 1, 2], 1) == [[0], [1], [2]]
+    groups = grouped(list(range(40)), 23)
+    assert [23] in groups
+    assert [layer for group in groups for layer in group] == list(range(40))
+    assert len(groups) <= 18
+
+
+def test_a_piped_sentence_is_one_line():
+    comparison = made(2, 1, wrong=1)
+    lines = text(comparison, 40, wrapped=False)
+    assert lines[0] == comparison.sentence
+
+
+def test_the_step_with_another_token_is_marked_even_among_many():
+    lines = text(made(2, 30), 80, wrapped=True)
+    assert any(re.match(r" *3 +0/1!", line) for line in lines)
+    assert "and 18 more steps that agree better" in lines
+
+
+def test_a_wrong_weight_comes_before_any_tensor():
+    comparison = made(2, 1, wrong=1)
+    comparison.weights = [WeightFinding(name="model.norm.weight", passed=False, why="flipped")]
+    lines = text(comparison, 80, wrapped=False)
+    assert lines[0] == "weight model.norm.weight is packed wrongly: flipped"
+    assert record(comparison)["verdict"] == "diverged"
+
+
+def test_numbers_that_json_has_no_word_for_are_null():
+    comparison = made(1, 1)
+    nan, zero = torch.tensor([[math.nan, 1.0]]), torch.tensor([[0.0, 0.0]])
+    place = Place(mode="chained", phase="prefill", step=0, tensor="logits")
+    comparison.findings += [
+        Finding(place=place, passed=False, why="off", candidate=difference(nan, zero), limit=1.0),
+        Finding(place=place, passed=False, why="the candidate has no such tensor"),
+    ]
+    written = json.dumps(record(comparison), allow_nan=False)
+    assert json.loads(written)["findings"][-1]["excess"] is None
+    assert html(comparison)
+
+
+def test_an_unfinished_comparison_is_not_called_equal():
+    comparison = made(1, 1)
+    comparison.finished = False
+    assert record(comparison)["verdict"] == "unfinished"
+    assert not comparison.sentence.startswith("equal")
+
+
+class _Page(HTMLParser):
+    """Fails on what a well-formed page without a network does not have."""
+
+    void = ("meta", "br", "hr")
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ("script", "link", "img", "iframe", "object", "use")
+        assert not {"src", "href", "xlink:href", "srcset", "onload"} & dict(attrs).keys()
+        self.tags.append(tag)
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("wrong", [None, 23])
+def test_the_page_is_whole_and_asks_nobody_for_anything(wrong):
+    page = html(made(40, 30, wrong))
+    parser = _Page()
+    parser.feed(page)
+    assert parser.open == []
+    assert "url(" not in page
+    assert "://" not in page
+    assert "@import" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport"' in page
+    assert "<too>" not in page
+    assert len(page) < 2_000_000
+    # Nothing is told by colour alone: each cell that failed has a cross.
+    failed = len(re.findall(r"<rect class='l[4-7]' [^>]*><title>", page))
+    assert len(re.findall(r"</rect><path class='cross", page)) == failed
+    assert bool(failed) == (wrong is not None)
+
+
+def test_every_step_has_a_picture_unless_there_are_many():
+    assert html(made(2, 5)).count("<figcaption>step") == 5 + 2
+    page = html(made(2, 30))
+    assert page.count("<figcaption>step") == 12 + 2
+    assert "18 more steps" in page
+
+
+# --- terminals ------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_what_was_compared_so_far(tmp_path):
+    page = tmp_path / "page.html"
+    argv = ["--new-tokens", "2000", "--prompt", "We", "--html", str(page), *SEVEN]
+    terminal = Terminal("compare", *argv)
+    terminal.wait_for(b"chained, decode")
+    terminal.interrupt()
+    assert terminal.end() == 130
+    assert b"Traceback" not in terminal.screen
+    assert b"not finished" in terminal.screen
+    assert "unfinished" in page.read_text()
