@@ -118,9 +118,9 @@ def _refuse_another(installation: Installation) -> None:
     ours = [folder.resolve() for folder in installation.folders]
     for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None)
-        if name.partition(".")[0] != "pypto" or (
-            origin and any(folder in Path(origin).resolve().parents for folder in ours)
-        ):
+        if name.partition(".")[0] != "pypto" or (origin is None and name != "pypto"):
+            continue  # parts of a binary module have no file
+        if origin and any(folder in Path(origin).resolve().parents for folder in ours):
             continue
         where = Path(origin).parent if origin else "a place that it does not tell"
         raise ExecutorError(
