@@ -164,8 +164,8 @@ def facts(comparison: Comparison) -> str:
     failed = sum(not f.passed for f in comparison.findings)
     return (
         f"candidate {comparison.candidate} in {comparison.dtype}, reference "
-        f"{comparison.reference}; {phases.count('prefill')} prefill and {phases.count('decode')} "
-        f"decode steps, {len(comparison.findings)} tensors, {failed} of them wrong"
+        f"{comparison.reference}; steps: {phases.count('prefill')} prefill, "
+        f"{phases.count('decode')} decode; {len(comparison.findings)} tensors, {failed} wrong"
     )
 
 
@@ -256,7 +256,7 @@ def _blocks(heads: list[list[str]], rows: list[list[str]], width: int) -> list[s
             for n in range(height)
         ]
         for line in [*head_lines, *rows]:
-            lines.append(" ".join(f"{line[i]:>{wide[i]}}" for i in columns))
+            lines.append(" ".join(f"{line[i]:>{wide[i]}}" for i in columns).rstrip())
         start = columns[-1] + 1
         if start < len(heads):
             lines.append("")
