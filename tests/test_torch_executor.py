@@ -4,6 +4,7 @@ written."""
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -549,6 +550,7 @@ def test_loading_and_running_takes_little_more_memory_than_the_weights(tmp_path:
     write_model(config, tmp_path, "bfloat16")
     script = f"""
 import sys
+import weakref
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from test_torch_executor import *
@@ -573,6 +575,29 @@ print(stored, memory("VmHWM") - before)
     stored, grown = map(int, result.stdout.split())
     assert stored > 200e6
     assert grown < 1.1 * stored
+
+
+@pytest.mark.parametrize("name", ["qwen3-gqa-5", "qwen3-tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_streamed_weights_compute_the_same_and_one_layer_is_converted_at_a_time(
+    name: str, dtype: DType, tmp_path: Path
+) -> None:
+    write_model(name, tmp_path, "bfloat16")
+    asked = request(load(tmp_path), weight_dtype=dtype)
+    logits = []
+    for options in (Options(), Options(stream_weights=True)):
+        executor = create_executor(evolve(asked, options=options))
+        kv = KvCacheManager(executor.kv_cache_spec, TOTAL_PAGES)
+        executor.bind_kv_cache(kv.layers())
+        served = Served(asked.model_config, executor, kv)
+        steps = [served.step({"a": list(range(3, 40))}), served.step({"a": [7]})]
+        logits.append(torch.cat(steps))
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+    assert executor._model is not None
+    layers = executor._model.layers
+    kept = weakref.ref(layers[0].attn_norm) if dtype == "float32" else None
+    assert layers[1] is layers[1]
+    assert kept is None or kept() is None
 
 
 def test_the_cache_has_rows_by_token_and_at_most_half_of_the_memory(tmp_path: Path) -> None:

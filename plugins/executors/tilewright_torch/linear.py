@@ -45,6 +45,16 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     return lambda x: (many if x.shape[0] > 1 else matrix_vector)(x, weight, bias)
 
 
+def converted(weight: Tensor, dtype: torch.dtype) -> Linear:
+    """The product in another dtype than the weight [out, in] is stored in, block by block."""
+    rows = max(16, BLOCK_BYTES // (4 * weight.shape[1]))
+
+    def product(x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, part.to(dtype)) for part in torch.split(weight, rows)], -1)
+
+    return product
+
+
 @cache
 def has_native(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of this dtype with this CPU's own instructions.

@@ -6,7 +6,8 @@ rotary embedding and softmax all is float32. With a 16-bit dtype rotary tables a
 stay in float32, where transformers rounds them too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,9 @@ from tilewright.types import (
     Tap,
     TensorSource,
 )
-from tilewright.weights import torch_dtype
+from tilewright.weights import expected_tensors, torch_dtype
 from tilewright_torch.attention import Attend, paged_attention
-from tilewright_torch.linear import Linear, linear
+from tilewright_torch.linear import Linear, converted, linear
 from tilewright_torch.rope import rotary, rotate
 
 
@@ -53,22 +54,28 @@ class Model:
     config: ModelConfig
     dtype: torch.dtype
     embedding: Tensor
-    """[vocab_size, hidden_size]"""
+    """[vocab_size, hidden_size], in the dtype of the source when layers are streamed."""
     layers: Sequence[Layer]
     final_norm: Tensor
     head: Linear
     weights: Mapping[str, Tensor]
-    """All of the above, by the checkpoint's names and in its shapes."""
+    """What all of the above is made of, by the checkpoint's names and in its shapes."""
 
 
-def load(config: ModelConfig, weights: TensorSource, dtype: torch.dtype) -> Model:
-    """Read the weights one by one; those of this dtype are used as they are, uncopied."""
+def load(
+    config: ModelConfig, weights: TensorSource, dtype: torch.dtype, stream: bool = False
+) -> Model:
+    """Read the weights one by one; those of this dtype are used as they are, uncopied.
 
-    read: dict[str, Tensor] = {}
+    stream: keep them as the source gave them, and convert a layer's each time it runs.
+    """
+    read = {
+        name: weights.get(name) if stream else weights.get(name).to(dtype)
+        for name in expected_tensors(config)
+    }
 
     def get(name: str) -> Tensor:
-        read[name] = weights.get(name).to(dtype)
-        return read[name]
+        return read[name].to(dtype)
 
     def projection(name: str, bias: bool) -> Linear:
         return linear(get(f"{name}.weight"), get(f"{name}.bias") if bias else None)
@@ -93,16 +100,43 @@ def load(config: ModelConfig, weights: TensorSource, dtype: torch.dtype) -> Mode
             down=projection(f"{mlp}.down_proj", config.mlp_bias),
         )
 
-    embedding = get("model.embed_tokens.weight")
+    names = [f"model.layers.{i}" for i in range(config.num_layers)]
+    embedding = read["model.embed_tokens.weight"]
+    head = embedding if config.tie_word_embeddings else read["lm_head.weight"]
     return Model(
         config=config,
         dtype=dtype,
         embedding=embedding,
-        layers=[layer(f"model.layers.{i}") for i in range(config.num_layers)],
+        layers=_Streamed(names, layer) if stream else [layer(name) for name in names],
         final_norm=get("model.norm.weight"),
-        head=linear(embedding if config.tie_word_embeddings else get("lm_head.weight")),
+        head=linear(head) if head.dtype == dtype else converted(head, dtype),
         weights=read,
     )
+
+
+class _Streamed(Sequence[Layer]):
+    """Layers that are made when they are asked for, and kept until another one is."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Layer]):
+        self._names = names
+        self._make = make
+        self._last: tuple[str, Layer] | None = None
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | list[Layer]:
+        if isinstance(index, slice):
+            return [self._make(name) for name in self._names[index]]
+        name = self._names[index]
+        if self._last is None or self._last[0] != name:
+            self._last = None  # first, so that two are never held
+            self._last = name, self._make(name)
+        return self._last[1]
 
 
 class TorchExecutor:
@@ -145,7 +179,8 @@ class TorchExecutor:
         self._kv = []
 
     def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        x = F.embedding(batch.token_ids, self._opened().embedding)
+        model = self._opened()
+        x = F.embedding(batch.token_ids, model.embedding).to(model.dtype)
         if tap:
             tap("embed", x)
         return x
@@ -195,7 +230,8 @@ class TorchExecutor:
             rows.copy_(new.flatten(0, 1))
 
     def weight(self, name: str) -> Tensor:
-        return self._opened().weights[name]
+        model = self._opened()
+        return model.weights[name].to(model.dtype)
 
     @torch.inference_mode()
     def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:

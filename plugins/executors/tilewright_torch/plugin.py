@@ -33,6 +33,13 @@ class Options:
         validator=validators.optional([validators.ge(1), validators.le(1024)]),
         metadata={"help": "threads that torch uses, in the whole process; default: as it is set"},
     )
+    stream_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "convert a layer's weights to weight_dtype each time it runs, and hold no "
+            "other converted layer: less memory, slower"
+        },
+    )
 
 
 @hookimpl
@@ -81,11 +88,13 @@ def create_executor(request: ExecutorRequest) -> "TorchExecutor":
     from tilewright.weights import torch_dtype
     from tilewright_torch.model import TorchExecutor, load
 
-    if request.options is not None and request.options.threads is not None:
-        torch.set_num_threads(request.options.threads)
+    options = request.options or Options()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     assert runtime.weight_dtype is not None
     assert runtime.kv_dtype is not None
-    model = load(config, request.weights, torch_dtype(runtime.weight_dtype))
+    dtype = torch_dtype(runtime.weight_dtype)
+    model = load(config, request.weights, dtype, options.stream_weights)
     spec = KvCacheSpec(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
