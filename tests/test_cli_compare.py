@@ -5,10 +5,13 @@ import math
 import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
+from plugin_distributions import on_path
 from test_cli import Terminal
+from test_third_party_plugins import documented
 
 from tilewright.cli import main
 from tilewright.compare.judge import Finding, LogitsAgreement, Place
@@ -319,3 +322,33 @@ def test_ctrl_c_leaves_what_was_compared_so_far(tmp_path):
     assert b"Traceback" not in terminal.screen
     assert b"not finished" in terminal.screen
     assert "unfinished" in page.read_text()
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs/numerics.md").read_text()
+
+
+def test_the_worked_case_of_the_documentation(capsys, tmp_path):
+    with on_path(tmp_path / "site") as install:
+        install(documented(PAGE))
+        argv = ["--candidate", "acme-fast", "--new-tokens", "2"]
+        code, out, _ = compared(capsys, *argv)
+        assert code == 1
+        assert out.splitlines()[0] in PAGE.splitlines()
+        _, out, _ = compared(capsys, *argv, "--json")
+    report = json.loads(out)
+    assert [w["why"] for w in report["weights"] if not w["passed"]] == ["it is transposed"] * 3
+    alone = [f for f in report["findings"] if f["mode"] == "isolated"]
+    assert {f["passed"] for f in alone if f["stage"] == "v_proj"} == {False}
+    before = ("attn_norm", "q_proj", "k_proj", "q_norm", "k_norm", "q_rope", "k_rope", "k_cache")
+    assert {f["passed"] for f in alone if f["stage"] in before} == {True}
+
+
+def test_the_documentation_names_every_key_of_the_report():
+    comparison = made(1, 1, wrong=0)
+    report = record(comparison)
+    finding = report["findings"][0]
+    for keys in (report, finding, finding["candidate"], report["logits"][0]):
+        for key in keys.keys() - {"elements"}:
+            assert f"`{key}`" in PAGE, key

@@ -92,6 +92,7 @@ def _figures(finding: Finding) -> str:
         "relative RMS": lambda d: _number(d.relative_rms),
         "largest absolute error": lambda d: _number(d.max_abs),
         "largest relative error": lambda d: _number(d.max_rel),
+        "times as large": lambda d: f"{d.gain:.5f}",
         "cosine": lambda d: f"{d.cosine:.6f}",
         "NMSE": lambda d: _number(d.nmse),
         "elements beyond tolerance": lambda d: f"{d.beyond:.1%}",
@@ -447,7 +448,7 @@ border: 2px solid var(--ink); font-weight: 600; }
 .verdict.equal { border-color: var(--baseline); color: var(--baseline); }
 figure { margin: 0; } svg { display: block; max-width: 100%; height: auto; }
 .maps, .charts { display: grid; gap: 16px;
-grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); }
+grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
 .legend { margin: .5rem 0 1rem; }
 svg text { font: 10px system-ui, sans-serif; fill: var(--ink); }
