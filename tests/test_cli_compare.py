@@ -74,6 +74,13 @@ def test_the_npu_kernels_are_as_near_as_rounding_allows(capsys):
     assert {f["phase"] for f in report["findings"]} == {"prefill", "decode"}
 
 
+def test_layers_are_tried_alone_when_asked_for(capsys):
+    code, out, _ = compared(capsys, *SHORT, *SEVEN, "--isolate", "--json")
+    report = json.loads(out)
+    assert (code, report["verdict"]) == (0, "equal")
+    assert {f["mode"] for f in report["findings"]} == {"chained", "isolated"}
+
+
 def test_float32_is_what_the_truth_is_in(capsys):
     argv = [*SHORT, "-o", "candidate.runtime.weight_dtype=float32", "--json"]
     code, out, _ = compared(capsys, *argv)

@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "weight_format.NAME.KEY: an option of what both sides read the model with",
     )
     flags.add(sides, "runtime", {"device"})
-    prompts = parser.add_argument_group("prompts")
+    prompts = parser.add_argument_group("what is run")
     flags.add(prompts, "prompts", {"text", "file"})
     prompts.add_argument(
         "--new-tokens",
@@ -73,6 +73,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=512,
         metavar="N",
         help="tokens in a prefill step at most (512)",
+    )
+    prompts.add_argument(
+        "--isolate",
+        action="store_true",
+        help="run each layer alone even where the whole runs agree",
     )
     report = parser.add_argument_group("report")
     report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as files:
         file = files.enter_context(opened(args.output))
         page = files.enter_context(opened(args.html)) if args.html else None
-        comparison = compared(candidate, reference, prompts, args.new_tokens, args.chunk)
+        comparison = compared(candidate, reference, prompts, args)
         write(comparison, file, as_json=args.json)
         if page:
             from tilewright.compare.page import html
@@ -157,11 +162,7 @@ def _place(side: str, key: str) -> Place:
 
 
 def compared(
-    candidate: Resolved,
-    reference: Resolved,
-    prompts: Sequence[str],
-    new_tokens: int,
-    chunk: int,
+    candidate: Resolved, reference: Resolved, prompts: Sequence[str], args: argparse.Namespace
 ) -> "Comparison":
     """The comparison, unfinished when Ctrl-C ended it."""
     from tilewright.compare import compare
@@ -173,14 +174,15 @@ def compared(
         tried, trusted = (evolve(c, observers=(*c.observers, bar)) for c in (tried, trusted))
     watch = Watch(loading=bar)
     try:
-        ids = prompt_ids(config, prompts, new_tokens)
+        ids = prompt_ids(config, prompts, args.new_tokens)
         return compare(
             config.model.path,
             trusted,
             tried,
             ids,
-            new_tokens=new_tokens,
-            chunk=chunk,
+            new_tokens=args.new_tokens,
+            chunk=args.chunk,
+            isolate=args.isolate,
             progress=watch,
         )
     except ConfigError as error:

@@ -172,7 +172,7 @@ def facts(comparison: Comparison) -> str:
 def weights_line(comparison: Comparison) -> str:
     wrong = [w for w in comparison.weights if not w.passed]
     if not comparison.weights:
-        return "weights: not compared, the candidate does not give them back"
+        return "weights: not compared, for not both executors give them back"
     if not wrong:
         return f"weights: all {len(comparison.weights)} are the checkpoint's"
     shown = "; ".join(f"{w.name}! {w.why}" for w in wrong[:3])
@@ -302,19 +302,19 @@ def advice(comparison: Comparison) -> list[str]:
     first = comparison.divergence
     if first is None:
         return []
-    hints = [f"check {CHECKS.get(first.place.stage, first.place.tensor)}"]
     if gap := _untapped(comparison, first):
-        hints.append(
-            f"{gap[0]} is right, and the candidate taps nothing between it and {gap[-1]}: let it "
-            f"hand out {', '.join(gap[1:-1])}"
-        )
+        hints = [
+            f"look between {gap[0]}, which is right, and {gap[-1]}: to narrow it down, let the "
+            f"candidate tap {', '.join(gap[1:-1])}"
+        ]
+    else:
+        hints = [f"check {CHECKS.get(first.place.stage, first.place.tensor)}"]
     modes = {f.place.mode for f in comparison.findings}
     if first.place.mode == "chained" and comparison.finished:
         hints.append(
             "each layer is right by itself: look at what goes from layer to layer, or adds up"
             if "isolated" in modes
-            else "the candidate cannot run a layer alone, so a layer before it may be the cause: "
-            "give it run_layer, read_kv and write_kv"
+            else "to try each layer alone, both executors need run_layer, read_kv and write_kv"
         )
     if first.place.phase == "decode" and first.place.mode == "chained":
         hints.append("prefill is right: look at positions, slots and the cache of decode steps")
