@@ -1,10 +1,11 @@
 """Whether a tensor is as it should be: its distance from the truth against what rounding costs."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from attrs import field, frozen
+from attrs import define, field, frozen
 from torch import Tensor
 
 from tilewright.compare.metrics import Difference, difference
@@ -13,7 +14,7 @@ from tilewright.types import Phase
 Mode = Literal["chained", "isolated"]
 
 FACTOR = 1.5
-"""How many times the baseline's error a candidate's may be."""
+"""How many times the baseline's error a candidate's may be, over many rows. See ``slack``."""
 ROW_FACTOR = 2.5
 """The same for the row that is worst: the largest of many errors scatters more than their mean."""
 FLOOR = {torch.float32: 2e-5, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
@@ -66,8 +67,40 @@ class Finding:
         return self.candidate.relative_rms / self.limit if self.limit else 0.0
 
 
-def judge(place: Place, candidate: "Tensor | None", baseline: Tensor, truth: Tensor) -> Finding:
-    """A candidate passes when it is hardly farther from the truth than the baseline is."""
+@define(kw_only=True)
+class Noise:
+    """What the baseline loses at one tensor, over the steps so far.
+
+    The errors of a row go together, those of rows hardly: in a decode step of few rows the baseline
+    may be near the truth by luck.
+    """
+
+    squares: float = 0.0
+    rows: int = 0
+    worst_row: float = 0.0
+
+    def add(self, relative_rms: float, worst_row: float, rows: int) -> None:
+        self.squares += rows * relative_rms**2
+        self.rows += rows
+        self.worst_row = max(self.worst_row, worst_row)
+
+    @property
+    def relative_rms(self) -> float:
+        return math.sqrt(self.squares / self.rows) if self.rows else 0.0
+
+
+def slack(rows: int) -> float:
+    """How many times as much a factor allows where an error is measured on few rows."""
+    return 1 + 1 / math.sqrt(rows)
+
+
+def judge(
+    place: Place, candidate: "Tensor | None", baseline: Tensor, truth: Tensor, noise: Noise
+) -> Finding:
+    """A candidate passes when it is hardly farther from the truth than the baseline is.
+
+    noise: the tensor's, in the earlier steps of the same mode; this step's is added.
+    """
     if candidate is None:
         return Finding(place=place, passed=False, why="the candidate has no such tensor")
     if candidate.shape != truth.shape:
@@ -80,14 +113,20 @@ def judge(place: Place, candidate: "Tensor | None", baseline: Tensor, truth: Ten
     floor = FLOOR.get(candidate.dtype, FLOOR[torch.float32])
     if place.stage == "logits":  # float32 by contract, computed in the weights' dtype
         floor = FLOOR.get(baseline.dtype, floor)
-    limit = FACTOR * near.relative_rms + floor
     rows = row_error(candidate, truth), row_error(baseline, truth)
-    row_limit = ROW_FACTOR * rows[1] + 4 * floor
+    noise.add(near.relative_rms, rows[1], len(truth))
+    usual = slack(len(truth)) * max(near.relative_rms, noise.relative_rms)
+    limit = max(FACTOR * usual, floor)
+    row_limit = max(ROW_FACTOR * slack(len(truth)) * noise.worst_row, 4 * floor)
+    # Errors that rounding makes point anywhere, and so hardly change the size of the whole.
+    gain_limit = max(2 * limit / math.sqrt(len(truth)), FACTOR * abs(near.gain - 1))
     why = ""
     if found.candidate_nonfinite > found.reference_nonfinite:
         why = f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
     elif found.relative_rms > limit:
         why = f"its error is {found.relative_rms:.2g}, where rounding explains {limit:.2g}"
+    elif abs(found.gain - 1) > gain_limit:
+        why = f"it is {found.gain:.5f} times as large as it should be"
     elif rows[0] > row_limit:
         why = f"a row's error is {rows[0]:.2g}, where rounding explains {row_limit:.2g}"
     return Finding(

@@ -23,6 +23,9 @@ class Difference:
     """Frobenius norm of the difference over that of the reference."""
     cosine: float
     """Of the angle between the two as vectors; 1 is the same direction."""
+    gain: float
+    """How many times the reference the candidate is: the factor that fits best. Rounding leaves it
+    at 1 where truncation, or a scale that is slightly off, does not."""
     beyond: float
     """Share of elements with |candidate - reference| > atol + rtol * |reference|."""
     max_ulps: int
@@ -66,6 +69,7 @@ def difference(
         max_rel=_max(g[nonzero] / e[nonzero].abs()),
         relative_rms=_ratio(float(g.norm()), float(e.norm())),
         cosine=_cosine(f, e),
+        gain=_gain(f, e),
         beyond=float((gap > atol + rtol * size).logical_or(~both).double().mean()),
         max_ulps=_ulps(candidate.flatten()[both], reference.flatten()[both]),
         worst=tuple(int(i) for i in coordinates),
@@ -91,6 +95,13 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     if norms:
         return min(1.0, float(a @ b) / norms)
     return 1.0 if torch.equal(a, b) else 0.0
+
+
+def _gain(a: Tensor, b: Tensor) -> float:
+    square = float(b @ b)
+    if square:
+        return float(a @ b) / square
+    return 1.0 if torch.equal(a, b) else float("inf")
 
 
 def _ulps(a: Tensor, b: Tensor) -> int:

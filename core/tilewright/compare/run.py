@@ -1,5 +1,6 @@
 """Compares two executors on a model: weights, then every tensor of every step."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,13 +9,25 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
-from tilewright.compare.judge import Finding, LogitsAgreement, Mode, Place, judge, logits_agreement
+from tilewright.compare.judge import (
+    Finding,
+    LogitsAgreement,
+    Mode,
+    Noise,
+    Place,
+    judge,
+    logits_agreement,
+)
 from tilewright.compare.metrics import difference
+from tilewright.compare.packing import explain
 from tilewright.compare.sides import Choice, Side, Tensors, copy_kv, logical, open_side
 from tilewright.errors import ExecutorError
 from tilewright.scheduler import Step
 from tilewright.types import DType
 from tilewright.weights import expected_tensors, torch_dtype
+
+BEFORE_CACHE = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope")
+"""Stages of a layer that come before its keys and values are cached."""
 
 Progress = Callable[["Comparison", str, int, int], None]
 """Called with the comparison so far, what is compared next, and how many steps of how many are
@@ -90,12 +103,14 @@ def compare(
     *,
     new_tokens: int = 8,
     chunk: int = 512,
+    isolate: bool = False,
     progress: Progress = lambda result, what, done, total: None,
 ) -> Comparison:
     """Run prompts, then new_tokens - 1 decode steps with the truth's greedy tokens on all sides.
 
-    chunk: tokens in a prefill step at most. Raises what LLMEngine raises, and ExecutorError when
-    the two have nothing to compare.
+    chunk: tokens in a prefill step at most. isolate: run each layer alone even if the whole runs
+    are equal; that finds errors that are lost in the rounding of the layers before. Raises what
+    LLMEngine raises, and ExecutorError when the two have nothing to compare.
     """
     with ExitStack() as opened:
 
@@ -123,7 +138,7 @@ def compare(
         tokens: list[list[int]] = []
         for number, step in enumerate(sides.chained(result, tokens)):
             progress(result, f"chained, {step.phase}", number + 1, steps)
-        if result.divergence and sides.layerwise:
+        if (isolate or result.divergence) and sides.layerwise:
             for number, step in enumerate(sides.isolated(result, tokens)):
                 progress(result, f"isolated, {step.phase}", number + 1, steps)
         if truth.perplexity is not None and tried.perplexity is not None:
@@ -142,6 +157,8 @@ class _Sides:
     candidate: Side
     baseline: Side
     truth: Side
+    noise: dict[tuple[Mode, str], Noise] = field(factory=lambda: defaultdict(Noise))
+    """By mode and tensor."""
 
     @property
     def all(self) -> tuple[Side, Side, Side]:
@@ -152,13 +169,14 @@ class _Sides:
         return all(side.layerwise for side in self.all)
 
     def weights(self) -> Iterator[WeightFinding]:
-        """Each weight that the candidate can give back."""
-        if not hasattr(self.candidate.executor, "weight"):
+        """Each weight that both can give back."""
+        if not all(hasattr(s.executor, "weight") for s in (self.candidate, self.baseline)):
             return
         config = self.candidate.model.loaded.config
         dtype = self.candidate.model.runtime.weight_dtype
         assert dtype is not None
-        for name, shape in expected_tensors(config).items():
+        shapes = expected_tensors(config)
+        for name, shape in shapes.items():
             source = self.baseline.executor.weight(name)
             packed = self.candidate.executor.weight(name)
             why = ""
@@ -166,7 +184,12 @@ class _Sides:
                 why = f"its shape is {list(packed.shape)}, expected {list(shape)}"
             elif not torch.equal(packed.to(torch_dtype(dtype)), source):
                 d = difference(packed, source)
-                why = (
+                others = (
+                    (other, self.baseline.executor.weight(other))
+                    for other in shapes
+                    if other != name and shapes[other] == shape
+                )
+                why = explain(packed.to(source.dtype), source, others) or (
                     f"relative error {d.relative_rms:.2g}, worst at {list(d.worst)}: "
                     f"{d.candidate_at_worst:.6g}, expected {d.reference_at_worst:.6g}"
                 )
@@ -174,15 +197,19 @@ class _Sides:
 
     def chained(self, result: Comparison, tokens: list[list[int]]) -> Iterator[Step]:
         """Each side on its own outputs; the truth's tokens go to tokens, a list a step."""
+        self.candidate.spoil()
         number = 0
         while (steps := self._next()) is not None:
             step = steps[0]
             compared = 0
             parts = [side.parts(s) for side, s in zip(self.all, steps, strict=True)]
             for part, (ours, near, true) in enumerate(zip(*parts, strict=True)):
-                compared += self._judge(result, "chained", step, number, ours, near, true)
+                found = self._judge(result, "chained", step, number, ours, near, true)
+                compared += len(ours)
                 if 1 <= part <= self.candidate.executor.kv_cache_spec.num_layers:
-                    self._judge_kv(result, "chained", steps, number, part - 1)
+                    cached = self._judge_kv("chained", steps, number, part - 1)
+                    found = _in_order(found, cached)
+                result.findings += found
             if not compared:
                 raise ExecutorError(
                     f"executors {result.candidate} and {result.reference} have no tensor in "
@@ -191,7 +218,8 @@ class _Sides:
             chosen = true["logits"].argmax(-1).tolist() if step.sampled else []
             if step.sampled:
                 ids = [int(r.request_id.rpartition("-")[2]) for r in step.sampled]
-                result.logits += logits_agreement(number, ids, ours["logits"], true["logits"])
+                if "logits" in ours and ours["logits"].shape == true["logits"].shape:
+                    result.logits += logits_agreement(number, ids, ours["logits"], true["logits"])
             tokens.append(chosen)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
@@ -215,8 +243,9 @@ class _Sides:
                 self.candidate.executor.run_layer(layer, hidden, ours.batch, record[0])
                 self.truth.executor.run_layer(layer, hidden.float(), true.batch, record[2])
                 hidden = self.baseline.executor.run_layer(layer, hidden, near.batch, record[1])
-                self._judge(result, "isolated", ours, number, *taps)
-                self._judge_kv(result, "isolated", steps, number, layer)
+                found = self._judge(result, "isolated", ours, number, *taps)
+                cached = self._judge_kv("isolated", steps, number, layer)
+                result.findings += _in_order(found, cached)
                 for seen in taps:
                     seen.clear()
             rows = hidden[near.batch.logits_rows]
@@ -224,7 +253,7 @@ class _Sides:
                 self.candidate.executor.run_head(rows, record[0])
                 self.truth.executor.run_head(rows.float(), record[2])
                 self.baseline.executor.run_head(rows, record[1])
-                self._judge(result, "isolated", ours, number, *taps)
+                result.findings += self._judge(result, "isolated", ours, number, *taps)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
             yield ours
@@ -245,7 +274,7 @@ class _Sides:
         ours: Tensors,
         near: Tensors,
         true: Tensors,
-    ) -> int:
+    ) -> list[Finding]:
         """Judges what the candidate taps, and what it must: outputs of layers, and logits."""
         names = [n for n in true if n in ours or n.endswith((".output", "logits"))]
         for name in ours:
@@ -254,16 +283,18 @@ class _Sides:
                     f"executor {result.candidate} taps {name!r}, which {result.reference} does "
                     "not: names must be those of docs/tensors.md"
                 )
+        found = []
         for name in names:
             if not true[name].numel():
                 continue
             place = Place(mode=mode, phase=step.phase, step=number, tensor=name)
-            result.findings.append(judge(place, ours.get(name), near[name], true[name]))
-        return len(set(names) & ours.keys())
+            noise = self.noise[mode, name]
+            found.append(judge(place, ours.get(name), near[name], true[name], noise))
+        return found
 
     def _judge_kv(
-        self, result: Comparison, mode: Mode, steps: Sequence[Step], number: int, layer: int
-    ) -> None:
+        self, mode: Mode, steps: Sequence[Step], number: int, layer: int
+    ) -> list[Finding]:
         """What the step's requests have in the cache, from their first token to the step's last."""
         step = steps[0]
         stops = dict(zip((r.request_id for r in step.requests), step.computed, strict=True))
@@ -275,10 +306,18 @@ class _Sides:
                 if r.request_id in stops
             ]
             caches.append((torch.cat([c.key for c in of]), torch.cat([c.value for c in of])))
-        for index, name in enumerate(("k_cache", "v_cache")):
+        found = []
+        for index, name in enumerate((f"layers.{layer}.k_cache", f"layers.{layer}.v_cache")):
             ours, near, true = (cache[index] for cache in caches)
-            place = Place(mode=mode, phase=step.phase, step=number, tensor=f"layers.{layer}.{name}")
-            result.findings.append(judge(place, ours, near, true))
+            place = Place(mode=mode, phase=step.phase, step=number, tensor=name)
+            found.append(judge(place, ours, near, true, self.noise[mode, name]))
+        return found
+
+
+def _in_order(tapped: list[Finding], cached: list[Finding]) -> list[Finding]:
+    """A layer's findings in the order of computation: the cache is written, then attended to."""
+    before = [f for f in tapped if f.place.stage in BEFORE_CACHE]
+    return [*before, *cached, *(f for f in tapped if f.place.stage not in BEFORE_CACHE)]
 
 
 def _recorder(seen: Tensors) -> Callable[[str, Tensor], None]:

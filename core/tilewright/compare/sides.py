@@ -15,6 +15,9 @@ from tilewright.types import KvLayer, RuntimeConfig, SamplingParams
 
 MODEL_ID = "compared"
 
+UNWRITTEN = 8.0
+"""What caches hold where nothing is written: finite, and nothing like a key or a value."""
+
 Tensors = dict[str, Tensor]
 """By the names of docs/tensors.md."""
 
@@ -64,6 +67,13 @@ class Side:
         self.requests = [evolve(r, output_token_ids=[], num_computed=0) for r in self.requests]
         for request in self.requests:
             self.scheduler.add(request)
+
+    def spoil(self) -> None:
+        """Fill the cache: of one that is zero, slots that are not the sequence's go unnoticed."""
+        for i in range(self.executor.kv_cache_spec.num_layers if self.layerwise else 0):
+            cache = self.executor.read_kv(i)
+            spoilt = (torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value))
+            self.executor.write_kv(i, KvLayer(*spoilt))
 
     @property
     def model(self) -> ServedModel:
@@ -191,10 +201,13 @@ def logical(side: Side, layer: int, request: Request, stop: int) -> KvLayer:
 
 
 def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
-    """Give target's layer what source's holds of the tokens before a step; the rest stays."""
+    """Give target's layer what source's holds of the tokens before a step, and nothing else.
+
+    A slot that is read before it is written would hold the right key from the run before.
+    """
     spec = target.executor.kv_cache_spec
     cache = target.executor.read_kv(layer)
-    new = KvLayer(cache.key.clone(), cache.value.clone())
+    new = KvLayer(*(torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value)))
     for theirs, ours in zip(source.requests, target.requests, strict=True):
         before = theirs.num_computed
         if not before or theirs.request_id not in {r.request_id for r in step.requests}:
