@@ -143,9 +143,9 @@ def _heat_maps(comparison: Comparison, mode: Mode) -> str:
     if not by_step:
         return ""
 
-    def trouble(step: int) -> tuple[int, float]:
+    def trouble(step: int) -> tuple[int, float, int]:
         found = by_step[step]
-        return sum(not f.passed for f in found), max(f.excess for f in found)
+        return sum(not f.passed for f in found), max(f.excess for f in found), -step
 
     first = min(by_step)
     others = sorted((s for s in by_step if s != first), key=trouble)[-(_MOST_STEPS - 1) :]
@@ -193,7 +193,9 @@ def _heat_map(findings: Iterable[Finding]) -> str:
     every = 1 if height == _CELL else 4
     for layer in layers:
         if layer % every == 0:
-            drawn.append(f"<text class='end' x='{_LEFT - 4}' y='{y + height - 4}'>{layer}</text>")
+            drawn.append(
+                f"<text class='end' x='{_LEFT - 4}' y='{y + height / 2 + 3}'>{layer}</text>"
+            )
         drawn += [
             _cell(cells[layer, stage], _LEFT + x * _CELL, y, height)
             for x, stage in enumerate(stages)

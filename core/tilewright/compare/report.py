@@ -271,8 +271,9 @@ def _logits(comparison: Comparison) -> Iterator[str]:
     shown = sorted(by_step)
     if len(shown) > _MOST_STEPS:
 
-        def trouble(step: int) -> tuple[int, float]:
-            return sum(not r.same_argmax for r in by_step[step]), max(r.kl for r in by_step[step])
+        def trouble(step: int) -> tuple[int, float, int]:
+            found = by_step[step]
+            return sum(not r.same_argmax for r in found), max(r.kl for r in found), -step
 
         shown = sorted(sorted(shown, key=trouble)[-_MOST_STEPS:])
     yield f"{'step':>4} {'argmax':>6} {'top-5':>5} {'KL':>7} {'margin':>6} {'error':>7}"
