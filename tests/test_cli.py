@@ -1,6 +1,7 @@
 """The command line, as its users and their shells see it."""
 
 import json
+import math
 import os
 import pty
 import select
@@ -12,12 +13,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from tilewright import GenerateConfig, LLMEngine, __version__
 from tilewright.cli import COMMANDS, build_parser, main, subparsers
 from tilewright.cli.flags import flag_name
 from tilewright.cli.reference import reference
 from tilewright.config import DEMO_MODEL, DEMO_PROMPT, keys
+from tilewright_torch.model import TorchExecutor
 
 ROOT = Path(__file__).parent.parent
 TILEWRIGHT = [sys.executable, "-m", "tilewright"]
@@ -214,6 +217,29 @@ def test_what_the_engine_refuses_is_told_in_one_line(capsys, argv, message):
     assert out == ""
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_a_tensor_that_is_not_finite_is_named_though_the_logits_are_fine(capsys, monkeypatch):
+    run_layer = TorchExecutor.run_layer
+
+    def wrong(self, layer, hidden, batch, tap=None):
+        if tap and layer == 1:
+            bad = torch.zeros(2, 3)
+            bad[1, 2] = -math.inf
+            tap("layers.1.attn_norm", bad)
+        return run_layer(self, layer, hidden, batch, tap)
+
+    monkeypatch.setattr(TorchExecutor, "run_layer", wrong)
+    printed(capsys, "generate", *GREEDY)
+    assert main(["generate", *GREEDY, "--trace-nonfinite"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step 0, layers.1.attn_norm [2, 3]: 1 of 6 elements" in error
+    assert "[1, 2]: -inf" in error
+
+
+def test_a_trace_leaves_a_sound_run_as_it_is(capsys, continuation):
+    out, _ = printed(capsys, "generate", *SIXTEEN, "--trace-nonfinite")
+    assert out == continuation + "\n"
 
 
 # --- run ------------------------------------------------------------------------------------------

@@ -234,6 +234,19 @@ def test_non_finite_logits_fail_the_request_that_has_them_and_no_other(engine):
     assert read + "".join(other) == expected
 
 
+@pytest.mark.parametrize("others", [0, 2])
+def test_the_first_tensor_that_is_not_finite_is_named(engine, others):
+    streams = [engine.generate("demo", WHEN, config(20, stream=True)) for _ in range(others)]
+    for stream in streams:
+        next(stream)
+    weights = engine.model("demo").executor.weight("model.layers.1.mlp.up_proj.weight")
+    weights[3, 5] = float("nan")
+    with pytest.raises(NonFiniteLogitsError, match=r"first such tensor is layers\.1\.up_proj;"):
+        engine.generate("demo", TRUTHS, config(5))
+    for stream in streams:
+        stream.close()
+
+
 def test_sanitising_marks_the_result():
     with LLMEngine.from_plugins(options={"sampler": {"on_nonfinite": "sanitize"}}) as engine:
         engine.init_model("demo", DEMO_MODEL, RuntimeConfig(total_pages=64))

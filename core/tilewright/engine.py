@@ -3,7 +3,8 @@
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -546,7 +547,8 @@ class LLMEngine:
             tokens = self._sample(logits, rows) if rows else []
         except NonFiniteLogitsError as error:
             # The others lose nothing: the step is not done, and is scheduled again without it.
-            self._fail(model, model.generations[error.request_id], error)
+            generation = model.generations[error.request_id]
+            self._fail(model, generation, _traced(error, step, generation.request, run))
             return
         except Exception as error:
             for request in step.requests:
@@ -668,6 +670,29 @@ class LLMEngine:
                 f"token id {bad} in {where} is outside of the vocabulary of model "
                 f"{model.model_id!r} (0 to {vocab_size - 1})"
             )
+
+
+def _traced(
+    error: NonFiniteLogitsError, step: Step, request: Request, run: Callable[..., "Tensor"]
+) -> NonFiniteLogitsError:
+    """The error with the first tensor that is to blame: the step is run again, as it may be until
+    it is done, since it writes the same to the same slots."""
+    batch, at = step.batch, step.requests.index(request)
+    tokens = slice(*batch.query_starts[at : at + 2].tolist())
+    row = step.sampled.index(request)
+    found: list[str] = []
+
+    def tap(name: str, tensor: "Tensor") -> None:
+        rows = tokens if len(tensor) == len(batch.token_ids) else slice(row, row + 1)
+        if not found and not tensor[rows].isfinite().all():
+            found.append(name)
+
+    with suppress(Exception):  # it has failed as it is
+        run(batch, tap)
+    name = found[0] if found else None
+    return NonFiniteLogitsError(
+        error.request_id, error.step, error.token_ids, error.vocab_size, name
+    )
 
 
 def _resolve_runtime(runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConfig:

@@ -42,18 +42,31 @@ class NonFiniteLogitsError(TilewrightError):
         request_id: the request whose logits they are.
         step: how many tokens the request had generated before this step.
         token_ids: the vocabulary ids whose logits are not finite, ascending.
+        first_tensor: the first tensor of the step that the executor taps with such an element of
+            this request; None when that was not looked for, as in a sampler, or not found.
     """
 
-    def __init__(self, request_id: str, step: int, token_ids: Sequence[int], vocab_size: int):
+    def __init__(
+        self,
+        request_id: str,
+        step: int,
+        token_ids: Sequence[int],
+        vocab_size: int,
+        first_tensor: str | None = None,
+    ):
         self.request_id = request_id
         self.step = step
         self.token_ids = tuple(token_ids)
+        self.vocab_size = vocab_size
+        self.first_tensor = first_tensor
         first = ", ".join(str(i) for i in self.token_ids[:8])
         more = ", ..." if len(self.token_ids) > 8 else ""
+        culprit = f"; the step's first such tensor is {first_tensor}" if first_tensor else ""
         super().__init__(
             f"request {request_id!r}, step {step}: {len(self.token_ids)} of {vocab_size} logits "
-            f"are not finite (token ids {first}{more}); find the first non-finite tensor with a "
-            "tap, or set the sampler option on_nonfinite='sanitize' for a smoke run only"
+            f"are not finite (token ids {first}{more}){culprit}; --trace-nonfinite looks at all "
+            "steps before it too; for a smoke run only, set the sampler option "
+            "on_nonfinite='sanitize'"
         )
 
 

@@ -72,6 +72,11 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print speeds on standard error; on a terminal that is done anyway",
     )
+    output.add_argument(
+        "--trace-nonfinite",
+        action="store_true",
+        help="end at the first tensor that holds NaN or infinity, and name it; slower",
+    )
 
 
 def layer(args: argparse.Namespace) -> Layer:

@@ -17,7 +17,7 @@ from tilewright.cli.output import (
     write_text,
 )
 from tilewright.cli.prompts import read_prompts
-from tilewright.cli.session import open_engine
+from tilewright.cli.session import NonFiniteTrace, open_engine
 from tilewright.config import DEFAULT, Resolved, resolve
 from tilewright.types import GenerateConfig, GenerateResult
 
@@ -39,15 +39,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    produce(resolve(flags=flags.layer(args)), stats=args.stats)
+    produce(resolve(flags=flags.layer(args)), args)
     return 0
 
 
-def produce(resolved: Resolved, stats: bool) -> None:
-    """Generate what the settings say, to where they say."""
+def produce(resolved: Resolved, args: argparse.Namespace) -> None:
+    """Generate what the settings say, to where they say. args: those of ``add_output_flags``."""
     config = resolved.config
     prompts = read_prompts(resolved)
-    with opened(config.output.file) as file, open_engine(resolved) as engine:
+    observers = [NonFiniteTrace()] if args.trace_nonfinite else []
+    with opened(config.output.file) as file, open_engine(resolved, observers) as engine:
         if resolved.origin("prompts", "text") == DEFAULT and not config.prompts.file:
             note(f"prompt: {prompts[0]}")
         elif len(prompts) == 1 and file.isatty() and sys.stderr.isatty():
@@ -63,7 +64,7 @@ def produce(resolved: Resolved, stats: bool) -> None:
             results = engine.generate_batch(model_id, prompts, config.generate)
             write_text(results, file)
         warn_sanitized(results)
-        if stats or sys.stderr.isatty():
+        if args.stats or sys.stderr.isatty():
             note(stats_line(results))
 
 

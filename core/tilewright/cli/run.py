@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.show:
         sys.stdout.write(show(resolved))
     else:
-        produce(resolved, stats=args.stats)
+        produce(resolved, args)
     return 0
 
 

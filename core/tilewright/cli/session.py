@@ -1,7 +1,7 @@
 """The engine of a command, with its model loaded."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -9,23 +9,28 @@ from attrs import fields
 
 from tilewright.cli.output import note
 from tilewright.config import Resolved
-from tilewright.errors import ConfigError
+from tilewright.errors import ConfigError, ExecutorError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import BUILTIN_GENERATE, GenerateConfig, LoadedModel
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
+    from torch import Tensor
 
     from tilewright.engine import LLMEngine
 
 
 @contextmanager
-def open_engine(resolved: Resolved) -> "Iterator[LLMEngine]":
-    """An engine with the run's model under its id. Says on stderr what the user should know."""
+def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterator[LLMEngine]":
+    """An engine with the run's model under its id, watched by its and by these observers.
+
+    Says on stderr what the user should know.
+    """
     from tilewright.engine import LLMEngine
 
     config = resolved.config
     selection = config.selection()
+    selection["observers"] = (*selection["observers"], *observers)
     bar = LoadingBar() if sys.stderr.isatty() else None
     if bar:
         selection["observers"] = (*selection["observers"], bar)
@@ -70,6 +75,28 @@ def with_origin(message: str, resolved: Resolved) -> str:
     ]
     # The first one is what is wrong; another may be what was meant.
     return f"{min(named)[1]}: {message}" if named else message
+
+
+class NonFiniteTrace:
+    """An observer that ends a run at the first tensor of all steps that is not finite."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    @hookimpl
+    def on_step(self) -> None:
+        self._steps += 1
+
+    @hookimpl
+    def on_tensor(self, name: str, tensor: "Tensor") -> None:
+        bad = ~tensor.isfinite()
+        if bad.any():
+            at = bad.nonzero()[0].tolist()
+            raise ExecutorError(
+                f"step {self._steps}, {name} {list(tensor.shape)}: {int(bad.sum())} of "
+                f"{bad.numel()} elements are not finite, the first at {at}: {tensor[tuple(at)]}; "
+                "every tensor that was tapped before it is finite"
+            )
 
 
 class LoadingBar:
