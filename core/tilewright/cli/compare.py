@@ -250,7 +250,7 @@ def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> li
 
 @define(eq=False)
 class Watch:
-    """Keeps the comparison as far as it is; on a terminal, shows the step in hand."""
+    """Keeps the comparison as far as it is; on a terminal, shows the layer in hand."""
 
     loading: LoadingBar | None
     comparison: "Comparison | None" = None

@@ -30,8 +30,8 @@ BEFORE_CACHE = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "
 """Stages of a layer that come before its keys and values are cached."""
 
 Progress = Callable[["Comparison", str, int, int], None]
-"""Called with the comparison so far, what is compared next, and how many steps of how many are
-done: when all sides are loaded, and after each step."""
+"""Called with the comparison so far, what was compared last, and how many steps of how many are
+done: when all sides are loaded, after each layer, and after each step."""
 
 
 @frozen(kw_only=True)
@@ -136,11 +136,11 @@ def compare(
         progress(result, "weights", 0, steps)
         result.weights = list(sides.weights())
         tokens: list[list[int]] = []
-        for number, step in enumerate(sides.chained(result, tokens)):
-            progress(result, f"chained, {step.phase}", number + 1, steps)
+        for what, done in sides.chained(result, tokens):
+            progress(result, f"chained, {what}", done, steps)
         if (isolate or result.divergence) and sides.layerwise:
-            for number, step in enumerate(sides.isolated(result, tokens)):
-                progress(result, f"isolated, {step.phase}", number + 1, steps)
+            for what, done in sides.isolated(result, tokens):
+                progress(result, f"isolated, {what}", done, steps)
         if truth.perplexity is not None and tried.perplexity is not None:
             result.perplexity = (truth.perplexity, tried.perplexity)
         result.finished = True
@@ -195,21 +195,26 @@ class _Sides:
                 )
             yield WeightFinding(name=name, passed=not why, why=why)
 
-    def chained(self, result: Comparison, tokens: list[list[int]]) -> Iterator[Step]:
-        """Each side on its own outputs; the truth's tokens go to tokens, a list a step."""
+    def chained(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
+        """Each side on its own outputs; the truth's tokens go to tokens, a list a step.
+
+        Yields what was compared, and how many steps are done.
+        """
         self.candidate.spoil()
         number = 0
         while (steps := self._next()) is not None:
             step = steps[0]
             compared = 0
             parts = [side.parts(s) for side, s in zip(self.all, steps, strict=True)]
-            for part, (ours, near, true) in enumerate(zip(*parts, strict=True)):
+            for layer, (ours, near, true) in enumerate(zip(*parts, strict=True), start=-1):
                 found = self._judge(result, "chained", step, number, ours, near, true)
                 compared += len(ours)
-                if 1 <= part <= self.candidate.executor.kv_cache_spec.num_layers:
-                    cached = self._judge_kv("chained", steps, number, part - 1)
-                    found = _in_order(found, cached)
-                result.findings += found
+                if 0 <= layer < self.candidate.executor.kv_cache_spec.num_layers:
+                    cached = self._judge_kv("chained", steps, number, layer)
+                    result.findings += _in_order(found, cached)
+                    yield f"{step.phase}, layer {layer}", number
+                else:
+                    result.findings += found
             if not compared:
                 raise ExecutorError(
                     f"executors {result.candidate} and {result.reference} have no tensor in "
@@ -223,10 +228,10 @@ class _Sides:
             tokens.append(chosen)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
-            yield step
             number += 1
+            yield step.phase, number
 
-    def isolated(self, result: Comparison, tokens: list[list[int]]) -> Iterator[Step]:
+    def isolated(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
         """Each layer of candidate and truth on the baseline's input and cache."""
         for side in self.all:
             side.restart()
@@ -248,6 +253,7 @@ class _Sides:
                 result.findings += _in_order(found, cached)
                 for seen in taps:
                     seen.clear()
+                yield f"{ours.phase}, layer {layer}", number
             rows = hidden[near.batch.logits_rows]
             if len(rows):
                 self.candidate.executor.run_head(rows, record[0])
@@ -256,7 +262,7 @@ class _Sides:
                 result.findings += self._judge(result, "isolated", ours, number, *taps)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
-            yield ours
+            yield ours.phase, number + 1
 
     def _next(self) -> tuple[Step, Step, Step] | None:
         """The same step on each side."""
