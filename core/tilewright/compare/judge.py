@@ -89,9 +89,13 @@ class Noise:
         return math.sqrt(self.squares / self.rows) if self.rows else 0.0
 
 
-def slack(rows: int) -> float:
+SCATTER: dict[Mode, float] = {"isolated": 1.0, "chained": 2.0}
+"""How much the error of one row varies, over its mean: more where layers have made it grow."""
+
+
+def slack(mode: Mode, rows: int) -> float:
     """How many times as much a factor allows where an error is measured on few rows."""
-    return 1 + 1 / math.sqrt(rows)
+    return 1 + SCATTER[mode] / math.sqrt(rows)
 
 
 def judge(
@@ -115,9 +119,9 @@ def judge(
         floor = FLOOR.get(baseline.dtype, floor)
     rows = row_error(candidate, truth), row_error(baseline, truth)
     noise.add(near.relative_rms, rows[1], len(truth))
-    usual = slack(len(truth)) * max(near.relative_rms, noise.relative_rms)
-    limit = max(FACTOR * usual, floor)
-    row_limit = max(ROW_FACTOR * slack(len(truth)) * noise.worst_row, 4 * floor)
+    wider = slack(place.mode, len(truth))
+    limit = max(FACTOR * wider * max(near.relative_rms, noise.relative_rms), floor)
+    row_limit = max(ROW_FACTOR * wider * noise.worst_row, 4 * floor)
     # Errors that rounding makes point anywhere, and so hardly change the size of the whole.
     gain_limit = max(2 * limit / math.sqrt(len(truth)), FACTOR * abs(near.gain - 1))
     why = ""
