@@ -113,14 +113,15 @@ def checkpoint_bytes(model: Path) -> int:
 
 
 def resident_bytes(kind: str) -> int:
-    """VmRSS: resident now; VmHWM: the most so far."""
+    """VmRSS: resident now; RssAnon: without pages of files; VmHWM: the most so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {kind}")
 
 
-def write_random_model(directory: Path) -> Path:
+def write_random_model(directory: Path, settings: dict[str, Any] = QWEN3_0_6B) -> Path:
+    """A Hugging Face directory with BF16 weights, each RMSNorm's ones and the others small."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -130,8 +131,8 @@ def write_random_model(directory: Path) -> Path:
     from tilewright_hf.files import JsonObject
 
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(QWEN3_0_6B))
-    config, _ = model_config(JsonObject("config.json", QWEN3_0_6B))
+    (directory / "config.json").write_text(json.dumps(settings))
+    config, _ = model_config(JsonObject("config.json", settings))
     random = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.ones(shape, dtype=torch.bfloat16)
