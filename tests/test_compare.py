@@ -1,0 +1,251 @@
+"""A comparison finds what is wrong where it is wrong, and nothing where nothing is.
+
+Mistakes are planted in an executor that is right without them, and that adds up and rounds in
+another order than the reference: planted.py, which run as a program prints what is found of each.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from planted import MISTAKES, Plant, installed, plants
+from reference_models import CONFIGS, prompts, write_model
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tilewright.compare import Choice, Comparison, compare
+from tilewright.config import DEMO_MODEL
+from tilewright.types import RuntimeConfig
+
+TORCH = Choice(executor="torch")
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [7, 8, 9], [30, 20, 10, 90]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where models are written; ``planted`` is installed meanwhile, and torch has one thread."""
+    transformers.logging.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("models")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    with installed(folder):
+        yield folder
+    torch.set_num_threads(threads)
+
+
+def by_mistake() -> dict[str, list[Plant]]:
+    """All but those in the bundled model."""
+    found = defaultdict(list)
+    for model in ("qwen3-square", "qwen3-tied", "qwen2-tied", "llama-llama3", "mistral-slides"):
+        for plant in plants(model):
+            found[plant.mistake].append(plant)
+    return found
+
+
+ONE_EACH = [p[i % len(p)] for i, p in enumerate(by_mistake().values())]
+IN_THE_DEMO = list(plants("demo"))[::5]
+
+
+def test_every_mistake_is_planted():
+    assert {p.mistake for p in ONE_EACH} == set(MISTAKES)
+
+
+@pytest.mark.parametrize("plant", ONE_EACH + IN_THE_DEMO, ids=str)
+def test_a_planted_mistake_is_found_in_its_layer_phase_and_stage(plant: Plant, models: Path):
+    found = plant.compare(models)
+    assert not found.equal
+    assert found.divergence is not None
+    assert plant.located(found), found.sentence
+    assert plant.staged(found), found.sentence
+    wrong = [w.name for w in found.weights if not w.passed]
+    packed = MISTAKES[plant.mistake].weight
+    if packed and plant.phase == "both":
+        assert wrong[0].startswith(f"model.layers.{plant.layer}.")
+        assert wrong[0].endswith(packed)
+        assert found.sentence.startswith(f"weight {wrong[0]} is packed wrongly: ")
+    else:
+        assert wrong == []
+        place = found.divergence.place
+        assert f"in {place.phase} step {place.step}, {place.tensor}" in found.sentence
+
+
+@pytest.mark.slow
+def test_all_mistakes_in_all_models(models: Path):
+    """The table of ``python tests/planted.py`` in figures."""
+    from planted import MODELS
+
+    all_plants = [plant for model in MODELS for plant in plants(model)]
+    found = [(plant, plant.compare(models)) for plant in all_plants]
+    assert [str(p) for p, comparison in found if not p.located(comparison)] == []
+    unstaged = [str(p) for p, comparison in found if not p.staged(comparison)]
+    assert len(unstaged) <= len(found) // 12, unstaged
+
+
+def a_model(seed: int) -> PreTrainedConfig:
+    """A small model of some family: any grouping of heads, tied or not, wide heads or narrow."""
+    choose = random.Random(seed)
+    make = choose.choice([Qwen3Config, Qwen2Config, LlamaConfig, MistralConfig])
+    kv_heads, group = choose.choice([1, 2, 3]), choose.choice([1, 2, 5])
+    heads = kv_heads * group
+    head_dim = choose.choice([8, 16, 24])
+    more: dict[str, Any] = {} if make is Qwen2Config else {"head_dim": head_dim}
+    hidden = heads * choose.choice([4, 8, 12])
+    hidden *= -(-32 // hidden)  # wide enough that the errors of a row differ
+    if make is MistralConfig:
+        more["sliding_window"] = choose.choice([None, 5])
+    return make(
+        vocab_size=choose.choice([97, 131, 256]),
+        hidden_size=hidden,
+        intermediate_size=choose.choice([56, 83, 144]),
+        num_hidden_layers=choose.choice([1, 2, 3, 4]),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=choose.choice([1e-5, 1e-6]),
+        tie_word_embeddings=choose.random() < 0.5,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": choose.choice([1e4, 1e6])},
+        bos_token_id=1,
+        eos_token_id=2,
+        **more,
+    )
+
+
+def compared(
+    config: PreTrainedConfig, directory: Path, executor: str, seed: int, **runtime: Any
+) -> Comparison:
+    choose = random.Random(-seed)
+    write_model(config, directory, seed=seed)
+    lengths = [choose.randint(1, 14) for _ in range(choose.randint(1, 4))]
+    return compare(
+        directory,
+        TORCH,
+        Choice(executor=executor, runtime=RuntimeConfig(**runtime)),
+        list(prompts(config, lengths, seed)),
+        new_tokens=choose.randint(2, 4),
+        chunk=choose.choice([3, 8, 64]),
+        isolate=True,
+    )
+
+
+def unfounded(found: Comparison) -> list[str]:
+    """What is said to be wrong, of a candidate that is right."""
+    assert found.finished
+    wrong = [f"{w.name}: {w.why}" for w in found.weights if not w.passed]
+    return wrong + [f"{f.place}: {f.why}" for f in found.findings if not f.passed]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("seed", range(25))
+def test_another_order_of_arithmetic_is_no_mistake(seed: int, dtype: str, models: Path):
+    page_size = (1, 3, 4, 16)[seed % 4]
+    directory = models / f"right-{seed}-{dtype}"
+    found = compared(
+        a_model(seed), directory, "planted", seed, weight_dtype=dtype, page_size=page_size
+    )
+    assert unfounded(found) == []
+    assert found.equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("seed", range(25, 225))
+def test_nor_is_it_in_many_more_models(seed: int, dtype: str, models: Path):
+    test_another_order_of_arithmetic_is_no_mistake(seed, dtype, models)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("qwen3-tied", 40), pytest.param("llama-mha", 80, marks=pytest.mark.slow)]
+)
+def test_rounding_that_grows_over_many_layers_is_no_mistake(name: str, layers: int, models: Path):
+    config = CONFIGS[name]
+    deep = type(config)(**config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    found = compared(deep, models / f"deep-{layers}", "planted", layers, weight_dtype="bfloat16")
+    assert unfounded(found) == []
+    outputs = {
+        f.place.layer: f.baseline.relative_rms
+        for f in found.findings
+        if f.place.mode == "chained" and f.place.stage == "output" and f.baseline
+    }
+    assert outputs[layers - 1] > 2 * outputs[0], "the baseline's own error does not grow"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_executor_is_equal_to_itself_in_pages_of_another_size(dtype: str):
+    candidate = Choice(executor="torch", runtime=RuntimeConfig(weight_dtype=dtype, page_size=3))
+    found = compare(DEMO_MODEL, TORCH, candidate, PROMPTS, new_tokens=4, chunk=8, isolate=True)
+    assert unfounded(found) == []
+    assert found.dtype == dtype
+    assert max(f.excess for f in found.findings) < 1
+    assert len(found.weights) > 30
+
+
+@pytest.mark.parametrize("model", ["demo", "small"])
+def test_pypto_npu_emulated_is_equal_to_torch(model: str, models: Path):
+    directory = DEMO_MODEL
+    if model == "small":
+        directory = models / "small"
+        config = Qwen3Config(
+            vocab_size=131,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        write_model(config, directory, dtype="bfloat16")
+    candidate = Choice(executor="pypto-npu", options={"platform": "emulated"})
+    found = compare(directory, TORCH, candidate, PROMPTS, new_tokens=4, chunk=8, isolate=True)
+    assert unfounded(found) == []
+    assert found.weights
+    assert {f.place.mode for f in found.findings} == {"chained", "isolated"}
+    stages = {f.place.stage for f in found.findings}
+    assert {"embed", "v_proj", "k_rope", "k_cache", "v_cache", "output", "logits"} <= stages
+
+
+def plant(mistake: str, **place: Any) -> Plant:
+    where = {"model": "qwen3-tied", "dtype": "float32", "phase": "both", "layer": 1} | place
+    return Plant(mistake=mistake, **where)
+
+
+def test_steps_stay_comparable_after_a_disagreement(models: Path):
+    """Both sides get the truth's tokens: what is not wrong itself is right in later steps too."""
+    found = plant("head tied by mistake", model="qwen3-square").compare(models)
+    assert not all(row.same_argmax for row in found.logits)
+    assert {f.place.stage for f in found.findings if not f.passed} == {"logits"}
+    assert {f.place.phase for f in found.findings} == {"prefill", "decode"}
+
+
+def test_alone_only_the_layer_that_is_wrong_is_wrong(models: Path):
+    found = plant("scale missing", model="qwen3-six-layers", layer=2).compare(models)
+    wrong = {f.place.mode: set() for f in found.findings}
+    for finding in found.findings:
+        if not finding.passed:
+            wrong[finding.place.mode].add(finding.place.layer)
+    assert wrong["isolated"] == {2}
+    assert wrong["chained"] > {2, 3, 4, 5}
+
+
+def test_logits_of_a_padded_vocabulary_are_of_another_shape(models: Path):
+    found = plant("padded vocabulary wins").compare(models)
+    assert "its shape is [2, 144], expected [2, 131]" in found.sentence
+    assert found.logits == []
+
+
+def test_what_is_not_finite_is_said_to_be(models: Path):
+    found = plant("activation overflows").compare(models)
+    assert found.divergence is not None
+    assert "elements are not finite" in found.divergence.why
