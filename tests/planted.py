@@ -131,7 +131,7 @@ class Mistake:
     weight: str | None = None
     """The tensor that is packed wrongly, by the end of its name."""
     faint: bool = False
-    """Hardly more than what rounding adds up to in a deep layer: it shows where layers run alone."""
+    """Hardly more than the rounding of the layers before: it shows where layers run alone."""
     head: bool = False
     """Made after the last layer."""
 
@@ -351,7 +351,8 @@ MISTAKES: dict[str, Mistake] = {
         way=Way(product=added_in_bfloat16), stage=("q_proj",), faint=True
     ),
     "gelu for silu": Mistake(
-        way=Way(activation=lambda gate, up: F.gelu(gate) * up), stage=("activation",)
+        way=Way(activation=lambda gate, up: F.gelu(gate) * up),
+        stage=("activation",),
         faint=True,
     ),
     "activation overflows": Mistake(
