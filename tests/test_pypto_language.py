@@ -279,6 +279,55 @@ def test_padding_cannot_be_added_up_in_a_product():
         kernel(a=ones(16, N, dtype=half), b=ones(20, 16, dtype=half), y=ones(16, 16))
 
 
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+@pl.jit
+def hand_over(
+    at: pl.Tensor[[1], pl.INT32],
+    x: pl.Tensor[[8, N], pl.FP32],
+    y: pl.Out[pl.Tensor[[8, N], pl.FP32]],
+    z: pl.Out[pl.Tensor[[8, N], pl.FP32]],
+):
+    row = pl.read(at, [0])
+    shared = pl.create_tensor([16, N], dtype=pl.FP32)
+    with pl.at(level=CORE):
+        shared[0:8, 0:N] = pl.mul(x[0:8, 0:N], 1.0)
+    with pl.at(level=CORE):
+        y[0:8, 0:N] = pl.mul(shared[0:8, 0:N], 2.0)
+    with pl.at(level=CORE):
+        shared[row : row + 8, 0:N] = pl.mul(x[0:8, 0:N], 3.0)
+    with pl.at(level=CORE):
+        z[0:8, 0:N] = pl.mul(shared[row : row + 8, 0:N], 1.0)
+
+
+def test_a_task_that_writes_what_an_earlier_one_may_still_read_is_an_error():
+    given = {"x": ones(8, N), "y": ones(8, N), "z": ones(8, N)}
+    with fails("a task writes scratch where an earlier one reads it, and does not wait for it"):
+        hand_over(at=torch.tensor([7], dtype=torch.int32), **given)
+    hand_over(at=torch.tensor([8], dtype=torch.int32), **given)
+    assert (given["z"] == 3).all()
+
+
+def test_a_task_waits_for_one_that_read_when_it_takes_what_that_one_made():
+    @pl.jit
+    def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
+        shared = pl.create_tensor([8, N], dtype=pl.FP32)
+        made = pl.create_tensor([8, N], dtype=pl.FP32)
+        with pl.at(level=CORE):
+            shared[0:8, 0:N] = pl.mul(x[0:8, 0:N], 1.0)
+        with pl.at(level=CORE):
+            made[0:8, 0:N] = pl.mul(shared[0:8, 0:N], 2.0)
+        with pl.at(level=CORE):
+            shared[0:8, 0:N] = pl.mul(made[0:8, 0:N], 3.0)
+        with pl.at(level=CORE):
+            y[0:8, 0:N] = pl.mul(shared[0:8, 0:N], 1.0)
+
+    y = ones(8, N)
+    kernel(x=ones(8, N), y=y)
+    assert (y == 6).all()
+
+
 # --- parallel -------------------------------------------------------------------------------------
 
 

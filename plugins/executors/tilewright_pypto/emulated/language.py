@@ -30,6 +30,7 @@ from tilewright_pypto.emulated.memory import (
     Loop,
     Memory,
     Run,
+    Task,
     call,
     fail,
     outside_task,
@@ -83,9 +84,11 @@ class Level(Enum):
 @contextmanager
 def at(*, level: Level, name_hint: str = "") -> Iterator[None]:
     run = outside_task("pl.at")
-    run.in_task = True
+    run.task = Task(run.tasks)
+    run.tasks += 1
     yield
-    run.in_task = False
+    run.task.end()
+    run.task = None
 
 
 def range_(*bounds: int) -> Iterator[int]:

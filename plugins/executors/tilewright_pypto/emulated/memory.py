@@ -54,6 +54,41 @@ class Buffer:
     """Which elements hold something; None: all of them."""
     born: int
     """How many parallel loops were running when it was made: of those it is an iteration's own."""
+    after: int = 0
+    """A task that reads it waits for these: bit i is task i."""
+    readers: list[tuple[int, Place]] = field(factory=list)
+
+
+@define
+class Task:
+    """A running ``pl.at``. A device runs tasks at once unless one waits for the other.
+
+    A task waits for those that wrote what it reads, and for those that they waited for. It does
+    not wait for a task that only reads what it writes: PyPTO leaves that order to the kernel.
+    """
+
+    number: int
+    reads: dict[Buffer, list[Place]] = field(factory=dict)
+    writes: dict[Buffer, list[Place]] = field(factory=dict)
+
+    def end(self) -> None:
+        after = 0
+        for buffer in self.reads:
+            after |= buffer.after
+        for buffer, places in self.writes.items():
+            early = [(t, place) for t, place in buffer.readers if not after >> t & 1]
+            if early:
+                written = torch.zeros(buffer.data.numel(), dtype=torch.bool)
+                for offset, extents, strides in places:
+                    written.as_strided(extents, strides, offset).fill_(True)
+                if any(written.as_strided(e, s, o).any() for _, (o, e, s) in early):
+                    fail(
+                        f"a task writes {buffer.name} where an earlier one reads it, and does not "
+                        "wait for it: give one of them memory of its own"
+                    )
+            buffer.after |= after | 1 << self.number
+        for buffer, places in self.reads.items():
+            buffer.readers += [(self.number, place) for place in places]
 
 
 @define
@@ -94,7 +129,8 @@ class Run:
 
     kernel: str
     random: random.Random
-    in_task: bool = False
+    task: Task | None = None
+    tasks: int = 0
     loops: list[Loop] = field(factory=list)
 
 
@@ -110,14 +146,14 @@ def running() -> Run:
 
 def in_task(what: str) -> Run:
     run = running()
-    if not run.in_task:
+    if run.task is None:
         fail(f"{what} must stand inside a pl.at: outside there is only control flow")
     return run
 
 
 def outside_task(what: str) -> Run:
     run = running()
-    if run.in_task:
+    if run.task is not None:
         fail(f"{what} must stand outside of a pl.at")
     return run
 
@@ -220,7 +256,7 @@ class Memory:
             fail(f"valid_shape {list(valid)} must be from 1 to the window's {list(extents)}")
         read = extents if valid is None else valid
         place = self._inside(offsets, read)
-        if not running().in_task:
+        if running().task is None:
             if valid is not None:
                 fail("valid_shape outside of a pl.at is not emulated")
             written = None if self.written is None else self.written[place]
@@ -268,12 +304,14 @@ class Memory:
             )
 
     def _log(self, window: Tensor, what: Literal["reads", "writes"]) -> None:
-        for loop in running().loops[self.buffer.born :]:
-            place = (
-                window.storage_offset() - self.buffer.data.storage_offset(),
-                tuple(window.shape),
-                window.stride(),
-            )
+        run = running()
+        place = (
+            window.storage_offset() - self.buffer.data.storage_offset(),
+            tuple(window.shape),
+            window.stride(),
+        )
+        getattr(run.task, what).setdefault(self.buffer, []).append(place)
+        for loop in run.loops[self.buffer.born :]:
             getattr(loop, what).setdefault(self.buffer, []).append((loop.iteration, place))
 
     def _inside(self, offsets: Sequence[int], extents: Sequence[int]) -> tuple[slice, ...]:
