@@ -5,6 +5,7 @@ another order than the reference: planted.py, which run as a program prints what
 """
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,9 @@ def test_a_planted_mistake_is_found_in_its_layer_phase_and_stage(plant: Plant, m
         assert wrong == []
         place = found.divergence.place
         assert f"in {place.phase} step {place.step}, {place.tensor}" in found.sentence
+        if place.stage in ("k_cache", "v_cache"):
+            whose = r"\(prompt-\d, token \d+, KV head \d+, slot \d+\)"
+            assert re.search(whose, found.sentence), found.sentence
 
 
 @pytest.mark.slow

@@ -58,6 +58,8 @@ class Finding:
     """Relative error of the row that is worst, of the candidate and of the baseline."""
     limit: float = 0.0
     """What candidate.relative_rms may be."""
+    where: str = ""
+    """The worst element's place in the KV cache, in words; empty for other tensors."""
 
     @property
     def excess(self) -> float:

@@ -99,6 +99,7 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "why": finding.why,
         "excess": _finite(finding.excess),
         "limit": finding.limit,
+        "where": finding.where,
         "candidate": _difference_record(finding.candidate),
         "baseline": _difference_record(finding.baseline),
         "worst_row": {

@@ -1,7 +1,7 @@
 """Compares two executors on a model: weights, then every tensor of every step."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -84,13 +84,13 @@ class Comparison:
             return "equal: every tensor is as near to the truth as rounding allows"
         place = first.place
         where = f"{place.phase} step {place.step}, {place.tensor}"
-        alone = "" if place.mode == "chained" else ", given the reference's own input,"
+        alone = "" if place.mode == "chained" else " (given the reference's own input)"
         worst = ""
         if first.candidate is not None:
             d = first.candidate
+            at = f"{list(d.worst)} ({first.where})" if first.where else f"{list(d.worst)}"
             worst = (
-                f"; worst at {list(d.worst)}: {d.candidate_at_worst:.6g}, expected "
-                f"{d.reference_at_worst:.6g}"
+                f"; worst at {at}: {d.candidate_at_worst:.6g}, expected {d.reference_at_worst:.6g}"
             )
         return f"diverges first in {where}{alone}: {first.why}{worst}"
 
@@ -124,7 +124,12 @@ def compare(
         assert runtime.weight_dtype is not None
         assert runtime.kv_dtype is not None
         near = side("baseline", _in(reference, runtime.weight_dtype, runtime.kv_dtype))
-        truth = side("truth", _in(reference, "float32", "float32"))
+        try:
+            truth = side("truth", _in(reference, "float32", "float32"))
+        except ExecutorError as error:
+            raise ExecutorError(
+                f"the reference must run in float32, as the truth: {error}"
+            ) from error
         result = Comparison(
             model=str(model_dir),
             reference=reference.executor,
@@ -316,8 +321,22 @@ class _Sides:
         for index, name in enumerate((f"layers.{layer}.k_cache", f"layers.{layer}.v_cache")):
             ours, near, true = (cache[index] for cache in caches)
             place = Place(mode=mode, phase=step.phase, step=number, tensor=name)
-            found.append(judge(place, ours, near, true, self.noise[mode, name]))
+            finding = judge(place, ours, near, true, self.noise[mode, name])
+            found.append(evolve(finding, where=self._cached_at(finding, stops)))
         return found
+
+    def _cached_at(self, finding: Finding, stops: Mapping[str, int]) -> str:
+        """Whose slot the worst element of joined caches [tokens, KV heads, head_dim] is in."""
+        if finding.candidate is None:
+            return ""
+        token, head, _ = finding.candidate.worst
+        for request in self.candidate.requests:
+            stop = stops.get(request.request_id, 0)
+            if token < stop:
+                slot = int(self.candidate.slots(request, stop)[token])
+                return f"{request.request_id}, token {token}, KV head {head}, slot {slot}"
+            token -= stop
+        raise AssertionError("the caches hold the tokens of these requests")
 
 
 def _in_order(tapped: list[Finding], cached: list[Finding]) -> list[Finding]:
