@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
 from attrs import evolve, fields
 from pypto_oracle import lowered, pypto_or_skip
+from pypto_simulator import simulated, simulator_or_skip
 from qwen3_layers import (
     Cache,
     Guarded,
@@ -82,8 +84,19 @@ def by_pypto(kernel: str, shape: LayerShape) -> Run:
     return lambda tensors: run(*contract.bind(tensors))
 
 
-on_both = pytest.mark.parametrize(
-    "make", [emulated, pytest.param(by_pypto, marks=pytest.mark.pypto, id="pypto")]
+@cache
+def by_simulator(kernel: str, shape: LayerShape) -> Run:
+    simulator_or_skip()
+    return simulated(kernel, shape, Path(mkdtemp()))
+
+
+everywhere = pytest.mark.parametrize(
+    "make",
+    [
+        emulated,
+        pytest.param(by_pypto, marks=pytest.mark.pypto, id="pypto"),
+        pytest.param(by_simulator, marks=pytest.mark.pypto, id="a2a3sim"),
+    ],
 )
 
 
@@ -95,7 +108,7 @@ def hidden_rows(shape: LayerShape, rows: int, seed: int = 0) -> Tensor:
 # --- decode ---------------------------------------------------------------------------------------
 
 
-@on_both
+@everywhere
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 17])
 def test_decode_agrees_with_the_torch_executor(make, name, batch_size):
@@ -138,7 +151,7 @@ PREFILLS = {
 }
 
 
-@on_both
+@everywhere
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("what", PREFILLS)
 def test_prefill_agrees_with_the_torch_executor(make, name, what):
@@ -241,7 +254,7 @@ def test_every_layer_of_a_model_agrees_with_the_torch_executor(which, tmp_path):
 # --- head -----------------------------------------------------------------------------------------
 
 
-@on_both
+@everywhere
 @pytest.mark.parametrize("name", ["small", "demo"])
 @pytest.mark.parametrize("rows", [1, 3, 16, 17])
 @pytest.mark.parametrize("vocab", [67, 128, 300])
@@ -324,6 +337,7 @@ def test_the_kernels_order_of_cache_rows_is_declared_and_is_the_one_they_have():
         ({"kv_tile": 24}, "kv_tile 24 must be a multiple of 16"),
         ({"prefill_rows": 8}, "prefill_rows 8 must be a multiple of 16"),
         ({"prefill_rows": 512}, "must fit in 131072 bytes"),
+        ({"hidden": 512, "intermediate": 512, "head_dim": 128, "k_tile": 256}, "fit in 65536 byt"),
     ],
 )
 def test_a_shape_that_the_tiles_cannot_serve_is_refused_with_the_constraint(change, constraint):
@@ -345,7 +359,7 @@ def test_the_shipped_shapes_are_those_of_the_models():
 # --- at full width --------------------------------------------------------------------------------
 
 
-@on_both
+@everywhere
 @pytest.mark.slow
 def test_a_layer_of_the_width_of_qwen3_14b(make):
     shape = QWEN3_14B

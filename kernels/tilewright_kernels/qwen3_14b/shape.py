@@ -7,6 +7,8 @@ from attrs import Factory, asdict, field, frozen
 TILES = (256, 128, 64, 32, 16)
 ACCUMULATOR_BYTES = 128 * 1024
 """L0C of an a2a3 core: a tile of a product in FP32 must fit."""
+OPERAND_BYTES = 64 * 1024
+"""L0B of an a2a3 core: an operand's tile must fit, or a compiler must know to split it."""
 SCRATCH_BYTES = 1 << 30
 """What a prefill step's queries may take: a quarter of the largest heap that has served."""
 
@@ -64,7 +66,8 @@ class LayerShape:
     """Output columns of a matrix product's tile."""
     k_tile: int = field(
         default=Factory(
-            lambda s: _widest(s.hidden, s.intermediate, s.heads * s.head_dim), takes_self=True
+            lambda s: _widest(s.hidden, s.intermediate, s.heads * s.head_dim, limit=128),
+            takes_self=True,
         )
     )
     """Inner dimension that a matrix product's tile takes at a time."""
@@ -111,6 +114,11 @@ class LayerShape:
                 "bytes: make the rows or the tiles smaller"
             )
 
+        if self.k_tile * max(self.n_tile, self.vocab_tile) * 2 > OPERAND_BYTES:
+            yield (
+                f"an operand's tile of {self.k_tile} x {max(self.n_tile, self.vocab_tile)} in BF16 "
+                f"must fit in {OPERAND_BYTES} bytes: make k_tile smaller"
+            )
         scratch = self._scratch_rows * q_dim * 2
         if scratch > SCRATCH_BYTES:
             yield (
