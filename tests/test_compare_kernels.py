@@ -1,0 +1,87 @@
+"""Mistakes planted in copies of the kernels' source, and what a comparison says of them."""
+
+from pathlib import Path
+from shutil import copyfile
+
+import pytest
+from reference_models import prompts, write_model
+from transformers import Qwen3Config
+
+from tilewright.compare import Choice, compare
+from tilewright_kernels.qwen3_14b import source
+
+CONFIG = Qwen3Config(
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=131,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+)
+CANDIDATE = Choice(executor="pypto-npu", options={"platform": "emulated"})
+POSITION = "position = pl.cast(pl.read(context_lens, [row + t]), pl.INDEX) - 1"
+
+MISTAKES = {
+    # file, what stands there, what is put there; phase and stages that it must be found in
+    "RoPE turned the other way": (
+        "blocks", "low_r = pl.sub(", "low_r = pl.add(", "prefill", ("k_rope", "k_cache"),
+    ),
+    "keys stored as values": (
+        "prefill_layer", "write_cache(values,", "write_cache(keys,", "prefill", ("v_proj", "v_cache"),
+    ),
+    "attention scale missing": (
+        "blocks", "0:KV_TILE], SCALE)", "0:KV_TILE], 1.0)", "prefill", ("output",),
+    ),
+    "gate and up swapped": (
+        "blocks", "gate = project(normed, w_gate,", "gate = project(normed, w_up,", "prefill",
+        ("output",),
+    ),
+    "residual missing": ("blocks", "x = add_rows(x, down)", "x = down", "prefill", ("output",)),
+    "positions one behind in decode": (
+        "decode_layer", POSITION, POSITION.replace("- 1", "- 2"), "decode", ("k_rope", "k_cache"),
+    ),
+    "a sum that ends early": (
+        "head", "pl.range(K_TILE, HIDDEN,", "pl.range(2 * K_TILE, HIDDEN,", "prefill", ("logits",),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(CONFIG, folder, "bfloat16")
+    return folder
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch) -> Path:
+    """A copy of the kernels' source, which is loaded in place of it."""
+    for name in ("blocks", *source.KERNELS):
+        copyfile(source.path(name), tmp_path / f"{name}.py")
+    monkeypatch.setattr(source, "path", lambda name: tmp_path / f"{name}.py")
+    return tmp_path
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_kernel_is_found_in_its_phase_and_stage(mistake, model, kernels):
+    name, right, wrong, phase, stages = MISTAKES[mistake]
+    file = kernels / f"{name}.py"
+    text = file.read_text()
+    assert text.count(right) == 1
+    file.write_text(text.replace(right, wrong))
+    ids = list(prompts(CONFIG, [20, 3]))
+    found = compare(model, Choice(executor="torch"), CANDIDATE, ids, new_tokens=3)
+    assert found.divergence is not None
+    place = found.divergence.place
+    assert (place.mode, place.phase) == ("isolated", phase), found.sentence
+    assert place.stage in stages, found.sentence
+    assert place.layer == (None if stages == ("logits",) else 0)
+    assert all(w.passed for w in found.weights)
+
+
+def test_the_copies_themselves_are_right(model, kernels):
+    ids = list(prompts(CONFIG, [20, 3]))
+    assert compare(model, Choice(executor="torch"), CANDIDATE, ids, new_tokens=3).equal
