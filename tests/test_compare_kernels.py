@@ -30,7 +30,8 @@ MISTAKES = {
         "blocks", "low_r = pl.sub(", "low_r = pl.add(", "prefill", ("k_rope", "k_cache"),
     ),
     "keys stored as values": (
-        "prefill_layer", "write_cache(values,", "write_cache(keys,", "prefill", ("v_proj", "v_cache"),
+        "prefill_layer", "write_cache(values,", "write_cache(keys,", "prefill",
+        ("v_proj", "v_cache"),
     ),
     "attention scale missing": (
         "blocks", "0:KV_TILE], SCALE)", "0:KV_TILE], 1.0)", "prefill", ("output",),
