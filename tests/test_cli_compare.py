@@ -72,6 +72,18 @@ def test_the_npu_kernels_are_as_near_as_rounding_allows(capsys):
     tensors = {f["tensor"] for f in report["findings"]}
     assert {"embed", "layers.2.output", "layers.0.k_cache", "logits"} <= tensors
     assert {f["phase"] for f in report["findings"]} == {"prefill", "decode"}
+    assert {"q_proj", "attention", "down_proj"} <= set(report["not_compared"])
+    assert {"output", "k_rope", "logits"}.isdisjoint(report["not_compared"])
+
+
+def test_what_the_candidate_has_no_tensor_for_is_told(capsys, tmp_path):
+    page = str(tmp_path / "page.html")
+    _, out, _ = compared(capsys, *SHORT, *EMULATED, "--html", page)
+    told = "not compared, for pypto-npu taps no such tensors: attn_norm, q_proj, k_proj, q_norm"
+    assert told in out
+    assert told in Path(page).read_text()
+    _, out, _ = compared(capsys, *SHORT, *SEVEN)
+    assert "not compared" not in out
 
 
 def test_layers_are_tried_alone_when_asked_for(capsys):

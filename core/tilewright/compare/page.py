@@ -15,6 +15,7 @@ from tilewright.compare.report import (
     cell,
     facts,
     is_tie,
+    missing_line,
     verdict,
     weights_line,
     worst,
@@ -41,6 +42,7 @@ def html(comparison: Comparison) -> str:
     found = verdict(comparison)
     mark = {"equal": "✓", "diverged": "✕", "unfinished": "…"}[found]
     hints = "".join(f"<li>{escape(hint)}</li>" for hint in advice(comparison))
+    missing = f"<p>{escape(missing_line(comparison))}</p>" if comparison.not_compared else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -53,7 +55,7 @@ def html(comparison: Comparison) -> str:
 <header>
 <p class="verdict {found}"><span aria-hidden="true">{mark}</span> {found}</p>
 <h1>{escape(comparison.sentence)}</h1>
-<p>{escape(facts(comparison))}</p>
+<p>{escape(facts(comparison))}</p>{missing}
 <p class="small">model {escape(comparison.model)}</p>
 {f"<h2>What to try next</h2><ul>{hints}</ul>" if hints else ""}
 </header>

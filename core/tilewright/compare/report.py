@@ -66,6 +66,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
             {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": is_tie(comparison, row)}
             for row in comparison.logits
         ],
+        "not_compared": comparison.not_compared,
         "findings": [finding_record(f) for f in comparison.findings],
     }
 
@@ -147,6 +148,8 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
         if any(is_tie(comparison, row) for row in comparison.logits):
             lines += prose("(~ near-tie: the error could turn the truth's two likeliest tokens)")
     lines += ["", *prose(weights_line(comparison))]
+    if comparison.not_compared:
+        lines += prose(missing_line(comparison))
     if comparison.perplexity:
         true, ours = comparison.perplexity
         lines += prose(f"perplexity of the prompt: truth {true:.6g}, candidate {ours:.6g}")
@@ -179,6 +182,11 @@ def weights_line(comparison: Comparison) -> str:
     shown = "; ".join(f"{w.name}! {w.why}" for w in wrong[:3])
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return f"weights: {len(wrong)} of {len(comparison.weights)} are wrong: {shown}{more}"
+
+
+def missing_line(comparison: Comparison) -> str:
+    stages = ", ".join(comparison.not_compared)
+    return f"not compared, for {comparison.candidate} taps no such tensors: {stages}"
 
 
 def worst(findings: Iterable[Finding]) -> dict[tuple[int | None, str], Finding]:

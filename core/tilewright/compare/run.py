@@ -56,6 +56,8 @@ class Comparison:
     findings: list[Finding] = field(factory=list)
     """In the order in which the tensors were computed: chained, then isolated."""
     logits: list[LogitsAgreement] = field(factory=list)
+    not_compared: list[str] = field(factory=list)
+    """Stages that the reference taps and the candidate has no tensor for."""
     perplexity: tuple[float, float] | None = None
     """Of the prompts, by the truth and by the candidate."""
     finished: bool = False
@@ -294,6 +296,9 @@ class _Sides:
                     f"executor {result.candidate} taps {name!r}, which {result.reference} does "
                     "not: names must be those of docs/tensors.md"
                 )
+        for stage in (n.rpartition(".")[2] for n in true if n not in names):
+            if stage not in result.not_compared:
+                result.not_compared.append(stage)
         found = []
         for name in names:
             if not true[name].numel():
