@@ -217,6 +217,7 @@ def made(layers: int, steps: int, wrong: int | None = None) -> Comparison:
                 kl=1e-9,
                 margin=1.0,
                 error=0.01,
+                noise=0.01,
             )
         )
     return comparison

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tilewright.compare.judge import logits_agreement
 from tilewright.compare.metrics import difference
 
 
@@ -143,3 +144,13 @@ def test_direction_is_told_from_size():
 def test_other_shapes_and_nothing_at_all_are_refused(shapes):
     with pytest.raises(ValueError, match="one shape with elements, found"):
         difference(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_a_near_tie_is_one_that_rounding_could_turn_however_wrong_the_candidate_is():
+    truth = torch.tensor([[1.0, 3.0, 2.9], [1.0, 3.0, 0.0]])
+    baseline = truth + torch.tensor([[0.0, -0.06, 0.0], [0.0, -0.06, 0.0]])
+    candidate = torch.zeros(2, 3)
+    tie, clear = logits_agreement(0, [0, 1], candidate, baseline, truth)
+    assert (tie.near_tie, clear.near_tie) == (True, False)
+    assert tie.noise == pytest.approx(0.06)
+    assert tie.error == pytest.approx(3.0)

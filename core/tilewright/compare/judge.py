@@ -168,19 +168,23 @@ class LogitsAgreement:
     margin: float
     """Between the truth's two largest logits."""
     error: float
-    """The candidate's largest error in a logit. A margin below twice that is a near-tie."""
+    """The candidate's largest error in a logit."""
+    noise: float
+    """The baseline's largest error in a logit: what rounding costs."""
 
     @property
     def near_tie(self) -> bool:
-        return self.margin < 2 * self.error
+        """Whether rounding could turn the truth's two likeliest tokens."""
+        return self.margin < 2 * self.noise
 
 
 def logits_agreement(
-    step: int, requests: Sequence[int], candidate: Tensor, truth: Tensor
+    step: int, requests: Sequence[int], candidate: Tensor, baseline: Tensor, truth: Tensor
 ) -> list[LogitsAgreement]:
-    """candidate and truth: [L, vocab_size], a row a request."""
+    """candidate, baseline and truth: [L, vocab_size], a row a request."""
     found = []
-    for request, ours, theirs in zip(requests, candidate.double(), truth.double(), strict=True):
+    rows = (candidate.double(), baseline.double(), truth.double())
+    for request, ours, near, theirs in zip(requests, *rows, strict=True):
         top = theirs.topk(min(2, len(theirs))).values
         p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
         found.append(
@@ -193,6 +197,7 @@ def logits_agreement(
                 kl=float((p.exp() * (p - q)).sum()),
                 margin=float(top[0] - top[-1]),
                 error=float((ours - theirs).abs().max()),
+                noise=float((near - theirs).abs().max()),
             )
         )
     return found

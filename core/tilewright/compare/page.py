@@ -14,7 +14,6 @@ from tilewright.compare.report import (
     advice,
     cell,
     facts,
-    is_tie,
     missing_line,
     verdict,
     weights_line,
@@ -343,8 +342,7 @@ def _logits(comparison: Comparison) -> str:
 
     def told() -> Iterator[list[object]]:
         for row in rows:
-            tie = is_tie(comparison, row)
-            same = "same" if row.same_argmax else "near-tie" if tie else "✕ another"
+            same = "same" if row.same_argmax else "near-tie" if row.near_tie else "✕ another"
             yield [
                 row.step,
                 *([row.request] if several else []),

@@ -63,7 +63,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
         if perplexity is None
         else {"truth": _finite(perplexity[0]), "candidate": _finite(perplexity[1])},
         "logits": [
-            {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": is_tie(comparison, row)}
+            {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": row.near_tie}
             for row in comparison.logits
         ],
         "not_compared": comparison.not_compared,
@@ -76,15 +76,6 @@ def verdict(comparison: Comparison) -> str:
         return "equal"
     diverged = comparison.divergence or not all(w.passed for w in comparison.weights)
     return "diverged" if diverged else "unfinished"
-
-
-def is_tie(comparison: Comparison, row: LogitsAgreement) -> bool:
-    """Whether an error that rounding explains could turn the truth's two likeliest tokens."""
-    return row.near_tie and all(
-        f.passed
-        for f in comparison.findings
-        if f.place.stage == "logits" and f.place.mode == "chained" and f.place.step == row.step
-    )
 
 
 def finding_record(finding: Finding) -> dict[str, Any]:
@@ -145,8 +136,8 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
         lines += prose("(error over its limit, the worst of all steps; ! is too large)")
     if comparison.logits:
         lines += ["", *prose("logits, candidate against truth"), *_logits(comparison)]
-        if any(is_tie(comparison, row) for row in comparison.logits):
-            lines += prose("(~ near-tie: the error could turn the truth's two likeliest tokens)")
+        if any(row.near_tie for row in comparison.logits):
+            lines += prose("(~ near-tie: rounding could turn the truth's two likeliest tokens)")
     lines += ["", *prose(weights_line(comparison))]
     if comparison.not_compared:
         lines += prose(missing_line(comparison))
@@ -289,7 +280,7 @@ def _logits(comparison: Comparison) -> Iterator[str]:
     for step in shown:
         found = by_step[step]
         same = sum(row.same_argmax for row in found)
-        ties = [is_tie(comparison, row) for row in found]
+        ties = [row.near_tie for row in found]
         disagree = any(not row.same_argmax and not t for row, t in zip(found, ties, strict=True))
         mark = "!" if disagree else "~" if any(ties) else ""
         yield (

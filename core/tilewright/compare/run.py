@@ -231,7 +231,9 @@ class _Sides:
             if step.sampled:
                 ids = [int(r.request_id.rpartition("-")[2]) for r in step.sampled]
                 if "logits" in ours and ours["logits"].shape == true["logits"].shape:
-                    result.logits += logits_agreement(number, ids, ours["logits"], true["logits"])
+                    result.logits += logits_agreement(
+                        number, ids, ours["logits"], near["logits"], true["logits"]
+                    )
             tokens.append(chosen)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
