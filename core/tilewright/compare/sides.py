@@ -197,7 +197,7 @@ def logical(side: Side, layer: int, request: Request, stop: int) -> KvLayer:
     """A request's first tokens' keys and values, [stop, KV heads, head_dim], of any layout."""
     spec, cache = side.executor.kv_cache_spec, side.kv(layer)
     slots = side.slots(request, stop)
-    return KvLayer(*(_by_slot(t, spec.row_order)[slots] for t in (cache.key, cache.value)))
+    return KvLayer(*(_Slots(t, spec.row_order)[slots] for t in (cache.key, cache.value)))
 
 
 def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
@@ -214,12 +214,8 @@ def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
             continue
         known, slots = logical(source, layer, theirs, before), target.slots(ours, before)
         for tensor, values in ((new.key, known.key), (new.value, known.value)):
-            _by_slot(tensor, spec.row_order)[slots] = values.to(tensor.dtype)
+            _Slots(tensor, spec.row_order)[slots] = values.to(tensor.dtype)
     target.executor.write_kv(layer, new)
-
-
-def _by_slot(cache: Tensor, row_order: str) -> "_Slots":
-    return _Slots(cache, row_order)
 
 
 @frozen(eq=False)

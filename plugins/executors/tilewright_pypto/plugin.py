@@ -9,11 +9,10 @@ from attrs import field, frozen, validators
 from tilewright import hookimpl
 from tilewright.config import GRANTED_DEVICE
 from tilewright.errors import ConfigError, ExecutorError
-from tilewright.types import Check, ExecutorRequest, PluginInfo, RuntimeConfig
+from tilewright.types import Check, ExecutorRequest, LayerwiseExecutor, PluginInfo, RuntimeConfig
 
 if TYPE_CHECKING:
     from tilewright_pypto.device import Device
-    from tilewright_pypto.executor import PyptoExecutor
 
 tilewright_api = 1
 
@@ -106,7 +105,7 @@ def doctor_checks() -> list[Check]:
 
 
 @hookimpl
-def create_executor(request: ExecutorRequest) -> "PyptoExecutor":
+def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
     """Raises ExecutorError for a model, a device or a PyPTO that it cannot work with."""
     from tilewright_pypto.fit import layer_shape
 

@@ -1,7 +1,5 @@
 """Plugin ``torch``: the reference executor, on the CPU with PyTorch."""
 
-from typing import TYPE_CHECKING
-
 from attrs import field, frozen, validators
 
 from tilewright import hookimpl
@@ -11,13 +9,11 @@ from tilewright.types import (
     Check,
     ExecutorRequest,
     KvCacheSpec,
+    LayerwiseExecutor,
     ModelConfig,
     PluginInfo,
     RuntimeConfig,
 )
-
-if TYPE_CHECKING:
-    from tilewright_torch.model import TorchExecutor
 
 tilewright_api = 1
 
@@ -78,7 +74,7 @@ def doctor_checks() -> list[Check]:
 
 
 @hookimpl
-def create_executor(request: ExecutorRequest) -> "TorchExecutor":
+def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
     """Raises ExecutorError for a device, a shape or a cache that it cannot run."""
     config, runtime = request.model_config, request.runtime_config
     _check(config, runtime)
