@@ -1,0 +1,57 @@
+"""Conformance suites for plugins: what the contracts state, as tests that any plugin can run.
+
+A suite is a pytest class. Subclass that of your plugin's kind and say which plugin it is::
+
+    import acme_top_a
+    import pytest
+    from tilewright.testing import SamplerSuite
+
+    class TestTopA(SamplerSuite):
+        @pytest.fixture
+        def plugin(self):
+            return acme_top_a  # what the entry point names, or an installed plugin's name
+
+        @pytest.fixture
+        def options(self):  # where the defaults are not what is to be tested
+            return {"a": 0.3}
+
+``tilewright plugins verify NAME`` runs the same suites on whatever is installed. They need pytest:
+``pip install 'tilewright[testing]'``. ``tilewright.testing.models`` makes small models, without it.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilewright.testing.executor import ExecutorSuite as ExecutorSuite
+    from tilewright.testing.kv_allocator import KvAllocatorSuite as KvAllocatorSuite
+    from tilewright.testing.loader import LoaderSuite as LoaderSuite
+    from tilewright.testing.observer import ObserverSuite as ObserverSuite
+    from tilewright.testing.sampler import SamplerSuite as SamplerSuite
+    from tilewright.testing.suite import PluginSuite as PluginSuite
+    from tilewright.testing.weight_format import WeightFormatSuite as WeightFormatSuite
+
+_MODULES = {
+    "ExecutorSuite": "executor",
+    "KvAllocatorSuite": "kv_allocator",
+    "LoaderSuite": "loader",
+    "ObserverSuite": "observer",
+    "PluginSuite": "suite",
+    "SamplerSuite": "sampler",
+    "WeightFormatSuite": "weight_format",
+}
+
+__all__ = sorted(_MODULES)
+
+if "pytest" in sys.modules:
+    # So that a failed assertion shows the values that it compared, as in a test's own file.
+    sys.modules["pytest"].register_assert_rewrite(
+        *(f"{__name__}.{module}" for module in _MODULES.values())
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,57 @@
+"""What a plugin shares with its process and must leave as it found it."""
+
+import locale
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def global_state() -> dict[str, Any]:
+    """What this process has in force: torch's and Python's settings, by name, to be compared."""
+    import numpy
+    import torch
+
+    return {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": str(torch.get_default_device()),
+        "torch's number of threads": torch.get_num_threads(),
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
+        "torch's float32 matmul precision": torch.get_float32_matmul_precision(),
+        "torch's random state": torch.get_rng_state().numpy().tobytes(),
+        "numpy's random state": repr(numpy.random.get_state()),
+        "Python's random state": random.getstate(),
+        "the working directory": os.getcwd(),
+        "the environment": dict(os.environ),
+        "signal handlers": {s: signal.getsignal(s) for s in signal.valid_signals()},
+        "the locale": locale.setlocale(locale.LC_ALL),
+        "the root logger": (logging.root.level, list(logging.root.handlers)),
+        "the exception hook": sys.excepthook,
+        "standard output": (sys.stdout, sys.stderr),
+        "running threads": {t for t in threading.enumerate() if not t.daemon},
+    }
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What is not as it was, in words; of environment variables only the names."""
+    changed = [name for name in before if before[name] != after[name]]
+    if "the environment" in changed:
+        old, new = before["the environment"], after["the environment"]
+        names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n))
+        changed[changed.index("the environment")] = f"environment variables {', '.join(names)}"
+    return changed
+
+
+@contextmanager
+def left_alone(what: str) -> Iterator[None]:
+    """Fail the test when the block changes the process's state; what names it in the message."""
+    before = global_state()
+    yield
+    changed = differences(before, global_state())
+    assert not changed, f"{what} must leave the process as it was, but changed {'; '.join(changed)}"
