@@ -20,13 +20,11 @@ from tilewright.compare.report import (
     worst,
 )
 from tilewright.compare.run import Comparison
+from tilewright.compare.shades import DARK, LIGHT, PASSING, Palette, ends, level
 
 _MOST_STEPS = 12
 """Of which there are pictures: the first and those that went worst."""
 _MOST_WEIGHTS = 50
-
-LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 10.0, 100.0)
-"""Where shades of error over limit end. The last shade has no end."""
 
 
 def html(comparison: Comparison) -> str:
@@ -164,13 +162,6 @@ def _heat_maps(comparison: Comparison, mode: Mode) -> str:
     )
 
 
-def _level(finding: Finding) -> int:
-    """The shade, from 0; one that failed is never shaded as one that passed, nor the reverse."""
-    allowed = LEVELS.index(1.0)
-    level = next((i for i, end in enumerate(LEVELS) if finding.excess <= end), len(LEVELS))
-    return min(level, allowed) if finding.passed else max(level, allowed + 1)
-
-
 _CELL, _LEFT, _TOP, _RIGHT = 15, 22, 70, 38
 _FLAT = 8
 """Height of a cell where layers are many."""
@@ -220,33 +211,32 @@ def _alone(finding: Finding, y: float) -> str:
 def _cell(finding: Finding, x: float, y: float, height: int) -> str:
     title = f"{finding.place.tensor}: {cell(finding)} {finding.why}".strip()
     box = (
-        f"<rect class='l{_level(finding)}' x='{x}' y='{y}' width='{_CELL - 1}' "
+        f"<rect class='l{level(finding)}' x='{x}' y='{y}' width='{_CELL - 1}' "
         f"height='{height - 1}'><title>{escape(title)}</title></rect>"
     )
     return (
         box
         if finding.passed
-        else box + _cross(x + (_CELL - 1) / 2, y + (height - 1) / 2, _level(finding))
+        else box + _cross(x + (_CELL - 1) / 2, y + (height - 1) / 2, level(finding))
     )
 
 
-def _cross(x: float, y: float, level: int | None = None) -> str:
+def _cross(x: float, y: float, shade: int | None = None) -> str:
     """On a shade, or on the page."""
-    style = "cross" if level is None else f"cross on{level}"
+    style = "cross" if shade is None else f"cross on{shade}"
     return f"<path class='{style}' d='M{x - 2.5} {y - 2.5}l5 5m0-5l-5 5'/>"
 
 
 def _legend() -> str:
     drawn: list[str] = []
-    passing = LEVELS.index(1.0)
-    for i, end in enumerate((*LEVELS, math.inf)):
+    names = ends()
+    for i, name in enumerate(names):
         x = 2 + i * 40
         drawn.append(f"<rect class='l{i}' x='{x}' y='2' width='39' height='13'/>")
-        if i > passing:
+        if i > PASSING:
             drawn.append(_cross(x + 19.5, 8.5, i))
-        text = f"to {end:g}" if end < math.inf else "more"
-        drawn.append(f"<text class='middle' x='{x + 19.5}' y='26'>{text}</text>")
-    svg = _svg(4 + 40 * (len(LEVELS) + 1), 30, "".join(drawn), "Legend")
+        drawn.append(f"<text class='middle' x='{x + 19.5}' y='26'>{name}</text>")
+    svg = _svg(4 + 40 * len(names), 30, "".join(drawn), "Legend")
     return f"<div class='legend'>{svg}<p class='small'>A cross: too large.</p></div>"
 
 
@@ -428,16 +418,21 @@ def _svg(width: float, height: float, drawn: str, label: str) -> str:
     )
 
 
-# Shades: blue passes, orange fails, each from near the page's own lightness to far from it.
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6570; --rule: #d5dae0;
---l0: #dfebf7; --l1: #b5d2ec; --l2: #7fb1dc; --l3: #3f83bd; --l4: #fbcf93; --l5: #f39a3d;
---l6: #cf5f00; --l7: #7d3200; --on-low: #1b1f24; --on-high: #fff;
---candidate: #c44e00; --baseline: #0067a8; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e6eaef; --faint: #a2acb8;
---rule: #38414b; --l0: #1c2a38; --l1: #21405c; --l2: #2c6090; --l3: #4b92d0; --l4: #8f5310;
---l5: #c9741a; --l6: #f79b3c; --l7: #ffd39b; --on-low: #fff; --on-high: #14181d;
---candidate: #ff9a4d; --baseline: #62b4f5; } }
+def _variables(palette: Palette) -> str:
+    """Of the style sheet."""
+    names = ("paper", "ink", "faint", "rule", "candidate", "baseline")
+    colours = {name: getattr(palette, name) for name in names}
+    colours |= {f"l{i}": shade for i, shade in enumerate(palette.shades)}
+    colours |= {f"on{i}": cross for i, cross in enumerate(palette.crosses, PASSING + 1)}
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+_STYLE = (
+    f"""
+:root {{ color-scheme: light dark; {_variables(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
+"""
+    + """\
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1040px; padding: 16px; background: var(--paper);
 color: var(--ink); font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -456,7 +451,6 @@ grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); }
 svg text { font: 10px system-ui, sans-serif; fill: var(--ink); }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .cross { stroke: var(--ink); stroke-width: 1.4; fill: none; }
-.on4, .on5 { stroke: var(--on-low); } .on6, .on7 { stroke: var(--on-high); }
 .grid { stroke: var(--rule); } .line { fill: none; stroke-width: 1.8; }
 .line.candidate { stroke: var(--candidate); }
 .line.baseline { stroke: var(--baseline); stroke-dasharray: 6 3; }
@@ -471,4 +465,9 @@ th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
 border-bottom: 1px solid var(--rule); }
 .wide td, .wide th { overflow-wrap: normal; } .facts th { white-space: nowrap; }
 footer { margin-top: 2rem; }
-""" + "".join(f".l{i} {{ fill: var(--l{i}); }}" for i in range(len(LEVELS) + 1))
+"""
+)
+_STYLE += "".join(f".l{i} {{ fill: var(--l{i}); }}" for i in range(len(LIGHT.shades)))
+_STYLE += "".join(
+    f".on{i} {{ stroke: var(--on{i}); }}" for i in range(PASSING + 1, len(LIGHT.shades))
+)
