@@ -50,7 +50,9 @@ Layer = Mapping[Place, Given]
 class PluginSelection:
     """Which plugins make the engine: ``name`` or ``distribution:name`` of each kind."""
 
-    loader: str = described("reads the model's configuration and tokenizer", "hf-local")
+    loader: str | None = described(
+        "reads the model's configuration and tokenizer; default: the one that takes the model"
+    )
     executor: str = described("runs the forward pass", "torch")
     kv_allocator: str = described("owns the KV cache", "paged")
     sampler: str = described("chooses tokens", "top-p")
@@ -211,7 +213,7 @@ def _read(section: str, key: str, setting: Given) -> Any:
 
 
 def _check_plugins(config: RunConfig, given: Layer) -> None:
-    chosen: list[tuple[Place, str, str]] = [
+    chosen: list[tuple[Place, str, str | None]] = [
         (("plugins", kind), kind, getattr(config.plugins, kind)) for kind in _SINGLE_KINDS
     ]
     chosen += [(("plugins", "observers"), "observer", name) for name in config.plugins.observers]
@@ -223,7 +225,7 @@ def _check_plugins(config: RunConfig, given: Layer) -> None:
         if place[0] == "options" and place[1] in OPTIONS_BY_NAME
     ]
     for place, kind, name in chosen:
-        if place in given:
+        if place in given and name is not None:
             try:
                 registry.find(kind, name)
             except PluginError as error:

@@ -15,6 +15,7 @@ from pluggy import PluginManager
 from tilewright import registry
 from tilewright.errors import ConfigError, NonFiniteLogitsError, PluginError, RequestError, nearest
 from tilewright.formats import InstalledFormats
+from tilewright.loaders import choose_loader
 from tilewright.scheduler import Request, Scheduler, Step
 from tilewright.selection import Selected, check_options, select
 from tilewright.text import Text, TextStream
@@ -211,7 +212,7 @@ class LLMEngine:
     def from_plugins(
         cls,
         *,
-        loader: str = "hf-local",
+        loader: str | None = None,
         executor: str = "torch",
         kv_allocator: str = "paged",
         sampler: str = "top-p",
@@ -220,6 +221,7 @@ class LLMEngine:
     ) -> "LLMEngine":
         """Make an engine from installed plugins, by name (``name`` or ``distribution:name``).
 
+        With no loader named, each model is loaded by the one installed loader that claims it.
         Observers may also be objects that implement hooks of ``ObserverEvents``. ``options`` maps
         a kind (``executor``, ``loader``, ``kv_allocator``, ``sampler``) to that plugin's options,
         and ``weight_format`` and ``observer`` to options by plugin name.
@@ -229,11 +231,14 @@ class LLMEngine:
         """
         options = {kind: dict(given) for kind, given in (options or {}).items()}
         manager = registry.new_manager()
+        names = {
+            "loader": loader,
+            "executor": executor,
+            "kv_allocator": kv_allocator,
+            "sampler": sampler,
+        }
         plugins = {
-            "loader": select(manager, "loader", loader),
-            "executor": select(manager, "executor", executor),
-            "kv_allocator": select(manager, "kv_allocator", kv_allocator),
-            "sampler": select(manager, "sampler", sampler),
+            kind: select(manager, kind, name) for kind, name in names.items() if name is not None
         }
         watching = [select(manager, "observer", o) if isinstance(o, str) else o for o in observers]
         check_options(options, [o.plugin for o in watching if isinstance(o, Selected)])
@@ -244,7 +249,9 @@ class LLMEngine:
                 observer = observer.call("create_observer", options=made)
             registry.check_hooks(observer, f"observer {observer!r}")
             manager.register(observer)
-        selection: dict[str, Any] = {kind: p.plugin.qualified for kind, p in plugins.items()}
+        selection: dict[str, Any] = {
+            kind: plugins[kind].plugin.qualified if kind in plugins else None for kind in names
+        }
         selection["observers"] = tuple(
             o.plugin.qualified if isinstance(o, Selected) else o for o in watching
         )
@@ -302,7 +309,7 @@ class LLMEngine:
     ) -> LoadedModel:
         """Load a model and make it ready under a name of your choice.
 
-        ``model_dir`` is whatever the loader takes: a directory for ``hf-local``. ``model_format``
+        ``model_dir`` is whatever a loader takes: a directory for ``hf-local``. ``model_format``
         names the weight format; by default the one that finds its files. ``loader_options`` are
         added to the loader's options for this model. The weights of what is returned are closed.
 
@@ -356,7 +363,8 @@ class LLMEngine:
         As ``init_model`` without the executor; the caller closes its ``weights``.
         """
         self._check_open()
-        loader, given = self._plugins["loader"], self.selection["options"]
+        given = self.selection["options"]
+        loader = self._plugins.get("loader") or choose_loader(self._manager, str(model_dir))
         request = LoadRequest(
             source=str(model_dir),
             options=loader.read_options(given, **loader_options),

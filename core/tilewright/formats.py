@@ -5,8 +5,8 @@ from pathlib import Path
 from pluggy import PluginManager
 
 from tilewright import registry
-from tilewright.errors import ModelError, PluginError
-from tilewright.selection import Options, select
+from tilewright.errors import ModelError
+from tilewright.selection import Options, claimants, select
 from tilewright.types import TensorSource
 
 PREFERRED = "safetensors"
@@ -36,24 +36,20 @@ class InstalledFormats:
         installed = registry.installed("weight_format")
         preferred = [p for p in installed if p.name == PREFERRED]
         others = [p for p in installed if p.name != PREFERRED]
-        unusable = []
+        unusable: dict[registry.Plugin, str] = {}
         for group in (preferred, others):
-            claims = []
-            for plugin in group:
-                try:
-                    if registry.call(registry.load(plugin), "can_open", directory=directory):
-                        claims.append(plugin.qualified)
-                except PluginError as error:
-                    unusable.append(str(error))
+            claims, broken = claimants(group, "can_open", directory=directory)
+            unusable |= broken
             if len(claims) == 1:
-                return claims[0]
+                return claims[0].qualified
             if claims:
+                names = ", ".join(p.qualified for p in claims)
                 raise ModelError(
-                    f"{directory}: more than one weight format finds files: {', '.join(claims)}; "
+                    f"{directory}: more than one weight format finds files: {names}; "
                     "name one as model_format"
                 )
         tried = ", ".join(p.name for p in installed) or "none installed"
-        also = f"; not asked: {'; '.join(unusable)}" if unusable else ""
+        also = f"; not asked: {'; '.join(unusable.values())}" if unusable else ""
         raise ModelError(
             f"{directory}: no weights found in any known format ({tried}){also}; is the download "
             "complete?"

@@ -7,7 +7,7 @@ from attrs import frozen
 from pluggy import PluginManager
 
 from tilewright import registry
-from tilewright.errors import ConfigError, nearest
+from tilewright.errors import ConfigError, PluginError, nearest
 from tilewright.options import read_options
 from tilewright.types import PluginInfo
 
@@ -42,6 +42,22 @@ def select(manager: PluginManager, kind: str, name: str) -> Selected:
     """The plugin that a name means. Raises PluginError as ``registry.find`` and ``load`` do."""
     plugin = registry.find(kind, name)
     return Selected(plugin, registry.register(manager, plugin))
+
+
+def claimants(
+    plugins: Sequence[registry.Plugin], hook: str, **arguments: Any
+) -> tuple[list[registry.Plugin], dict[registry.Plugin, str]]:
+    """Those that answer a probe such as ``can_load`` with yes, and why others cannot be asked."""
+    claims, unusable = [], {}
+    for plugin in plugins:
+        try:
+            if registry.call(registry.load(plugin), hook, **arguments):
+                claims.append(plugin)
+        except PluginError as error:
+            unusable[plugin] = str(error)
+        except Exception as error:  # a probe raises nothing, so this one is broken
+            unusable[plugin] = f"{plugin}: {hook}() failed: {registry.cause(error)}"
+    return claims, unusable
 
 
 def check_options(options: Options, observers: Sequence[registry.Plugin]) -> None:

@@ -73,6 +73,7 @@ def _lines(resolved: Resolved, section: str) -> Iterator[str]:
 
 
 _WHEN_OPEN = {
+    "plugins": "the one that takes the model",
     "model": "the one that finds its files",
     "runtime": "decided when the model is loaded",
     "prompts": "none",

@@ -34,15 +34,15 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
     bar = LoadingBar() if sys.stderr.isatty() else None
     if bar:
         selection["observers"] = (*selection["observers"], bar)
-    try:
+    with _naming_origins(resolved):
         engine = LLMEngine.from_plugins(**selection)
-    except ConfigError as error:
-        raise ConfigError(with_origin(str(error), resolved)) from error
     with engine:
         try:
-            loaded = engine.init_model(
-                config.model.id, config.model.path, config.runtime, config.model.format
-            )
+            # The loader may be chosen only now, and reads its options then.
+            with _naming_origins(resolved):
+                loaded = engine.init_model(
+                    config.model.id, config.model.path, config.runtime, config.model.format
+                )
         finally:
             if bar:
                 bar.stop()
@@ -64,6 +64,14 @@ def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
         and getattr(asked, name) is None
         and value != getattr(BUILTIN_GENERATE, name)
     )
+
+
+@contextmanager
+def _naming_origins(resolved: Resolved) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(with_origin(str(error), resolved)) from error
 
 
 def with_origin(message: str, resolved: Resolved) -> str:

@@ -30,7 +30,7 @@ class Choice:
     options: Mapping[str, Any] = {}
     """The executor's."""
     runtime: RuntimeConfig = RuntimeConfig()
-    loader: str = "hf-local"
+    loader: str | None = None
     model_format: str | None = None
     kv_allocator: str = "paged"
     other_options: Mapping[str, Mapping[str, Any]] = {}
