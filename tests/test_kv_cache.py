@@ -1,135 +1,33 @@
-"""The paged KV cache, against a plain dictionary model and its own integrity check."""
-
-import math
+"""The paged KV cache: what it says and does beyond what every KV allocator must."""
 
 import pytest
 import torch
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test
 
 from tilewright.errors import OutOfPagesError
 from tilewright.kv_cache import KvCacheManager, budget
-from tilewright.types import KvAllocatorRequest, KvCacheSpec
+from tilewright.testing.kv_allocator import AllocatorMachine
+from tilewright.testing.kv_allocator import small_spec as spec
+from tilewright.types import KvAllocatorRequest
 
 
-def spec(**changes):
-    fields = {
-        "num_layers": 2,
-        "num_kv_heads": 3,
-        "head_dim": 4,
-        "page_size": 5,
-        "dtype": "float32",
-    }
-    return KvCacheSpec(**fields | changes)
+def test_random_calls_agree_with_a_dictionary():
+    def make(total_pages, **changes):
+        changes = {"num_kv_heads": 2, "head_dim": 1} | changes
+        return KvCacheManager(spec(**changes), total_pages)
+
+    run_state_machine_as_test(
+        lambda: AllocatorMachine(make),
+        settings=settings(max_examples=150, stateful_step_count=40, deadline=None),
+    )
 
 
-class KvCacheMachine(RuleBasedStateMachine):
-    """Random allocate, extend, fork, write and free; a dictionary holds what each request wrote."""
-
-    def __init__(self):
-        super().__init__()
-        self.cache = KvCacheManager(spec(num_layers=1, num_kv_heads=1, head_dim=1), total_pages=12)
-        self.wrote: dict[str, list[float]] = {}
-        self.counter = 0
-
-    def write(self, request_id, start):
-        """Write a fresh number to each new slot, as an executor writes keys."""
-        values = self.wrote[request_id]
-        stop = self.cache.num_tokens(request_id)
-        flat = self.cache.layers()[0].key.view(-1)
-        for slot in self.cache.slots(request_id, start, stop).tolist():
-            self.counter += 1
-            flat[slot] = self.counter
-            values.append(float(self.counter))
-
-    def pages_of(self, num_tokens):
-        return math.ceil(num_tokens / 5)
-
-    @rule(n=st.integers(1, 40))
-    def allocate(self, n):
-        request_id = f"r{self.counter}-{len(self.wrote)}"
-        if request_id in self.wrote:
-            return
-        free = self.cache.free_pages
-        if self.pages_of(n) > free:
-            with pytest.raises(
-                OutOfPagesError, match=f"needs {self.pages_of(n)} more .* {free} of 12"
-            ):
-                self.cache.allocate(request_id, n)
-            assert self.cache.free_pages == free
-        else:
-            self.cache.allocate(request_id, n)
-            assert self.cache.free_pages == free - self.pages_of(n)
-            self.wrote[request_id] = []
-            self.write(request_id, 0)
-
-    @precondition(lambda self: self.wrote)
-    @rule(data=st.data(), n=st.integers(0, 12))
-    def extend(self, data, n):
-        request_id = data.draw(st.sampled_from(sorted(self.wrote)))
-        length = len(self.wrote[request_id])
-        needed = self.pages_of(length + n) - self.pages_of(length)
-        if needed > self.cache.free_pages:
-            with pytest.raises(OutOfPagesError):
-                self.cache.extend(request_id, n)
-            assert self.cache.num_tokens(request_id) == length
-        else:
-            self.cache.extend(request_id, n)
-            self.write(request_id, length)
-
-    @precondition(lambda self: self.wrote)
-    @rule(data=st.data())
-    def fork(self, data):
-        parent = data.draw(st.sampled_from(sorted(self.wrote)))
-        self.counter += 1
-        child = f"{parent}+{self.counter}"[-60:]
-        if len(self.wrote[parent]) % 5 and not self.cache.free_pages:
-            with pytest.raises(OutOfPagesError):
-                self.cache.fork(parent, child)
-        else:
-            self.cache.fork(parent, child)
-            self.wrote[child] = list(self.wrote[parent])
-
-    @precondition(lambda self: self.wrote)
-    @rule(data=st.data())
-    def free(self, data):
-        request_id = data.draw(st.sampled_from(sorted(self.wrote)))
-        self.cache.free(request_id)
-        del self.wrote[request_id]
-        with pytest.raises(KeyError):
-            self.cache.num_tokens(request_id)
-
-    @invariant()
-    def each_request_reads_what_it_wrote(self):
-        self.cache.check_integrity()
-        flat = self.cache.layers()[0].key.view(-1)
-        for request_id, values in self.wrote.items():
-            assert self.cache.num_tokens(request_id) == len(values)
-            slots = self.cache.slots(request_id, 0, len(values))
-            assert slots.dtype == torch.int32
-            assert flat[slots.long()].tolist() == values
-        if not self.wrote:
-            assert self.cache.free_pages == 12
-
-    @invariant()
-    def block_tables_and_slots_agree(self):
-        ids = sorted(self.wrote)
-        table = self.cache.block_table(ids)
-        assert table.dtype == torch.int32
-        assert table.shape == (
-            len(ids),
-            max(map(self.pages_of, map(len, self.wrote.values())), default=0),
-        )
-        for row, request_id in zip(table.tolist(), ids, strict=True):
-            n = len(self.wrote[request_id])
-            assert all(page == -1 for page in row[self.pages_of(n) :])
-            expected = [row[p // 5] * 5 + p % 5 for p in range(n)]
-            assert self.cache.slots(request_id, 0, n).tolist() == expected
-
-
-TestKvCacheMachine = KvCacheMachine.TestCase
-TestKvCacheMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+def test_too_few_pages_are_an_error_with_numbers():
+    cache = KvCacheManager(spec(), total_pages=12)
+    cache.allocate("a", 46)
+    with pytest.raises(OutOfPagesError, match=r"'b' needs 3 more .* 2 of 12 are free"):
+        cache.allocate("b", 11)
 
 
 @pytest.mark.parametrize(("row_order", "shape"), [("NHD", (7, 5, 3, 4)), ("HND", (7, 3, 5, 4))])
@@ -144,27 +42,6 @@ def test_layers_have_the_declared_row_order_and_start_as_zeros(row_order, shape)
             assert not tensor.any()
     pointers = {t.data_ptr() for layer in layers for t in (layer.key, layer.value)}
     assert len(pointers) == 4
-
-
-def test_layers_are_the_same_objects_each_time():
-    cache = KvCacheManager(spec(), total_pages=2)
-    assert cache.layers() is cache.layers()
-
-
-@pytest.mark.parametrize("row_order", ["NHD", "HND"])
-def test_fork_copies_the_partly_full_page_in_every_layer(row_order):
-    cache = KvCacheManager(spec(row_order=row_order), total_pages=6)
-    cache.allocate("parent", 7)
-    for layer in cache.layers():
-        layer.key.normal_()
-        layer.value.normal_()
-    cache.fork("parent", "child")
-    ours, theirs = cache.block_table(["parent", "child"]).tolist()
-    assert ours[0] == theirs[0]
-    assert ours[1] != theirs[1]
-    for layer in cache.layers():
-        assert torch.equal(layer.key[ours[1]], layer.key[theirs[1]])
-        assert torch.equal(layer.value[ours[1]], layer.value[theirs[1]])
 
 
 def test_an_executors_own_storage_is_passed_on_untouched():
@@ -218,6 +95,20 @@ def test_misuse_is_refused():
         cache.fork("a", "a")
     with pytest.raises(KeyError):
         cache.extend("b", 1)
+    with pytest.raises(ValueError, match="cannot extend by -1"):
+        cache.extend("a", -1)
+    cache.check_integrity()
+
+
+def test_a_fork_that_would_copy_an_executors_own_storage_is_refused():
+    cache = KvCacheManager(spec(allocate=lambda shape, dtype: object()), total_pages=4)
+    cache.allocate("a", 7)
+    with pytest.raises(ValueError, match="'a' cannot be forked at 7 tokens: its partly full page"):
+        cache.fork("a", "b")
+    assert cache.free_pages == 2
+    cache.extend("a", 3)
+    cache.fork("a", "b")
+    assert cache.block_table(["a"]).tolist() == cache.block_table(["b"]).tolist()
     cache.check_integrity()
 
 

@@ -135,6 +135,11 @@ class KvCacheManager:
             raise ValueError(f"request {child_id!r} already has pages: free it first")
         parent = self._held[parent_id]
         full = parent.num_tokens // self.spec.page_size
+        if self.spec.allocate and full < len(parent.pages):
+            raise ValueError(
+                f"request {parent_id!r} cannot be forked at {parent.num_tokens} tokens: its partly "
+                "full page is in the executor's own storage, which the allocator cannot copy"
+            )
         tail = self._take(child_id, len(parent.pages) - full, parent.num_tokens)
         for page in parent.pages[:full]:
             self._references[page] += 1

@@ -210,7 +210,7 @@ class KvCacheSpec:
     memory_limit: bytes that the cache may take at most when total_pages is not given.
     allocate: makes the storage of one tensor from (shape, dtype); None: ``torch.zeros`` on
         ``device``. An executor whose cache lives on a device that torch does not know returns its
-        own handles here; the allocator passes them on and does not look inside, and cannot fork.
+        own handles here; the allocator passes them on and does not look inside, and cannot copy.
     """
 
     num_layers: int
@@ -395,7 +395,8 @@ class KvAllocator(Protocol):
         """Give a new request the parent's tokens: full pages shared, the partly full one copied.
 
         Raises OutOfPagesError and changes nothing; KeyError for an unknown parent; ValueError when
-        the child already has pages.
+        the child already has pages, and when a page of an executor's own storage
+        (KvCacheSpec.allocate) would have to be copied.
         """
         ...
 
