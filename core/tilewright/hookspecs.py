@@ -15,7 +15,7 @@ An implementation may take fewer arguments than its spec names, never others. Ho
 things they make follow the protocols in ``tilewright.types`` and are called directly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from tilewright.types import (
     LoadedModel,
     LoadRequest,
     ModelConfig,
+    PackedWeights,
     PluginInfo,
     Sampler,
     SamplerRequest,
@@ -68,11 +69,22 @@ class LoaderHooks:
 
     @_first
     def can_load(self, source: str) -> bool:  # type: ignore[empty-body]
-        """Whether source looks like this loader's. Cheap: reads no weights, has no side effect."""
+        """Whether source looks like this loader's.
+
+        Cheap, since every installed loader may be asked: reads no weights, imports no torch, has
+        no side effect, and raises nothing whatever the source.
+        """
 
     @_first
     def load_model(self, request: LoadRequest) -> LoadedModel:  # type: ignore[empty-body]
         """Read headers and configuration. Raises ModelError for what is missing or unsupported."""
+
+    @_first
+    def write_sample(self, directory: Path) -> str:  # type: ignore[empty-body]
+        """Optional: write a small model of the kind that this loads into an empty directory.
+
+        Returns the source that loads it. ``tilewright plugins verify`` loads it; nothing else does.
+        """
 
 
 class WeightFormatHooks:
@@ -86,6 +98,14 @@ class WeightFormatHooks:
     def open_weights(self, directory: Path, options: Any) -> TensorSource:  # type: ignore[empty-body]
         """Open them, reading headers only. Raises ModelError for damaged or absent files."""
 
+    @_first
+    def write_weights(self, directory: Path, tensors: "Mapping[str, Tensor]") -> object:
+        """Optional: write tensors in this format into an empty directory. The answer is not used.
+
+        Raises TypeError for a dtype and ValueError for a shape that the format does not have.
+        ``tilewright plugins verify`` opens what it writes; nothing else does.
+        """
+
 
 class ExecutorHooks:
     """Kind ``executor``: runs the forward pass."""
@@ -93,6 +113,16 @@ class ExecutorHooks:
     @_first
     def create_executor(self, request: ExecutorRequest) -> Executor:  # type: ignore[empty-body]
         """Validate the model against what the executor can do, then load its weights."""
+
+    @_first
+    def pack_weights(self, request: ExecutorRequest) -> PackedWeights:  # type: ignore[empty-body]
+        """Optional: the weights as the executor wants them, for ``tilewright convert``.
+
+        Names, shapes, dtypes and version follow from configuration and settings alone, and weights
+        are read by the tensors' ``read`` only: the hook is also called to check packed weights when
+        they are loaded. create_executor then finds them under these names in a request that is
+        ``packed``. Without the hook weights are converted to the weight dtype and no more.
+        """
 
 
 class KvAllocatorHooks:

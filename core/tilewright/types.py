@@ -4,7 +4,7 @@
 holds a field of the other. Nothing here imports torch at run time.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
@@ -113,7 +113,7 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """Named tensors, read when they are asked for and not before."""
+    """Named tensors, read when they are asked for and not before. Any thread may read them."""
 
     def names(self) -> Collection[str]: ...
 
@@ -145,6 +145,39 @@ class TextAssets:
 
 
 @frozen(kw_only=True)
+class Packing:
+    """For whom weights were packed: an executor reads its own layout and no other."""
+
+    executor: str
+    """``distribution:name`` of the plugin."""
+    version: int
+    """Of that executor's layout; 0: the checkpoint's names and shapes, in ``weight_dtype``."""
+    weight_dtype: DType
+
+
+@frozen(kw_only=True, eq=False)
+class PackedTensor:
+    """A weight as an executor wants it: known before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As in ``TensorInfo``."""
+    read: "Callable[[], Tensor]"
+    """Makes it, on the CPU; called once, when its turn comes. Raises ModelError."""
+
+
+@frozen(kw_only=True)
+class PackedWeights:
+    """All weights of a model as an executor wants them."""
+
+    version: int
+    """From 1; raised whenever tensors are laid out in another way than before."""
+    tensors: Iterable[PackedTensor]
+    """In the order in which the executor reads them."""
+
+
+@frozen(kw_only=True)
 class LoadedModel:
     """What a loader returns. No weight has been read yet."""
 
@@ -155,6 +188,8 @@ class LoadedModel:
     """Settings that the model's files recommend; the user's settings win over them."""
     source: str
     warnings: tuple[str, ...] = ()
+    packing: Packing | None = None
+    """None: the weights have the names and shapes of ``expected_tensors``."""
 
 
 # --- how this machine runs it ---------------------------------------------------------------------
@@ -418,7 +453,12 @@ class KvAllocator(Protocol):
 
 @frozen
 class SamplingParams:
-    """How one request's next token is chosen: all values known. What a sampler is given."""
+    """How one request's next token is chosen: all values known. What a sampler is given.
+
+    What they mean stands at the fields of GenerateConfig. They apply in this order: repetition
+    penalty; presence and frequency penalty; logit bias; at temperature 0 the likeliest token, else
+    temperature, top_k, top_p and min_p, each to what the one before it leaves.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -619,7 +659,12 @@ class PluginInfo:
     options: type | None = None
     """An attrs class; each field's ``metadata["help"]`` is its line of help. None: no options."""
     limits: Mapping[str, str] = field(factory=dict)
-    """What it can and cannot do, by topic, in words."""
+    """What it can and cannot do, by topic, in words.
+
+    Of samplers, the conformance suite reads two topics: ``no effect`` names the SamplingParams
+    that the sampler does not heed, separated by commas; ``distribution`` says what it draws from
+    where that is not the softmax of what the settings leave.
+    """
 
 
 CheckStatus = Literal["ok", "warning", "failed"]
@@ -672,6 +717,8 @@ class ExecutorRequest:
     weights: TensorSource
     """Checked: every expected tensor is there with its expected shape."""
     options: Any
+    packed: bool = False
+    """Whether the weights are those of the executor's own ``pack_weights``."""
     report: "Report" = lambda what, done, total: None
     """Tells observers what is being got ready (on_prepare)."""
 

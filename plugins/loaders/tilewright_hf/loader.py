@@ -79,6 +79,13 @@ def load_model(request: LoadRequest) -> LoadedModel:
     )
 
 
+@hookimpl
+def write_sample(directory: Path) -> str:
+    from tilewright.testing.models import make_model, write_hf_directory
+
+    return str(write_hf_directory(make_model(), directory))
+
+
 def _directory(source: str) -> Path:
     """The directory that a source names. Raises ModelError that says what it is instead."""
     expanded = os.path.expanduser(source)

@@ -95,6 +95,14 @@ def open_weights(directory: Path, options: Options) -> "SafetensorsSource":
     )
 
 
+@hookimpl
+def write_weights(directory: Path, tensors: "Mapping[str, Tensor]") -> None:
+    from safetensors.torch import save_file
+
+    # Tensors that share memory are refused.
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, directory / SINGLE)
+
+
 class _Shard:
     """One open safetensors file."""
 
