@@ -15,7 +15,7 @@ from torch import Tensor
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RopeConfig, StepBatch
 from tilewright.weights import expected_tensors
 from tilewright_kernels.qwen3_14b.shape import LayerShape
-from tilewright_pypto.packing import pack_layer
+from tilewright_pypto.packing import NORMS, PROJECTIONS, pack
 from tilewright_torch.model import TorchExecutor, load
 from tilewright_torch.rope import rotary
 
@@ -66,7 +66,10 @@ def config_of(shape: LayerShape, vocab: int = 67) -> ModelConfig:
 
 def kernel_weights(source: Any, layer: int = 0) -> dict[str, Tensor]:
     """A layer's weights by the names of the kernels' parameters."""
-    return dict(pack_layer(source, layer))
+    return {
+        parameter: pack(source, f"model.layers.{layer}.{name}.weight")
+        for parameter, name in (NORMS | PROJECTIONS).items()
+    }
 
 
 @define

@@ -30,6 +30,9 @@ from tilewright.types import (
     KvAllocatorRequest,
     LoadedModel,
     LoadRequest,
+    PackedTensor,
+    PackedWeights,
+    Packing,
     RuntimeConfig,
     SampledToken,
     Sampler,
@@ -42,7 +45,13 @@ from tilewright.types import (
     Timings,
     TokenLogprobs,
 )
-from tilewright.weights import MeteredSource, check_tensors
+from tilewright.weights import (
+    MeteredSource,
+    check_packed,
+    check_packing,
+    check_tensors,
+    typed_tensors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -325,7 +334,7 @@ class LLMEngine:
         loaded = self.load(model_dir, model_format, **loader_options)
         try:
             runtime = _resolve_runtime(runtime_config or RuntimeConfig(), loaded)
-            check_tensors(loaded.weights, loaded.config, loaded.source)
+            self._check_weights(loaded, runtime)
             executor = self._create_executor(model_id, loaded, runtime)
         finally:
             loaded.weights.close()
@@ -374,6 +383,58 @@ class LLMEngine:
         loaded: LoadedModel = loader.call("load_model", request=request)
         return loaded
 
+    def pack(
+        self, loaded: LoadedModel, runtime_config: RuntimeConfig | None = None
+    ) -> tuple[Packing, list[PackedTensor]]:
+        """A loaded model's weights as the executor wants them; none is read yet.
+
+        Raises what ``init_model`` raises for a model that the executor cannot run, and ConfigError
+        for one that is packed already.
+        """
+        self._check_open()
+        if loaded.packing:
+            raise ConfigError(
+                f"{loaded.source} is packed already, for executor {loaded.packing.executor}: "
+                "expected the model that it was converted from"
+            )
+        runtime = _resolve_runtime(runtime_config or RuntimeConfig(), loaded)
+        check_tensors(loaded.weights, loaded.config, loaded.source)
+        return self._packed(self._executor_request(loaded, runtime))
+
+    def _check_weights(self, loaded: LoadedModel, runtime: RuntimeConfig) -> None:
+        if loaded.packing is None:
+            check_tensors(loaded.weights, loaded.config, loaded.source)
+            return
+        executor = self._plugins["executor"].plugin.qualified
+        if loaded.packing.executor == executor:  # another one need not know what to do with it
+            expected, tensors = self._packed(self._executor_request(loaded, runtime))
+        else:
+            expected, tensors = evolve(loaded.packing, executor=executor), []
+        check_packing(loaded.packing, expected, loaded.source)
+        check_packed(loaded.weights, tensors, loaded.source)
+
+    def _packed(self, request: ExecutorRequest) -> tuple[Packing, list[PackedTensor]]:
+        executor = self._plugins["executor"]
+        made: PackedWeights = executor.call("pack_weights", request=request)
+        if made is None:
+            made = PackedWeights(version=0, tensors=typed_tensors(request))
+        assert request.runtime_config.weight_dtype is not None
+        packing = Packing(
+            executor=executor.plugin.qualified,
+            version=made.version,
+            weight_dtype=request.runtime_config.weight_dtype,
+        )
+        return packing, list(made.tensors)
+
+    def _executor_request(self, loaded: LoadedModel, runtime: RuntimeConfig) -> ExecutorRequest:
+        return ExecutorRequest(
+            model_config=loaded.config,
+            runtime_config=runtime,
+            weights=loaded.weights,
+            options=self._options["executor"],
+            packed=loaded.packing is not None,
+        )
+
     def _create_executor(
         self, model_id: str, loaded: LoadedModel, runtime: RuntimeConfig
     ) -> Executor:
@@ -391,13 +452,7 @@ class LLMEngine:
             if self._listens("on_prepare"):
                 self._events.on_prepare(model_id=model_id, what=what, done=done, total=total)
 
-        request = ExecutorRequest(
-            model_config=loaded.config,
-            runtime_config=runtime,
-            weights=weights,
-            options=self._options["executor"],
-            report=report,
-        )
+        request = evolve(self._executor_request(loaded, runtime), weights=weights, report=report)
         executor: Executor = self._plugins["executor"].call("create_executor", request=request)
         return executor
 
@@ -712,7 +767,8 @@ def _resolve_runtime(runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConf
             f"max_seq_len = {runtime.max_seq_len} is above the {longest} positions that "
             f"{loaded.source} was made for (max_position_embeddings): lower it"
         )
-    weight_dtype = runtime.weight_dtype or config.dtype
+    stored = loaded.packing.weight_dtype if loaded.packing else config.dtype
+    weight_dtype = runtime.weight_dtype or stored
     return evolve(
         runtime,
         weight_dtype=weight_dtype,

@@ -42,6 +42,8 @@ from tilewright.types import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tilewright.compare.hypotheses import Hypothesis
+
 API_VERSION = 1
 """Raised when a spec or a protocol changes so that a plugin written before would break."""
 
@@ -113,6 +115,11 @@ class ExecutorHooks:
     @_first
     def create_executor(self, request: ExecutorRequest) -> Executor:  # type: ignore[empty-body]
         """Validate the model against what the executor can do, then load its weights."""
+
+    @_first
+    def hypotheses(self) -> "Sequence[Hypothesis]":  # type: ignore[empty-body]
+        """Optional: mistakes that a comparison is to try, besides those that it knows, when a layer
+        of this executor is wrong (see tilewright.compare.hypotheses)."""
 
     @_first
     def pack_weights(self, request: ExecutorRequest) -> PackedWeights:  # type: ignore[empty-body]

@@ -1,10 +1,20 @@
 """Which tensors a model needs, and whether a source has them."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tilewright.errors import ModelError, listed
-from tilewright.types import DTYPES, DType, ModelConfig, TensorInfo, TensorSource
+from tilewright.types import (
+    DTYPES,
+    DType,
+    ExecutorRequest,
+    ModelConfig,
+    PackedTensor,
+    Packing,
+    TensorInfo,
+    TensorSource,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +100,63 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         raise ModelError(
             f"{where}: the weights do not fit the configuration ({config.architecture}): "
             f"{'; '.join(problems)}"
+        )
+
+
+def typed_tensors(request: ExecutorRequest) -> Iterator[PackedTensor]:
+    """A checkpoint's weights in the weight dtype, under their own names and in their shapes."""
+    name_of_dtype = request.runtime_config.weight_dtype
+    assert name_of_dtype is not None
+    for name, shape in expected_tensors(request.model_config).items():
+        yield PackedTensor(
+            name=name,
+            shape=shape,
+            dtype=name_of_dtype,
+            read=partial(_typed, request.weights, name, name_of_dtype),
+        )
+
+
+def _typed(source: TensorSource, name: str, dtype: DType) -> "Tensor":
+    return source.get(name).to(torch_dtype(dtype))
+
+
+def check_packing(found: Packing, expected: Packing, where: str) -> None:
+    """Raise ModelError unless weights were packed for this executor as it is."""
+    again = f"convert it for {expected.executor} (`tilewright convert`) from its source"
+    if found.executor != expected.executor:
+        raise ModelError(
+            f"{where}: packed for executor {found.executor}, which {expected.executor} cannot "
+            f"read: choose executor {found.executor}, or {again}"
+        )
+    if found.weight_dtype != expected.weight_dtype:
+        raise ModelError(
+            f"{where}: packed in {found.weight_dtype}, found weight_dtype = "
+            f"{expected.weight_dtype}: leave it out, or {again} in that dtype"
+        )
+    if found.version != expected.version:
+        upgrade = "upgrade that plugin, or " if found.version > expected.version else ""
+        raise ModelError(
+            f"{where}: packed in version {found.version} of the layout of {found.executor}, which "
+            f"reads version {expected.version}: {upgrade}{again}"
+        )
+
+
+def check_packed(source: TensorSource, expected: Iterable[PackedTensor], where: str) -> None:
+    """Raise ModelError unless a source has exactly these tensors. Reads headers only."""
+    wanted = {t.name: (t.shape, t.dtype) for t in expected}
+    names = set(source.names())
+    found = {name: (i.shape, i.dtype) for name in names for i in (source.info(name),)}
+    problems = [
+        f"{name} {list(shape)} {dtype}, found "
+        + (f"{list(found[name][0])} {found[name][1]}" if name in found else "none")
+        for name, (shape, dtype) in wanted.items()
+        if found.get(name) != (shape, dtype)
+    ]
+    problems += [f"no {printable(name)}" for name in sorted(names - wanted.keys())]
+    if problems:
+        raise ModelError(
+            f"{where}: the packed weights are not those that the executor packs: expected "
+            f"{listed(problems)}; convert it again from its source"
         )
 
 

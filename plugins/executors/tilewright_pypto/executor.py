@@ -5,7 +5,7 @@ Activations pass from layer to layer through host memory, so that every layer's 
 weights and KV cache stay on the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.device import Device, Kernel
-from tilewright_pypto.packing import pack_head, pack_layer, read_embedding, unpack
+from tilewright_pypto.packing import NORMS, PROJECTIONS, packed_tensors, unpack
 
 ROW_ORDER: RowOrder = "HND"
 """Of the KV cache: what ``read_kv`` and ``bind_kv_cache`` take its rows for."""
@@ -52,20 +52,26 @@ class Model:
 def load(
     request: ExecutorRequest, shape: LayerShape, device: Device, weights_on_device: bool
 ) -> "PyptoExecutor":
-    """Compile the kernels, then read, pack and hand over the weights, a layer at a time."""
-    config, runtime, weights = request.model_config, request.runtime_config, request.weights
+    """Compile the kernels, then read and hand over the weights, a layer at a time.
+
+    They are packed on the way unless they are so already.
+    """
+    config, runtime = request.model_config, request.runtime_config
     check_row_order(shape)
     kernels = device.load(source.KERNELS, shape)
     keep = device.keep if weights_on_device else _stay
     positions = runtime.max_seq_len
     assert positions is not None
-    embedding = read_embedding(weights)
+    read = request.weights.get if request.packed else _packing(request)
+    embedding = read("embedding")
     layers = [
-        {name: keep(tensor) for name, tensor in pack_layer(weights, i)}
+        {name: keep(read(f"layers.{i}.{name}")) for name in NORMS | PROJECTIONS}
         for i in range(config.num_layers)
     ]
-    tied = embedding if config.tie_word_embeddings else None
-    head = {name: keep(tensor) for name, tensor in pack_head(weights, tied)}
+    head = {
+        "final_norm": keep(read("final_norm")),
+        "lm_head": keep(embedding if config.tie_word_embeddings else read("lm_head")),
+    }
     model = Model(
         config=config,
         kernels=kernels,
@@ -90,6 +96,11 @@ def load(
         max_seq_len=positions,
     )
     return PyptoExecutor(model, device, spec, limits)
+
+
+def _packing(request: ExecutorRequest) -> Callable[[str], Tensor]:
+    packed = {t.name: t for t in packed_tensors(request.model_config, request.weights)}
+    return lambda name: packed[name].read()
 
 
 def _stay(tensor: Tensor) -> Tensor:

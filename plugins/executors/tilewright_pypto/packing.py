@@ -1,13 +1,15 @@
 """A checkpoint's weights as the kernels take them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewright.errors import ModelError
-from tilewright.types import TensorSource
+from tilewright.types import ModelConfig, PackedTensor, TensorSource
+from tilewright.weights import expected_tensors
 
 NORMS = {
     "input_norm": "input_layernorm",
@@ -27,25 +29,50 @@ PROJECTIONS = {
 """The layer kernels' parameters, and the names of a layer's weights in Hugging Face checkpoints."""
 
 
-def pack_layer(weights: TensorSource, layer: int) -> Iterator[tuple[str, Tensor]]:
-    """A layer's weights by parameter, each read when its turn comes.
+_PARAMETERS = {name: parameter for parameter, name in (NORMS | PROJECTIONS).items()}
+_WHOLE = {
+    "model.embed_tokens.weight": "embedding",
+    "model.norm.weight": "final_norm",
+    "lm_head.weight": "lm_head",
+}
 
-    Norms are FP32 [1, size], projections BF16 [in, out] and contiguous.
+VERSION = 1
+"""Of what ``packed_tensors`` gives: raised whenever that changes."""
+
+
+def packed_tensors(config: ModelConfig, weights: TensorSource) -> Iterator[PackedTensor]:
+    """``embedding``, ``layers.<i>.<parameter>``, ``final_norm``, and ``lm_head`` if it is not tied.
+
+    Norms are FP32 [1, size], projections BF16 [in, out], embedding and head BF16
+    [vocab_size, hidden_size]; all are contiguous.
     """
-    name = f"model.layers.{layer}"
-    for parameter, norm in NORMS.items():
-        yield parameter, _norm(weights, f"{name}.{norm}.weight")
-    for parameter, projection in PROJECTIONS.items():
-        yield parameter, _read(weights, f"{name}.{projection}.weight").t().contiguous()
+    for name, shape in expected_tensors(config).items():
+        norm = name.endswith("norm.weight")
+        yield PackedTensor(
+            name=_packed_name(name),
+            shape=(1, *shape) if norm else shape[::-1] if _is_transposed(name) else shape,
+            dtype="float32" if norm else "bfloat16",
+            read=partial(pack, weights, name),
+        )
 
 
-def pack_head(weights: TensorSource, embedding: "Tensor | None") -> Iterator[tuple[str, Tensor]]:
-    """Final norm FP32 [1, hidden_size] and LM head BF16 [vocab_size, hidden_size], as stored.
+def pack(weights: TensorSource, name: str) -> Tensor:
+    """A weight of the checkpoint as the kernels take it."""
+    if name.endswith("norm.weight"):
+        return _read(weights, name, torch.float32).unsqueeze(0)
+    tensor = _read(weights, name)
+    return (tensor.t() if _is_transposed(name) else tensor).contiguous()
 
-    embedding: what the head is tied to.
-    """
-    yield "final_norm", _norm(weights, "model.norm.weight")
-    yield "lm_head", _read(weights, "lm_head.weight") if embedding is None else embedding
+
+def _is_transposed(name: str) -> bool:
+    return name.endswith("_proj.weight")
+
+
+def _packed_name(name: str) -> str:
+    if name in _WHOLE:
+        return _WHOLE[name]
+    layer, _, tensor = name.removeprefix("model.layers.").partition(".")
+    return f"layers.{layer}.{_PARAMETERS[tensor.removesuffix('.weight')]}"
 
 
 def unpack(
@@ -60,19 +87,9 @@ def unpack(
     if name == "model.norm.weight":
         return read(head["final_norm"])[0]
     layer, _, tensor = name.removeprefix("model.layers.").partition(".")
-    known = {n: parameter for parameter, n in (NORMS | PROJECTIONS).items()}
-    parameter = known[tensor.removesuffix(".weight")]
+    parameter = _PARAMETERS[tensor.removesuffix(".weight")]
     packed = read(layers[int(layer)][parameter])
     return packed[0] if parameter in NORMS else packed.t()
-
-
-def read_embedding(weights: TensorSource) -> Tensor:
-    """[vocab_size, hidden_size] BF16, for the host."""
-    return _read(weights, "model.embed_tokens.weight").contiguous()
-
-
-def _norm(weights: TensorSource, name: str) -> Tensor:
-    return _read(weights, name, torch.float32).unsqueeze(0)
 
 
 def _read(weights: TensorSource, name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -9,7 +9,14 @@ from attrs import field, frozen, validators
 from tilewright import hookimpl
 from tilewright.config import GRANTED_DEVICE
 from tilewright.errors import ConfigError, ExecutorError
-from tilewright.types import Check, ExecutorRequest, LayerwiseExecutor, PluginInfo, RuntimeConfig
+from tilewright.types import (
+    Check,
+    ExecutorRequest,
+    LayerwiseExecutor,
+    PackedWeights,
+    PluginInfo,
+    RuntimeConfig,
+)
 
 if TYPE_CHECKING:
     from tilewright_pypto.device import Device
@@ -122,6 +129,19 @@ def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
     except BaseException:
         device.close()
         raise
+
+
+@hookimpl
+def pack_weights(request: ExecutorRequest) -> PackedWeights:
+    """Raises ExecutorError for a model that the kernels cannot run."""
+    from tilewright_pypto.fit import layer_shape
+
+    layer_shape(request.model_config, request.runtime_config)
+
+    from tilewright_pypto.packing import VERSION, packed_tensors
+
+    tensors = packed_tensors(request.model_config, request.weights)
+    return PackedWeights(version=VERSION, tensors=tensors)
 
 
 def chosen_card(options: Options, runtime: RuntimeConfig) -> int | None:
