@@ -1,0 +1,238 @@
+"""A GGUF header -> ModelConfig, for the families that share one dense decoder architecture.
+
+What an absent key means is what llama.cpp makes of it.
+"""
+
+from collections.abc import Sequence
+from typing import NoReturn, TypeVar
+
+import torch
+from attrs import evolve, frozen
+
+from tilewright.errors import ModelError
+from tilewright.types import DType, ModelConfig, RopeConfig
+from tilewright_gguf.header import GgufFile
+from tilewright_gguf.rope import from_factors
+from tilewright_gguf.weights import ROPE_FACTORS, hf_name, read
+from tilewright_hf.architecture import FAMILIES, MAX_LAYERS
+from tilewright_hf.files import MAX_INT, JsonObject, shown
+
+_T = TypeVar("_T")
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""As ``general.architecture`` has them; Mistral's models are ``llama`` there."""
+
+INTERLEAVED = ("llama",)
+"""Whose query and key rows alternate between the two halves of a head."""
+
+_REFUSED = {
+    "expert_count": "mixtures of experts",
+    "attention.sliding_window_pattern": "windows that differ by layer",
+    "attention.clamp_kqv": "clamped queries and keys",
+    "attention.scale": "another scale of the attention",
+    "attention.max_alibi_bias": "ALiBi",
+    "attention.temperature_scale": "attention that depends on the position",
+    "rope.dimension_sections": "positions of several axes",
+    "embedding_scale": "scaled embeddings",
+    "residual_scale": "scaled residuals",
+    "logit_scale": "scaled logits",
+    "attn_logit_softcapping": "capped attention",
+    "final_logit_softcapping": "capped logits",
+}
+"""Keys that would change what is computed; 0 and false are as if they were absent."""
+
+
+@frozen
+class Keys:
+    """The keys of one architecture, named without it: ``block_count`` is ``llama.block_count``."""
+
+    header: JsonObject
+    architecture: str
+
+    def integer(self, key: str, default: _T, maximum: int = MAX_INT) -> int | _T:
+        return self._one_for_all_layers(key).integer(self._name(key), default, maximum=maximum)
+
+    def required(self, key: str, maximum: int = MAX_INT) -> int:
+        value = self.integer(key, None, maximum)
+        if value is None:
+            raise ModelError(
+                f"{self.header.where}: key {self._name(key)} is missing, which says a size of the "
+                "model; convert it again"
+            )
+        return value
+
+    def number(self, key: str, default: _T, **bounds: float) -> float | _T:
+        return self.header.number(self._name(key), default, **bounds)
+
+    def string(self, key: str, default: str) -> str:
+        return self.header.string(self._name(key), default)
+
+    def has(self, key: str) -> bool:
+        """Whether the key says anything."""
+        return bool(self.header.values.get(self._name(key)))
+
+    def fail(self, key: str, expected: str) -> NoReturn:
+        self.header.fail(self._name(key), expected)
+
+    def refuse(self, key: str, what: str) -> NoReturn:
+        raise ModelError(
+            f"{self.header.where}: {self._name(key)} is set, but {what} are not supported by gguf; "
+            "use another model, or a loader plugin that reads this one"
+        )
+
+    def _name(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def _one_for_all_layers(self, key: str) -> JsonObject:
+        """With the one value of a list that has it for each layer."""
+        name = self._name(key)
+        value = self.header.values.get(name)
+        if not isinstance(value, list) or not value:
+            return self.header
+        if any(item != value[0] for item in value):
+            raise ModelError(
+                f"{self.header.where}: {name} differs by layer, which is not supported by gguf"
+            )
+        return JsonObject(self.header.where, {name: value[0]})
+
+
+def model_config(files: Sequence[GgufFile], dtype: DType) -> ModelConfig:
+    """The model that the first file's header describes; eos_token_ids are left to the tokenizer.
+
+    Which biases there are, and whether there is a head of its own, is what the tensors say.
+    Raises ModelError for what is missing, out of range or unsupported.
+    """
+    header = JsonObject(str(files[0].path), dict(files[0].values))
+    architecture = _architecture(header)
+    keys = Keys(header, architecture)
+    for key, what in _REFUSED.items():
+        if keys.has(key):
+            keys.refuse(key, what)
+    vocab_size = keys.integer("vocab_size", None) or _tokens(header)
+    hidden_size = keys.required("embedding_length")
+    num_layers = keys.required("block_count", MAX_LAYERS)
+    num_heads = keys.required("attention.head_count")
+    num_kv_heads = keys.integer("attention.head_count_kv", num_heads, maximum=num_heads)
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"{header.where}: {architecture}.attention.head_count must be a multiple of "
+            f"{architecture}.attention.head_count_kv, found {num_heads} and {num_kv_heads}"
+        )
+    head_dim = keys.integer("attention.key_length", None)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ModelError(
+                f"{header.where}: {architecture}.embedding_length must be a multiple of "
+                f"{architecture}.attention.head_count when {architecture}.attention.key_length is "
+                f"not given, found {hidden_size} and {num_heads}"
+            )
+        head_dim = hidden_size // num_heads
+    if head_dim % 2:
+        raise ModelError(f"{header.where}: the size of a head must be even, found {head_dim}")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.integer(key, head_dim) != head_dim:
+            keys.fail(key, f"{head_dim}, the size of a query's head")
+    eps = keys.number("attention.layer_norm_rms_epsilon", None, least=0.0, most=1.0)
+    if eps is None:
+        keys.fail("attention.layer_norm_rms_epsilon", "a number from 0 to 1")
+    max_positions = keys.required("context_length")
+    window = None
+    if keys.has("attention.sliding_window"):
+        window = keys.integer("attention.sliding_window", None)
+    first = "model.layers.0."
+    names = {hf_name(name) for f in files for name in f.tensors}
+    family = FAMILIES[architecture]
+    config = ModelConfig(
+        architecture=family.architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=keys.required("feed_forward_length"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=eps,
+        rope=_rope(keys, max_positions),
+        max_position_embeddings=max_positions,
+        dtype=dtype,
+        qkv_bias=family.qkv_bias or f"{first}self_attn.q_proj.bias" in names,
+        output_bias=f"{first}self_attn.o_proj.bias" in names,
+        mlp_bias=f"{first}mlp.down_proj.bias" in names,
+        qk_norm=family.qk_norm,
+        tie_word_embeddings="lm_head.weight" not in names,
+        sliding_windows=(window,) * num_layers if window else (),
+        bos_token_id=header.optional_integer(
+            "tokenizer.ggml.bos_token_id", None, minimum=0, maximum=vocab_size - 1
+        ),
+    )
+    return _with_factors(config, files)
+
+
+def _architecture(header: JsonObject) -> str:
+    kind = header.string("general.type", "model")
+    if kind != "model":
+        raise ModelError(
+            f'{header.where}: general.type is {shown(kind)}, expected "model": give the file of '
+            "the whole model, with this merged into it"
+        )
+    architecture = header.string("general.architecture", None)
+    if architecture not in ARCHITECTURES:
+        found = "is missing" if architecture is None else f"{shown(architecture)} is not supported"
+        raise ModelError(
+            f"{header.where}: general.architecture {found}; gguf supports "
+            f"{', '.join(ARCHITECTURES)}; an installed plugin of kind loader can add more"
+        )
+    return architecture
+
+
+def _tokens(header: JsonObject) -> int:
+    tokens = header.strings("tokenizer.ggml.tokens")
+    if not tokens:
+        raise ModelError(
+            f"{header.where}: tokenizer.ggml.tokens is missing: expected the model's vocabulary; "
+            "use a file with its tokenizer (converted without --vocab-only or --no-vocab)"
+        )
+    return len(tokens)
+
+
+def _rope(keys: Keys, max_positions: int) -> RopeConfig:
+    theta = keys.number("rope.freq_base", 10000.0, over=1.0)
+    factor = keys.number(
+        "rope.scaling.factor", keys.number("rope.scale_linear", 1.0, over=0.0), over=0.0
+    )
+    kind = keys.string("rope.scaling.type", "linear")
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=factor)
+    if kind != "yarn":
+        keys.fail("rope.scaling.type", "none, linear or yarn")
+    for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.attn_factor"):
+        if keys.number(key, 1.0) != 1.0:
+            keys.fail(key, "1, or left out")
+    return RopeConfig(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_max_position=keys.integer("rope.scaling.original_context_length", max_positions),
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, over=0.0),
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, over=0.0),
+        attention_factor=keys.number("rope.scaling.yarn_attn_factor", None, least=0.0),
+    )
+
+
+def _with_factors(config: ModelConfig, files: Sequence[GgufFile]) -> ModelConfig:
+    """With the scaling that ``rope_freqs.weight`` holds, if there is one. Reads that tensor."""
+    for file in files:
+        stored = file.tensors.get(ROPE_FACTORS)
+        if stored is None:
+            continue
+        where = f"{file.path}: {ROPE_FACTORS}"
+        if stored.shape != (config.head_dim // 2,):
+            raise ModelError(
+                f"{where}: expected a factor for each of {config.head_dim // 2} pairs of a head, "
+                f"found shape {list(stored.shape)}"
+            )
+        factors = read(file, stored).to(torch.float64)
+        return evolve(config, rope=from_factors(config, factors.tolist(), where))
+    return config

@@ -1,0 +1,174 @@
+"""Loader ``gguf``: a .gguf file, or the first of the shards of one."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+from tilewright.errors import ModelError, listed
+from tilewright.hookspecs import hookimpl
+from tilewright.types import GenerateConfig, LoadedModel, LoadRequest, PluginInfo
+
+if TYPE_CHECKING:
+    from tilewright_gguf.header import GgufFile
+    from tilewright_hf.files import JsonObject
+
+tilewright_api = 1
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""``general.sampling.*`` by the names of a generation_config.json."""
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    from tilewright_gguf.architecture import ARCHITECTURES
+    from tilewright_gguf.tokenizer import SPLITTINGS
+    from tilewright_gguf.weights import SUPPORTED
+
+    return PluginInfo(
+        summary="a GGUF file of llama.cpp's, its tokenizer included; dequantised tensor by tensor",
+        limits={
+            "models": f"general.architecture {', '.join(ARCHITECTURES)}",
+            "tensor types": ", ".join(kind.name for kind in SUPPORTED),
+            "RoPE": "default, linear, yarn, llama3 (rope_freqs.weight)",
+            "tokenizer": f"llama (SentencePiece); gpt2 cut as {', '.join(SPLITTINGS)}",
+        },
+    )
+
+
+@hookimpl
+def can_load(source: str) -> bool:
+    path = os.path.expanduser(source)
+    try:
+        if not os.path.isfile(path):
+            return False
+        if path.endswith(".gguf"):
+            return True
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except (OSError, ValueError):
+        return False
+
+
+@hookimpl
+def load_model(request: LoadRequest) -> LoadedModel:
+    """Read the header of a file and, for Llama 3's scaling, the small ``rope_freqs.weight``."""
+    from tilewright_gguf.architecture import INTERLEAVED, model_config
+    from tilewright_gguf.header import open_file
+    from tilewright_gguf.tokenizer import load_text
+    from tilewright_gguf.weights import check_kinds, compute_dtype, gguf_source
+    from tilewright_hf.files import JsonObject
+
+    path = _file(request.source)
+    if request.weight_format is not None:
+        raise ModelError(
+            f"{path}: gguf reads the weights in the file itself and takes no weight format: "
+            f"leave out {request.weight_format!r}"
+        )
+    files = [open_file(shard) for shard in _shards(path)]
+    _check_shards(files)
+    check_kinds(files)
+    header = JsonObject(str(path), dict(files[0].values))
+    config = model_config(files, compute_dtype(files))
+    text, end_ids = load_text(header, config.vocab_size)
+    return LoadedModel(
+        config=evolve(config, eos_token_ids=end_ids),
+        weights=gguf_source(
+            files, config, interleaved=header.values["general.architecture"] in INTERLEAVED
+        ),
+        text=text,
+        generation_defaults=_generation(header, config.vocab_size),
+        source=str(path),
+    )
+
+
+def _file(source: str) -> Path:
+    """The file that a source names. Raises ModelError that says what it is instead."""
+    expanded = os.path.expanduser(source)
+    try:
+        os.stat(expanded)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(
+            f"no model file {source[:200]!r}: {why}; gguf loads a local .gguf file"
+        ) from error
+    path = Path(expanded)
+    if path.is_dir():
+        try:
+            names = sorted(n for n in os.listdir(path) if n.endswith(".gguf"))
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+        held = f"give one of the files in it: {listed([ascii(n) for n in names])}"
+        raise ModelError(
+            f"{path}: expected a .gguf file, found a directory; "
+            f"{held if names else 'there is none in it'}"
+        )
+    return path
+
+
+def _shards(path: Path) -> list[Path]:
+    """All files of the model whose first one is path."""
+    found = _SHARD.fullmatch(path.name)
+    if not found or int(found["count"]) < 2:
+        return [path]
+    count = int(found["count"])
+    names = [f"{found['stem']}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
+    if int(found["number"]) != 1:
+        raise ModelError(
+            f"{path}: shard {int(found['number'])} of {count}; give the first one, {names[0]}"
+        )
+    missing = [name for name in names if not os.path.lexists(path.parent / name)]
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} of its {count} shards are not beside it: "
+            f"{listed([ascii(name) for name in missing])}; download them"
+        )
+    return [path.parent / name for name in names]
+
+
+def _check_shards(files: Sequence["GgufFile"]) -> None:
+    """See that the headers agree on how many shards there are, and which is which."""
+    for number, file in enumerate(files):
+        count = file.values.get("split.count", 1)
+        found = file.values.get("split.no", 0)
+        if (found, count) != (number, len(files)):
+            raise ModelError(
+                f"{file.path}: expected shard {number + 1} of {len(files)} by its name, but its "
+                f"header says split.no {found!r:.30}, split.count {count!r:.30}; shards keep the "
+                "names that they were made with (-00001-of-00003.gguf)"
+            )
+    expected = files[0].values.get("split.tensors.count")
+    tensors = sum(len(file.tensors) for file in files)
+    if expected is not None and expected != tensors:
+        raise ModelError(
+            f"{files[0].path}: split.tensors.count is {expected!r:.30}, but its shards "
+            f"hold {tensors} tensors; download them again"
+        )
+
+
+def _generation(header: "JsonObject", vocab_size: int) -> GenerateConfig:
+    """The settings that a header recommends."""
+    from tilewright_hf.files import JsonObject
+    from tilewright_hf.generation import recommended
+
+    prefix = "general.sampling."
+    given = {
+        ours: header.values[f"{prefix}{theirs}"]
+        for theirs, ours in _SAMPLING.items()
+        if f"{prefix}{theirs}" in header.values
+    }
+    if not given:
+        return GenerateConfig()
+    given["do_sample"] = True
+    return recommended(JsonObject(f"{header.where}: {prefix}*", given), vocab_size).defaults

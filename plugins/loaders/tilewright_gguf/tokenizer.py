@@ -1,0 +1,309 @@
+"""The tokenizer in a GGUF header -> TextAssets, and the tokens that end a text."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from attrs import frozen
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from tilewright.errors import ModelError, listed
+from tilewright.types import TextAssets
+from tilewright_hf.files import JsonObject, one_line, shown
+
+_PREFIX = "tokenizer.ggml."
+
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
+"""What ``token_type`` says of a token; 1 is any other."""
+
+_NAMED = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",  # GGUF's spelling
+    "mask_token": "mask",
+}
+
+_ENDS = frozenset(
+    {
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "_<EOT>",
+    }
+)
+"""Control tokens that end a text by their name: headers have room for three ids, and most give one.
+llama.cpp goes by the same names."""
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+@frozen(kw_only=True)
+class Splitting:
+    """How text is cut before BPE merges: what ``tokenizer.ggml.pre`` names.
+
+    patterns: each cuts the pieces that the one before it left, at and between its matches.
+    nfc: whether text is normalised, which only the models' own tokenizers say.
+    whole_words: whether a piece that is a token is that token, whatever merges make of it.
+    add_bos: whether a text begins with the BOS token when the header does not say.
+    """
+
+    patterns: tuple[str, ...]
+    nfc: bool = False
+    whole_words: bool = False
+    add_bos: bool = False
+
+
+_LLAMA3 = Splitting(
+    patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole_words=True, add_bos=True
+)
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+_DIGITS = Splitting(patterns=(r"\p{N}", _GPT2))
+
+SPLITTINGS = {
+    "default": Splitting(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": Splitting(patterns=(_GPT2,)),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "pixtral": _LLAMA3,
+    "qwen2": Splitting(patterns=(_QWEN2,), nfc=True),
+    "deepseek-r1-qwen": Splitting(patterns=(_QWEN2,)),
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "refact": _DIGITS,
+    "tekken": Splitting(
+        patterns=(
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        whole_words=True,
+        add_bos=True,
+    ),
+}
+
+
+@frozen(kw_only=True)
+class Vocabulary:
+    """tokens and kinds by id, checked to be as many and different."""
+
+    header: JsonObject
+    tokens: tuple[str, ...]
+    kinds: Sequence[int]
+
+    def id(self, name: str) -> int | None:
+        """The id that a key such as ``tokenizer.ggml.eos_token_id`` gives."""
+        return self.header.integer(
+            f"{_PREFIX}{name}_token_id", None, minimum=0, maximum=len(self.tokens) - 1
+        )
+
+    def of_kind(self, *kinds: int) -> list[str]:
+        return [t for t, kind in zip(self.tokens, self.kinds, strict=True) if kind in kinds]
+
+
+def load_text(header: JsonObject, vocab_size: int) -> tuple[TextAssets, tuple[int, ...]]:
+    """Tokenizer, chat template and special tokens, and the ids that end a text.
+
+    Raises ModelError for what is missing, damaged or unsupported.
+    """
+    vocabulary = _vocabulary(header, vocab_size)
+    kind = header.string(f"{_PREFIX}model", None)
+    if kind == "gpt2":
+        tokenizer = _byte_level(vocabulary)
+    elif kind == "llama":
+        tokenizer = _sentence_piece(vocabulary)
+    else:
+        found = "is missing" if kind is None else f"{shown(kind)} is not supported"
+        raise ModelError(
+            f"{header.where}: {_PREFIX}model {found}; gguf supports gpt2 (byte-level BPE) and "
+            "llama (SentencePiece)"
+        )
+    special, plain = vocabulary.of_kind(CONTROL, UNKNOWN), vocabulary.of_kind(USER_DEFINED)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
+    named = {key: i for key, name in _NAMED.items() if (i := vocabulary.id(name)) is not None}
+    assets = TextAssets(
+        tokenizer=tokenizer,
+        chat_template=header.string("tokenizer.chat_template", None),
+        special_tokens={key: vocabulary.tokens[i] for key, i in named.items()},
+    )
+    return assets, _end_ids(vocabulary)
+
+
+def _vocabulary(header: JsonObject, vocab_size: int) -> Vocabulary:
+    tokens = header.strings(f"{_PREFIX}tokens") or ()
+    if not 0 < len(tokens) <= vocab_size:
+        raise ModelError(
+            f"{header.where}: {_PREFIX}tokens has {len(tokens)} tokens, expected 1 to {vocab_size}"
+        )
+    if len(set(tokens)) < len(tokens):
+        twice = max(tokens, key=Counter(tokens).__getitem__)
+        raise ModelError(f"{header.where}: {_PREFIX}tokens has {shown(twice)} more than once")
+    kinds = header.values.get(f"{_PREFIX}token_type")
+    if kinds is None:
+        kinds = [1] * len(tokens)
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != len(tokens)
+        or not all(isinstance(kind, int) and 0 <= kind <= BYTE for kind in kinds)
+    ):
+        header.fail(f"{_PREFIX}token_type", f"a list of {len(tokens)} numbers from 0 to {BYTE}")
+    return Vocabulary(header=header, tokens=tokens, kinds=kinds)
+
+
+def _end_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
+    """First what the header names, then control tokens that end a text by their name."""
+    ids = [vocabulary.id(name) for name in ("eos", "eot", "eom")]
+    ids += [
+        i
+        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
+        if kind == CONTROL and token in _ENDS
+    ]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
+    header = vocabulary.header
+    name = header.string(f"{_PREFIX}pre", "default")
+    splitting = SPLITTINGS.get(name)
+    if splitting is None:
+        raise ModelError(
+            f"{header.where}: {_PREFIX}pre {shown(name)} is not supported: gguf knows "
+            f"{', '.join(SPLITTINGS)}"
+        )
+    merges = header.strings(f"{_PREFIX}merges")
+    if merges is None:
+        raise ModelError(f"{header.where}: {_PREFIX}merges is missing; convert the model again")
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise ModelError(
+                f"{header.where}: {_PREFIX}merges must have two tokens and a space between, found "
+                f"{shown(merge)}"
+            )
+        pairs.append((left, right))
+    with _refusing(f"{header.where}: the tokenizers library cannot use its merges"):
+        tokenizer = Tokenizer(
+            models.BPE(vocab=_ids(vocabulary), merges=pairs, ignore_merges=splitting.whole_words)
+        )
+    if splitting.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(p), behavior="isolated") for p in splitting.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    _add_ends(tokenizer, vocabulary, splitting.add_bos)
+    return tokenizer
+
+
+def _sentence_piece(vocabulary: Vocabulary) -> Tokenizer:
+    """SentencePiece's BPE: of the neighbours whose text is a token, the best-scored ones merge.
+
+    As merges of pairs: a pair for each way to cut a token into two tokens, the best score first.
+    """
+    header, tokens = vocabulary.header, vocabulary.tokens
+    scores = header.values.get(f"{_PREFIX}scores")
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(score, float) and score == score for score in scores)
+    ):
+        header.fail(f"{_PREFIX}scores", f"a list of {len(tokens)} numbers, one for each token")
+    ids = _ids(vocabulary)
+    mergeable = {t: i for t, i in ids.items() if vocabulary.kinds[i] in (0, 1, USER_DEFINED)}
+    ranked: list[tuple[float, int, int, str, str]] = []
+    for token, i in mergeable.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in mergeable and right in mergeable:
+                ranked.append((-scores[i], i, -cut, left, right))
+    ranked.sort()
+    missing = [name for b in range(256) if (name := f"<0x{b:02X}>") not in ids]
+    if missing:
+        raise ModelError(
+            f"{header.where}: {_PREFIX}tokens lacks tokens for bytes, which gguf needs: "
+            f"{listed(missing)}"
+        )
+    with _refusing(f"{header.where}: the tokenizers library cannot use its vocabulary"):
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab=ids,
+                merges=[(left, right) for *_, left, right in ranked],
+                byte_fallback=True,
+                fuse_unk=True,
+            )
+        )
+    prefix = header.boolean(f"{_PREFIX}add_space_prefix", True)
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    )
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    _add_ends(tokenizer, vocabulary, True)
+    return tokenizer
+
+
+def _ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """The tokens that are one; what only fills the vocabulary up has no text."""
+    return {
+        token: i
+        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
+        if kind != UNUSED
+    }
+
+
+def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, add_bos: bool) -> None:
+    """Begin a text with BOS and end it with EOS, where the header says so."""
+    header = vocabulary.header
+    tokens = []
+    for name, default in (("bos", add_bos), ("eos", False)):
+        key, token_id = f"{_PREFIX}add_{name}_token", vocabulary.id(name)
+        if not header.boolean(key, default and token_id is not None):
+            continue
+        if token_id is None:
+            header.fail(f"{_PREFIX}{name}_token_id", f"a token id, because {key} is true")
+        tokens.append({"id": name, "ids": [token_id], "tokens": [vocabulary.tokens[token_id]]})
+    if tokens:
+        names = [token["id"] for token in tokens]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*(n for n in names if n == "bos"), "$A", *(n for n in names if n == "eos")],
+            special_tokens=tokens,
+        )
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn what tokenizers raises into a ModelError. Its panics are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ModelError(f"{what}: {one_line(error)}") from error

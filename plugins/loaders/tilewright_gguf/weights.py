@@ -1,0 +1,205 @@
+"""Tensors of GGUF files by their Hugging Face names, dequantised when they are asked for."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import frozen
+from gguf.constants import GGMLQuantizationType
+
+from tilewright.errors import ModelError, listed
+from tilewright.types import DType, ModelConfig, TensorInfo
+from tilewright.weights import printable
+from tilewright_gguf.header import GgufFile, StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+_STORED_AS: dict[GGMLQuantizationType, DType] = {
+    GGMLQuantizationType.F32: "float32",
+    GGMLQuantizationType.F16: "float16",
+    GGMLQuantizationType.BF16: "bfloat16",
+}
+
+QUANTISED = (
+    GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.Q4_1,
+    GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q5_1,
+    GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.Q4_K,
+    GGMLQuantizationType.Q5_K,
+    GGMLQuantizationType.Q6_K,
+)
+
+SUPPORTED = (*_STORED_AS, *QUANTISED)
+
+_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_OF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(\w+)\.(weight|bias)")
+
+_SLAB = 2**22
+"""Elements that are dequantised at a time: the library's temporaries take several times as much."""
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a GGUF tensor; one that has none keeps its own."""
+    if found := _LAYER.fullmatch(name):
+        layer, part, ending = found.groups()
+        return f"model.layers.{layer}.{_OF_LAYER[part]}.{ending}" if part in _OF_LAYER else name
+    part, _, ending = name.rpartition(".")
+    return f"{_TOP[part]}.weight" if ending == "weight" and part in _TOP else name
+
+
+@frozen(kw_only=True)
+class _Tensor:
+    file: GgufFile
+    stored: StoredTensor
+    info: TensorInfo
+    heads: int | None = None
+    """Of a query or key projection whose rows are interleaved."""
+
+
+class GgufSource:
+    """A ``TensorSource`` over open GGUF files. Any thread may call ``get``.
+
+    F32, F16 and BF16 come as they are stored and share the file's memory; what is quantised comes
+    as float32.
+    """
+
+    def __init__(self, tensors: Mapping[str, _Tensor]):
+        self._tensors: Mapping[str, _Tensor] | None = tensors
+
+    def names(self) -> Collection[str]:
+        return self._open().keys()
+
+    def info(self, name: str) -> TensorInfo:
+        return self._open()[name].info
+
+    def get(self, name: str) -> "Tensor":
+        tensor = self._open()[name]
+        values = read(tensor.file, tensor.stored)
+        return values if tensor.heads is None else _split_pairs(values, tensor.heads)
+
+    def close(self) -> None:
+        """Tensors that were handed out stay valid."""
+        self._tensors = None
+
+    def _open(self) -> Mapping[str, _Tensor]:
+        if self._tensors is None:
+            raise ModelError("these weights are closed; load the model again to read them")
+        return self._tensors
+
+
+def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: bool) -> GgufSource:
+    """The weights in one or more files, ``rope_freqs.weight`` left out.
+
+    interleaved: whether query and key rows alternate between the two halves of a head.
+    """
+    tensors: dict[str, _Tensor] = {}
+    for file in files:
+        for stored in file.tensors.values():
+            name = hf_name(stored.name)
+            if name == ROPE_FACTORS:
+                continue
+            if name in tensors:
+                raise ModelError(
+                    f"{file.path}: tensor {printable(stored.name)} is also in "
+                    f"{tensors[name].file.path}; the files belong to different models"
+                )
+            tensors[name] = _Tensor(
+                file=file,
+                stored=stored,
+                info=TensorInfo(
+                    shape=stored.shape,
+                    dtype=_STORED_AS.get(stored.kind, "float32"),
+                    nbytes=stored.nbytes,
+                    location=str(file.path),
+                ),
+                heads=_interleaved_heads(name, stored, config) if interleaved else None,
+            )
+    return GgufSource(tensors)
+
+
+def check_kinds(files: Sequence[GgufFile]) -> None:
+    """Raise ModelError for tensors of types that are not supported."""
+    for file in files:
+        odd = [t for t in file.tensors.values() if t.kind not in SUPPORTED]
+        if odd:
+            kinds = sorted({t.kind.name for t in odd})
+            raise ModelError(
+                f"{file.path}: {len(odd)} of {len(file.tensors)} tensors have types that are not "
+                f"supported ({listed(kinds)}; first {printable(odd[0].name)}), expected "
+                f"{', '.join(kind.name for kind in SUPPORTED)}; quantise the model to one of these"
+            )
+
+
+def compute_dtype(files: Sequence[GgufFile]) -> DType:
+    """The dtype that all matrices are stored in, or float32."""
+    kinds = {t.kind for file in files for t in file.tensors.values() if len(t.shape) > 1}
+    return _STORED_AS.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
+def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
+    """A tensor in the dtype that its info states, rows in the file's order."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _STORED_AS.get(stored.kind, "float32"))
+    if stored.kind in _STORED_AS:
+        flat = torch.frombuffer(
+            file.memory, dtype=dtype, count=stored.nbytes // dtype.itemsize, offset=stored.start
+        )
+        return flat.view(stored.shape)
+    from gguf.quants import dequantize
+
+    columns = stored.shape[-1]
+    raw = np.frombuffer(file.memory, np.uint8, stored.nbytes, stored.start)
+    raw = raw.reshape(-1, stored.nbytes // (_size(stored) // columns))
+    values = torch.empty(stored.shape, dtype=dtype)
+    rows = values.view(-1, columns).numpy()
+    step = max(1, _SLAB // columns)
+    with np.errstate(all="ignore"):  # scales that are not finite are the executor's to find
+        for first in range(0, len(rows), step):
+            rows[first : first + step] = dequantize(raw[first : first + step], stored.kind)
+    return values
+
+
+def _size(stored: StoredTensor) -> int:
+    return int(np.prod(stored.shape, dtype=np.int64))
+
+
+def _interleaved_heads(name: str, stored: StoredTensor, config: ModelConfig) -> int | None:
+    for part, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
+        # Another number of rows is for the check of all shapes to report.
+        if f".self_attn.{part}." in name and stored.shape[0] == heads * config.head_dim:
+            return heads
+    return None
+
+
+def _split_pairs(values: "Tensor", heads: int) -> "Tensor":
+    """Rows [heads * head_dim, ...] from pairs that are neighbours to the Hugging Face order.
+
+    GGUF's llama keeps the two rows that RoPE turns together side by side; Hugging Face keeps the
+    first of all pairs of a head, and then the second of all.
+    """
+    pairs = values.view(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return pairs.transpose(1, 2).reshape(values.shape)
