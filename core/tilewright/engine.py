@@ -33,6 +33,7 @@ from tilewright.types import (
     PackedTensor,
     PackedWeights,
     Packing,
+    Report,
     RuntimeConfig,
     SampledToken,
     Sampler,
@@ -331,7 +332,7 @@ class LLMEngine:
                 f"a model named {model_id!r} is already loaded; choose another model_id"
             )
         started = time.perf_counter()
-        loaded = self.load(model_dir, model_format, **loader_options)
+        loaded = self._load(model_id, model_dir, model_format, loader_options)
         try:
             runtime = _resolve_runtime(runtime_config or RuntimeConfig(), loaded)
             self._check_weights(loaded, runtime)
@@ -372,6 +373,15 @@ class LLMEngine:
         As ``init_model`` without the executor; the caller closes its ``weights``.
         """
         self._check_open()
+        return self._load(str(model_dir), model_dir, model_format, loader_options)
+
+    def _load(
+        self,
+        model_id: str,
+        model_dir: str | Path,
+        model_format: str | None,
+        loader_options: Mapping[str, Any],
+    ) -> LoadedModel:
         given = self.selection["options"]
         loader = self._plugins.get("loader") or choose_loader(self._manager, str(model_dir))
         request = LoadRequest(
@@ -379,9 +389,17 @@ class LLMEngine:
             options=loader.read_options(given, **loader_options),
             weight_format=model_format,
             formats=InstalledFormats(self._manager, given),
+            report=self._reporter(model_id),
         )
         loaded: LoadedModel = loader.call("load_model", request=request)
         return loaded
+
+    def _reporter(self, model_id: str) -> Report:
+        def report(what: str, done: int, total: int) -> None:
+            if self._listens("on_prepare"):
+                self._events.on_prepare(model_id=model_id, what=what, done=done, total=total)
+
+        return report
 
     def pack(
         self, loaded: LoadedModel, runtime_config: RuntimeConfig | None = None
@@ -448,11 +466,11 @@ class LLMEngine:
 
             weights = MeteredSource(weights, on_read)
 
-        def report(what: str, done: int, total: int) -> None:
-            if self._listens("on_prepare"):
-                self._events.on_prepare(model_id=model_id, what=what, done=done, total=total)
-
-        request = evolve(self._executor_request(loaded, runtime), weights=weights, report=report)
+        request = evolve(
+            self._executor_request(loaded, runtime),
+            weights=weights,
+            report=self._reporter(model_id),
+        )
         executor: Executor = self._plugins["executor"].call("create_executor", request=request)
         return executor
 

@@ -170,7 +170,10 @@ class ObserverEvents:
 
     @_every
     def on_prepare(self, model_id: str, what: str, done: int, total: int) -> None:
-        """The executor gets ready, say compiles kernels: with what, and how many of how many."""
+        """The loader or the executor gets ready: with what, and how much of how much.
+
+        A loader that downloads counts megabytes, an executor that compiles kernels counts them.
+        """
 
     @_every
     def on_model_loaded(self, model_id: str, model_config: ModelConfig, seconds: float) -> None:

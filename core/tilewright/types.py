@@ -702,6 +702,8 @@ class LoadRequest:
     """An instance of the plugin's options class (None if it has none); so in all requests."""
     weight_format: str | None
     formats: WeightFormats
+    report: "Report" = lambda what, done, total: None
+    """Tells observers what is being got ready (on_prepare), such as a download."""
 
 
 @frozen(kw_only=True)
