@@ -1,5 +1,6 @@
 """``tilewright compare``, its reports, and what its exit codes say."""
 
+import io
 import json
 import math
 import os
@@ -9,16 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from attrs import evolve
+from PIL import Image, ImageColor
 from plugin_distributions import on_path
 from test_cli import Terminal
 from test_third_party_plugins import documented
 
 from tilewright.cli import main
+from tilewright.compare import picture
 from tilewright.compare.judge import Finding, LogitsAgreement, Place
 from tilewright.compare.metrics import difference
 from tilewright.compare.page import html
 from tilewright.compare.report import grouped, record, text
 from tilewright.compare.run import Comparison, WeightFinding
+from tilewright.compare.shades import LIGHT, PASSING
 from tilewright_torch.model import TorchExecutor
 
 SHORT = ["--prompt", "We the People", "--new-tokens", "2"]
@@ -111,16 +116,18 @@ def test_a_wrong_layer_is_named_and_ends_with_code_1(capsys, wrong_layer):
 
 
 def test_the_reports_of_a_wrong_layer_agree(capsys, wrong_layer, tmp_path):
-    page, file = tmp_path / "report.html", tmp_path / "report.json"
+    page, file, heat = (tmp_path / f"report.{kind}" for kind in ("html", "json", "png"))
     argv = [*SHORT, *SEVEN, "--json", "--html", str(page), "--output", str(file)]
-    code, out, _ = compared(capsys, *argv)
+    code, out, _ = compared(capsys, *argv, "--png", str(heat))
     assert (code, out) == (1, "")
     report = json.loads(file.read_text())
     assert report["divergence"]["tensor"] == "layers.1.output"
     assert report["divergence"]["mode"] == "isolated"
     assert "layers.1.output" in report["sentence"]
     assert report["sentence"].split(";")[0] in page.read_text().replace("&#x27;", "'")
-    assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json"]
+    assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json", "report.png"]
+    with Image.open(heat) as image:
+        assert (image.format, image.width) == ("PNG", picture.WIDTH)
     alone = [f for f in report["findings"] if f["mode"] == "isolated" and not f["passed"]]
     assert {f["tensor"] for f in alone} == {"layers.1.output"}
 
@@ -161,6 +168,8 @@ def test_the_demo_model_has_a_prompt_of_its_own(capsys):
         (["--new-tokens", "0"], "expected an integer of at least 1"),
         ([*SEVEN, "--new-tokens", "5000"], "at most the 2048 positions"),
         ([*SEVEN, "--html", "no/such/page.html"], "no/such/page.html"),
+        ([*SEVEN, "--png", "no/such/map.png"], "'no/such/map.png' cannot be written: No such file"),
+        ([*SEVEN, "--png", "-"], "'-': expected the name of a file"),
         ([*SEVEN, "--model", "no/such/folder"], "no/such/folder"),
         ([*SEVEN, "--prompt", ""], "--prompt: the prompt is empty"),
         (["no/such/run.toml"], "no/such/run.toml"),
@@ -329,19 +338,79 @@ def test_every_step_has_a_picture_unless_there_are_many():
     assert "18 more steps" in page
 
 
+def opened(comparison: Comparison) -> Image.Image:
+    with Image.open(io.BytesIO(picture.png(comparison))) as image:
+        return image.convert("RGB")
+
+
+def pixels(image: Image.Image, colour: str) -> int:
+    counts = {c: n for n, c in image.getcolors(image.width * image.height)}
+    return counts.get(ImageColor.getrgb(colour), 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "wrong"), [(2, 1, None), (2, 1, 1), (40, 30, 23), (94, 3, 60)]
+)
+def test_the_picture_is_as_wide_as_ever_and_small_enough_to_send(layers, steps, wrong):
+    file = picture.png(made(layers, steps, wrong))
+    with Image.open(io.BytesIO(file)) as image:
+        assert (image.format, image.width) == ("PNG", picture.WIDTH)
+        assert image.height < 2.5 * image.width
+    assert len(file) < 500_000
+
+
+def test_the_picture_is_in_the_colours_of_the_page():
+    right, wrong = opened(made(40, 2)), opened(made(40, 2, wrong=23))
+    page = html(made(40, 2))
+    for shade, colour in enumerate(LIGHT.shades):
+        assert f"--l{shade}: {colour};" in page
+        assert pixels(right, colour) > 0, "each shade is in the legend"
+    failed = LIGHT.shades[PASSING + 1 :]
+    assert sum(pixels(wrong, c) for c in failed) > 3 * sum(pixels(right, c) for c in failed)
+
+
+def test_each_cell_that_failed_has_a_cross_in_the_picture(monkeypatch):
+    grey = evolve(LIGHT, shades=("#888888",) * 8, crosses=("#ff00ff",) * 4)
+    monkeypatch.setattr(picture, "LIGHT", grey)
+    legend = pixels(opened(made(40, 1)), "#ff00ff")
+    one, two = (pixels(opened(made(40, 1, wrong)), "#ff00ff") for wrong in (39, 38))
+    assert one - legend >= 5 * 8
+    assert two - legend == 2 * (one - legend)
+
+
+def test_the_picture_shows_what_is_there():
+    comparison = made(1, 1)
+    comparison.findings = []
+    comparison.finished = False
+    assert 0 < opened(comparison).height < opened(made(1, 1)).height
+    comparison.model = "m" * 500
+    comparison.weights = [WeightFinding(name="w" * 500, passed=False, why="flipped")]
+    comparison.findings = [
+        Finding(
+            place=Place(mode="chained", phase="prefill", step=0, tensor=tensor),
+            passed=False,
+            why="the candidate has no such tensor",
+        )
+        for tensor in ("embed", "layers.7.output")
+    ]
+    assert opened(comparison).width == picture.WIDTH
+
+
 # --- terminals ------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_leaves_what_was_compared_so_far(tmp_path):
-    page = tmp_path / "page.html"
+    page, heat = tmp_path / "page.html", tmp_path / "map.png"
     argv = ["--new-tokens", "2000", "--prompt", "We", "--html", str(page), *SEVEN]
-    terminal = Terminal("compare", *argv)
+    terminal = Terminal("compare", *argv, "--png", str(heat))
     terminal.wait_for(b"chained, decode")
     terminal.interrupt()
     assert terminal.end() == 130
     assert b"Traceback" not in terminal.screen
     assert b"not finished" in terminal.screen
     assert "unfinished" in page.read_text()
+    with Image.open(heat) as image:
+        assert image.width == picture.WIDTH
 
 
 # --- the documentation ----------------------------------------------------------------------------

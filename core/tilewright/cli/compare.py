@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 from attrs import define, evolve
 
 from tilewright.cli import INTERRUPTED, flags
-from tilewright.cli.output import note, opened, write_json
+from tilewright.cli.output import note, opened, opened_binary, write_json
 from tilewright.cli.prompts import read_prompts
 from tilewright.cli.session import LoadingBar, counting, with_origin
 from tilewright.config import DEFAULT, Given, Place, Resolved, RunConfig, resolve
@@ -82,6 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     report = parser.add_argument_group("report")
     report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
     report.add_argument("--html", metavar="FILE", help="write a page with pictures, too")
+    report.add_argument("--png", metavar="FILE", help="write the heat map as one picture, too")
     report.add_argument(
         "--output",
         metavar="FILE",
@@ -99,12 +100,17 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as files:
         file = files.enter_context(opened(args.output))
         page = files.enter_context(opened(args.html)) if args.html else None
+        picture = files.enter_context(opened_binary(args.png)) if args.png else None
         comparison = compared(candidate, reference, prompts, args)
         write(comparison, file, as_json=args.json)
         if page:
             from tilewright.compare.page import html
 
             page.write(html(comparison))
+        if picture:
+            from tilewright.compare.picture import png
+
+            picture.write(png(comparison))
     if not comparison.finished:
         return INTERRUPTED
     return 0 if comparison.equal else 1

@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from io import TextIOWrapper
+from typing import IO, Any, BinaryIO
 
 from tilewright.errors import ConfigError
 from tilewright.types import GenerateResult, TokenLogprobs
@@ -22,24 +23,43 @@ def warn_sanitized(results: Sequence[GenerateResult]) -> None:
         note(f"warning: logits were sanitized in {sanitized} steps: this text proves nothing")
 
 
+_STDOUT = (None, "-", "/dev/stdout")
+# As a link, /dev/stdout would name the file that a shell sent it to, and replace that.
+
+
 @contextmanager
 def opened(path: str | None) -> Iterator[IO[str]]:
     """Standard output (None, ``-``, /dev/stdout), or a file that appears when the block ends well.
 
     Raises ConfigError at once when the file cannot be made.
     """
-    # As a link, /dev/stdout would name the file that a shell sent it to, and replace that.
-    if path in (None, "-", "/dev/stdout"):
+    if path in _STDOUT:
         yield sys.stdout
         return
     assert path is not None
+    with _replaced(path) as raw, TextIOWrapper(raw, "utf-8", line_buffering=raw.isatty()) as file:
+        yield file
+
+
+@contextmanager
+def opened_binary(path: str) -> Iterator[IO[bytes]]:
+    """A file as ``opened`` makes it. Standard output is for text: ConfigError."""
+    if path in _STDOUT:
+        raise ConfigError(f"output file {path!r}: expected the name of a file, for it is not text")
+    with _replaced(path) as file:
+        yield file
+
+
+@contextmanager
+def _replaced(path: str) -> Iterator[BinaryIO]:
+    """A file that appears, in place of one that is there, when the block ends well."""
     try:
         target = os.path.realpath(path)  # the file that a link names is replaced, not the link
         if os.path.isdir(target):
             raise IsADirectoryError(None, "it is a directory")
         regular = os.path.isfile(target) or not os.path.exists(target)
         unfinished = f"{target}.{os.getpid()}.unfinished" if regular else target
-        file = open(unfinished, "x" if regular else "w", encoding="utf-8")  # noqa: SIM115
+        file = open(unfinished, "xb" if regular else "wb")  # noqa: SIM115
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"output file {path!r} cannot be written: {why}") from error
