@@ -172,9 +172,15 @@ def same_bits(a: "Tensor", b: "Tensor") -> bool:
     return torch.equal(left, right)
 
 
-def read_all(source: TensorSource) -> dict[str, "Tensor"]:
-    """Copies of all tensors of a source."""
-    return {name: source.get(name).clone() for name in source.names()}
+def read_some(source: TensorSource, most: int = 2**28) -> dict[str, "Tensor"]:
+    """Copies of a source's tensors: of all of them, or of the smallest that take ``most`` bytes."""
+    read: dict[str, Tensor] = {}
+    for name in sorted(source.names(), key=lambda name: source.info(name).nbytes):
+        most -= source.info(name).nbytes
+        if most < 0:
+            break
+        read[name] = source.get(name).clone()
+    return read
 
 
 _MODEL_TYPES = {

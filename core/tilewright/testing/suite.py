@@ -117,20 +117,12 @@ class PluginSuite:
     def test_importing_it_leaves_the_process_as_it_was(
         self, plugin: Any, implementation: Implementation
     ) -> None:
-        module = _module_of(plugin, self.kind, implementation.plugin)
-        if module is None:
+        target = target_of(plugin, implementation)
+        if target is None:
             pytest.skip("an object of no module that a fresh process could import")
-        ran = subprocess.run(
-            [sys.executable, "-c", _IMPORT, module, json.dumps(sys.path)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert ran.returncode == 0, f"importing {module} in a fresh process: {_last(ran.stderr)}"
-        changed = json.loads(ran.stdout.splitlines()[-1])
+        changed = in_fresh_process("changed_by_import", target.partition(":")[0])
         assert not changed, (
-            f"importing {module} must leave the process as it was, but changed {'; '.join(changed)}"
+            f"importing {target} must leave the process as it was, but changed {'; '.join(changed)}"
         )
 
     def test_its_doctor_checks_raise_nothing(self, implementation: Implementation) -> None:
@@ -140,26 +132,33 @@ class PluginSuite:
         )
 
 
-_IMPORT = """
-import importlib, json, sys
-module, sys.path[:] = sys.argv[1], json.loads(sys.argv[2])
-import numpy, torch, tilewright.hookspecs, tilewright.types
-from tilewright.testing.state import differences, global_state
-before = global_state()
-importlib.import_module(module)
-print()
-print(json.dumps(differences(before, global_state())))
-"""
-
-
-def _module_of(plugin: Any, kind: str, found: Any) -> str | None:
-    """The module whose import makes a plugin, None when a fresh process could not import it."""
+def target_of(plugin: Any, implementation: Implementation) -> str | None:
+    """What an entry point would say of the plugin, ``module`` or ``module:attribute``; None when a
+    fresh process could not import it."""
     if isinstance(plugin, str):
-        return registry.find(kind, plugin).target.partition(":")[0]
-    module = found.__name__ if isinstance(found, ModuleType) else type(found).__module__
-    given = sys.modules.get(module)
-    return module if given is not None and getattr(given, "__file__", None) else None
+        return registry.find(implementation.kind, plugin).target
+    if isinstance(plugin, ModuleType):
+        module, attribute = plugin, ""
+    else:
+        module = sys.modules[type(plugin).__module__]
+        names = [name for name, value in vars(module).items() if value is plugin]
+        if not names:
+            return None
+        attribute = f":{names[0]}"
+    return f"{module.__name__}{attribute}" if getattr(module, "__file__", None) else None
 
 
-def _last(stderr: str) -> str:
-    return next((line for line in reversed(stderr.splitlines()) if line.strip()), "it died")
+def in_fresh_process(function: str, *arguments: Any) -> Any:
+    """The answer of a function of tilewright.testing.fresh in a process of its own, by JSON."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "tilewright.testing.fresh", function],
+        input=json.dumps([sys.path, arguments]),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if ran.returncode:
+        said = [line for line in ran.stderr.splitlines() if line.strip()] or ["it died"]
+        pytest.fail(f"in a fresh process: {said[-1]}", pytrace=False)
+    return json.loads(ran.stdout.splitlines()[-1])

@@ -1,0 +1,94 @@
+"""What suites look at in a process of its own, where nothing is imported yet.
+
+``python -m tilewright.testing.fresh FUNCTION`` reads ``[sys.path, arguments]`` from standard input
+and prints the answer as its last line, both in JSON.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from tilewright.testing.files import bytes_read
+
+_EFFECTS = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chdir",
+    "os.putenv",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "tempfile.mkstemp",
+    "tempfile.mkdtemp",
+)
+"""Python's audit events that something else than looking was done."""
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def changed_by_import(module: str) -> list[str]:
+    """What of the process's state importing a module changes, in words."""
+    # What plugins may count on is there before, so that only their own doing shows.
+    for needed in ("numpy", "torch", "tilewright.hookspecs", "tilewright.types"):
+        import_module(needed)
+    from tilewright.testing.state import differences, global_state
+
+    before = global_state()
+    import_module(module)
+    return differences(before, global_state())
+
+
+def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
+    """can_load's answers, and what asking did: imports, side effects, bytes read at the second time
+    of asking about the first source."""
+    from tilewright import registry
+
+    module, _, attribute = target.partition(":")
+    loader: Any = import_module(module)
+    for part in attribute.split(".") if attribute else ():
+        loader = getattr(loader, part)
+    effects: list[str] = []
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _EFFECTS or (event == "open" and (arguments[2] or 0) & _WRITING):
+            effects.append(f"{event} {arguments[0]!r:.100}")
+
+    sys.addaudithook(listen)
+    answers = []
+    for source in sources:
+        try:
+            answer = registry.call(loader, "can_load", source=source)
+            answers.append(answer if isinstance(answer, bool) else f"answered {answer!r:.100}")
+        except BaseException as error:
+            answers.append(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    before = bytes_read()
+    registry.call(loader, "can_load", source=sources[0])
+    return {
+        "answers": answers,
+        "effects": list(dict.fromkeys(effects)),
+        "torch": "torch" in sys.modules,
+        "bytes": bytes_read() - before,
+    }
+
+
+if __name__ == "__main__":
+    path, arguments = json.load(sys.stdin)
+    sys.path[:] = path
+    # Compiled files of what is imported on the way are nobody's side effect.
+    sys.dont_write_bytecode = True
+    answer = globals()[sys.argv[1]](*arguments)
+    print()
+    print(json.dumps(answer))
