@@ -19,6 +19,8 @@ COMMANDS = {
     "chat": "talk with a model",
     "run": "do what a run file says",
     "bench": "measure prefill and decode",
+    "convert": "write a model as an executor wants it",
+    "verify": "check the files of a converted model",
     "compare": "find where two executors differ",
     "plugins": "list, show and check plugins",
     "doctor": "check this machine",

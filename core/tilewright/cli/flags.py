@@ -30,7 +30,16 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(parser.add_argument_group("runtime"), "runtime")
     plugins = parser.add_argument_group("plugins")
     add(plugins, "plugins")
-    plugins.add_argument(
+    add_option_flag(plugins)
+    parser.epilog = (
+        "Settings also come from the environment, as TILEWRIGHT_RUNTIME_PAGE_SIZE=32 or "
+        "TILEWRIGHT_MODEL_PATH=DIR; flags win over it, and it wins over a run file."
+    )
+
+
+def add_option_flag(group: "argparse._ActionsContainer") -> None:
+    """-o, for options of plugins."""
+    group.add_argument(
         "-o",
         "--option",
         dest=_OPTIONS,
@@ -38,10 +47,6 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="set an executor option; KIND.KEY=VALUE (loader, kv_allocator, sampler) or "
         "KIND.NAME.KEY=VALUE (weight_format, observer) that of another plugin",
-    )
-    parser.epilog = (
-        "Settings also come from the environment, as TILEWRIGHT_RUNTIME_PAGE_SIZE=32 or "
-        "TILEWRIGHT_MODEL_PATH=DIR; flags win over it, and it wins over a run file."
     )
 
 

@@ -34,12 +34,12 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
     bar = LoadingBar() if sys.stderr.isatty() else None
     if bar:
         selection["observers"] = (*selection["observers"], bar)
-    with _naming_origins(resolved):
+    with naming_origins(resolved):
         engine = LLMEngine.from_plugins(**selection)
     with engine:
         try:
             # The loader may be chosen only now, and reads its options then.
-            with _naming_origins(resolved):
+            with naming_origins(resolved):
                 loaded = engine.init_model(
                     config.model.id, config.model.path, config.runtime, config.model.format
                 )
@@ -67,7 +67,8 @@ def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
 
 
 @contextmanager
-def _naming_origins(resolved: Resolved) -> Iterator[None]:
+def naming_origins(resolved: Resolved) -> Iterator[None]:
+    """Let errors about options name where these were given."""
     try:
         yield
     except ConfigError as error:
@@ -154,11 +155,18 @@ def counting(total: int) -> "Progress":
 
 
 def _loading(bytes_total: int) -> "Progress":
+    from rich.progress import TextColumn
+
+    return transferring("loading", bytes_total, TextColumn("{task.fields[tensors]} tensors"))
+
+
+def transferring(what: str, bytes_total: int, *more: "ProgressColumn") -> "Progress":
+    """A bar on standard error for bytes; it has started, and has one task."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), SpeedColumn())
-    return _started("loading", bytes_total, *columns, TextColumn("{task.fields[tensors]} tensors"))
+    return _started(what, bytes_total, *columns, *more)
 
 
 def _started(description: str, total: int, *columns: "ProgressColumn") -> "Progress":

@@ -1,0 +1,1 @@
+"""Loader packed: models that ``tilewright convert`` has written."""

@@ -1,0 +1,53 @@
+"""Loader ``packed``: a directory that ``tilewright convert`` wrote (see tilewright.packed)."""
+
+import os
+from pathlib import Path
+
+from attrs import field, frozen
+
+from tilewright import hookimpl, packed
+from tilewright.errors import ModelError
+from tilewright.types import LoadedModel, LoadRequest, PluginInfo
+
+tilewright_api = 1
+
+
+@frozen
+class Options:
+    verify: bool = field(
+        default=False,
+        metadata={
+            "help": "read all weights and check their sums, as `tilewright verify` does; "
+            "otherwise everything but the tensors' own bytes is checked"
+        },
+    )
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        summary="a directory that `tilewright convert` wrote, for one executor",
+        options=Options,
+        limits={
+            "executor": "the one, and the version of its layout, that it was converted for",
+            "weight dtype": "the one that it was converted to",
+        },
+    )
+
+
+@hookimpl
+def can_load(source: str) -> bool:
+    return packed.is_packed(os.path.expanduser(source))
+
+
+@hookimpl
+def load_model(request: LoadRequest) -> LoadedModel:
+    """Check the files and map the weights."""
+    directory = Path(os.path.expanduser(request.source))
+    if not packed.is_packed(directory):
+        raise ModelError(
+            f"{request.source[:200]!r} is no packed model: expected a directory with "
+            f"{packed.MANIFEST}, which `tilewright convert` writes"
+        )
+    options = request.options or Options()
+    return packed.load(directory, request.formats, request.weight_format, options.verify)
