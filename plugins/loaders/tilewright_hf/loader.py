@@ -15,6 +15,7 @@ from tilewright.types import (
     GenerateConfig,
     LoadedModel,
     LoadRequest,
+    ModelConfig,
     PluginInfo,
     TensorInfo,
     TensorSource,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 tilewright_api = 1
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @hookimpl
@@ -58,10 +61,9 @@ def load_model(request: LoadRequest) -> LoadedModel:
     if generation.eos_token_ids is not None:
         config = evolve(config, eos_token_ids=generation.eos_token_ids)
     text, text_warnings = load_text(directory, config)
-    weights = _without_rotary_buffers(request.formats.open(directory, request.weight_format))
-    names = weights.names()
+    weights = _needed(request.formats.open(directory, request.weight_format), config)
     warnings += generation.warnings + text_warnings
-    if config.tie_word_embeddings and "lm_head.weight" in names:
+    if config.tie_word_embeddings and HEAD in weights.names():
         config = evolve(config, tie_word_embeddings=False)
         warnings += (
             f"{config_file.where}: tie_word_embeddings is true, but the weights have an "
@@ -128,8 +130,7 @@ def _generation(directory: Path, vocab_size: int) -> Recommended:
 
 def _stored_dtype(weights: TensorSource) -> DType:
     """The dtype of the embedding, for a config.json that names none."""
-    name = "model.embed_tokens.weight"
-    stored = weights.info(name).dtype if name in weights.names() else None
+    stored = weights.info(EMBEDDING).dtype if EMBEDDING in weights.names() else None
     return stored if stored in DTYPES else "float32"
 
 
@@ -153,8 +154,12 @@ class _Subset:
         self._source.close()
 
 
-def _without_rotary_buffers(source: TensorSource) -> TensorSource:
-    """Leave out ``rotary_emb.inv_freq``, which older checkpoints carry: config.json gives it."""
+def _needed(source: TensorSource, config: ModelConfig) -> TensorSource:
+    """Leave out ``rotary_emb.inv_freq``, which older checkpoints carry (config.json gives it), and
+    a tied head that the format knows to be the embedding itself, under a second name."""
     names = source.names()
     kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
+    same = getattr(source, "same", None)
+    if config.tie_word_embeddings and HEAD in names and same is not None and same(HEAD, EMBEDDING):
+        kept.remove(HEAD)
     return source if len(kept) == len(names) else _Subset(source, frozenset(kept))

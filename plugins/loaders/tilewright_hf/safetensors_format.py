@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +10,10 @@ from attrs import field, frozen, validators
 
 from tilewright.errors import ConfigError, ModelError, listed
 from tilewright.hookspecs import hookimpl
-from tilewright.types import PluginInfo, TensorInfo
+from tilewright.types import PluginInfo, TensorInfo, TensorSource
 from tilewright.weights import printable
-from tilewright_hf.files import check_file, is_there, one_line, read_json, shown
+from tilewright_hf.files import check_file, one_line
+from tilewright_hf.shards import ShardedSource, not_downloaded, open_indexed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +25,6 @@ INDEX = "model.safetensors.index.json"
 
 _MAX_HEADER = 100_000_000
 """Bytes: what safetensors itself accepts at most."""
-
-_LFS_POINTER = b"version https://git-lfs"
 
 _DTYPES = {
     "BOOL": "bool",
@@ -77,7 +76,7 @@ def can_open(directory: Path) -> bool:
 
 
 @hookimpl
-def open_weights(directory: Path, options: Options) -> "SafetensorsSource":
+def open_weights(directory: Path, options: Options) -> TensorSource:
     """Open a directory's tensors. Headers are read and checked against the files' sizes.
 
     Raises ModelError for a file that is absent, truncated or no safetensors file, and for an index
@@ -85,9 +84,10 @@ def open_weights(directory: Path, options: Options) -> "SafetensorsSource":
     """
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     if SINGLE in names:
-        return SafetensorsSource([_Shard(directory / SINGLE, options.backend)])
+        return ShardedSource([_Shard(directory / SINGLE, options.backend)])
     if INDEX in names:
-        return SafetensorsSource(_indexed(directory / INDEX, options.backend))
+        shards = open_indexed(directory / INDEX, lambda path: _Shard(path, options.backend))
+        return ShardedSource(shards)
     found = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".gguf"))]
     raise ModelError(
         f"{directory}: expected {SINGLE}, or {INDEX} and its shards; found "
@@ -122,39 +122,9 @@ class _Shard:
             raise ModelError(f"{path}: {_diagnosis(path, error)}") from error
         self.path = path
 
-
-class SafetensorsSource:
-    """A ``TensorSource`` over open safetensors files. Any thread may call ``get``."""
-
-    def __init__(self, shards: Collection[_Shard]):
-        self._shards: Mapping[str, _Shard] | None = {
-            name: shard for shard in shards for name in shard.tensors
-        }
-
-    def names(self) -> Collection[str]:
-        return self._open().keys()
-
-    def info(self, name: str) -> TensorInfo:
-        return self._open()[name].tensors[name]
-
-    def get(self, name: str) -> "Tensor":
-        shard = self._open()[name]
-        try:
-            tensor: Tensor = shard.handle.get_tensor(name)
-        except Exception as error:
-            raise ModelError(
-                f"{shard.path}: tensor {printable(name)} cannot be read: {one_line(error)}"
-            ) from error
+    def read(self, name: str) -> "Tensor":
+        tensor: Tensor = self.handle.get_tensor(name)
         return tensor
-
-    def close(self) -> None:
-        """Tensors that were handed out stay valid."""
-        self._shards = None
-
-    def _open(self) -> Mapping[str, _Shard]:
-        if self._shards is None:
-            raise ModelError("these weights are closed; load the model again to read them")
-        return self._shards
 
 
 def _backend(backend: str) -> dict[str, str]:
@@ -185,16 +155,14 @@ def _diagnosis(path: Path, error: Exception) -> str:
     """Why a file could not be opened, in terms of what may have happened to it."""
     if isinstance(error, OSError):
         return f"cannot be read: {one_line(error)}"
+    if why := not_downloaded(path):
+        return why
     size = path.stat().st_size
-    if size == 0:
-        return "an empty file; download it again"
     with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            return "a Git LFS pointer instead of the weights; run `git lfs pull` there"
-        file.seek(0)
-        header_size = int.from_bytes(file.read(8), "little")
-        if start[8:9] != b"{" or header_size > _MAX_HEADER:
+        start = file.read(9)
+        header_size = int.from_bytes(start[:8], "little")
+        file.seek(8)
+        if start[8:] != b"{" or header_size > _MAX_HEADER:
             return f"not a safetensors file: {one_line(error)}"
         if 8 + header_size > size:
             return f"truncated: its header alone takes {8 + header_size} bytes, found {size}"
@@ -207,44 +175,3 @@ def _diagnosis(path: Path, error: Exception) -> str:
     if isinstance(expected, int) and expected > size:
         return f"truncated: expected {expected} bytes, found {size}; download it again"
     return f"not a valid safetensors file: {one_line(error)}"
-
-
-def _indexed(index: Path, backend: str) -> list[_Shard]:
-    weight_map = read_json(index).object("weight_map")
-    if weight_map is None:
-        raise ModelError(f"{index}: 'weight_map' must map tensor names to files, found nothing")
-    for name, file in weight_map.values.items():
-        if not isinstance(file, str) or not _plain_name(file):
-            raise ModelError(
-                f"{index}: tensor {printable(name)} must be in a file of the same directory, "
-                f"found {shown(file)}"
-            )
-    files = sorted(set(weight_map.values.values()))
-    absent = [f for f in files if not is_there(index.parent / f)]
-    if absent:
-        raise ModelError(
-            f"{index}: {len(absent)} of the {len(files)} files that it names are not there: "
-            f"{listed([printable(f) for f in absent])}; download them"
-        )
-    shards = {file: _Shard(index.parent / file, backend) for file in files}
-    home: dict[str, str] = {}
-    for file, shard in shards.items():
-        for name in shard.tensors:
-            if name in home:
-                raise ModelError(
-                    f"{index.parent}: tensor {printable(name)} is in two shards, {home[name]} "
-                    f"and {file}; remove the files that do not belong to this checkpoint"
-                )
-            home[name] = file
-    for name, file in weight_map.values.items():
-        if home.get(name) != file:
-            where = f"is in {home[name]}" if name in home else "is in none of the shards"
-            raise ModelError(
-                f"{index}: names {file} for tensor {printable(name)}, which {where}; index and "
-                "shards are from different checkpoints"
-            )
-    return list(shards.values())
-
-
-def _plain_name(file: str) -> bool:
-    return file.isprintable() and file not in ("", ".", "..") and not set(file) & set("/\\")
