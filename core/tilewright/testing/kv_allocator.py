@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tilewright.errors import OutOfPagesError, TilewrightError
 from tilewright.testing.models import same_bits
+from tilewright.testing.paged import by_slot
 from tilewright.testing.suite import Implementation, PluginSuite
 from tilewright.types import DTYPES, KvAllocator, KvAllocatorRequest, KvCacheSpec, KvLayer
 from tilewright.weights import torch_dtype
@@ -53,11 +54,6 @@ def small_spec(**changed: Any) -> KvCacheSpec:
         "dtype": "float32",
     }
     return KvCacheSpec(**(sizes | changed))
-
-
-def by_slot(storage: Tensor, row_order: str) -> Tensor:
-    """A view [pages, page_size, num_kv_heads, head_dim] of a cache tensor in either order."""
-    return storage if row_order == "NHD" else storage.transpose(1, 2)
 
 
 # --- the model ------------------------------------------------------------------------------------

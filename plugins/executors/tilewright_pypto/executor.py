@@ -25,6 +25,7 @@ from tilewright.types import (
     StepBatch,
     Tap,
 )
+from tilewright.weights import expected_tensors
 from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
@@ -220,6 +221,8 @@ class PyptoExecutor:
 
     def weight(self, name: str) -> Tensor:
         model = self._opened()
+        if name not in expected_tensors(model.config):
+            raise KeyError(name)
         if name == "model.embed_tokens.weight":
             return model.embedding
         return unpack(name, model.layers, model.head, self._device.read)

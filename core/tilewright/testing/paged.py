@@ -1,0 +1,120 @@
+"""Steps over pages of a KV cache, as an engine gives them to an executor."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from attrs import define, evolve, field
+from torch import Tensor
+
+from tilewright.kv_cache import KvCacheManager
+from tilewright.types import ExecutorLimits, KvCacheSpec, Phase, StepBatch
+
+Tokens = Mapping[str, Sequence[int]]
+"""New tokens of some sequences, by the sequence's name."""
+
+
+def by_slot(storage: Tensor, row_order: str) -> Tensor:
+    """A view [pages, page_size, num_kv_heads, head_dim] of a cache tensor in either order."""
+    return storage if row_order == "NHD" else storage.transpose(1, 2)
+
+
+@define
+class Sequences:
+    """Sequences that grow, and the pages that they hold. The storage is elsewhere."""
+
+    page_size: int
+    total_pages: int
+    shuffled: bool = False
+    """Hand out pages in an order of no meaning."""
+    lengths: dict[str, int] = field(factory=dict)
+    _pages: KvCacheManager = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        spec = KvCacheSpec(
+            num_layers=0, num_kv_heads=1, head_dim=1, page_size=self.page_size, dtype="float32"
+        )
+        self._pages = KvCacheManager(spec, self.total_pages)
+        if self.shuffled:
+            for page in range(self.total_pages):
+                self._pages.allocate(str(page), 1)
+            random = torch.Generator().manual_seed(3)
+            for page in torch.randperm(self.total_pages, generator=random).tolist():
+                self._pages.free(str(page))
+
+    def batch(self, tokens: Tokens, rows: Sequence[int] | None = None) -> StepBatch:
+        """The step that runs new tokens. rows: whose logits are wanted; None: of all."""
+        ids: list[int] = []
+        positions: list[int] = []
+        slots, starts = [], [0]
+        for name, new in tokens.items():
+            start = self.lengths.get(name, 0)
+            if start:
+                self._pages.extend(name, len(new))
+            else:
+                self._pages.allocate(name, len(new))
+            self.lengths[name] = stop = start + len(new)
+            ids += new
+            positions += range(start, stop)
+            slots.append(self._pages.slots(name, start, stop))
+            starts.append(len(ids))
+        return StepBatch(
+            token_ids=torch.tensor(ids, dtype=torch.int64),
+            positions=torch.tensor(positions, dtype=torch.int32),
+            slot_mapping=torch.cat(slots),
+            block_table=self._pages.block_table(list(tokens)),
+            context_lens=torch.tensor([self.lengths[n] for n in tokens], dtype=torch.int32),
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            logits_rows=torch.tensor(
+                list(range(len(ids)) if rows is None else rows), dtype=torch.int64
+            ),
+        )
+
+    def phase(self, tokens: Tokens) -> Phase:
+        """As an engine has it: decode is one token each, of sequences with context."""
+        one_each = all(len(new) == 1 and self.lengths.get(n) for n, new in tokens.items())
+        return "decode" if one_each else "prefill"
+
+    def within(self, tokens: Tokens, limits: ExecutorLimits) -> Iterator[Tokens]:
+        """The new tokens in as many steps as it takes to keep to an executor's limits."""
+        most = limits.max_batch_size or len(tokens)
+        left = {name: list(new) for name, new in tokens.items()}
+        while left:
+            room = limits.max_batch_tokens or sum(map(len, left.values()))
+            step: dict[str, list[int]] = {}
+            for name in list(left)[:most]:
+                if room:
+                    step[name], rest = left[name][:room], left[name][room:]
+                    room -= len(step[name])
+                    left[name] = rest
+            left = {name: new for name, new in left.items() if new}
+            yield step
+
+    def slots(self, names: Sequence[str]) -> Tensor:
+        """All slots that some sequences have, one sequence after the other, int64."""
+        of = [self._pages.slots(n, 0, self.lengths[n]) for n in names]
+        return torch.cat(of).long() if of else torch.zeros(0, dtype=torch.int64)
+
+    def free(self, name: str) -> None:
+        self._pages.free(name)
+        del self.lengths[name]
+
+
+def copied(batch: StepBatch) -> StepBatch:
+    """A batch whose tensors are its own."""
+    return evolve(batch, **{name: tensor.clone() for name, tensor in tensors(batch).items()})
+
+
+def tensors(batch: StepBatch) -> dict[str, Tensor]:
+    """The tensors of a batch, by name."""
+    return {
+        name: getattr(batch, name)
+        for name in (
+            "token_ids",
+            "positions",
+            "slot_mapping",
+            "block_table",
+            "context_lens",
+            "query_starts",
+            "logits_rows",
+        )
+    }
