@@ -33,6 +33,8 @@ _REFUSED = {
     "attention.max_alibi_bias": "ALiBi",
     "attention.temperature_scale": "attention that depends on the position",
     "rope.dimension_sections": "positions of several axes",
+    "rope.scaling.alpha": "NTK scaling by alpha",
+    "rope.scaling.yarn_log_multiplier": "other magnitudes of YaRN",
     "embedding_scale": "scaled embeddings",
     "residual_scale": "scaled residuals",
     "logit_scale": "scaled logits",

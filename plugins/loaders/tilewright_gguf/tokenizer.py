@@ -49,8 +49,8 @@ _ENDS = frozenset(
         "_<EOT>",
     }
 )
-"""Control tokens that end a text by their name: headers have room for three ids, and most give one.
-llama.cpp goes by the same names."""
+"""Tokens that end a text by their name, and are control tokens whatever the header says: it has room
+for three ids, most give one, and some converters give such tokens no type. As in llama.cpp."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -170,17 +170,14 @@ def _vocabulary(header: JsonObject, vocab_size: int) -> Vocabulary:
         or not all(isinstance(kind, int) and 0 <= kind <= BYTE for kind in kinds)
     ):
         header.fail(f"{_PREFIX}token_type", f"a list of {len(tokens)} numbers from 0 to {BYTE}")
+    kinds = [CONTROL if t in _ENDS else kind for t, kind in zip(tokens, kinds, strict=True)]
     return Vocabulary(header=header, tokens=tokens, kinds=kinds)
 
 
 def _end_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
-    """First what the header names, then control tokens that end a text by their name."""
+    """First what the header names, then what ends a text by its name."""
     ids = [vocabulary.id(name) for name in ("eos", "eot", "eom")]
-    ids += [
-        i
-        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
-        if kind == CONTROL and token in _ENDS
-    ]
+    ids += [i for i, token in enumerate(vocabulary.tokens) if token in _ENDS]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 

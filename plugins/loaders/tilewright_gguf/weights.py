@@ -1,5 +1,6 @@
 """Tensors of GGUF files by their Hugging Face names, dequantised when they are asked for."""
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -129,12 +130,7 @@ def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: boo
             tensors[name] = _Tensor(
                 file=file,
                 stored=stored,
-                info=TensorInfo(
-                    shape=stored.shape,
-                    dtype=_STORED_AS.get(stored.kind, "float32"),
-                    nbytes=stored.nbytes,
-                    location=str(file.path),
-                ),
+                info=_info(file, stored),
                 heads=_interleaved_heads(name, stored, config) if interleaved else None,
             )
     return GgufSource(tensors)
@@ -183,8 +179,19 @@ def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
     return values
 
 
+def _info(file: GgufFile, stored: StoredTensor) -> TensorInfo:
+    """Of what ``get`` gives, which takes more bytes than the file has where that is quantised."""
+    dtype = _STORED_AS.get(stored.kind, "float32")
+    return TensorInfo(
+        shape=stored.shape,
+        dtype=dtype,
+        nbytes=_size(stored) * (4 if dtype == "float32" else 2),
+        location=str(file.path),
+    )
+
+
 def _size(stored: StoredTensor) -> int:
-    return int(np.prod(stored.shape, dtype=np.int64))
+    return math.prod(stored.shape)
 
 
 def _interleaved_heads(name: str, stored: StoredTensor, config: ModelConfig) -> int | None:

@@ -102,8 +102,8 @@ def _directory(source: str) -> Path:
     path = Path(expanded)
     if path.suffix == ".gguf":
         raise ModelError(
-            f"{path}: a GGUF file, which hf-local cannot read; it loads a directory that holds "
-            "config.json (`tilewright plugins list` shows the other loaders)"
+            f"{path}: a GGUF file, which the loader gguf reads (--loader gguf); hf-local loads a "
+            "directory that holds config.json"
         )
     if not path.is_dir():
         raise ModelError(
