@@ -1,6 +1,7 @@
 """``tilewright plugins``: what is installed, what a plugin offers, and whether all of them work.
 
-``list`` reads metadata only. ``show`` imports one plugin, ``check`` all of them.
+``list`` reads metadata only. ``show`` imports one plugin, ``check`` all of them. ``verify`` runs
+the conformance suite of one.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tilewright import registry
-from tilewright.errors import PluginError
+from tilewright.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
     from tilewright.options import Option
@@ -23,14 +24,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
         (list_plugins, "what is installed and where; imports nothing"),
         (show, "a plugin's options, hooks and limits"),
         (check, "import all plugins and check their hooks; code 1 if one is broken"),
+        (verify, "run a plugin's conformance suite; code 1 if it fails a test"),
     ):
         name = function.__name__.removesuffix("_plugins")
         action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
         action.set_defaults(function=function)
-        if function is show:
+        if function in (show, verify):
             action.add_argument("name", metavar="NAME", help="NAME or DISTRIBUTION:NAME")
         if function is not check:
             action.add_argument("--kind", choices=list(registry.KINDS), help="only of this kind")
+        if function is verify:
+            action.add_argument(
+                "-o",
+                "--option",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="set an option of the plugin (repeatable)",
+            )
+            action.add_argument(
+                "--source",
+                metavar="SOURCE",
+                help="a model for a loader to load; by default the sample that it writes",
+            )
         action.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -66,14 +82,7 @@ def list_plugins(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    plugins = registry.installed(args.kind)
-    found = registry.matching(args.name, plugins)
-    if not found:
-        what = registry.noun(args.kind) if args.kind else "plugin"
-        raise registry.unknown(args.name, plugins, what)
-    # find() once more, since one name in one kind must be one plugin's.
-    chosen = [registry.find(kind, args.name) for kind in dict.fromkeys(p.kind for p in found)]
-    presented = [(p, *examine(p)) for p in chosen]
+    presented = [(p, *examine(p)) for p in _named(args)]
     if args.json:
         print_json(
             record(plugin)
@@ -144,6 +153,52 @@ def check(args: argparse.Namespace) -> int:
         )
         _print_problems((state, problem) for _, state, _, problem in findings)
     return int(any(state == "broken" for _, state, _, _ in findings))
+
+
+def verify(args: argparse.Namespace) -> int:
+    from tilewright.cli.flags import split
+    from tilewright.options import read_options
+    from tilewright.testing import verify as suites
+
+    chosen = _named(args)
+    given = dict(split(item, "-o", "KEY=VALUE") for item in args.option)
+    if args.source is not None and all(p.kind != "loader" for p in chosen):
+        raise ConfigError(f"--source is for loaders; {chosen[0]} loads no model: leave it out")
+    found = []
+    for plugin in chosen:
+        _, info, _ = examine(plugin)
+        read_options(str(plugin), info, given)  # a mistake in them is no fault of the plugin
+        source = args.source if plugin.kind == "loader" else None
+        found.append((plugin, suites.verify(plugin, given, source)))
+    if args.json:
+        print_json(
+            record(plugin) | {"statements": [s._asdict() for s in statements]}
+            for plugin, statements in found
+        )
+    else:
+        for index, (plugin, statements) in enumerate(found):
+            if index:
+                print()
+            print(plugin)
+            for statement, result, reason in statements:
+                print(f"  {result:8} {statement}")
+                if reason:
+                    print(f"  {'':8}   {reason}")
+            results = [s.result for s in statements]
+            numbers = (f"{results.count(r)} {r}" for r in ("passed", "failed", "not run"))
+            print(f"{', '.join(numbers)}")
+    return int(any(s.result == "failed" for _, statements in found for s in statements))
+
+
+def _named(args: argparse.Namespace) -> list[registry.Plugin]:
+    """The plugins of one name, one a kind."""
+    plugins = registry.installed(args.kind)
+    found = registry.matching(args.name, plugins)
+    if not found:
+        what = registry.noun(args.kind) if args.kind else "plugin"
+        raise registry.unknown(args.name, plugins, what)
+    # find() once more, since one name in one kind must be one plugin's.
+    return [registry.find(kind, args.name) for kind in dict.fromkeys(p.kind for p in found)]
 
 
 def examine(plugin: registry.Plugin) -> "tuple[list[str], PluginInfo, list[Option]]":

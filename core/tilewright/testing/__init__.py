@@ -15,8 +15,9 @@ A suite is a pytest class. Subclass that of your plugin's kind and say which plu
         def options(self):  # where the defaults are not what is to be tested
             return {"a": 0.3}
 
-``tilewright plugins verify NAME`` runs the same suites on whatever is installed. They need pytest:
-``pip install 'tilewright[testing]'``. ``tilewright.testing.models`` makes small models, without it.
+``tilewright plugins verify NAME`` runs the same suites on whatever is installed. They need
+``pip install 'tilewright[testing]'``; ``tilewright.testing.models``, which makes small models, does
+not.
 """
 
 import sys
