@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,19 @@ ARCHITECTURES = {
 
 
 def load(source: Path | str, weight_format: str | None = None) -> LoadedModel:
-    loader = registry.load(registry.find("loader", "gguf"))
     request = LoadRequest(
         source=str(source),
         options=None,
         weight_format=weight_format,
         formats=InstalledFormats(registry.new_manager(), {}),
     )
-    model: LoadedModel = registry.call(loader, "load_model", request=request)
+    model: LoadedModel = registry.call(_loader(), "load_model", request=request)
     return model
+
+
+@cache
+def _loader() -> Any:
+    return registry.load(registry.find("loader", "gguf"))
 
 
 def load_checked(source: Path | str) -> LoadedModel:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from tilewright.errors import ModelError
@@ -256,7 +256,7 @@ class _Header:
         return StoredTensor(name=name, shape=shape, kind=kind, start=start, nbytes=nbytes)
 
     def _placed(self, infos: list[StoredTensor], alignment: Any) -> dict[str, StoredTensor]:
-        """With offsets in the file, which hold the tensors' bytes, and no byte twice."""
+        """With offsets in the file. Tensors fill it without gaps, but for alignment."""
         if (
             not isinstance(alignment, int)
             or not 8 <= alignment <= 2**20
@@ -265,28 +265,26 @@ class _Header:
             self._damaged(f"general.alignment is {alignment!r:.60}, expected a power of two from 8")
         data = -(-self._at // alignment) * alignment
         placed: dict[str, StoredTensor] = {}
-        end, before = data, ""
+        end = data
         for info in sorted(infos, key=lambda info: info.start):
             shown = printable(info.name)
-            start = data + info.start
             if info.name in placed:
                 self._damaged(f"tensor {shown} stands twice")
-            if info.start % alignment or start < end:
-                what = (
-                    f"overlaps {printable(before)}"
-                    if start < end
-                    else f"is not {alignment}-aligned"
+            start = -(-end // alignment) * alignment
+            if data + info.start != start:
+                self._damaged(
+                    f"tensor {shown} begins at offset {info.start}, expected {start - data}, where "
+                    "the one before it ends"
                 )
-                self._damaged(f"tensor {shown} at byte {start} {what}")
-            end, before = start + info.nbytes, info.name
+            end = start + info.nbytes
             if end > self._size:
                 raise ModelError(
                     f"{self._path}: truncated: tensor {shown} ends at byte {end}, the file at "
                     f"{self._size}; download it again"
                 )
-            placed[info.name] = StoredTensor(
-                name=info.name, shape=info.shape, kind=info.kind, start=start, nbytes=info.nbytes
-            )
+            placed[info.name] = evolve(info, start=start)
+        if self._size - end > alignment:
+            self._damaged(f"its tensors end at byte {end}, but the file at {self._size}")
         return {info.name: placed[info.name] for info in infos}
 
     def _number(self, form: str) -> int:

@@ -49,8 +49,8 @@ _ENDS = frozenset(
         "_<EOT>",
     }
 )
-"""Tokens that end a text by their name, and are control tokens whatever the header says: it has room
-for three ids, most give one, and some converters give such tokens no type. As in llama.cpp."""
+"""Tokens that end a text by their name, and are control tokens whatever the header says: it has
+room for three ids, most give one, and some converters give such tokens no type. As in llama.cpp."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
