@@ -37,6 +37,8 @@ from tilewright.weights import printable
 
 T = TypeVar("T")
 
+_REPAIR = "copy it again, or convert the model again"
+
 FORMAT = 1
 """Raised when a reader of an older format would misread a newer directory."""
 
@@ -120,9 +122,7 @@ def load(
     for name, file in manifest.files.items():
         tensors_too = verify or file.header_sha256 is None
         if problem := _problem(directory / name, file, tensors_too):
-            raise ModelError(
-                f"{directory / name}: {problem}: copy it again, or convert the model again"
-            )
+            raise ModelError(f"{directory / name}: {problem}: {_REPAIR}")
     described = _description(directory / MODEL)
     weights = formats.open(directory, weight_format)
     try:
@@ -179,10 +179,10 @@ def read_manifest(directory: Path) -> Manifest:
         )
     digest = values.pop("digest", None)
     if digest != sha256(json_bytes(values)) or data != json_bytes({"digest": digest, **values}):
-        raise ModelError(
-            f"{path}: changed since it was written: copy it again, or convert the model again"
-        )
+        raise ModelError(f"{path}: changed since it was written: {_REPAIR}")
     del values["format"]
+    if type(found) is not int:
+        raise ModelError(f"{path}: 'format' must be {FORMAT}, found {found!r:.60}: {_REPAIR}")
     manifest = _structured(Manifest, values, path)
     _check_names(manifest, path)
     return manifest
@@ -197,11 +197,13 @@ def _check_names(manifest: Manifest, path: Path) -> None:
         what = f"found {printable(odd[0])}" if odd else f"{(absent or ['shards'])[0]} is not among"
         raise ModelError(
             f"{path}: the files of a packed model are {MODEL}, {TOKENIZER}, {INDEX} and "
-            f"model-*-of-*.safetensors, but {what}{'' if odd else ' its files'}"
+            f"model-*-of-*.safetensors, but {what}{'' if odd else ' its files'}: {_REPAIR}"
         )
     for name, file in manifest.files.items():
         if (file.header_sha256 is None) == (name in manifest.shards) or file.bytes < 0:
-            raise ModelError(f"{path}: the entry of {name} is not one that tilewright writes")
+            raise ModelError(
+                f"{path}: the entry of {name} is not one that tilewright writes: {_REPAIR}"
+            )
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -285,13 +287,18 @@ def _tokenizer(path: Path) -> Any:
         raise
     except BaseException as error:  # tokenizers' panics are no Exception
         why = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: the tokenizers library cannot read it: {why}") from error
+        raise ModelError(
+            f"{path}: the tokenizers library cannot read it ({why}): {_REPAIR}"
+        ) from error
 
 
 def _read(path: Path) -> bytes:
     try:
-        if os.stat(path).st_size > _MOST_TEXT:
-            raise ModelError(f"{path}: expected at most {_MOST_TEXT} bytes of text")
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_TEXT:
+            raise ModelError(
+                f"{path}: expected a file of at most {_MOST_TEXT} bytes, and no link: {_REPAIR}"
+            )
         return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
@@ -302,11 +309,9 @@ def _json_object(path: Path, data: bytes) -> dict[str, Any]:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         why = str(error) if isinstance(error, ValueError) else "nested too deeply"
-        raise ModelError(
-            f"{path}: not valid JSON ({why}): copy it again, or convert the model again"
-        ) from error
+        raise ModelError(f"{path}: not valid JSON ({why}): {_REPAIR}") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {str(values)[:60]!r}")
+        raise ModelError(f"{path}: expected a JSON object, found {str(values)[:60]!r}: {_REPAIR}")
     return values
 
 

@@ -1,0 +1,162 @@
+"""Time to the first token, and memory, of a packed model against the directory it was made from.
+
+Executor pypto-npu on platform emulated, which computes slowly: its step for the first token counts
+for both sides, and is the same work for both. Each measurement is a process of its own, hf-local
+and packed in turns; it imports everything, compiles nothing, and its clock starts at init_model.
+Time is until the model is ready ("load"), and until the first token of a prompt of one token
+("first token"). Memory is above what the process had before: RssAnon, looked at every 5 ms, and the
+peak of all resident memory (VmHWM), mapped pages of files included. Ratios are of each pair; the
+median of them is printed, with the least and the most.
+
+By default files are in the system's cache. With --cold each process first drops its own model's
+files from it, so that both sides read the disk.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from load_memory import QWEN3_0_6B, resident_bytes, write_random_model
+
+QWEN3_1_7B_LAYERS = QWEN3_0_6B | {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 9,
+    "tie_word_embeddings": False,
+}
+"""1.1 GB: nine layers as Qwen3-1.7B has them, and a vocabulary of 32000."""
+
+SHAPES = {"1.7b-layers": QWEN3_1_7B_LAYERS, "0.6b": QWEN3_0_6B}
+MEASURES = ("load_seconds", "first_token_seconds", "anonymous_bytes", "resident_bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="1.7b-layers")
+    parser.add_argument("--pairs", type=int, default=5, metavar="N")
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not its cache")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--folder", type=Path, help="where to write 2.3 GB; default: as tempfile")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.cold)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        source = write_random_model(Path(folder, "model"), SHAPES[args.shape])
+        packed = Path(folder, "packed")
+        seconds = convert(source, packed)
+        os.sync()
+        weights = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        pairs = [
+            {loader: apart(path, args.cold) for loader, path in sides(source, packed).items()}
+            for _ in range(args.pairs)
+        ]
+    report = {"shape": args.shape, "cold": args.cold, "weights_bytes": weights, "pairs": pairs}
+    if args.json:
+        print(json.dumps(report | {"convert_seconds": seconds}, indent=2))
+        return
+    print(
+        f"weights {weights / 1e9:.2f} GB, {args.pairs} pairs, {'cold' if args.cold else 'cached'}"
+    )
+    for name in MEASURES:
+        rows = {loader: [pair[loader][name] for pair in pairs] for loader in ("hf-local", "packed")}
+        in_bytes = name.endswith("bytes")
+        unit, scale = ("x the weights", weights) if in_bytes else ("s", 1)
+        said = [f"{loader} {median(row) / scale:.3f} {unit}" for loader, row in rows.items()]
+        if not in_bytes:
+            ratios = [h / p for h, p in zip(rows["hf-local"], rows["packed"], strict=True)]
+            said.append(f"ratio {median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+        print(f"{name:<20} {'  '.join(said)}")
+
+
+def sides(source: Path, packed: Path) -> dict[str, Path]:
+    return {"hf-local": source, "packed": packed}
+
+
+def convert(source: Path, out: Path) -> float:
+    command = ["tilewright", "convert", "--executor", "pypto-npu", "-o", "platform=emulated"]
+    started = time.perf_counter()
+    subprocess.run([*command, "--model", str(source), "--out", str(out)], check=True, stdout=2)
+    return time.perf_counter() - started
+
+
+def apart(model: Path, cold: bool) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", str(model), *(["--cold"] if cold else [])]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = json.loads(done.stdout)
+    return row
+
+
+def measure(model: Path, cold: bool) -> dict[str, Any]:
+    """Load and make one token, in a process that has done nothing else."""
+    from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
+    from tilewright.config import DEMO_MODEL
+
+    runtime = RuntimeConfig(
+        weight_dtype="bfloat16", max_seq_len=64, max_batch_size=1, max_batch_tokens=16
+    )
+    one_token = GenerateConfig(max_new_tokens=1, temperature=0, ignore_eos=True)
+    with LLMEngine.from_plugins(
+        executor="pypto-npu", options={"executor": {"platform": "emulated"}}
+    ) as engine:
+        # The bundled model first: what is imported late is not to be counted.
+        engine.init_model("demo", DEMO_MODEL, runtime)
+        engine.generate_result("demo", [5], one_token)
+        if cold:
+            drop_cached(model)
+        before = resident_bytes("RssAnon"), resident_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        with watched() as seen:
+            started = time.perf_counter()
+            engine.init_model("model", model, runtime)
+            loaded = time.perf_counter()
+            token = engine.generate_result("model", [5], one_token).token_ids
+            ended = time.perf_counter()
+    return {
+        "load_seconds": loaded - started,
+        "first_token_seconds": ended - started,
+        "anonymous_bytes": max(seen) - before[0],
+        "resident_bytes": resident_bytes("VmHWM") - before[1],
+        "token": token,
+    }
+
+
+def drop_cached(model: Path) -> None:
+    for file in model.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """RssAnon, every 5 ms while the block runs."""
+    seen = [resident_bytes("RssAnon")]
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            seen.append(resident_bytes("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
