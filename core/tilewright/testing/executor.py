@@ -774,7 +774,7 @@ class ExecutorSuite(PluginSuite):
 
     def test_a_shape_that_is_none_is_refused(self, create: Make, case: Case) -> None:
         for changed in ({"num_heads": 4, "num_kv_heads": 3}, {"head_dim": 7}):
-            model = make_model(case.model.config, **changed)  # type: ignore[arg-type]
+            model = make_model(case.model.config, **changed)
             odd = evolve(case, model=model)
             _check_refused(create, odd, f"a model with {changed}", model_config=model.config)
 

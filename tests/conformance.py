@@ -1,0 +1,118 @@
+"""Conformance suites run on plugins within a test, right ones and broken ones."""
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import pytest
+from attrs import define, field, frozen
+
+from tilewright.testing import PluginSuite
+
+
+@frozen
+class Fault:
+    """A plugin that breaks a contract."""
+
+    name: str
+    """What is wrong with it, in words."""
+    plugin: Any
+    test: str
+    """The test of the suite that has to fail, whatever else does."""
+    fixtures: Mapping[str, Any] = field(factory=dict)
+    """What the suite is given, by fixture."""
+    why: str = ""
+    """What the failure has to say, as a regular expression."""
+
+    def check(self, suite: type) -> None:
+        """Fail unless the suite finds the fault by the test that is meant for it."""
+        ran = run(suite, self.plugin, [self.test], **self.fixtures)
+        assert ran.found == {self.test: "failed"}
+        assert re.search(self.why, ran.why[self.test]), ran.why[self.test]
+
+
+@define
+class Outcome:
+    """What came of a suite, or of some of its tests; one with parameters fails as a whole."""
+
+    found: dict[str, str] = field(factory=dict)
+    """Each test's outcome: passed, failed, skipped."""
+    why: dict[str, str] = field(factory=dict)
+    """Of those that failed."""
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, outcome in self.found.items() if outcome == "failed"]
+
+
+def run(suite: type, plugin: Any, only: Sequence[str] = (), /, **fixtures: Any) -> Outcome:
+    """Run a suite on a plugin, or only some of its tests. fixtures: values for the suite's."""
+    return run_all([(suite, plugin, only, fixtures)])[0]
+
+
+def run_faults(suite: type, faults: Sequence[Fault], whole: bool = False) -> list[Outcome]:
+    """Run on each broken plugin the test that has to fail, or the whole suite."""
+    return run_all([(suite, f.plugin, () if whole else (f.test,), f.fixtures) for f in faults])
+
+
+def own_tests(suite: type) -> list[str]:
+    """The tests of a suite that are not those of plugins of every kind."""
+    return [n for n in dir(suite) if n.startswith("test_") and not hasattr(PluginSuite, n)]
+
+
+def run_all(
+    subjects: Sequence[tuple[type, Any, Sequence[str], Mapping[str, Any]]],
+) -> list[Outcome]:
+    """Suites, plugins, tests and fixtures: in one run of pytest, which takes a while to start."""
+    outcomes = [Outcome() for _ in subjects]
+    module, targets = ModuleType("conformance_subject"), []
+    for i, (suite, plugin, only, fixtures) in enumerate(subjects):
+        given = {"plugin": plugin} | dict(fixtures)
+        made = {name: _fixture(value) for name, value in given.items()}
+        setattr(module, f"Test{i}", type(f"Test{i}", (suite,), made))
+        targets += [f"::Test{i}::{name}" for name in only] or [f"::Test{i}"]
+    quiet = ("-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-p", "no:xdist")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "test_subject.py"
+        file.write_text("from conformance_subject import *\n")
+        sys.modules["conformance_subject"] = module
+        before = os.environ.pop("PYTEST_ADDOPTS", None)
+        try:
+            pytest.main(
+                [*quiet, f"--rootdir={folder}", "-c", os.devnull, *(f"{file}{t}" for t in targets)],
+                plugins=[_Recorder(outcomes)],
+            )
+        finally:
+            if before is not None:
+                os.environ["PYTEST_ADDOPTS"] = before
+            for name in ("conformance_subject", "test_subject"):
+                sys.modules.pop(name, None)
+    return outcomes
+
+
+@define
+class _Recorder:
+    """A pytest plugin that keeps what came of each test."""
+
+    outcomes: Sequence[Outcome]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        _, subject, test = report.nodeid.rsplit("::", 2)
+        of, name = self.outcomes[int(subject.removeprefix("Test"))], test.partition("[")[0]
+        if of.found.get(name) == "failed":
+            return
+        of.found[name] = report.outcome
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            of.why[name] = crash.message if crash else str(report.longrepr)
+
+
+def _fixture(value: Any) -> Any:
+    return pytest.fixture(lambda self: value)

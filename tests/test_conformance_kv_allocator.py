@@ -1,0 +1,524 @@
+"""The suite of KV allocators finds each of these broken ones, by the test that is
+meant for it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+from conformance import Fault, own_tests, run, run_faults
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from torch import Tensor
+
+from tilewright import hookimpl
+from tilewright.errors import OutOfPagesError
+from tilewright.kv_cache import KvCacheManager, budget
+from tilewright.testing import KvAllocatorSuite
+from tilewright.testing.kv_allocator import AllocatorMachine, small_spec
+from tilewright.types import KvAllocatorRequest, KvLayer, PluginInfo
+
+
+class Allocators:
+    """A plugin that makes allocators in some way."""
+
+    tilewright_api = 1
+
+    def __init__(self, make: Callable[[KvAllocatorRequest], Any]):
+        self.make = make
+
+    @hookimpl
+    def plugin_info(self) -> PluginInfo:
+        return PluginInfo(summary="fixed-size pages")
+
+    @hookimpl
+    def create_kv_allocator(self, request: KvAllocatorRequest) -> Any:
+        return self.make(request)
+
+
+def of(cls: type[KvCacheManager]) -> Allocators:
+    return Allocators(lambda request: cls(request.spec, budget(request)))
+
+
+class LeaksWhenRefused(KvCacheManager):
+    def allocate(self, request_id: str, num_tokens: int) -> None:
+        if num_tokens > self.free_pages * self.spec.page_size and request_id not in self._held:
+            self._take("half", self.free_pages, num_tokens)
+        super().allocate(request_id, num_tokens)
+
+
+class GrowsWhenRefused(KvCacheManager):
+    def extend(self, request_id: str, num_tokens: int = 1) -> None:
+        held = self._held[request_id]
+        try:
+            super().extend(request_id, num_tokens)
+        except OutOfPagesError:
+            held.num_tokens += num_tokens
+            raise
+
+
+class TakesAPageForEachExtension(KvCacheManager):
+    def extend(self, request_id: str, num_tokens: int = 1) -> None:
+        held = self._held[request_id]
+        held.pages += self._take(request_id, self.pages_for(num_tokens), num_tokens)
+        held.num_tokens += num_tokens
+
+    def check_integrity(self) -> None:
+        pass
+
+
+class MovesWhenExtended(KvCacheManager):
+    def extend(self, request_id: str, num_tokens: int = 1) -> None:
+        super().extend(request_id, num_tokens)
+        self._held[request_id].pages.reverse()
+
+
+class ForgetsPages(KvCacheManager):
+    def free(self, request_id: str) -> None:
+        super().free(request_id)
+        if self.free_pages > 2:
+            self._references[self._free.pop()] = 1
+
+    def check_integrity(self) -> None:
+        pass
+
+
+class FreesSharedPages(KvCacheManager):
+    def free(self, request_id: str) -> None:
+        for page in self._held.pop(request_id).pages:
+            self._references[page] = 0
+            if page not in self._free:
+                self._free.append(page)
+
+    def check_integrity(self) -> None:
+        pass
+
+
+class FreesTwice(KvCacheManager):
+    def free(self, request_id: str) -> None:
+        if request_id in self._held:
+            super().free(request_id)
+
+
+class ReplacesARequest(KvCacheManager):
+    def allocate(self, request_id: str, num_tokens: int) -> None:
+        if request_id in self._held:
+            self.free(request_id)
+        super().allocate(request_id, num_tokens)
+
+
+class SharesThePartlyFullPage(KvCacheManager):
+    def fork(self, parent_id: str, child_id: str) -> None:
+        if child_id in self._held:
+            raise ValueError(child_id)
+        parent = self._held[parent_id]
+        for page in parent.pages:
+            self._references[page] += 1
+        self._held[child_id] = evolve(parent, pages=list(parent.pages))
+
+    def check_integrity(self) -> None:
+        pass
+
+
+class CopiesEveryPage(KvCacheManager):
+    def fork(self, parent_id: str, child_id: str) -> None:
+        self.allocate(child_id, self._held[parent_id].num_tokens)
+        pages = (self._held[parent_id].pages, self._held[child_id].pages)
+        for layer in self._layers:
+            for source, target in zip(*pages, strict=True):
+                layer.key[target] = layer.key[source]
+                layer.value[target] = layer.value[source]
+
+
+class CopiesNothing(KvCacheManager):
+    def fork(self, parent_id: str, child_id: str) -> None:
+        layers, self._layers = self._layers, []
+        try:
+            super().fork(parent_id, child_id)
+        finally:
+            self._layers = layers
+
+
+class CopiesKeysAlone(KvCacheManager):
+    def fork(self, parent_id: str, child_id: str) -> None:
+        values = [layer.value.clone() for layer in self._layers]
+        super().fork(parent_id, child_id)
+        for layer, value in zip(self._layers, values, strict=True):
+            layer.value.copy_(value)
+
+
+class CopiesTheFirstLayer(KvCacheManager):
+    def fork(self, parent_id: str, child_id: str) -> None:
+        layers, self._layers = self._layers, self._layers[:1]
+        try:
+            super().fork(parent_id, child_id)
+        finally:
+            self._layers = layers
+
+
+class SharesBeforeItIsRefused(KvCacheManager):
+    def fork(self, parent_id: str, child_id: str) -> None:
+        try:
+            super().fork(parent_id, child_id)
+        except OutOfPagesError:
+            self._held[child_id] = evolve(self._held[parent_id])
+            raise
+
+
+class PadsWithZero(KvCacheManager):
+    def block_table(self, request_ids: Sequence[str]) -> Tensor:
+        return super().block_table(request_ids).clamp(min=0)
+
+
+class PadsToAFixedWidth(KvCacheManager):
+    def block_table(self, request_ids: Sequence[str]) -> Tensor:
+        table = super().block_table(request_ids)
+        missing = self.total_pages - table.shape[1]
+        return torch.nn.functional.pad(table, (0, missing), value=-1)
+
+
+class LongTables(KvCacheManager):
+    def block_table(self, request_ids: Sequence[str]) -> Tensor:
+        return super().block_table(request_ids).long()
+
+
+class LongSlots(KvCacheManager):
+    def slots(self, request_id: str, start: int, stop: int) -> Tensor:
+        return super().slots(request_id, start, stop).long()
+
+
+class SlotsInARow(KvCacheManager):
+    def slots(self, request_id: str, start: int, stop: int) -> Tensor:
+        first = super().slots(request_id, 0, stop)[:1]
+        return first + torch.arange(start, stop, dtype=torch.int32)
+
+
+class AnySlots(KvCacheManager):
+    def slots(self, request_id: str, start: int, stop: int) -> Tensor:
+        held, size = self._held[request_id], self.spec.page_size
+        found = [held.pages[p // size] * size + p % size for p in range(start, stop)]
+        return torch.tensor(found, dtype=torch.int32)
+
+
+class NewLayersEachTime(KvCacheManager):
+    def layers(self) -> Sequence[KvLayer]:
+        return [KvLayer(layer.key, layer.value) for layer in self._layers]
+
+
+class OneTensorForKeysAndValues(KvCacheManager):
+    def __init__(self, spec: Any, total_pages: int):
+        super().__init__(spec, total_pages)
+        self._layers = [KvLayer(layer.key, layer.key) for layer in self._layers]
+
+
+class Uninitialised(KvCacheManager):
+    def __init__(self, spec: Any, total_pages: int):
+        super().__init__(spec, total_pages)
+        for layer in self._layers if spec.allocate is None else ():
+            layer.key.fill_(7)
+
+
+class ClearsPages(KvCacheManager):
+    def allocate(self, request_id: str, num_tokens: int) -> None:
+        super().allocate(request_id, num_tokens)
+        for layer in self._layers if self.spec.allocate is None else ():
+            layer.key[self._held[request_id].pages] = 0
+
+
+class LooksIntoStorage(KvCacheManager):
+    def __init__(self, spec: Any, total_pages: int):
+        super().__init__(spec, total_pages)
+        self.nbytes = sum(layer.key.nbytes for layer in self._layers)
+
+
+class ChecksNothing(KvCacheManager):
+    def check_integrity(self) -> None:
+        pass
+
+
+class DislikesForks(KvCacheManager):
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        assert max(self._references) <= 1
+
+
+class SaysItInALongText(KvCacheManager):
+    def allocate(self, request_id: str, num_tokens: int) -> None:
+        try:
+            super().allocate(request_id, num_tokens)
+        except OutOfPagesError as error:
+            raise OutOfPagesError(f"out of pages:\n{error}") from error
+
+
+SHARED: dict[str, Any] = {}
+
+
+class Global(KvCacheManager):
+    """Its requests are those of all allocators."""
+
+    def __init__(self, spec: Any, total_pages: int):
+        super().__init__(spec, total_pages)
+        SHARED.clear()
+        self._held = SHARED
+
+
+def ignoring(**fields: Any) -> Allocators:
+    """One that makes its cache of a request with some fields changed."""
+
+    def make(request: KvAllocatorRequest) -> KvCacheManager:
+        of_spec = {k: v for k, v in fields.items() if hasattr(request.spec, k)}
+        own = {k: v for k, v in fields.items() if k not in of_spec}
+        spec = evolve(request.spec, **of_spec)
+        return KvCacheManager(spec, budget(evolve(request, spec=spec, **own)))
+
+    return Allocators(make)
+
+
+def rounded_up(request: KvAllocatorRequest) -> KvCacheManager:
+    return KvCacheManager(request.spec, -(-budget(request) // 8) * 8)
+
+
+def for_one_sequence(request: KvAllocatorRequest) -> KvCacheManager:
+    return KvCacheManager(request.spec, budget(evolve(request, max_sequences=1)))
+
+
+def limited_always(request: KvAllocatorRequest) -> KvCacheManager:
+    pages = budget(request)
+    if request.spec.memory_limit is not None:
+        pages = min(pages, request.spec.memory_limit // request.spec.page_bytes)
+    return KvCacheManager(request.spec, pages)
+
+
+def at_least_one_page(request: KvAllocatorRequest) -> KvCacheManager:
+    try:
+        return KvCacheManager(request.spec, budget(request))
+    except OutOfPagesError:
+        return KvCacheManager(request.spec, 1)
+
+
+MODEL = "test_random_calls_agree_with_a_dictionary"
+
+FAULTS = [
+    Fault(name, plugin if isinstance(plugin, Allocators) else of(plugin), test)
+    for name, plugin, test in (
+        (
+            "rounds the number of pages up",
+            Allocators(rounded_up),
+            "test_it_has_as_many_pages_as_were_set",
+        ),
+        (
+            "limits a number that was set",
+            Allocators(limited_always),
+            "test_it_has_as_many_pages_as_were_set",
+        ),
+        (
+            "has room for one sequence",
+            Allocators(for_one_sequence),
+            "test_without_a_number_it_holds_all_sequences_at_their_longest",
+        ),
+        (
+            "ignores the memory limit",
+            ignoring(memory_limit=None),
+            "test_without_a_number_it_stays_within_the_memory_limit",
+        ),
+        (
+            "takes a page in spite of the limit",
+            Allocators(at_least_one_page),
+            "test_a_limit_below_one_page_is_refused_in_one_line",
+        ),
+        (
+            "ignores the order of rows",
+            ignoring(row_order="NHD"),
+            "test_layers_are_as_the_spec_says",
+        ),
+        ("ignores the dtype", ignoring(dtype="float32"), "test_layers_are_as_the_spec_says"),
+        ("leaves storage uninitialised", Uninitialised, "test_layers_are_as_the_spec_says"),
+        (
+            "makes new layers each time",
+            NewLayersEachTime,
+            "test_layers_are_the_same_objects_each_time",
+        ),
+        (
+            "has one tensor for keys and values",
+            OneTensorForKeysAndValues,
+            "test_no_two_tensors_share_memory",
+        ),
+        ("keeps requests in a global", Global, "test_two_allocators_are_independent"),
+        (
+            "makes storage itself",
+            ignoring(allocate=None, device="cpu"),
+            "test_an_executors_own_storage_is_passed_on_and_not_looked_into",
+        ),
+        (
+            "looks into an executor's storage",
+            LooksIntoStorage,
+            "test_an_executors_own_storage_is_passed_on_and_not_looked_into",
+        ),
+        (
+            "clears pages",
+            ClearsPages,
+            "test_only_a_fork_writes_to_storage_and_only_to_its_own_page",
+        ),
+        (
+            "loses pages when it refuses",
+            LeaksWhenRefused,
+            "test_allocate_refuses_and_changes_nothing",
+        ),
+        ("replaces a request", ReplacesARequest, "test_allocate_refuses_and_changes_nothing"),
+        ("errors of two lines", SaysItInALongText, "test_allocate_refuses_and_changes_nothing"),
+        ("grows when it refuses", GrowsWhenRefused, "test_extend_refuses_and_changes_nothing"),
+        (
+            "takes a page for each extension",
+            TakesAPageForEachExtension,
+            "test_extend_fills_a_page_before_it_takes_one",
+        ),
+        ("moves pages when it extends", MovesWhenExtended, MODEL),
+        ("forgets freed pages", ForgetsPages, "test_freed_pages_serve_again"),
+        ("frees what is not there", FreesTwice, "test_freed_pages_serve_again"),
+        ("frees shared pages", FreesSharedPages, "test_a_fork_outlives_its_parent"),
+        (
+            "shares the partly full page",
+            SharesThePartlyFullPage,
+            "test_a_fork_shares_full_pages_and_copies_the_partly_full_one",
+        ),
+        (
+            "copies every page",
+            CopiesEveryPage,
+            "test_a_fork_shares_full_pages_and_copies_the_partly_full_one",
+        ),
+        ("copies nothing", CopiesNothing, "test_a_fork_has_the_parents_contents_and_then_its_own"),
+        (
+            "copies keys alone",
+            CopiesKeysAlone,
+            "test_a_fork_has_the_parents_contents_and_then_its_own",
+        ),
+        (
+            "copies the first layer",
+            CopiesTheFirstLayer,
+            "test_a_fork_has_the_parents_contents_and_then_its_own",
+        ),
+        (
+            "keeps a fork that it refused",
+            SharesBeforeItIsRefused,
+            "test_fork_refuses_and_changes_nothing",
+        ),
+        ("pads with 0", PadsWithZero, "test_block_tables_are_int32_and_padded"),
+        ("pads to a fixed width", PadsToAFixedWidth, "test_block_tables_are_int32_and_padded"),
+        ("block tables in int64", LongTables, "test_block_tables_are_int32_and_padded"),
+        ("slots in int64", LongSlots, "test_slots_are_int32_and_follow_the_block_table"),
+        ("slots in a row", SlotsInARow, "test_slots_are_int32_and_follow_the_block_table"),
+        ("any slots", AnySlots, "test_positions_that_a_request_has_not_are_refused"),
+        ("checks nothing", ChecksNothing, "test_check_integrity_sees_tampering"),
+        ("takes forks for damage", DislikesForks, "test_a_fork_outlives_its_parent"),
+    )
+]
+
+SUITE = KvAllocatorSuite
+
+
+def test_the_suite_fails_each_broken_allocator() -> None:
+    outcomes = run_faults(KvAllocatorSuite, FAULTS)
+    missed = [f.name for f, o in zip(FAULTS, outcomes, strict=True) if o.failed != [f.test]]
+    assert not missed
+
+
+@pytest.mark.parametrize(
+    "broken", [SharesThePartlyFullPage, FreesSharedPages, CopiesKeysAlone, ForgetsPages]
+)
+def test_the_model_finds_what_shows_in_what_requests_read(broken: type[KvCacheManager]) -> None:
+    def make(total_pages: int, **changed: Any) -> KvCacheManager:
+        return broken(small_spec(**changed), total_pages)
+
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        run_state_machine_as_test(
+            lambda: AllocatorMachine(make),
+            settings=settings(
+                deadline=None, database=None, derandomize=True, phases=[Phase.generate]
+            ),
+        )
+
+
+def test_the_suite_passes_what_is_right_though_it_is_another() -> None:
+    outcome = run(KvAllocatorSuite, Allocators(Highest), own_tests(KvAllocatorSuite))
+    assert not outcome.failed, outcome.why
+    assert len(outcome.found) > 25
+
+
+class Highest:
+    """Pages in sets, the highest first, and tensors that are allocated as one."""
+
+    def __init__(self, request: KvAllocatorRequest):
+        spec = self.spec = request.spec
+        pages = budget(request)
+        whole = KvCacheManager(spec, pages).layers()
+        self._layers = tuple(whole)
+        self._unheld = set(range(pages))
+        self._of: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self.total_pages = pages
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._unheld)
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.spec.page_size)
+
+    def allocate(self, request_id: str, num_tokens: int) -> None:
+        if request_id in self._of or num_tokens < 1:
+            raise ValueError(f"cannot allocate {num_tokens} tokens for {request_id!r}")
+        self._of[request_id] = (num_tokens, self._take(self.pages_for(num_tokens)))
+
+    def extend(self, request_id: str, num_tokens: int = 1) -> None:
+        length, pages = self._of[request_id]
+        more = self.pages_for(length + num_tokens) - len(pages)
+        self._of[request_id] = (length + num_tokens, pages + self._take(more))
+
+    def num_tokens(self, request_id: str) -> int:
+        return self._of[request_id][0]
+
+    def slots(self, request_id: str, start: int, stop: int) -> Tensor:
+        length, pages = self._of[request_id]
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"{start} to {stop} of {length}")
+        size = self.spec.page_size
+        position = torch.arange(start, stop)
+        page = torch.tensor(pages)[position // size]
+        return (page * size + position % size).int()
+
+    def block_table(self, request_ids: Sequence[str]) -> Tensor:
+        rows = [torch.tensor(self._of[r][1]).int() for r in request_ids]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+    def fork(self, parent_id: str, child_id: str) -> None:
+        if child_id in self._of:
+            raise ValueError(f"{child_id!r} is there")
+        length, pages = self._of[parent_id]
+        full = length // self.spec.page_size
+        if pages[full:] and self.spec.allocate:
+            raise ValueError("this storage cannot be copied")
+        own = self._take(len(pages) - full)
+        for layer in self._layers if own else ():
+            layer.key[own[0]] = layer.key[pages[full]]
+            layer.value[own[0]] = layer.value[pages[full]]
+        self._of[child_id] = (length, pages[:full] + own)
+
+    def free(self, request_id: str) -> None:
+        _, pages = self._of.pop(request_id)
+        held = {page for _, others in self._of.values() for page in others}
+        self._unheld |= set(pages) - held
+
+    def layers(self) -> Sequence[KvLayer]:
+        return self._layers
+
+    def check_integrity(self) -> None:
+        held = {page for _, pages in self._of.values() for page in pages}
+        assert not held & self._unheld
+        assert held | self._unheld == set(range(self.total_pages))
+
+    def _take(self, count: int) -> tuple[int, ...]:
+        if count > len(self._unheld):
+            raise OutOfPagesError(f"{count} pages are needed, {len(self._unheld)} are free")
+        taken = sorted(self._unheld, reverse=True)[:count]
+        self._unheld -= set(taken)
+        return tuple(taken)
