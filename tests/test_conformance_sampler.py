@@ -1,0 +1,683 @@
+"""The suite of samplers finds each of these broken ones, by the test that is meant for it."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import count, product
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve, field, frozen
+from conformance import Fault
+from torch import Tensor
+from transformers.generation import logits_process as oracle
+
+from tilewright import hookimpl
+from tilewright.errors import NonFiniteLogitsError
+from tilewright.testing import SamplerSuite
+from tilewright.testing.sampler import probabilities, scores
+from tilewright.types import (
+    Check,
+    PluginInfo,
+    SampledToken,
+    Sampler,
+    SamplerRequest,
+    SamplerRow,
+    SamplingParams,
+    TokenLogprobs,
+)
+from tilewright_sampling import logits as steps
+from tilewright_sampling.sampler import LogitsSampler, Options
+
+
+class Samplers:
+    """A plugin that makes samplers in some way."""
+
+    tilewright_api = 1
+
+    def __init__(self, make: Callable[[], Sampler], **limits: str):
+        self.make = make
+        self.limits = {name.replace("_", " "): words for name, words in limits.items()}
+
+    @hookimpl
+    def plugin_info(self) -> PluginInfo:
+        return PluginInfo(summary="chooses tokens", limits=self.limits)
+
+    @hookimpl
+    def create_sampler(self, request: SamplerRequest) -> Sampler:
+        return self.make()
+
+
+class Right(LogitsSampler):
+    def __init__(self) -> None:
+        super().__init__(Options(), greedy=False)
+
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        """The token of one row, as the shipped sampler chooses it."""
+        return super()._sample(logits, row, True).token_id
+
+    def _sample(self, logits: Tensor, row: SamplerRow, suspicious: bool) -> SampledToken:
+        sampled = super()._sample(logits, row, suspicious)
+        token = self.choose(logits, row)
+        said = sampled.logprobs
+        if said is not None:
+            said = steps.logprobs(logits, token, row.params.logprobs or 0)
+        return evolve(sampled, token_id=token, logprobs=said)
+
+
+def drawn(logits: Tensor, row: SamplerRow, u: float) -> int:
+    """The token at u of the row's distribution."""
+    found = probabilities(logits, row)
+    return steps.draw(torch.arange(len(found)), found.float(), u)
+
+
+class LastOfEquals(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        if row.params.temperature == 0:
+            return len(logits) - 1 - int(logits.flip(0).argmax())
+        return super().choose(logits, row)
+
+
+class WritesToLogits(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        if row.params.temperature > 0:
+            logits /= row.params.temperature
+        return super().choose(logits, row)
+
+
+class WritesToRows(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        token = super().choose(logits, row)
+        row.output_token_ids.append(token)  # type: ignore[attr-defined]
+        return token
+
+
+class DrawsFromTorch(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        if row.params.temperature == 0:
+            return super().choose(logits, row)
+        return int(torch.multinomial(probabilities(logits, row), 1))
+
+
+class SeedsTorch(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        torch.manual_seed(hash((row.params.seed, len(row.output_token_ids))))
+        return super().choose(logits, row)
+
+
+class AddsSeedAndStep(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        u = steps.uniform(row.params.seed + len(row.output_token_ids), 0)
+        return drawn(logits, row, u)
+
+
+class ForgetsTheStep(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        return drawn(logits, row, steps.uniform(row.params.seed, 0))
+
+
+class SeedsByName(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        step = len(row.output_token_ids)
+        return drawn(logits, row, steps.uniform(hash(row.request_id) ^ row.params.seed, step))
+
+
+class DrawsForTheBatch(Right):
+    """One generator of the first row's seed for all rows."""
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        tokens = super().sample(logits, rows)
+        generator = torch.Generator().manual_seed(rows[0].params.seed % 2**62)
+        draws = torch.rand(len(rows), generator=generator).tolist()
+        return [
+            evolve(token, token_id=drawn(values, row, u)) if row.params.temperature else token
+            for token, values, row, u in zip(tokens, logits, rows, draws, strict=True)
+        ]
+
+
+class CountsItsCalls(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = count()
+
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        return drawn(logits, row, steps.uniform(row.params.seed, next(self.calls)))
+
+
+class CoarseDraws(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        u = steps.uniform(row.params.seed, len(row.output_token_ids))
+        return drawn(logits, row, int(u * 16) / 16)
+
+
+class OneScratchpad(Right):
+    """What threads of other engines write over."""
+
+    row: SamplerRow
+
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        OneScratchpad.row = row
+        time.sleep(1e-5)
+        return super().choose(logits, OneScratchpad.row)
+
+
+class TakesTwo(Right):
+    """Looks at the runner-up too."""
+
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        first, second = logits.topk(2).indices.tolist()
+        return first if logits[first] > logits[second] else min(super().choose(logits, row), first)
+
+
+class DrawsWhereThereAreFilters(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        if row.params.top_k and not row.params.temperature:
+            row = evolve(row, params=evolve(row.params, temperature=1.0))
+        return super().choose(logits, row)
+
+
+class DividesByAnyTemperature(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        if not 0 < row.params.temperature < 1e-30:
+            return super().choose(logits, row)
+        p = torch.softmax(logits / row.params.temperature, 0)
+        return int(p.argmin())
+
+
+def instead(**changed: Callable[[Any], Any]) -> type[Right]:
+    """One that sees other settings than were given."""
+
+    class Changed(Right):
+        def choose(self, logits: Tensor, row: SamplerRow) -> int:
+            new = {name: change(row.params) for name, change in changed.items()}
+            return super().choose(logits, evolve(row, params=evolve(row.params, **new)))
+
+    return Changed
+
+
+def scored(change: Callable[[Tensor, SamplerRow], Tensor], *settings: str) -> type[Right]:
+    """One with scores of its own in place of those of some settings."""
+
+    class Scored(Right):
+        def choose(self, logits: Tensor, row: SamplerRow) -> int:
+            plain = SamplingParams()
+            neutral = {name: getattr(plain, name) for name in settings}
+            row_left = evolve(row, params=evolve(row.params, **neutral))
+            return super().choose(change(logits.clone(), row).float(), row_left)
+
+    return Scored
+
+
+def divides_below_zero(scores: Tensor, row: SamplerRow) -> Tensor:
+    ids = list({*row.prompt_token_ids, *row.output_token_ids})
+    scores[ids] /= row.params.repetition_penalty
+    return scores
+
+
+def forgets_the_prompt(scores: Tensor, row: SamplerRow) -> Tensor:
+    return steps.penalise(scores, evolve(row, prompt_token_ids=()))
+
+
+def penalises_the_prompt(scores: Tensor, row: SamplerRow) -> Tensor:
+    both = [*row.prompt_token_ids, *row.output_token_ids]
+    return steps.penalise(scores, evolve(row, output_token_ids=both))
+
+
+def counts_presence(scores: Tensor, row: SamplerRow) -> Tensor:
+    for token in row.output_token_ids:
+        scores[token] -= row.params.presence_penalty
+    return scores
+
+
+def weak_bias(scores: Tensor, row: SamplerRow) -> Tensor:
+    for token, bias in row.params.logit_bias.items():
+        scores[token] += max(bias, -10.0)
+    return scores
+
+
+def multiplied(scores: Tensor, row: SamplerRow) -> Tensor:
+    return scores * (row.params.temperature or 1.0) ** 2
+
+
+class DropsTheCrossing(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        if not (row.params.temperature and row.params.top_p < 1):
+            return super().choose(logits, row)
+        p = torch.softmax(logits / row.params.temperature, 0)
+        values, ids = p.sort(descending=True)
+        kept = max(1, int((values.cumsum(0) <= row.params.top_p).sum()))
+        u = steps.uniform(row.params.seed, len(row.output_token_ids))
+        return steps.draw(ids[:kept], values[:kept], u)
+
+
+class AbsoluteMinP(Right):
+    def choose(self, logits: Tensor, row: SamplerRow) -> int:
+        if not (row.params.temperature and row.params.min_p):
+            return super().choose(logits, row)
+        p = torch.softmax(logits / row.params.temperature, 0)
+        p[p < min(row.params.min_p, float(p.max()))] = 0
+        u = steps.uniform(row.params.seed, len(row.output_token_ids))
+        return steps.draw(torch.arange(len(p)), p, u)
+
+
+class Says(Right):
+    """Log-probabilities in some way."""
+
+    def say(self, logits: Tensor, row: SamplerRow, said: TokenLogprobs) -> TokenLogprobs | None:
+        return said
+
+    def _sample(self, logits: Tensor, row: SamplerRow, suspicious: bool) -> SampledToken:
+        sampled = super()._sample(logits, row, suspicious)
+        if sampled.logprobs is None:
+            return sampled
+        return evolve(sampled, logprobs=self.say(logits, row, sampled.logprobs))
+
+
+class SaysAfterTemperature(Says):
+    def say(self, logits: Tensor, row: SamplerRow, said: TokenLogprobs) -> TokenLogprobs:
+        logits = logits / (row.params.temperature or 1.0)
+        return steps.logprobs(logits, said.token_id, row.params.logprobs or 0)
+
+
+class SaysBits(Says):
+    def say(self, logits: Tensor, row: SamplerRow, said: TokenLogprobs) -> TokenLogprobs:
+        return evolve(said, logprob=said.logprob / math.log(2))
+
+
+class SaysLeastFirst(Says):
+    def say(self, logits: Tensor, row: SamplerRow, said: TokenLogprobs) -> TokenLogprobs:
+        return evolve(said, top=said.top[::-1])
+
+
+class SaysNothing(Says):
+    def say(self, logits: Tensor, row: SamplerRow, said: TokenLogprobs) -> None:
+        return None
+
+
+class Tolerates(Right):
+    """Some values that are not finite."""
+
+    values: tuple[float, ...] = ()
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        for value in self.values:
+            here = logits.isnan() if math.isnan(value) else logits == value
+            logits = torch.where(here, -1e9, logits)
+        return super().sample(logits, rows)
+
+
+class ToleratesNaN(Tolerates):
+    values = (math.nan,)
+
+
+class ToleratesMinusInfinity(Tolerates):
+    values = (-math.inf,)
+
+
+class NamesThe(Right):
+    """Something else in NonFiniteLogitsError."""
+
+    def __init__(self, **changed: Any) -> None:
+        super().__init__()
+        self.changed = changed
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        try:
+            return super().sample(logits, rows)
+        except NonFiniteLogitsError as error:
+            said = {n: getattr(error, n) for n in ("request_id", "step", "token_ids")}
+            raise NonFiniteLogitsError(**said | self.changed, vocab_size=40) from error
+
+
+class ChecksTheSum(Right):
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        for values, row in zip(logits, rows, strict=True):
+            if not math.isfinite(values.abs().sum()):
+                raise NonFiniteLogitsError(row.request_id, 0, [0], len(values))
+        return super().sample(logits, rows)
+
+
+class GivesTensors(Right):
+    def _sample(self, logits: Tensor, row: SamplerRow, suspicious: bool) -> SampledToken:
+        sampled = super()._sample(logits, row, suspicious)
+        return evolve(sampled, token_id=torch.tensor(sampled.token_id))
+
+
+class GivesAnIterator(Right):
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> Any:
+        return iter(super().sample(logits, rows))
+
+
+# --- what is wrong with the plugin itself ---------------------------------------------------------
+
+
+class SaysNothingOfItself:
+    tilewright_api = 1
+
+    @hookimpl
+    def create_sampler(self) -> Sampler:
+        return Right()
+
+
+class OfAnotherApi(Samplers):
+    tilewright_api = 2
+
+
+class Misspelt(Samplers):
+    @hookimpl
+    def create_sampelr(self) -> None: ...
+
+
+class NeedsADevice(Samplers):
+    @hookimpl
+    def doctor_checks(self) -> list[Check]:
+        raise RuntimeError("no device")
+
+
+@frozen
+class Bare:
+    size: int = 1
+    depth: int = field(default=2, metadata={"help": "how deep"})
+
+
+class HelpsNobody(Samplers):
+    @hookimpl
+    def plugin_info(self) -> PluginInfo:
+        return PluginInfo(summary="has options", options=Bare)
+
+
+# name, plugin or the class of its samplers, test that fails, words of the failure
+_FAULTS: list[tuple[str, Any, str, str]] = [
+    ("was written for another API", OfAnotherApi(Right), "it_is_written_for_this_api", "API 2"),
+    ("has a hook that is none", Misspelt(Right), "it_is_written_for_this_api", "create_sampler"),
+    ("says nothing of itself", SaysNothingOfItself(), "it_says_in_a_line", "PluginInfo"),
+    ("has an option without help", HelpsNobody(Right), "each_option_has", "size"),
+    ("raises in doctor_checks", NeedsADevice(Right), "its_doctor_checks", "no device"),
+    ("gives token ids as tensors", GivesTensors, "each_row_gets_a_token", "must be an int"),
+    ("gives an iterator", GivesAnIterator, "each_row_gets_a_token", "must return a list"),
+    ("writes to the logits", WritesToLogits, "logits_are_not_changed", "must not write"),
+    ("adds the token to the row", WritesToRows, "rows_are_not_changed", "must not write"),
+    ("looks at two tokens always", TakesTwo, "a_vocabulary_of_one_token", "selected index k"),
+    ("takes the last of equals", LastOfEquals, "ties_go_to_the_smallest_id", "smallest id"),
+    (
+        "draws at temperature 0 when there is a top_k",
+        DrawsWhereThereAreFilters,
+        "at_temperature_0_filters_change_nothing",
+        "must leave the likeliest",
+    ),
+    (
+        "divides by a tiny temperature",
+        DividesByAnyTemperature,
+        "a_tiny_temperature_takes_the_likeliest_token",
+        "no division by about 0",
+    ),
+    (
+        "multiplies by the temperature",
+        scored(multiplied),
+        "draws_follow_the_softmax_at_a_temperature[2.5]",
+        "never drawn",
+    ),
+    (
+        "keeps one token too many of top_k",
+        instead(top_k=lambda p: p.top_k and p.top_k + 1),
+        "filters_leave_the_likely_tokens[top_k=3]",
+        "were drawn as well",
+    ),
+    (
+        "drops the token that crosses top_p",
+        DropsTheCrossing,
+        "filters_leave_the_likely_tokens[top_p=0.8]",
+        "never drawn",
+    ),
+    (
+        "takes min_p as absolute",
+        AbsoluteMinP,
+        "filters_leave_the_likely_tokens[min_p=0.1]",
+        "settings leave",
+    ),
+    (
+        "ignores min_p",
+        instead(min_p=lambda p: 0.0),
+        "filters_leave_the_likely_tokens[min_p=0.1]",
+        "were drawn as well",
+    ),
+    (
+        "divides logits below 0 by the repetition penalty",
+        scored(divides_below_zero, "repetition_penalty"),
+        "penalties_decide_at_temperature_0[repetition_penalty=1.5]",
+        "repetition_penalty",
+    ),
+    (
+        "forgets the prompt in the repetition penalty",
+        scored(
+            forgets_the_prompt,
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logit_bias",
+        ),
+        "penalties_decide_at_temperature_0[repetition_penalty=1.5]",
+        "repetition_penalty",
+    ),
+    (
+        "counts the prompt in the frequency penalty",
+        scored(
+            penalises_the_prompt,
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logit_bias",
+        ),
+        "penalties_decide_at_temperature_0[frequency_penalty=0.4]",
+        "frequency_penalty",
+    ),
+    (
+        "subtracts the presence penalty for each occurrence",
+        scored(counts_presence, "presence_penalty"),
+        "penalties_decide_at_temperature_0[presence_penalty=1.0]",
+        "presence_penalty",
+    ),
+    (
+        "takes a bias of -inf for a small one",
+        scored(weak_bias, "logit_bias"),
+        "a_token_of_bias_minus_infinity_is_never_chosen",
+        "must forbid",
+    ),
+    (
+        "draws with four bits",
+        CoarseDraws,
+        "draws_of_one_request_follow_the_softmax_step_by_step",
+        "settings leave|must follow",
+    ),
+    (
+        "draws the same at each step",
+        ForgetsTheStep,
+        "other_seeds_and_other_steps_draw_other_tokens",
+        "50 steps",
+    ),
+    (
+        "draws by seed + step",
+        AddsSeedAndStep,
+        "neighbouring_seeds_do_not_repeat_each_other",
+        "not on their sum",
+    ),
+    (
+        "draws from torch's generator",
+        DrawsFromTorch,
+        "torchs_random_state_is_neither_used_nor_changed",
+        "torch's random state",
+    ),
+    (
+        "seeds torch's generator",
+        SeedsTorch,
+        "torchs_random_state_is_neither_used_nor_changed",
+        "torch's random state",
+    ),
+    (
+        "draws by the request's name",
+        SeedsByName,
+        "a_token_does_not_depend_on_the_name_of_its_request",
+        "whatever the request is called",
+    ),
+    (
+        "draws once for the batch",
+        DrawsForTheBatch,
+        "a_row_gets_the_same_token_whatever_else_is_in_the_batch",
+        "on that row alone",
+    ),
+    (
+        "counts its calls",
+        CountsItsCalls,
+        "the_same_seed_and_step_draw_the_same_token_at_any_time",
+        "differed again",
+    ),
+    (
+        "has one scratchpad for all threads",
+        OneScratchpad,
+        "samplers_in_several_threads_do_not_disturb_each_other",
+        "several threads",
+    ),
+    (
+        "says that settings that it heeds have no effect",
+        Samplers(Right, no_effect="top_k, seed"),
+        "settings_without_effect_have_none",
+        "is said to have no effect",
+    ),
+    (
+        "names settings that are none",
+        Samplers(Right, no_effect="top_q"),
+        "settings_without_effect_have_none",
+        "must name settings",
+    ),
+    (
+        "gives no log-probabilities",
+        SaysNothing,
+        "log_probabilities_are_given_when_asked_for",
+        "must give TokenLogprobs",
+    ),
+    (
+        "gives log-probabilities at the temperature",
+        SaysAfterTemperature,
+        "log_probabilities_are_those_of_the_raw_logits",
+        "as they came",
+    ),
+    (
+        "gives log-probabilities in bits",
+        SaysBits,
+        "log_probabilities_are_those_of_the_raw_logits",
+        "natural logarithm",
+    ),
+    (
+        "lists the least likely first",
+        SaysLeastFirst,
+        "log_probabilities_are_those_of_the_raw_logits",
+        "likeliest first",
+    ),
+    (
+        "takes NaN for unlikely",
+        ToleratesNaN,
+        "logits_that_are_not_finite_are_an_error_that_says_where",
+        "nan among the logits",
+    ),
+    (
+        "takes -inf for unlikely",
+        ToleratesMinusInfinity,
+        "logits_that_are_not_finite_are_an_error_that_says_where",
+        "-inf among the logits",
+    ),
+    (
+        "names another request in the error",
+        Samplers(lambda: NamesThe(request_id="request-0")),
+        "logits_that_are_not_finite_are_an_error_that_says_where",
+        "must name the request",
+    ),
+    (
+        "names the row in place of the step",
+        Samplers(lambda: NamesThe(step=2)),
+        "logits_that_are_not_finite_are_an_error_that_says_where",
+        "must name the request, its step",
+    ),
+    (
+        "takes a sum that overflows for infinity",
+        ChecksTheSum,
+        "large_logits_are_finite",
+        "not finite",
+    ),
+]
+
+_TESTS = [name for name in dir(SamplerSuite) if name.startswith("test_")]
+
+FAULTS = [
+    Fault(
+        name,
+        Samplers(plugin) if isinstance(plugin, type) else plugin,
+        next(name for name in _TESTS if name.startswith(f"test_{test.partition('[')[0]}"))
+        + "".join(test.partition("[")[1:]),
+        why=why,
+    )
+    for name, plugin, test, why in _FAULTS
+]
+SUITE = SamplerSuite
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_broken_sampler_is_found(fault: Fault) -> None:
+    fault.check(SUITE)
+
+
+# --- the suite's oracle ---------------------------------------------------------------------------
+
+
+def row(prompt: Sequence[int] = (), output: Sequence[int] = (), **params: Any) -> SamplerRow:
+    return SamplerRow(
+        request_id="r",
+        params=SamplingParams(**params),
+        prompt_token_ids=prompt,
+        output_token_ids=output,
+    )
+
+
+def random_logits(size: int, seed: int) -> Tensor:
+    return 3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_the_suites_filters_are_those_of_transformers(size: int, temperature: float) -> None:
+    logits = random_logits(size, size)
+    for top_k, top_p, min_p in product([0, 1, 5, 1000], [1.0, 0.9, 0.3], [0.0, 0.05, 0.5, 1.0]):
+        expected = oracle.TemperatureLogitsWarper(temperature)(None, logits[None])
+        if top_k:
+            expected = oracle.TopKLogitsWarper(top_k)(None, expected)
+        if top_p < 1.0:
+            expected = oracle.TopPLogitsWarper(top_p)(None, expected)
+        if min_p:
+            expected = oracle.MinPLogitsWarper(min_p)(None, expected)
+        found = probabilities(
+            logits, row(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        )
+        torch.testing.assert_close(found.float(), expected[0].softmax(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])
+def test_the_suites_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    logits = random_logits(50, 3)
+    ids = torch.randint(50, (40,), generator=torch.Generator().manual_seed(1))
+    expected = oracle.RepetitionPenaltyLogitsProcessor(penalty)(ids[None], logits[None].clone())
+    found = scores(logits, row(ids[:30].tolist(), ids[30:].tolist(), repetition_penalty=penalty))
+    torch.testing.assert_close(found.float(), expected[0])
+
+
+def test_the_suites_bias_is_that_of_transformers() -> None:
+    logits, bias = random_logits(20, 4), {3: 2.5, 7: -4.0, 0: -math.inf}
+    processor = oracle.SequenceBiasLogitsProcessor([[[i], value] for i, value in bias.items()])
+    expected = processor(torch.zeros(1, 1, dtype=torch.int64), logits[None].clone())[0]
+    torch.testing.assert_close(scores(logits, row(logit_bias=bias)).float(), expected)
+
+
+def test_the_suites_presence_and_frequency_penalties_count_the_output() -> None:
+    found = scores(
+        torch.zeros(4), row([0, 0, 1], [1, 2, 2, 2], presence_penalty=0.5, frequency_penalty=0.25)
+    )
+    assert found.tolist() == [0.0, -0.75, -1.25, 0.0]
