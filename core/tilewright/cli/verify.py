@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         rows = [(finding.name, finding.problem or "ok") for finding in findings]
         print_columns(("FILE", "STATE"), rows)
-        of = f"of {len(findings)} files"
-        print(f"{wrong} {of} changed" if wrong else f"all {of} are as they were written")
+        print(
+            f"{wrong} of {len(findings)} files not as written"
+            if wrong
+            else f"all {len(findings)} files are as they were written"
+        )
     return 1 if wrong else 0

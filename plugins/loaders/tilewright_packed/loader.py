@@ -7,7 +7,15 @@ from attrs import field, frozen
 
 from tilewright import hookimpl, packed
 from tilewright.errors import ModelError
-from tilewright.types import LoadedModel, LoadRequest, PluginInfo
+from tilewright.types import (
+    ExecutorRequest,
+    GenerateConfig,
+    LoadedModel,
+    LoadRequest,
+    Packing,
+    PluginInfo,
+    RuntimeConfig,
+)
 
 tilewright_api = 1
 
@@ -51,3 +59,29 @@ def load_model(request: LoadRequest) -> LoadedModel:
         )
     options = request.options or Options()
     return packed.load(directory, request.formats, request.weight_format, options.verify)
+
+
+@hookimpl
+def write_sample(directory: Path) -> str:
+    """As executor torch wants it."""
+    from tilewright.convert import convert, plan
+    from tilewright.testing.models import make_model
+    from tilewright.weights import typed_tensors
+
+    model = make_model()
+    loaded = LoadedModel(
+        config=model.config,
+        weights=model.source(),
+        text=model.text,
+        generation_defaults=GenerateConfig(),
+        source="sample",
+    )
+    request = ExecutorRequest(
+        model_config=model.config,
+        runtime_config=RuntimeConfig(weight_dtype=model.config.dtype),
+        weights=loaded.weights,
+        options=None,
+    )
+    packing = Packing(executor="tilewright:torch", version=0, weight_dtype=model.config.dtype)
+    convert(plan(loaded, packing, list(typed_tensors(request)), 2**15), directory / "packed")
+    return str(directory / "packed")
