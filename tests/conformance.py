@@ -51,6 +51,13 @@ class Outcome:
         return [name for name, outcome in self.found.items() if outcome == "failed"]
 
 
+def full_name(suite: type, start: str) -> str:
+    """The suite's one test whose name begins so, after test_; what is in brackets stays."""
+    words, bracket, case = start.partition("[")
+    (name,) = (n for n in dir(suite) if n.startswith(f"test_{words}"))
+    return f"{name}{bracket}{case}"
+
+
 def run(suite: type, plugin: Any, only: Sequence[str] = (), /, **fixtures: Any) -> Outcome:
     """Run a suite on a plugin, or only some of its tests. fixtures: values for the suite's."""
     return run_all([(suite, plugin, only, fixtures)])[0]
@@ -59,6 +66,17 @@ def run(suite: type, plugin: Any, only: Sequence[str] = (), /, **fixtures: Any) 
 def run_faults(suite: type, faults: Sequence[Fault], whole: bool = False) -> list[Outcome]:
     """Run on each broken plugin the test that has to fail, or the whole suite."""
     return run_all([(suite, f.plugin, () if whole else (f.test,), f.fixtures) for f in faults])
+
+
+def missed(suite: type, faults: Sequence[Fault]) -> list[str]:
+    """Those that their test does not fail, or fails for another reason, and what it said."""
+    outcomes = run_faults(suite, faults)
+    return [
+        f"{fault.name}: {outcome.why or outcome.found}"
+        for fault, outcome in zip(faults, outcomes, strict=True)
+        if not re.search(fault.why, outcome.why.get(fault.test, ""), re.DOTALL)
+        or outcome.failed != [fault.test]
+    ]
 
 
 def own_tests(suite: type) -> list[str]:
