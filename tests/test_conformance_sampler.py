@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve, field, frozen
-from conformance import Fault
+from conformance import Fault, full_name
 from torch import Tensor
 from transformers.generation import logits_process as oracle
 
@@ -606,14 +606,11 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ),
 ]
 
-_TESTS = [name for name in dir(SamplerSuite) if name.startswith("test_")]
-
 FAULTS = [
     Fault(
         name,
         Samplers(plugin) if isinstance(plugin, type) else plugin,
-        next(name for name in _TESTS if name.startswith(f"test_{test.partition('[')[0]}"))
-        + "".join(test.partition("[")[1:]),
+        full_name(SamplerSuite, test),
         why=why,
     )
     for name, plugin, test, why in _FAULTS

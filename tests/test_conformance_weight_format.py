@@ -1,0 +1,511 @@
+"""The suite of weight formats finds each of these broken ones, by the test that is meant for it."""
+
+import json
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+from conformance import Fault, full_name, run
+from torch import Tensor
+
+from tilewright import hookimpl
+from tilewright.errors import ModelError
+from tilewright.testing import WeightFormatSuite
+from tilewright.testing.models import dtype_name
+from tilewright.types import DTYPES, PluginInfo, TensorInfo
+
+NAME = "weights.raw"
+
+
+class RawSource:
+    """A header in JSON, its length before it in eight bytes, and then the tensors."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.open_file()
+        try:
+            self.read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def open_file(self) -> None:
+        try:
+            self.file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def read_header(self) -> None:
+        size = self.size()
+        length = int.from_bytes(self.pread(8, 0), "little")
+        if not 0 < length <= size - 8:
+            raise ModelError(f"{self.path}: not a file of raw weights, or a part of one")
+        try:
+            header = json.loads(self.pread(length, 8))
+            self.start = 8 + length
+            self.where = {name: offset for name, (_, _, offset) in header.items()}
+            self.infos = {
+                name: TensorInfo(
+                    shape=tuple(shape),
+                    dtype=dtype,
+                    nbytes=torch.Size(shape).numel() * self.dtype(dtype).itemsize,
+                    location=str(self.path),
+                )
+                for name, (dtype, shape, _) in header.items()
+            }
+            for name, info in self.infos.items():
+                if not 0 <= self.where[name] <= size - self.start - info.nbytes:
+                    raise ValueError(f"{name!r} is not within the file")
+        except Exception as error:
+            raise ModelError(f"{self.path}: its header is damaged: {error}") from error
+
+    def size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    @staticmethod
+    def dtype(name: str) -> torch.dtype:
+        if name not in DTYPES:
+            raise ValueError(f"{name!r} is no dtype")
+        return getattr(torch, name)  # type: ignore[no-any-return]
+
+    def pread(self, count: int, offset: int) -> bytes:
+        return os.pread(self.file.fileno(), count, offset)
+
+    def names(self) -> Collection[str]:
+        return self.infos.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        return self.infos[name]
+
+    def get(self, name: str) -> Tensor:
+        info = self.infos[name]
+        return self.made(info, self.pread(info.nbytes, self.start + self.where[name]))
+
+    def made(self, info: TensorInfo, data: bytes) -> Tensor:
+        if len(data) != info.nbytes:
+            raise ModelError(f"{self.path}: ends within a tensor")
+        if not data:
+            return torch.empty(info.shape, dtype=self.dtype(info.dtype))
+        return torch.frombuffer(bytearray(data), dtype=self.dtype(info.dtype)).reshape(info.shape)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Raw:
+    """The format's plugin."""
+
+    tilewright_api = 1
+
+    def __init__(self, source: type[RawSource] = RawSource):
+        self.source = source
+
+    @hookimpl
+    def plugin_info(self) -> PluginInfo:
+        return PluginInfo(summary="raw tensors behind a header")
+
+    @hookimpl
+    def can_open(self, directory: Path) -> Any:
+        return (directory / NAME).is_file()
+
+    @hookimpl
+    def open_weights(self, directory: Path) -> RawSource:
+        return self.source(directory / NAME)
+
+    @hookimpl
+    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        header: dict[str, Any] = {}
+        data = b""
+        for name, tensor in tensors.items():
+            header[name] = (dtype_name(tensor), list(tensor.shape), len(data))
+            data += tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        text = json.dumps(header).encode()
+        (directory / NAME).write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+# --- broken sources -------------------------------------------------------------------------------
+
+
+class Eager(RawSource):
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.read = {name: super(Eager, self).get(name) for name in self.infos}
+
+    def get(self, name: str) -> Tensor:
+        return self.read[name]
+
+
+class EagerForOne(RawSource):
+    """Looks at a small tensor while it opens, and keeps it."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.read = {"c": super().get("c")} if "c" in self.infos else {}
+
+    def get(self, name: str) -> Tensor:
+        return self.read[name] if name in self.read else super().get(name)
+
+
+class ReadsTheFileToCheckIt(RawSource):
+    def open_file(self) -> None:
+        self.path.read_bytes()
+        super().open_file()
+
+
+class SharesAPosition(RawSource):
+    def pread(self, count: int, offset: int) -> bytes:
+        self.file.seek(offset)
+        time.sleep(0)
+        return self.file.read(count)
+
+
+class StaysOpen(RawSource):
+    def close(self) -> None:
+        KEPT.append(self.file)
+
+
+KEPT: list[Any] = []
+
+
+class WipesWhatItGave(RawSource):
+    def get(self, name: str) -> Tensor:
+        tensor = super().get(name)
+        self.given = [*getattr(self, "given", []), tensor]
+        return tensor
+
+    def close(self) -> None:
+        super().close()
+        for tensor in getattr(self, "given", []):
+            tensor.zero_()
+
+
+class OneBuffer(RawSource):
+    """Hands out the same memory again and again."""
+
+    def made(self, info: TensorInfo, data: bytes) -> Tensor:
+        if not hasattr(self, "buffer"):
+            self.buffer = bytearray(2**20)
+        self.buffer[: len(data)] = data
+        of = self.dtype(info.dtype)
+        count = len(data) // of.itemsize
+        return torch.frombuffer(self.buffer, dtype=of, count=count).reshape(info.shape)
+
+
+class ReadsInTurn(RawSource):
+    """Reads on where it read last, as a stream does."""
+
+    def pread(self, count: int, offset: int) -> bytes:
+        data = self.file.read(count)
+        return data if len(data) == count else super().pread(count, offset)
+
+
+class NoSuchTensorIsAModelError(RawSource):
+    def info(self, name: str) -> TensorInfo:
+        if name not in self.infos:
+            raise ModelError(f"{self.path}: no tensor {name!r}")
+        return super().info(name)
+
+
+class NoSuchTensorIsEmpty(RawSource):
+    def get(self, name: str) -> Tensor:
+        return super().get(name) if name in self.infos else torch.empty(0)
+
+
+class CountsElements(RawSource):
+    def info(self, name: str) -> TensorInfo:
+        return evolve(super().info(name), nbytes=torch.Size(super().info(name).shape).numel())
+
+
+class SaysTorch(RawSource):
+    def info(self, name: str) -> TensorInfo:
+        return evolve(super().info(name), dtype=f"torch.{super().info(name).dtype}")
+
+
+class ShapesAreLists(RawSource):
+    def info(self, name: str) -> TensorInfo:
+        return evolve(super().info(name), shape=list(super().info(name).shape))
+
+
+class SaysNoPlace(RawSource):
+    def info(self, name: str) -> TensorInfo:
+        return evolve(super().info(name), location=NAME)
+
+
+class Widens(RawSource):
+    """Gives float32, whatever is stored, and says so."""
+
+    def info(self, name: str) -> TensorInfo:
+        info = super().info(name)
+        return evolve(info, dtype="float32", nbytes=torch.Size(info.shape).numel() * 4)
+
+    def get(self, name: str) -> Tensor:
+        info = super().info(name)
+        data = self.pread(info.nbytes, self.start + self.where[name])
+        return self.made(info, data).float()
+
+
+class RepairsNaN(RawSource):
+    def get(self, name: str) -> Tensor:
+        return super().get(name).nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+
+
+class LosesMinusZero(RawSource):
+    def get(self, name: str) -> Tensor:
+        return super().get(name) + 0.0
+
+
+class ScalarsGetAnAxis(RawSource):
+    def info(self, name: str) -> TensorInfo:
+        info = super().info(name)
+        return evolve(info, shape=info.shape or (1,))
+
+
+class RefusesNothing(RawSource):
+    """An empty tensor has no bytes to make it from."""
+
+    def made(self, info: TensorInfo, data: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=self.dtype(info.dtype)).reshape(info.shape)
+
+
+class PadsWithZeros(RawSource):
+    def size(self) -> int:
+        return 2**30
+
+    def pread(self, count: int, offset: int) -> bytes:
+        return super().pread(count, offset).ljust(count, b"\0")
+
+
+class FailsAsPythonDoes(RawSource):
+    def read_header(self) -> None:
+        length = int.from_bytes(self.pread(8, 0), "little")
+        json.loads(self.pread(min(length, 2**20), 8))
+        super().read_header()
+
+
+class FailsAtLength(RawSource):
+    def read_header(self) -> None:
+        try:
+            super().read_header()
+        except ModelError as error:
+            raise ModelError(f"{error}\nsee the manual") from error
+
+
+class BelievesItsHeader(RawSource):
+    @staticmethod
+    def dtype(name: str) -> torch.dtype:
+        return getattr(torch, name)  # type: ignore[no-any-return]
+
+    def read_header(self) -> None:
+        length = int.from_bytes(self.pread(8, 0), "little")
+        if not 0 < length <= self.size() - 8:
+            raise ModelError(f"{self.path}: not a file of raw weights, or a part of one")
+        try:
+            header = json.loads(self.pread(length, 8))
+        except ValueError as error:
+            raise ModelError(f"{self.path}: its header is damaged: {error}") from error
+        for _, (dtype, _, _) in header.items():
+            self.dtype(dtype)
+        super().read_header()
+
+
+class WritesAnIndex(RawSource):
+    def __init__(self, path: Path):
+        super().__init__(path)
+        path.with_suffix(".index").write_text(",".join(self.infos))
+
+
+class SetsTheDefaultDtype(RawSource):
+    def get(self, name: str) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        return super().get(name)
+
+
+class SeedsTorch(RawSource):
+    def made(self, info: TensorInfo, data: bytes) -> Tensor:
+        torch.rand(1)
+        return super().made(info, data)
+
+
+FILES: dict[Path, Any] = {}
+
+
+class OneFileForAll(RawSource):
+    def open_file(self) -> None:
+        if self.path not in FILES or FILES[self.path].closed:
+            FILES[self.path] = self.path.open("rb", buffering=0)
+        self.file = FILES[self.path]
+
+
+class NamesRunOut(RawSource):
+    def names(self) -> Any:
+        return iter(super().names())
+
+
+# --- broken plugins -------------------------------------------------------------------------------
+
+
+class LooksInside(Raw):
+    @hookimpl
+    def can_open(self, directory: Path) -> bool:
+        path = directory / NAME
+        return path.is_file() and path.read_bytes()[8:9] == b"{"
+
+
+class OpensAnything(Raw):
+    @hookimpl
+    def can_open(self, directory: Path) -> bool:
+        return directory.is_dir()
+
+
+class OpensNothingElse(Raw):
+    @hookimpl
+    def can_open(self, directory: Path) -> bool:
+        return directory.is_dir() and os.listdir(directory) == [NAME]
+
+
+class NeedsADirectory(Raw):
+    @hookimpl
+    def can_open(self, directory: Path) -> bool:
+        return NAME in os.listdir(directory)
+
+
+class AnswersWithFiles(Raw):
+    @hookimpl
+    def can_open(self, directory: Path) -> list[Path]:
+        return list(directory.glob(NAME))
+
+
+class FailsWithoutFiles(Raw):
+    @hookimpl
+    def open_weights(self, directory: Path) -> RawSource:
+        os.stat(directory / NAME)
+        return self.source(directory / NAME)
+
+
+# name, plugin or the class of its sources, test that fails, words of the failure
+_FAULTS: list[tuple[str, Any, str, str]] = [
+    ("reads all while it opens", Eager, "weights_are_not_read_before", "4 of 4 tensors"),
+    ("reads one while it opens", EagerForOne, "weights_are_not_read_before", "1 of 4 tensors"),
+    ("reads the file to check it", ReadsTheFileToCheckIt, "opening_reads_headers", "headers only"),
+    ("shares a file position", SharesAPosition, "threads_read_what", "share a file position"),
+    ("stays open", StaysOpen, "closing_closes_the_files", "stayed open"),
+    ("wipes what it gave", WipesWhatItGave, "tensors_stay_valid", "must outlive close"),
+    ("hands out one buffer", OneBuffer, "tensors_stay_valid", "must outlive close"),
+    ("reads in turn", ReadsInTurn, "reading_a_tensor_twice", "in any order"),
+    (
+        "answers an unknown name with ModelError",
+        NoSuchTensorIsAModelError,
+        "an_unknown_name_is_a_key_error",
+        "must raise KeyError",
+    ),
+    (
+        "answers an unknown name with nothing",
+        NoSuchTensorIsEmpty,
+        "an_unknown_name_is_a_key_error",
+        "must raise KeyError",
+    ),
+    ("counts elements for bytes", CountsElements, "info_says_of_each_tensor", "nbytes"),
+    ("names dtypes as torch does", SaysTorch, "info_says_of_each_tensor", r"torch\.float32"),
+    (
+        "gives shapes that are no tuples",
+        ShapesAreLists,
+        "info_says_of_each_tensor",
+        "must say the shape",
+    ),
+    ("gives its names once", NamesRunOut, "info_says_of_each_tensor", "len()"),
+    ("names no place", SaysNoPlace, "the_location_names_the_file", "must be the path"),
+    ("widens to float32", Widens, "every_bit_is_read_as_it_was_written[bfloat16]", "bfloat16"),
+    ("repairs NaN", RepairsNaN, "every_bit_is_read_as_it_was_written[float32]", "every bit"),
+    ("loses -0", LosesMinusZero, "every_bit_is_read_as_it_was_written[float16]", "every bit"),
+    ("gives scalars an axis", ScalarsGetAnAxis, "tensors_of_any_shape[scalars]", r"\(1,\)"),
+    ("has no empty tensors", RefusesNothing, "tensors_of_any_shape[empty tensors]", "ValueError"),
+    ("pads with zeros", PadsWithZeros, "a_file_that_is_cut[in half]", "other tensors"),
+    ("fails as Python does", FailsAsPythonDoes, "a_file_that_is_cut[to nothing]", "JSONDecode"),
+    ("says it at length", FailsAtLength, "a_file_that_is_cut[in half]", "one line"),
+    ("takes text for weights", FailsAsPythonDoes, "a_file_of_other_bytes", "UnicodeDecode|JSON"),
+    ("believes its header", BelievesItsHeader, "a_changed_byte_raises", "AttributeError|TypeError"),
+    ("fails where no file is", FailsWithoutFiles(), "a_file_that_is_not_there", "FileNotFound"),
+    (
+        "fails where no directory is",
+        FailsWithoutFiles(),
+        "a_directory_without_weights",
+        "FileNotFound",
+    ),
+    ("writes an index", WritesAnIndex, "opening_and_reading_change_no_file", "weights.index"),
+    (
+        "sets the default dtype",
+        SetsTheDefaultDtype,
+        "opening_and_reading_leave_the_process",
+        "default dtype",
+    ),
+    ("draws from torch", SeedsTorch, "opening_and_reading_leave_the_process", "random state"),
+    ("has one file for all", OneFileForAll, "closing_one_source_leaves_another", "closed file"),
+    ("looks inside", LooksInside(), "can_open_looks_at_names_only", "names only"),
+    ("opens anything", OpensAnything(), "can_open_is_false_of_other", "an empty directory"),
+    ("opens nothing that has more", OpensNothingElse(), "can_open_finds_its_own", "other files"),
+    ("asks only directories", NeedsADirectory(), "can_open_is_false_of_other", "FileNotFound"),
+    ("answers with files", AnswersWithFiles(), "can_open_finds_its_own", "True or False"),
+]
+
+FAULTS = [
+    Fault(
+        name,
+        Raw(plugin) if isinstance(plugin, type) else plugin,
+        full_name(WeightFormatSuite, test),
+        why=why,
+    )
+    for name, plugin, test, why in _FAULTS
+]
+SUITE = WeightFormatSuite
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_broken_format_is_found(fault: Fault) -> None:
+    fault.check(SUITE)
+
+
+def test_a_right_format_passes() -> None:
+    found = run(SUITE, Raw()).found
+    # It is of no module that a fresh process could import.
+    assert [name for name, outcome in found.items() if outcome != "passed"] == [
+        "test_importing_it_leaves_the_process_as_it_was"
+    ]
+
+
+def test_what_a_format_does_not_have_is_left_out() -> None:
+    """Formats of other tools lack bfloat16, or scalars."""
+
+    class Old(Raw):
+        @hookimpl
+        def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+            if any(t.dtype == torch.bfloat16 for t in tensors.values()):
+                raise TypeError("no bfloat16")
+            if any(t.ndim == 0 for t in tensors.values()):
+                raise ValueError("no scalars")
+            super().write_weights(directory, tensors)
+
+    tests = ["every_bit_is_read_as_it_was_written[bfloat16]", "tensors_of_any_shape[scalars]"]
+    for test in [full_name(SUITE, name) for name in tests]:
+        assert run(SUITE, Old(), [test]).found == {test.partition("[")[0]: "skipped"}
+    right = [full_name(SUITE, name) for name in ("every_bit_is_read_as_it_was_written[float16]",)]
+    assert set(run(SUITE, Old(), right).found.values()) == {"passed"}
+
+
+def test_a_format_that_writes_nothing_is_not_tested() -> None:
+    class ReadOnly(Raw):
+        write_weights = None
+
+    found = run(SUITE, ReadOnly(), ["test_can_open_finds_its_own_files"]).found
+    assert found == {"test_can_open_finds_its_own_files": "skipped"}
