@@ -7,6 +7,7 @@ mistake in several models, and prints what a comparison says of each.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -124,6 +125,9 @@ class Mistake:
     way: Way
     stage: tuple[str, ...]
     """Where it shows first: any of these is right."""
+    cause: str | None = None
+    """What a comparison must say of why, as a regular expression; None where it knows no such
+    mistake."""
     phases: tuple[str, ...] = ("prefill", "decode", "both")
     """In which it can show."""
     shows: Callable[[ModelConfig, str], bool] = lambda config, dtype: True
@@ -218,140 +222,228 @@ MISTAKES: dict[str, Mistake] = {
     # Weights
     "q transposed": Mistake(
         way=Way(weights=changed("q_proj", lambda w: w.T)),
+        cause="q_proj's weight is transposed",
         stage=("q_proj",),
         shows=lambda c, dtype: c.num_heads * c.head_dim == c.hidden_size,
         weight="q_proj.weight",
     ),
     "o transposed": Mistake(
         way=Way(weights=changed("o_proj", lambda w: w.T)),
+        cause="o_proj's weight is transposed",
         stage=("o_proj",),
         shows=lambda c, dtype: c.num_heads * c.head_dim == c.hidden_size,
         weight="o_proj.weight",
     ),
     "o reshaped, not transposed": Mistake(
         way=Way(weights=changed("o_proj", lambda w: w.T.reshape(w.shape))),
+        cause="o_proj's (transposed weight is read as if it were not|weight is transposed)",
         stage=("o_proj",),
         weight="o_proj.weight",
     ),
     "k in interleaved order": Mistake(
-        way=Way(weights=interleaved_rows), stage=("k_proj",), weight="k_proj.weight"
+        way=Way(weights=interleaved_rows),
+        cause="rows of k_proj are reordered for RoPE that turns neighbours",
+        stage=("k_proj",),
+        weight="k_proj.weight",
     ),
     "k and v swapped": Mistake(
-        way=Way(weights=swapped("k_proj", "v_proj")), stage=("k_proj",), weight="k_proj.weight"
+        way=Way(weights=swapped("k_proj", "v_proj")),
+        cause="k_proj and v_proj are swapped",
+        stage=("k_proj",),
+        weight="k_proj.weight",
     ),
     "down in another order": Mistake(
         way=Way(weights=changed("down_proj", lambda w: w.roll(1, 1))),
+        cause="down_proj's columns are shifted by one",
         stage=("down_proj",),
         weight="down_proj.weight",
     ),
     "gate and up swapped": Mistake(
         way=Way(weights=swapped("gate_proj", "up_proj")),
+        cause="gate_proj and up_proj are swapped",
         stage=("gate_proj",),
         weight="gate_proj.weight",
     ),
     "bias missing": Mistake(
         way=Way(weights=changed("q_proj.bias", torch.zeros_like)),
+        cause="q_proj's bias is missing",
         stage=("q_proj",),
         shows=lambda c, dtype: c.qkv_bias,
         weight="q_proj.bias",
     ),
     # Norms
     "q-norm missing": Mistake(
-        way=Way(q_norm=lambda x, w, eps: x.float()), stage=("q_norm",), shows=with_qk_norm
+        way=Way(q_norm=lambda x, w, eps: x.float()),
+        cause="q_norm is missing",
+        stage=("q_norm",),
+        shows=with_qk_norm,
     ),
     "k-norm missing": Mistake(
-        way=Way(k_norm=lambda x, w, eps: x.float()), stage=("k_norm",), shows=with_qk_norm
+        way=Way(k_norm=lambda x, w, eps: x.float()),
+        cause="k_norm is missing",
+        stage=("k_norm",),
+        shows=with_qk_norm,
     ),
     "q-norm and k-norm swapped": Mistake(
         way=Way(weights=swapped("q_norm", "k_norm")),
+        cause="q_norm and k_norm are swapped",
         stage=("q_norm",),
         shows=with_qk_norm,
         weight="q_norm.weight",
     ),
     "q-norm and k-norm after RoPE": Mistake(
-        way=Way(norm_after_rope=True), stage=("q_norm",), shows=with_qk_norm
+        way=Way(norm_after_rope=True),
+        cause="q_norm and k_norm come after RoPE",
+        stage=("q_norm",),
+        shows=with_qk_norm,
     ),
     "eps too large": Mistake(
-        way=Way(attn_norm=lambda x, w, eps: norm(x, w, 0.1)), stage=("attn_norm",)
+        way=Way(attn_norm=lambda x, w, eps: norm(x, w, 0.1)),
+        cause=r"attn_norm has an eps of about 0\.1,",
+        stage=("attn_norm",),
     ),
     "norm without weight": Mistake(
-        way=Way(attn_norm=lambda x, w, eps: norm(x, torch.ones_like(w), eps)), stage=("attn_norm",)
+        way=Way(attn_norm=lambda x, w, eps: norm(x, torch.ones_like(w), eps)),
+        cause="attn_norm is without its weight",
+        stage=("attn_norm",),
     ),
     "norm with weight + 1": Mistake(
-        way=Way(mlp_norm=lambda x, w, eps: norm(x, w + 1, eps)), stage=("mlp_norm",)
+        way=Way(mlp_norm=lambda x, w, eps: norm(x, w + 1, eps)),
+        cause="mlp_norm has 1 added to its weight",
+        stage=("mlp_norm",),
     ),
-    "norm over tokens": Mistake(way=Way(mlp_norm=over_tokens), stage=("mlp_norm",)),
+    "norm over tokens": Mistake(
+        way=Way(mlp_norm=over_tokens), cause="mlp_norm is taken over tokens", stage=("mlp_norm",)
+    ),
     # RoPE
-    "RoPE interleaved": Mistake(way=Way(rotate=neighbours), stage=("q_rope",)),
-    "RoPE with another theta": Mistake(way=Way(angles=with_rope(theta=2e4)), stage=("q_rope",)),
+    "RoPE interleaved": Mistake(
+        way=Way(rotate=neighbours), cause="RoPE turns neighbouring dimensions", stage=("q_rope",)
+    ),
+    "RoPE with another theta": Mistake(
+        way=Way(angles=with_rope(theta=2e4)),
+        cause=r"RoPE's theta is about (1\.9\d?|2|2\.0\d?)e\+04",
+        stage=("q_rope",),
+    ),
     "RoPE unscaled": Mistake(
         way=Way(angles=lambda c, b: with_rope(kind="default")(c, b)),
+        cause="RoPE is not scaled",
         stage=("q_rope",),
         shows=lambda c, dtype: c.rope.kind in ("linear", "llama3"),
     ),
-    "positions off by one": Mistake(way=Way(angles=at(lambda p: p + 1)), stage=("q_rope",)),
-    "RoPE table too short": Mistake(
-        way=Way(angles=at(lambda p: p.clamp(max=8))), stage=("q_rope",)
+    "positions off by one": Mistake(
+        way=Way(angles=at(lambda p: p + 1)),
+        cause="RoPE's positions are ahead by one",
+        stage=("q_rope",),
     ),
-    "RoPE missing": Mistake(way=Way(rotate=lambda x, angle: x.float()), stage=("q_rope",)),
+    "RoPE table too short": Mistake(
+        way=Way(angles=at(lambda p: p.clamp(max=8))),
+        cause="RoPE's table ends at position 8",
+        stage=("q_rope",),
+    ),
+    "RoPE missing": Mistake(
+        way=Way(rotate=lambda x, angle: x.float()), cause="RoPE is missing", stage=("q_rope",)
+    ),
     # Attention
     "heads tiled": Mistake(
         way=Way(spread=lambda kv, group: kv.repeat(1, group, 1)),
+        cause="KV heads are tiled",
         stage=("attention",),
         shows=grouped,
     ),
-    "scale missing": Mistake(way=Way(scale=lambda d: 1.0), stage=("attention",)),
-    "scale applied twice": Mistake(way=Way(scale=lambda d: 1.0 / d), stage=("attention",)),
+    "scale missing": Mistake(
+        way=Way(scale=lambda d: 1.0), cause="attention scale is missing", stage=("attention",)
+    ),
+    "scale applied twice": Mistake(
+        way=Way(scale=lambda d: 1.0 / d),
+        cause="attention scale is applied twice",
+        stage=("attention",),
+    ),
     "mask hides the token itself": Mistake(
-        way=Way(visible=lambda q, k: (k < q) | ((q == 0) & (k == 0))), stage=("attention",)
+        way=Way(visible=lambda q, k: (k < q) | ((q == 0) & (k == 0))),
+        cause="causal mask hides the token itself",
+        stage=("attention",),
     ),
     "mask shows the next token": Mistake(
-        way=Way(visible=lambda q, k: k <= q + 1), stage=("attention",), phases=("prefill", "both")
+        way=Way(visible=lambda q, k: k <= q + 1),
+        cause="causal mask shows the next token",
+        stage=("attention",),
+        phases=("prefill", "both"),
     ),
     "mask missing": Mistake(
-        way=Way(visible=lambda q, k: k >= 0), stage=("attention",), phases=("prefill", "both")
+        way=Way(visible=lambda q, k: k >= 0),
+        cause="causal mask is missing",
+        stage=("attention",),
+        phases=("prefill", "both"),
     ),
     "padding attended to": Mistake(
         way=Way(visible=lambda q, k: (k <= q) | (k > q.max()), whole_pages=True),
+        cause="padding up to the end of the page is attended to",
         stage=("attention",),
     ),
     "window ignored": Mistake(
         way=Way(windowed=False),
+        cause="sliding window is ignored",
         stage=("attention",),
         shows=lambda c, dtype: any(c.sliding_windows),
     ),
     # KV cache
     "slot not advanced": Mistake(
-        way=Way(slots=slots_of_the_token_before), stage=("k_cache",), phases=("decode",)
+        way=Way(slots=slots_of_the_token_before),
+        cause="the slot is not advanced",
+        stage=("k_cache",),
+        phases=("decode",),
     ),
-    "rows of a page turned round": Mistake(way=Way(slots=slots_turned), stage=("k_cache",)),
-    "written after attention": Mistake(way=Way(written_late=True), stage=("attention",)),
+    "rows of a page turned round": Mistake(
+        way=Way(slots=slots_turned), cause="the slots of a page are in reverse", stage=("k_cache",)
+    ),
+    "written after attention": Mistake(
+        way=Way(written_late=True),
+        cause="keys and values are written after attention",
+        stage=("attention",),
+    ),
     "keys cached before RoPE": Mistake(
-        way=Way(cached_key=lambda before, rotated: before), stage=("k_cache",)
+        way=Way(cached_key=lambda before, rotated: before),
+        cause="keys are cached before RoPE",
+        stage=("k_cache",),
     ),
     "another sequence's pages": Mistake(
-        way=Way(table=lambda table: table.roll(1, 0)), stage=("attention",)
+        way=Way(table=lambda table: table.roll(1, 0)),
+        cause="the pages of the sequence before are read",
+        stage=("attention",),
     ),
     # Sums, rounding, activation
-    "residual missing": Mistake(way=Way(attn_residual=lambda x, h, o: o), stage=("attn_residual",)),
+    "residual missing": Mistake(
+        way=Way(attn_residual=lambda x, h, o: o),
+        cause="the first residual is missing",
+        stage=("attn_residual",),
+    ),
     "residual of the norm": Mistake(
-        way=Way(attn_residual=lambda x, h, o: h.float() + o), stage=("attn_residual",)
+        way=Way(attn_residual=lambda x, h, o: h.float() + o),
+        cause="the first residual is attn_norm",
+        stage=("attn_residual",),
     ),
     "residual from before attention": Mistake(
-        way=Way(mlp_residual=lambda x, middle, down: x.float() + down), stage=("output",)
+        way=Way(mlp_residual=lambda x, middle, down: x.float() + down),
+        cause="the second residual is the layer's input",
+        stage=("output",),
     ),
     "casts truncate": Mistake(
         way=Way(cast=truncated),
+        cause="casts cut digits off",
         stage=("attn_norm", "q_proj"),
         phases=("prefill", "both"),  # a decode step of three rows has too few errors to tell
         shows=in_16_bits,
         faint=True,
     ),
     "added up in bfloat16": Mistake(
-        way=Way(product=added_in_bfloat16), stage=("q_proj",), faint=True
+        way=Way(product=added_in_bfloat16),
+        cause="products are added up in bfloat16",
+        stage=("q_proj",),
+        faint=True,
     ),
     "gelu for silu": Mistake(
         way=Way(activation=lambda gate, up: F.gelu(gate) * up),
+        cause="the activation is GELU",
         stage=("activation",),
         faint=True,
     ),
@@ -362,14 +454,20 @@ MISTAKES: dict[str, Mistake] = {
     # After the last layer
     "final norm without weight": Mistake(
         way=Way(final_norm=lambda x, w, eps: norm(x, torch.ones_like(w), eps)),
+        cause="final_norm is without its weight",
         stage=("final_norm",),
         head=True,
     ),
     "head tied by mistake": Mistake(
-        way=Way(head=lambda model: model.embedding), stage=("logits",), shows=own_head, head=True
+        way=Way(head=lambda model: model.embedding),
+        cause="the head is tied to the embedding",
+        stage=("logits",),
+        shows=own_head,
+        head=True,
     ),
     "padded vocabulary wins": Mistake(
         way=Way(logits=lambda logits: F.pad(logits, (0, 13), value=99.0)),
+        cause="13 rows of padding",
         stage=("logits",),
         head=True,
     ),
@@ -607,7 +705,7 @@ class Plant:
             list(prompts(vocab, [21, 9, 5])),
             new_tokens=3,
             chunk=16,
-            isolate=MISTAKES[self.mistake].faint,
+            isolate=self.mistake in MISTAKES and MISTAKES[self.mistake].faint,
         )
 
     def located(self, found: Comparison) -> bool:
@@ -621,6 +719,12 @@ class Plant:
         """Whether it names the stage."""
         first = found.divergence
         return first is not None and first.place.stage in MISTAKES[self.mistake].stage
+
+    def explained(self, found: Comparison) -> bool:
+        """Whether it names the mistake, alone or with others that look the same."""
+        cause = MISTAKES[self.mistake].cause
+        named = found.reason.named if found.reason else ()
+        return cause is not None and any(re.search(cause, e.mistake) for e in named)
 
 
 def plants(model: str) -> Iterator[Plant]:
@@ -663,9 +767,15 @@ def main() -> None:
                 place = first.place if first else None
                 where = f"{place.mode} {place.phase}, {place.tensor}" if place else "nothing"
                 packed = next((w.name for w in found.weights if not w.passed), "")
-                count.update(planted=1, located=plant.located(found), staged=plant.staged(found))
-                marks = "".join(" !"[not ok] for ok in (plant.located(found), plant.staged(found)))
-                print(f"{marks} {plant!s:75} {where:40} {packed}", flush=True)
+                right = {
+                    "located": plant.located(found),
+                    "staged": plant.staged(found),
+                    "explained": plant.explained(found),
+                }
+                count.update(planted=1, **right)
+                marks = "".join(" !"[not ok] for ok in right.values())
+                why = " or ".join(e.mistake for e in found.reason.named) if found.reason else ""
+                print(f"{marks} {plant!s:75} {where:40} {why:60} {packed}", flush=True)
     print(dict(count))
 
 

@@ -18,7 +18,7 @@ from test_third_party_plugins import documented
 
 from tilewright.cli import main
 from tilewright.compare import picture
-from tilewright.compare.judge import Finding, LogitsAgreement, Place
+from tilewright.compare.judge import Finding, Limits, LogitsAgreement, Place
 from tilewright.compare.metrics import difference
 from tilewright.compare.page import html
 from tilewright.compare.report import grouped, record, text
@@ -132,6 +132,39 @@ def test_the_reports_of_a_wrong_layer_agree(capsys, wrong_layer, tmp_path):
     assert {f["tensor"] for f in alone} == {"layers.1.output"}
 
 
+def test_a_tolerance_of_the_user_decides(capsys, wrong_layer):
+    wide = ["--tolerance", "*:relative_rms=0.3", "--tolerance", "*:max_abs=0"]
+    assert compared(capsys, *SHORT, *SEVEN, *wide)[0] == 0
+    code, out, _ = compared(
+        capsys, *SHORT, *SEVEN, "--json", "--tolerance", "layers.1.output:cosine=0.9"
+    )
+    report = json.loads(out)
+    assert code == 1, "what comes of the output has limits still"
+    given = {f["tolerance"] for f in report["findings"] if f["tensor"] == "layers.1.output"}
+    assert given == {"layers.1.output: cosine >= 0.9"}
+
+
+def test_an_executor_that_fails_leaves_a_report_and_ends_with_code_2(capsys, tmp_path, monkeypatch):
+    run_head = TorchExecutor.run_head
+
+    def fails(self, hidden, tap=None):
+        if self.kv_cache_spec.page_size == 7:
+            raise RuntimeError("out of\nmemory")
+        return run_head(self, hidden, tap)
+
+    monkeypatch.setattr(TorchExecutor, "run_head", fails)
+    page = tmp_path / "page.html"
+    code, out, err = compared(capsys, *SHORT, *SEVEN, "--json", "--html", str(page))
+    assert code == 2
+    assert err.startswith("tilewright: error: candidate failed in prefill, head: RuntimeError: out")
+    assert err.count("\n") == 1
+    report = json.loads(out)
+    assert (report["verdict"], report["finished"]) == ("unfinished", False)
+    assert report["failure"] in err
+    assert len(report["findings"]) > 40
+    assert "out of memory" in page.read_text()
+
+
 def test_a_run_file_is_the_candidate(capsys, tmp_path, wrong_layer):
     path = tmp_path / "run.toml"
     path.write_text(
@@ -173,6 +206,10 @@ def test_the_demo_model_has_a_prompt_of_its_own(capsys):
         ([*SEVEN, "--model", "no/such/folder"], "no/such/folder"),
         ([*SEVEN, "--prompt", ""], "--prompt: the prompt is empty"),
         (["no/such/run.toml"], "no/such/run.toml"),
+        ([*SEVEN, "--tolerance", "max_abs=1"], "expected PATTERN:METRIC=BOUND with a bound"),
+        ([*SEVEN, "--tolerance", "*:max_abs=-1"], "expected PATTERN:METRIC=BOUND with a bound"),
+        ([*SEVEN, "--tolerance", "*:maxabs=1"], "did you mean 'max_abs'?"),
+        ([*SEVEN, "--tolerance", "layer.*:nmse=1"], "'layer.*' is for no tensor that is compared"),
         ([*EMULATED, "-o", "candidate.runtime.weight_dtype=float32"], "kernels in bfloat16"),
     ],
 )
@@ -206,6 +243,8 @@ def made(layers: int, steps: int, wrong: int | None = None) -> Comparison:
                     step=step,
                     tensor=f"layers.{layer}.{stage}",
                 )
+                most = off.relative_rms * (2 if passed else 1e-4)
+                limits = Limits(relative_rms=most, worst_row=1.0, gain=1.0)
                 comparison.findings.append(
                     Finding(
                         place=place,
@@ -213,7 +252,8 @@ def made(layers: int, steps: int, wrong: int | None = None) -> Comparison:
                         why="" if passed else "<too> large",
                         candidate=off,
                         baseline=off,
-                        limit=off.relative_rms * (2 if passed else 1e-4),
+                        limits=limits,
+                        excess=limits.excess(off, 0.0),
                     )
                 )
         comparison.logits.append(
@@ -273,7 +313,7 @@ def test_numbers_that_json_has_no_word_for_are_null():
     nan, zero = torch.tensor([[math.nan, 1.0]]), torch.tensor([[0.0, 0.0]])
     place = Place(mode="chained", phase="prefill", step=0, tensor="logits")
     comparison.findings += [
-        Finding(place=place, passed=False, why="off", candidate=difference(nan, zero), limit=1.0),
+        Finding(place=place, passed=False, why="off", candidate=difference(nan, zero)),
         Finding(place=place, passed=False, why="the candidate has no such tensor"),
     ]
     written = json.dumps(record(comparison), allow_nan=False)

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from planted import MISTAKES, Plant, installed, plants
+from attrs import evolve
+from planted import MISTAKES, Plant, Way, installed, plants
 from reference_models import CONFIGS, prompts, write_model
 from transformers import (
     LlamaConfig,
@@ -24,8 +27,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from tilewright.compare import Choice, Comparison, compare
+from tilewright import hookimpl
+from tilewright.compare import Choice, Comparison, Tolerance, compare
+from tilewright.compare.layer import Case, Operations
 from tilewright.config import DEMO_MODEL
+from tilewright.errors import ConfigError
 from tilewright.types import RuntimeConfig
 
 TORCH = Choice(executor="torch")
@@ -62,12 +68,17 @@ def test_every_mistake_is_planted():
 
 
 @pytest.mark.parametrize("plant", ONE_EACH + IN_THE_DEMO, ids=str)
-def test_a_planted_mistake_is_found_in_its_layer_phase_and_stage(plant: Plant, models: Path):
+def test_a_planted_mistake_is_found_in_its_layer_phase_and_stage_and_named(
+    plant: Plant, models: Path
+):
     found = plant.compare(models)
     assert not found.equal
     assert found.divergence is not None
     assert plant.located(found), found.sentence
     assert plant.staged(found), found.sentence
+    assert found.reason is not None
+    assert found.reason.broken == ()
+    assert plant.explained(found) == bool(MISTAKES[plant.mistake].cause), found.reason.best[:3]
     wrong = [w.name for w in found.weights if not w.passed]
     packed = MISTAKES[plant.mistake].weight
     if packed and plant.phase == "both":
@@ -93,6 +104,8 @@ def test_all_mistakes_in_all_models(models: Path):
     assert [str(p) for p, comparison in found if not p.located(comparison)] == []
     unstaged = [str(p) for p, comparison in found if not p.staged(comparison)]
     assert len(unstaged) <= len(found) // 12, unstaged
+    unexplained = [str(p) for p, comparison in found if not p.explained(comparison)]
+    assert len(unexplained) <= len(found) // 6, unexplained
 
 
 def a_model(seed: int) -> PreTrainedConfig:
@@ -247,6 +260,120 @@ def test_logits_of_a_padded_vocabulary_are_of_another_shape(models: Path):
     found = plant("padded vocabulary wins").compare(models)
     assert "its shape is [2, 144], expected [2, 131]" in found.sentence
     assert found.logits == []
+
+
+def test_what_no_known_mistake_explains_is_said_to_be_so(models: Path):
+    reason = plant("activation overflows").compare(models).reason
+    assert reason is not None
+    assert (reason.named, reason.sureness) == ((), "none")
+    assert reason.tried > 100
+
+
+def test_a_plugin_adds_mistakes_of_its_own_to_those_that_are_tried(models: Path, monkeypatch):
+    def scaled(case: Case) -> Iterator[tuple[str, Operations]]:
+        if case.layer is not None:
+            yield "the MLP is halved", Operations(activation=lambda g, u: F.silu(g) * u / 2)
+
+    def unable(case: Case) -> Iterator[tuple[str, Operations]]:
+        raise RuntimeError("no such case")
+
+    halved = evolve(MISTAKES["gelu for silu"], way=Way(activation=lambda g, u: F.silu(g) * u / 2))
+    monkeypatch.setitem(MISTAKES, "gelu for silu", halved)
+    reason = plant("gelu for silu").compare(models).reason
+    assert reason is not None
+    assert reason.named == ()
+    monkeypatch.setattr(
+        planted, "hypotheses", hookimpl(lambda: [scaled, unable], specname="hypotheses"), False
+    )
+    reason = plant("gelu for silu").compare(models).reason
+    assert reason is not None
+    assert [e.mistake for e in reason.named] == ["the MLP is halved"]
+    assert reason.sureness == "sure"
+    (broken,) = reason.broken
+    assert broken.startswith("unable: RuntimeError: no such case")
+
+
+def tolerated(models: Path, *tolerances: Tolerance) -> Comparison:
+    """Of a model whose layer 1 has an RMSNorm with too large an eps."""
+    candidate = plant("eps too large")
+    directory = models / candidate.model
+    candidate.compare(models)
+    options = {"mistake": candidate.mistake, "layer": 1}
+    choice = Choice(executor="planted", options=options)
+    return compare(directory, TORCH, choice, PROMPTS, new_tokens=2, tolerances=tolerances)
+
+
+def test_a_tolerance_decides_in_place_of_what_rounding_explains(models: Path):
+    assert not tolerated(models).equal
+    assert tolerated(models, Tolerance("*", "relative_rms", 0.5)).equal
+    assert tolerated(models, Tolerance("*", "cosine", 0.5)).equal
+    strict = tolerated(models, Tolerance("layers.0.o_proj", "max_abs", 0.0))
+    wrong = {f.place.tensor: f for f in strict.findings if not f.passed}
+    assert "its max_abs is " in wrong["layers.0.o_proj"].why
+    assert "where at most 0 is tolerated" in wrong["layers.0.o_proj"].why
+    assert "layers.1.attn_norm" in wrong, "other tensors keep their limits"
+
+
+def test_the_first_tolerance_that_fits_a_name_counts(models: Path):
+    wide = Tolerance("layers.1.*", "relative_rms", 0.9)
+    assert tolerated(models, wide, Tolerance("*", "relative_rms", 0.5)).equal
+    assert not tolerated(models, Tolerance("*attn_norm", "max_abs", 0.0), wide).equal
+
+
+def test_a_tolerance_for_no_tensor_or_figure_is_an_error(models: Path):
+    with pytest.raises(ConfigError, match=r"'layers.*.atention' is for no tensor.*did you mean"):
+        tolerated(models, Tolerance("layers.*.atention", "nmse", 1.0))
+    with pytest.raises(ConfigError, match="no figure is named 'rms'"):
+        Tolerance("*", "rms", 1.0)
+
+
+def test_an_executor_that_fails_in_a_step_ends_the_comparison_with_what_there_is(
+    models: Path, monkeypatch
+):
+    run_layer = planted.PlantedExecutor.run_layer
+
+    def fails(self, layer, hidden, batch, tap=None):
+        if layer == 1 and len(hidden) == len(batch.context_lens):
+            raise ValueError("the queue is full")
+        return run_layer(self, layer, hidden, batch, tap)
+
+    monkeypatch.setattr(planted.PlantedExecutor, "run_layer", fails)
+    found = plant("none").compare(models)
+    assert not found.finished
+    assert not found.equal
+    assert found.sentence.startswith(
+        "candidate failed in decode, layer 1: ValueError: the queue is"
+    )
+    assert len(found.findings) > 40
+    assert "test_compare.py" in found.failure, "the place in the plugin's code"
+
+
+def test_a_stage_that_is_tapped_in_some_layers_only_is_wrong(models: Path, monkeypatch):
+    run_layer = planted.PlantedExecutor.run_layer
+
+    def uneven(self, layer, hidden, batch, tap=None):
+        stages = ("attention",) if layer == 0 else ("o_proj",)
+        kept = lambda name, x: None if name.endswith(stages) else tap(name, x)  # noqa: E731
+        return run_layer(self, layer, hidden, batch, tap and kept)
+
+    monkeypatch.setattr(planted.PlantedExecutor, "run_layer", uneven)
+    found = plant("none").compare(models)
+    wrong = {f.place.tensor: f.why for f in found.findings if not f.passed}
+    assert wrong["layers.1.o_proj"] == "the candidate has no such tensor"
+    assert "has not had it everywhere before" in wrong["layers.1.attention"]
+
+
+def test_a_chunk_of_one_token_is_run_as_decode_and_called_so(models: Path):
+    candidate = plant("none")
+    candidate.compare(models)
+    found = compare(
+        models / candidate.model, TORCH, Choice(executor="planted"), [[5, 6, 7]], chunk=2
+    )
+    assert [f.place.phase for f in found.findings if f.place.tensor == "embed"][:3] == [
+        "prefill",
+        "decode",
+        "decode",
+    ]
 
 
 def test_what_is_not_finite_is_said_to_be(models: Path):

@@ -25,27 +25,34 @@ CANDIDATE = Choice(executor="pypto-npu", options={"platform": "emulated"})
 POSITION = "position = pl.cast(pl.read(context_lens, [row + t]), pl.INDEX) - 1"
 
 MISTAKES = {
-    # file, what stands there, what is put there; phase and stages that it must be found in
+    # file, what stands there, what is put there; phase and stages that it must be found in; why
     "RoPE turned the other way": (
         "blocks", "low_r = pl.sub(", "low_r = pl.add(", "prefill", ("k_rope", "k_cache"),
+        None,
     ),
     "keys stored as values": (
         "prefill_layer", "write_cache(values,", "write_cache(keys,", "prefill",
-        ("v_proj", "v_cache"),
+        ("v_proj", "v_cache"), None,
     ),
     "attention scale missing": (
         "blocks", "0:KV_TILE], SCALE)", "0:KV_TILE], 1.0)", "prefill", ("output",),
+        "the attention scale is missing",
     ),
     "gate and up swapped": (
         "blocks", "gate = project(normed, w_gate,", "gate = project(normed, w_up,", "prefill",
-        ("output",),
+        ("output",), "gate_proj has up_proj's weight",
     ),
-    "residual missing": ("blocks", "x = add_rows(x, down)", "x = down", "prefill", ("output",)),
+    "residual missing": (
+        "blocks", "x = add_rows(x, down)", "x = down", "prefill", ("output",),
+        "the second residual is missing",
+    ),
     "positions one behind in decode": (
         "decode_layer", POSITION, POSITION.replace("- 1", "- 2"), "decode", ("k_rope", "k_cache"),
+        "RoPE's positions are behind by one",
     ),
     "a sum that ends early": (
         "head", "pl.range(K_TILE, HIDDEN,", "pl.range(2 * K_TILE, HIDDEN,", "prefill", ("logits",),
+        "columns of lm_head from 32 to 63 or some of them are left out",
     ),
 }  # fmt: skip
 
@@ -67,8 +74,8 @@ def kernels(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_kernel_is_found_in_its_phase_and_stage(mistake, model, kernels):
-    name, right, wrong, phase, stages = MISTAKES[mistake]
+def test_a_mistake_in_a_kernel_is_found_and_named(mistake, model, kernels):
+    name, right, wrong, phase, stages, why = MISTAKES[mistake]
     file = kernels / f"{name}.py"
     text = file.read_text()
     assert text.count(right) == 1
@@ -81,6 +88,8 @@ def test_a_mistake_in_a_kernel_is_found_in_its_phase_and_stage(mistake, model, k
     assert place.stage in stages, found.sentence
     assert place.layer == (None if stages == ("logits",) else 0)
     assert all(w.passed for w in found.weights)
+    assert found.reason is not None
+    assert [e.mistake for e in found.reason.named] == ([why] if why else [])
 
 
 def test_the_copies_themselves_are_right(model, kernels):

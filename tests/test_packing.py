@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tilewright.compare.packing import explain
+from tilewright.compare.packing import how_packed
 
 GATE = torch.arange(24.0).reshape(4, 6) - 7
 UP = GATE.flip(0) * 3
@@ -37,7 +37,7 @@ NORM = torch.tensor([0.5, 2.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_known_ways_to_pack_a_weight_wrongly_are_told_in_words(packed, source, told, dtype):
     others = [("up", UP.to(dtype))]
-    assert explain(packed.to(dtype).contiguous(), source.to(dtype), others) == told
+    assert how_packed(packed.to(dtype).contiguous(), source.to(dtype), others) == told
 
 
 def test_other_weights_are_read_only_if_need_be():
@@ -45,4 +45,4 @@ def test_other_weights_are_read_only_if_need_be():
         raise AssertionError("read")
         yield
 
-    assert explain(SQUARE.T, SQUARE, others()) == "it is transposed"
+    assert how_packed(SQUARE.T, SQUARE, others()) == "it is transposed"

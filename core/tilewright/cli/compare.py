@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from math import nan
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import IO, TYPE_CHECKING
@@ -15,12 +16,12 @@ from tilewright.cli.output import note, opened, opened_binary, write_json
 from tilewright.cli.prompts import read_prompts
 from tilewright.cli.session import LoadingBar, counting, with_origin
 from tilewright.config import DEFAULT, Given, Place, Resolved, RunConfig, resolve
-from tilewright.errors import ConfigError, RequestError, nearest
+from tilewright.errors import ConfigError, ExecutorError, RequestError, nearest
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from tilewright.compare import Choice, Comparison
+    from tilewright.compare import Choice, Comparison, Tolerance
 
 SIDES = ("candidate", "reference")
 _OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")
@@ -79,6 +80,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run each layer alone even where the whole runs agree",
     )
+    prompts.add_argument(
+        "--tolerance",
+        dest="tolerances",
+        action="append",
+        default=[],
+        metavar="PATTERN:METRIC=BOUND",
+        help="a limit of your own for tensors of such names, in place of what rounding explains: "
+        "'layers.*.attention:relative_rms=0.03'; the first that fits a name counts",
+    )
     report = parser.add_argument_group("report")
     report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
     report.add_argument("--html", metavar="FILE", help="write a page with pictures, too")
@@ -111,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
             from tilewright.compare.picture import png
 
             picture.write(png(comparison))
+    if comparison.failure:
+        raise ExecutorError(comparison.failure)
     if not comparison.finished:
         return INTERRUPTED
     return 0 if comparison.equal else 1
@@ -189,6 +201,7 @@ def compared(
             new_tokens=args.new_tokens,
             chunk=args.chunk,
             isolate=args.isolate,
+            tolerances=[tolerance(text) for text in args.tolerances],
             progress=watch,
         )
     except ConfigError as error:
@@ -230,6 +243,24 @@ def choices(config: RunConfig, reference: RunConfig) -> "tuple[Choice, Choice]":
             "name another with --candidate, or set one with -o candidate.KEY=VALUE"
         )
     return evolve(tried, observers=config.plugins.observers), trusted
+
+
+def tolerance(text: str) -> "Tolerance":
+    """Of ``PATTERN:METRIC=BOUND``. Raises ConfigError."""
+    from tilewright.compare import Tolerance
+
+    rule, bound = flags.split(text, "--tolerance", "PATTERN:METRIC=BOUND")
+    pattern, colon, metric = rule.rpartition(":")
+    try:
+        limit = float(bound)
+    except ValueError:
+        limit = nan
+    if not colon or not limit >= 0:
+        raise ConfigError(
+            f"--tolerance {text}: expected PATTERN:METRIC=BOUND with a bound of 0 or more, such as "
+            "'layers.*.output:relative_rms=0.03'"
+        )
+    return Tolerance(pattern, metric, limit)
 
 
 def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> list[list[int]]:

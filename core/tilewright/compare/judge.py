@@ -8,7 +8,8 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from tilewright.compare.metrics import Difference, difference
+from tilewright.compare.metrics import METRICS, Difference, difference
+from tilewright.errors import ConfigError, nearest
 from tilewright.types import Phase
 
 Mode = Literal["chained", "isolated"]
@@ -44,6 +45,81 @@ class Place:
 
 
 @frozen(kw_only=True)
+class Limits:
+    """What the errors of one tensor may be."""
+
+    relative_rms: float
+    worst_row: float
+    """Relative error of the row that is worst."""
+    gain: float
+    """How far the gain may be from 1."""
+
+    def excess(self, found: Difference, worst_row: float) -> float:
+        """The error over its limit: above 1 it is too large."""
+        if found.candidate_nonfinite > found.reference_nonfinite:
+            return math.inf
+        errors = (found.relative_rms, worst_row, abs(found.gain - 1))
+        limits = (self.relative_rms, self.worst_row, self.gain)
+        return max(e / at_most if e > 0 else 0.0 for e, at_most in zip(errors, limits, strict=True))
+
+    def why(self, found: Difference, worst_row: float) -> str:
+        """What is wrong with an error that is too large, in words."""
+        if found.candidate_nonfinite > found.reference_nonfinite:
+            return f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
+        if found.relative_rms > self.relative_rms:
+            return (
+                f"its error is {found.relative_rms:.2g}, where rounding explains "
+                f"{self.relative_rms:.2g}"
+            )
+        if abs(found.gain - 1) > self.gain:
+            return f"it is {found.gain:.5f} times as large as it should be"
+        return f"a row's error is {worst_row:.2g}, where rounding explains {self.worst_row:.2g}"
+
+
+HIGHER_IS_BETTER = ("cosine",)
+
+
+@frozen
+class Tolerance:
+    """A limit of the user's own, in place of what rounding explains."""
+
+    pattern: str
+    """Of tensor names, with * and ?: ``layers.*.attention``."""
+    metric: str = field()
+    """A figure of ``Difference``."""
+    bound: float
+    """At most this; of ``cosine``, at least."""
+
+    @metric.validator
+    def _known(self, attribute: object, value: str) -> None:
+        if value not in METRICS:
+            raise ConfigError(
+                f"tolerance {self.pattern!r}: no figure is named {value!r}"
+                f"{nearest(value, METRICS)} (figures: {', '.join(METRICS)})"
+            )
+
+    def __str__(self) -> str:
+        sign = ">=" if self.metric in HIGHER_IS_BETTER else "<="
+        return f"{self.pattern}: {self.metric} {sign} {self.bound:g}"
+
+    def excess(self, found: Difference) -> float:
+        """How far the figure is on the way to its bound: above 1 it is beyond."""
+        if found.candidate_nonfinite > found.reference_nonfinite:
+            return math.inf
+        value, bound = getattr(found, self.metric), self.bound
+        if self.metric in HIGHER_IS_BETTER:
+            value, bound = 1 - value, 1 - bound
+        return float(value / bound if bound > 0 else math.inf if value > bound else 0.0)
+
+    def why(self, found: Difference) -> str:
+        if found.candidate_nonfinite > found.reference_nonfinite:
+            return f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
+        least = "at least" if self.metric in HIGHER_IS_BETTER else "at most"
+        value = getattr(found, self.metric)
+        return f"its {self.metric} is {value:.6g}, where {least} {self.bound:g} is tolerated"
+
+
+@frozen(kw_only=True)
 class Finding:
     """One tensor of one step, judged."""
 
@@ -56,17 +132,19 @@ class Finding:
     baseline: Difference | None = None
     worst_row: tuple[float, float] = field(default=(0.0, 0.0))
     """Relative error of the row that is worst, of the candidate and of the baseline."""
-    limit: float = 0.0
-    """What candidate.relative_rms may be."""
+    limits: Limits | None = None
+    """What rounding explains."""
+    tolerance: Tolerance | None = None
+    """The user's limit, which is in force instead."""
+    excess: float = math.inf
+    """The candidate's error over its limit: above 1 it is too large."""
     where: str = ""
     """The worst element's place in the KV cache, in words; empty for other tensors."""
 
     @property
-    def excess(self) -> float:
-        """The candidate's error over its limit: above 1 it is too large."""
-        if self.candidate is None:
-            return float("inf")
-        return self.candidate.relative_rms / self.limit if self.limit else 0.0
+    def limit(self) -> float:
+        """What candidate.relative_rms may be, as rounding explains it."""
+        return self.limits.relative_rms if self.limits else 0.0
 
 
 @define(kw_only=True)
@@ -101,40 +179,42 @@ def slack(mode: Mode, rows: int) -> float:
 
 
 def judge(
-    place: Place, candidate: "Tensor | None", baseline: Tensor, truth: Tensor, noise: Noise
+    place: Place,
+    candidate: "Tensor | None",
+    baseline: Tensor,
+    truth: Tensor,
+    noise: Noise,
+    tolerance: Tolerance | None = None,
 ) -> Finding:
     """A candidate passes when it is hardly farther from the truth than the baseline is.
 
-    noise: the tensor's, in the earlier steps of the same mode; this step's is added.
+    noise: the tensor's, in the earlier steps of the same mode; this step's is added. tolerance:
+    what decides instead.
     """
     if candidate is None:
         return Finding(place=place, passed=False, why="the candidate has no such tensor")
-    if candidate.shape != truth.shape:
-        return Finding(
-            place=place,
-            passed=False,
-            why=f"its shape is {list(candidate.shape)}, expected {list(truth.shape)}",
-        )
-    found, near = difference(candidate, truth), difference(baseline, truth)
     floor = FLOOR.get(candidate.dtype, FLOOR[torch.float32])
     if place.stage == "logits":  # float32 by contract, computed in the weights' dtype
         floor = FLOOR.get(baseline.dtype, floor)
-    rows = row_error(candidate, truth), row_error(baseline, truth)
-    noise.add(near.relative_rms, rows[1], len(truth))
+    near, worst_row = difference(baseline, truth), row_error(baseline, truth)
+    noise.add(near.relative_rms, worst_row, len(truth))
     wider = slack(place.mode, len(truth))
     limit = max(FACTOR * wider * max(near.relative_rms, noise.relative_rms), floor)
-    row_limit = max(ROW_FACTOR * wider * noise.worst_row, 4 * floor)
-    # Errors that rounding makes point anywhere, and so hardly change the size of the whole.
-    gain_limit = max(2 * limit / math.sqrt(len(truth)), FACTOR * abs(near.gain - 1))
+    limits = Limits(
+        relative_rms=limit,
+        worst_row=max(ROW_FACTOR * wider * noise.worst_row, 4 * floor),
+        # Errors that rounding makes point anywhere, and so hardly change the size of the whole.
+        gain=max(2 * limit / math.sqrt(len(truth)), FACTOR * abs(near.gain - 1)),
+    )
+    if candidate.shape != truth.shape:
+        why = f"its shape is {list(candidate.shape)}, expected {list(truth.shape)}"
+        return Finding(place=place, passed=False, why=why, limits=limits)
+    found = difference(candidate, truth)
+    rows = row_error(candidate, truth), worst_row
+    excess = tolerance.excess(found) if tolerance else limits.excess(found, rows[0])
     why = ""
-    if found.candidate_nonfinite > found.reference_nonfinite:
-        why = f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
-    elif found.relative_rms > limit:
-        why = f"its error is {found.relative_rms:.2g}, where rounding explains {limit:.2g}"
-    elif abs(found.gain - 1) > gain_limit:
-        why = f"it is {found.gain:.5f} times as large as it should be"
-    elif rows[0] > row_limit:
-        why = f"a row's error is {rows[0]:.2g}, where rounding explains {row_limit:.2g}"
+    if excess > 1:
+        why = tolerance.why(found) if tolerance else limits.why(found, rows[0])
     return Finding(
         place=place,
         passed=not why,
@@ -142,7 +222,9 @@ def judge(
         candidate=found,
         baseline=near,
         worst_row=rows,
-        limit=limit,
+        limits=limits,
+        tolerance=tolerance,
+        excess=excess,
     )
 
 

@@ -44,6 +44,10 @@ class Difference:
         return self.relative_rms**2
 
 
+METRICS = ("max_abs", "max_rel", "relative_rms", "nmse", "cosine", "beyond", "max_ulps")
+"""Figures of a Difference that a tolerance can be on."""
+
+
 def difference(
     candidate: Tensor, reference: Tensor, *, rtol: float = 1e-2, atol: float = 1e-5
 ) -> Difference:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def explain(packed: Tensor, source: Tensor, others: Iterable[tuple[str, Tensor]]) -> str:
+def how_packed(packed: Tensor, source: Tensor, others: Iterable[tuple[str, Tensor]]) -> str:
     """How packed came of source, of its shape and dtype; empty when no known mistake fits.
 
     others: the model's other weights of that shape, by name; they are read only if need be.

@@ -7,6 +7,7 @@ from html import escape
 from attrs import frozen
 
 from tilewright import __version__
+from tilewright.compare.hypotheses import Reason
 from tilewright.compare.judge import Finding, Mode
 from tilewright.compare.metrics import Difference
 from tilewright.compare.report import (
@@ -15,6 +16,7 @@ from tilewright.compare.report import (
     cell,
     facts,
     missing_line,
+    reason_line,
     verdict,
     weights_line,
     worst,
@@ -25,6 +27,7 @@ from tilewright.compare.shades import DARK, LIGHT, PASSING, Palette, ends, level
 _MOST_STEPS = 12
 """Of which there are pictures: the first and those that went worst."""
 _MOST_WEIGHTS = 50
+_MOST_GUESSES = 5
 
 
 def html(comparison: Comparison) -> str:
@@ -39,6 +42,7 @@ def html(comparison: Comparison) -> str:
     found = verdict(comparison)
     mark = {"equal": "✓", "diverged": "✕", "unfinished": "…"}[found]
     hints = "".join(f"<li>{escape(hint)}</li>" for hint in advice(comparison))
+    why = f"<p>Why: {escape(reason_line(comparison.reason))}</p>" if comparison.reason else ""
     missing = f"<p>{escape(missing_line(comparison))}</p>" if comparison.not_compared else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -51,7 +55,7 @@ def html(comparison: Comparison) -> str:
 <body>
 <header>
 <p class="verdict {found}"><span aria-hidden="true">{mark}</span> {found}</p>
-<h1>{escape(comparison.sentence)}</h1>
+<h1>{escape(comparison.sentence)}</h1>{why}
 <p>{escape(facts(comparison))}</p>{missing}
 <p class="small">model {escape(comparison.model)}</p>
 {f"<h2>What to try next</h2><ul>{hints}</ul>" if hints else ""}
@@ -74,12 +78,22 @@ def _divergence(comparison: Comparison) -> str:
     rows = [
         ("tensor", place.tensor),
         ("where", f"{place.phase} step {place.step}, {MODES[place.mode]}"),
-        ("why", first.why),
+        ("what", first.why + (f" ({first.where})" if first.where else "")),
     ]
     told = "".join(f"<tr><th>{k}</th><td>{escape(v)}</td></tr>" for k, v in rows)
     return (
         f"<section><h2>The first divergence</h2><table class='facts'>{told}</table>"
-        f"{_figures(first)}</section>"
+        f"{_figures(first)}{_guesses(comparison.reason)}</section>"
+    )
+
+
+def _guesses(reason: Reason | None) -> str:
+    if reason is None or not reason.best:
+        return ""
+    rows = [[e.mistake, _number(e.excess)] for e in reason.best[:_MOST_GUESSES]]
+    rows.append(["no mistake", _number(reason.unexplained)])
+    return "<p>The layer computed anew under each known mistake:</p>" + _table(
+        ["with the mistake that", "the candidate's error over its limit"], rows
     )
 
 
@@ -103,7 +117,10 @@ def _figures(finding: Finding) -> str:
     }
     rows: list[list[object]] = [[name, of(ours), of(near)] for name, of in figures.items()]
     rows.insert(1, ["worst row", *map(_number, finding.worst_row)])
-    limit = f"<p>The candidate's relative RMS may be {_number(finding.limit)}.</p>"
+    allowed = f"The candidate's relative RMS may be {_number(finding.limit)}"
+    if tolerance := finding.tolerance:
+        allowed = f"A tolerance is given: {tolerance}"
+    limit = f"<p>{escape(allowed)}.</p>"
     return _table(["distance from the truth", "candidate", "baseline"], rows) + limit
 
 

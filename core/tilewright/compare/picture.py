@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tilewright import __version__
 from tilewright.compare.judge import Finding, Mode
-from tilewright.compare.report import MODES, facts, missing_line, verdict, worst
+from tilewright.compare.report import MODES, facts, missing_line, reason_line, verdict, worst
 from tilewright.compare.run import Comparison
 from tilewright.compare.shades import LIGHT, PASSING, ends, level
 
@@ -50,6 +50,8 @@ def png(comparison: Comparison) -> bytes:
         _text(comparison.sentence, _LARGE, LIGHT.ink),
         _text(facts(comparison), _SMALL, LIGHT.faint),
     ]
+    if comparison.reason:
+        blocks.insert(2, _text(f"why: {reason_line(comparison.reason)}", _MIDDLE, LIGHT.ink))
     if comparison.findings:
         blocks.append(_legend(framed=comparison.divergence is not None))
     blocks += [panel for mode in MODES if (panel := _panel(comparison, mode))]

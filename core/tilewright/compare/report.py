@@ -8,6 +8,7 @@ from typing import Any
 from attrs import asdict
 
 from tilewright import __version__
+from tilewright.compare.hypotheses import Reason
 from tilewright.compare.judge import Finding, LogitsAgreement, Mode
 from tilewright.compare.metrics import Difference
 from tilewright.compare.run import Comparison
@@ -41,6 +42,7 @@ CHECKS = {
 
 _MOST_ROWS = 16
 _MOST_STEPS = 12
+_MOST_GUESSES = 10
 
 
 def record(comparison: Comparison) -> dict[str, Any]:
@@ -57,7 +59,9 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "candidate": comparison.candidate,
         "dtype": comparison.dtype,
         "finished": comparison.finished,
+        "failure": comparison.failure,
         "divergence": finding_record(divergence) if divergence else None,
+        "reason": _reason_record(comparison.reason) if comparison.reason else None,
         "weights": [asdict(w) for w in comparison.weights],
         "perplexity": None
         if perplexity is None
@@ -91,6 +95,7 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "why": finding.why,
         "excess": _finite(finding.excess),
         "limit": finding.limit,
+        "tolerance": str(finding.tolerance) if finding.tolerance else None,
         "where": finding.where,
         "candidate": _difference_record(finding.candidate),
         "baseline": _difference_record(finding.baseline),
@@ -98,6 +103,17 @@ def finding_record(finding: Finding) -> dict[str, Any]:
             "candidate": _finite(finding.worst_row[0]),
             "baseline": _finite(finding.worst_row[1]),
         },
+    }
+
+
+def _reason_record(reason: Reason) -> dict[str, Any]:
+    return {
+        "sureness": reason.sureness,
+        "mistakes": [e.mistake for e in reason.named],
+        "unexplained": _finite(reason.unexplained),
+        "tried": reason.tried,
+        "broken": list(reason.broken),
+        "guesses": [asdict(e) for e in reason.best[:_MOST_GUESSES]],
     }
 
 
@@ -127,6 +143,8 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
             yield from wrap(sentence, width, subsequent_indent="  ") if wrapped else [sentence]
 
     lines = list(prose(comparison.sentence))
+    if comparison.reason:
+        lines += prose(f"why: {reason_line(comparison.reason)}")
     lines += prose(*(f"next: {hint}" for hint in advice(comparison)))
     lines += ["", *prose(facts(comparison))]
     for mode, title in MODES.items():
@@ -161,6 +179,34 @@ def facts(comparison: Comparison) -> str:
         f"candidate {comparison.candidate} in {comparison.dtype}, reference "
         f"{comparison.reference}; steps: {phases.count('prefill')} prefill, "
         f"{phases.count('decode')} decode; {len(comparison.findings)} tensors, {failed} wrong"
+    )
+
+
+def reason_line(reason: Reason) -> str:
+    """The known mistake that explains the first divergence, and how sure that is."""
+    left, best = _times(reason.unexplained), reason.best[:1]
+    broken = "".join(f"; hypothesis {why}" for why in reason.broken)
+    if not reason.named:
+        nearest = "".join(
+            f"; the nearest, {e.mistake}, leaves {_times(e.excess)} of {left}" for e in best
+        )
+        return f"none of {reason.tried} known mistakes explains it{nearest}{broken}"
+    told = " or ".join(e.mistake for e in reason.named[:3])
+    if len(reason.named) > 3:
+        told += f" or {len(reason.named) - 3} more that would look the same"
+    return (
+        f"{SURENESS[reason.sureness]}{told} (a layer with that mistake is at "
+        f"{_times(reason.named[0].excess)} of the limits from the candidate, the next best of "
+        f"{reason.tried} guesses at {_times(reason.next_best)}, a right layer at {left}){broken}"
+    )
+
+
+SURENESS = {"sure": "", "likely": "probably ", "perhaps": "perhaps ", "either": "either "}
+
+
+def _times(excess: float) -> str:
+    return (
+        f"{excess:.2f}" if excess < 9.995 else f"{excess:.0f}" if excess < 1e5 else f"{excess:.0e}"
     )
 
 

@@ -1,29 +1,45 @@
 """Compares two executors on a model: weights, then every tensor of every step."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
+from tilewright import registry
+from tilewright.compare.hypotheses import Hypothesis, Reason, explain
 from tilewright.compare.judge import (
     Finding,
     LogitsAgreement,
     Mode,
     Noise,
     Place,
+    Tolerance,
     judge,
     logits_agreement,
 )
+from tilewright.compare.layer import Case
 from tilewright.compare.metrics import difference
-from tilewright.compare.packing import explain
-from tilewright.compare.sides import Choice, Side, Tensors, copy_kv, logical, open_side
-from tilewright.errors import ExecutorError
+from tilewright.compare.mistakes import HYPOTHESES
+from tilewright.compare.packing import how_packed
+from tilewright.compare.sides import (
+    Choice,
+    Side,
+    StepError,
+    Tensors,
+    cached_slots,
+    copy_kv,
+    joined,
+    open_side,
+    written,
+)
+from tilewright.errors import ConfigError, ExecutorError, nearest
 from tilewright.scheduler import Step
-from tilewright.types import DType
+from tilewright.types import DType, KvLayer
 from tilewright.weights import expected_tensors, torch_dtype
 
 BEFORE_CACHE = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope")
@@ -55,12 +71,16 @@ class Comparison:
     weights: list[WeightFinding] = field(factory=list)
     findings: list[Finding] = field(factory=list)
     """In the order in which the tensors were computed: chained, then isolated."""
+    reason: Reason | None = None
+    """What known mistakes explain of the first layer that is wrong by itself."""
     logits: list[LogitsAgreement] = field(factory=list)
     not_compared: list[str] = field(factory=list)
     """Stages that the reference taps and the candidate has no tensor for."""
     perplexity: tuple[float, float] | None = None
     """Of the prompts, by the truth and by the candidate."""
     finished: bool = False
+    failure: str = ""
+    """Why an executor could not go on, if one could not."""
 
     @property
     def equal(self) -> bool:
@@ -81,7 +101,8 @@ class Comparison:
             return f"weight {wrong[0].name} is packed wrongly: {wrong[0].why}{more}"
         first = self.divergence
         if first is None and not self.finished:
-            return f"not finished: no difference in {len(self.findings)} tensors so far"
+            so_far = f"no difference in {len(self.findings)} tensors so far"
+            return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
         if first is None:
             return "equal: every tensor is as near to the truth as rounding allows"
         place = first.place
@@ -106,13 +127,18 @@ def compare(
     new_tokens: int = 8,
     chunk: int = 512,
     isolate: bool = False,
+    tolerances: Sequence[Tolerance] = (),
     progress: Progress = lambda result, what, done, total: None,
 ) -> Comparison:
     """Run prompts, then new_tokens - 1 decode steps with the truth's greedy tokens on all sides.
 
     chunk: tokens in a prefill step at most. isolate: run each layer alone even if the whole runs
-    are equal; that finds errors that are lost in the rounding of the layers before. Raises what
-    LLMEngine raises, and ExecutorError when the two have nothing to compare.
+    are equal; that finds errors that are lost in the rounding of the layers before. tolerances: of
+    those whose pattern fits a tensor's name, the first decides whether it passes. An executor that
+    fails in a step ends the comparison, which says so in ``failure``.
+
+    Raises what LLMEngine raises; ExecutorError when the two have nothing to compare; ConfigError
+    for a tolerance that is for no tensor.
     """
     with ExitStack() as opened:
 
@@ -138,16 +164,20 @@ def compare(
             candidate=candidate.executor,
             dtype=runtime.weight_dtype,
         )
-        sides = _Sides(tried, near, truth)
+        sides = _Sides(tried, near, truth, tolerances=tolerances)
         steps = -(-sum(map(len, prompts)) // chunk) + new_tokens - 1
         progress(result, "weights", 0, steps)
         result.weights = list(sides.weights())
         tokens: list[list[int]] = []
-        for what, done in sides.chained(result, tokens):
-            progress(result, f"chained, {what}", done, steps)
-        if (isolate or result.divergence) and sides.layerwise:
-            for what, done in sides.isolated(result, tokens):
-                progress(result, f"isolated, {what}", done, steps)
+        try:
+            for what, done in sides.chained(result, tokens):
+                progress(result, f"chained, {what}", done, steps)
+            if (isolate or result.divergence) and sides.layerwise:
+                for what, done in sides.isolated(result, tokens):
+                    progress(result, f"isolated, {what}", done, steps)
+        except StepError as error:
+            result.failure = str(error)
+            return result
         if truth.perplexity is not None and tried.perplexity is not None:
             result.perplexity = (truth.perplexity, tried.perplexity)
         result.finished = True
@@ -164,8 +194,11 @@ class _Sides:
     candidate: Side
     baseline: Side
     truth: Side
+    tolerances: Sequence[Tolerance] = ()
     noise: dict[tuple[Mode, str], Noise] = field(factory=lambda: defaultdict(Noise))
     """By mode and tensor."""
+    tapped: dict[str, bool] = field(factory=dict)
+    """Whether the candidate taps a stage, by the first place where it could."""
 
     @property
     def all(self) -> tuple[Side, Side, Side]:
@@ -196,7 +229,7 @@ class _Sides:
                     for other in shapes
                     if other != name and shapes[other] == shape
                 )
-                why = explain(packed.to(source.dtype), source, others) or (
+                why = how_packed(packed.to(source.dtype), source, others) or (
                     f"relative error {d.relative_rms:.2g}, worst at {list(d.worst)}: "
                     f"{d.candidate_at_worst:.6g}, expected {d.reference_at_worst:.6g}"
                 )
@@ -211,15 +244,17 @@ class _Sides:
         number = 0
         while (steps := self._next()) is not None:
             step = steps[0]
+            phase = self.candidate.phase(step)
             compared = 0
             parts = [side.parts(s) for side, s in zip(self.all, steps, strict=True)]
             for layer, (ours, near, true) in enumerate(zip(*parts, strict=True), start=-1):
-                found = self._judge(result, "chained", step, number, ours, near, true)
+                place = Place(mode="chained", phase=phase, step=number, tensor="")
+                found = self._judge(result, place, ours, near, true)
                 compared += len(ours)
                 if 0 <= layer < self.candidate.executor.kv_cache_spec.num_layers:
-                    cached = self._judge_kv("chained", steps, number, layer)
+                    cached = self._judge_kv(place, layer, step, self._joined(steps, layer))
                     result.findings += _in_order(found, cached)
-                    yield f"{step.phase}, layer {layer}", number
+                    yield f"{phase}, layer {layer}", number
                 else:
                     result.findings += found
             if not compared:
@@ -227,6 +262,8 @@ class _Sides:
                     f"executors {result.candidate} and {result.reference} have no tensor in "
                     "common to compare: a candidate's tap must get at least logits"
                 )
+            if not number:
+                self._check_tolerances(result)
             chosen = true["logits"].argmax(-1).tolist() if step.sampled else []
             if step.sampled:
                 ids = [int(r.request_id.rpartition("-")[2]) for r in step.sampled]
@@ -238,40 +275,61 @@ class _Sides:
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
             number += 1
-            yield step.phase, number
+            yield phase, number
 
     def isolated(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
         """Each layer of candidate and truth on the baseline's input and cache."""
+        hypotheses = _hypotheses(result.candidate, result.reference)
         for side in self.all:
             side.restart()
         for number, chosen in enumerate(tokens):
             steps = self._next()
             assert steps is not None
             ours, near, true = steps
+            phase = self.candidate.phase(ours)
+            place = Place(mode="isolated", phase=phase, step=number, tensor="")
             taps: list[Tensors] = [{}, {}, {}]
             record = [_recorder(seen) for seen in taps]
             hidden = self.baseline.executor.embed(near.batch)
             for layer in range(self.candidate.executor.kv_cache_spec.num_layers):
                 for target in (self.candidate, self.truth):
                     copy_kv(self.baseline, target, layer, near)
-                self.candidate.executor.run_layer(layer, hidden, ours.batch, record[0])
-                self.truth.executor.run_layer(layer, hidden.float(), true.batch, record[2])
-                hidden = self.baseline.executor.run_layer(layer, hidden, near.batch, record[1])
-                found = self._judge(result, "isolated", ours, number, *taps)
-                cached = self._judge_kv("isolated", steps, number, layer)
-                result.findings += _in_order(found, cached)
+                before = None
+                if result.reason is None:
+                    cache = self.candidate.kv(layer)
+                    before = KvLayer(cache.key.clone(), cache.value.clone())
+                self.candidate.run_layer(layer, hidden, ours, record[0])
+                self.truth.run_layer(layer, hidden.float(), true, record[2])
+                output = self.baseline.run_layer(layer, hidden, near, record[1])
+                found = self._judge(result, place, *taps)
+                kv = self._joined(steps, layer)
+                found = _in_order(found, self._judge_kv(place, layer, ours, kv))
+                result.findings += found
+                if before and not all(f.passed for f in found):
+                    taps[0] |= {
+                        f"layers.{layer}.k_cache": kv[0].key,
+                        f"layers.{layer}.v_cache": kv[0].value,
+                    }
+                    yield f"{phase}, layer {layer}: trying what could explain it", number
+                    case = self._case(ours, layer, hidden, before, taps[0], found)
+                    result.reason = explain(case, hypotheses)
+                hidden = output
                 for seen in taps:
                     seen.clear()
-                yield f"{ours.phase}, layer {layer}", number
+                yield f"{phase}, layer {layer}", number
             rows = hidden[near.batch.logits_rows]
             if len(rows):
-                self.candidate.executor.run_head(rows, record[0])
-                self.truth.executor.run_head(rows.float(), record[2])
-                self.baseline.executor.run_head(rows, record[1])
-                result.findings += self._judge(result, "isolated", ours, number, *taps)
+                self.candidate.run_head(rows, ours, record[0])
+                self.truth.run_head(rows.float(), true, record[2])
+                self.baseline.run_head(rows, near, record[1])
+                found = self._judge(result, place, *taps)
+                result.findings += found
+                if result.reason is None and not all(f.passed for f in found):
+                    case = self._case(ours, None, rows, None, taps[0], found)
+                    result.reason = explain(case, hypotheses)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
-            yield ours.phase, number + 1
+            yield phase, number + 1
 
     def _next(self) -> tuple[Step, Step, Step] | None:
         """The same step on each side."""
@@ -280,70 +338,112 @@ class _Sides:
             return None
         return ours, near, true
 
-    def _judge(
+    def _case(
         self,
-        result: Comparison,
-        mode: Mode,
         step: Step,
-        number: int,
-        ours: Tensors,
-        near: Tensors,
-        true: Tensors,
+        layer: int | None,
+        hidden: Tensor,
+        before: KvLayer | None,
+        tapped: Tensors,
+        found: Sequence[Finding],
+    ) -> Case:
+        model = self.candidate.model
+        assert model.runtime.weight_dtype is not None
+        return Case(
+            config=model.loaded.config,
+            layer=layer,
+            dtype=torch_dtype(model.runtime.weight_dtype),
+            hidden=hidden,
+            batch=step.batch,
+            spec=self.candidate.executor.kv_cache_spec,
+            before=before,
+            cached=cached_slots(self.candidate, step),
+            found={name.rpartition(".")[2]: tensor for name, tensor in tapped.items()},
+            limits={f.place.stage: f.limits for f in found if f.limits},
+            weight=self.truth.executor.weight,
+        )
+
+    def _judge(
+        self, result: Comparison, at: Place, ours: Tensors, near: Tensors, true: Tensors
     ) -> list[Finding]:
         """Judges what the candidate taps, and what it must: outputs of layers, and logits."""
-        names = [n for n in true if n in ours or n.endswith((".output", "logits"))]
         for name in ours:
             if name not in true:
                 raise ExecutorError(
                     f"executor {result.candidate} taps {name!r}, which {result.reference} does "
-                    "not: names must be those of docs/tensors.md"
+                    "not, so it cannot be judged: both use names of docs/tensors.md"
                 )
-        for stage in (n.rpartition(".")[2] for n in true if n not in names):
-            if stage not in result.not_compared:
-                result.not_compared.append(stage)
         found = []
-        for name in names:
-            if not true[name].numel():
+        for name, expected in true.items():
+            place = evolve(at, tensor=name)
+            tensor = ours.get(name)
+            known = self.tapped.setdefault(place.stage, tensor is not None)
+            if tensor is None and not known and not name.endswith((".output", "logits")):
+                if place.stage not in result.not_compared:
+                    result.not_compared.append(place.stage)
                 continue
-            place = Place(mode=mode, phase=step.phase, step=number, tensor=name)
-            noise = self.noise[mode, name]
-            found.append(judge(place, ours.get(name), near[name], true[name], noise))
+            if not known and tensor is not None and place.stage in result.not_compared:
+                result.not_compared.remove(place.stage)
+                why = "the candidate has this tensor here, but has not had it everywhere before"
+                found.append(Finding(place=place, passed=False, why=why))
+            elif expected.numel():
+                found.append(self._finding(place, tensor, near[name], expected))
         return found
+
+    def _finding(
+        self, place: Place, tensor: "Tensor | None", near: Tensor, true: Tensor
+    ) -> Finding:
+        noise = self.noise[place.mode, place.tensor]
+        tolerance = next((t for t in self.tolerances if fnmatchcase(place.tensor, t.pattern)), None)
+        return judge(place, tensor, near, true, noise, tolerance)
+
+    def _check_tolerances(self, result: Comparison) -> None:
+        names = [f.place.tensor for f in result.findings]
+        for tolerance in self.tolerances:
+            if not any(fnmatchcase(name, tolerance.pattern) for name in names):
+                raise ConfigError(
+                    f"tolerance {tolerance.pattern!r} is for no tensor that is compared"
+                    f"{nearest(tolerance.pattern, names)} (such as {', '.join(names[:3])})"
+                )
+
+    def _joined(self, steps: Sequence[Step], layer: int) -> tuple[KvLayer, KvLayer, KvLayer]:
+        ours, near, true = (
+            joined(side, layer, step) for side, step in zip(self.all, steps, strict=True)
+        )
+        return ours, near, true
 
     def _judge_kv(
-        self, mode: Mode, steps: Sequence[Step], number: int, layer: int
+        self, at: Place, layer: int, step: Step, caches: tuple[KvLayer, KvLayer, KvLayer]
     ) -> list[Finding]:
         """What the step's requests have in the cache, from their first token to the step's last."""
-        step = steps[0]
-        stops = dict(zip((r.request_id for r in step.requests), step.computed, strict=True))
-        caches = []
-        for side in self.all:
-            of = [
-                logical(side, layer, r, stops[r.request_id])
-                for r in side.requests
-                if r.request_id in stops
-            ]
-            caches.append((torch.cat([c.key for c in of]), torch.cat([c.value for c in of])))
         found = []
-        for index, name in enumerate((f"layers.{layer}.k_cache", f"layers.{layer}.v_cache")):
-            ours, near, true = (cache[index] for cache in caches)
-            place = Place(mode=mode, phase=step.phase, step=number, tensor=name)
-            finding = judge(place, ours, near, true, self.noise[mode, name])
-            found.append(evolve(finding, where=self._cached_at(finding, stops)))
+        for name in ("key", "value"):
+            ours, near, true = (getattr(cache, name) for cache in caches)
+            place = evolve(at, tensor=f"layers.{layer}.{name[0]}_cache")
+            finding = self._finding(place, ours, near, true)
+            found.append(evolve(finding, where=self._cached_at(finding, step)))
         return found
 
-    def _cached_at(self, finding: Finding, stops: Mapping[str, int]) -> str:
+    def _cached_at(self, finding: Finding, step: Step) -> str:
         """Whose slot the worst element of joined caches [tokens, KV heads, head_dim] is in."""
         if finding.candidate is None:
             return ""
         token, head, _ = finding.candidate.worst
-        for request in self.candidate.requests:
-            stop = stops.get(request.request_id, 0)
+        for request, stop in written(self.candidate, step):
             if token < stop:
                 slot = int(self.candidate.slots(request, stop)[token])
                 return f"{request.request_id}, token {token}, KV head {head}, slot {slot}"
             token -= stop
         raise AssertionError("the caches hold the tokens of these requests")
+
+
+def _hypotheses(*executors: str) -> list[Hypothesis]:
+    """The known ones, and those of the executors' plugins."""
+    found = list(HYPOTHESES)
+    for name in dict.fromkeys(executors):
+        plugin = registry.load(registry.find("executor", name))
+        found += registry.call(plugin, "hypotheses") or ()
+    return found
 
 
 def _in_order(tapped: list[Finding], cached: list[Finding]) -> list[Finding]:

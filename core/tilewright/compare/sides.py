@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
+from tilewright import registry
 from tilewright.engine import LLMEngine, ServedModel
-from tilewright.errors import ConfigError
+from tilewright.errors import ConfigError, ExecutorError, TilewrightError
 from tilewright.scheduler import Request, Scheduler, Step
-from tilewright.types import KvLayer, RuntimeConfig, SamplingParams
+from tilewright.types import KvLayer, Phase, RuntimeConfig, SamplingParams, Tap
 
 MODEL_ID = "compared"
 
@@ -20,6 +22,10 @@ UNWRITTEN = 8.0
 
 Tensors = dict[str, Tensor]
 """By the names of docs/tensors.md."""
+
+
+class StepError(ExecutorError):
+    """An executor could not run a step, or a part of it."""
 
 
 @frozen(kw_only=True)
@@ -87,6 +93,32 @@ class Side:
     def layerwise(self) -> bool:
         return hasattr(self.executor, "run_layer")
 
+    def phase(self, step: Step) -> Phase:
+        """Of a layer that is run alone, its rows decide; else what is called."""
+        if not self.layerwise:
+            return step.phase
+        batch = step.batch
+        return "decode" if len(batch.token_ids) == len(batch.context_lens) else "prefill"
+
+    @contextmanager
+    def running(self, step: Step, what: str) -> Iterator[None]:
+        """Raises StepError, with the cause, for whatever the executor raises meanwhile."""
+        try:
+            yield
+        except Exception as error:
+            why = str(error) if isinstance(error, TilewrightError) else registry.cause(error)
+            raise StepError(f"{self.name} failed in {self.phase(step)}, {what}: {why}") from error
+
+    def run_layer(self, layer: int, hidden: Tensor, step: Step, tap: Tap) -> Tensor:
+        with self.running(step, f"layer {layer}"):
+            output: Tensor = self.executor.run_layer(layer, hidden, step.batch, tap)
+            return output
+
+    def run_head(self, hidden: Tensor, step: Step, tap: "Tap | None" = None) -> Tensor:
+        with self.running(step, "head"):
+            logits: Tensor = self.executor.run_head(hidden, tap)
+            return logits
+
     def parts(self, step: Step) -> Iterator[Tensors]:
         """Run a step: what it taps before, in each layer, and after, in turn.
 
@@ -100,22 +132,24 @@ class Side:
         executor, batch = self.executor, step.batch
         layers = executor.kv_cache_spec.num_layers
         if not self.layerwise:
-            (executor.prefill if step.phase == "prefill" else executor.decode)(batch, tap)
+            with self.running(step, "all layers"):
+                (executor.prefill if step.phase == "prefill" else executor.decode)(batch, tap)
             yield {n: t for n, t in seen.items() if n == "embed"}
             for i in range(layers):
                 yield {n: t for n, t in seen.items() if n.startswith(f"layers.{i}.")}
             yield {n: t for n, t in seen.items() if n in ("final_norm", "logits")}
             return
-        hidden = executor.embed(batch, tap)
+        with self.running(step, "embedding"):
+            hidden = executor.embed(batch, tap)
         for i in range(layers):
             yield seen.copy()
             seen.clear()
-            hidden = executor.run_layer(i, hidden, batch, tap)
+            hidden = self.run_layer(i, hidden, step, tap)
         yield seen.copy()
         seen.clear()
-        executor.run_head(hidden[batch.logits_rows], tap)
+        self.run_head(hidden[batch.logits_rows], step, tap)
         if step.phase == "prefill":
-            self.surprise += self._surprise(step, executor.run_head(hidden))
+            self.surprise += self._surprise(step, self.run_head(hidden, step))
         yield seen
 
     def _surprise(self, step: Step, logits: Tensor) -> Tensor:
@@ -193,11 +227,25 @@ def open_side(
         raise
 
 
-def logical(side: Side, layer: int, request: Request, stop: int) -> KvLayer:
-    """A request's first tokens' keys and values, [stop, KV heads, head_dim], of any layout."""
-    spec, cache = side.executor.kv_cache_spec, side.kv(layer)
-    slots = side.slots(request, stop)
-    return KvLayer(*(_Slots(t, spec.row_order)[slots] for t in (cache.key, cache.value)))
+def written(side: Side, step: Step) -> list[tuple[Request, int]]:
+    """The step's requests, and how many of their tokens the cache holds once it has run."""
+    stops = dict(zip((r.request_id for r in step.requests), step.computed, strict=True))
+    return [(r, stops[r.request_id]) for r in side.requests if r.request_id in stops]
+
+
+def cached_slots(side: Side, step: Step) -> Tensor:
+    """Those of all tokens that the cache holds of the step's requests, in order; int64."""
+    return torch.cat([side.slots(request, stop) for request, stop in written(side, step)])
+
+
+def joined(side: Side, layer: int, step: Step) -> KvLayer:
+    """Keys and values at these slots, [tokens, KV heads, head_dim], of any layout."""
+    return _at(side, layer, cached_slots(side, step))
+
+
+def _at(side: Side, layer: int, slots: Tensor) -> KvLayer:
+    order, cache = side.executor.kv_cache_spec.row_order, side.kv(layer)
+    return KvLayer(*(Slots(t, order)[slots] for t in (cache.key, cache.value)))
 
 
 def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
@@ -212,22 +260,29 @@ def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
         before = theirs.num_computed
         if not before or theirs.request_id not in {r.request_id for r in step.requests}:
             continue
-        known, slots = logical(source, layer, theirs, before), target.slots(ours, before)
+        known, slots = _at(source, layer, source.slots(theirs, before)), target.slots(ours, before)
         for tensor, values in ((new.key, known.key), (new.value, known.value)):
-            _Slots(tensor, spec.row_order)[slots] = values.to(tensor.dtype)
+            Slots(tensor, spec.row_order)[slots] = values.to(tensor.dtype)
     target.executor.write_kv(layer, new)
 
 
 @frozen(eq=False)
-class _Slots:
+class Slots:
     """A cache tensor indexed by slot: [slots, KV heads, head_dim]."""
 
     cache: Tensor
     row_order: str
 
+    @property
+    def count(self) -> int:
+        return self.cache.shape[0] * self._page_size
+
+    @property
+    def _page_size(self) -> int:
+        return self.cache.shape[1 if self.row_order == "NHD" else 2]
+
     def _index(self, slots: Tensor) -> tuple[Any, ...]:
-        page_size = self.cache.shape[1 if self.row_order == "NHD" else 2]
-        page, offset = slots // page_size, slots % page_size
+        page, offset = slots // self._page_size, slots % self._page_size
         return (page, offset) if self.row_order == "NHD" else (page, slice(None), offset)
 
     def __getitem__(self, slots: Tensor) -> Tensor:
