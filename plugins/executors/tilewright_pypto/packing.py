@@ -99,7 +99,7 @@ def unpack(
 def _read(weights: TensorSource, name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     tensor = weights.get(name).to(dtype)
     # In parts: isfinite and sum take more than four times the memory of what they are given.
-    parts = tensor.flatten().split(_PART)
+    parts = torch.split(tensor.flatten(), _PART)
     bad = sum(part.numel() - int(part.isfinite().count_nonzero()) for part in parts)
     if bad:
         raise ModelError(
