@@ -21,7 +21,6 @@ _EFFECTS = (
     "os.link",
     "os.symlink",
     "os.chdir",
-    "os.putenv",
     "os.system",
     "os.exec",
     "os.fork",
@@ -66,6 +65,7 @@ def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
         if event in _EFFECTS or (event == "open" and (arguments[2] or 0) & _WRITING):
             effects.append(f"{event} {arguments[0]!r:.100}")
 
+    environment = dict(os.environ)
     sys.addaudithook(listen)
     answers = []
     for source in sources:
@@ -74,6 +74,8 @@ def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
             answers.append(answer if isinstance(answer, bool) else f"answered {answer!r:.100}")
         except BaseException as error:
             answers.append(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    if environment != dict(os.environ):
+        effects.append("environment variables")
     before = bytes_read()
     registry.call(loader, "can_load", source=sources[0])
     return {

@@ -162,12 +162,12 @@ class LoaderSuite(TensorSourceSuite):
             if not isinstance(answer, bool)
         ]
         assert not bad, f"can_load() must answer True or False whatever the source: {bad[0]}"
-        assert not found["effects"], (
-            f"can_load() must have no side effect, found {', '.join(found['effects'][:3])}"
-        )
         assert not found["torch"], (
             "can_load() must be cheap: neither it nor its module may import torch, which takes "
             "seconds"
+        )
+        assert not found["effects"], (
+            f"can_load() must have no side effect, found {', '.join(found['effects'][:3])}"
         )
         place = Path(copied)
         size = sum(path.stat().st_size for path in files_of(place)) if place.exists() else 0

@@ -258,7 +258,9 @@ def refused(attempt: Callable[[], T], when: str) -> T | None:
         return attempt()
     except ModelError as error:
         lines = str(error).splitlines()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         pytest.fail(
             f"{when}, opening or reading must raise ModelError with one line, not "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",

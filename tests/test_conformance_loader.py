@@ -1,0 +1,170 @@
+"""The suite of loaders finds each of these broken ones, by the test that is meant for it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import conformance_loaders as loaders
+import pytest
+import torch
+from conformance import Fault, full_name, run
+from conformance_loaders import Configured, Through
+
+from tilewright.testing import LoaderSuite
+from tilewright.testing.models import make_model
+from tilewright.types import RopeConfig
+
+# name, plugin, test that fails, words of the failure
+_FAULTS: list[tuple[str, Any, str, str]] = [
+    ("leaves a mark", loaders.LEAVES_A_MARK, "can_load_only_looks", r"side effect.*\.seen"),
+    ("imports torch", loaders.IMPORTS_TORCH, "can_load_only_looks", "may import torch"),
+    ("reads the weights", loaders.READS_THE_WEIGHTS, "can_load_only_looks", "read no weights"),
+    ("stumbles over names", loaders.STUMBLES_OVER_NAMES, "can_load_only_looks", "NotADirectory"),
+    ("asks the network", loaders.ASKS_THE_NETWORK, "can_load_only_looks", "socket.connect"),
+    ("takes any directory", loaders.LoadsAnyDirectory(), "can_load_is_false", "empty directory"),
+    ("takes plain names only", loaders.LoadsPlainNames(), "can_load_is_true", "found False"),
+    ("answers with a name", loaders.AnswersWithAName(), "can_load_is_true", "acme.json"),
+    ("reads all", Through(loaders.ReadsAll), "weights_are_not_read_before", "30 of 30"),
+    (
+        "reads the embedding",
+        Through(loaders.ReadsTheEmbedding),
+        "weights_are_not_read_before",
+        "embed_tokens",
+    ),
+    ("stays open", Through(loaders.StaysOpen), "closing_closes_the_files", "acme.json stayed open"),
+    (
+        "shortens names",
+        Through(loaders.ShortNames),
+        "the_weights_have_the_names",
+        "missing: model.embed_tokens",
+    ),
+    ("transposes", Through(loaders.Transposes), "the_weights_have_the_names", "wrong, expected"),
+    ("widens", Through(loaders.Widens), "info_says_of_each_tensor", "float64"),
+    ("writes an index", Through(loaders.WritesAnIndex), "opening_and_reading_change", "index.json"),
+    (
+        "answers an unknown name with nothing",
+        Through(loaders.AnswersWithNothing),
+        "an_unknown_name_is_a_key_error",
+        "must raise KeyError",
+    ),
+    ("gives a table", loaders.GivesATable(), "it_gives_a_loaded_model", "expected a LoadedModel"),
+    ("warns at length", loaders.WarnsAtLength(), "it_gives_a_loaded_model", "must be one line"),
+    ("has no heads", Configured(num_kv_heads=0), "the_configuration_makes_sense", "num_kv_heads"),
+    (
+        "groups heads unevenly",
+        Configured(num_kv_heads=4),
+        "the_configuration_makes_sense",
+        "multiple of num_kv_heads",
+    ),
+    (
+        "counts layers wrong",
+        Configured(num_layers=4),
+        "the_weights_have_the_names",
+        r"missing: model\.layers\.3",
+    ),
+    ("knows one eos id", Configured(eos_token_ids=2), "token_ids_are_within", "must be a tuple"),
+    ("ends past the end", Configured(eos_token_ids=(131,)), "token_ids_are_within", "0 to 130"),
+    (
+        "adds a token past the end",
+        loaders.AddsATokenPastTheEnd(),
+        "token_ids_are_within",
+        "below vocab_size = 131, found 131",
+    ),
+    ("cuts prompts", loaders.Cuts(), "the_tokenizer_neither_cuts", "truncation must be off"),
+    ("has a broken template", loaders.HasABrokenTemplate(), "the_chat_template", "must be Jinja"),
+    (
+        "sets the default dtype",
+        loaders.SetsTheDefaultDtype(),
+        "loading_leaves_the_process",
+        "default dtype",
+    ),
+    (
+        "changes directory",
+        loaders.GoesThere(),
+        "loading_leaves_the_process",
+        "the working directory",
+    ),
+    ("remembers models", loaders.Remembers(), "loading_twice_gives", "weights of its own"),
+    (
+        "finds the format itself",
+        loaders.FindsTheFormatItself(),
+        "a_named_weight_format",
+        "must be passed",
+    ),
+    (
+        "wants one format",
+        loaders.WantsOneFormat(),
+        "a_named_weight_format",
+        "must be left to find it",
+    ),
+    (
+        "fails as Python does",
+        loaders.FailsAsPythonDoes(),
+        "a_file_that_is_cut[in half]",
+        "not JSONDecodeError",
+    ),
+    (
+        "fails for what is not there",
+        loaders.FailsAsPythonDoes(),
+        "a_source_that_is_none",
+        "not FileNotFoundError",
+    ),
+    ("says it at length", loaders.SaysItAtLength(), "a_source_that_is_none", "one line"),
+    ("loads nothing too", loaders.LoadsNothingToo(), "a_source_that_is_none", "must raise Model"),
+]
+
+FAULTS = [
+    Fault(name, plugin, full_name(LoaderSuite, test), why=why)
+    for name, plugin, test, why in _FAULTS
+]
+SUITE = LoaderSuite
+
+
+@pytest.fixture(autouse=True)
+def _process() -> Iterator[None]:
+    before, dtype = os.getcwd(), torch.get_default_dtype()
+    yield
+    os.chdir(before)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_broken_loader_is_found(fault: Fault) -> None:
+    fault.check(SUITE)
+
+
+def test_a_right_loader_passes(tmp_path: Path) -> None:
+    model = make_model("qkv-biases", dtype="bfloat16")
+    loaders.write(model, tmp_path)
+    found = run(SUITE, loaders.RIGHT, source=tmp_path, expected=model).found
+    # The model has no chat template.
+    assert [name for name, outcome in found.items() if outcome != "passed"] == [
+        "test_the_chat_template_is_jinja"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "why"),
+    [
+        (loaders.LosesTheRope(), "configuration"),
+        (Configured(norm_eps=1e-6), "configuration"),
+        (Through(loaders.Widens), "must have the values"),
+    ],
+    ids=["loses the RoPE", "takes another epsilon", "widens"],
+)
+def test_a_loader_that_reads_its_files_wrong_is_found(
+    plugin: Any, why: str, tmp_path: Path
+) -> None:
+    model = make_model("grouped", rope=RopeConfig(theta=5e5))
+    loaders.write(model, tmp_path)
+    test = full_name(SUITE, "the_files_give_what_they_were_made_of")
+    Fault("", plugin, test, {"source": tmp_path, "expected": model}, why).check(SUITE)
+
+
+def test_a_loader_without_a_sample_is_hardly_tested() -> None:
+    class Bare(loaders.Loader):
+        write_sample = None  # type: ignore[assignment]
+
+    test = full_name(SUITE, "can_load_is_true")
+    assert run(SUITE, Bare(), [test]).found == {test: "skipped"}
