@@ -93,6 +93,13 @@ def load_model(request: LoadRequest) -> LoadedModel:
     )
 
 
+@hookimpl
+def write_sample(directory: Path) -> str:
+    from tilewright_gguf import sample
+
+    return str(sample.write_sample(directory))
+
+
 def _file(source: str) -> Path:
     """The file that a source names. Raises ModelError that says what it is instead."""
     expanded = os.path.expanduser(source)
