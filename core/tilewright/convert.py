@@ -344,6 +344,7 @@ def _write_shard(path: Path, shard: Shard, on_bytes: OnBytes) -> File:
             data = _bytes_of(tensor)
             for start in range(0, len(data), CHUNK):
                 put(data[start : start + CHUNK])
+            del data  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
