@@ -3,13 +3,14 @@
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from attrs import define, field, frozen
 
 from tilewright.testing import PluginSuite
@@ -119,6 +120,19 @@ class _Recorder:
     """A pytest plugin that keeps what came of each test."""
 
     outcomes: Sequence[Outcome]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
+        """Put back what a broken plugin leaves behind."""
+        dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+        environment = dict(os.environ)
+        try:
+            return (yield)
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(gradients)
+            os.environ.clear()
+            os.environ.update(environment)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":

@@ -7,6 +7,7 @@ candidate's dtype it shows what rounding costs (``tilewright.compare.judge``).
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, ClassVar
 
 import pytest
@@ -20,7 +21,7 @@ from tilewright.errors import ExecutorError
 from tilewright.kv_cache import KvCacheManager
 from tilewright.testing.models import CONFIGS, MemorySource, Model, make_model, same_bits
 from tilewright.testing.paged import Sequences, Tokens, by_slot, copied, tensors
-from tilewright.testing.state import left_alone
+from tilewright.testing.state import differences, global_state, left_alone
 from tilewright.testing.suite import Implementation, PluginSuite
 from tilewright.types import (
     DTYPES,
@@ -251,7 +252,11 @@ class Trio:
                 self.judge(phase, f"layers.{layer}.{name}", *rows)
 
     def judge(self, phase: Phase, name: str, ours: Tensor, near: Tensor, true: Tensor) -> None:
-        if not true.numel() and ours.shape == true.shape:
+        assert ours.shape == true.shape, (
+            f"{self.case}, {phase} step {self.step_number}: the shape of {name} is "
+            f"{list(ours.shape)}, expected {list(true.shape)}"
+        )
+        if not true.numel() or same_bits(ours, near):
             return
         place = Place(mode=self.mode, phase=phase, step=self.step_number, tensor=name)
         found = judge(place, ours, near, true, self.noise[name])
@@ -264,6 +269,7 @@ Make = Callable[..., Any]
 """Makes an executor of a case, with fields of its ExecutorRequest changed."""
 
 _CASES = pytest.StashKey[list[Case]]()
+_CHANGED = pytest.StashKey[list[str]]()
 
 
 class ExecutorSuite(PluginSuite):
@@ -317,7 +323,10 @@ class ExecutorSuite(PluginSuite):
         """What the executor runs: all models in the first dtype that it takes, in others two."""
         stash: pytest.Stash = request.node.parent.stash
         if _CASES not in stash:
+            before = global_state()
             stash[_CASES] = list(_accepted(create, models, dtypes))
+            # Some things change once, and are as they were ever after.
+            stash[_CHANGED] = differences(before, global_state())
         return stash[_CASES]
 
     @pytest.fixture
@@ -367,18 +376,30 @@ class ExecutorSuite(PluginSuite):
                 case.page_size,
                 case.runtime.kv_dtype,
             ), f"{case}: kv_cache_spec differs from the model's shape or the runtime's settings"
-            assert spec.row_order in ("NHD", "HND")
-            assert spec.memory_limit is None or spec.memory_limit >= 0
+            assert spec.row_order in ("NHD", "HND"), f"row_order is {spec.row_order!r}"
+            limit = spec.memory_limit
+            assert limit is None or limit >= 0, f"memory_limit is {limit}"
             assert executor.kv_cache_spec == spec, "kv_cache_spec must stay as it is"
             executor.close()
 
+    def test_it_has_the_page_size_that_was_set(self, create: Make, case: Case) -> None:
+        for size in filter(None, PAGE_SIZES):
+            try:
+                executor = create(case, runtime_config=evolve(case.runtime, page_size=size))
+            except ExecutorError:
+                continue
+            found = executor.kv_cache_spec.page_size
+            executor.close()
+            assert found == size, f"page_size = {size} was set, and the cache needs {found}"
+
     def test_it_names_its_device_and_chooses_a_page_size(self, create: Make, case: Case) -> None:
         executor = create(case, runtime_config=evolve(case.runtime, page_size=None))
-        assert isinstance(executor.device, str)
-        assert executor.device.strip()
-        assert type(executor.kv_cache_spec.page_size) is int
-        assert executor.kv_cache_spec.page_size >= 1
+        device, page_size = executor.device, executor.kv_cache_spec.page_size
         executor.close()
+        assert isinstance(device, str), f"device must be text, found {device!r}"
+        assert device.strip(), "device must name what computes, as results show it"
+        assert type(page_size) is int, f"page_size must be chosen, found {page_size!r}"
+        assert page_size >= 1, f"page_size must be chosen where None was set, found {page_size}"
 
     def test_limits_are_positive_or_none(self, create: Make, case: Case) -> None:
         executor = create(case)
@@ -426,11 +447,11 @@ class ExecutorSuite(PluginSuite):
     def test_chunks_give_the_logits_of_the_whole(
         self, running: Callable[..., Running], trio: Any, case: Case
     ) -> None:
-        (prompt,) = case.tokens(2 * case.page_size + 1)
-        middle = case.page_size - 1
+        (prompt,) = case.tokens(3 * case.page_size + 1)
+        one, two = case.page_size - 1, case.page_size + 2
         chunked, sequences = running(case), Sequences(case.page_size, _pages(case))
-        first, second = prompt[:middle], prompt[middle:]
-        parts = _logits(chunked, sequences, {"a": first}, {"a": second})
+        chunks = (prompt[:one], prompt[one:two], prompt[two:])
+        parts = _logits(chunked, sequences, *({"a": chunk} for chunk in chunks))
         with trio(case) as three:
             batch = three.sequences.batch({"a": prompt})
             near, true = (r.run("prefill", batch) for r in (three.near, three.true))
@@ -506,7 +527,7 @@ class ExecutorSuite(PluginSuite):
             with trio(case) as three:
                 _layerwise(three.candidate)
                 three.mode = "isolated"
-                prompts = case.tokens(case.page_size + 1, 3)
+                prompts = case.tokens(case.page_size + 9, 3)
                 tokens = {"a": prompts[0], "b": prompts[1]}
                 _, batch = next(three.candidate.steps(three.sequences, tokens))
                 dtype = torch_dtype(case.runtime.weight_dtype or "float32")
@@ -542,7 +563,9 @@ class ExecutorSuite(PluginSuite):
                         found = (tuple(logits.shape), logits.dtype, logits.device.type)
                         vocab = case.model.config.vocab_size
                         expected = ((len(rows), vocab), torch.float32, "cpu")
-                        assert found == expected, f"{phase}, logits of rows {list(rows)}"
+                        assert found == expected, (
+                            f"{phase}: logits of rows {list(rows)} are {found}, not {expected}"
+                        )
                         assert not logits.requires_grad, "logits hold on to a gradient's graph"
 
     # --- what it leaves alone --------------------------------------------------------------------
@@ -625,8 +648,11 @@ class ExecutorSuite(PluginSuite):
         logits = _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
         assert all(t.isfinite().all() for t in logits)
 
-    def test_the_process_is_left_as_it_was(self, create: Make, case: Case) -> None:
-        create(case).close()  # what is imported and compiled on first use is done
+    def test_the_process_is_left_as_it_was(
+        self, request: pytest.FixtureRequest, create: Make, case: Case
+    ) -> None:
+        changed = request.node.parent.stash[_CHANGED]
+        assert not changed, f"making and closing an executor changed {'; '.join(changed)}"
         sequences = Sequences(case.page_size, _pages(case))
         with left_alone("an executor"):
             executor = create(case)
@@ -662,7 +688,10 @@ class ExecutorSuite(PluginSuite):
                         f"{phase}: taps that docs/tensors.md does not name: {unknown}"
                     )
                     for name, (shape, dtype) in ours:
-                        assert (shape, dtype) == known[name], f"{phase}: tap {name!r}"
+                        assert (shape, dtype) == known[name], (
+                            f"{phase}: tap {name!r} is {shape} {dtype}, where docs/tensors.md "
+                            f"says {known[name]}"
+                        )
                     order = [n for n in known if n in names]
                     assert names == order, (
                         f"{phase}: taps must come in the order of docs/tensors.md"
@@ -722,23 +751,26 @@ class ExecutorSuite(PluginSuite):
         )
 
     def test_two_side_by_side_are_independent(
-        self, running: Callable[..., Running], case: Case
+        self, running: Callable[..., Running], trio: Any, case: Case
     ) -> None:
         steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}, {"a": [4, 5]}]
-        alone = _logits(running(case), Sequences(case.page_size, _pages(case)), *steps)
         other = evolve(case, model=make_model(case.model.config, seed=1))
-        mine, theirs = running(case), running(other)
-        my_pages, their_pages = (Sequences(case.page_size, _pages(case)) for _ in range(2))
-        found, strange = [], []
-        for tokens in steps:
-            strange += _logits(theirs, their_pages, tokens)
-            found += _logits(mine, my_pages, tokens)
-        assert all(map(same_bits, alone, found)), (
-            "another executor that was made and run in the same process changed this one's logits"
-        )
-        assert not any(map(same_bits, found, strange)), "two models have the same logits"
-        theirs.executor.close()
-        assert _logits(mine, my_pages, {"a": [6]})[0].isfinite().all()
+        alone = [
+            _logits(running(one), Sequences(case.page_size, _pages(case)), *steps)
+            for one in (case, other)
+        ]
+        with trio(case) as mine, trio(other) as theirs:
+            found: list[list[Tensor]] = [[], []]
+            for tokens in steps:
+                for logits, three in zip(found, (mine, theirs), strict=True):
+                    made = three.candidate.steps(three.sequences, tokens)
+                    logits += [three.step(phase, batch).clone() for phase, batch in made]
+            for before, after in zip(alone, found, strict=True):
+                assert all(map(same_bits, before, after)), (
+                    "another executor that is made and run in the same process changes the logits"
+                )
+            theirs.candidate.executor.close()
+            mine.run({"a": [6]})
 
     def test_it_is_closed_twice_and_made_again(
         self, running: Callable[..., Running], case: Case
@@ -758,9 +790,13 @@ class ExecutorSuite(PluginSuite):
         one.executor.close()
         steps: list[tuple[Phase, list[int]]] = [("decode", [3]), ("prefill", [4, 5])]
         for phase, tokens in steps:
-            with pytest.raises(ExecutorError) as refused:
-                one.run(phase, sequences.batch({"a": tokens}))
-            _check_message(refused.value)
+            batch = sequences.batch({"a": tokens})
+            try:
+                one.run(phase, batch)
+            except ExecutorError as refused:
+                _check_message(refused)
+            else:
+                pytest.fail(f"{phase} of a closed executor must raise ExecutorError", pytrace=False)
 
     # --- what it refuses -------------------------------------------------------------------------
 
@@ -859,7 +895,9 @@ class ExecutorSuite(PluginSuite):
         shown = by_slot(one.executor.read_kv(last).key, order).flatten(0, 1)
         before = by_slot(new.key, order).flatten(0, 1)
         changed = _bits_differ(before, shown).flatten(1).any(1).nonzero().flatten().tolist()
-        assert changed == sorted(batch.slot_mapping.tolist())
+        assert changed == sorted(batch.slot_mapping.tolist()), (
+            "read_kv must show a step's keys in the step's slots, and all else as it was"
+        )
 
     def test_weights_are_those_of_the_checkpoint(
         self, running: Callable[..., Running], cases: list[Case]
@@ -877,8 +915,11 @@ class ExecutorSuite(PluginSuite):
             absent = ["no.such.weight", "model.layers.99.self_attn.q_proj.weight"]
             absent += ["lm_head.weight"] if case.model.config.tie_word_embeddings else []
             for name in absent:
-                with pytest.raises(KeyError):
+                try:
                     one.executor.weight(name)
+                except KeyError:
+                    continue
+                pytest.fail(f"weight({name!r}), which the model has not, must raise KeyError")
 
 
 # --- what the tests share -------------------------------------------------------------------------
@@ -929,13 +970,17 @@ def _case(name: str, config: ModelConfig, dtype: DType, page_size: int | None) -
     return Case(name=name, model=make_model(config, dtype=dtype), runtime=runtime)
 
 
+@cache
+def _torch_executor() -> Any:
+    return registry.load(registry.find("executor", "torch"))
+
+
 def _references(case: Case) -> list[Any]:
     """The executor ``torch`` in the case's dtype, and in float32."""
-    torch_executor = registry.load(registry.find("executor", "torch"))
     wide = evolve(case.runtime, weight_dtype="float32", kv_dtype="float32")
     return [
         registry.call(
-            torch_executor, "create_executor", request=case.request(None, runtime_config=runtime)
+            _torch_executor(), "create_executor", request=case.request(None, runtime_config=runtime)
         )
         for runtime in (case.runtime, wide)
     ]
