@@ -3,8 +3,8 @@
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -83,7 +83,7 @@ class ObserverSuite(PluginSuite):
         one, other = make(), make()
         assert one is not other, "create_observer() must make an object each time, one an engine"
         before = _plain_state(implementation.plugin, other)
-        _generate(model_directory, [one])
+        _generate(model_directory, one)
         after = _plain_state(implementation.plugin, other)
         changed = [name for name in after if before.get(name) != after[name]]
         assert not changed, (
@@ -98,8 +98,8 @@ class ObserverSuite(PluginSuite):
     # --- what it must not change -----------------------------------------------------------------
 
     def test_a_generation_is_the_same_with_it(self, make: Make, model_directory: Path) -> None:
-        expected = _generate(model_directory, [])
-        found = _generate(model_directory, [make()])
+        expected = _generate(model_directory)
+        found = _generate(model_directory, make())
         assert found == expected, "tokens and log-probabilities must be the same with an observer"
 
     def test_tensors_are_not_written_to(self, make: Make) -> None:
@@ -129,9 +129,9 @@ class ObserverSuite(PluginSuite):
     def test_generating_with_it_leaves_the_process_as_it_was(
         self, make: Make, model_directory: Path
     ) -> None:
-        _generate(model_directory, [])  # what an engine does to the process is not the observer's
+        _generate(model_directory)  # what an engine does to the process is not the observer's
         with left_alone("an observer"):
-            _generate(model_directory, [make()])
+            _generate(model_directory, make())
 
     # --- what it must take -----------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class ObserverSuite(PluginSuite):
         self, make: Make, model_directory: Path
     ) -> None:
         names = ("one", "another/model with spaces")
-        with LLMEngine.from_plugins(observers=[make()]) as engine:
+        with _engine(make()) as engine:
             for name in names:
                 engine.init_model(name, model_directory, _RUNTIME)
             for name in names:
@@ -184,10 +184,7 @@ class ObserverSuite(PluginSuite):
         _calmly(call, "an end while a model loads", "on_close", {})
 
     def test_two_engines_may_run_in_turns(self, make: Make, model_directory: Path) -> None:
-        with (
-            LLMEngine.from_plugins(observers=[make()]) as one,
-            LLMEngine.from_plugins(observers=[make()]) as other,
-        ):
+        with _engine(make()) as one, _engine(make()) as other:
             for engine in (one, other):
                 engine.init_model("m", model_directory, _RUNTIME)
             one.generate_batch("m", _PROMPTS, _SETTINGS)
@@ -198,10 +195,10 @@ class ObserverSuite(PluginSuite):
     def test_it_leaves_no_file_open_when_the_engine_closes(
         self, make: Make, model_directory: Path
     ) -> None:
-        _generate(model_directory, [])
+        _generate(model_directory)
         before = open_files()
         observer = make()
-        _generate(model_directory, [observer])
+        _generate(model_directory, observer)
         left = open_files() - before
         assert not left, f"on_close() must close its files, but {', '.join(left)} stayed open"
 
@@ -211,21 +208,24 @@ _RUNTIME = RuntimeConfig(page_size=8, total_pages=32, max_batch_size=4, max_batc
 _SETTINGS = GenerateConfig(max_new_tokens=5, temperature=0.8, seed=7, ignore_eos=True, logprobs=3)
 
 
-def _generate(directory: Path, observers: Sequence[object]) -> list[tuple[object, ...]]:
-    """What an engine makes of three prompts: token ids, text and log-probabilities of each.
-
-    Fails the test when an observer raises, which ends the generation that it watches.
-    """
+@contextmanager
+def _engine(*observers: object) -> Iterator[LLMEngine]:
+    """An engine with observers. The test fails when one raises, which ends what it observes."""
     try:
         with LLMEngine.from_plugins(observers=observers) as engine:
-            engine.init_model("m", directory, _RUNTIME)
-            results = engine.generate_batch("m", _PROMPTS, _SETTINGS)
-            return [(r.token_ids, r.text, r.logprobs, r.finish_reason) for r in results]
+            yield engine
     except Exception as error:
         pytest.fail(
-            f"a generation must not fail because it is observed: {registry.cause(error)}",
-            pytrace=False,
+            f"nothing must fail because it is observed: {registry.cause(error)}", pytrace=False
         )
+
+
+def _generate(directory: Path, *observers: object) -> list[tuple[object, ...]]:
+    """What an engine makes of three prompts: token ids, text and log-probabilities of each."""
+    with _engine(*observers) as engine:
+        engine.init_model("m", directory, _RUNTIME)
+        results = engine.generate_batch("m", _PROMPTS, _SETTINGS)
+        return [(r.token_ids, r.text, r.logprobs, r.finish_reason) for r in results]
 
 
 def _caller(observer: object) -> Call:
@@ -326,7 +326,15 @@ def _plain_state(plugin: object, observer: object) -> dict[str, Any]:
 def _add_plain(found: dict[str, Any], where: str, namespace: Mapping[str, Any]) -> None:
     for name, value in namespace.items():
         if not name.startswith("__") and isinstance(value, (list, dict, set, int, float, str)):
-            try:
-                found[f"{where}.{name}"] = deepcopy(value)
-            except Exception:  # of things that cannot be copied, such as open files
-                found[f"{where}.{name}"] = len(value) if hasattr(value, "__len__") else None
+            found[f"{where}.{name}"] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as it is now, to be compared later: of what is no plain data, which object it is."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return frozenset(_plain(item) for item in value)
+    return value if isinstance(value, (int, float, str, bytes, type(None))) else id(value)

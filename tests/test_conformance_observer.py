@@ -1,0 +1,408 @@
+"""The suite of observers finds each of these broken ones, by the test that is meant for it."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance import Fault, full_name, run
+from torch import Tensor
+
+from tilewright import hookimpl
+from tilewright.testing import ObserverSuite
+from tilewright.types import GenerateResult, ModelConfig, PluginInfo, StepEvent
+
+
+class Observers:
+    """A plugin that makes observers in some way."""
+
+    tilewright_api = 1
+
+    def __init__(self, make: Callable[[], object]):
+        self.make = make
+
+    @hookimpl
+    def plugin_info(self) -> PluginInfo:
+        return PluginInfo(summary="watches")
+
+    @hookimpl
+    def create_observer(self) -> object:
+        return self.make()
+
+
+class Journal:
+    """Writes what it is told of when the engine closes."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @hookimpl
+    def on_load_progress(self, tensor: str, bytes_read: int, bytes_total: int) -> None:
+        self.lines.append(f"{tensor}: {bytes_read} of {bytes_total}")
+
+    @hookimpl
+    def on_model_loaded(self, model_id: str, seconds: float) -> None:
+        self.lines.append(f"{model_id} in {seconds:.3f} s")
+
+    @hookimpl
+    def on_step(self, event: StepEvent) -> None:
+        self.lines.append(f"{event.phase} {event.num_tokens}")
+
+    @hookimpl
+    def on_tensor(self, name: str, tensor: Tensor) -> None:
+        self.lines.append(f"{name} {list(tensor.shape)}")
+
+    @hookimpl
+    def on_request_finished(self, result: GenerateResult) -> None:
+        self.lines.append(json.dumps(result.text))
+
+    @hookimpl
+    def on_close(self) -> None:
+        Path("journal.txt").write_text("\n".join(self.lines), encoding="utf-8")
+
+
+class Deaf:
+    pass
+
+
+class Misspelt(Journal):
+    @hookimpl
+    def on_steps(self, event: StepEvent) -> None: ...
+
+
+class Misnames(Journal):
+    @hookimpl
+    def on_step(self, step: StepEvent) -> None: ...
+
+
+class OneListForAll(Journal):
+    all_lines: list[str] = []  # noqa: RUF012 -- the fault
+
+    @hookimpl
+    def on_step(self, event: StepEvent) -> None:
+        self.all_lines.append(event.phase)
+
+
+STEPS: list[int] = []
+
+
+class OneListForTheModule(Journal):
+    @hookimpl
+    def on_step(self, event: StepEvent) -> None:
+        STEPS.append(event.step)
+
+
+class Clamps(Journal):
+    @hookimpl
+    def on_tensor(self, tensor: Tensor) -> None:
+        if tensor.dtype.is_floating_point:
+            tensor.nan_to_num_()
+            tensor.clamp_(-0.5, 0.5)
+
+
+class Keeps(Journal):
+    @hookimpl
+    def on_tensor(self, tensor: Tensor) -> None:
+        self.kept = [*getattr(self, "kept", []), tensor]
+
+
+class KeepsRows(Keeps):
+    @hookimpl
+    def on_tensor(self, tensor: Tensor) -> None:
+        super().on_tensor(tensor[:1].detach())
+
+
+class KeepsArrays(Journal):
+    @hookimpl
+    def on_tensor(self, tensor: Tensor) -> None:
+        if tensor.dtype == torch.float32:
+            self.last = tensor.detach().numpy()
+
+
+class Refuses(Journal):
+    """Has no room for more than so many tensors."""
+
+    @hookimpl
+    def on_tensor(self, name: str, tensor: Tensor) -> None:
+        super().on_tensor(name, tensor)
+        if len(self.lines) > 50:
+            raise RuntimeError("the journal is full")
+
+
+class KnowsOneModel(Journal):
+    @hookimpl
+    def on_step(self, event: StepEvent) -> None:
+        assert event.model_id == self.lines[-1].split()[0]
+
+
+class NamesFilesAfterModels(Journal):
+    @hookimpl
+    def on_model_loaded(self, model_id: str) -> None:
+        Path(f"{model_id}.txt").write_text("loaded")
+
+
+class ToNumpy(Journal):
+    @hookimpl
+    def on_tensor(self, name: str, tensor: Tensor) -> None:
+        self.lines.append(f"{name} {tensor.detach().numpy().mean()}")
+
+
+class TakesTheLargest(Journal):
+    @hookimpl
+    def on_tensor(self, name: str, tensor: Tensor) -> None:
+        self.lines.append(f"{name} {tensor.max()}")
+
+
+class Rounds(Journal):
+    @hookimpl
+    def on_tensor(self, name: str, tensor: Tensor) -> None:
+        self.lines.append(f"{name} {[round(v) for v in tensor.flatten()[:3].tolist()]}")
+
+
+class Flattens(Journal):
+    @hookimpl
+    def on_tensor(self, name: str, tensor: Tensor) -> None:
+        self.lines.append(f"{name} {tensor.view(-1)[:3].tolist()}")
+
+
+class DividesByTime(Journal):
+    @hookimpl
+    def on_step(self, event: StepEvent) -> None:
+        self.lines.append(f"{event.num_tokens / event.seconds:.1f} tokens/s")
+
+
+class DividesByBytes(Journal):
+    @hookimpl
+    def on_load_progress(self, tensor: str, bytes_read: int, bytes_total: int) -> None:
+        self.lines.append(f"{bytes_read / bytes_total:.0%}")
+
+
+class WritesAscii(Journal):
+    @hookimpl
+    def on_request_finished(self, result: GenerateResult) -> None:
+        self.lines.append(result.text.encode("ascii").decode())
+
+
+class SumsUp(Journal):
+    @hookimpl
+    def on_close(self) -> None:
+        steps = [line for line in self.lines if line.startswith(("prefill", "decode"))]
+        Path("journal.txt").write_text(f"mean {len(self.lines) / len(steps):.2f} lines a step")
+
+
+class ExpectsAModel(Journal):
+    """After the first weight it wants to know whose it was."""
+
+    model: ModelConfig
+
+    @hookimpl
+    def on_model_loaded(self, model_config: ModelConfig) -> None:
+        self.model = model_config
+
+    @hookimpl
+    def on_close(self) -> None:
+        if self.lines:
+            Path("journal.txt").write_text(self.model.architecture)
+
+
+class NeverCloses(Journal):
+    def __init__(self) -> None:
+        super().__init__()
+        self.file = open("journal.txt", "w")  # noqa: SIM115 -- the fault
+
+    @hookimpl
+    def on_close(self) -> None:
+        KEPT.append(self.file)
+
+
+KEPT: list[Any] = []
+
+
+class OneFile(Journal):
+    """A file that all share, and that the first to close closes."""
+
+    file: Any = None
+
+    @hookimpl
+    def on_step(self, event: StepEvent) -> None:
+        if OneFile.file is None:
+            OneFile.file = open("journal.txt", "w")  # noqa: SIM115 -- the fault
+        OneFile.file.write(event.phase)
+
+    @hookimpl
+    def on_close(self) -> None:
+        if OneFile.file is not None:
+            OneFile.file.close()
+
+
+class Threads(Journal):
+    @hookimpl
+    def on_step(self, event: StepEvent) -> None:
+        torch.set_num_threads(torch.get_num_threads() + 1)
+
+
+class Samples(Journal):
+    """Looks at a few elements, chosen at random."""
+
+    @hookimpl
+    def on_tensor(self, name: str, tensor: Tensor) -> None:
+        at = torch.randint(max(1, tensor.numel()), (3,))
+        self.lines.append(f"{name} {at.tolist()}")
+
+
+class Works(Journal):
+    """In a thread that nobody ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        worker = threading.Thread(target=DONE.wait)
+        worker.start()
+        WORKERS.append(worker)
+
+
+DONE = threading.Event()
+WORKERS: list[threading.Thread] = []
+
+
+class CatchesSignals(Journal):
+    def __init__(self) -> None:
+        super().__init__()
+        signal.signal(signal.SIGUSR2, lambda *_: self.on_close())
+
+
+class SetsTheEnvironment(Journal):
+    def __init__(self) -> None:
+        super().__init__()
+        os.environ["JOURNAL"] = "journal.txt"
+
+
+THE_ONE = Journal()
+
+# name, plugin or the class of its observers, test that fails, words of the failure
+_FAULTS: list[tuple[str, Any, str, str]] = [
+    ("listens to nothing", Deaf, "it_listens_to_events", "must implement one of"),
+    ("misspells an event", Misspelt, "it_listens_to_events", "did you mean 'on_step'"),
+    ("misnames an argument", Misnames, "it_listens_to_events", "'step'"),
+    ("is one for all", Observers(lambda: THE_ONE), "each_engine_gets", "an object each time"),
+    ("has one list for all", OneListForAll, "each_engine_gets", r"OneListForAll\.all_lines"),
+    ("has one list a module", OneListForTheModule, "each_engine_gets", r"STEPS"),
+    ("clamps tensors", Clamps, "tensors_are_not_written_to", "must not write"),
+    ("changes what is generated", Clamps, "a_generation_is_the_same", "must be the same"),
+    ("keeps tensors", Keeps, "tensors_are_not_kept", "must copy"),
+    ("keeps views of tensors", KeepsRows, "tensors_are_not_kept", "must copy"),
+    ("keeps arrays of tensors", KeepsArrays, "tensors_are_not_kept", "must copy"),
+    ("raises when it is full", Refuses, "a_generation_is_the_same", "the journal is full"),
+    ("knows one model", KnowsOneModel, "it_takes_the_events_of_two_models", "AssertionError"),
+    (
+        "names files after models",
+        NamesFilesAfterModels,
+        "it_takes_the_events_of_two_models",
+        "FileNotFoundError",
+    ),
+    ("cannot take bfloat16", ToNumpy, "it_takes_tensors_of_every", "bfloat16"),
+    ("cannot take what is empty", TakesTheLargest, "it_takes_tensors_of_every", "no elements"),
+    ("cannot take infinity", Rounds, "it_takes_tensors_of_every", "not finite"),
+    ("wants contiguous memory", Flattens, "it_takes_tensors_of_every", "not contiguous"),
+    ("divides by time", DividesByTime, "it_takes_events_at_their", "ZeroDivisionError"),
+    ("divides by bytes", DividesByBytes, "it_takes_events_at_their", "empty checkpoint"),
+    ("writes ASCII", WritesAscii, "it_takes_events_at_their", "text beyond ASCII"),
+    ("sums up nothing", SumsUp, "an_engine_that_did_nothing", "ZeroDivisionError"),
+    ("expects a model", ExpectsAModel, "an_engine_whose_model_did_not", "AttributeError"),
+    ("never closes its file", NeverCloses, "it_leaves_no_file_open", "journal.txt stayed open"),
+    ("has one file for all", OneFile, "two_engines_may_run_in_turns", "closed file"),
+    ("sets torch's threads", Threads, "generating_with_it_leaves", "number of threads"),
+    ("draws from torch", Samples, "generating_with_it_leaves", "torch's random state"),
+    ("works on in a thread", Works, "making_one_leaves", "running threads"),
+    ("catches signals", CatchesSignals, "making_one_leaves", "signal handlers"),
+    ("sets the environment", SetsTheEnvironment, "making_one_leaves", "variables JOURNAL"),
+]
+
+FAULTS = [
+    Fault(
+        name,
+        Observers(plugin) if isinstance(plugin, type) else plugin,
+        full_name(ObserverSuite, test),
+        why=why,
+    )
+    for name, plugin, test, why in _FAULTS
+]
+SUITE = ObserverSuite
+
+
+@pytest.fixture(autouse=True)
+def _process() -> Iterator[None]:
+    threads, before = torch.get_num_threads(), signal.getsignal(signal.SIGUSR2)
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGUSR2, before)
+    os.environ.pop("JOURNAL", None)
+    OneFile.file = None
+    DONE.set()
+    while WORKERS:
+        WORKERS.pop().join()
+    DONE.clear()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_broken_observer_is_found(fault: Fault) -> None:
+    fault.check(SUITE)
+
+
+def test_a_right_observer_passes() -> None:
+    found = run(SUITE, Observers(Journal)).found
+    # It is of no module that a fresh process could import.
+    assert [name for name, outcome in found.items() if outcome != "passed"] == [
+        "test_importing_it_leaves_the_process_as_it_was"
+    ]
+
+
+IMPORTING: dict[str, tuple[str, str]] = {
+    "draws": ("import torch\ntorch.manual_seed(0)", "torch's random state"),
+    "sets the default dtype": (
+        "import torch\ntorch.set_default_dtype(torch.bfloat16)",
+        "torch's default dtype",
+    ),
+    "sets threads": ("import torch\ntorch.set_num_threads(3)", "torch's number of threads"),
+    "sets the environment": ("import os\nos.environ['ACME'] = '1'", "variables ACME"),
+    "changes directory": ("import os\nos.chdir('/')", "working directory"),
+    "configures logging": ("import logging\nlogging.basicConfig(level=10)", "root logger"),
+    "catches signals": (
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        "signal handlers",
+    ),
+    "cannot be imported": ("import no_such_module", "No module named 'no_such_module'"),
+}
+
+MODULE = """
+from tilewright import hookimpl
+from tilewright.types import PluginInfo
+tilewright_api = 1
+@hookimpl
+def plugin_info():
+    return PluginInfo(summary="nothing")
+@hookimpl
+def create_observer():
+    return object()
+"""
+
+
+@pytest.mark.parametrize("what", IMPORTING)
+def test_a_module_whose_import_does_something_is_found(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = IMPORTING[what]
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "acme_watcher.py"
+    path.write_text(MODULE)
+    monkeypatch.delitem(sys.modules, "acme_watcher", raising=False)
+    import acme_watcher
+
+    path.write_text(MODULE + code)
+    test = full_name(SUITE, "importing_it_leaves_the_process_as_it_was")
+    Fault("", acme_watcher, test, why=said).check(SUITE)
