@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conformance import run
 from gguf_files import (
     Kind,
     bpe_text,
@@ -39,9 +40,11 @@ from transformers import (
 )
 from transformers.integrations.gguf import dequant
 
+import tilewright_gguf.loader
 from tilewright import registry
 from tilewright.cli import main
 from tilewright.errors import ModelError
+from tilewright.testing import LoaderSuite
 from tilewright.types import LoadedModel, RopeConfig
 from tilewright_gguf.loader import can_load
 from tilewright_gguf.tokenizer import SPLITTINGS
@@ -625,6 +628,25 @@ def test_generating_from_the_command_line(
     message = capsys.readouterr().err
     assert "truncated" in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_it_conforms(tmp_path: Path) -> None:
+    path = write(
+        random_model(FAMILIES["llama"]),
+        tmp_path / "model.gguf",
+        Kind.Q5_1,
+        changed={"tokenizer.chat_template": "{{ messages[0].content }}"},
+    )
+    found = run(LoaderSuite, tilewright_gguf.loader, source=path).found
+    assert {name: outcome for name, outcome in found.items() if outcome != "passed"} == {
+        "test_the_files_give_what_they_were_made_of": "skipped",  # tested above
+        "test_a_named_weight_format_is_the_one_that_opens_the_weights": "skipped",  # takes none
+    }
+
+
+def test_it_writes_a_sample_that_it_loads(tmp_path: Path) -> None:
+    loaded = load_checked(tilewright_gguf.loader.write_sample(tmp_path))
+    assert logits(loaded, loaded.text.tokenizer.encode("hello world").ids).isfinite().all()
 
 
 def test_importing_the_loader_is_cheap() -> None:
