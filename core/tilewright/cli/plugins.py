@@ -1,7 +1,7 @@
 """``tilewright plugins``: what is installed, what a plugin offers, and whether all of them work.
 
 ``list`` reads metadata only. ``show`` imports one plugin, ``check`` all of them. ``verify`` runs
-the conformance suite of one.
+the conformance suite of one. ``new`` writes the sources of one that is yet to be.
 """
 
 import argparse
@@ -48,6 +48,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
                 help="a model for a loader to load; by default the sample that it writes",
             )
         action.add_argument("--json", action="store_true", help="print JSON")
+    summary = "write a new plugin, with its tests and what it takes to publish it"
+    action = actions.add_parser("new", help=summary, description=f"{summary.capitalize()}.")
+    action.set_defaults(function=new)
+    action.add_argument(
+        "kind", metavar="KIND", choices=list(registry.KINDS), help=", ".join(registry.KINDS)
+    )
+    action.add_argument("name", metavar="NAME", help="what users are to write for it")
+    action.add_argument(
+        "--out", metavar="DIR", help="the folder to write; by default tilewright-NAME"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -188,6 +198,18 @@ def verify(args: argparse.Namespace) -> int:
             numbers = (f"{results.count(r)} {r}" for r in ("passed", "failed", "not run"))
             print(f"{', '.join(numbers)}")
     return int(any(s.result == "failed" for _, statements in found for s in statements))
+
+
+def new(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from tilewright.cli.new_plugin import write
+
+    folder = write(args.kind, args.name, None if args.out is None else Path(args.out))
+    print(f"wrote {folder}; what comes next:")
+    print(f"  pip install -e '{folder}[test]'")
+    print(f"  tilewright plugins verify {args.name}")
+    return 0
 
 
 def _named(args: argparse.Namespace) -> list[registry.Plugin]:

@@ -1,0 +1,107 @@
+"""Writing a distribution of one new plugin: ``tilewright plugins new``.
+
+``templates/`` holds a folder a kind, with the plugin and its tests, and what is common to all. They
+are sources as they are written, but for the words that ``write`` replaces.
+"""
+
+import os
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from tilewright import __version__, registry
+from tilewright.errors import ConfigError
+
+_TEMPLATES = Path(__file__).with_name("templates")
+
+_FILES = {
+    "pyproject.toml": "common/pyproject.toml",
+    "README.md": "common/README.md",
+    "src/tilewright_{module}/__init__.py": "common/__init__.py",
+    "src/tilewright_{module}/py.typed": None,
+    "src/tilewright_{module}/{kind}.py": "{kind}/plugin.py",
+    "tests/test_{kind}.py": "{kind}/test_plugin.py",
+}
+"""What is written, and of which template; None: an empty file."""
+
+_SUMMARIES = {
+    "loader": "Models in directories of a layout of their own",
+    "weight_format": "Weights in one file of a simple layout",
+    "executor": "A forward pass in float32, written out",
+    "kv_allocator": "A paged KV cache that hands out the lowest free page first",
+    "sampler": "Epsilon sampling",
+    "observer": "Steps, tokens and seconds, counted by model and phase",
+}
+
+_USES = {
+    "loader": "tilewright generate --model DIR --loader my-plugin PROMPT",
+    "weight_format": "tilewright generate --model DIR --format my-plugin PROMPT",
+    "executor": "tilewright generate --executor my-plugin PROMPT",
+    "kv_allocator": "tilewright generate --kv-allocator my-plugin PROMPT",
+    "sampler": "tilewright generate --sampler my-plugin --temperature 1 PROMPT",
+    "observer": "tilewright generate --observer my-plugin PROMPT",
+}
+
+
+def write(kind: str, name: str, out: Path | None = None) -> Path:
+    """Write a distribution of a plugin to a folder that does not exist yet; returns the folder.
+
+    out: by default ``tilewright-NAME`` in the working folder. Raises ConfigError for a name that
+    cannot be one or is taken here, and for a folder that exists.
+    """
+    _check_name(kind, name)
+    folder = Path(f"tilewright-{name}") if out is None else out.expanduser()
+    if os.path.lexists(folder):
+        raise ConfigError(f"{folder} exists and is left as it is: name another folder with --out")
+    if not folder.parent.is_dir():
+        raise ConfigError(f"--out {str(folder)!r}: there is no folder {str(folder.parent)!r}")
+    module = name.replace("-", "_")
+    words = {
+        "MY_SUMMARY": _SUMMARIES[kind],
+        "MY_USE": _USES[kind],
+        "MY_NOUN": registry.noun(kind),
+        "MY_GROUP": registry.KINDS[kind].group,
+        "MY_KIND": kind,
+        "0.0.0": __version__,
+    }
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        for path, template in _FILES.items():
+            text = ""
+            if template is not None:
+                text = (_TEMPLATES / template.format(kind=kind)).read_text(encoding="utf-8")
+            for word, meant in (words | {"my-plugin": name, "my_plugin": module}).items():
+                text = text.replace(word, meant)
+            file = beside / path.format(kind=kind, module=module)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return folder
+
+
+def _check_name(kind: str, name: str) -> None:
+    """Raise ConfigError for what is no name, and for one that an installed plugin has."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > 60:
+        near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:60].rstrip("-")
+        hint = f"; {near!r} would do" if near and near != name else ""
+        raise ConfigError(
+            f"the name of a plugin starts with a letter and has small letters, digits and single "
+            f"hyphens between them, 60 at most, found {name[:100]!r}{hint}"
+        )
+    rivals = registry.matching(name, registry.installed(kind))
+    if rivals:
+        raise ConfigError(
+            f"{rivals[0]} is installed in {rivals[0].where}: choose another name, since users "
+            f"could name neither of the two by {name!r} alone"
+        )
+    module = f"tilewright_{name.replace('-', '_')}"
+    found = find_spec(module)
+    if found is not None:
+        where = found.origin or next(iter(found.submodule_search_locations or ()), "")
+        raise ConfigError(
+            f"a package {module} is installed already, in {where}: choose another name"
+        )

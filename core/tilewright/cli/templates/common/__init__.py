@@ -1,0 +1,1 @@
+"""MY_SUMMARY: MY_NOUN ``my-plugin`` for Tilewright."""

@@ -1,0 +1,76 @@
+"""Epsilon sampling (Hewitt et al. 2022, arXiv:2210.15191).
+
+Tokens less likely than epsilon are dropped; one of the others is drawn. The likeliest token always
+stays.
+"""
+
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen, validators
+
+from tilewright import hookimpl
+from tilewright.errors import NonFiniteLogitsError
+from tilewright.types import PluginInfo, SampledToken, Sampler, SamplerRequest, SamplerRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+tilewright_api = 1
+
+
+@frozen
+class Options:
+    epsilon: float = field(
+        default=3e-4,
+        validator=[validators.ge(0.0), validators.lt(1.0)],
+        metadata={"help": "drop tokens less likely than this, at the request's temperature"},
+    )
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        summary="epsilon sampling: drops what is unlikely, draws from the rest",
+        options=Options,
+        limits={
+            "distribution": "the softmax at the temperature, over tokens of epsilon or more",
+            "no effect": "top_k, top_p, min_p, repetition_penalty, presence_penalty, "
+            "frequency_penalty, logit_bias, logprobs",
+        },
+    )
+
+
+@hookimpl
+def create_sampler(request: SamplerRequest) -> Sampler:
+    return EpsilonSampler(request.options.epsilon)
+
+
+class EpsilonSampler:
+    """A ``Sampler`` (see tilewright.types) that keeps nothing between its steps."""
+
+    def __init__(self, epsilon: float):
+        self.epsilon = epsilon
+
+    def sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        chosen = (self.choose(scores, row) for scores, row in zip(logits, rows, strict=True))
+        return [SampledToken(token_id=token) for token in chosen]
+
+    def choose(self, logits: "Tensor", row: SamplerRow) -> int:
+        """From one row, [vocab_size] float32, to a token."""
+        step, temperature = len(row.output_token_ids), row.params.temperature
+        if not logits.isfinite().all():
+            bad = (~logits.isfinite()).nonzero().flatten().tolist()
+            raise NonFiniteLogitsError(row.request_id, step, bad, len(logits))
+        best = int(logits.argmax())
+        if temperature == 0:
+            return best
+        # In float64, since float32 would round the smallest temperatures to 0.
+        scaled = (logits.double() - logits[best].double()) / max(temperature, 1e-30)
+        p = scaled.softmax(0)
+        p[p < min(self.epsilon, p[best].item())] = 0
+        # What is drawn depends on the request's seed and on its step, and on nothing else.
+        u = Random(f"{row.params.seed},{step}").random()
+        cumulative = p.cumsum(0)
+        return int((cumulative > u * cumulative[-1]).nonzero()[0])
