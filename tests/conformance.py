@@ -96,7 +96,9 @@ def run_all(
         made = {name: _fixture(value) for name, value in given.items()}
         setattr(module, f"Test{i}", type(f"Test{i}", (suite,), made))
         targets += [f"::Test{i}::{name}" for name in only] or [f"::Test{i}"]
-    quiet = ("-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-p", "no:xdist")
+    # Short, since others print all arguments, tensors among them.
+    quiet = ("-q", "--no-header", "--no-summary", "--tb=short")
+    quiet += ("-p", "no:cacheprovider", "-p", "no:xdist")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "test_subject.py"
         file.write_text("from conformance_subject import *\n")

@@ -722,7 +722,7 @@ _TESTS = own_tests(ExecutorSuite)
 _SMALL = {"models": {"grouped": MODELS["grouped"]}, "dtypes": ["float32"]}
 _BIASED = {"models": {n: MODELS[n] for n in ("grouped", "all-biases")}, "dtypes": ["float32"]}
 
-FAULTS = [
+OF_CONTRACTS = [
     Fault(
         name,
         of(plugin) if isinstance(plugin, type) else plugin,
@@ -732,7 +732,6 @@ FAULTS = [
     )
     for name, plugin, test, why in _FAULTS
 ]
-SUITE = ExecutorSuite
 
 
 def arithmetic() -> Iterator[Fault]:
@@ -755,19 +754,27 @@ def arithmetic() -> Iterator[Fault]:
         )
 
 
-def test_the_suite_fails_each_broken_executor() -> None:
-    assert not missed(SUITE, FAULTS)
+OF_ARITHMETIC = list(arithmetic())
+FAULTS = OF_CONTRACTS + OF_ARITHMETIC
+SUITE = ExecutorSuite
+
+
+def test_the_suite_fails_each_breach_of_a_contract() -> None:
+    assert not missed(SUITE, OF_CONTRACTS)
 
 
 def test_the_suite_fails_each_mistake_in_what_is_computed() -> None:
-    assert not missed(SUITE, list(arithmetic()))
+    assert not missed(SUITE, OF_ARITHMETIC)
 
 
-SOME = {name: MODELS[name] for name in ("grouped", "qk-norm", "sliding-window", "yarn-rope")}
+SOME = {
+    "models": {name: MODELS[name] for name in ("qk-norm", "sliding-window")},
+    "dtypes": ["float32", "bfloat16"],
+}
 
 
 def test_the_suite_passes_another_way_to_compute() -> None:
-    outcome = run(SUITE, planted("none"), own_tests(SUITE), models=SOME)
+    outcome = run(SUITE, planted("none"), own_tests(SUITE), **SOME)
     # It taps norm and rotation of the queries, then those of the keys.
     assert outcome.failed == ["test_taps_are_those_of_the_docs"], outcome.why
     assert "in the order of" in outcome.why["test_taps_are_those_of_the_docs"]
@@ -804,7 +811,7 @@ class OneAtATime:
 
 
 def test_the_suite_keeps_to_an_executors_limits_and_looks_at_no_cache_that_it_cannot_see() -> None:
-    outcome = run(SUITE, Executors(OneAtATime), own_tests(SUITE), models=SOME)
+    outcome = run(SUITE, Executors(OneAtATime), own_tests(SUITE), **_SMALL)
     assert not outcome.failed, outcome.why
     assert {name for name, found in outcome.found.items() if found == "skipped"} == {
         "test_a_layers_cache_is_read_and_replaced",

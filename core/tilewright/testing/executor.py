@@ -99,7 +99,7 @@ class Case:
     """A model that the executor runs, and how."""
 
     name: str
-    model: Model
+    model: Model = field(repr=False)
     runtime: RuntimeConfig
 
     def __str__(self) -> str:
@@ -221,6 +221,7 @@ class Trio:
 
     def run(self, tokens: Tokens, phase: Phase | None = None) -> None:
         """New tokens, in as many steps as the candidate's limits make of it; all is judged."""
+        __tracebackhide__ = True
         for of, batch in self.candidate.steps(self.sequences, tokens):
             self.step(phase or of, batch)
 
@@ -229,6 +230,7 @@ class Trio:
 
         taps: judge what is tapped, too.
         """
+        __tracebackhide__ = True
         seen: list[Seen] = [{}, {}, {}]
         logits = [
             running.run(phase, batch, recorder(kept) if taps else None)
@@ -243,6 +245,7 @@ class Trio:
 
     def judge_cache(self, phase: Phase, batch: StepBatch) -> None:
         """The keys and values of a step's tokens."""
+        __tracebackhide__ = True
         slots, size = batch.slot_mapping.long(), self.case.page_size
         for layer in range(len(self.candidate.layers) if self.candidate.sees else 0):
             caches = (r.cached(layer) for r in (self.candidate, self.near, self.true))
@@ -252,6 +255,7 @@ class Trio:
                 self.judge(phase, f"layers.{layer}.{name}", *rows)
 
     def judge(self, phase: Phase, name: str, ours: Tensor, near: Tensor, true: Tensor) -> None:
+        __tracebackhide__ = True
         assert ours.shape == true.shape, (
             f"{self.case}, {phase} step {self.step_number}: the shape of {name} is "
             f"{list(ours.shape)}, expected {list(true.shape)}"
