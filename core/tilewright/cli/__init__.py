@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A user's mistake is one line on stderr and code 2; with ``--debug`` its traceback comes first.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    is_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     try:
         _prepare_streams()
         code = _run(argv)
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tilewright: error: {message}", file=sys.stderr)
         code = USER_ERROR
     _give_up_unwritten()
+    if code == INTERRUPTED and is_process:
+        _leave_threads(code)
     return code
 
 
@@ -138,6 +140,15 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_threads(code: int) -> None:
+    """End the process without waiting for threads of a library, say of a download that stalls."""
+    from threading import active_count
+
+    if active_count() > 1:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _give_up_unwritten() -> None:

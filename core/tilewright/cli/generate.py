@@ -56,8 +56,9 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> None:
         model_id = config.model.id
         if config.output.format == "jsonl":
             results = engine.generate_batch(model_id, prompts, config.generate)
+            source = engine.model(model_id).loaded.source
             for result, prompt in zip(results, prompts, strict=True):
-                write_json(result_record(result, prompt), file)
+                write_json(result_record(result, prompt, source), file)
         elif len(prompts) == 1 and file is sys.stdout:
             results = [_stream(engine, model_id, prompts[0], config.generate)]
         else:

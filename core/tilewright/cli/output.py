@@ -86,11 +86,12 @@ def write_json(value: Any, file: IO[str]) -> None:
     file.flush()
 
 
-def result_record(result: GenerateResult, prompt: str) -> dict[str, Any]:
-    """A result as ``--json`` prints it."""
+def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str, Any]:
+    """A result as ``--json`` prints it. source: the model's, as its loader says."""
     timings = result.timings
     record: dict[str, Any] = {
         "model": result.model_id,
+        "source": source,
         "prompt": prompt,
         "text": result.text,
         "token_ids": result.token_ids,

@@ -1,0 +1,479 @@
+"""Loader ``hf-hub``: a repository of the Hugging Face hub, by its id.
+
+Cache, token and endpoint are those of huggingface_hub and its environment variables.
+"""
+
+import errno
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from glob import escape
+from math import ceil
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attrs import define, evolve, field, frozen
+
+from tilewright.errors import ConfigError, ModelError, listed
+from tilewright.hookspecs import hookimpl
+from tilewright.types import LoadedModel, LoadRequest, PluginInfo, Report, described
+from tilewright.weights import printable
+from tilewright_hf import loader, pytorch_format, safetensors_format
+from tilewright_hf.files import one_line
+from tilewright_hf.shards import shard_files
+
+tilewright_api = 1
+
+T = TypeVar("T")
+
+_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+
+_CONFIGURATION = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What hf-local reads, weights aside."""
+
+_LAYOUTS = {
+    "safetensors": (safetensors_format.SINGLE, safetensors_format.INDEX),
+    "pytorch-bin": (pytorch_format.SINGLE, pytorch_format.INDEX),
+}
+"""Weights in one file or with an index, by weight format; the first one found is taken."""
+
+_MB = 1_000_000
+
+
+@frozen
+class Options:
+    revision: str | None = described("branch, tag or commit; default: the main branch")
+    local_files_only: bool = described(
+        "take what is in the cache and open no connection; as HF_HUB_OFFLINE=1 does", False
+    )
+
+
+@frozen
+class _Wanted:
+    """A repository as a user names it."""
+
+    name: str
+    revision: str | None
+    weight_format: str | None
+
+
+@frozen
+class _Snapshot:
+    """A folder of the cache."""
+
+    folder: Path
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def commit(self) -> str:
+        return self.folder.name
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        summary="a repository of the Hugging Face hub: ORGANISATION/NAME, or with @REVISION",
+        options=Options,
+        limits={
+            "files": "configuration, tokenizer and one set of weights: safetensors, else "
+            "pytorch_model.bin",
+            "models": "as hf-local",
+        },
+    )
+
+
+@hookimpl
+def can_load(source: str) -> bool:
+    file = source.endswith((".gguf", ".safetensors", ".bin", ".json", ".toml"))
+    return _ID.fullmatch(source) is not None and not file and not os.path.lexists(source)
+
+
+@hookimpl
+def load_model(request: LoadRequest) -> LoadedModel:
+    """Download what is not in the cache yet, and load it as hf-local does.
+
+    The result's source is ``ORGANISATION/NAME@COMMIT``.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    wanted = _wanted(request)
+    if HF_HUB_OFFLINE or request.options.local_files_only:
+        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "local_files_only is set"
+        snapshot = _cached(wanted, why)
+    else:
+        snapshot = _downloaded(wanted, request.report)
+    try:
+        loaded = loader.load_model(evolve(request, source=str(snapshot.folder), options=None))
+    except ModelError as error:
+        raise ModelError("; ".join((str(error), *snapshot.warnings))) from error
+    return evolve(
+        loaded,
+        source=f"{wanted.name}@{snapshot.commit}",
+        warnings=(*snapshot.warnings, *loaded.warnings),
+    )
+
+
+def _wanted(request: LoadRequest) -> _Wanted:
+    named = _ID.fullmatch(request.source)
+    if named is None:
+        raise ModelError(
+            f"{request.source[:200]!r} is no id of a repository: expected ORGANISATION/NAME or "
+            "ORGANISATION/NAME@REVISION; hf-local loads a directory"
+        )
+    name, revision = named.groups()
+    asked = request.options.revision
+    if revision and asked and revision != asked:
+        raise ConfigError(
+            f"two revisions of {name} are asked for, {revision!r} in its id and {asked!r} as "
+            "option 'revision': give one"
+        )
+    return _Wanted(name, revision or asked, request.weight_format)
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def _cached(wanted: _Wanted, why: str) -> _Snapshot:
+    """What the cache has. why: the reason for opening no connection, in words."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            wanted.name,
+            revision=wanted.revision,
+            local_files_only=True,
+            # Which set of weights there must be, its index says.
+            allow_patterns=["config.json"],
+        )
+    except LocalEntryNotFoundError as error:
+        revision = f" at revision {wanted.revision!r}" if wanted.revision else ""
+        raise ModelError(
+            f"{wanted.name}{revision} is not in the cache, {_cache()}, and {why}: load it once "
+            "with a connection, or set HF_HUB_CACHE to a folder that has it"
+        ) from error
+    except ValueError as error:
+        raise _refusal(wanted, error) from error
+    return _Snapshot(Path(folder), (f"{wanted.name} is taken from the cache: {why}",))
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+# --- downloads ------------------------------------------------------------------------------------
+
+
+def _downloaded(wanted: _Wanted, report: Report) -> _Snapshot:
+    """The repository's files, of which those are fetched that the cache does not have.
+
+    Where the hub cannot be reached, those of the cache.
+    """
+    from huggingface_hub import HfApi, constants
+
+    def repository() -> Any:
+        return HfApi().model_info(
+            wanted.name,
+            revision=wanted.revision,
+            files_metadata=True,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+
+    meter = _Meter()
+    try:
+        info = _watched(repository, meter, lambda: None)
+    except Exception as error:
+        if not _unreachable(error):
+            raise _refusal(wanted, error) from error
+        try:
+            return _cached(wanted, f"the hub cannot be reached ({_reason(error)})")
+        except ModelError:
+            raise _refusal(wanted, error) from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    what = f"downloading {wanted.name} (MB)"
+
+    def progress() -> None:
+        if meter.total:
+            total = ceil(meter.total / _MB)
+            report(what, min(meter.received // _MB, total - 1), total)
+
+    try:
+        folder = _watched(lambda: _fetched(wanted, info.sha, sizes, meter), meter, progress)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _refusal(wanted, error) from error
+    if meter.total:
+        total = ceil(meter.total / _MB)
+        report(f"downloaded {wanted.name}@{folder.name[:12]}: {total} MB", total, total)
+    return _Snapshot(folder)
+
+
+def _fetched(wanted: _Wanted, commit: str, sizes: dict[str, int], meter: "_Meter") -> Path:
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+    bar = _bar_class(meter)
+
+    def fetch(files: Collection[str]) -> Path:
+        # By the revision's name: so the cache learns which commit it is, for later without the hub.
+        folder = snapshot_download(
+            wanted.name,
+            revision=wanted.revision,
+            allow_patterns=[escape(file) for file in files],
+            tqdm_class=bar,
+        )
+        return Path(folder)
+
+    files = [*_configuration(wanted, sizes), *_weights(wanted, sizes)]
+    for _, index in _LAYOUTS.values():
+        if index in files:
+            shards = set(shard_files(fetch([index]) / index).values())
+            files += sorted(shards & sizes.keys())
+    absent = [
+        file
+        for file in files
+        if not isinstance(try_to_load_from_cache(wanted.name, file, revision=commit), str)
+    ]
+    total = sum(sizes[file] for file in absent)
+    _check_room(wanted, total)
+    meter.begin(total)
+    return fetch(files)
+
+
+def _configuration(wanted: _Wanted, names: Collection[str]) -> list[str]:
+    if "config.json" not in names:
+        gguf = [name for name in names if name.endswith(".gguf")]
+        cure = (
+            f"; it has GGUF files: `hf download {wanted.name} {printable(gguf[0])}` and load that"
+            if gguf
+            else ""
+        )
+        raise ModelError(
+            f"{wanted.name} has no config.json: expected a transformers model, found "
+            f"{listed(sorted(map(printable, names))) or 'no files'}{cure}"
+        )
+    return [name for name in _CONFIGURATION if name in names]
+
+
+def _weights(wanted: _Wanted, names: Collection[str]) -> list[str]:
+    """The file with all weights, or the index."""
+    format_ = (wanted.weight_format or "").rpartition(":")[2]
+    if format_ and format_ not in _LAYOUTS:  # somebody else's, which knows its files
+        return [name for name in names if "/" not in name and name not in _CONFIGURATION]
+    for layout in [_LAYOUTS[format_]] if format_ else _LAYOUTS.values():
+        for name in layout:
+            if name in names:
+                return [name]
+    expected = [file for layout in _LAYOUTS.values() for file in layout]
+    raise ModelError(
+        f"{wanted.name} has no weights that can be read: expected one of {', '.join(expected)}, "
+        f"found {listed(sorted(map(printable, names)))}; for another format, name it (--format)"
+    )
+
+
+def _check_room(wanted: _Wanted, needed: int) -> None:
+    """Raise ModelError where the cache's disk is too small for what is to come."""
+    cache = _cache()
+    blobs = cache / f"models--{wanted.name.replace('/', '--')}" / "blobs"
+    begun = sum(file.stat().st_size for file in blobs.glob("*.incomplete"))
+    existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed - begun > free:
+        raise ModelError(
+            f"{wanted.name} needs {needed / 1e9:.2f} GB more in {cache}, where {free / 1e9:.2f} GB "
+            "are free: free space, or set HF_HUB_CACHE to a folder on another disk"
+        )
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+@define(eq=False)
+class _Meter:
+    """How far a download is; once stopped, the download ends at its next bytes."""
+
+    total: int = 0
+    stopped: bool = False
+    bars: list[Any] = field(factory=list)
+
+    def begin(self, total: int) -> None:
+        self.bars.clear()
+        self.total = total
+
+    @property
+    def received(self) -> int:
+        # There may be one bar for what comes and one for what is on disk.
+        return max((int(bar.n) for bar in list(self.bars) if bar.unit == "B"), default=0)
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def _bar_class(meter: _Meter) -> type:
+    """A class of progress bars that draw nothing and are in the meter."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # no thread
+        _lock = threading.RLock()  # no semaphore of the system
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            kwargs.pop("name", None)
+            super().__init__(*args, **kwargs | {"disable": False, "leave": False})
+            meter.bars.append(self)
+
+        def display(self, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if meter.stopped:
+                raise _StoppedError
+            shown: bool | None = super().update(n)
+            return shown
+
+        def close(self) -> None:
+            self.disable = True
+
+    return Bar
+
+
+@contextmanager
+def _retries_unlogged() -> Iterator[None]:
+    """Keep huggingface_hub's account of its retries, two lines for each, off standard error."""
+
+    def failure(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    handlers = list(logging.getLogger("huggingface_hub").handlers)
+    for handler in handlers:
+        handler.addFilter(failure)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(failure)
+
+
+def _watched(work: Callable[[], T], meter: _Meter, progress: Callable[[], None]) -> T:
+    """Do work in another thread, calling progress from this one; Ctrl-C stops it."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            with _retries_unlogged():
+                future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="hf-hub", daemon=True).start()
+    try:
+        while not wait([future], timeout=0.2).done:
+            progress()
+    except BaseException:
+        meter.stopped = True
+        wait([future], timeout=1)
+        raise
+    return future.result()
+
+
+# --- what may go wrong ----------------------------------------------------------------------------
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int:
+    """The code of the hub's answer; 0 if it has none."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
+
+
+def _unreachable(error: Exception) -> bool:
+    """Whether it is for want of a connection, or of a hub at its other end."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in _chain(error):
+        if isinstance(cause, HfHubHTTPError):
+            return _status(cause) >= 500
+        library = type(cause).__module__.partition(".")[0]
+        if isinstance(cause, (ConnectionError, TimeoutError)) or library in _HTTP_LIBRARIES:
+            return True
+    return False
+
+
+_HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+"""What huggingface_hub has used over time."""
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause that says something."""
+    said = [cause for cause in _chain(error) if str(cause)]
+    return one_line(said[-1] if said else error)
+
+
+def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
+    """What the hub, the network or the disk said, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    name, page = wanted.name, f"{constants.ENDPOINT}/{wanted.name}"
+    for cause in _chain(error):
+        if isinstance(cause, errors.HFValidationError):
+            return ModelError(f"{name!r} is no id of a repository: {one_line(cause)}")
+        if isinstance(cause, errors.GatedRepoError):
+            return ModelError(
+                f"{name} is gated: accept its conditions on {page}, then log in with "
+                "`hf auth login` or set HF_TOKEN"
+            )
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return ModelError(
+                f"{name} has no revision {wanted.revision!r}: {page}/refs lists its branches and "
+                "tags"
+            )
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            return ModelError(
+                f"no directory is named {name!r}, and no repository of {constants.ENDPOINT} that "
+                "you can see: check the name; for a private one log in with `hf auth login` or "
+                "set HF_TOKEN"
+            )
+        if _status(cause) in (401, 403):
+            return ModelError(
+                f"{name}: the hub refuses the token ({one_line(cause)}): log in again with "
+                "`hf auth login`, or correct HF_TOKEN"
+            )
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return ModelError(
+                f"{name}: the disk of {_cache()} is full; what is complete is kept: free space, "
+                "or set HF_HUB_CACHE to a folder on another disk, and load it again"
+            )
+        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return ModelError(
+                f"{name}: the cache cannot be written ({one_line(cause)}): make {_cache()} "
+                "writable, or set HF_HUB_CACHE to another folder"
+            )
+    if _unreachable(error):
+        return ModelError(
+            f"{name}: no directory is named so, and the hub at {constants.ENDPOINT} cannot be "
+            f"reached ({_reason(error)}): check the connection and HF_ENDPOINT, and load it again; "
+            "what is complete is kept"
+        )
+    return ModelError(
+        f"{name} cannot be downloaded ({_reason(error)}): load it again; what is complete is kept"
+    )

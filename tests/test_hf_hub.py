@@ -1,0 +1,466 @@
+"""hf-hub through huggingface_hub itself, against a hub of this machine over HTTP."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import Files, Hub, files_of, serving
+from huggingface_hub import constants
+from model_directories import load as load_local
+from model_directories import split_weights, write_directory
+from safetensors.torch import load_file
+
+from tilewright import LLMEngine, hookimpl, registry
+from tilewright.errors import ConfigError, ModelError
+from tilewright.types import LoadedModel
+
+NAME = "acme/tiny"
+NEEDED = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_directory(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that has the model under NAME, and an empty cache."""
+    with serving(Hub()) as hub:
+        hub.add(NAME, files_of(model))
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+
+
+def load(source: str = NAME, format_: str | None = None, **options: Any) -> LoadedModel:
+    with LLMEngine.from_plugins(loader="hf-hub") as engine:
+        loaded = engine.load(source, format_, **options)
+    loaded.weights.close()
+    return loaded
+
+
+def refusal(source: str = NAME, **options: Any) -> str:
+    with pytest.raises(ModelError) as raised:
+        load(source, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def snapshot(commit: str, name: str = NAME) -> Path:
+    cache = Path(constants.HF_HUB_CACHE)
+    return cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit
+
+
+def cached(commit: str) -> set[str]:
+    folder = snapshot(commit)
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+# --- what is downloaded ---------------------------------------------------------------------------
+
+
+def test_a_repository_is_the_model_that_its_files_are(hub: Hub, model: Path) -> None:
+    local = load_local(model)
+    with LLMEngine.from_plugins() as engine:
+        loaded = engine.load(NAME)
+    assert (loaded.config, loaded.generation_defaults) == (local.config, local.generation_defaults)
+    assert loaded.text.chat_template == local.text.chat_template
+    assert loaded.warnings == local.warnings
+    commit = loaded.source.removeprefix(f"{NAME}@")
+    assert commit in hub.repositories[NAME]
+    for name, tensor in load_file(model / "model.safetensors").items():
+        assert torch.equal(loaded.weights.get(name), tensor)
+
+
+def test_only_what_is_needed_is_downloaded(hub: Hub, model: Path) -> None:
+    more = {
+        "README.md": b"read me",
+        "pytorch_model.bin": b"the same weights again",
+        "consolidated.safetensors": b"and again",
+        "model.fp16.safetensors": b"and again",
+        "original/model.safetensors": b"and again",
+        "onnx/config.json": b"{}",
+        "tokenizer.model": b"the tokenizer again",
+        "[odd] name*.json": b"{}",
+    }
+    commit = hub.add(NAME, files_of(model) | more)
+    load()
+    assert cached(commit) == NEEDED
+    assert set(hub.downloads()) == NEEDED
+
+
+def test_what_is_in_the_cache_is_not_asked_for_again(hub: Hub) -> None:
+    load()
+    hub.requests.clear()
+    load()
+    assert hub.downloads() == []
+
+
+def test_of_shards_those_that_the_index_names(hub: Hub, tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "sharded")
+    home = split_weights(directory)
+    stray = {"model-00009-of-00009.safetensors": b"of another checkpoint"}
+    commit = hub.add(NAME, files_of(directory) | stray)
+    load()
+    weights = {"model.safetensors.index.json", *home.values()}
+    assert len(weights) == 4
+    assert cached(commit) == NEEDED - {"model.safetensors"} | weights
+
+
+def test_pytorch_files_where_there_are_no_others_or_they_are_named(hub: Hub, model: Path) -> None:
+    files = files_of(model)
+    stored = load_file(model / "model.safetensors")
+    single = Path(constants.HF_HUB_CACHE).parent / "x.bin"
+    torch.save(stored, single)
+    files["pytorch_model.bin"] = single.read_bytes()
+    commit = hub.add(NAME, files)
+    load(NAME, "pytorch-bin")
+    assert cached(commit) == NEEDED - {"model.safetensors"} | {"pytorch_model.bin"}
+    del files["model.safetensors"]
+    commit = hub.add(NAME, files)
+    load()
+    assert cached(commit) == NEEDED - {"model.safetensors"} | {"pytorch_model.bin"}
+
+
+def test_a_repository_without_a_model_is_said_to_be_one(hub: Hub, model: Path) -> None:
+    hub.add("acme/gguf", {"a-Q4_0.gguf": b"", "README.md": b""})
+    said = refusal("acme/gguf")
+    assert said.startswith("acme/gguf has no config.json: expected a transformers model, found RE")
+    assert "`hf download acme/gguf a-Q4_0.gguf` and load that" in said
+    files: Files = files_of(model)
+    del files["model.safetensors"]
+    hub.add("acme/bare", files | {"flax_model.msgpack": b""})
+    said = refusal("acme/bare")
+    assert "no weights that can be read: expected one of model.safetensors, model.safetens" in said
+    assert "flax_model.msgpack" in said
+    assert hub.downloads() == []
+
+
+# --- revisions ------------------------------------------------------------------------------------
+
+
+def test_a_revision_is_chosen_by_the_id_or_as_an_option(hub: Hub, model: Path) -> None:
+    main = load().source
+    other = hub.add(NAME, files_of(model) | {"README.md": b"other"}, "refs/pr/1")
+    assert main != f"{NAME}@{other}"
+    for source, options in (
+        (f"{NAME}@refs/pr/1", {}),
+        (NAME, {"revision": "refs/pr/1"}),
+        (f"{NAME}@refs/pr/1", {"revision": "refs/pr/1"}),
+        (f"{NAME}@{other}", {}),
+    ):
+        assert load(source, **options).source == f"{NAME}@{other}"
+    with pytest.raises(ConfigError, match="'refs/pr/1' in its id and 'main' as option 'revision'"):
+        load(f"{NAME}@refs/pr/1", revision="main")
+
+
+def test_a_branch_that_moved_is_followed(hub: Hub, model: Path) -> None:
+    before = load().source
+    commit = hub.add(NAME, files_of(model) | {"README.md": b"a new commit"})
+    assert before != load().source == f"{NAME}@{commit}"
+    assert load(before).source == before
+
+
+# --- without a connection -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "local_files_only"])
+def test_offline_the_cache_is_taken_and_nothing_is_asked(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    options = {"local_files_only": True} if how == "local_files_only" else {}
+    online = load().source
+
+    def go_offline() -> None:
+        hub.requests.clear()
+        if not options:
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    go_offline()
+    loaded = load(**options)
+    assert loaded.source == online
+    assert loaded.warnings[0] == f"{NAME} is taken from the cache: {how} is set"
+    assert load(online, **options).source == online
+    said = refusal("acme/other", **options)
+    assert said.startswith(f"acme/other is not in the cache, {constants.HF_HUB_CACHE}, and {how} ")
+    assert "at revision 'v2' is not in the cache" in refusal(f"{NAME}@v2", **options)
+    assert hub.requests == []
+
+
+def test_offline_a_download_that_was_not_finished_is_said_to_be_one(hub: Hub) -> None:
+    source = load().source
+    (snapshot(source.partition("@")[2]) / "model.safetensors").unlink()
+    said = refusal(local_files_only=True)
+    assert "no weights found in any known format" in said
+    assert said.endswith("is taken from the cache: local_files_only is set")
+
+
+def test_where_the_hub_cannot_be_reached_the_cache_is_taken(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = load().source
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    loaded = load()
+    assert loaded.source == source
+    assert loaded.warnings[0].startswith(
+        f"{NAME} is taken from the cache: the hub cannot be reached (["
+    )
+    said = refusal("acme/other")
+    assert said.startswith(
+        "acme/other: no directory is named so, and the hub at http://127.0.0.1:9 cannot be reached"
+    )
+    assert "check the connection and HF_ENDPOINT" in said
+
+
+def test_a_hub_that_is_out_of_order_counts_as_none(hub: Hub) -> None:
+    hub.failing = 503
+    assert "cannot be reached (" in refusal()
+    hub.failing = 0
+    source = load().source
+    hub.failing = 503
+    assert load().source == source
+
+
+# --- what the hub refuses -------------------------------------------------------------------------
+
+
+def test_gated_missing_and_private_repositories(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("acme/gated", files_of(model))
+    hub.gated.add("acme/gated")
+    assert refusal("acme/gated") == (
+        f"acme/gated is gated: accept its conditions on {hub.endpoint}/acme/gated, then log in "
+        "with `hf auth login` or set HF_TOKEN"
+    )
+    hub.add("acme/private", files_of(model))
+    hub.private.add("acme/private")
+    for name in ("acme/missing", "acme/private"):
+        assert refusal(name) == (
+            f"no directory is named '{name}', and no repository of {hub.endpoint} that you can "
+            "see: check the name; for a private one log in with `hf auth login` or set HF_TOKEN"
+        )
+    hub.token = "hf_right"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "the hub refuses the token" in refusal("acme/private")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert load("acme/private").source.startswith("acme/private@")
+
+
+def test_missing_revisions_and_impossible_names(hub: Hub) -> None:
+    assert refusal(f"{NAME}@v9") == (
+        f"{NAME} has no revision 'v9': {hub.endpoint}/{NAME}/refs lists its branches and tags"
+    )
+    assert refusal("acme/a--b").startswith("'acme/a--b' is no id of a repository: ")
+    assert refusal("gpt2").startswith("'gpt2' is no id of a repository: expected ORGANISATION/NAME")
+    assert refusal("a/b/c").startswith("'a/b/c' is no id")
+
+
+def test_a_cache_that_cannot_be_written(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/no/such")
+    said = refusal()
+    assert said.startswith(NAME)
+    assert "/proc" in said
+
+
+@pytest.mark.parametrize(
+    ("source", "claims"),
+    [
+        ("Qwen/Qwen3-14B", True),
+        ("Qwen/Qwen2.5-0.5B-Instruct", True),
+        ("Qwen/Qwen3-14B@main", True),
+        ("Qwen/Qwen3-14B@refs/pr/1", True),
+        ("qwen", False),
+        ("a/b/c", False),
+        ("./models/x", False),
+        ("/models/x", False),
+        ("~/x", False),
+        ("a/..", False),
+        ("a/b c", False),
+        ("a/b@", False),
+        ("a/b@x@y", False),
+        ("a/model.gguf", False),
+        ("a/b\n", False),
+        ("", False),
+        ("\0/x", False),
+        ("here/model", False),
+    ],
+)
+def test_an_id_is_claimed_and_no_path(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, claims: bool
+) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    loader = registry.load(registry.find("loader", "hf-hub"))
+    assert registry.call(loader, "can_load", source=source) is claims
+    assert hub.requests == []
+
+
+# --- downloads that take their time ---------------------------------------------------------------
+
+
+class Told:
+    """An observer that keeps what it is told of the download."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[str, int, int]] = []
+        self.threads: set[int] = set()
+
+    @hookimpl
+    def on_prepare(self, what: str, done: int, total: int) -> None:
+        self.reports.append((what, done, total))
+        self.threads.add(threading.get_ident())
+
+
+def big(model: Path) -> Files:
+    """A model of 25 MB, most of it padding. huggingface_hub takes in 10 MiB at a time."""
+    files = files_of(model)
+    weights = files["model.safetensors"]
+    size = int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8 : 8 + size])
+    end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+    # A frequency buffer, which a checkpoint may carry and hf-local leaves out.
+    header["model.layers.0.self_attn.rotary_emb.inv_freq"] = {
+        "dtype": "U8", "shape": [25_000_000], "data_offsets": [end, end + 25_000_000]
+    }  # fmt: skip
+    text = json.dumps(header).encode()
+    padding = bytes(range(250)) * 100_000
+    new = len(text).to_bytes(8, "little") + text + weights[8 + size :] + padding
+    return files | {"model.safetensors": new}
+
+
+def test_observers_are_told_of_the_download(hub: Hub, model: Path) -> None:
+    hub.add(NAME, big(model))
+    hub.stall = "model.safetensors", 15_000_000
+    threading.Timer(1.0, hub.stalled.set).start()
+    told = Told()
+    with LLMEngine.from_plugins(observers=[told]) as engine:
+        commit = engine.load(NAME).source.partition("@")[2]
+        reports, told.reports = told.reports, []
+        engine.load(NAME)
+    *running, last = reports
+    assert {(what, total) for what, _, total in running} == {(f"downloading {NAME} (MB)", 26)}
+    done = [done for _, done, _ in running]
+    assert done == sorted(done)
+    assert 0 < max(done) < 26
+    assert last == (f"downloaded {NAME}@{commit[:12]}: 26 MB", 26, 26)
+    assert told.threads == {threading.get_ident()}
+    assert told.reports == [], "nothing was downloaded the second time"
+
+
+def test_a_download_that_breaks_half_way_goes_on_where_it_was(hub: Hub, model: Path) -> None:
+    commit = hub.add(NAME, big(model))
+    hub.broken["model.safetensors"] = [15_000_000]
+    load()
+    ranges = [r for method, path, r in hub.requests if method == "GET" and "safetensors" in path]
+    assert ranges == ["", f"bytes={10 * 2**20}-"]
+    stored = (snapshot(commit) / "model.safetensors").read_bytes()
+    assert stored == hub.repositories[NAME]["main"]["model.safetensors"]
+
+
+def test_what_is_complete_is_kept_when_a_download_ends_for_good(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub.broken["model.safetensors"] = [0] * 10
+    said = refusal()
+    assert "load it again" in said
+    assert "what is complete is kept" in said
+    hub.broken.clear()
+    before = set(hub.downloads())
+    hub.requests.clear()
+    load()
+    assert set(hub.downloads()) == {"model.safetensors"}
+    assert before == NEEDED
+
+
+def tilewright(
+    hub: Hub, tmp_path: Path, *arguments: str, prefix: tuple[str, ...] = (), **environment: str
+) -> "subprocess.Popen[str]":
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "COLUMNS"))}
+    given = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", "tilewright", *arguments],
+        env=kept | given | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_run_says_which_commit_it_ran_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    process = tilewright(
+        hub, tmp_path, "generate", "--json", "--max-new-tokens", "2", "--model", NAME, "hi"
+    )
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    (commit,) = hub.repositories[NAME].keys() - {"main"}
+    assert json.loads(out)["source"] == f"{NAME}@{commit}"
+    assert "%" not in err
+    assert "MB" not in err
+    assert [line for line in err.splitlines() if not line.startswith(("note: ", "warning: "))] == []
+
+
+def test_ctrl_c_ends_a_download_and_the_next_run_finishes_it(
+    hub: Hub, model: Path, tmp_path: Path
+) -> None:
+    hub.add(NAME, big(model))
+    hub.stall = "model.safetensors", 1_000_000
+    process = tilewright(hub, tmp_path, "generate", "--model", NAME, "hi")
+    while "model.safetensors" not in hub.downloads():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    hub.stalled.set()
+    hub.requests.clear()
+    assert load().source.startswith(NAME)
+    assert "model.safetensors" in hub.downloads()
+
+
+SMALL_DISK = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=$0 none "$1"; shift; exec "$@"')
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["sizes known", "sizes wrong"])
+def test_a_full_disk(hub: Hub, model: Path, tmp_path: Path, told: bool) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    prefix = (*SMALL_DISK, "4m", str(cache))
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not let a user mount a small disk")
+    hub.add(NAME, big(model))
+    hub.tells_sizes = told
+    process = tilewright(hub, tmp_path, "generate", "--model", NAME, "hi", prefix=prefix)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    *before, last = err.splitlines()
+    assert [line for line in before if "Traceback" in line] == []
+    if told:
+        assert before == []
+        assert f"{NAME} needs 0.03 GB more in {cache}, where 0.00 GB are free: free spa" in last
+    else:
+        assert f"{NAME}: the disk of {cache} is full; what is complete is kept: free spa" in last
