@@ -520,6 +520,16 @@ def test_what_stands_around_a_prompt(
     assert tokenizer.encode("some text").ids == [*around[0], *plain, *around[1]]
 
 
+def test_what_a_tokenizer_lacks_is_a_warning(byte_level: Tokenizer, tmp_path: Path) -> None:
+    text = bpe_text(byte_level.to_str(), "qwen2")
+    assert load(with_tokenizer(tmp_path, text)).warnings == ()
+    text["tokenizer.ggml.pre"] = None
+    (warning,) = load(with_tokenizer(tmp_path, text)).warnings
+    assert "tokenizer.ggml.pre is missing" in warning
+    (warning,) = load(with_tokenizer(tmp_path, word_text(80))).warnings
+    assert "lacks tokens for 254 of 256 bytes" in warning
+
+
 def test_recommended_sampling(tmp_path: Path) -> None:
     model = random_model(FAMILIES["llama"])
     sampling = {"temp": 0.6, "top_k": 20, "top_p": 0.95}

@@ -98,13 +98,12 @@ class Keys:
         return JsonObject(self.header.where, {name: value[0]})
 
 
-def model_config(files: Sequence[GgufFile], dtype: DType) -> ModelConfig:
-    """The model that the first file's header describes; eos_token_ids are left to the tokenizer.
+def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) -> ModelConfig:
+    """The model that a header describes; eos_token_ids are left to the tokenizer.
 
     Which biases there are, and whether there is a head of its own, is what the tensors say.
     Raises ModelError for what is missing, out of range or unsupported.
     """
-    header = JsonObject(str(files[0].path), dict(files[0].values))
     architecture = _architecture(header)
     keys = Keys(header, architecture)
     for key, what in _REFUSED.items():

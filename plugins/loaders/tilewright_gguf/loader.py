@@ -80,8 +80,8 @@ def load_model(request: LoadRequest) -> LoadedModel:
     _check_shards(files)
     check_kinds(files)
     header = JsonObject(str(path), dict(files[0].values))
-    config = model_config(files, compute_dtype(files))
-    text, end_ids = load_text(header, config.vocab_size)
+    config = model_config(header, files, compute_dtype(files))
+    text, end_ids, warnings = load_text(header, config.vocab_size)
     return LoadedModel(
         config=evolve(config, eos_token_ids=end_ids),
         weights=gguf_source(
@@ -90,6 +90,7 @@ def load_model(request: LoadRequest) -> LoadedModel:
         text=text,
         generation_defaults=_generation(header, config.vocab_size),
         source=str(path),
+        warnings=warnings,
     )
 
 

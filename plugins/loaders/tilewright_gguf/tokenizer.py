@@ -123,15 +123,19 @@ class Vocabulary:
         return [t for t, kind in zip(self.tokens, self.kinds, strict=True) if kind in kinds]
 
 
-def load_text(header: JsonObject, vocab_size: int) -> tuple[TextAssets, tuple[int, ...]]:
-    """Tokenizer, chat template and special tokens, and the ids that end a text.
+def load_text(
+    header: JsonObject, vocab_size: int
+) -> tuple[TextAssets, tuple[int, ...], tuple[str, ...]]:
+    """Tokenizer, chat template and special tokens, the ids that end a text, and warnings.
 
     Raises ModelError for what is missing, damaged or unsupported.
     """
     vocabulary = _vocabulary(header, vocab_size)
     kind = header.string(f"{_PREFIX}model", None)
+    warnings: tuple[str, ...] = ()
     if kind == "gpt2":
         tokenizer = _byte_level(vocabulary)
+        warnings = _byte_level_warnings(vocabulary)
     elif kind == "llama":
         tokenizer = _sentence_piece(vocabulary)
     else:
@@ -149,7 +153,7 @@ def load_text(header: JsonObject, vocab_size: int) -> tuple[TextAssets, tuple[in
         chat_template=header.string("tokenizer.chat_template", None),
         special_tokens={key: vocabulary.tokens[i] for key, i in named.items()},
     )
-    return assets, _end_ids(vocabulary)
+    return assets, _end_ids(vocabulary), warnings
 
 
 def _vocabulary(header: JsonObject, vocab_size: int) -> Vocabulary:
@@ -217,6 +221,22 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     _add_ends(tokenizer, vocabulary, splitting.add_bos)
     return tokenizer
+
+
+def _byte_level_warnings(vocabulary: Vocabulary) -> tuple[str, ...]:
+    header, warnings = vocabulary.header, []
+    if f"{_PREFIX}pre" not in header.values:
+        warnings.append(
+            f"{header.where}: {_PREFIX}pre is missing, so text is cut in llama.cpp's default way, "
+            "which may not be the model's; convert it again with a converter that writes the key"
+        )
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary.tokens)
+    if missing:
+        warnings.append(
+            f"{header.where}: {_PREFIX}tokens lacks tokens for {len(missing)} of 256 bytes; what "
+            "text has of them is left out"
+        )
+    return tuple(warnings)
 
 
 def _sentence_piece(vocabulary: Vocabulary) -> Tokenizer:
