@@ -17,11 +17,11 @@ from tilewright.config import (
     DEMO_PROMPT,
     SECTIONS,
     Given,
-    key_lines,
     keys,
     resolve,
 )
 from tilewright.errors import ConfigError, PluginError
+from tilewright.toml import key_lines
 
 FLAG = {("runtime", "page_size"): Given("8", "--page-size")}
 ENVIRONMENT = {"TILEWRIGHT_RUNTIME_PAGE_SIZE": "32"}

@@ -5,14 +5,13 @@ was given. ``resolve`` lays the layers over each other and reads the values into
 """
 
 import os
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from attrs import evolve, fields, frozen
 
-from tilewright import registry
+from tilewright import registry, toml
 from tilewright.errors import ConfigError, PluginError, nearest
 from tilewright.options import structure
 from tilewright.registry import OPTIONS_BY_NAME
@@ -299,26 +298,8 @@ def read_text(path: Path, what: str) -> str:
 
 def _file_layer(path: Path) -> Layer:
     text = read_text(path, "run file")
-    try:
-        document = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(_syntax_error(path, text, error)) from error
-    lines = key_lines(text)
-
-    def origin(place: Place) -> str:
-        return f"{path}:{lines[place]}" if place in lines else str(path)
-
+    document, origin = toml.parse(path, text)
     return dict(_settings(document, origin, path.parent))
-
-
-def _syntax_error(path: Path, text: str, error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return f"{path}: arrays or tables are nested too deeply"
-    message, _, position = str(error).rpartition(" (at ")
-    number = position.removeprefix("line ").partition(",")[0]
-    if not number.isdecimal():  # "end of document", which is not where the mistake is
-        number = str(next((start for start, _, parsed in _statements(text) if parsed is None), 1))
-    return f"{path}:{number}: no valid TOML: {message or error}"
 
 
 def _settings(
@@ -395,69 +376,3 @@ def _in_folder(folder: Path, value: Any) -> Any:
     if not isinstance(value, str) or value in ("", "-"):
         return value
     return str(folder / os.path.expanduser(value))
-
-
-def key_lines(text: str) -> dict[Place, int]:
-    """On which line each table and key of a TOML document is first set, counted from 1."""
-    found: dict[Place, int] = {}
-    table: Place = ()
-    for start, statement, parsed in _statements(text):
-        if parsed is None:
-            break
-        if statement.lstrip().startswith("["):
-            table = _header(parsed)
-            places: Iterator[Place] = (table[:n] for n in range(1, len(table) + 1))
-        else:
-            places = (table + place for place in _places(parsed))
-        for place in places:
-            found.setdefault(place, start)
-    return found
-
-
-def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-    """A document's headers and settings, each with its line and what it is on its own.
-
-    tomllib tells no positions. But each statement of a document is a document, so the shortest run
-    of lines that parses is one. One that never ends comes last, with None.
-    """
-    statement, start = "", 1
-    tries = _MOST_TRIED
-    for number, line in enumerate(text.split("\n"), 1):
-        if not statement:
-            start = number
-        elif not any(end in line for end in ("]", "}", '"""', "'''")):
-            statement += line + "\n"  # cannot be the end of what began on an earlier line
-            continue
-        statement += line + "\n"
-        tries -= len(statement) if start != number else 0
-        if tries < 0:
-            break
-        try:
-            parsed = tomllib.loads(statement)
-        except ValueError:
-            continue
-        yield start, statement, parsed
-        statement = ""
-    if statement:
-        yield start, statement, None
-
-
-_MOST_TRIED = 2**20
-"""Characters of statements on many lines, over all tries to find their ends; then lines are not
-told any more."""
-
-
-def _header(parsed: Any) -> Place:
-    """``[a.b]`` and ``[[a.b]]`` parse to nested tables of one key each."""
-    place: Place = ()
-    while isinstance(parsed, dict) and parsed:
-        [(key, parsed)] = parsed.items()
-        place += (key,)
-    return place
-
-
-def _places(parsed: Any) -> Iterator[Place]:
-    if isinstance(parsed, dict):
-        for key, value in parsed.items():
-            yield (key,)
-            yield from ((key, *place) for place in _places(value))

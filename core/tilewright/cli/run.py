@@ -1,13 +1,12 @@
 """``tilewright run``: a run file, with flags and environment over it."""
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tilewright import toml
 from tilewright.cli import flags
 from tilewright.cli.generate import produce
 from tilewright.config import DEFAULT, SECTIONS, Place, Resolved, keys, resolve
@@ -48,9 +47,9 @@ def show(resolved: Resolved) -> str:
         lines += ["", f"[{section}]", *_lines(resolved, section)]
         if section == "plugins":
             for place, table in _tables(resolved.config.options):
-                lines += ["", f"[{'.'.join(map(_key, place))}]"]
+                lines += ["", f"[{'.'.join(map(toml.written_key, place))}]"]
                 lines += [
-                    f"{_key(key)} = {_toml(value)}  # {resolved.origin(*place, key)}"
+                    f"{toml.setting(key, value)}  # {resolved.origin(*place, key)}"
                     for key, value in table.items()
                 ]
     return "\n".join(lines[1:]) + "\n"
@@ -61,10 +60,10 @@ def _lines(resolved: Resolved, section: str) -> Iterator[str]:
     for key in keys(section):
         value = getattr(settings, key)
         if value is not None and (section, value) != ("prompts", ()):
-            yield f"{key} = {_toml(value)}  # {resolved.origin(section, key)}"
+            yield f"{toml.setting(key, value)}  # {resolved.origin(section, key)}"
         elif section == "generate":
             builtin = getattr(BUILTIN_GENERATE, key)
-            otherwise = "" if builtin is None else f", or else {_toml(builtin)}"
+            otherwise = "" if builtin is None else f", or else {toml.written(builtin)}"
             yield f"# {key}: as the model recommends{otherwise}"
         elif resolved.origin(section, key) != DEFAULT:
             yield f"# {key}: as {resolved.origin(section, key)} says"
@@ -88,23 +87,3 @@ def _tables(options: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Place, M
                 yield ("options", kind, name), named
         else:
             yield ("options", kind), table
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_key(str(k))} = {_toml(v)}' for k, v in value.items())}}}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, str):
-        # TOML's escapes are JSON's, but for DEL, which JSON leaves as it is.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value)
-
-
-def _key(key: str) -> str:
-    bare = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
-    return key if bare else _toml(key)

@@ -1,0 +1,133 @@
+"""TOML that users write, with the lines of its keys, and TOML that is written for them."""
+
+import json
+import math
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewright.errors import ConfigError
+
+Place = tuple[str, ...]
+"""The names of tables, and a key."""
+
+
+def parse(path: Path, text: str) -> tuple[dict[str, Any], Callable[[Place], str]]:
+    """A file's document, and what tells where a place in it stands: ``run.toml:12``.
+
+    Raises ConfigError, which begins with file and line, for what is no TOML.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(_syntax_error(path, text, error)) from error
+    lines = key_lines(text)
+
+    def origin(place: Place) -> str:
+        return f"{path}:{lines[place]}" if place in lines else str(path)
+
+    return document, origin
+
+
+def _syntax_error(path: Path, text: str, error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"{path}: arrays or tables are nested too deeply"
+    message, _, position = str(error).rpartition(" (at ")
+    number = position.removeprefix("line ").partition(",")[0]
+    if not number.isdecimal():  # "end of document", which is not where the mistake is
+        number = str(next((start for start, _, parsed in statements(text) if parsed is None), 1))
+    return f"{path}:{number}: no valid TOML: {message or error}"
+
+
+def key_lines(text: str) -> dict[Place, int]:
+    """On which line each table and key of a TOML document is first set, counted from 1."""
+    found: dict[Place, int] = {}
+    table: Place = ()
+    for start, statement, parsed in statements(text):
+        if parsed is None:
+            break
+        if statement.lstrip().startswith("["):
+            table = header(parsed)
+            places: Iterator[Place] = (table[:n] for n in range(1, len(table) + 1))
+        else:
+            places = (table + place for place in _places(parsed))
+        for place in places:
+            found.setdefault(place, start)
+    return found
+
+
+def statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+    """A document's headers and settings, each with its line and what it is on its own.
+
+    tomllib tells no positions. But each statement of a document is a document, so the shortest run
+    of lines that parses is one. One that never ends comes last, with None.
+    """
+    statement, start = "", 1
+    tries = _MOST_TRIED
+    for number, line in enumerate(text.split("\n"), 1):
+        if not statement:
+            start = number
+        elif not any(end in line for end in ("]", "}", '"""', "'''")):
+            statement += line + "\n"  # cannot be the end of what began on an earlier line
+            continue
+        statement += line + "\n"
+        tries -= len(statement) if start != number else 0
+        if tries < 0:
+            break
+        try:
+            parsed = tomllib.loads(statement)
+        except ValueError:
+            continue
+        yield start, statement, parsed
+        statement = ""
+    if statement:
+        yield start, statement, None
+
+
+_MOST_TRIED = 2**20
+"""Characters of statements on many lines, over all tries to find their ends; then lines are not
+told any more."""
+
+
+def header(parsed: Any) -> Place:
+    """``[a.b]`` and ``[[a.b]]`` parse to nested tables of one key each."""
+    place: Place = ()
+    while isinstance(parsed, dict) and parsed:
+        [(key, parsed)] = parsed.items()
+        place += (key,)
+    return place
+
+
+def _places(parsed: Any) -> Iterator[Place]:
+    if isinstance(parsed, dict):
+        for key, value in parsed.items():
+            yield (key,)
+            yield from ((key, *place) for place in _places(value))
+
+
+def setting(key: str, value: Any) -> str:
+    """``key = value``."""
+    return f"{written_key(key)} = {written(value)}"
+
+
+def written(value: Any) -> str:
+    """A value as TOML has it, on one line."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(setting(str(k), v) for k, v in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, str):
+        # TOML's escapes are JSON's, but for DEL, which JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value)
+
+
+def written_key(key: str) -> str:
+    """A key, in quotes where it needs them."""
+    bare = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+    return key if bare else written(key)
