@@ -168,6 +168,8 @@ def same_bits(a: "Tensor", b: "Tensor") -> bool:
 
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if not a.numel():
+        return True
     left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(left, right)
 
