@@ -367,6 +367,13 @@ def test_what_names_no_card_is_refused(monkeypatch, asked, option, granted, mess
         chosen_card(Options(device=option), RuntimeConfig(device=asked))
 
 
+@pytest.mark.parametrize("platform", ["a2a3sim", "emulated"])
+def test_where_there_are_no_cards_a_device_that_is_no_number_is_refused(platform):
+    assert chosen_card(Options(platform=platform), RuntimeConfig(device="cpu")) is None
+    with pytest.raises(ExecutorError, match=f"{platform} has no cards: .* found 'npu:3'"):
+        chosen_card(Options(platform=platform), RuntimeConfig(device="npu:3"))
+
+
 @pytest.mark.parametrize("granted", [None, "", "5"])
 def test_a_granted_card_takes_the_run_files_card_out_of_the_settings(tmp_path, granted):
     path = tmp_path / "run.toml"

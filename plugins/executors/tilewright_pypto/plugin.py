@@ -147,11 +147,16 @@ def pack_weights(request: ExecutorRequest) -> PackedWeights:
 def chosen_card(options: Options, runtime: RuntimeConfig) -> int | None:
     """The card's number: as asked for, or as a queue granted it.
 
-    None for a platform that has no cards, whatever is said of one. Raises ExecutorError for a
-    hardware platform without a number, since a default would be somebody else's card, and
-    ConfigError for two numbers.
+    None for a platform that has no cards, whichever is named. Raises ExecutorError for a hardware
+    platform without a number, since a default would be somebody else's card, for what is no number,
+    and ConfigError for two numbers.
     """
     if options.platform not in HARDWARE:
+        if runtime.device not in (None, "cpu") and not _is_number(str(runtime.device)):
+            raise ExecutorError(
+                f"platform {options.platform} has no cards: expected none, or a number that is "
+                f"left unused, as device, found {runtime.device!r}: leave it out"
+            )
         return None
     asked = {
         str(number).lstrip("0") or "0"
@@ -170,13 +175,17 @@ def chosen_card(options: Options, runtime: RuntimeConfig) -> int | None:
             f"under task-submit, which sets {GRANTED_DEVICE}, or set -o platform=emulated to run "
             "the kernels without a card"
         )
-    if not (number.isascii() and number.isdigit()):
+    if not _is_number(number):
         origin = GRANTED_DEVICE if runtime.device is None else "device"
         raise ExecutorError(
             f"executor pypto-npu takes the number of a card as {origin}, found {number!r}: see "
             "`npu-smi info` for the cards"
         )
     return int(number)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _open(options: Options, card: int | None, request: ExecutorRequest) -> "Device":
