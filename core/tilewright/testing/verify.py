@@ -63,7 +63,7 @@ def verify(
                 *("--basetemp", str(folder / "tests"), "--tilewright-report", str(report)),
                 *("-q", str(test)),
             ],
-            env=_environment(),
+            env=_environment() | {"HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis")},
             capture_output=True,
             text=True,
             errors="replace",
