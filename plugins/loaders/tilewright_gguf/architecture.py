@@ -191,7 +191,7 @@ def _tokens(header: JsonObject) -> int:
     if not tokens:
         raise ModelError(
             f"{header.where}: tokenizer.ggml.tokens is missing: expected the model's vocabulary; "
-            "use a file with its tokenizer (converted without --vocab-only or --no-vocab)"
+            "use a file that was converted together with its tokenizer"
         )
     return len(tokens)
 
