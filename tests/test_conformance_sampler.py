@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve, field, frozen
-from conformance import Fault, full_name
+from conformance import Fault, full_name, missed
 from torch import Tensor
 from transformers.generation import logits_process as oracle
 
@@ -618,9 +618,8 @@ FAULTS = [
 SUITE = SamplerSuite
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_broken_sampler_is_found(fault: Fault) -> None:
-    fault.check(SUITE)
+def test_each_broken_sampler_is_found() -> None:
+    assert missed(SUITE, FAULTS) == []
 
 
 # --- the suite's oracle ---------------------------------------------------------------------------

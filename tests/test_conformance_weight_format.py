@@ -3,14 +3,13 @@
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from attrs import evolve
-from conformance import Fault, full_name, run
+from conformance import Fault, full_name, missed, run
 from torch import Tensor
 
 from tilewright import hookimpl
@@ -464,16 +463,8 @@ FAULTS = [
 SUITE = WeightFormatSuite
 
 
-@pytest.fixture(autouse=True)
-def _default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_broken_format_is_found(fault: Fault) -> None:
-    fault.check(SUITE)
+def test_each_broken_format_is_found() -> None:
+    assert missed(SUITE, FAULTS) == []
 
 
 def test_a_right_format_passes() -> None:
@@ -496,11 +487,15 @@ def test_what_a_format_does_not_have_is_left_out() -> None:
                 raise ValueError("no scalars")
             super().write_weights(directory, tensors)
 
-    tests = ["every_bit_is_read_as_it_was_written[bfloat16]", "tensors_of_any_shape[scalars]"]
-    for test in [full_name(SUITE, name) for name in tests]:
-        assert run(SUITE, Old(), [test]).found == {test.partition("[")[0]: "skipped"}
-    right = [full_name(SUITE, name) for name in ("every_bit_is_read_as_it_was_written[float16]",)]
-    assert set(run(SUITE, Old(), right).found.values()) == {"passed"}
+    tests = [
+        full_name(SUITE, name)
+        for name in (
+            "every_bit_is_read_as_it_was_written[bfloat16]",
+            "tensors_of_any_shape[scalars]",
+            "can_open_finds_its_own",
+        )
+    ]
+    assert list(run(SUITE, Old(), tests).found.values()) == ["skipped", "skipped", "passed"]
 
 
 def test_a_format_that_writes_nothing_is_not_tested() -> None:

@@ -212,7 +212,7 @@ _SETTINGS = GenerateConfig(max_new_tokens=5, temperature=0.8, seed=7, ignore_eos
 def _engine(*observers: object) -> Iterator[LLMEngine]:
     """An engine with observers. The test fails when one raises, which ends what it observes."""
     try:
-        with LLMEngine.from_plugins(observers=observers) as engine:
+        with LLMEngine.from_plugins(loader="hf-local", observers=observers) as engine:
             yield engine
     except Exception as error:
         pytest.fail(
