@@ -1,0 +1,1 @@
+"""Four plugins for Tilewright, each in a module of its own."""
