@@ -99,7 +99,7 @@ def run(*arguments: str, site: Path | None = None, **environment: str) -> "Compl
         env=kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"} | environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=600,
     )
     return Completed(child.returncode, child.stdout, child.stderr)
 
