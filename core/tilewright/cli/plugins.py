@@ -190,10 +190,12 @@ def verify(args: argparse.Namespace) -> int:
             if index:
                 print()
             print(plugin)
+            said = ""
             for statement, result, reason in statements:
                 print(f"  {result:8} {statement}")
-                if reason:
+                if reason and reason != said:  # one that goes on is said once
                     print(f"  {'':8}   {reason}")
+                said = reason
             results = [s.result for s in statements]
             numbers = (f"{results.count(r)} {r}" for r in ("passed", "failed", "not run"))
             print(f"{', '.join(numbers)}")

@@ -1,0 +1,38 @@
+"""Print which test of which suite finds each planted mistake.
+
+``python tests/conformance_faults.py [KIND ...]``: of all kinds, or of some.
+"""
+
+import contextlib
+import io
+import sys
+from importlib import import_module
+
+from conformance import missed
+
+KINDS = ("loader", "weight_format", "executor", "kv_allocator", "sampler", "observer")
+
+
+def main(kinds: list[str]) -> int:
+    not_found = []
+    print("| kind | what is wrong | the test that finds it |")
+    print("| --- | --- | --- |")
+    for kind in kinds or KINDS:
+        module = import_module(f"test_conformance_{kind}")
+        # Nothing of the inner run of pytest, whose failures are what is wanted.
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = missed(module.SUITE, module.FAULTS)
+        not_found += found
+        for fault in module.FAULTS:
+            statement = fault.test.removeprefix("test_").replace("_", " ")
+            if any(line.startswith(f"{fault.name}: ") for line in found):
+                statement = "**not found**"
+            print(f"| {kind.replace('_', ' ')} | {fault.name} | {statement} |", flush=True)
+        print(f"{kind}: {len(module.FAULTS)} mistakes", file=sys.stderr)
+    for line in not_found:
+        print(f"NOT FOUND: {line}", file=sys.stderr)
+    return len(not_found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

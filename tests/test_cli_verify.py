@@ -1,0 +1,198 @@
+"""``tilewright plugins verify``: the suites on whatever is installed, and what it prints."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import plugin_distributions as dists
+import pytest
+from plugin_distributions import Distribution, Install
+
+from tilewright.cli import main
+from tilewright.testing.models import make_model, write_hf_directory
+
+FORMATS = '''
+"""Formats over safetensors: one that reads all at once, one that dies, one that writes nothing."""
+
+import os
+import signal
+
+from attrs import field, frozen, validators
+from tilewright import hookimpl
+from tilewright.types import PluginInfo
+from tilewright_hf import safetensors_format as real
+
+
+@frozen
+class Options:
+    level: int = field(default=1, validator=validators.le(9), metadata={"help": "how much"})
+
+
+class Bare:
+    tilewright_api = 1
+
+    @hookimpl
+    def plugin_info(self):
+        return PluginInfo(summary="a format", options=Options)
+
+    @hookimpl
+    def can_open(self, directory):
+        return real.can_open(directory)
+
+    @hookimpl
+    def open_weights(self, directory):
+        return real.open_weights(directory, real.Options())
+
+
+class Writes(Bare):
+    @hookimpl
+    def write_weights(self, directory, tensors):
+        real.write_weights(directory, tensors)
+
+
+class Eager(Writes):
+    @hookimpl
+    def open_weights(self, directory):
+        source = real.open_weights(directory, real.Options())
+        read = {name: source.get(name).clone() for name in source.names()}
+        source.get = read.__getitem__
+        return source
+
+
+class Dying(Writes):
+    @hookimpl
+    def open_weights(self, directory):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+BARE, EAGER, DYING = Bare(), Eager(), Dying()
+'''
+
+ACME = Distribution(
+    "acme-formats",
+    {"acme_formats.py": FORMATS},
+    {
+        "weight_format": {
+            name: f"acme_formats:{name.upper()}" for name in ("bare", "eager", "dying")
+        }
+    },
+)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Install]:
+    with dists.on_path(tmp_path / "site") as install:
+        install(ACME)
+        yield install
+
+
+@pytest.fixture
+def verify(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(("plugins", "verify", *arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_a_plugin_that_is_right(verify: Any) -> None:
+    code, out, err = verify("safetensors")
+    assert (code, err) == (0, "")
+    title, *lines, numbers = out.splitlines()
+    assert title.startswith("weight format 'safetensors' of tilewright ")
+    assert "  passed   closing closes the files" in lines
+    assert "  passed   a file that is cut is a model error (by a byte)" in lines
+    assert numbers == f"{len(lines)} passed, 0 failed, 0 not run"
+    assert len(lines) > 30
+
+
+def test_a_plugin_that_is_wrong(verify: Any, site: Install) -> None:
+    code, out, _ = verify("acme-formats:eager", "--kind", "weight_format")
+    assert code == 1
+    lines = out.splitlines()
+    at = lines.index("  failed   weights are not read before they are asked for")
+    assert "4 of 4 tensors were in memory before get() asked for them" in lines[at + 1]
+    assert ", 1 failed, 0 not run" in lines[-1]
+
+
+def test_a_plugin_that_ends_the_process(verify: Any, site: Install) -> None:
+    code, out, _ = verify("dying", "--json")
+    assert code == 1
+    (record,) = json.loads(out)
+    assert (record["name"], record["distribution"]) == ("dying", "acme-formats")
+    results = [(s["result"], s["reason"]) for s in record["statements"]]
+    at = [result for result, _ in results].index("failed")
+    assert record["statements"][at]["statement"] == "info says of each tensor what get gives"
+    assert results[at] == ("failed", "the process ended in it: killed by SIGKILL")
+    assert {result for result, _ in results[:at]} == {"passed"}
+    assert set(results[at + 1 :]) == {("not run", "the process had ended before")}
+
+
+def test_a_plugin_that_gives_nothing_to_read(verify: Any, site: Install) -> None:
+    code, out, _ = verify("bare", "-o", "level=2")
+    assert code == 0
+    lines = out.splitlines()
+    assert "  passed   each option has a line of help" in lines
+    at = lines.index("  not run  info says of each tensor what get gives")
+    assert "implement write_weights" in lines[at + 1]
+    # A reason that goes on is said once.
+    assert sum("implement write_weights" in line for line in lines) < 5
+
+
+def test_a_loader_reads_the_source_that_it_is_given(verify: Any, tmp_path: Path) -> None:
+    write_hf_directory(make_model("one-kv-head"), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    code, out, _ = verify("hf-local", "--source", str(tmp_path / "model"), "--json")
+    assert code == 1
+    (record,) = json.loads(out)
+    reasons = {s["reason"] for s in record["statements"] if s["result"] == "failed"}
+    assert any("tokenizer.json: no such file" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["safetensor"], "did you mean 'safetensors'?"),
+        (["bare", "--kind", "loader"], "no loader is named 'bare'"),
+        (["bare", "-o", "lvl=2"], "unknown option 'lvl'"),
+        (["bare", "-o", "level=10"], "'level' must be <= 9"),
+        (["top-p", "--source", "/model"], "--source is for loaders"),
+    ],
+)
+def test_a_mistake_is_said_in_a_line(
+    verify: Any, site: Install, arguments: list[str], message: str
+) -> None:
+    code, out, err = verify(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_without_pytest_it_says_what_to_install(
+    verify: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tilewright.testing.verify.find_spec", lambda name: None)
+    code, out, err = verify("top-p")
+    assert (code, out) == (2, "")
+    assert "needs pytest" in err
+    assert "pip install 'tilewright[testing]'" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_models_and_the_command_need_no_pytest() -> None:
+    code = (
+        "import sys, tilewright.testing.models, tilewright.testing.verify, tilewright.cli.plugins\n"
+        "print(sorted({'pytest', 'hypothesis'} & set(sys.modules)))"
+    )
+    assert dists.run("-c", code).out.strip() == "[]"
+
+
+def test_the_package_offers_each_suite_by_name() -> None:
+    import tilewright.testing as testing
+
+    for name in testing.__all__:
+        assert getattr(testing, name).__name__ == name
+    with pytest.raises(AttributeError, match="NoSuite"):
+        testing.NoSuite  # noqa: B018 -- the attribute is looked up

@@ -1,0 +1,71 @@
+"""What is shipped passes its suite, and so do the plugins that the documentation shows."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tilewright.testing import LoaderSuite, ObserverSuite, SamplerSuite, WeightFormatSuite
+from tilewright.testing.models import Model, make_model, write_hf_directory
+
+ROOT = Path(__file__).parents[1]
+
+
+class TestHfLocal(LoaderSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "hf-local"
+
+    @pytest.fixture
+    def expected(self) -> Model:
+        return make_model("qk-norm-tied-gqa-5", dtype="bfloat16")
+
+    @pytest.fixture
+    def source(self, expected: Model, tmp_path: Path) -> Path:
+        return write_hf_directory(expected, tmp_path / "model")
+
+
+class TestLoaders(LoaderSuite):
+    @pytest.fixture(params=["gguf", "packed"])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+class TestWeightFormats(WeightFormatSuite):
+    @pytest.fixture(params=["safetensors", "pytorch-bin"])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+class TestSamplers(SamplerSuite):
+    @pytest.fixture(params=["greedy", "top-p"])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+def documented(page: str, module: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module that a page shows whole."""
+    text = (ROOT / page).read_text()
+    found = re.search(rf"```python\n# {module}\.py\n(.*?)```", text, re.DOTALL)
+    assert found, f"{page} shows no {module}.py"
+    (folder / f"{module}.py").write_text(found[1])
+    monkeypatch.syspath_prepend(folder)
+    return import_module(module)
+
+
+class TestTheDocumentedSampler(SamplerSuite):
+    @pytest.fixture
+    def plugin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        return documented("docs/plugins.md", "acme_top_a", tmp_path, monkeypatch)
+
+    @pytest.fixture
+    def options(self) -> dict[str, Any]:
+        return {"a": "0.3"}
+
+
+class TestTheDocumentedObserver(ObserverSuite):
+    @pytest.fixture
+    def plugin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        return documented("README.md", "acme_step_times", tmp_path, monkeypatch)
