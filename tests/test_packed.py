@@ -30,6 +30,7 @@ from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl, packe
 from tilewright.cli import main
 from tilewright.convert import Plan, convert, plan
 from tilewright.errors import ConfigError, ModelError, PluginError
+from tilewright.testing import LoaderSuite
 from tilewright.types import LoadedModel
 
 EMULATED = {"executor": "pypto-npu", "options": {"executor": {"platform": "emulated"}}}
@@ -234,6 +235,16 @@ def test_loaders_do_not_take_each_others_directories(model, converted):
         LLMEngine.from_plugins(loader="hf-local").load(converted)
     with pytest.raises(ModelError, match="is no packed model: expected a directory with"):
         LLMEngine.from_plugins(loader="packed").load(model)
+
+
+class TestAsALoader(LoaderSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "packed"
+
+    @pytest.fixture
+    def source(self, converted: Path) -> Path:
+        return converted
 
 
 def test_the_commands(model, tmp_path, capsys):

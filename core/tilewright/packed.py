@@ -229,7 +229,7 @@ def _problem(
 
 
 def _changed(path: Path, file: File, whole: bool, on_bytes: OnBytes) -> bool:
-    with path.open("rb") as opened:
+    with path.open("rb", buffering=0) as opened:  # no more than is asked for
         if not whole:
             start = opened.read(8)
             length = int.from_bytes(start, "little")
