@@ -1,4 +1,4 @@
-"""The settings of a run, from flags, environment, a run file and defaults, in this order.
+"""The settings of a run, from flags, environment, a run file, a models file and defaults, in order.
 
 A layer maps a setting's place, such as ``("runtime", "page_size")``, to its value and to where it
 was given. ``resolve`` lays the layers over each other and reads the values into attrs classes.
@@ -64,7 +64,8 @@ class ModelChoice:
 
     id: str = described("the model's name in results; default: the last part of path", "")
     path: str = described(
-        "the model's directory, or what else the loader takes; default: the bundled demo model",
+        "a registered name, the model's directory, or what else a loader takes; default: the "
+        "bundled demo model",
         str(DEMO_MODEL),
     )
     format: str | None = described("weight format; default: the one that finds its files")
@@ -141,21 +142,31 @@ def resolve(
     flags: Layer | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """Lay flags over the environment over a run file over the defaults.
+    """Lay flags over the environment over a run file over a models file over the defaults.
 
-    Reads the run file and the metadata of installed plugins, and imports no plugin. Raises
+    A model that is named rather than given as a path is one of a models file (tilewright.models),
+    if that has the name; then it is not a path, even where there is one.
+
+    Reads these files and the metadata of installed plugins, and imports no plugin. Raises
     ConfigError, or PluginError for a plugin that is not installed; both begin with the place of
     the mistake.
     """
     environ = os.environ if environ is None else environ
     given: dict[Place, Given] = {}
+    from_file = _file_layer(Path(file)) if file is not None else {}
     for layer in (
-        _file_layer(Path(file)) if file is not None else {},
+        from_file,
         _environment_layer(environ),
         _granted_device(environ),
         flags or {},
     ):
         _lay_over(given, layer)
+    if (path := given.get(_PATH)) and (model := _named_model(path.value, environ)):
+        del given[_PATH]
+        over, given = given, dict(model)
+        _lay_over(given, over)
+    elif path and path is from_file.get(_PATH):
+        given[_PATH] = located(_PATH, path, Path(file or "").parent)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     options: dict[str, dict[str, Any]] = {}
     for (section, *rest), setting in given.items():
@@ -166,7 +177,7 @@ def resolve(
                 table = table.setdefault(name, {})
             table[key] = setting.value
         else:
-            values[section][rest[0]] = _read(section, rest[0], setting)
+            values[section][rest[0]] = read_setting((section, rest[0]), setting)
     config = RunConfig(
         options=options, **{section: cls(**values[section]) for section, cls in SECTIONS.items()}
     )
@@ -185,8 +196,17 @@ def keys(section: str) -> list[str]:
 
 
 _STREAM = ("generate", "stream")
+_PATH = ("model", "path")
 _DEVICES = {("runtime", "device"), ("options", "executor", "device")}
 _TEXT, _FILE = ("prompts", "text"), ("prompts", "file")
+
+
+def _named_model(path: Any, environ: Mapping[str, str]) -> Layer | None:
+    """What a models file says of a model, if it is one of its names."""
+    from tilewright import models
+
+    model = models.find(path, environ) if models.is_name(path) else None
+    return model.settings if model else None
 
 
 def _lay_over(given: dict[Place, Given], layer: Layer) -> None:
@@ -204,8 +224,9 @@ def _lay_over(given: dict[Place, Given], layer: Layer) -> None:
     given.update(layer)
 
 
-def _read(section: str, key: str, setting: Given) -> Any:
-    value = setting.value
+def read_setting(place: Place, setting: Given) -> Any:
+    """A value with the type of its setting. Raises ConfigError, which begins with its origin."""
+    (section, key), value = place, setting.value
     if section == "prompts" and isinstance(value, str):
         value = [value]  # never text of a JSON list
     return getattr(structure(SECTIONS[section], {key: value}, setting.origin), key)
@@ -269,7 +290,7 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
                     f"{name}: no such setting{nearest(name, names)} "
                     f"(settings of [{section}]: {', '.join(keys(section))})"
                 )
-            layer[section, key] = _located((section, key), Given(environ[name], name), Path())
+            layer[section, key] = located((section, key), Given(environ[name], name), Path())
     return layer
 
 
@@ -318,7 +339,9 @@ def _settings(
             place = (section, key)
             if key not in keys(section):
                 raise ConfigError(f"{origin(place)}: unknown key {_hint(key, section)}")
-            yield place, _located(place, Given(value, origin(place)), folder)
+            setting = Given(value, origin(place))
+            # A model's path may be a name, so that it is seen to when all layers are there.
+            yield place, setting if place == _PATH else located(place, setting, folder)
 
 
 def _options(
@@ -354,14 +377,15 @@ def _hint(name: str, section: str | None) -> str:
     return f"{name!r}{guess} ({within}: {', '.join(known)})"
 
 
-def _located(place: Place, setting: Given, folder: Path) -> Given:
-    """With paths relative to the folder. A model's path may also be no path: a hub id, say."""
+def located(place: Place, setting: Given, folder: Path) -> Given:
+    """With paths of this folder as paths of the working folder.
+
+    A model's path may also be no path: a hub id, say.
+    """
     value = setting.value
     if isinstance(value, list) and place == _FILE:
         value = [_in_folder(folder, item) for item in value]
-    elif place in (_FILE, ("output", "file")) or (
-        place == ("model", "path") and _is_path(folder, value)
-    ):
+    elif place in (_FILE, ("output", "file")) or (place == _PATH and _is_path(folder, value)):
         value = _in_folder(folder, value)
     return Given(value, setting.origin)
 

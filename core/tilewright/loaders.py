@@ -5,7 +5,7 @@ import os
 from pluggy import PluginManager
 
 from tilewright import registry
-from tilewright.errors import ModelError
+from tilewright.errors import ConfigError, ModelError, nearest
 from tilewright.selection import Selected, claimants, select
 
 
@@ -38,7 +38,10 @@ def _found(source: str) -> str:
         names = sorted(os.listdir(path)) if os.path.isdir(path) else None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        return f"no model directory or file {_shown(source)}: {why}; no loader takes it as a name"
+        return (
+            f"no model directory or file {_shown(source)}: {why}; no loader takes it as a name"
+            f"{_nearest_name(source)}"
+        )
     if names is None:
         found = "a file"
     else:
@@ -49,6 +52,17 @@ def _found(source: str) -> str:
         f"no loader takes {_shown(source)}, {found}; name a loader, with --loader or in Python as "
         "loader, and it says what it lacks"
     )
+
+
+def _nearest_name(source: str) -> str:
+    from tilewright.models import is_name, registered
+
+    if not is_name(source):
+        return ""
+    try:
+        return f", nor does a models file have it{nearest(source, registered())}"
+    except ConfigError:  # of another model than this one, as far as anybody can say
+        return ""
 
 
 def _shown(source: str) -> str:

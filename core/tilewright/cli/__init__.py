@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "write a model as an executor wants it",
     "verify": "check the files of a converted model",
     "compare": "find where two executors differ",
+    "models": "give models names, and list them",
     "plugins": "list, show and check plugins",
     "doctor": "check this machine",
 }

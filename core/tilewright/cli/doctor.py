@@ -13,7 +13,7 @@ import attrs
 
 from tilewright import registry
 from tilewright.cli.plugins import print_json
-from tilewright.errors import PluginError
+from tilewright.errors import ConfigError, PluginError, listed
 from tilewright.machine import available_memory, total_memory
 from tilewright.types import Check
 
@@ -59,6 +59,7 @@ def machine_checks() -> Iterator[tuple[str, Check]]:
         "memory": memory,
         "model cache": lambda: disk("model cache", model_cache()),
         "working folder": lambda: disk("working folder", Path.cwd()),
+        "models by name": models_by_name,
         "output encoding": output_encoding,
     }
     for name, check in checks.items():
@@ -189,6 +190,22 @@ def disk(name: str, folder: Path) -> Check:
         advice = "free space, or set HF_HUB_CACHE to a folder on another disk"
         return Check(name=name, status="warning", found=found, advice=advice)
     return Check(name=name, status="ok", found=found)
+
+
+def models_by_name() -> Check:
+    """Whether the models files can be read, and which of them there are."""
+    from tilewright import models
+
+    name = "models by name"
+    files = [str(file) for file in models.files()]
+    try:
+        known = models.registered()
+    except ConfigError as error:
+        advice = "correct the file: until then no model can be named"
+        return Check(name=name, status="failed", found=str(error), advice=advice)
+    where = dict.fromkeys(model.origin.rpartition(":")[0] for model in known.values())
+    found = f"{listed(list(known))}, in {' and '.join(where)}" if known else "none"
+    return Check(name=name, status="ok", found=f"{found} (looked in {' and '.join(files)})")
 
 
 def output_encoding() -> Check:

@@ -22,7 +22,8 @@ Ctrl-C; 141 when the reader of a pipe went away.
 
 A setting is taken from its flag, else from the environment as `TILEWRIGHT_<SECTION>_<KEY>`
 (`TILEWRIGHT_RUNTIME_PAGE_SIZE`, `TILEWRIGHT_MODEL_PATH`, `TILEWRIGHT_OPTIONS_EXECUTOR_<OPTION>`),
-else from the [run file](run-files.md), else it is the default.
+else from the [run file](run-files.md), else from the [models file](models.md) that has the model's
+name, else it is the default.
 """
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from attrs import fields
 
 from tilewright.cli.output import note
-from tilewright.config import Resolved
-from tilewright.errors import ConfigError, ExecutorError
+from tilewright.config import DEFAULT, Resolved
+from tilewright.errors import ConfigError, ExecutorError, ModelError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import BUILTIN_GENERATE, GenerateConfig, LoadedModel
 
@@ -68,9 +68,14 @@ def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
 
 @contextmanager
 def naming_origins(resolved: Resolved) -> Iterator[None]:
-    """Let errors about options name where these were given."""
+    """Let errors name where options were given, and a model that no flag chose."""
+    chosen = resolved.origin("model", "path")
     try:
         yield
+    except ModelError as error:
+        if chosen in (DEFAULT, "--model"):
+            raise
+        raise ModelError(f"{chosen}: {error}") from error
     except ConfigError as error:
         raise ConfigError(with_origin(str(error), resolved)) from error
 

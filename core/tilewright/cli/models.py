@@ -1,0 +1,168 @@
+"""``tilewright models``: models by name, in the user's own file or the working folder's."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tilewright import models, registry, toml
+from tilewright.cli import flags
+from tilewright.cli.output import note
+from tilewright.cli.plugins import print_columns, print_json
+from tilewright.config import read_setting
+from tilewright.errors import ConfigError, nearest
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for function, summary in (
+        (list_models, "the names, where each model comes from, and which file says so"),
+        (show, "what a name stands for"),
+        (add, "give a model a name"),
+        (remove, "take a name away; the model's files stay"),
+    ):
+        name = function.__name__.removesuffix("_models")
+        action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        action.set_defaults(function=function)
+        if function is not list_models:
+            action.add_argument("name", metavar="NAME", help="the model's name")
+        if function in (list_models, show):
+            action.add_argument("--json", action="store_true", help="print JSON")
+        else:
+            action.add_argument(
+                "--project",
+                action="store_true",
+                help=f"in {models.PROJECT_FILE} of the working folder, not in your own file",
+            )
+        if function is add:
+            _configure_add(action)
+
+
+def _configure_add(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--source", required=True, help="a directory, a file, a hub id: what its loader takes"
+    )
+    model.add_argument("--revision", help="branch, tag or commit, for loaders that have revisions")
+    flags.add(model, "plugins", {"loader"})
+    flags.add(model, "model", {"format"})
+    model.add_argument(
+        "-o",
+        "--option",
+        dest="loader_options",
+        action="append",
+        metavar="KEY=VALUE",
+        help="set an option of the loader",
+    )
+    flags.add(parser.add_argument_group("runtime, where nothing else is asked for"), "runtime")
+    flags.add(parser.add_argument_group("generation, where nothing else is asked for"), "generate")
+
+
+def run(args: argparse.Namespace) -> int:
+    args.function(args)
+    return 0
+
+
+def list_models(args: argparse.Namespace) -> None:
+    known = models.registered()
+    if args.json:
+        print_json(_record(model) for model in known.values())
+        return
+    if not known:
+        looked = " and ".join(map(str, models.files()))
+        print(f"no model has a name (looked in {looked}); tilewright models add NAME --source ...")
+        return
+    print_columns(
+        ("NAME", "SOURCE", "LOADER", "WHERE"),
+        [(m.name, _source(m), m.loader or "-", m.origin) for m in known.values()],
+    )
+
+
+def show(args: argparse.Namespace) -> None:
+    model = _known(args.name)
+    if args.json:
+        print_json([_record(model)])
+        return
+    print("\n".join(_lines(model)))
+
+
+def add(args: argparse.Namespace) -> None:
+    entry: dict[str, Any] = {"source": args.source, "revision": args.revision}
+    for (section, key), given in flags.layer(args).items():
+        value = read_setting((section, key), given)
+        if section in ("runtime", "generate"):
+            if value is not None:
+                entry.setdefault(section, {})[key] = value
+        else:
+            entry[key] = value
+    options = (flags.split(item, "-o", "KEY=VALUE") for item in args.loader_options or ())
+    entry["options"] = dict(options)
+    if entry.get("loader"):
+        registry.find("loader", entry["loader"])
+    if entry.get("format"):
+        registry.find("weight_format", entry["format"])
+    made = models.add(args.name, entry, _file(args))
+    print(f"{made.name}: {_source(made)}, in {made.origin}")
+    if (other := models.find(made.name)) is not None and other.origin != made.origin:
+        note(f"note: in this folder {made.name} is still {_source(other)}, in {other.origin}")
+    if os.path.lexists(made.name):
+        note(f"note: what is in this folder by that name is ./{made.name} from now on")
+
+
+def remove(args: argparse.Namespace) -> None:
+    if args.project or os.environ.get(models.VARIABLE):
+        file = _file(args)
+    else:
+        where = _known(args.name).origin
+        file = next(f for f in models.files() if where.startswith(f"{f}:"))
+    models.remove(args.name, file)
+    print(f"{args.name} is no longer in {file}")
+    if (other := models.find(args.name)) is not None:
+        note(f"note: {args.name} is {_source(other)} now, in {other.origin}")
+
+
+def _file(args: argparse.Namespace) -> Path:
+    """The one to write to."""
+    if not os.environ.get(models.VARIABLE):
+        return models.PROJECT_FILE if args.project else models.user_file()
+    if args.project:
+        raise ConfigError(
+            f"--project: {models.VARIABLE} names the only models file there is: unset it, or leave "
+            "the flag out"
+        )
+    return models.files()[0]
+
+
+def _known(name: str) -> models.RegisteredModel:
+    known = models.registered()
+    if name not in known:
+        raise ConfigError(
+            f"no model is named {name!r}{nearest(name, known)} "
+            f"(named are: {', '.join(known) or 'none'})"
+        )
+    return known[name]
+
+
+def _source(model: models.RegisteredModel) -> str:
+    revision = model.options.get("revision")
+    return f"{model.source}@{revision}" if revision else model.source
+
+
+def _record(model: models.RegisteredModel) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": model.name, "origin": model.origin}
+    for table, key, value, _ in model.entry():
+        (record.setdefault(table, {}) if table else record)[key] = value
+    return record
+
+
+def _lines(model: models.RegisteredModel) -> Iterator[str]:
+    """As a file has it, with its origins in comments."""
+    name = toml.written_key(model.name)
+    yield f"[{name}]  # {model.origin}"
+    current = ""
+    for table, key, value, origin in sorted(model.entry(), key=lambda entry: entry[0]):
+        if table != current:
+            yield from ("", f"[{name}.{table}]")
+            current = table
+        yield f"{toml.setting(key, value)}  # {origin}"

@@ -1,0 +1,310 @@
+"""Models by name: files that say where a model comes from and how it is run.
+
+A file has a table a model::
+
+    [qwen3-14b]
+    source = "Qwen/Qwen3-14B"
+    revision = "40c0698"
+
+    [qwen3-14b.runtime]
+    weight_dtype = "bfloat16"
+
+``tilewright.config.resolve`` looks here for a model that is named rather than given as a path.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from tilewright import toml
+from tilewright.config import Given, Place, keys, located, read_setting, read_text
+from tilewright.errors import ConfigError, nearest
+from tilewright.types import GenerateConfig, RuntimeConfig
+
+VARIABLE = "TILEWRIGHT_MODELS"
+"""Names the only file that is read."""
+
+PROJECT_FILE = Path("tilewright-models.toml")
+"""In the working folder; wins over the user's own file."""
+
+_NAME = re.compile(r"\w[\w.:+-]*", re.ASCII)
+
+_PLACES: dict[str, Place] = {
+    "source": ("model", "path"),
+    "format": ("model", "format"),
+    "loader": ("plugins", "loader"),
+    "revision": ("options", "loader", "revision"),
+}
+_KEYS_OF = {place: key for key, place in _PLACES.items()}
+_TABLES: dict[str, Place] = {
+    "options": ("options", "loader"),
+    "runtime": ("runtime",),
+    "generate": ("generate",),
+}
+KEYS = (*_PLACES, *_TABLES)
+"""Of a model's table; the last three are tables: the loader's options, and settings of a run."""
+
+
+@frozen
+class RegisteredModel:
+    """What a file says of a model."""
+
+    name: str
+    origin: str
+    """``models.toml:12``."""
+    settings: Mapping[Place, Given]
+    """By their places in a run; a source that is a path is relative to the working folder."""
+
+    def entry(self) -> Iterator[tuple[str, str, Any, str]]:
+        """As a file has it: the table within the model's (or ""), key, value and origin of each."""
+        for place, given in self.settings.items():
+            if place in _KEYS_OF:
+                yield "", _KEYS_OF[place], given.value, given.origin
+            elif place[0] in _TABLES:
+                yield place[0], place[-1], given.value, given.origin
+
+    @property
+    def source(self) -> str:
+        return str(self.settings["model", "path"].value)
+
+    @property
+    def loader(self) -> str | None:
+        return self._value("plugins", "loader")
+
+    @property
+    def format(self) -> str | None:
+        return self._value("model", "format")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The loader's, the revision among them."""
+        return {place[-1]: given.value for place, given in self._under("options")}
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        return RuntimeConfig(**self._section("runtime"))
+
+    @property
+    def generate(self) -> GenerateConfig:
+        return GenerateConfig(**self._section("generate"))
+
+    def _value(self, *place: str) -> str | None:
+        given = self.settings.get(place)
+        return None if given is None else read_setting(place, given)
+
+    def _under(self, section: str) -> Iterator[tuple[Place, Given]]:
+        return ((place, given) for place, given in self.settings.items() if place[0] == section)
+
+    def _section(self, section: str) -> dict[str, Any]:
+        return {place[1]: read_setting(place, given) for place, given in self._under(section)}
+
+
+def is_name(text: object) -> bool:
+    """Whether text may be a model's name: a single word, so no path with a folder, no hub id."""
+    return isinstance(text, str) and _NAME.fullmatch(text) is not None
+
+
+def find(name: str, environ: Mapping[str, str] | None = None) -> RegisteredModel | None:
+    """The model of a name. Raises ConfigError, which begins with file and line, for a bad file."""
+    return registered(environ).get(name)
+
+
+def registered(environ: Mapping[str, str] | None = None) -> dict[str, RegisteredModel]:
+    """All models by name, as the files in force say. Raises ConfigError for a bad file."""
+    models: dict[str, RegisteredModel] = {}
+    if only := _only_file(environ):
+        return dict(sorted(_parsed(only, read_text(only, f"{VARIABLE}: models file")).items()))
+    for file in reversed(files(environ)):
+        if file.exists():
+            models |= read(file)
+    return dict(sorted(models.items()))
+
+
+def files(environ: Mapping[str, str] | None = None) -> list[Path]:
+    """The files that may be there, the one that wins first."""
+    return [only] if (only := _only_file(environ)) else [PROJECT_FILE, user_file(environ)]
+
+
+def user_file(environ: Mapping[str, str] | None = None) -> Path:
+    """The user's own file, in the folder that XDG's base directory specification says."""
+    folder = (os.environ if environ is None else environ).get("XDG_CONFIG_HOME", "")
+    home = Path(folder) if os.path.isabs(folder) else Path("~/.config").expanduser()
+    return home / "tilewright" / "models.toml"
+
+
+def _only_file(environ: Mapping[str, str] | None) -> Path | None:
+    named = (os.environ if environ is None else environ).get(VARIABLE)
+    return Path(named).expanduser() if named else None
+
+
+def read(file: Path) -> dict[str, RegisteredModel]:
+    """A file's models. Raises ConfigError, which begins with file and line."""
+    return _parsed(file, read_text(file, "models file"))
+
+
+def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
+    """Write a model at the end of a file, which is made if need be. entry: its table, see KEYS.
+
+    A source that is a path is one from the working folder; it is written so that it holds from the
+    file's. Raises ConfigError for a name that the file has, and for a wrong entry.
+    """
+    if not is_name(name):
+        raise ConfigError(
+            f"{name!r} cannot be a model's name: expected letters, digits, '_', '-', '.', ':' and "
+            "'+', which no path or hub id with a '/' is"
+        )
+    text = read_text(file, "models file") if file.exists() else ""
+    if name in (known := _parsed(file, text)):
+        raise ConfigError(
+            f"{known[name].origin}: a model is named {name!r} already; "
+            f"`tilewright models remove {name}` first"
+        )
+    values = {key: value for key, value in entry.items() if value not in (None, {})}
+    if isinstance(source := values.get("source"), str):
+        values["source"] = _from_folder(source, file.parent)
+    _parsed(file, block := _block(name, values))
+    lead = "" if not text else "\n" if text.endswith("\n") else "\n\n"
+    made = _parsed(file, text + lead + block)[name]
+    _write(file, text + lead + block)
+    return made
+
+
+def remove(name: str, file: Path) -> None:
+    """Take a model out of a file, with the comment right above it. Raises ConfigError."""
+    text = read_text(file, "models file")
+    document, origin = toml.parse(file, text)
+    if name not in document:
+        raise ConfigError(
+            f"{file}: no model is named {name!r}{nearest(name, document)} "
+            f"(there are: {', '.join(document) or 'none'})"
+        )
+    left = _without(text, name)
+    del document[name]
+    if toml.parse(file, left)[0] != document:
+        raise ConfigError(f"{origin((name,))}: {name!r} cannot be cut out: edit the file by hand")
+    _write(file, left)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _parsed(file: Path, text: str) -> dict[str, RegisteredModel]:
+    document, origin = toml.parse(file, text)
+    models = {}
+    for name, table in document.items():
+        where = origin((name,))
+        if not is_name(name):
+            raise ConfigError(f"{where}: {name!r} cannot be a model's name: no '/' or space is")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{where}: [{name}] must be a table, found {table!r:.60}")
+        if not isinstance(table.get("source"), str) or not table["source"]:
+            raise ConfigError(
+                f"{where}: model {name!r} needs a source: a directory, a file or a hub id, as a "
+                "string"
+            )
+        settings: dict[Place, Given] = {("model", "id"): Given(name, where)}
+        for place, given in _settings(name, table, origin):
+            if place in settings:
+                raise ConfigError(
+                    f"{given.origin}: the revision is given twice: {settings[place].origin} too"
+                )
+            if place[0] != "options":
+                read_setting(place, given)
+            settings[place] = located(place, given, file.parent)
+        models[name] = RegisteredModel(name, where, settings)
+    return models
+
+
+def _settings(
+    name: str, table: Mapping[str, Any], origin: Callable[[Place], str]
+) -> Iterator[tuple[Place, Given]]:
+    for key, value in table.items():
+        where = origin((name, key))
+        if key in _PLACES:
+            yield _PLACES[key], Given(value, where)
+            continue
+        if key not in _TABLES:
+            raise ConfigError(
+                f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys of a model: "
+                f"{', '.join(KEYS)})"
+            )
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: {key} must be a table, found {value!r:.60}")
+        for inner, setting in value.items():
+            where = origin((name, key, inner))
+            if key != "options" and inner not in keys(key):
+                raise ConfigError(
+                    f"{where}: unknown key {inner!r}{nearest(inner, keys(key))} "
+                    f"(keys of {key}: {', '.join(keys(key))})"
+                )
+            yield (*_TABLES[key], inner), Given(setting, where)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _from_folder(source: str, folder: Path) -> str:
+    """A source of the working folder as one of another; a name or ``~`` is the same everywhere."""
+    if source.startswith("~") or not (source.startswith(".") or os.path.exists(source)):
+        return source
+    path, home = os.path.abspath(source), os.path.abspath(folder)
+    inside = os.path.commonpath([path, home]) == home
+    return f"./{os.path.relpath(path, home)}" if inside else path
+
+
+def _block(name: str, entry: Mapping[str, Any]) -> str:
+    tables = {key: value for key, value in entry.items() if isinstance(value, Mapping)}
+    lines = [f"[{toml.written_key(name)}]"]
+    lines += [toml.setting(key, value) for key, value in entry.items() if key not in tables]
+    for key, table in tables.items():
+        lines += ["", f"[{toml.written_key(name)}.{toml.written_key(key)}]"]
+        lines += [toml.setting(inner, value) for inner, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _without(text: str, name: str) -> str:
+    kept: list[str] = []
+    before: list[str] = []
+    """Comments and empty lines, which go with what comes after them."""
+    table: Place = ()
+    for _, statement, parsed in toml.statements(text):
+        if parsed == {}:
+            before.append(statement)
+            continue
+        is_header = statement.lstrip().startswith("[")
+        if is_header:
+            table = toml.header(parsed)
+        if parsed is None or (table[0] if table else next(iter(parsed))) != name:
+            kept += [*before, statement]
+        elif is_header:
+            while before and before[-1].strip():
+                before.pop()
+            while before and not before[-1].strip():
+                before.pop()
+            kept += before
+        before = []
+    left = "".join(kept + before).strip("\n")
+    return f"{left}\n" if left else ""
+
+
+def _write(file: Path, text: str) -> None:
+    """Beside, then renamed; of a link, the file that it names."""
+    target = Path(os.path.realpath(file))
+    beside = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            if target.exists():
+                beside.chmod(target.stat().st_mode & 0o777)
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"models file {str(file)!r} cannot be written: {error.strerror}"
+        ) from error
