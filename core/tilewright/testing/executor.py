@@ -19,7 +19,14 @@ from tilewright import registry
 from tilewright.compare.judge import Mode, Noise, Place, judge
 from tilewright.errors import ExecutorError
 from tilewright.kv_cache import KvCacheManager
-from tilewright.testing.models import CONFIGS, MemorySource, Model, make_model, same_bits
+from tilewright.testing.models import (
+    CONFIGS,
+    MemorySource,
+    Model,
+    dtype_name,
+    make_model,
+    same_bits,
+)
 from tilewright.testing.paged import Sequences, Tokens, by_slot, copied, tensors
 from tilewright.testing.state import differences, global_state, left_alone
 from tilewright.testing.suite import Implementation, PluginSuite
@@ -29,6 +36,7 @@ from tilewright.types import (
     ExecutorRequest,
     KvLayer,
     ModelConfig,
+    PackedWeights,
     Phase,
     RopeConfig,
     RuntimeConfig,
@@ -572,6 +580,61 @@ class ExecutorSuite(PluginSuite):
                         )
                         assert not logits.requires_grad, "logits hold on to a gradient's graph"
 
+    def test_a_kv_cache_of_another_dtype(self, trio: Any, create: Make, case: Case) -> None:
+        tried = 0
+        for dtype in DTYPES:
+            mixed = evolve(case, runtime=evolve(case.runtime, kv_dtype=dtype))
+            try:
+                create(mixed).close()
+            except ExecutorError:
+                continue
+            tried += dtype != case.runtime.weight_dtype
+            a, b = case.tokens(case.page_size + 1, 3)
+            with trio(mixed) as three:
+                for tokens in ({"a": a, "b": b}, {"a": [5], "b": [6]}):
+                    three.run(tokens)
+        if not tried:
+            pytest.skip("its KV cache has the weights' dtype, and no other")
+
+    # --- packed weights --------------------------------------------------------------------------
+
+    def test_packed_weights_are_as_they_are_announced(
+        self, implementation: Implementation, cases: list[Case]
+    ) -> None:
+        for case in _one_a_dtype(cases):
+            source = ReadTo(case.model.tensors)
+            request = case.request(implementation.options, weights=source)
+            first, again = (_packing(implementation, request) for _ in range(2))
+            assert type(first.version) is int, f"version is {first.version!r}, expected a number"
+            assert first.version >= 1, f"version is {first.version}, and counts from 1"
+            announced = [[(t.name, t.shape, t.dtype) for t in p.tensors] for p in (first, again)]
+            assert announced[0] == announced[1], "pack_weights announces other tensors each time"
+            names = [name for name, _, _ in announced[0]]
+            assert len(set(names)) == len(names), f"a packed weight comes twice: {names}"
+            assert not source.read, "pack_weights must read weights by the tensors' read alone"
+            for tensor in _packing(implementation, request).tensors:
+                made = tensor.read()
+                found = (tuple(made.shape), dtype_name(made), made.device.type)
+                expected = (tuple(tensor.shape), tensor.dtype, "cpu")
+                assert found == expected, f"{tensor.name} is {found}, announced as {expected}"
+
+    def test_packed_weights_give_the_same_bits(
+        self, implementation: Implementation, running: Callable[..., Running], cases: list[Case]
+    ) -> None:
+        for case in _one_a_dtype(cases):
+            request = case.request(implementation.options)
+            tensors = {t.name: t.read() for t in _packing(implementation, request).tensors}
+            source = ReadTo(tensors)
+            steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}]
+            found = []
+            for changed in ({}, {"weights": source, "packed": True}):
+                one = running(case, **changed)
+                found.append(_logits(one, Sequences(case.page_size, _pages(case)), *steps))
+            assert all(map(same_bits, *found)), "of packed weights come other logits"
+            assert list(dict.fromkeys(source.read)) == list(tensors), (
+                "packed weights must be read in the order in which they are announced"
+            )
+
     # --- what it leaves alone --------------------------------------------------------------------
 
     def test_a_step_writes_to_its_own_slots_and_to_no_other(
@@ -650,7 +713,7 @@ class ExecutorSuite(PluginSuite):
         one, sequences = running(case, weights=source), Sequences(case.page_size, _pages(case))
         source.close()
         logits = _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
-        assert all(t.isfinite().all() for t in logits)
+        assert all(t.isfinite().all() for t in logits), "without the source, logits are not finite"
 
     def test_the_process_is_left_as_it_was(
         self, request: pytest.FixtureRequest, create: Make, case: Case
@@ -997,6 +1060,13 @@ def _one_a_dtype(cases: Sequence[Case]) -> list[Case]:
 def _pages(case: Case) -> int:
     """Enough for one sequence of MAX_SEQ_LEN and for a few short ones."""
     return MAX_SEQ_LEN // case.page_size + 4 * MAX_BATCH_SIZE
+
+
+def _packing(implementation: Implementation, request: ExecutorRequest) -> PackedWeights:
+    if not implementation.implements("pack_weights"):
+        pytest.skip("it has no pack_weights: its weights are converted to the weight dtype")
+    packed: PackedWeights = implementation.call("pack_weights", request=request)
+    return packed
 
 
 def _logits(

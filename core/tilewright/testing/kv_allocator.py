@@ -83,8 +83,8 @@ class AllocatorMachine(RuleBasedStateMachine):
     def begin(self, page_size: int, row_order: str, total_pages: int) -> None:
         self.page_size, self.row_order, self.total_pages = page_size, row_order, total_pages
         self.cache = self.make(total_pages=total_pages, page_size=page_size, row_order=row_order)
-        assert self.cache.total_pages == total_pages
-        assert self.cache.free_pages == total_pages
+        assert self.cache.total_pages == total_pages, f"{total_pages} pages were asked for"
+        assert self.cache.free_pages == total_pages, "pages are held before there is a request"
 
     @rule(n=st.integers(1, 40))
     def allocate(self, n: int) -> None:
@@ -151,9 +151,11 @@ class AllocatorMachine(RuleBasedStateMachine):
     def each_request_reads_what_it_wrote(self) -> None:
         self.cache.check_integrity()
         for request_id, values in self.wrote.items():
-            assert self.cache.num_tokens(request_id) == len(values)
+            assert self.cache.num_tokens(request_id) == len(values), (
+                f"request {request_id!r} asked for {len(values)} tokens"
+            )
             slots = self.cache.slots(request_id, 0, len(values))
-            assert slots.dtype == torch.int32
+            assert slots.dtype == torch.int32, f"slots must be int32, found {slots.dtype}"
             for sign, tensor in self._storage():
                 found = tensor[slots // self.page_size, slots % self.page_size]
                 assert (found == found[:, :1, :1]).all(), "a slot's heads were written apart"
@@ -164,7 +166,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @invariant()
     def pages_are_free_or_held(self) -> None:
         held = {page for row in self.rows.values() for page in row}
-        assert held <= set(range(self.total_pages))
+        assert held <= set(range(self.total_pages)), f"there are no such pages: {sorted(held)}"
         assert self.cache.free_pages == self._free(), (
             f"a page is free when no request holds it: {len(held)} of {self.total_pages} are held"
         )
@@ -175,12 +177,16 @@ class AllocatorMachine(RuleBasedStateMachine):
         if not ids:
             return
         table = self.cache.block_table(ids)
-        assert table.dtype == torch.int32
-        assert table.shape == (len(ids), max(self._pages(len(v)) for v in self.wrote.values()))
+        widest = max(self._pages(len(values)) for values in self.wrote.values())
+        assert (table.dtype, tuple(table.shape)) == (torch.int32, (len(ids), widest)), (
+            f"block_table is {table.dtype} {list(table.shape)}, expected int32 {[len(ids), widest]}"
+        )
         for row, request_id in zip(table.tolist(), ids, strict=True):
             n, size = len(self.wrote[request_id]), self.page_size
             pages = self._pages(n)
-            assert row == self.rows[request_id] + [-1] * (len(row) - pages)
+            assert row == self.rows[request_id] + [-1] * (len(row) - pages), (
+                f"the row of {request_id!r} changes with the requests beside it"
+            )
             assert len(set(row[:pages])) == pages, f"{request_id!r} has a page twice"
             expected = [row[p // size] * size + p % size for p in range(n)]
             assert self.cache.slots(request_id, 0, n).tolist() == expected

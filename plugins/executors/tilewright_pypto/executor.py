@@ -30,7 +30,7 @@ from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.device import Device, Kernel
-from tilewright_pypto.packing import NORMS, PROJECTIONS, packed_tensors, unpack
+from tilewright_pypto.packing import READ_ORDER, packed_tensors, unpack
 
 ROW_ORDER: RowOrder = "HND"
 """Of the KV cache: what ``read_kv`` and ``bind_kv_cache`` take its rows for."""
@@ -66,7 +66,7 @@ def load(
     read = request.weights.get if request.packed else _packing(request)
     embedding = read("embedding")
     layers = [
-        {name: keep(read(f"layers.{i}.{name}")) for name in NORMS | PROJECTIONS}
+        {name: keep(read(f"layers.{i}.{name}")) for name in READ_ORDER}
         for i in range(config.num_layers)
     ]
     head = {

@@ -27,6 +27,11 @@ PROJECTIONS = {
     "w_down": "mlp.down_proj",
 }
 """The layer kernels' parameters, and the names of a layer's weights in Hugging Face checkpoints."""
+READ_ORDER = (
+    *("input_norm", "wq", "wk", "wv", "q_norm", "k_norm", "wo"),
+    *("post_norm", "w_gate", "w_up", "w_down"),
+)
+"""A layer's parameters as ``packed_tensors`` has them: so packed files are read front to back."""
 
 
 _PARAMETERS = {name: parameter for parameter, name in (NORMS | PROJECTIONS).items()}
