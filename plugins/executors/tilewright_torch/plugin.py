@@ -1,5 +1,7 @@
 """Plugin ``torch``: the reference executor, on the CPU with PyTorch."""
 
+from math import prod
+
 from attrs import field, frozen, validators
 
 from tilewright import hookimpl
@@ -90,6 +92,7 @@ def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
     assert runtime.weight_dtype is not None
     assert runtime.kv_dtype is not None
     dtype = torch_dtype(runtime.weight_dtype)
+    free = available_memory()
     model = load(config, request.weights, dtype, options.stream_weights)
     spec = KvCacheSpec(
         num_layers=config.num_layers,
@@ -98,7 +101,7 @@ def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
         page_size=runtime.page_size or PAGE_SIZE,
         dtype=runtime.kv_dtype,
         # Half of what is free once all weights are read.
-        memory_limit=max(0, available_memory() - _mapped_bytes(request)) // 2,
+        memory_limit=max(0, free - _weight_bytes(request, options.stream_weights)) // 2,
     )
     return TorchExecutor(model, spec)
 
@@ -122,8 +125,10 @@ def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
         )
 
 
-def _mapped_bytes(request: ExecutorRequest) -> int:
-    """Bytes of weights that are used as stored, and so may not have been read yet."""
-    weights, dtype = request.weights, request.runtime_config.weight_dtype
-    infos = [weights.info(name) for name in weights.names()]
-    return sum(info.nbytes for info in infos if info.dtype == dtype)
+def _weight_bytes(request: ExecutorRequest, streamed: bool) -> int:
+    """What the weights take once all are read, mapped ones included."""
+    infos = [request.weights.info(name) for name in request.weights.names()]
+    if streamed:
+        return sum(info.nbytes for info in infos)
+    itemsize = 4 if request.runtime_config.weight_dtype == "float32" else 2
+    return sum(prod(info.shape) * itemsize for info in infos)
