@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from tilewright.testing import LoaderSuite, ObserverSuite, SamplerSuite, WeightFormatSuite
+from tilewright.testing import (
+    ExecutorSuite,
+    KvAllocatorSuite,
+    LoaderSuite,
+    ObserverSuite,
+    SamplerSuite,
+    WeightFormatSuite,
+)
+from tilewright.testing.executor import MODELS
 from tilewright.testing.models import Model, make_model, write_hf_directory
+from tilewright.types import DType, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +46,48 @@ class TestWeightFormats(WeightFormatSuite):
     @pytest.fixture(params=["safetensors", "pytorch-bin"])
     def plugin(self, request: pytest.FixtureRequest) -> Any:
         return request.param
+
+
+class TestTorch(ExecutorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "torch"
+
+
+class TestTorchInOtherWays(ExecutorSuite):
+    """In bfloat16 alone, and with layers that are converted each time they run."""
+
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "torch"
+
+    @pytest.fixture
+    def options(self) -> dict[str, Any]:
+        return {"stream_weights": True}
+
+    @pytest.fixture
+    def models(self) -> dict[str, ModelConfig]:
+        return {name: MODELS[name] for name in ("all-biases", "sliding-window")}
+
+    @pytest.fixture
+    def dtypes(self) -> list[DType]:
+        return ["bfloat16"]
+
+
+class TestPyptoNpu(ExecutorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "pypto-npu"
+
+    @pytest.fixture
+    def options(self) -> dict[str, Any]:
+        return {"platform": "emulated"}
+
+
+class TestPaged(KvAllocatorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "paged"
 
 
 class TestSamplers(SamplerSuite):

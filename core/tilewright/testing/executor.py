@@ -280,8 +280,17 @@ class Trio:
 Make = Callable[..., Any]
 """Makes an executor of a case, with fields of its ExecutorRequest changed."""
 
-_CASES = pytest.StashKey[list[Case]]()
-_CHANGED = pytest.StashKey[list[str]]()
+
+@frozen
+class Tried:
+    """What came of making an executor of each model, which is done once a plugin."""
+
+    cases: list[Case]
+    changed: list[str]
+    """What it changed in the process: some things change once, and are as they were ever after."""
+
+
+_TRIED = pytest.StashKey[dict[str, Tried]]()
 
 
 class ExecutorSuite(PluginSuite):
@@ -325,21 +334,26 @@ class ExecutorSuite(PluginSuite):
         return create
 
     @pytest.fixture
-    def cases(
+    def tried(
         self,
         request: pytest.FixtureRequest,
+        implementation: Implementation,
         create: Make,
         models: Mapping[str, ModelConfig],
         dtypes: Sequence[DType],
-    ) -> list[Case]:
-        """What the executor runs: all models in the first dtype that it takes, in others two."""
-        stash: pytest.Stash = request.node.parent.stash
-        if _CASES not in stash:
+    ) -> Tried:
+        tried: dict[str, Tried] = request.node.parent.stash.setdefault(_TRIED, {})
+        subject = f"{id(implementation.plugin)} {implementation.options} {dtypes} {models}"
+        if subject not in tried:
             before = global_state()
-            stash[_CASES] = list(_accepted(create, models, dtypes))
-            # Some things change once, and are as they were ever after.
-            stash[_CHANGED] = differences(before, global_state())
-        return stash[_CASES]
+            found = list(_accepted(create, models, dtypes))
+            tried[subject] = Tried(found, differences(before, global_state()))
+        return tried[subject]
+
+    @pytest.fixture
+    def cases(self, tried: Tried) -> list[Case]:
+        """What the executor runs: all models in the first dtype that it takes, in others two."""
+        return tried.cases
 
     @pytest.fixture
     def case(self, cases: list[Case]) -> Case:
@@ -715,11 +729,9 @@ class ExecutorSuite(PluginSuite):
         logits = _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
         assert all(t.isfinite().all() for t in logits), "without the source, logits are not finite"
 
-    def test_the_process_is_left_as_it_was(
-        self, request: pytest.FixtureRequest, create: Make, case: Case
-    ) -> None:
-        changed = request.node.parent.stash[_CHANGED]
-        assert not changed, f"making and closing an executor changed {'; '.join(changed)}"
+    def test_the_process_is_left_as_it_was(self, tried: Tried, create: Make, case: Case) -> None:
+        changed = "; ".join(tried.changed)
+        assert not changed, f"making and closing an executor changed {changed}"
         sequences = Sequences(case.page_size, _pages(case))
         with left_alone("an executor"):
             executor = create(case)
