@@ -28,6 +28,7 @@ MACHINE = {
     "memory",
     "model cache",
     "working folder",
+    "models by name",
     "output encoding",
 }
 
