@@ -84,12 +84,12 @@ def in_another_order(case: Case) -> Iterator[tuple[str, Operations]]:
     if case.layer is None:
         return
     config = case.config
-    half, kv_heads = config.head_dim // 2, config.num_kv_heads
+    pairs, kv_heads = config.head_dim // 2, config.num_kv_heads
     group = config.num_heads // kv_heads
     for names in (("q_proj",), ("k_proj",), ("q_proj", "k_proj")):
         for what, change in (
-            ("for RoPE that turns neighbours", _regrouped_in_heads(2, half)),
-            ("as if they came for RoPE that turns neighbours", _regrouped_in_heads(half, 2)),
+            ("for RoPE that turns neighbours", _regrouped_in_heads(2, pairs)),
+            ("as if they came for RoPE that turns neighbours", _regrouped_in_heads(pairs, 2)),
         ):
             changes = {n: change for name in names for n in (name, f"{name}.bias")}
             who = " and ".join(names)
@@ -165,34 +165,55 @@ PRODUCTS = {
 """By weight: the stages that are multiplied by it, and that come of it."""
 BLOCKS = 64
 """Into how many parts a sum is cut, at most, to see which of them are missing."""
+PARTS_AT_ONCE = 2**24
+"""Elements of such parts that are in memory together, about."""
 
 
 def parts_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
-    """Where what is missing is the sum over some columns of a weight."""
+    """Where the sums over some columns of a weight count another number of times than once."""
     for name, (before, after) in PRODUCTS.items():
         right, found = case.right.get(after), case.found.get(after)
         if right is None or found is None or found.shape != right.shape:
             continue
         if not (found.isfinite().all() and right.isfinite().all()):
             continue
-        x, weight = case.right[before], case.weights[name]
-        size = max(16, -(-weight.shape[1] // BLOCKS))
+        weight = case.weights[name]
         columns = weight.shape[1]
-        blocks = [slice(i, min(i + size, columns)) for i in range(0, columns, size)]
-        parts = torch.stack([(x[:, b] @ weight[:, b].T).flatten() for b in blocks])
-        missing = (right - found.float()).flatten()
-        times = torch.linalg.lstsq(parts @ parts.T, (parts @ missing).unsqueeze(1)).solution
-        wrong = times.flatten().round()
+        size = max(16, -(-columns // BLOCKS))
+        missing = (right - found.float()).flatten(1)
+        wrong = _missing_parts(case.right[before], weight, missing, size).round()
         if not wrong.any():
             continue
         scale = (1 - wrong).repeat_interleave(size)[:columns]
         first = int(wrong.nonzero()[0]) * size
         last = min((int(wrong.nonzero()[-1]) + 1) * size, columns) - 1
-        what = "left out" if wrong.max() > 0 else "added more than once"
-        yield (
-            f"columns of {name} from {first} to {last} or some of them are {what}",
-            _with({name: _scaled(scale)}),
-        )
+        some = f"columns of {name} from {first} to {last} or some of them"
+        if wrong.min() == wrong.max() != 1:
+            what = f"sums over {name} are {float(scale[0]):g} times what they should be"
+        elif wrong.min() >= 0 and wrong.max() == 1:
+            what = f"{some} are left out"
+        elif wrong.max() <= 0:
+            what = f"{some} are added more than once"
+        else:
+            what = f"{some} are added another number of times than once"
+        yield what, _with({name: _scaled(scale)})
+
+
+def _missing_parts(x: Tensor, weight: Tensor, missing: Tensor, size: int) -> Tensor:
+    """How many times the sum over each block of columns is in what is missing, as it fits best.
+
+    x: [T, columns], multiplied by weight [out, columns]; missing: [T, out]. Returns [blocks].
+    """
+    columns = [slice(i, i + size) for i in range(0, x.shape[1], size)]
+    squares, along = torch.zeros(len(columns), len(columns)), torch.zeros(len(columns))
+    some = max(1, PARTS_AT_ONCE // (len(columns) * len(x)))
+    for first in range(0, len(weight), some):
+        rows = weight[first : first + some]
+        parts = torch.stack([(x[:, c] @ rows[:, c].T).flatten() for c in columns])
+        squares += parts @ parts.T
+        along += parts @ missing[:, first : first + some].flatten()
+    solution: Tensor = torch.linalg.lstsq(squares, along.unsqueeze(1)).solution
+    return solution.flatten()
 
 
 def _scaled(columns: Tensor) -> Change:
@@ -322,6 +343,13 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
         "RoPE turns the other way",
         Operations(rotate=lambda x, angle: rotate_halves(x, -angle)),
     )
+    for whose, heads in (("queries", case.config.num_heads), ("keys", case.config.num_kv_heads)):
+        if case.config.num_heads != case.config.num_kv_heads:
+
+            def back(x: Tensor, angle: Tensor, heads: int = heads) -> Tensor:
+                return rotate_halves(x, -angle if x.shape[1] == heads else angle)
+
+            yield f"RoPE of {whose} turns the other way", Operations(rotate=back)
     yield "keys are cached before RoPE", Operations(cached=lambda before, rotated: before)
     for by in (1, -1):
         yield (
@@ -559,6 +587,9 @@ def activation(case: Case) -> Iterator[tuple[str, Operations]]:
         "the activation is GELU by tanh, not SiLU": (
             lambda gate, up: F.gelu(gate, approximate="tanh") * up
         ),
+        "the activation is GELU by a sigmoid, not SiLU": (
+            lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up
+        ),
         "the activation is ReLU, not SiLU": lambda gate, up: F.relu(gate) * up,
         "the activation is a sigmoid, not SiLU": lambda gate, up: gate.sigmoid() * up,
         "the activation is missing": lambda gate, up: gate * up,
@@ -595,7 +626,9 @@ def rounding(case: Case) -> Iterator[tuple[str, Operations]]:
             "casts cut digits off instead of rounding",
             Operations(weights=weights, cast=lambda x: truncated(x, dtype)),
         )
-    for low in {torch.bfloat16, dtype} - {torch.float32}:
+    for low in dict.fromkeys((torch.bfloat16, dtype)):
+        if low is torch.float32:
+            continue
         name = str(low).removeprefix("torch.")
         for block in (1, 8, 16, 32, 64, 128):
 
