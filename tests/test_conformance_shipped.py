@@ -109,7 +109,7 @@ def documented(page: str, module: str, folder: Path, monkeypatch: pytest.MonkeyP
 class TestTheDocumentedSampler(SamplerSuite):
     @pytest.fixture
     def plugin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-        return documented("docs/plugins.md", "acme_top_a", tmp_path, monkeypatch)
+        return documented("docs/writing-plugins.md", "acme_top_a", tmp_path, monkeypatch)
 
     @pytest.fixture
     def options(self) -> dict[str, Any]:
