@@ -442,6 +442,16 @@ def test_ctrl_c_ends_a_download_and_the_next_run_finishes_it(
     assert "model.safetensors" in hub.downloads()
 
 
+def test_it_conforms(hub: Hub, tmp_path: Path) -> None:
+    process = tilewright(hub, tmp_path, "plugins", "verify", "hf-hub", "--source", NAME, "--json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    (report,) = json.loads(out)
+    outcomes = [statement["result"] for statement in report["statements"]]
+    assert "failed" not in outcomes
+    assert outcomes.count("passed") > 25  # those that damage files want a directory
+
+
 SMALL_DISK = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=$0 none "$1"; shift; exec "$@"')
 
 

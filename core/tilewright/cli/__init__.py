@@ -148,6 +148,9 @@ def _leave_threads(code: int) -> None:
     from threading import active_count
 
     if active_count() > 1:
+        import atexit
+
+        atexit._run_exitfuncs()  # what libraries clean up
         sys.stderr.flush()
         os._exit(code)
 

@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from math import ceil
 from pathlib import Path
@@ -290,7 +290,10 @@ def _check_room(wanted: _Wanted, needed: int) -> None:
     """Raise ModelError where the cache's disk is too small for what is to come."""
     cache = _cache()
     blobs = cache / f"models--{wanted.name.replace('/', '--')}" / "blobs"
-    begun = sum(file.stat().st_size for file in blobs.glob("*.incomplete"))
+    begun = 0
+    for file in blobs.glob("*.incomplete"):
+        with suppress(FileNotFoundError):  # another process may complete it just now
+            begun += file.stat().st_size
     existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed - begun > free:
