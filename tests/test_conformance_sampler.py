@@ -505,13 +505,13 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     (
         "draws from torch's generator",
         DrawsFromTorch,
-        "torchs_random_state_is_neither_used_nor_changed",
+        "the_random_state_of_torch_is_neither_used_nor_changed",
         "torch's random state",
     ),
     (
         "seeds torch's generator",
         SeedsTorch,
-        "torchs_random_state_is_neither_used_nor_changed",
+        "the_random_state_of_torch_is_neither_used_nor_changed",
         "torch's random state",
     ),
     (

@@ -449,7 +449,7 @@ class SamplerSuite(PluginSuite):
             "the same seed must give the same tokens, whatever the request is called"
         )
 
-    def test_torchs_random_state_is_neither_used_nor_changed(
+    def test_the_random_state_of_torch_is_neither_used_nor_changed(
         self, make_sampler: MakeSampler
     ) -> None:
         import torch
