@@ -406,7 +406,7 @@ class StaysOpen(TorchExecutor):
 
 class Crashes(TorchExecutor):
     def _opened(self) -> Model:
-        assert self._model is not None
+        assert self._model is not None, "the model is gone"
         return self._model
 
 
@@ -765,7 +765,7 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ("closes all of them", ClosesAll, "two_side_by_side_are_independent", "is closed"),
     ("closes once", ClosesOnce, "it_is_closed_twice", "is closed"),
     ("stays open", StaysOpen, "a_closed_one_says_so", "ExecutorError"),
-    ("crashes when it is closed", Crashes, "a_closed_one_says_so", "None"),
+    ("crashes when it is closed", Crashes, "a_closed_one_says_so", "the model is gone"),
     # what it refuses
     ("takes any device", Executors(any_device), REFUSED, "no-such-device"),
     ("refuses with ValueError", refuses_with(lambda e: ValueError(str(e))), REFUSED, "ValueError"),
