@@ -257,11 +257,11 @@ class Samples(Journal):
 
 
 class Works(Journal):
-    """In a thread that nobody ends."""
+    """In a thread that outlives it."""
 
     def __init__(self) -> None:
         super().__init__()
-        worker = threading.Thread(target=DONE.wait)
+        worker = threading.Thread(target=DONE.wait, args=[20])
         worker.start()
         WORKERS.append(worker)
 
