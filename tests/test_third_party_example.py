@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -98,38 +99,20 @@ def test_each_part_is_selected_by_name_and_by_run_file(
     assert {kind: p["name"] for kind, p in ours.items()} == PARTS
     assert {p["state"] for p in ours.values()} == {"ok"}
 
+    shown = re.search(r"```toml\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)
+    assert shown
     run_file = tmp_path / "run.toml"
-    run_file.write_text(
-        f"""
-        [plugins]
-        loader = "acme-model"
-        sampler = "typical"
-        observers = ["chrome-trace"]
-        [options.sampler]
-        mass = 0.5
-        [options.observer.chrome-trace]
-        path = "by-file.json"
-        [model]
-        path = "{sample}"
-        format = "npz"
-        [generate]
-        temperature = 1.5
-        seed = 3
-        max_new_tokens = 8
-        [prompts]
-        text = "{PROMPT}"
-        """
-    )
-    by_file = tilewright("run", str(run_file))
+    run_file.write_text(shown[1].replace('"DIR"', f'"{sample}"').replace("trace.json", "file.json"))
+    words = ["--seed", "3", "--max-new-tokens", "8"]
+    by_file = tilewright("run", str(run_file), *words, "--prompt", PROMPT)
     by_name = tilewright(
         *("generate", "--model", str(sample), "--loader", "acme-model", "--format", "npz"),
-        *("--sampler", "typical", "-o", "sampler.mass=0.5", "--observer", "chrome-trace"),
-        *("-o", "observer.chrome-trace.path=by-name.json"),
-        *("--temperature", "1.5", "--seed", "3", "--max-new-tokens", "8", PROMPT),
+        *("--sampler", "typical", "-o", "sampler.mass=0.9", "--observer", "chrome-trace"),
+        *("-o", "observer.chrome-trace.path=name.json", "--temperature", "1", *words, PROMPT),
     )
     assert len(by_file.split()) == 8
     assert by_file == by_name
-    for name in ("by-file.json", "by-name.json"):
+    for name in ("file.json", "name.json"):
         events = json.loads((tmp_path / name).read_text())["traceEvents"]
         steps = [e["name"] for e in events if e.get("cat") == "steps"]
         assert steps == ["prefill", *["decode"] * 7]

@@ -204,12 +204,13 @@ def verify(args: argparse.Namespace) -> int:
 
 def new(args: argparse.Namespace) -> int:
     from pathlib import Path
+    from shlex import quote
 
     from tilewright.cli.new_plugin import write
 
     folder = write(args.kind, args.name, None if args.out is None else Path(args.out))
     print(f"wrote {folder}; what comes next:")
-    print(f"  pip install -e '{folder}[test]'")
+    print(f"  pip install -e {quote(f'{folder}[test]')}")
     print(f"  tilewright plugins verify {args.name}")
     return 0
 

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from tilewright import registry
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, registry
+from tilewright.config import DEMO_MODEL
 from tilewright.testing import KvAllocatorSuite
 from tilewright.types import KvAllocatorRequest, KvCacheSpec
 
@@ -27,3 +28,14 @@ def test_the_lowest_free_pages_are_handed_out_first() -> None:
     cache.free("a")
     cache.allocate("c", 12)
     assert cache.block_table(["b", "c"]).tolist() == [[2, 3, -1], [0, 1, 4]]
+
+
+def test_texts_are_those_of_the_shipped_cache() -> None:
+    prompts = ["We the People", "When in the Course of human events", "Congress"]
+    said = []
+    for allocator in ("paged", NAME):
+        with LLMEngine.from_plugins(kv_allocator=allocator) as engine:
+            engine.init_model("m", DEMO_MODEL, RuntimeConfig(page_size=4))
+            results = engine.generate_batch("m", prompts, GenerateConfig(max_new_tokens=12))
+            said.append([result.text for result in results])
+    assert said[0] == said[1]

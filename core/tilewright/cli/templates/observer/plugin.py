@@ -60,5 +60,8 @@ class Counter:
         }
         # Written beside and renamed: nobody ever sees half a file.
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        beside.write_text(json.dumps(counted, indent=2) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        try:
+            beside.write_text(json.dumps(counted, indent=2) + "\n", encoding="utf-8")
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
