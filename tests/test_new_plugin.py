@@ -1,6 +1,7 @@
 """``tilewright plugins new``: what it writes installs, is found, and passes its own checks."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import pytest
 
 from tilewright import registry
 from tilewright.cli import main
+from tilewright.testing import LoaderSuite
 
 KINDS = list(registry.KINDS)
 QUICK, SLOW = ["loader"], [kind for kind in KINDS if kind != "loader"]
@@ -172,3 +174,25 @@ def test_a_write_that_fails_leaves_nothing_behind(
     assert main(["plugins", "new", "observer", "acme", "--out", str(tmp_path / "acme")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+# --- what the documentation shows -----------------------------------------------------------------
+
+
+def test_the_tutorial_shows_what_is_written_and_tests_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "writing-plugins.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert main(["plugins", "new", "loader", "acme"]) == 0
+    said = capsys.readouterr().out
+    shown = "".join(f"    {line}\n" for line in said.splitlines())
+    assert f"    $ tilewright plugins new loader acme\n{shown}" in page
+
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == set(re.findall(r"^    (tilewright-acme/\S+)", page, re.MULTILINE))
+
+    tests = {name.removeprefix("test_").replace("_", " ") for name in dir(LoaderSuite)}
+    lines = re.findall(r"^      (?:passed|failed|not run)  +(.*)$", page, re.MULTILINE)
+    assert len(lines) > 10
+    assert set(lines) <= tests
