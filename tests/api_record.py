@@ -7,6 +7,7 @@ again; for any other it refuses, until ``tilewright.hookspecs.API_VERSION`` is r
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -220,8 +221,8 @@ def _annotation(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(map(_annotation, get_args(annotation)))
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    for place in ("tilewright.types.", "tilewright.", "collections.abc.", "typing.", "pathlib."):
-        text = text.replace(place, "")
+    # Without the modules that names come from, which differ between versions of Python.
+    text = re.sub(r"\b\w+\.(?=\w)", "", text)
     return text.replace("ForwardRef", "").replace("'", "").replace("NoneType", "None")
 
 
