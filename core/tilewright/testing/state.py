@@ -13,19 +13,9 @@ from typing import Any
 
 
 def global_state() -> dict[str, Any]:
-    """What this process has in force: torch's and Python's settings, by name, to be compared."""
-    import numpy
-    import torch
-
-    return {
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's default device": str(torch.get_default_device()),
-        "torch's number of threads": torch.get_num_threads(),
-        "torch's gradient mode": torch.is_grad_enabled(),
-        "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
-        "torch's float32 matmul precision": torch.get_float32_matmul_precision(),
-        "torch's random state": torch.get_rng_state().numpy().tobytes(),
-        "numpy's random state": repr(numpy.random.get_state()),
+    """What this process has in force, by name, to be compared: Python's settings, and those of
+    numpy and torch where they are imported."""
+    state: dict[str, Any] = {
         "Python's random state": random.getstate(),
         "the working directory": os.getcwd(),
         "the environment": dict(os.environ),
@@ -36,6 +26,23 @@ def global_state() -> dict[str, Any]:
         "standard output": (sys.stdout, sys.stderr),
         "running threads": {t for t in threading.enumerate() if not t.daemon},
     }
+    if "numpy" in sys.modules:
+        import numpy
+
+        state["numpy's random state"] = repr(numpy.random.get_state())
+    if "torch" in sys.modules:
+        import torch
+
+        state |= {
+            "torch's default dtype": torch.get_default_dtype(),
+            "torch's default device": str(torch.get_default_device()),
+            "torch's number of threads": torch.get_num_threads(),
+            "torch's gradient mode": torch.is_grad_enabled(),
+            "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
+            "torch's float32 matmul precision": torch.get_float32_matmul_precision(),
+            "torch's random state": torch.get_rng_state().numpy().tobytes(),
+        }
+    return state
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
