@@ -230,7 +230,7 @@ def test_pypto_npu_emulated_is_equal_to_torch(model: str, models: Path):
     assert found.weights
     assert {f.place.mode for f in found.findings} == {"chained", "isolated"}
     stages = {f.place.stage for f in found.findings}
-    assert {"embed", "v_proj", "k_rope", "k_cache", "v_cache", "output", "logits"} <= stages
+    assert stages == {"embed", "k_cache", "v_cache", "output", "logits"}
 
 
 def plant(mistake: str, **place: Any) -> Plant:
@@ -290,7 +290,54 @@ def test_a_plugin_adds_mistakes_of_its_own_to_those_that_are_tried(models: Path,
     assert [e.mistake for e in reason.named] == ["the MLP is halved"]
     assert reason.sureness == "sure"
     (broken,) = reason.broken
-    assert broken.startswith("unable: RuntimeError: no such case")
+    assert broken.startswith("hypothesis unable failed: RuntimeError: no such case")
+
+
+def test_a_hook_that_fails_is_named_and_loses_nothing(models: Path, monkeypatch):
+    def fails() -> None:
+        raise RuntimeError("no file")
+
+    monkeypatch.setattr(planted, "hypotheses", hookimpl(fails, specname="hypotheses"), False)
+    reason = plant("scale missing").compare(models).reason
+    assert reason is not None
+    assert reason.broken[0].startswith("hypotheses of executor 'planted' of acme-planted")
+    assert "RuntimeError: no file" in reason.broken[0]
+    assert [e.mistake for e in reason.named] == ["the attention scale is missing"]
+
+
+def test_a_weight_that_cannot_be_given_back_is_wrong(models: Path, monkeypatch):
+    def weight(self, name):
+        raise KeyError(name)
+
+    monkeypatch.setattr(planted.PlantedExecutor, "weight", weight)
+    found = plant("none").compare(models)
+    assert "weight() failed: KeyError" in found.weights[0].why
+    assert not found.equal
+
+
+def test_a_reason_that_does_not_hold_in_later_steps_is_not_named(models: Path, monkeypatch):
+    def changing(positions):
+        return positions * 0 if bool((positions == 0).any()) else positions + 1
+
+    way = Way(angles=planted.at(changing))
+    monkeypatch.setitem(MISTAKES, "RoPE missing", evolve(MISTAKES["RoPE missing"], way=way))
+    found = plant("RoPE missing").compare(models)
+    assert found.reason is not None
+    assert found.reason.best[0].mistake == "RoPE is missing"
+    assert found.reason.refuted[0] == "RoPE is missing"
+    assert found.reason.named == ()
+
+
+def test_no_mistake_is_named_where_rounding_explains_the_layer(models: Path):
+    candidate = plant("none", dtype="bfloat16")
+    candidate.compare(models)
+    choice = Choice(executor="planted", runtime=RuntimeConfig(weight_dtype="bfloat16"))
+    strict = [Tolerance("*", "max_abs", 0.0)]
+    found = compare(models / candidate.model, TORCH, choice, PROMPTS, tolerances=strict)
+    assert found.divergence is not None
+    assert found.reason is not None
+    assert found.reason.unexplained < 1
+    assert found.reason.named == ()
 
 
 def tolerated(models: Path, *tolerances: Tolerance) -> Comparison:

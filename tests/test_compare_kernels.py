@@ -27,12 +27,12 @@ POSITION = "position = pl.cast(pl.read(context_lens, [row + t]), pl.INDEX) - 1"
 MISTAKES = {
     # file, what stands there, what is put there; phase and stages that it must be found in; why
     "RoPE turned the other way": (
-        "blocks", "low_r = pl.sub(", "low_r = pl.add(", "prefill", ("k_rope", "k_cache"),
+        "blocks", "low_r = pl.sub(", "low_r = pl.add(", "prefill", ("k_cache",),
         None,
     ),
     "keys stored as values": (
         "prefill_layer", "write_cache(values,", "write_cache(keys,", "prefill",
-        ("v_proj", "v_cache"), None,
+        ("v_cache",), "keys are cached as values",
     ),
     "attention scale missing": (
         "blocks", "0:KV_TILE], SCALE)", "0:KV_TILE], 1.0)", "prefill", ("output",),
@@ -47,7 +47,7 @@ MISTAKES = {
         "the second residual is missing",
     ),
     "positions one behind in decode": (
-        "decode_layer", POSITION, POSITION.replace("- 1", "- 2"), "decode", ("k_rope", "k_cache"),
+        "decode_layer", POSITION, POSITION.replace("- 1", "- 2"), "decode", ("k_cache",),
         "RoPE's positions are behind by one",
     ),
     "a sum that ends early": (

@@ -622,7 +622,7 @@ def test_a_model_writes_what_torch_writes_and_can_be_watched(pypto_root, tmp_pat
     assert text == generated("torch", {})
     assert watching.prepared[0] == ("compiling prefill_layer for a2a3sim", 0, 3)
     assert watching.prepared[-1][1:] == (3, 3)
-    for name in ("embed", "layers.0.v_proj", "layers.0.k_rope", "layers.0.output", "logits"):
+    for name in ("embed", "layers.0.output", "logits"):
         assert len(watching.tensors[name]) > 1
     assert len(log("open")) == len(log("close")) == 1
     assert len(list((tmp_path / "builds").glob("*/tilewright.json"))) == 3

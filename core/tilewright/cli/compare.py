@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import IO, TYPE_CHECKING
@@ -103,6 +103,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    tolerances = [tolerance(text) for text in args.tolerances]
+    outputs = [Path(name).absolute() for name in (args.output, args.html, args.png) if name]
+    if len(set(outputs)) < len(outputs):
+        raise ConfigError("--output, --html and --png name one file: give each its own")
     candidate, reference = resolved_sides(args)
     prompts = read_prompts(candidate)
     if candidate.origin("prompts", "text") == DEFAULT and not candidate.config.prompts.file:
@@ -111,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         file = files.enter_context(opened(args.output))
         page = files.enter_context(opened(args.html)) if args.html else None
         picture = files.enter_context(opened_binary(args.png)) if args.png else None
-        comparison = compared(candidate, reference, prompts, args)
+        comparison = compared(candidate, reference, prompts, tolerances, args)
         write(comparison, file, as_json=args.json)
         if page:
             from tilewright.compare.page import html
@@ -180,7 +184,11 @@ def _place(side: str, key: str) -> Place:
 
 
 def compared(
-    candidate: Resolved, reference: Resolved, prompts: Sequence[str], args: argparse.Namespace
+    candidate: Resolved,
+    reference: Resolved,
+    prompts: Sequence[str],
+    tolerances: "Sequence[Tolerance]",
+    args: argparse.Namespace,
 ) -> "Comparison":
     """The comparison, unfinished when Ctrl-C ended it."""
     from tilewright.compare import compare
@@ -201,7 +209,7 @@ def compared(
             new_tokens=args.new_tokens,
             chunk=args.chunk,
             isolate=args.isolate,
-            tolerances=[tolerance(text) for text in args.tolerances],
+            tolerances=tolerances,
             progress=watch,
         )
     except ConfigError as error:
@@ -255,9 +263,9 @@ def tolerance(text: str) -> "Tolerance":
         limit = float(bound)
     except ValueError:
         limit = nan
-    if not colon or not limit >= 0:
+    if not colon or isnan(limit):
         raise ConfigError(
-            f"--tolerance {text}: expected PATTERN:METRIC=BOUND with a bound of 0 or more, such as "
+            f"--tolerance {text}: expected PATTERN:METRIC=BOUND, such as "
             "'layers.*.output:relative_rms=0.03'"
         )
     return Tolerance(pattern, metric, limit)

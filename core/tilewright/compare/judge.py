@@ -87,7 +87,7 @@ class Tolerance:
     """Of tensor names, with * and ?: ``layers.*.attention``."""
     metric: str = field()
     """A figure of ``Difference``."""
-    bound: float
+    bound: float = field()
     """At most this; of ``cosine``, at least."""
 
     @metric.validator
@@ -96,6 +96,15 @@ class Tolerance:
             raise ConfigError(
                 f"tolerance {self.pattern!r}: no figure is named {value!r}"
                 f"{nearest(value, METRICS)} (figures: {', '.join(METRICS)})"
+            )
+
+    @bound.validator
+    def _in_range(self, attribute: object, value: float) -> None:
+        most = 1.0 if self.metric in HIGHER_IS_BETTER else math.inf
+        if not 0 <= value <= most:
+            raise ConfigError(
+                f"tolerance {self.pattern!r}: expected a bound from 0 to {most:g} on "
+                f"{self.metric}, found {value:g}"
             )
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@ Each operation can be replaced: so a layer is computed as it would be under some
 same input and the same KV cache that a candidate had.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attrs import define, field, frozen
 from torch import Tensor
 
-from tilewright.compare.judge import Limits
+from tilewright.compare.judge import Limits, Tolerance
 from tilewright.compare.sides import Slots, Tensors
 from tilewright.rope import dynamic_frequencies, frequencies
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RowOrder, StepBatch
@@ -59,8 +59,12 @@ class Case:
     """By stage."""
     limits: Mapping[str, Limits]
     """By stage."""
+    tolerances: Mapping[str, Tolerance]
+    """Those that are in force instead, by stage."""
     weight: Callable[[str], Tensor]
     """The checkpoint's, by its full name, in float32."""
+    kept: dict[str, float] = field(factory=dict, init=False)
+    """How far the candidate is from the right stages, as far as that was asked for."""
 
     @cached_property
     def weights(self) -> Weights:
@@ -86,7 +90,7 @@ class Case:
     @cached_property
     def right(self) -> Tensors:
         """Every stage, without a mistake."""
-        return dict(compute(self, Operations()))
+        return dict(compute(self, RIGHT))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -134,8 +138,10 @@ class Operations:
     turned: Sequence[str] = ("q_rope", "k_rope")
     rope_scale: float | None = None
     """On cosine and sine; None: the model's."""
-    cached: Callable[[Tensor, Tensor], Tensor] = lambda before, rotated: rotated
-    """The key that is cached, of those before and after RoPE."""
+    cached: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
+        lambda before, rotated, value: (rotated, value)
+    )
+    """Key and value that are cached, of the key before and after RoPE and the value."""
     write_slots: Callable[[Case], Tensor] = lambda case: case.batch.slot_mapping.long()
     write_order: RowOrder | None = None
     """None: the one that the candidate declares."""
@@ -160,86 +166,181 @@ class Operations:
     """NaN is anything."""
 
 
-def compute(case: Case, how: Operations) -> Iterator[tuple[str, Tensor]]:
-    """Stages as docs/tensors.md names them, and ``k_cache`` and ``v_cache``, in order, float32."""
-    return _head(case, how) if case.layer is None else _layer(case, how)
+RIGHT = Operations()
 
 
-def _norm(case: Case, how: Operations, weights: Weights, stage: str, x: Tensor) -> Tensor:
-    norm = how.norms.get(stage, rms_norm)
-    return how.cast(norm(x, weights[NORM_WEIGHTS[stage]], case.config.norm_eps))
+def compute(
+    case: Case, how: Operations, right: "Tensors | None" = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Stages as docs/tensors.md names them, and ``k_cache`` and ``v_cache``, in order, float32.
+
+    right: the stages without a mistake; those that how leaves as they are, are taken from it.
+    """
+    run = _Run(case, how, how.weights(case.weights), right or {})
+    return run.head() if case.layer is None else run.layer()
 
 
-def _head(case: Case, how: Operations) -> Iterator[tuple[str, Tensor]]:
-    weights = how.weights(case.weights)
-    x = _norm(case, how, weights, "final_norm", case.hidden.float())
-    yield "final_norm", x
-    yield "logits", how.logits(how.cast(how.product(x, weights["lm_head"])))
+@define(eq=False)
+class _Run:
+    case: Case
+    how: Operations
+    weights: Weights
+    right: Tensors
+    made: Tensors = field(factory=dict)
 
+    def stage(
+        self,
+        name: str,
+        make: Callable[[], Tensor],
+        after: Sequence[str] = (),
+        weights: Sequence[str] = (),
+        by: Sequence[str] = (),
+    ) -> tuple[str, Tensor]:
+        """Make a stage of others, of weights, and by operations; or take the right one."""
+        self.made[name] = self.right[name] if self.same(name, after, weights, by) else make()
+        return name, self.made[name]
 
-def _layer(case: Case, how: Operations) -> Iterator[tuple[str, Tensor]]:
-    assert case.layer is not None
-    assert case.before is not None
-    config, weights = case.config, how.weights(case.weights)
+    def same(
+        self, name: str, after: Sequence[str], weights: Sequence[str], by: Sequence[str]
+    ) -> bool:
+        """Whether nothing that a stage is made of differs from the right layer's."""
+        return (
+            name in self.right
+            and name not in self.how.norms
+            and all(self.made[s] is self.right[s] for s in after)
+            and all(self.weights.get(w) is self.case.weights.get(w) for w in weights)
+            and all(getattr(self.how, o) is getattr(RIGHT, o) for o in (*by, "cast"))
+        )
 
-    def project(x: Tensor, name: str) -> Tensor:
-        out = how.product(x, weights[name])
-        bias = weights.get(f"{name}.bias")
-        return how.cast(out if bias is None else out + bias)
+    def norm(self, name: str, x: Callable[[], Tensor], after: Sequence[str]) -> tuple[str, Tensor]:
+        weight = NORM_WEIGHTS[name]
 
-    x = case.hidden.float()
-    normed = _norm(case, how, weights, "attn_norm", x)
-    yield "attn_norm", normed
-    of_heads = {}
-    for name in ("q_proj", "k_proj", "v_proj"):
-        of_heads[name] = project(normed, name).view(len(x), -1, config.head_dim)
-        yield name, of_heads[name]
-    angle = how.angles(case)
-    rope_scale = how.rope_scale
-    if rope_scale is None:
-        rope_scale = 1.0 if config.rope.kind == "dynamic" else frequencies(config)[1]
-    turned = {}
-    unturned = {}
-    for head in "qk":
-        y = of_heads[f"{head}_proj"]
-        if config.qk_norm and not how.norm_after_rope:
-            y = _norm(case, how, weights, f"{head}_norm", y)
-            yield f"{head}_norm", y
-        unturned[head] = y
-        if f"{head}_rope" in how.turned:
-            y = how.cast(how.rotate(y, angle) * rope_scale)
-        if config.qk_norm and how.norm_after_rope:
-            yield f"{head}_rope", y
-            y = _norm(case, how, weights, f"{head}_norm", y)
-            yield f"{head}_norm", y
+        def make() -> Tensor:
+            made = self.how.norms.get(name, rms_norm)
+            return self.how.cast(made(x(), self.weights[weight], self.case.config.norm_eps))
+
+        return self.stage(name, make, after, [weight])
+
+    def project(self, name: str, before: str, weight: str) -> tuple[str, Tensor]:
+        def make() -> Tensor:
+            out = self.how.product(self.made[before], self.weights[weight])
+            bias = self.weights.get(f"{weight}.bias")
+            out = self.how.cast(out if bias is None else out + bias)
+            of_heads = name in ("q_proj", "k_proj", "v_proj")
+            return out.view(len(out), -1, self.case.config.head_dim) if of_heads else out
+
+        return self.stage(name, make, [before], [weight, f"{weight}.bias"], ["product"])
+
+    def head(self) -> Iterator[tuple[str, Tensor]]:
+        yield self.norm("final_norm", lambda: self.case.hidden.float(), [])
+        name, logits = self.project("logits", "final_norm", "lm_head")
+        yield name, self.how.logits(logits)
+
+    def layer(self) -> Iterator[tuple[str, Tensor]]:
+        case, how, made = self.case, self.how, self.made
+        x = case.hidden.float()
+        yield self.norm("attn_norm", lambda: x, [])
+        for name in ("q_proj", "k_proj", "v_proj"):
+            yield self.project(name, "attn_norm", name)
+        turned, unturned = {}, {}
+        for head in "qk":
+            unturned[head], turned[head] = yield from self.turned(head)
+        yield from self.cached(unturned["k"], turned)
+        yield self.project("o_proj", "attention", "o_proj")
+        yield self.stage(
+            "attn_residual",
+            lambda: how.cast(how.attn_residual(x, made["attn_norm"], made["o_proj"])),
+            ["attn_norm", "o_proj"],
+            by=["attn_residual"],
+        )
+        yield self.norm("mlp_norm", lambda: made["attn_residual"], ["attn_residual"])
+        for name in ("gate_proj", "up_proj"):
+            yield self.project(name, "mlp_norm", name)
+        yield self.stage(
+            "activation",
+            lambda: how.cast(how.activation(made["gate_proj"], made["up_proj"])),
+            ["gate_proj", "up_proj"],
+            by=["activation"],
+        )
+        yield self.project("down_proj", "activation", "down_proj")
+        parts = ("attn_residual", "mlp_norm", "down_proj")
+        yield self.stage(
+            "output",
+            lambda: how.cast(how.mlp_residual(x, *(made[p] for p in parts))),
+            parts,
+            by=["mlp_residual"],
+        )
+
+    def turned(self, head: str) -> Generator[tuple[str, Tensor], None, tuple[str, str]]:
+        """Norm and RoPE of queries or keys; returns the stages before RoPE, and the last."""
+        how, normed, rotated = self.how, f"{head}_norm", f"{head}_rope"
+        last = f"{head}_proj"
+        if not self.case.config.qk_norm:
+            yield self.rotated(rotated, last)
+            return last, rotated
+        if not how.norm_after_rope:
+            yield self.norm(normed, lambda: self.made[f"{head}_proj"], [last])
+            yield self.rotated(rotated, normed)
+            return normed, rotated
+        yield self.rotated(rotated, last)
+        yield normed, self.normed_late(normed, rotated)
+        return rotated, normed
+
+    def normed_late(self, name: str, before: str) -> Tensor:
+        weight = self.weights[NORM_WEIGHTS[name]]
+        norm = self.how.norms.get(name, rms_norm)
+        out = self.how.cast(norm(self.made[before], weight, self.case.config.norm_eps))
+        self.made[name] = out
+        return out
+
+    def rotated(self, name: str, before: str) -> tuple[str, Tensor]:
+        case, how = self.case, self.how
+
+        def make() -> Tensor:
+            if name not in how.turned:
+                return self.made[before]
+            scale = how.rope_scale
+            if scale is None:
+                dynamic = case.config.rope.kind == "dynamic"
+                scale = 1.0 if dynamic else frequencies(case.config)[1]
+            return how.cast(how.rotate(self.made[before], how.angles(case)) * scale)
+
+        by = ["angles", "rotate", "turned", "rope_scale", "norm_after_rope"]
+        return self.stage(name, make, [before], by=by)
+
+    def cached(self, unturned: str, turned: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """The cache once keys and values are written, and attention."""
+        case, how, made = self.case, self.how, self.made
+        stages = ("k_cache", "v_cache", "attention")
+        inputs = [unturned, *turned.values(), "v_proj"]
+        if self.same("attention", inputs, [], CACHE_OPERATIONS):
+            made |= {stage: self.right[stage] for stage in stages}
         else:
-            yield f"{head}_rope", y
-        turned[head] = y
+            cache = _Cache.of(case, how)
+            key, value = how.cached(made[unturned], made[turned["k"]], made["v_proj"])
+            if how.written == "before attention":
+                cache.write(how.write_slots(case), key, value)
+            made["attention"] = how.cast(_attend(case, how, made[turned["q"]], cache))
+            if how.written == "after attention":
+                cache.write(how.write_slots(case), key, value)
+            made["k_cache"], made["v_cache"] = cache.key[case.cached], cache.value[case.cached]
+        for stage in stages:
+            yield stage, made[stage]
 
-    cache = _Cache.of(case, how)
-    key, value = how.cached(unturned["k"], turned["k"]), of_heads["v_proj"]
-    if how.written == "before attention":
-        cache.write(how.write_slots(case), key, value)
-    attended = how.cast(_attend(case, how, turned["q"], cache))
-    if how.written == "after attention":
-        cache.write(how.write_slots(case), key, value)
-    yield "k_cache", cache.key[case.cached]
-    yield "v_cache", cache.value[case.cached]
-    yield "attention", attended
-    out = project(attended, "o_proj")
-    yield "o_proj", out
-    middle = how.cast(how.attn_residual(x, normed, out))
-    yield "attn_residual", middle
-    normed = _norm(case, how, weights, "mlp_norm", middle)
-    yield "mlp_norm", normed
-    gate, up = project(normed, "gate_proj"), project(normed, "up_proj")
-    yield "gate_proj", gate
-    yield "up_proj", up
-    activation = how.cast(how.activation(gate, up))
-    yield "activation", activation
-    out = project(activation, "down_proj")
-    yield "down_proj", out
-    yield "output", how.cast(how.mlp_residual(x, middle, normed, out))
+
+CACHE_OPERATIONS = (
+    "cached",
+    "write_slots",
+    "write_order",
+    "written",
+    "norm_after_rope",
+    "read_slots",
+    "read_to",
+    "visible",
+    "window",
+    "spread",
+    "scale",
+)
 
 
 @frozen(eq=False)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from attrs import evolve
 from torch import Tensor
 
-from tilewright.compare.hypotheses import Hypothesis, stage_excess
+from tilewright.compare.hypotheses import Hypothesis, right_excess
 from tilewright.compare.layer import (
     NORM_WEIGHTS,
     Case,
@@ -170,12 +170,13 @@ PARTS_AT_ONCE = 2**24
 
 
 def parts_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
-    """Where the sums over some columns of a weight count another number of times than once."""
+    """Where the sums over some columns of a weight count another number of times than once; of the
+    first product that is wrong, for what comes after it is wrong too."""
     for name, (before, after) in PRODUCTS.items():
         right, found = case.right.get(after), case.found.get(after)
         if right is None or found is None or found.shape != right.shape:
             continue
-        if not (found.isfinite().all() and right.isfinite().all()):
+        if right_excess(case, after) <= 1 or not found.isfinite().all():
             continue
         weight = case.weights[name]
         columns = weight.shape[1]
@@ -197,6 +198,7 @@ def parts_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
         else:
             what = f"{some} are added another number of times than once"
         yield what, _with({name: _scaled(scale)})
+        return
 
 
 def _missing_parts(x: Tensor, weight: Tensor, missing: Tensor, size: int) -> Tensor:
@@ -280,12 +282,14 @@ def _eps(case: Case, stage: str) -> list[float]:
     config = case.config
     if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
         return [eps for eps in (0.0, 1e-8, 1e-6, 1e-5, 1e-3) if eps != config.norm_eps]
+    if right_excess(case, stage) <= 1:
+        return []
     before = {"q_norm": "q_proj", "k_norm": "k_proj", "mlp_norm": "attn_residual"}
     x = case.right[before[stage]] if stage in before else case.hidden.float()
 
     def error(log_eps: float) -> float:
         made = rms_norm(x, case.weights[NORM_WEIGHTS[stage]], math.exp(log_eps))
-        return stage_excess(case, stage, case.found[stage], made)
+        return float((case.found[stage].float() - made).norm())
 
     best = _least(error, math.log(1e-9), math.log(10.0))
     return [math.exp(best)] if error(best) < error(math.log(config.norm_eps)) else []
@@ -350,7 +354,6 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
                 return rotate_halves(x, -angle if x.shape[1] == heads else angle)
 
             yield f"RoPE of {whose} turns the other way", Operations(rotate=back)
-    yield "keys are cached before RoPE", Operations(cached=lambda before, rotated: before)
     for by in (1, -1):
         yield (
             f"RoPE's positions are {'ahead' if by > 0 else 'behind'} by one",
@@ -400,7 +403,8 @@ def _theta(case: Case) -> float | None:
 
     def error(log_theta: float) -> float:
         turned = _with_rope(evolve(config.rope, theta=math.exp(log_theta)))(case)
-        return stage_excess(case, stage, case.found[stage], rotate_halves(before, turned) * scale)
+        made = rotate_halves(before, turned) * scale
+        return float((case.found[stage].float() - made).norm())
 
     best = _least(error, math.log(100.0), math.log(1e8))
     return math.exp(best) if error(best) < error(math.log(config.rope.theta)) else None
@@ -488,6 +492,16 @@ def _slots_of(case: Case, change: Change) -> Tensor:
     )
 
 
+CACHED: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "keys are cached before RoPE": lambda before, rotated, value: (before, value),
+    "keys are cached as values": lambda before, rotated, value: (rotated, rotated),
+    "values are cached as keys": lambda before, rotated, value: (value, value),
+    "keys and values are cached in each other's place": (
+        lambda before, rotated, value: (value, rotated)
+    ),
+}
+
+
 def kv_cache(case: Case) -> Iterator[tuple[str, Operations]]:
     if case.layer is None:
         return
@@ -516,6 +530,8 @@ def kv_cache(case: Case) -> Iterator[tuple[str, Operations]]:
     }
     for what, slots in writes.items():
         yield what, Operations(write_slots=slots)
+    for what, cached in CACHED.items():
+        yield what, Operations(cached=cached)
     yield "keys and values are written after attention", Operations(written="after attention")
     yield "keys and values are not written", Operations(written="never")
     sequences, width = case.batch.block_table.shape

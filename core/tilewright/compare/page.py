@@ -92,9 +92,8 @@ def _guesses(reason: Reason | None) -> str:
         return ""
     rows = [[e.mistake, _number(e.excess)] for e in reason.best[:_MOST_GUESSES]]
     rows.append(["no mistake", _number(reason.unexplained)])
-    return "<p>The layer computed anew under each known mistake:</p>" + _table(
-        ["with the mistake that", "the candidate's error over its limit"], rows
-    )
+    told = f"The nearest of {reason.tried} known mistakes, under which the layer was computed anew:"
+    return f"<p>{told}</p>" + _table(["mistake", "candidate's error over its limit"], rows)
 
 
 def _figures(finding: Finding) -> str:

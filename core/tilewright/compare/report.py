@@ -113,6 +113,7 @@ def _reason_record(reason: Reason) -> dict[str, Any]:
         "unexplained": _finite(reason.unexplained),
         "tried": reason.tried,
         "broken": list(reason.broken),
+        "refuted": list(reason.refuted),
         "guesses": [asdict(e) for e in reason.best[:_MOST_GUESSES]],
     }
 
@@ -179,25 +180,34 @@ def facts(comparison: Comparison) -> str:
         f"candidate {comparison.candidate} in {comparison.dtype}, reference "
         f"{comparison.reference}; steps: {phases.count('prefill')} prefill, "
         f"{phases.count('decode')} decode; {len(comparison.findings)} tensors, {failed} wrong"
+        f"{'' if comparison.finished else '; not finished'}"
     )
 
 
 def reason_line(reason: Reason) -> str:
     """The known mistake that explains the first divergence, and how sure that is."""
     left, best = _times(reason.unexplained), reason.best[:1]
-    broken = "".join(f"; hypothesis {why}" for why in reason.broken)
-    if not reason.named:
-        nearest = "".join(
-            f"; the nearest, {e.mistake}, leaves {_times(e.excess)} of {left}" for e in best
+    broken = "".join(f"; {why}" for why in reason.broken)
+    if reason.unexplained <= 1:
+        return (
+            "rounding explains what this layer computes: it is only a tolerance that is not met, "
+            f"or a tensor that is missing or of another shape{broken}"
         )
-        return f"none of {reason.tried} known mistakes explains it{nearest}{broken}"
+    if not reason.named:
+        said = f"none of {reason.tried} known mistakes explains it"
+        if reason.refuted:
+            said += f" (not {' nor '.join(reason.refuted[:3])}, which a later step refutes)"
+        elif best and best[0].excess < reason.unexplained / 2:
+            said += f"; the nearest, {best[0].mistake}, leaves {_times(best[0].excess)} of {left}"
+        return said + broken
     told = " or ".join(e.mistake for e in reason.named[:3])
     if len(reason.named) > 3:
         told += f" or {len(reason.named) - 3} more that would look the same"
     return (
-        f"{SURENESS[reason.sureness]}{told} (a layer with that mistake is at "
-        f"{_times(reason.named[0].excess)} of the limits from the candidate, the next best of "
-        f"{reason.tried} guesses at {_times(reason.next_best)}, a right layer at {left}){broken}"
+        f"{SURENESS[reason.sureness]}{told} (with that mistake a layer is at "
+        f"{_times(reason.named[0].excess)} of the limits from the candidate, with another of "
+        f"{reason.tried} guesses at {_times(reason.next_best)} or more, without one at {left})"
+        f"{broken}"
     )
 
 

@@ -11,7 +11,7 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from tilewright import registry
-from tilewright.compare.hypotheses import Hypothesis, Reason, explain
+from tilewright.compare.hypotheses import Hypothesis, Reason, explain, hold
 from tilewright.compare.judge import (
     Finding,
     LogitsAgreement,
@@ -218,7 +218,12 @@ class _Sides:
         shapes = expected_tensors(config)
         for name, shape in shapes.items():
             source = self.baseline.executor.weight(name)
-            packed = self.candidate.executor.weight(name)
+            try:
+                packed = self.candidate.executor.weight(name)
+            except Exception as error:
+                why = f"weight() failed: {registry.cause(error)}"
+                yield WeightFinding(name=name, passed=False, why=why)
+                continue
             why = ""
             if tuple(packed.shape) != shape:
                 why = f"its shape is {list(packed.shape)}, expected {list(shape)}"
@@ -279,7 +284,8 @@ class _Sides:
 
     def isolated(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
         """Each layer of candidate and truth on the baseline's input and cache."""
-        hypotheses = _hypotheses(result.candidate, result.reference)
+        why = _Why.of_plugins(result.candidate, result.reference)
+        why.able = hasattr(self.truth.executor, "weight")
         for side in self.all:
             side.restart()
         for number, chosen in enumerate(tokens):
@@ -295,7 +301,7 @@ class _Sides:
                 for target in (self.candidate, self.truth):
                     copy_kv(self.baseline, target, layer, near)
                 before = None
-                if result.reason is None:
+                if why.wants(result, layer):
                     cache = self.candidate.kv(layer)
                     before = KvLayer(cache.key.clone(), cache.value.clone())
                 self.candidate.run_layer(layer, hidden, ours, record[0])
@@ -310,9 +316,8 @@ class _Sides:
                         f"layers.{layer}.k_cache": kv[0].key,
                         f"layers.{layer}.v_cache": kv[0].value,
                     }
-                    yield f"{phase}, layer {layer}: trying what could explain it", number
                     case = self._case(ours, layer, hidden, before, taps[0], found)
-                    result.reason = explain(case, hypotheses)
+                    yield from why.of(case, result, f"{phase}, layer {layer}", number)
                 hidden = output
                 for seen in taps:
                     seen.clear()
@@ -324,9 +329,9 @@ class _Sides:
                 self.baseline.run_head(rows, near, record[1])
                 found = self._judge(result, place, *taps)
                 result.findings += found
-                if result.reason is None and not all(f.passed for f in found):
+                if why.wants(result, None) and not all(f.passed for f in found):
                     case = self._case(ours, None, rows, None, taps[0], found)
-                    result.reason = explain(case, hypotheses)
+                    yield from why.of(case, result, f"{phase}, head", number)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
             yield phase, number + 1
@@ -360,6 +365,7 @@ class _Sides:
             cached=cached_slots(self.candidate, step),
             found={name.rpartition(".")[2]: tensor for name, tensor in tapped.items()},
             limits={f.place.stage: f.limits for f in found if f.limits},
+            tolerances={f.place.stage: f.tolerance for f in found if f.tolerance},
             weight=self.truth.executor.weight,
         )
 
@@ -437,13 +443,57 @@ class _Sides:
         raise AssertionError("the caches hold the tokens of these requests")
 
 
-def _hypotheses(*executors: str) -> list[Hypothesis]:
-    """The known ones, and those of the executors' plugins."""
-    found = list(HYPOTHESES)
-    for name in dict.fromkeys(executors):
-        plugin = registry.load(registry.find("executor", name))
-        found += registry.call(plugin, "hypotheses") or ()
-    return found
+HELD_AGAINST = 2
+"""Later steps in which a reason has to hold too."""
+
+
+@define(eq=False)
+class _Why:
+    """Looks for the reason of the first layer that is wrong by itself."""
+
+    hypotheses: Sequence[Hypothesis]
+    broken: tuple[str, ...]
+    able: bool = True
+    """Whether there are right weights to compute with."""
+    layer: "int | None" = None
+    steps: int = 0
+    """In which the reason was looked for, or held against."""
+
+    @classmethod
+    def of_plugins(cls, *executors: str) -> "_Why":
+        """With the known mistakes, and those that the executors' plugins add."""
+        found, broken = list(HYPOTHESES), []
+        for name in dict.fromkeys(executors):
+            plugin = registry.find("executor", name)
+            try:
+                found += registry.call(registry.load(plugin), "hypotheses") or ()
+            except Exception as error:
+                broken.append(f"hypotheses of {plugin} failed: {registry.cause(error)}")
+        return cls(found, tuple(broken))
+
+    def wants(self, result: Comparison, layer: "int | None") -> bool:
+        """Whether the layer is to be explained if it is wrong. None: what follows the last one."""
+        held = result.reason is None or (layer == self.layer and self.steps <= HELD_AGAINST)
+        return self.able and held
+
+    def of(
+        self, case: Case, result: Comparison, where: str, number: int
+    ) -> Iterator[tuple[str, int]]:
+        """Explain the case, or hold the reason against it; yields as isolated does."""
+        self.steps += 1
+        if result.reason is not None:
+            result.reason = hold(result.reason, case, self.hypotheses)
+            return
+        self.layer = case.layer
+        trying = explain(case, self.hypotheses)
+        while True:
+            try:
+                tried = next(trying)
+            except StopIteration as end:
+                reason: Reason = end.value
+                result.reason = evolve(reason, broken=(*self.broken, *reason.broken))
+                return
+            yield f"{where}, trying known mistake {tried + 1}", number
 
 
 def _in_order(tapped: list[Finding], cached: list[Finding]) -> list[Finding]:

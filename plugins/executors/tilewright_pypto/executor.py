@@ -197,7 +197,6 @@ class PyptoExecutor:
         tensors |= {"k_cache": keys, "v_cache": values, "hidden": hidden, "out": out}
         self._call(step.kernel, f"layer {layer}", tensors)
         if tap:
-            self._tap_cache(tap, layer, batch)
             tap(f"layers.{layer}.output", out)
         return out
 
@@ -262,13 +261,6 @@ class PyptoExecutor:
                 self._opened().kernels[kernel](**tensors)
         except ExecutorError as error:
             raise ExecutorError(f"step {self._steps - 1}, {where}: {error}") from error
-
-    def _tap_cache(self, tap: Tap, layer: int, batch: StepBatch) -> None:
-        """What the step's tokens have in the KV cache: values as projected, keys rotated."""
-        slots, size = batch.slot_mapping.long(), self.kv_cache_spec.page_size
-        cache = self.read_kv(layer)
-        for name, pages in (("v_proj", cache.value), ("k_rope", cache.key)):
-            tap(f"layers.{layer}.{name}", pages[slots // size, :, slots % size])
 
     def _check(self, batch: StepBatch) -> None:
         """What the kernels are compiled for is not to be passed: they would leave their buffers."""

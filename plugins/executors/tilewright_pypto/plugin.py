@@ -99,7 +99,7 @@ def plugin_info() -> PluginInfo:
             "RoPE": "default, linear, llama3, yarn",
             "shapes": "head_dim a multiple of 32; hidden and intermediate size, heads x head_dim "
             "and page size multiples of 16",
-            "taps": "embed, v_proj, k_rope and output of each layer, logits",
+            "taps": "embed, output of each layer, logits",
         },
     )
 
