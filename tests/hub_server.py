@@ -76,7 +76,8 @@ class _Server(ThreadingHTTPServer):
 def serving(hub: Hub) -> Iterator[Hub]:
     server = _Server(("127.0.0.1", 0), _handler(hub))
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # How often it looks whether it is to stop: each test waits for that.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     try:
