@@ -315,33 +315,36 @@ class Memory:
             getattr(loop, what).setdefault(self.buffer, []).append((loop.iteration, place))
 
     def _inside(self, offsets: Sequence[int], extents: Sequence[int]) -> tuple[slice, ...]:
+        place = []
         for offset, extent, size in zip(offsets, extents, self.data.shape, strict=True):
             if offset < 0 or offset + extent > size:
                 fail(
                     f"{self.buffer.name}[{_shown(offsets, extents)}] reaches outside of "
                     f"{list(self.shape)}"
                 )
-        return tuple(slice(o, o + e) for o, e in zip(offsets, extents, strict=True))
+            place.append(slice(offset, offset + extent))
+        return tuple(place)
 
     def _window(self, key: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Offsets and extents of a subscript."""
         keys = key if isinstance(key, tuple) else (key,)
-        if keys == (slice(None),):
-            return (0,) * self.data.dim(), self.shape
-        if len(keys) != self.data.dim():
-            fail(f"{self.buffer.name} has {self.data.dim()} dimensions, found {len(keys)} indices")
+        shape = self.data.shape
+        if len(keys) != len(shape):
+            if keys == (slice(None),):
+                return (0,) * len(shape), tuple(shape)
+            fail(f"{self.buffer.name} has {len(shape)} dimensions, found {len(keys)} indices")
         offsets, extents = [], []
-        for part, size in zip(keys, self.data.shape, strict=True):
+        for part, size in zip(keys, shape, strict=True):
             if not isinstance(part, slice):
                 fail("an element is read with pl.read, a subscript takes slices")
             if part.step is not None:
                 fail("a slice with a step is not part of the language")
             start = 0 if part.start is None else part.start
             stop = size if part.stop is None else part.stop
+            if stop <= start:
+                fail(f"a slice must take something, found {start}:{stop}")
             offsets.append(start)
             extents.append(stop - start)
-        if any(e < 1 for e in extents):
-            fail(f"a slice must take something, found extents {extents}")
         return tuple(offsets), tuple(extents)
 
 
