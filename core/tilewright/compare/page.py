@@ -7,7 +7,7 @@ from html import escape
 from attrs import frozen
 
 from tilewright import __version__
-from tilewright.compare.hypotheses import Reason
+from tilewright.compare.hypotheses import OUT_OF_QUESTION, Reason
 from tilewright.compare.judge import Finding, Mode
 from tilewright.compare.metrics import Difference
 from tilewright.compare.report import (
@@ -90,7 +90,10 @@ def _divergence(comparison: Comparison) -> str:
 def _guesses(reason: Reason | None) -> str:
     if reason is None or not reason.best:
         return ""
-    rows = [[e.mistake, _number(e.excess)] for e in reason.best[:_MOST_GUESSES]]
+    rows = [
+        [e.mistake, _number(e.excess) + " or more" * (e.excess > OUT_OF_QUESTION)]
+        for e in reason.best[:_MOST_GUESSES]
+    ]
     rows.append(["no mistake", _number(reason.unexplained)])
     told = f"The nearest of {reason.tried} known mistakes, under which the layer was computed anew:"
     return f"<p>{told}</p>" + _table(["mistake", "candidate's error over its limit"], rows)

@@ -8,7 +8,7 @@ from typing import Any
 from attrs import asdict
 
 from tilewright import __version__
-from tilewright.compare.hypotheses import Reason
+from tilewright.compare.hypotheses import OUT_OF_QUESTION, Reason
 from tilewright.compare.judge import Finding, LogitsAgreement, Mode
 from tilewright.compare.metrics import Difference
 from tilewright.compare.run import Comparison
@@ -197,7 +197,7 @@ def reason_line(reason: Reason) -> str:
         said = f"none of {reason.tried} known mistakes explains it"
         if reason.refuted:
             said += f" (not {' nor '.join(reason.refuted[:3])}, which a later step refutes)"
-        elif best and best[0].excess < reason.unexplained / 2:
+        elif best and best[0].excess < min(reason.unexplained / 2, OUT_OF_QUESTION):
             said += f"; the nearest, {best[0].mistake}, leaves {_times(best[0].excess)} of {left}"
         return said + broken
     told = " or ".join(e.mistake for e in reason.named[:3])
