@@ -78,3 +78,11 @@ def test_a_name_imports_what_it_needs_and_no_plugin() -> None:
     )
     modules = imported("-c", source)
     assert modules & {"torch", "rich", "jinja2", "transformers", "tokenizers"} == set()
+
+
+@pytest.mark.parametrize("kind", ["loader", "weight_format"])
+def test_a_shipped_loader_says_what_it_is_without_torch(kind: str) -> None:
+    for plugin in registry.installed(kind):
+        if plugin.distribution == "tilewright":
+            arguments = ["plugins", "show", plugin.qualified, "--kind", kind]
+            assert "torch" not in imported("-c", RUN, *arguments), plugin

@@ -6,7 +6,6 @@ What an absent key means is what llama.cpp makes of it.
 from collections.abc import Sequence
 from typing import NoReturn, TypeVar
 
-import torch
 from attrs import evolve, frozen
 
 from tilewright.errors import ModelError
@@ -224,6 +223,8 @@ def _rope(keys: Keys, max_positions: int) -> RopeConfig:
 
 def _with_factors(config: ModelConfig, files: Sequence[GgufFile]) -> ModelConfig:
     """With the scaling that ``rope_freqs.weight`` holds, if there is one. Reads that tensor."""
+    import torch
+
     for file in files:
         stored = file.tensors.get(ROPE_FACTORS)
         if stored is None:
