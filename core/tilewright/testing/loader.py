@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -30,9 +30,6 @@ from tilewright.types import (
     WeightFormats,
 )
 from tilewright.weights import check_tensors
-
-if TYPE_CHECKING:
-    pass
 
 Load = Callable[..., LoadedModel]
 

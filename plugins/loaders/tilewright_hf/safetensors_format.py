@@ -133,7 +133,7 @@ def _backend(backend: str) -> dict[str, str]:
 
 def _infos(path: Path) -> dict[str, TensorInfo]:
     """Shapes and sizes from the header of a file that safetensors has found to be valid."""
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:  # a buffer would read tensors, too
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return {
