@@ -1,5 +1,6 @@
 """What many tests share: engines over the bundled model."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from tilewright.config import DEMO_MODEL
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    # Small tensors: more threads than this only wait for each other.
-    torch.set_num_threads(2)
+    # Small tensors: more threads only wait for each other, and for those of other workers.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 @pytest.fixture

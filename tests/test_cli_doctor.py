@@ -9,6 +9,7 @@ from typing import Any
 
 import plugin_distributions as dists
 import pytest
+import torch
 from plugin_distributions import Install
 
 from tilewright.cli import doctor, main
@@ -135,7 +136,11 @@ def test_without_torch_the_rest_is_still_checked(tmp_path: Path) -> None:
 
 def test_more_threads_than_cpus_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {0})
-    check = doctor.threads()
+    torch.set_num_threads(2)
+    try:
+        check = doctor.threads()
+    finally:
+        torch.set_num_threads(1)
     assert (check.status, check.advice[:17]) == ("warning", "set OMP_NUM_THREA")
 
 

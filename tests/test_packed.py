@@ -108,7 +108,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(model: Path) -> Path:
-    """That model packed for pypto-npu, in shards of at most 60000 bytes."""
+    """That model packed for pypto-npu, in shards of at most 16000 bytes of weights."""
     out = model.parent / "packed"
     convert(planned(model, EMULATED, 16_000), out)
     return out

@@ -6,7 +6,6 @@ as well.
 """
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -60,15 +59,6 @@ SHAPES = {
     "tiles": shaped(prefill_rows=32, n_tile=16, k_tile=32, vec_tile=16),
     "group-of-20": shaped(heads=20, kv_heads=1, head_dim=32, page_size=64),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # The tiles are tiny: two threads would spend their time waiting for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -50,15 +50,6 @@ BF16_CONFIGS = ["qwen3-gqa-5", "qwen2-yarn-factor", "llama-biases", "mistral-gqa
 DTYPES: list[DType] = ["float32", "bfloat16", "float16"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # The tensors are tiny: two threads would spend their time waiting for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- driving the executor -------------------------------------------------------------------------
 
 
@@ -644,6 +635,7 @@ def test_storage_that_is_not_as_asked_for_is_refused(tmp_path: Path) -> None:
 def test_the_number_of_threads_is_an_option(tmp_path: Path) -> None:
     write_model("qwen3-tied", tmp_path)
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
         create_executor(evolve(request(load(tmp_path)), options=Options(threads=1)))
         assert torch.get_num_threads() == 1
