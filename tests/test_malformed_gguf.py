@@ -208,6 +208,11 @@ CONTAINER: dict[str, Damage] = {
 }
 
 
+def test_a_file_that_was_not_downloaded(path: Path) -> None:
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "a Git LFS pointer instead of the weights; run `git lfs pull`" in refusal(path)
+
+
 @pytest.mark.parametrize("damage", CONTAINER)
 def test_a_damaged_container(damage: str, good: bytes, path: Path) -> None:
     path.write_bytes(CONTAINER[damage](good))

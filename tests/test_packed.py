@@ -1,5 +1,6 @@
 """Packed models: converted, loaded, verified; interrupted, damaged, and in the wrong hands."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -374,6 +375,23 @@ def test_two_processes_do_not_write_one_directory(model, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("ending", ["rename", "rmdir"])
+def test_what_another_process_has_just_ended_is_not_gone_on_with(
+    model, tmp_path, monkeypatch, ending
+):
+    flock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        arguments = [tmp_path / "theirs"] if ending == "rename" else []
+        getattr(tmp_path / "out.partial", ending)(*arguments)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ConfigError, match="is being written by another process"):
+        convert(planned(model, TORCH), tmp_path / "out")
+    assert os.listdir(tmp_path) == (["theirs"] if ending == "rename" else [])
+
+
 def test_ctrl_c_says_how_to_go_on(model, tmp_path, capsys, monkeypatch):
     command = ["convert", "--model", str(model), "--executor", "torch", "--out"]
     command += [str(tmp_path / "out"), "--shard-size", "16K"]
@@ -558,7 +576,7 @@ def test_a_layout_that_has_changed_since_is_refused(site, model, tmp_path, old, 
         (".flip(0)[:, None]", "", r"'b.model.embed_tokens.weight' must be \[6288, 1\] float32, as"),
         (".float()", "", "as its executor announced it, found .* bfloat16"),
         ('"b." + name, shape', '"b", shape', "must give tensors with names of their own"),
-        ('dtype="float32"', 'dtype="complex64"', "found 'b.model.embed_.*' in complex64"),
+        ('dtype="float32"', 'dtype="complex128"', "found 'b.model.embed_.*' in complex128"),
         ("in shapes.items()", "in ()", "found none"),
     ],
 )

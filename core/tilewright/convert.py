@@ -34,25 +34,13 @@ from tilewright.packed import (
     sha256,
 )
 from tilewright.types import LoadedModel, PackedTensor, Packing
+from tilewright.weights import SAFETENSORS_DTYPES
 
 UNFINISHED = "unfinished.json"
 WRITING = ".writing"
 """Ends the name of a file that is not complete."""
 
-_CODES = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-"""The dtypes' names in safetensors files."""
+_CODES = {name: code for code, name in SAFETENSORS_DTYPES.items()}
 
 _ALIGNMENT = 64
 """Of a shard's first tensor, in bytes. Larger elements come first, so that all are aligned."""
@@ -149,7 +137,10 @@ def convert(plan: Plan, out: Path, on_bytes: OnBytes = lambda name, count: None)
     begun = not os.path.lexists(partial)
     if begun:
         _check_room(plan.bytes, out.parent)
-        partial.mkdir()
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            begun = False
     with _locked(partial):
         try:
             finished = _finished(partial, key, plan, on_bytes)
@@ -275,12 +266,20 @@ def _check_room(needed: int, directory: Path) -> None:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    descriptor = os.open(partial, os.O_RDONLY)
+    busy = ConfigError(f"{partial} is being written by another process")
+    try:
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise busy from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{partial} is being written by another process") from None
+            # Who had the lock until now may have renamed or removed the directory.
+            same = os.path.samestat(os.fstat(descriptor), os.stat(partial))
+        except (BlockingIOError, FileNotFoundError):
+            same = False
+        if not same:
+            raise busy
         yield
     finally:
         os.close(descriptor)

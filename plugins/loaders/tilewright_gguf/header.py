@@ -20,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from tilewright.errors import ModelError
 from tilewright.weights import printable
 from tilewright_hf.files import check_file, one_line
+from tilewright_hf.shards import not_downloaded
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -31,8 +32,6 @@ MAX_STRING = 2**28
 """Larger numbers are damage; reading on would only use up time and memory."""
 
 MAX_DIMENSIONS = 4
-
-_LFS_POINTER = b"version https://git-lfs"
 
 _MAP_NORESERVE = 0x4000
 """Linux, on the architectures that torch is built for; Python names it only since 3.13."""
@@ -87,27 +86,22 @@ def open_file(path: Path) -> GgufFile:
     """
     check_file(path)
     memory = _map(path)
-    start = bytes(memory[: len(_LFS_POINTER)])
+    start = bytes(memory[:8])
     if start[:4] != MAGIC:
-        if start == _LFS_POINTER:
-            raise ModelError(
-                f"{path}: a Git LFS pointer instead of the model; run `git lfs pull` there"
-            )
-        raise ModelError(f"{path}: expected a GGUF file, found one that begins with {start[:8]!r}")
+        raise ModelError(f"{path}: expected a GGUF file, found one that begins with {start!r}")
     return _Header(path, memory).read()
 
 
 def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            if not size:
-                raise ModelError(f"{path}: an empty file; download it again")
+            if why := not_downloaded(path):
+                raise ModelError(f"{path}: {why}")
             # Private and writable, so that torch takes the tensors without a copy or a warning;
             # what is written to them never reaches the file. A page costs memory only then.
             return mmap.mmap(
                 file.fileno(),
-                size,
+                0,
                 flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )

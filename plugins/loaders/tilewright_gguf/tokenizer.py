@@ -1,8 +1,7 @@
 """The tokenizer in a GGUF header -> TextAssets, and the tokens that end a text."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from attrs import frozen
@@ -19,7 +18,8 @@ from tokenizers import (
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import TextAssets
-from tilewright_hf.files import JsonObject, one_line, shown
+from tilewright_hf.files import JsonObject, shown
+from tilewright_hf.tokenizer import refusing
 
 _PREFIX = "tokenizer.ggml."
 
@@ -206,7 +206,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
                 f"{shown(merge)}"
             )
         pairs.append((left, right))
-    with _refusing(f"{header.where}: the tokenizers library cannot use its merges"):
+    with refusing(f"{header.where}: the tokenizers library cannot use its merges"):
         tokenizer = Tokenizer(
             models.BPE(vocab=_ids(vocabulary), merges=pairs, ignore_merges=splitting.whole_words)
         )
@@ -267,7 +267,7 @@ def _sentence_piece(vocabulary: Vocabulary) -> Tokenizer:
             f"{header.where}: {_PREFIX}tokens lacks tokens for bytes, which gguf needs: "
             f"{listed(missing)}"
         )
-    with _refusing(f"{header.where}: the tokenizers library cannot use its vocabulary"):
+    with refusing(f"{header.where}: the tokenizers library cannot use its vocabulary"):
         tokenizer = Tokenizer(
             models.BPE(
                 vocab=ids,
@@ -313,14 +313,3 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, add_bos: bool) -> No
             single=[*(n for n in names if n == "bos"), "$A", *(n for n in names if n == "eos")],
             special_tokens=tokens,
         )
-
-
-@contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Turn what tokenizers raises into a ModelError. Its panics are no Exception."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise ModelError(f"{what}: {one_line(error)}") from error

@@ -11,7 +11,7 @@ from attrs import field, frozen, validators
 from tilewright.errors import ConfigError, ModelError, listed
 from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo, TensorSource
-from tilewright.weights import printable
+from tilewright.weights import SAFETENSORS_DTYPES, printable
 from tilewright_hf.files import check_file, one_line
 from tilewright_hf.shards import ShardedSource, not_downloaded, open_indexed
 
@@ -25,25 +25,6 @@ INDEX = "model.safetensors.index.json"
 
 _MAX_HEADER = 100_000_000
 """Bytes: what safetensors itself accepts at most."""
-
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-}
 
 
 @frozen
@@ -148,7 +129,7 @@ def _infos(path: Path) -> dict[str, TensorInfo]:
 
 
 def _dtype(code: str) -> str:
-    return _DTYPES.get(code, code.lower())
+    return SAFETENSORS_DTYPES.get(code, code.lower())
 
 
 def _diagnosis(path: Path, error: Exception) -> str:

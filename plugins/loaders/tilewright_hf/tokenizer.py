@@ -68,7 +68,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             f"{path}: a BPE model with a 'continuing_subword_prefix' is not supported; expected "
             "null or an empty string, as in the tokenizers of the supported models"
         )
-    with _refusing(f"{path}: the tokenizers library cannot read it"):
+    with refusing(f"{path}: the tokenizers library cannot read it"):
         tokenizer = Tokenizer.from_str(text)
     if not tokenizer.get_vocab_size(with_added_tokens=False):
         raise ModelError(f"{path}: its vocabulary is empty")
@@ -76,7 +76,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def refusing(what: str) -> Iterator[None]:
     """Turn what tokenizers raises into a ModelError. Its panics are no Exception."""
     try:
         yield
@@ -176,7 +176,7 @@ def _next_id(tokenizer: Tokenizer) -> int:
 
 
 def _check_ids(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
-    with _refusing(f"{path}: cannot encode and decode words that are not in its vocabulary"):
+    with refusing(f"{path}: cannot encode and decode words that are not in its vocabulary"):
         probe = tokenizer.encode(_UNLIKELY).ids
         tokenizer.decode(probe)
     highest = max([_next_id(tokenizer) - 1, *probe])
