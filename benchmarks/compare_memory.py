@@ -1,7 +1,7 @@
 """Time and memory of comparing pypto-npu with torch at Qwen3-14B's width, in two layers.
 
 The candidate runs on platform emulated; the reference streams its weights. Memory is RssAnon of
-/proc/self/status, looked at every 10 ms, less what it was before, against the bytes of the weights:
+/proc/self/status, looked at every 5 ms, less what it was before, against the bytes of the weights:
 pages of the checkpoint, which the system can drop, do not count. The vocabulary is small, so that
 layers are what counts.
 """
@@ -10,13 +10,10 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from load_memory import QWEN3_0_6B, checkpoint_bytes, resident_bytes, write_random_model
+from load_memory import QWEN3_0_6B, checkpoint_bytes, watched, write_random_model
 
 QWEN3_14B_LAYERS = QWEN3_0_6B | {
     "vocab_size": 4096,
@@ -64,25 +61,6 @@ def main() -> None:
         )
     )
     sys.exit(0 if found.equal else 1)
-
-
-@contextmanager
-def watched() -> Iterator[list[int]]:
-    """Anonymous memory in bytes, from before the block to its end."""
-    seen = [resident_bytes("RssAnon")]
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.01):
-            seen.append(resident_bytes("RssAnon"))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        over.set()
-        thread.join()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,25 @@ def resident_bytes(kind: str) -> int:
         if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {kind}")
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """RssAnon in bytes, every 5 ms from before the block to its end."""
+    seen = [resident_bytes("RssAnon")]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            seen.append(resident_bytes("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def write_random_model(directory: Path, settings: dict[str, Any] = QWEN3_0_6B) -> Path:

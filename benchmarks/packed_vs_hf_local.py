@@ -19,15 +19,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from load_memory import QWEN3_0_6B, resident_bytes, write_random_model
+from load_memory import QWEN3_0_6B, resident_bytes, watched, write_random_model
 
 QWEN3_1_7B_LAYERS = QWEN3_0_6B | {
     "vocab_size": 32000,
@@ -144,25 +141,6 @@ def drop_cached(model: Path) -> None:
     for file in model.iterdir():
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-@contextmanager
-def watched() -> Iterator[list[int]]:
-    """RssAnon, every 5 ms while the block runs."""
-    seen = [resident_bytes("RssAnon")]
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.005):
-            seen.append(resident_bytes("RssAnon"))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join()
 
 
 if __name__ == "__main__":
