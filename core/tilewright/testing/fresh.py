@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 from tilewright.testing.files import bytes_read
@@ -42,17 +43,31 @@ def changed_by_import(module: str, *present: str) -> list[str] | None:
     """What of the process's state importing a module changes, in words.
 
     present: modules that are imported before, so that only the module's own doing shows. None when
-    torch is not among them, and the module imports it: then it has to be, and takes seconds.
+    torch is not among them, and the module imports it: then it has to be. As it takes seconds, it
+    is not imported to find that out.
     """
     for needed in ("tilewright.hookspecs", "tilewright.types", *present):
         import_module(needed)
     from tilewright.testing.state import differences, global_state
 
+    if "torch" not in sys.modules:
+        sys.meta_path.insert(0, _NoTorch())
     before = global_state()
-    import_module(module)
-    if "torch" in sys.modules and "torch" not in present:
+    try:
+        import_module(module)
+    except _TorchNeededError:
         return None
     return differences(before, global_state())
+
+
+class _TorchNeededError(BaseException):
+    """No Exception, so that modules that can do without torch do not go on without it."""
+
+
+class _NoTorch(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname == "torch":
+            raise _TorchNeededError
 
 
 def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
