@@ -102,7 +102,10 @@ class ModelConfig:
 
 @frozen(kw_only=True)
 class TensorInfo:
-    """A stored tensor's header: what is known of it before a byte of it is read."""
+    """What is known of a tensor before a byte of it is read: how ``TensorSource.get`` gives it.
+
+    That is how it is stored, unless a source converts it, say from a quantised form.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -122,9 +125,9 @@ class TensorSource(Protocol):
         ...
 
     def get(self, name: str) -> "Tensor":
-        """The whole tensor on the CPU, as stored; it may share memory with the file: do not write.
+        """The whole tensor on the CPU; it may share memory with the file: do not write.
 
-        Raises ModelError when the file cannot be read.
+        Raises KeyError for an unknown name, and ModelError when the file cannot be read.
         """
         ...
 
