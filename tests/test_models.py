@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import plugin_distributions as dists
@@ -357,6 +359,41 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         models.add("a", {"source": "x/y"}, blocked)
 
 
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "models.toml"
+    os.mkfifo(pipe)
+    for change in (
+        lambda: models.add("a", {"source": "x/y"}, pipe),
+        lambda: models.remove("a", pipe),
+    ):
+        with pytest.raises(ConfigError, match="expected a file, found a device or a pipe"):
+            change()
+    assert pipe.is_fifo()
+
+
+def test_who_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "models.toml"
+    barrier = threading.Barrier(8)
+
+    def add_five(writer: int) -> None:
+        barrier.wait()
+        for i in range(5):
+            models.add(f"m{writer}-{i}", {"source": "x/y"}, file)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_five, range(8)))
+    assert len(models.read(file)) == 40
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_a_name_that_cannot_be_taken_out_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        models.remove("a", tmp_path / "new" / "models.toml")
+    with pytest.raises(ConfigError, match="needs a source"):
+        models.add("a", {}, tmp_path / "new" / "models.toml")
+    assert not (tmp_path / "new").exists()
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -425,6 +462,7 @@ def test_the_command_adds_lists_shows_and_removes(
         ),
         (["add", "a", "--source", "x", "--loader", "hf-lokal"], "did you mean 'hf-local'?"),
         (["add", "a", "--source", "x", "-o", "y"], "-o: expected KEY=VALUE, found 'y'"),
+        (["add", "a", "--source", "x", "-o", "executor.y=1"], "options of its loader only"),
         (["add", "a", "--source", ""], "needs a source"),
         (["lst"], "unknown 'lst'; did you mean 'list'?"),
     ],
@@ -438,6 +476,16 @@ def test_mistakes_on_the_command_line(
     assert message in told.err
     assert (told.out, told.err.count("\n")) == ("", 1)
     assert models.user_file().read_text() == before
+
+
+def test_a_mistake_in_the_other_file_is_told_after_writing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models.PROJECT_FILE.write_text("broken =\n")
+    assert main(["models", "add", "mine", "--source", "x", "-o", "loader.revision=v1"]) == 0
+    told = capsys.readouterr()
+    assert told.out == f"mine: x@v1, in {models.user_file()}:1\n"
+    assert told.err.startswith(f"note: {models.PROJECT_FILE}:1: no valid TOML")
 
 
 def test_the_variable_says_where_to_write(

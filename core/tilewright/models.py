@@ -12,9 +12,11 @@ A file has a table a model::
 ``tilewright.config.resolve`` looks here for a model that is named rather than given as a path.
 """
 
+import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,36 +159,40 @@ def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
             f"{name!r} cannot be a model's name: expected letters, digits, '_', '-', '.', ':' and "
             "'+', which no path or hub id with a '/' is"
         )
-    text = read_text(file, "models file") if file.exists() else ""
-    if name in (known := _parsed(file, text)):
-        raise ConfigError(
-            f"{known[name].origin}: a model is named {name!r} already; "
-            f"`tilewright models remove {name}` first"
-        )
     values = {key: value for key, value in entry.items() if value not in (None, {})}
     if isinstance(source := values.get("source"), str):
         values["source"] = _from_folder(source, file.parent)
     _parsed(file, block := _block(name, values))
-    lead = "" if not text else "\n" if text.endswith("\n") else "\n\n"
-    made = _parsed(file, text + lead + block)[name]
-    _write(file, text + lead + block)
+    with _alone(file, make_folder=True):
+        text = read_text(file, "models file") if file.exists() else ""
+        if name in (known := _parsed(file, text)):
+            raise ConfigError(
+                f"{known[name].origin}: a model is named {name!r} already; "
+                f"`tilewright models remove {name}` first"
+            )
+        lead = "" if not text else "\n" if text.endswith("\n") else "\n\n"
+        made = _parsed(file, text + lead + block)[name]
+        _write(file, text + lead + block)
     return made
 
 
 def remove(name: str, file: Path) -> None:
     """Take a model out of a file, with the comment right above it. Raises ConfigError."""
-    text = read_text(file, "models file")
-    document, origin = toml.parse(file, text)
-    if name not in document:
-        raise ConfigError(
-            f"{file}: no model is named {name!r}{nearest(name, document)} "
-            f"(there are: {', '.join(document) or 'none'})"
-        )
-    left = _without(text, name)
-    del document[name]
-    if toml.parse(file, left)[0] != document:
-        raise ConfigError(f"{origin((name,))}: {name!r} cannot be cut out: edit the file by hand")
-    _write(file, left)
+    with _alone(file):
+        text = read_text(file, "models file")
+        document, origin = toml.parse(file, text)
+        if name not in document:
+            raise ConfigError(
+                f"{file}: no model is named {name!r}{nearest(name, document)} "
+                f"(there are: {', '.join(document) or 'none'})"
+            )
+        left = _without(text, name)
+        del document[name]
+        if toml.parse(file, left)[0] != document:
+            raise ConfigError(
+                f"{origin((name,))}: {name!r} cannot be cut out: edit the file by hand"
+            )
+        _write(file, left)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -291,12 +297,31 @@ def _without(text: str, name: str) -> str:
     return f"{left}\n" if left else ""
 
 
+@contextmanager
+def _alone(file: Path, make_folder: bool = False) -> Iterator[None]:
+    """Nobody else writes the file until the block ends, by a lock of its folder."""
+    target = Path(os.path.realpath(file))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise ConfigError(f"models file {str(file)!r}: expected a file, found a device or a pipe")
+    try:
+        if make_folder:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(target.parent, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    try:
+        with suppress(OSError):  # a file system may have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _write(file: Path, text: str) -> None:
     """Beside, then renamed; of a link, the file that it names."""
     target = Path(os.path.realpath(file))
     beside = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_text(text, encoding="utf-8")
             if target.exists():
@@ -305,6 +330,8 @@ def _write(file: Path, text: str) -> None:
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"models file {str(file)!r} cannot be written: {error.strerror}"
-        ) from error
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"models file {str(file)!r} cannot be written: {error.strerror}")

@@ -96,15 +96,15 @@ def add(args: argparse.Namespace) -> None:
                 entry.setdefault(section, {})[key] = value
         else:
             entry[key] = value
-    options = (flags.split(item, "-o", "KEY=VALUE") for item in args.loader_options or ())
-    entry["options"] = dict(options)
+    entry["options"] = dict(_loader_option(item) for item in args.loader_options or ())
     if entry.get("loader"):
         registry.find("loader", entry["loader"])
     if entry.get("format"):
         registry.find("weight_format", entry["format"])
     made = models.add(args.name, entry, _file(args))
     print(f"{made.name}: {_source(made)}, in {made.origin}")
-    if (other := models.find(made.name)) is not None and other.origin != made.origin:
+    other = _in_force(made.name)
+    if other is not None and other.origin != made.origin:
         note(f"note: in this folder {made.name} is still {_source(other)}, in {other.origin}")
     if os.path.lexists(made.name):
         note(f"note: what is in this folder by that name is ./{made.name} from now on")
@@ -118,8 +118,26 @@ def remove(args: argparse.Namespace) -> None:
         file = next(f for f in models.files() if where.startswith(f"{f}:"))
     models.remove(args.name, file)
     print(f"{args.name} is no longer in {file}")
-    if (other := models.find(args.name)) is not None:
+    if (other := _in_force(args.name)) is not None:
         note(f"note: {args.name} is {_source(other)} now, in {other.origin}")
+
+
+def _loader_option(item: str) -> tuple[str, str]:
+    """As other commands take it too, with the loader's kind in front."""
+    key, value = flags.split(item, "-o", "KEY=VALUE")
+    key = key.removeprefix("loader.")
+    if "." in key:
+        raise ConfigError(f"-o {key}: a model's name has options of its loader only")
+    return key, value
+
+
+def _in_force(name: str) -> models.RegisteredModel | None:
+    """What the name stands for, once a file is written: a mistake in another file is but noted."""
+    try:
+        return models.find(name)
+    except ConfigError as error:
+        note(f"note: {error}")
+        return None
 
 
 def _file(args: argparse.Namespace) -> Path:
