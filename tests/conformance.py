@@ -96,11 +96,13 @@ def run_all(
     with TemporaryDirectory() as folder:
         file = Path(folder) / "test_subject.py"
         file.write_text("from conformance_subject import *\n")
+        settings = file.with_name("pytest.ini")  # so that those of this project are not taken
+        settings.write_text("[pytest]\n")
         sys.modules["conformance_subject"] = module
         before = os.environ.pop("PYTEST_ADDOPTS", None)
         try:
             pytest.main(
-                [*quiet, f"--rootdir={folder}", "-c", os.devnull, *(f"{file}{t}" for t in targets)],
+                [*quiet, "-c", str(settings), *(f"{file}{t}" for t in targets)],
                 plugins=[_Recorder(outcomes)],
             )
         finally:
