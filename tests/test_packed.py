@@ -1,5 +1,6 @@
 """Packed models: converted, loaded, verified; interrupted, damaged, and in the wrong hands."""
 
+import errno
 import fcntl
 import json
 import os
@@ -390,6 +391,31 @@ def test_what_another_process_has_just_ended_is_not_gone_on_with(
     with pytest.raises(ConfigError, match="is being written by another process"):
         convert(planned(model, TORCH), tmp_path / "out")
     assert os.listdir(tmp_path) == (["theirs"] if ending == "rename" else [])
+
+
+def test_a_disk_that_fills_up_keeps_the_shards_that_are_complete(model, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("tilewright.convert.os.replace", _full_at_third_shard)
+        with pytest.raises(ConfigError, match=r"out\.partial cannot be written: No space left on"):
+            convert(planned(model, EMULATED, 16_000), tmp_path / "out")
+    assert {f"model-0000{i}" for i in (1, 2)} == {
+        path.name[:11] for path in (tmp_path / "out.partial").glob("*.safetensors")
+    }
+    convert(planned(model, EMULATED, 16_000), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def _full_at_third_shard(source: str, target: Path, rename: Any = os.replace) -> None:
+    if Path(target).name.startswith(THIRD):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    rename(source, target)
+
+
+def test_what_lies_in_the_way_is_left_alone(model, tmp_path):
+    (tmp_path / "out.partial").write_text("mine")
+    with pytest.raises(ConfigError, match=r"out\.partial is no directory: remove it"):
+        convert(planned(model, TORCH), tmp_path / "out")
+    assert (tmp_path / "out.partial").read_text() == "mine"
 
 
 def test_ctrl_c_says_how_to_go_on(model, tmp_path, capsys, monkeypatch):

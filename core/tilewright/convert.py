@@ -126,9 +126,9 @@ def convert(plan: Plan, out: Path, on_bytes: OnBytes = lambda name, count: None)
     on_bytes hears of each shard's bytes, written or found written by an earlier run. When this is
     interrupted, the same call goes on with the next shard.
 
-    Raises ConfigError when the directory exists, its disk has not enough room, or what an earlier
-    run left behind is of something else; ModelError for a source that cannot be read, in which
-    case nothing is left of what this run began.
+    Raises ConfigError when the directory exists or cannot be written, its disk has not enough room,
+    or what an earlier run left behind is of something else; ModelError for a source that cannot be
+    read, in which case nothing is left of what this run began.
     """
     out = Path(os.path.abspath(out.expanduser()))
     _check_free(out)
@@ -158,6 +158,11 @@ def convert(plan: Plan, out: Path, on_bytes: OnBytes = lambda name, count: None)
             if begun:
                 shutil.rmtree(partial)
             raise
+        except OSError as error:
+            raise ConfigError(
+                f"{partial} cannot be written: {error.strerror or error}; shards that are complete "
+                "are kept: the same call goes on with the next one"
+            ) from error
         (out / UNFINISHED).unlink()
         _sync_directory(out.parent)
     return manifest
@@ -271,6 +276,10 @@ def _locked(partial: Path) -> Iterator[None]:
         descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         raise busy from None
+    except NotADirectoryError:
+        raise ConfigError(
+            f"{partial} is no directory: remove it, or choose another --out"
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
