@@ -270,6 +270,11 @@ def test_a_bad_value_of_a_flag(capsys, place, value):
         (["bench", "--prompt-tokens", "1.5"], "--prompt-tokens: expected an integer"),
         (["bench", "--warmup", "-1"], "--warmup: expected"),
         (["bench", "--temperature", "0"], "unknown option '--temperature'"),
+        (["plugins", "list", "--jsn"], "did you mean '--json'? (see tilewright plugins list --h"),
+        (
+            ["plugins", "new", "loader", "x", "--json"],
+            "'--json' (see tilewright plugins new --help)",
+        ),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -68,7 +68,7 @@ def _run(argv: Sequence[str]) -> int:
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
     if extra:
-        raise ConfigError(_unexpected(extra[0], subparsers(parser).get(args.command, parser)))
+        raise ConfigError(_unexpected(extra[0], _chosen(parser, args)))
     if args.command is None:
         raise ConfigError(f"a command is missing: {', '.join(COMMANDS)} (tilewright --help)")
     module = import_module(f"tilewright.cli.{args.command}")
@@ -117,6 +117,15 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
     return {}
+
+
+def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.ArgumentParser:
+    """The parser of the command that is called, or of its action where it has such."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            chosen = subparsers(parser).get(getattr(args, action.dest))
+            return parser if chosen is None else _chosen(chosen, args)
+    return parser
 
 
 def _unexpected(word: str, parser: argparse.ArgumentParser) -> str:
