@@ -38,6 +38,7 @@ ACME = loader("acme-loader", CLAIMS)
 RIVAL = loader("rival-loader", CLAIMS)
 BROKEN = loader("broken-loader", "import a_library_that_is_not_installed")
 RAISING = loader("raising-loader", CLAIMS.replace('source.endswith(".acme")', "source / 0"))
+EXITING = loader("exiting-loader", CLAIMS.replace("return source", "raise SystemExit(3)\n"))
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def refusal(source: str | Path) -> str:
 
 
 def test_the_loader_that_claims_a_source_is_asked_for_it(site: Install) -> None:
-    site(ACME, BROKEN, RAISING)
+    site(ACME, BROKEN, RAISING, EXITING)
     assert refusal("x.acme") == "acme was asked for x.acme with None"
     with LLMEngine.from_plugins() as engine:
         engine.load(DEMO_MODEL).weights.close()
@@ -104,6 +105,24 @@ def test_none_that_claims_a_source_is_an_error_with_what_could_not_be_asked(
 )
 def test_what_is_there_is_said_where_no_loader_takes_it(source: str, found: str) -> None:
     assert found in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("does", "why"),
+    [
+        ("raise RuntimeError('no\\nluck')", "load_model() failed: RuntimeError: no luck"),
+        ("return 5", "load_model() must return a LoadedModel, found 5"),
+    ],
+)
+def test_a_loader_that_breaks_its_contract_is_told_in_one_line(
+    does: str, why: str, site: Install
+) -> None:
+    broken = CLAIMS[: CLAIMS.index("raise ModelError")] + does + "\n"
+    site(loader("breaking-loader", broken))
+    with LLMEngine.from_plugins() as engine, pytest.raises(PluginError) as raised:
+        engine.load("x.acme")
+    assert f"loader 'breaking-loader' of breaking-loader 1.0: {why}" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_named_loader_is_the_only_one_imported(tmp_path: Path) -> None:

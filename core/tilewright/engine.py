@@ -392,6 +392,10 @@ class LLMEngine:
             report=self._reporter(model_id),
         )
         loaded: LoadedModel = loader.call("load_model", request=request)
+        if not isinstance(loaded, LoadedModel):
+            raise PluginError(
+                f"{loader.plugin}: load_model() must return a LoadedModel, found {loaded!r:.80}"
+            )
         return loaded
 
     def _reporter(self, model_id: str) -> Report:

@@ -7,7 +7,7 @@ from attrs import frozen
 from pluggy import PluginManager
 
 from tilewright import registry
-from tilewright.errors import ConfigError, PluginError, nearest
+from tilewright.errors import ConfigError, PluginError, TilewrightError, nearest
 from tilewright.options import read_options
 from tilewright.types import PluginInfo
 
@@ -26,8 +26,13 @@ class Selected:
         return registry.info(self.implementation)
 
     def call(self, hook: str, **arguments: Any) -> Any:
-        """This plugin's answer to a hook."""
-        return registry.call(self.implementation, hook, **arguments)
+        """This plugin's answer to a hook. Raises PluginError for what no plugin should raise."""
+        try:
+            return registry.call(self.implementation, hook, **arguments)
+        except (TilewrightError, MemoryError):
+            raise
+        except Exception as error:
+            raise PluginError(f"{self.plugin}: {hook}() failed: {registry.cause(error)}") from error
 
     def read_options(self, options: Options, **more: Any) -> Any:
         """This plugin's part of an engine's options, and more over them, as its options class."""
@@ -55,7 +60,7 @@ def claimants(
                 claims.append(plugin)
         except PluginError as error:
             unusable[plugin] = str(error)
-        except Exception as error:  # a probe raises nothing, so this one is broken
+        except (Exception, SystemExit) as error:  # a probe raises nothing, so this one is broken
             unusable[plugin] = f"{plugin}: {hook}() failed: {registry.cause(error)}"
     return claims, unusable
 

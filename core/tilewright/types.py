@@ -132,7 +132,7 @@ class TensorSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the files. Tensors that were handed out stay valid."""
+        """Let go of the files. Tensors that were handed out stay valid; no more is read."""
         ...
 
 
