@@ -108,6 +108,11 @@ def angles(case: Case) -> Tensor:
     return batch.positions.float().unsqueeze(1) * frequencies(config)[0]
 
 
+def rope_scale(config: ModelConfig) -> float:
+    """On cosine and sine."""
+    return 1.0 if config.rope.kind == "dynamic" else frequencies(config)[1]
+
+
 def rotate_halves(x: Tensor, angle: Tensor) -> Tensor:
     """Dimension i of x [T, heads, head_dim] turns with i + head_dim / 2."""
     a, b = x.chunk(2, -1)
@@ -212,14 +217,16 @@ class _Run:
             and all(getattr(self.how, o) is getattr(RIGHT, o) for o in (*by, "cast"))
         )
 
-    def norm(self, name: str, x: Callable[[], Tensor], after: Sequence[str]) -> tuple[str, Tensor]:
+    def norm(self, name: str, before: str | None = None) -> tuple[str, Tensor]:
+        """Of the stage before it, or of the input."""
         weight = NORM_WEIGHTS[name]
 
         def make() -> Tensor:
-            made = self.how.norms.get(name, rms_norm)
-            return self.how.cast(made(x(), self.weights[weight], self.case.config.norm_eps))
+            x = self.made[before] if before else self.case.hidden.float()
+            norm = self.how.norms.get(name, rms_norm)
+            return self.how.cast(norm(x, self.weights[weight], self.case.config.norm_eps))
 
-        return self.stage(name, make, after, [weight])
+        return self.stage(name, make, [before] if before else [], [weight])
 
     def project(self, name: str, before: str, weight: str) -> tuple[str, Tensor]:
         def make() -> Tensor:
@@ -232,14 +239,14 @@ class _Run:
         return self.stage(name, make, [before], [weight, f"{weight}.bias"], ["product"])
 
     def head(self) -> Iterator[tuple[str, Tensor]]:
-        yield self.norm("final_norm", lambda: self.case.hidden.float(), [])
+        yield self.norm("final_norm")
         name, logits = self.project("logits", "final_norm", "lm_head")
         yield name, self.how.logits(logits)
 
     def layer(self) -> Iterator[tuple[str, Tensor]]:
         case, how, made = self.case, self.how, self.made
         x = case.hidden.float()
-        yield self.norm("attn_norm", lambda: x, [])
+        yield self.norm("attn_norm")
         for name in ("q_proj", "k_proj", "v_proj"):
             yield self.project(name, "attn_norm", name)
         turned, unturned = {}, {}
@@ -253,7 +260,7 @@ class _Run:
             ["attn_norm", "o_proj"],
             by=["attn_residual"],
         )
-        yield self.norm("mlp_norm", lambda: made["attn_residual"], ["attn_residual"])
+        yield self.norm("mlp_norm", "attn_residual")
         for name in ("gate_proj", "up_proj"):
             yield self.project(name, "mlp_norm", name)
         yield self.stage(
@@ -273,25 +280,17 @@ class _Run:
 
     def turned(self, head: str) -> Generator[tuple[str, Tensor], None, tuple[str, str]]:
         """Norm and RoPE of queries or keys; returns the stages before RoPE, and the last."""
-        how, normed, rotated = self.how, f"{head}_norm", f"{head}_rope"
-        last = f"{head}_proj"
+        projected, normed, rotated = f"{head}_proj", f"{head}_norm", f"{head}_rope"
         if not self.case.config.qk_norm:
-            yield self.rotated(rotated, last)
-            return last, rotated
-        if not how.norm_after_rope:
-            yield self.norm(normed, lambda: self.made[f"{head}_proj"], [last])
-            yield self.rotated(rotated, normed)
-            return normed, rotated
-        yield self.rotated(rotated, last)
-        yield normed, self.normed_late(normed, rotated)
-        return rotated, normed
-
-    def normed_late(self, name: str, before: str) -> Tensor:
-        weight = self.weights[NORM_WEIGHTS[name]]
-        norm = self.how.norms.get(name, rms_norm)
-        out = self.how.cast(norm(self.made[before], weight, self.case.config.norm_eps))
-        self.made[name] = out
-        return out
+            yield self.rotated(rotated, projected)
+            return projected, rotated
+        if self.how.norm_after_rope:
+            yield self.rotated(rotated, projected)
+            yield self.norm(normed, rotated)
+            return rotated, normed
+        yield self.norm(normed, projected)
+        yield self.rotated(rotated, normed)
+        return normed, rotated
 
     def rotated(self, name: str, before: str) -> tuple[str, Tensor]:
         case, how = self.case, self.how
@@ -299,10 +298,7 @@ class _Run:
         def make() -> Tensor:
             if name not in how.turned:
                 return self.made[before]
-            scale = how.rope_scale
-            if scale is None:
-                dynamic = case.config.rope.kind == "dynamic"
-                scale = 1.0 if dynamic else frequencies(case.config)[1]
+            scale = rope_scale(case.config) if how.rope_scale is None else how.rope_scale
             return how.cast(how.rotate(self.made[before], how.angles(case)) * scale)
 
         by = ["angles", "rotate", "turned", "rope_scale", "norm_after_rope"]

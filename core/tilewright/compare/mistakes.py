@@ -19,9 +19,9 @@ from tilewright.compare.layer import (
     angles,
     read_slots,
     rms_norm,
+    rope_scale,
     rotate_halves,
 )
-from tilewright.rope import frequencies
 from tilewright.types import RopeConfig, RowOrder
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
@@ -399,7 +399,7 @@ def _theta(case: Case) -> float | None:
     if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
         return None
     before = case.right[f"{stage[0]}_{'norm' if config.qk_norm else 'proj'}"]
-    scale = 1.0 if config.rope.kind == "dynamic" else frequencies(config)[1]
+    scale = rope_scale(config)
 
     def error(log_theta: float) -> float:
         turned = _with_rope(evolve(config.rope, theta=math.exp(log_theta)))(case)
