@@ -103,15 +103,9 @@ def write_sample(directory: Path) -> str:
 
 def _file(source: str) -> Path:
     """The file that a source names. Raises ModelError that says what it is instead."""
-    expanded = os.path.expanduser(source)
-    try:
-        os.stat(expanded)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelError(
-            f"no model file {source[:200]!r}: {why}; gguf loads a local .gguf file"
-        ) from error
-    path = Path(expanded)
+    from tilewright_hf.files import local_path
+
+    path = local_path(source, "model file", "gguf loads a local .gguf file")
     if path.is_dir():
         try:
             names = sorted(n for n in os.listdir(path) if n.endswith(".gguf"))

@@ -22,6 +22,20 @@ MAX_BYTES = 256 * 2**20
 MAX_INT = 2**31 - 1
 
 
+def local_path(source: str, what: str, takes: str) -> Path:
+    """The path that a source names. Raises ModelError when nothing is there.
+
+    what: it was expected to be, such as a model file; takes: what the loader does instead.
+    """
+    expanded = os.path.expanduser(source)
+    try:
+        os.stat(expanded)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(f"no {what} {source[:200]!r}: {why}; {takes}") from error
+    return Path(expanded)
+
+
 def is_there(path: Path) -> bool:
     """Whether a directory lists the file; what it is, and whether it can be read, comes later."""
     return os.path.lexists(path)

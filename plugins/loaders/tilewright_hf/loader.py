@@ -21,7 +21,7 @@ from tilewright.types import (
     TensorSource,
 )
 from tilewright_hf.architecture import FAMILIES, declared_dtype, model_config
-from tilewright_hf.files import is_there, read_json
+from tilewright_hf.files import is_there, local_path, read_json
 from tilewright_hf.generation import Recommended, recommended
 from tilewright_hf.tokenizer import load_text
 
@@ -90,16 +90,8 @@ def write_sample(directory: Path) -> str:
 
 def _directory(source: str) -> Path:
     """The directory that a source names. Raises ModelError that says what it is instead."""
-    expanded = os.path.expanduser(source)
-    try:
-        os.stat(expanded)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelError(
-            f"no model directory {source[:200]!r}: {why}; hf-local loads a local directory that "
-            "holds config.json"
-        ) from error
-    path = Path(expanded)
+    takes = "hf-local loads a local directory that holds config.json"
+    path = local_path(source, "model directory", takes)
     if path.suffix == ".gguf":
         raise ModelError(
             f"{path}: a GGUF file, which the loader gguf reads (--loader gguf); hf-local loads a "
