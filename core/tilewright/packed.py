@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrs import asdict, frozen
+from attrs import asdict, fields, frozen
 
 from tilewright.errors import ConfigError, ModelError
 from tilewright.options import structure
@@ -258,16 +258,7 @@ def _check_places(weights: TensorSource, manifest: Manifest, directory: Path) ->
 def _description(path: Path) -> Description:
     described = _structured(Description, _json_object(path, _read(path)), path)
     config = described.config
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "max_position_embeddings",
-    )
+    sizes = [a.name for a in fields(ModelConfig) if a.type is int]
     bad = [f"{name} = {getattr(config, name)}" for name in sizes if getattr(config, name) < 1]
     if config.num_layers > _MOST_LAYERS:
         bad.append(f"num_layers = {config.num_layers}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from attrs import fields
 
 from tilewright import registry
 from tilewright.errors import TilewrightError
@@ -195,19 +196,7 @@ class LoaderSuite(TensorSourceSuite):
 
     def test_the_configuration_makes_sense(self, load: Load) -> None:
         config = load().config
-        sizes = {
-            name: getattr(config, name)
-            for name in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_layers",
-                "num_heads",
-                "num_kv_heads",
-                "head_dim",
-                "max_position_embeddings",
-            )
-        }
+        sizes = {a.name: getattr(config, a.name) for a in fields(ModelConfig) if a.type is int}
         odd = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
         assert not odd, f"sizes in ModelConfig must be integers from 1, found {odd}"
         assert config.num_heads % config.num_kv_heads == 0, (
