@@ -10,6 +10,7 @@ import pytest
 import torch
 from attrs import evolve, field, frozen
 from conformance import Fault, full_name, missed
+from sampler_oracle import warped
 from torch import Tensor
 from transformers.generation import logits_process as oracle
 
@@ -643,17 +644,10 @@ def random_logits(size: int, seed: int) -> Tensor:
 def test_the_suites_filters_are_those_of_transformers(size: int, temperature: float) -> None:
     logits = random_logits(size, size)
     for top_k, top_p, min_p in product([0, 1, 5, 1000], [1.0, 0.9, 0.3], [0.0, 0.05, 0.5, 1.0]):
-        expected = oracle.TemperatureLogitsWarper(temperature)(None, logits[None])
-        if top_k:
-            expected = oracle.TopKLogitsWarper(top_k)(None, expected)
-        if top_p < 1.0:
-            expected = oracle.TopPLogitsWarper(top_p)(None, expected)
-        if min_p:
-            expected = oracle.MinPLogitsWarper(min_p)(None, expected)
-        found = probabilities(
-            logits, row(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        )
-        torch.testing.assert_close(found.float(), expected[0].softmax(0), rtol=1e-4, atol=1e-6)
+        drawn = row(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        expected = warped(logits, drawn.params).softmax(0)
+        found = probabilities(logits, drawn)
+        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 4.0])

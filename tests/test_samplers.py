@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampler_oracle import warped
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as oracle
 
@@ -77,18 +78,12 @@ def test_what_is_left_to_draw_from_is_that_of_transformers(
     for top_k, top_p, min_p in product(
         [0, 1, 5, 50, 10**6], [1.0, 0.999, 0.9, 0.5, 0.01], [0.0, 0.02, 0.5, 1.0]
     ):
-        expected = oracle.TemperatureLogitsWarper(temperature)(None, logits[None])
-        if top_k:
-            expected = oracle.TopKLogitsWarper(top_k)(None, expected)
-        if top_p < 1.0:
-            expected = oracle.TopPLogitsWarper(top_p)(None, expected)
-        if min_p:
-            expected = oracle.MinPLogitsWarper(min_p)(None, expected)
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        expected = warped(logits, params)
         ids, weights = steps.shortlist(logits, params)
         probabilities = torch.zeros(vocab_size).index_put((ids,), weights / weights.sum())
         assert len(set(ids.tolist())) == len(ids)
-        torch.testing.assert_close(probabilities, expected[0].softmax(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(probabilities, expected.softmax(0), rtol=1e-4, atol=1e-6)
 
 
 def test_the_token_that_crosses_top_p_stays() -> None:
