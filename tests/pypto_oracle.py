@@ -9,8 +9,11 @@ torch_codegen is a debugging aid, and lenient; here it is held to what the IR sa
   reaches outside of its tensor is an error; torch_codegen has zeros for all three.
 """
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +31,39 @@ def pypto_or_skip() -> Any:
         pytest.skip(f"{REASON}: {error}")
     pypto.set_log_level(pypto.LogLevel.ERROR)
     return pypto.language
+
+
+def orchestration_complaints(kernel: Any, folder: Path) -> list[str]:
+    """What g++ says of the C++ that PyPTO generates of a kernel's part outside of its tasks.
+
+    Errors, and warnings where one variable hides another or is read before it has a value; PyPTO's
+    own words where it refuses the kernel. Skips the test without the headers of PyPTO's runtime.
+    """
+    from pypto.runtime import RunConfig
+
+    try:
+        from simpler_setup.kernel_compiler import KernelCompiler
+    except ImportError as error:
+        pytest.skip(f"PyPTO's runtime, whose headers are needed, is not importable: {error}")
+    runtime = "tensormap_and_ringbuffer"
+    headers, _ = KernelCompiler(platform="a2a3sim").get_orchestration_cache_inputs(runtime)
+    home = folder / "generated"
+    home.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTOAS_ROOT", str(folder))  # no assembler: it is not needed, and slow
+        try:
+            kernel.compile(config=RunConfig(platform="a2a3", save_kernels_dir=str(home)))
+        except ValueError as error:
+            return [str(error)]
+    (file,) = home.glob("orchestration/*.cpp")
+    warnings = ("shadow", "init-self", "uninitialized", "tautological-compare")
+    command = ["g++", "-std=c++17", "-O1", "-S", "-o", os.devnull]
+    command += [f"-W{warning}" for warning in warnings]
+    command += [f"-isystem{header}" for header in headers]
+    said = subprocess.run([*command, str(file)], capture_output=True, text=True)
+    return [
+        line for line in said.stderr.splitlines() if ": warning: " in line or ": error: " in line
+    ]
 
 
 SUPPORT = """

@@ -22,7 +22,7 @@ CONFIG = Qwen3Config(
     tie_word_embeddings=False,
 )
 CANDIDATE = Choice(executor="pypto-npu", options={"platform": "emulated"})
-POSITION = "position = pl.cast(pl.read(context_lens, [row + t]), pl.INDEX) - 1"
+POSITION = "position = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) - 1"
 
 MISTAKES = {
     # file, what stands there, what is put there; phase and stages that it must be found in; why

@@ -13,7 +13,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 from attrs import evolve, fields
-from pypto_oracle import lowered, pypto_or_skip
+from pypto_oracle import lowered, orchestration_complaints, pypto_or_skip
 from pypto_simulator import simulated, simulator_or_skip
 from qwen3_layers import (
     Cache,
@@ -389,6 +389,15 @@ def test_pypto_compiles_a_kernel_up_to_what_its_assembler_takes(
     ]
     tasks = {p.stem for p in Path(compiled.output_dir).rglob("*.pto")}
     assert tasks >= {"widen", "rms_norm"}
+
+
+@pytest.mark.pypto
+@pytest.mark.parametrize("kernel", source.KERNELS)
+@pytest.mark.parametrize("name", [*SHAPES, "qwen3-14b"])
+def test_no_variable_of_the_generated_code_hides_another(kernel, name, tmp_path):
+    pl = pypto_or_skip()
+    shape = SHAPES.get(name, QWEN3_14B)
+    assert orchestration_complaints(source.load(kernel, shape, pl), tmp_path) == []
 
 
 @pytest.mark.pypto

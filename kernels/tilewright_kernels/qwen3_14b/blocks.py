@@ -164,14 +164,14 @@ def write_cache(
 ):
     """The first count tokens of x[ROWS, KV_HEADS * HEAD_DIM] BF16 go to their slots' cache rows."""
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="write_cache"):
-        for t in pl.range(count):
-            slot = pl.cast(pl.read(slot_mapping, [row + t]), pl.INDEX)
+        for token in pl.range(count):
+            slot = pl.cast(pl.read(slot_mapping, [row + token]), pl.INDEX)
             page = slot // PAGE
             offset = slot - page * PAGE
             for g in pl.range(KV_HEADS):
                 at = (page * KV_HEADS + g) * PAGE + offset
                 cache[at : at + 1, 0:HEAD_DIM] = x[
-                    t : t + 1, g * HEAD_DIM : g * HEAD_DIM + HEAD_DIM
+                    token : token + 1, g * HEAD_DIM : g * HEAD_DIM + HEAD_DIM
                 ]
     return cache
 
@@ -293,8 +293,8 @@ def attend(
         stats[1:2, 0:Q_ROWS] = pl.full([1, Q_ROWS], dtype=pl.FP32, value=0.0)
         o[0:Q_ROWS, 0:HEAD_DIM] = pl.full([Q_ROWS, HEAD_DIM], dtype=pl.FP32, value=0.0)
     last = (context - 1) // KV_TILE
-    for t in pl.range(last):
-        first = t * KV_TILE
+    for tile in pl.range(last):
+        first = tile * KV_TILE
         page = pl.cast(pl.read(block_table, [table_row + first // PAGE]), pl.INDEX)
         kv_row = (page * KV_HEADS + kv_head) * PAGE + first % PAGE
         column = pl.max(0, first - position + KV_TILE)

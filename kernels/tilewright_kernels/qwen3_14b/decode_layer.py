@@ -90,17 +90,17 @@ def decode_layer(
         queries = pl.create_tensor([QUERY_ROWS, Q_DIM], dtype=pl.BF16)
         attended_heads = pl.create_tensor([ROW_HEADS, HEAD_DIM], dtype=pl.BF16)
         with pl.at(level=pl.Level.CORE_GROUP, name_hint="positions"):
-            for t in pl.range(count):
-                position = pl.cast(pl.read(context_lens, [row + t]), pl.INDEX) - 1
-                cos[t : t + 1, 0:HEAD_DIM] = rope_cos[position : position + 1, 0:HEAD_DIM]
-                sin[t : t + 1, 0:HEAD_DIM] = rope_sin[position : position + 1, 0:HEAD_DIM]
+            for token in pl.range(count):
+                position = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) - 1
+                cos[token : token + 1, 0:HEAD_DIM] = rope_cos[position : position + 1, 0:HEAD_DIM]
+                sin[token : token + 1, 0:HEAD_DIM] = rope_sin[position : position + 1, 0:HEAD_DIM]
         with pl.at(level=pl.Level.CORE_GROUP, name_hint="padding"):
-            for t in pl.range(count, ROWS):
+            for token in pl.range(count, ROWS):
                 none = pl.full([1, HEAD_DIM], dtype=pl.FP32, value=0.0)
-                cos[t : t + 1, 0:HEAD_DIM] = none
-                sin[t : t + 1, 0:HEAD_DIM] = none
+                cos[token : token + 1, 0:HEAD_DIM] = none
+                sin[token : token + 1, 0:HEAD_DIM] = none
                 heads = pl.full([HEADS, HEAD_DIM], dtype=pl.FP32, value=0.0)
-                attended_heads[t * HEADS : t * HEADS + HEADS, 0:HEAD_DIM] = pl.cast(
+                attended_heads[token * HEADS : token * HEADS + HEADS, 0:HEAD_DIM] = pl.cast(
                     heads, pl.BF16, mode="rint"
                 )
             for c in pl.range(0, Q_DIM, HEAD_DIM):
@@ -116,16 +116,16 @@ def decode_layer(
         v_cache = write_cache(values, slot_mapping, row, count, v_cache)
 
         query_heads = pl.reshape(queries, [QUERY_HEADS, HEAD_DIM])
-        for t in pl.parallel(count):
-            context = pl.cast(pl.read(context_lens, [row + t]), pl.INDEX)
+        for token in pl.parallel(count):
+            context = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX)
             position = context - 1
-            table_row = (row + t) * table_stride
+            table_row = (row + token) * table_stride
             k_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
             k_tail = copy_last_tile(k_cache, block_table, table_row, context, k_tail)
             v_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
             v_tail = copy_last_tile(v_cache, block_table, table_row, context, v_tail)
             for g in pl.parallel(KV_HEADS):
-                first_head = t * HEADS + g * GROUP
+                first_head = token * HEADS + g * GROUP
                 stats = pl.create_tensor([2, Q_ROWS], dtype=pl.FP32)
                 o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
                 o = attend(

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from tilewright_kernels.names import check_file
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 
 KERNELS = ("prefill_layer", "decode_layer", "head")
@@ -28,6 +29,8 @@ def load(kernel: str, shape: LayerShape, language: ModuleType) -> Any:
     """The kernel as ``language.jit`` made it, for that shape.
 
     language: what ``import pypto.language as pl`` gives in the kernel files.
+
+    Raises ExecutorError for a name that PyPTO would take for another one (``names``).
     """
     package = f"{__package__}.loaded_{next(_serial)}"
     parent = ModuleType(package)
@@ -41,6 +44,7 @@ def load(kernel: str, shape: LayerShape, language: ModuleType) -> Any:
 
 
 def _run(name: str, file: Path, language: ModuleType) -> ModuleType:
+    check_file(file)
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None

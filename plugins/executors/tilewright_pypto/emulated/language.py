@@ -23,6 +23,7 @@ import torch
 from attrs import frozen
 
 from tilewright_kernels.contract import Contract, Parameter
+from tilewright_kernels.names import check_function
 from tilewright_pypto.emulated import operators
 from tilewright_pypto.emulated.memory import (
     Buffer,
@@ -247,7 +248,10 @@ REFUSED: dict[type[ast.AST], str] = {
 
 
 def check_source(function: Callable[..., Any]) -> None:
-    """Raise KernelError for what the language does not have, before anything runs."""
+    """Raise an error for what the language does not have, before anything runs.
+
+    KernelError, or ExecutorError for a name (``tilewright_kernels.names``).
+    """
     lines, first = inspect.getsourcelines(function)
     definition = ast.parse(textwrap.dedent("".join(lines))).body[0]
     assert isinstance(definition, ast.FunctionDef)
@@ -266,6 +270,9 @@ def check_source(function: Callable[..., Any]) -> None:
         match node:
             case ast.Attribute(value=ast.Name(id="pl"), attr=name) if name not in NAMES:
                 refuse(node, f"pl.{name}, which is not emulated")
+    types = (t for t in function.__annotations__.values() if isinstance(t, TensorType))
+    symbols = {extent.name for t in types for extent in t.shape if isinstance(extent, Dynamic)}
+    check_function(definition, symbols, str(file), first)
 
 
 def _is_loop(node: ast.expr) -> bool:

@@ -1,0 +1,138 @@
+"""Names that a kernel must not use: PyPTO's generated C++ would take one thing for another.
+
+PyPTO turns what a kernel does outside of its tasks into C++ of the same names, beside names of its
+own. It keeps variables apart, but not the variables of loops, nor the symbols of ``pl.dynamic``:
+where two of a name meet, the inner one hides the outer one, and the kernel computes with the wrong
+value, without an error. Found in PyPTO e2d0f78 (its orchestration_codegen.cpp and
+tensor_op_codegen.cpp); pypto#2627 is of the same kind. Functions that are spliced in get names with
+a serial number, but are held to the same rules: one of them may become a kernel.
+"""
+
+import ast
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TypeGuard
+
+from tilewright.errors import ExecutorError
+
+TEMPORARY = "t"
+"""What PyPTO calls the result of each ``pl.read``, and of any other call within an expression."""
+NUMBERED = re.compile(
+    r"(alloc|scope_guard)_\d+|params_t\d+(_.*)?|task_\d+_outs|(params_)?phase_fence_barrier_\d+_.*|"
+    r"dynamic_compiler_dep_tids(_.*)?|\w+_inline\d+"
+)
+"""Names that PyPTO makes whatever a kernel is called; the last is a name of a spliced function."""
+DERIVED = re.compile(
+    r"ext_(?P<parameter>\w+)|indices_(?P<read>\w+)|"
+    r"(?P<variable>\w+?)_(?:ci|ci_shapes|shapes|offsets|view|tid|logical_fp4_offset|v\d+)"
+)
+"""Names that PyPTO makes of another name."""
+CPLUSPLUS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+    alignas alignof and_eq asm auto bitand bitor bool case catch char char8_t char16_t char32_t
+    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit
+    decltype default delete do double dynamic_cast enum explicit export extern false float friend
+    goto inline int long mutable namespace new noexcept not_eq nullptr operator or_eq private
+    protected public register reinterpret_cast requires short signed sizeof static static_assert
+    static_cast struct switch template this thread_local throw true typedef typeid typename union
+    unsigned using virtual void volatile wchar_t xor xor_eq
+    int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t size_t
+    alloc_tensors from_u64 get_tensor_data orch_args rt_orch_profile_now rt_submit_aic_task
+    rt_submit_aiv_task rt_submit_task set_tensor_data ChipTensor ChipTaskArgs CoreTaskArgs DataType
+    PTO2TaskId PTO2_SCOPE TaskOutputTensors TensorCreateInfo
+        """,
+    )
+)
+"""Keywords of C++ that Python does not have, and what the generated code itself uses."""
+
+
+def check_file(file: Path) -> None:
+    """Raise ExecutorError for the first bad name in a kernel, or a function of kernels, of a file.
+
+    It names the file, the line, the name, what PyPTO would confuse it with, and what to do.
+    """
+    tree = ast.parse(file.read_text(), str(file))
+    symbols = {
+        str(node.args[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "pl.dynamic"
+        and isinstance(node.args[0], ast.Constant)
+    }
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            check_function(node, symbols, str(file))
+
+
+def check_function(
+    function: ast.FunctionDef, symbols: Collection[str], file: str, first_line: int = 1
+) -> None:
+    """As ``check_file``, for one function.
+
+    symbols: what ``pl.dynamic`` was called with for the types of its parameters.
+    first_line: the line of the file that the syntax tree calls 1.
+    """
+    for node, name, why in _misnamed(function, frozenset(symbols)):
+        raise ExecutorError(
+            f"{file}:{first_line + node.lineno - 1}: {function.name} names something {name}, and "
+            f"{why}: rename it"
+        )
+
+
+def _misnamed(
+    function: ast.FunctionDef, symbols: frozenset[str]
+) -> Iterator[tuple[ast.arg | ast.Name, str, str]]:
+    """Each bad name, where it stands, and why it is bad."""
+    parameters = {a: a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
+    variables = {n: n.id for n in ast.walk(function) if _is_stored(n)}
+    loops = {
+        n: loop
+        for loop in ast.walk(function)
+        if isinstance(loop, ast.For)
+        for n in ast.walk(loop.target)
+        if _is_stored(n)
+    }
+    places = parameters | variables
+    names = {*places.values(), TEMPORARY}
+    others = {name for place, name in places.items() if place not in loops}
+    for place in sorted(places, key=lambda p: (p.lineno, p.col_offset)):
+        name = places[place]
+        made = DERIVED.fullmatch(name)
+        of = made and (made["parameter"] or made["read"] or made["variable"])
+        if name.endswith("_") or "__" in name:
+            why = "PyPTO drops what follows a __, and adds one of its own"
+        elif name in CPLUSPLUS:
+            why = "the C++ that PyPTO generates cannot have a variable of that name"
+        elif NUMBERED.fullmatch(name):
+            why = "PyPTO makes such names of its own"
+        elif made and of in (parameters.values() if made["parameter"] else names):
+            why = f"PyPTO makes such a name of {of}"
+        elif name in symbols and place in variables:
+            why = f'pl.dynamic("{name}") gives that name to an extent'
+        elif place in loops and name == TEMPORARY:
+            why = "PyPTO calls temporaries so, which would hide this loop's variable"
+        elif place in loops and name in others:
+            why = "this loop's variable would hide another one of that name"
+        elif place in loops and name in _loop_variables(loops[place].body):
+            why = "a loop within this one has a variable of that name, which would hide this one's"
+        else:
+            continue
+        yield place, name, why
+
+
+def _is_stored(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def _loop_variables(body: list[ast.stmt]) -> set[str]:
+    return {
+        n.id
+        for statement in body
+        for loop in ast.walk(statement)
+        if isinstance(loop, ast.For)
+        for n in ast.walk(loop.target)
+        if _is_stored(n)
+    }

@@ -1,0 +1,278 @@
+"""Names that PyPTO's generated C++ would confuse: refused, and what PyPTO and g++ make of them."""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pypto_oracle import orchestration_complaints, pypto_or_skip
+
+from tilewright.errors import ExecutorError
+from tilewright_kernels.names import check_file
+from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels.qwen3_14b.shape import DEMO
+from tilewright_pypto.emulated import language
+
+KERNEL = """
+import pypto.language as pl
+
+N = 32
+B = pl.dynamic("B")
+R = pl.dynamic("R")
+
+
+@pl.jit.inline
+def store(x: pl.Tensor[[16, N], pl.FP32], row: pl.Scalar[pl.INDEX], y: pl.Tensor[[R, N], pl.FP32]):
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="store"):
+        y[row : row + 16, 0:N] = pl.add(x[0:16, 0:N], 1.0)
+    return y
+
+
+@pl.jit
+def kernel(
+    lens: pl.Tensor[[B], pl.INT32],
+    x: pl.Tensor[[16, N], pl.FP32],
+    out: pl.Out[pl.Tensor[[R, N], pl.FP32]],
+):
+    batch = pl.tensor.dim(lens, 0)
+{body}
+    return out
+"""
+FIRST_LINE = 1 + KERNEL[: KERNEL.index("{body}")].count("\n")
+"""The line of the file that the body begins in."""
+
+
+def loop(variable: str, kind: str = "range") -> str:
+    return f"""\
+for {variable} in pl.{kind}(batch):
+    row = pl.cast(pl.read(lens, [{variable}]), pl.INDEX) + {variable} * 16
+    out = store(x, row, out)
+"""
+
+
+def local(name: str) -> str:
+    return f"""\
+for i in pl.range(batch):
+    {name} = pl.cast(pl.read(lens, [i]), pl.INDEX) + i * 16
+    out = store(x, {name}, out)
+"""
+
+
+def outer(name: str) -> str:
+    """A local that is read in a loop whose generated code may have another one of that name."""
+    return f"""\
+{name} = pl.cast(pl.read(lens, [0]), pl.INDEX)
+for i in pl.range(batch):
+    y = pl.create_tensor([16, N], dtype=pl.FP32)
+    y = store(x, 0, y)
+    row = pl.cast(pl.read(lens, [i]), pl.INDEX) + {name}
+    out = store(y, row, out)
+"""
+
+
+CONFUSED = {
+    # The body, the line of it and the name that are refused, and why.
+    "a parallel loop's temporary": (loop("t", "parallel"), 0, "t", "temporaries"),
+    "a temporary": (loop("t"), 0, "t", "temporaries"),
+    "a temporary of before the loop": (
+        """\
+first = pl.cast(pl.read(lens, [0]), pl.INDEX)
+for t in pl.range(batch):
+    out = store(x, first + t * 16, out)
+""",
+        1,
+        "t",
+        "temporaries",
+    ),
+    "an underscore at the end": (loop("t_"), 0, "t_", "drops what follows a __"),
+    "two underscores": (loop("t__x"), 0, "t__x", "drops what follows a __"),
+    "no name, within another loop": (
+        """\
+for i in pl.range(batch):
+    for _ in pl.range(2):
+        row = pl.cast(pl.read(lens, [i]), pl.INDEX) + i * 16
+        out = store(x, row, out)
+""",
+        1,
+        "_",
+        "drops what follows a __",
+    ),
+    "a loop within a loop": (
+        """\
+for i in pl.range(batch):
+    for i in pl.range(2):
+        out = store(x, i * 16, out)
+""",
+        0,
+        "i",
+        "a loop within this one",
+    ),
+    "a local of before": (
+        """\
+i = pl.cast(pl.read(lens, [0]), pl.INDEX)
+first = i + 1
+for i in pl.range(batch):
+    out = store(x, first + i * 16, out)
+""",
+        2,
+        "i",
+        "would hide another one",
+    ),
+    "a loop's variable that gets another value": (
+        """\
+for i in pl.range(batch):
+    i = i + 1
+    out = store(x, i * 16, out)
+""",
+        0,
+        "i",
+        "would hide another one",
+    ),
+    "an extent, by a loop": (loop("B"), 0, "B", 'pl.dynamic("B")'),
+    "an extent, by a local": (local("B"), 1, "B", 'pl.dynamic("B")'),
+    "the arguments": (loop("orch_args"), 0, "orch_args", "cannot have a variable"),
+    "a parameter": (loop("ext_lens"), 0, "ext_lens", "makes such a name of lens"),
+    "a parameter, by a local": (outer("ext_lens"), 0, "ext_lens", "makes such a name of lens"),
+    "an index": (loop("indices_t"), 0, "indices_t", "makes such a name of t"),
+    "a task's arguments": (loop("params_t0"), 0, "params_t0", "names of its own"),
+    "a task's arguments, by a local": (outer("params_t1"), 0, "params_t1", "names of its own"),
+    "an allocation": (outer("alloc_0"), 0, "alloc_0", "names of its own"),
+    "a scope": (loop("scope_guard_0"), 0, "scope_guard_0", "names of its own"),
+    "what a tensor is made of": (outer("y_ci"), 0, "y_ci", "makes such a name of y"),
+    "the shape of what a tensor is made of": (
+        outer("y_ci_shapes"),
+        0,
+        "y_ci_shapes",
+        "makes such a name of y",
+    ),
+    "the shape of a view": (
+        """\
+for i in pl.range(batch):
+    view_shapes = i * 8
+    for j in pl.range(2):
+        view = pl.reshape(x, [8, 64])
+        with pl.at(level=pl.Level.CORE_GROUP, name_hint="copy"):
+            out[view_shapes + j : view_shapes + j + 8, 0:N] = pl.add(view[0:8, 0:N], 1.0)
+""",
+        1,
+        "view_shapes",
+        "makes such a name of view",
+    ),
+    "a keyword": (loop("new"), 0, "new", "cannot have a variable"),
+    "a keyword, by a local": (local("template"), 1, "template", "cannot have a variable"),
+    "a type": (loop("int32_t"), 0, "int32_t", "cannot have a variable"),
+    "a function": (loop("get_tensor_data"), 0, "get_tensor_data", "cannot have a variable"),
+}
+KEPT_APART = {
+    "a temporary, by a local": local("t"),
+    "loops one after the other": loop("i") + loop("i"),
+    "a local within a loop and after it": local("row") + "row = batch - 1\n",
+    "a loop's variable that a spliced function has too": loop("row_of"),
+    "a local that a spliced function has too": loop("y").replace("y ", "i ").replace("[y]", "[i]"),
+    "what only looks like a name of PyPTO's": loop("tail_shapes") + loop("ext_row"),
+    "a value that a loop carries": """\
+row = 0
+for i in pl.range(batch):
+    out = store(x, row, out)
+    row = row + 16
+""",
+}
+
+
+def written(folder: Path, body: str) -> Path:
+    file = folder / "planted.py"
+    indented = "".join(f"    {line}\n" for line in body.splitlines())
+    file.write_text(KERNEL.replace("{body}\n", indented))
+    return file
+
+
+@pytest.mark.parametrize("what", CONFUSED)
+def test_a_name_that_pypto_confuses_is_refused_with_its_line(what, tmp_path):
+    body, line, name, why = CONFUSED[what]
+    file = written(tmp_path, body)
+    with pytest.raises(ExecutorError) as error:
+        check_file(file)
+    (said,) = str(error.value).splitlines()
+    assert said.startswith(f"{file}:{FIRST_LINE + line}: kernel names something {name}, and ")
+    assert why in said
+    assert said.endswith("rename it")
+
+
+@pytest.mark.parametrize("what", KEPT_APART)
+def test_a_name_that_pypto_keeps_apart_is_not_refused(what, tmp_path):
+    check_file(written(tmp_path, KEPT_APART[what]))
+
+
+@pytest.mark.pypto
+@pytest.mark.parametrize("what", CONFUSED)
+def test_pypto_confuses_what_is_refused(what, tmp_path):
+    body, *_ = CONFUSED[what]
+    assert complaints_about(written(tmp_path, body), tmp_path)
+
+
+@pytest.mark.pypto
+@pytest.mark.parametrize("what", KEPT_APART)
+def test_pypto_keeps_apart_what_is_not_refused(what, tmp_path):
+    assert complaints_about(written(tmp_path, KEPT_APART[what]), tmp_path) == []
+
+
+def complaints_about(file: Path, folder: Path) -> list[str]:
+    pypto_or_skip()
+    return orchestration_complaints(defined_in(file).kernel, folder)
+
+
+def defined_in(file: Path) -> Any:
+    spec = spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- where it is refused --------------------------------------------------------------------------
+
+
+def test_the_emulation_refuses_it_where_the_kernel_is_defined():
+    pl = language
+
+    with pytest.raises(ExecutorError, match=rf"{__file__}:\d+: kernel names something t, and"):
+
+        @pl.jit
+        def kernel(
+            x: pl.Tensor[[4], pl.INT32],
+            y: pl.Out[pl.Tensor[[4, 32], pl.FP32]],
+        ):
+            for t in pl.parallel(4):
+                with pl.at(level=pl.Level.CORE_GROUP):
+                    y[t : t + 1, 0:32] = pl.full([1, 32], dtype=pl.FP32, value=0.0)
+
+
+def test_the_emulation_knows_the_extents_of_a_kernels_parameters():
+    pl = language
+    rows = pl.dynamic("ROWS")
+
+    with pytest.raises(ExecutorError, match=r'something ROWS, and pl.dynamic\("ROWS"\) gives'):
+
+        @pl.jit
+        def kernel(y: pl.Out[pl.Tensor[[rows, 32], pl.FP32]]):
+            ROWS = pl.tensor.dim(y, 0)  # noqa: N806
+            pl.create_tensor([ROWS, 32], dtype=pl.FP32)
+
+
+@pytest.mark.parametrize("file", ["decode_layer", "blocks"])
+def test_a_kernel_is_refused_when_it_is_loaded_for_pypto(file, tmp_path, monkeypatch):
+    """No language is asked for anything: the check comes before PyPTO parses the kernel."""
+    for name in ("blocks", "decode_layer"):
+        text = source.path(name).read_text()
+        if name == file:
+            text = text.replace("for token in", "for t in")
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(source, "path", lambda name: tmp_path / f"{name}.py")
+    with pytest.raises(ExecutorError, match=rf"{tmp_path / file}.py:\d+: \w+ names something t,"):
+        source.load("decode_layer", DEMO, language if file == "decode_layer" else None)
+
+
+@pytest.mark.parametrize("name", ["blocks", *source.KERNELS])
+def test_the_shipped_kernels_have_no_such_name(name):
+    check_file(source.path(name))
