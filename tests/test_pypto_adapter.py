@@ -231,7 +231,7 @@ def test_what_matters_is_compiled_anew_and_nothing_else(opened, log, pypto_root,
     assert not compiles()
     (pypto_root / "python" / "pypto" / "changed.py").touch()
     assert compiles()
-    (tmp_path / "machine" / "ptoas" / "ptoas").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "machine" / "ptoas" / "ptoas").write_text("#!/bin/sh\necho ptoas 0.57 \n")
     assert compiles()
     with (tmp_path / "machine" / "bin" / "g++-15").open("a") as compiler:
         compiler.write("# another release\n")

@@ -1,5 +1,6 @@
 """PyPTO is found by its files and told from its namesake, and what it lacks is said early."""
 
+import re
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from attrs import asdict
-from fake_pypto import BINARY, COMMIT, cards, checkout, program, unimported
+from fake_pypto import BINARY, COMMIT, PTOAS, cards, checkout, program, unimported
 
 from tilewright.errors import ExecutorError
 from tilewright_pypto import installation
@@ -220,12 +221,12 @@ def test_a_runtime_that_was_built_for_another_platform_is_told(pypto_root):
 def test_ptoas_is_looked_for_where_pypto_does(pypto_root, monkeypatch, tmp_path, place):
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "release"))
     assert "ptoas" in failed("a5sim", pypto_root)
-    program(tmp_path / "release" / place)
+    program(tmp_path / "release" / place, PTOAS)
     assert not failed("a5sim", pypto_root)
 
 
 def test_ptoas_on_the_path_counts_only_without_a_root(pypto_root, monkeypatch, tmp_path):
-    program(tmp_path / "machine" / "bin" / "ptoas")
+    program(tmp_path / "machine" / "bin" / "ptoas", PTOAS)
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "empty"))
     assert "ptoas" in failed("a5sim", pypto_root)
     monkeypatch.delenv("PTOAS_ROOT")
@@ -235,6 +236,69 @@ def test_ptoas_on_the_path_counts_only_without_a_root(pypto_root, monkeypatch, t
 def test_a_ptoas_that_is_not_executable_is_told(pypto_root, tmp_path):
     (tmp_path / "machine" / "ptoas" / "ptoas").chmod(0o644)
     assert "not executable" in failed("a5sim", pypto_root)["ptoas"]
+
+
+LEAST = 'PTOAS_RELATIVE_PATHS = ()\nPTOAS_MIN_VERSION = "v0.61"\n'
+
+
+@pytest.mark.parametrize(
+    ("least", "version", "wanted"),
+    [
+        (None, "0.57", None),
+        (None, "0.56", "0.57"),
+        (None, "0.60", "0.57"),  # assembles e2d0f78's code, to kernels that compute wrong numbers
+        (None, "0.57.1", "0.57"),
+        (LEAST, "0.57", "0.61 or newer"),
+        (LEAST, "0.9", "0.61 or newer"),
+        (LEAST, "0.61", None),
+        (LEAST, "0.100", None),
+        (LEAST, "1.0", None),
+    ],
+)
+def test_ptoas_must_be_of_the_version_that_pypto_generates_code_for(
+    pypto_root, tmp_path, least, version, wanted
+):
+    if least:  # as PyPTO has it since September 2026
+        file = pypto_root / "python" / "pypto" / "backend" / "_ptoas_locate.py"
+        file.parent.mkdir()
+        file.write_text(least)
+    launcher = tmp_path / "machine" / "ptoas" / "ptoas"
+    program(launcher, f"#!/bin/sh\necho 'ptoas {version}'\n")
+    if wanted is None:
+        assert not failed("a5sim", pypto_root)
+        return
+    with pytest.raises(ExecutorError) as error:
+        require("a5sim", find(str(pypto_root)), None)
+    line = one_line(error)
+    assert f"{launcher} is version {version}, and " in line
+    assert f"needs {wanted} (PTOAS_" in line
+    assert f"set PTOAS_ROOT to a release of ptoas {wanted}" in line
+
+
+@pytest.mark.parametrize("said", ["ptoas 0.57", "ptoas version v0.57", "ptoas vmi 0.57 (dev)"])
+def test_a_version_of_ptoas_is_read_from_what_it_prints(pypto_root, tmp_path, said):
+    program(tmp_path / "machine" / "ptoas" / "ptoas", f"#!/bin/sh\necho '{said}'\n")
+    assert not failed("a5sim", pypto_root)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("#!/bin/sh\necho LLVM\n", "does not tell its version, but 'LLVM'"),
+        ("#!/bin/sh\nexit 3\n", "does not tell its version: .*exit status 3"),
+        ("\x7fELF", "does not tell its version: .*Exec format error"),
+    ],
+)
+def test_a_ptoas_that_does_not_tell_its_version_is_refused(pypto_root, tmp_path, text, told):
+    program(tmp_path / "machine" / "ptoas" / "ptoas", text)
+    assert re.search(told, failed("a5sim", pypto_root)["ptoas"])
+
+
+def test_a_pypto_that_names_no_version_takes_any_ptoas(pypto_root, tmp_path):
+    (pypto_root / "toolchain" / "versions.env").unlink()
+    program(tmp_path / "machine" / "ptoas" / "ptoas", "#!/bin/sh\necho ptoas 0.1\n")
+    (found,) = (c for c in needs("a5sim", find(str(pypto_root)), None) if c.name == "ptoas")
+    assert (found.status, found.found.rpartition(", ")[2]) == ("ok", "version 0.1")
 
 
 def test_a_compiler_without_bf16_fails_the_simulators_only(pypto_root, tmp_path, dev):

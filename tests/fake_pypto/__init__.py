@@ -6,7 +6,8 @@ should be. test_pypto_adapter holds its names and parameters to the real ones.
 
 It fails as told by the environment variable FAKE_PYPTO, a JSON object from places (``compile
 head``, ``load head``, ``register head``, ``run head``, ``open``, ``malloc``, ``free``, ``close``)
-to the message of the exception raised there, or to seconds that it takes there. FAKE_PYPTO_LOG is
+to the message of the exception raised there, the name of the signal that ends the process there, or
+the seconds that it takes there. FAKE_PYPTO_LOG is
 a file that gets a line of each event; FAKE_PYPTO_MEMORY is how many bytes the device has.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 BINARY = f"pypto_core{EXTENSION_SUFFIXES[0]}"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PTOAS = "#!/bin/sh\necho ptoas 0.57\n"
 PLATFORMS = {"a2a3": "onboard", "a5": "onboard", "a2a3sim": "sim", "a5sim": "sim"}
 
 
@@ -36,6 +38,7 @@ def checkout(root: Path) -> Path:
         root / "runtime" / "python" / "simpler" / "__init__.py": "",
         root / "runtime" / "python" / f"_task_interface{EXTENSION_SUFFIXES[0]}": "",
         root / "runtime" / "pto_isa.pin": f"{COMMIT}\n",
+        root / "toolchain" / "versions.env": "# pinned\nPTOAS_VERSION=v0.57\n",
     }
     for git in (root / ".git", root / "runtime" / "build" / "pto-isa" / ".git"):
         files |= {
@@ -62,7 +65,7 @@ def program(file: Path, text: str = "#!/bin/sh\n") -> Path:
 def machine(folder: Path) -> dict[str, str]:
     """A machine with all that PyPTO needs besides itself, but for the cards: its environment."""
     program(folder / "bin" / "g++-15", "#!/bin/sh\necho '#define __STDCPP_BFLOAT16_T__ 1'\n")
-    program(folder / "ptoas" / "ptoas")
+    program(folder / "ptoas" / "ptoas", PTOAS)
     program(folder / "cann" / "bin" / "ccec")
     return {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",

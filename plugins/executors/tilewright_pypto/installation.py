@@ -242,7 +242,7 @@ def _commit(root: Path) -> str | None:
 def needs(platform: str | None, installation: Installation, card: int | None) -> Iterator[Check]:
     """What a platform needs besides PyPTO's package. None: all platforms that may be meant here."""
     yield from _runtime(installation, platform)
-    yield _ptoas()
+    yield _ptoas(installation)
     if platform is None or platform in SIMULATORS:
         yield _simulators_compiler()
     if platform is None and not _cards() and not os.environ.get("ASCEND_HOME_PATH"):
@@ -312,19 +312,79 @@ def _ptoas_files() -> list[Path]:
     return [Path(found)] if found else []
 
 
-def _ptoas() -> Check:
+def _ptoas(installation: Installation) -> Check:
+    """The assembler, of a version that this PyPTO generates code for."""
     files = _ptoas_files()
     usable = next((f for f in files if os.access(f, os.X_OK)), None)
-    if usable:
-        return Check(name="ptoas", status="ok", found=str(usable))
-    root = os.environ.get("PTOAS_ROOT")
-    place = f"PTOAS_ROOT={root} (in {', '.join(PTOAS)})" if root else "PATH, and no PTOAS_ROOT"
-    return _failed(
-        "ptoas",
-        f"{files[0]} is not executable" if files else f"none in {place}",
-        "set PTOAS_ROOT to a release of the version that the checkout's toolchain/versions.env "
-        "names",
-    )
+    pin = _ptoas_pin(installation)
+    wanted = f"a release of ptoas {pin}" if pin else "a release of the version that PyPTO names"
+    advice = f"set PTOAS_ROOT to {wanted}"
+    if usable is None:
+        root = os.environ.get("PTOAS_ROOT")
+        place = f"PTOAS_ROOT={root} (in {', '.join(PTOAS)})" if root else "PATH, and no PTOAS_ROOT"
+        found = f"{files[0]} is not executable" if files else f"none in {place}"
+        return _failed("ptoas", found, advice)
+    try:
+        said = subprocess.run(
+            [str(usable), "--version"], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        found = f"{usable} does not tell its version: {' '.join(str(error).split())}"
+        return _failed("ptoas", found, advice)
+    match = re.search(r"\bptoas\D*?(\d+(?:\.\d+)+)", said.stdout)
+    if match is None:
+        found = f"{usable} does not tell its version, but {said.stdout.strip()!r}"
+        return _failed("ptoas", found, advice)
+    version = match[1]
+    if pin and not pin.admits(version):
+        return _failed(
+            "ptoas",
+            f"{usable} is version {version}, and {installation.folders[0]} needs {pin} "
+            f"({pin.where}): with another one kernels compute wrong numbers, or do not compile",
+            advice,
+        )
+    return Check(name="ptoas", status="ok", found=f"{usable}, version {version}")
+
+
+@frozen
+class _Pin:
+    """The version of ptoas that a PyPTO generates code for."""
+
+    version: str
+    or_newer: bool
+    where: str
+    """What says so."""
+
+    def __str__(self) -> str:
+        return f"{self.version} or newer" if self.or_newer else self.version
+
+    def admits(self, version: str) -> bool:
+        found, wanted = _numbers(version), _numbers(self.version)
+        return found >= wanted if self.or_newer else found == wanted
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+def _ptoas_pin(installation: Installation) -> _Pin | None:
+    """None where PyPTO's files say nothing of it, as in a wheel before September 2026.
+
+    From then on PyPTO has a least version, which it checks when it compiles. Before, a checkout has
+    the version that it is tested with, and only that one is known to go with it: 0.60 assembled
+    what e2d0f78, which names 0.57, generates, and products came out wrong.
+    """
+    package = installation.folders[0]
+    for file, name, or_newer in (
+        (package / "backend" / "_ptoas_locate.py", "PTOAS_MIN_VERSION", True),
+        (_root(package) / "toolchain" / "versions.env", "PTOAS_VERSION", False),
+    ):
+        if file.is_file():
+            text = file.read_text(errors="replace")
+            found = re.search(rf"^{name}\s*=\s*[\"']?v?(\d+(?:\.\d+)+)", text, re.MULTILINE)
+            if found:
+                return _Pin(found[1], or_newer, f"{name} in {file}")
+    return None
 
 
 def _simulators_compiler() -> Check:
