@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -671,6 +672,48 @@ def test_a_mistake_is_one_line_on_the_command_line(
     (line,) = (x for x in err.splitlines() if not x.startswith("fake pypto"))
     assert line.startswith("tilewright: error: ")
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("place", "end", "said"),
+    [
+        ("run_head", "SIGSEGV", "step 0, the head: the process died running kernel head"),
+        ("run_decode_layer", "SIGABRT", "step 1, layer 0: the process died running kernel decode_"),
+        ("run_prefill_layer", "SIGKILL", "step 0, layer 0: the process died running kernel prefi"),
+        ("compile_head", "SIGSEGV", "the process died compiling kernel head"),
+    ],
+)
+def test_a_crash_leaves_a_line_that_names_kernel_step_and_artifacts(
+    pypto_root, tmp_path, place, end, said
+):
+    argv = ["generate", "--executor", "pypto-npu", "-o", "platform=a2a3sim", "--max-seq-len", "64"]
+    for name, value in {"pypto_root": pypto_root, "build_dir": tmp_path / "builds"}.items():
+        argv += ["-o", f"{name}={value}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tilewright", *argv, "When in the Course"],
+        env=os.environ | {"FAKE_PYPTO": failing(**{place: end})},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -getattr(signal, end)
+    (line,) = (x for x in done.stderr.splitlines() if "died" in x)
+    kernel = place.partition("_")[2]
+    assert line.startswith(f"tilewright: {said}")
+    assert f"kernel {kernel} on a2a3sim; artifacts in {tmp_path / 'builds' / kernel}-" in line
+    assert "platform=emulated" in line
+
+
+def test_a_crash_line_is_left_by_no_other_end(pypto_root, tmp_path):
+    argv = ["--executor", "pypto-npu", "-o", "platform=a2a3sim", "-o", f"pypto_root={pypto_root}"]
+    for failure, code in (({}, 0), ({"run_head": "no luck"}, 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "tilewright", "generate", *argv, "--max-new-tokens", "1", "We"],
+            env=os.environ | {"FAKE_PYPTO": failing(**failure)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        assert "died" not in done.stderr
 
 
 # --- the fake and the real one --------------------------------------------------------------------

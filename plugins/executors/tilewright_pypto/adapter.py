@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from functools import reduce
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto import build_cache, failures
+from tilewright_pypto.crash import CrashNote
 from tilewright_pypto.device import Kernel
 from tilewright_pypto.installation import Installation, find, identity, require
 
@@ -160,6 +161,7 @@ class PyptoDevice:
     ):
         """key: what compiled code depends on, besides the kernel."""
         self.name = options.platform if card is None else f"{options.platform} card {card}"
+        self.place = ""
         self._pypto = pypto
         self._platform = options.platform
         self._card = card
@@ -173,11 +175,18 @@ class PyptoDevice:
         self._taken = 0
         rings = {n: size for n in RINGS if (size := getattr(options, n)) is not None}
         try:
+            self._crash = CrashNote()
+        except OSError as error:
+            raise ExecutorError(f"{self.name} cannot be opened: {error}") from error
+        try:
             with redirect_stdout(sys.stderr):
                 # The rings' sizes are taken from the configuration of each call, not the worker's.
                 self._config = self._run_config(device_id=card or 0, **rings)
                 self._worker: Any = pypto.runtime.ChipWorker(config=self._config)
-        except Exception as error:
+        except BaseException as error:
+            self._crash.close()
+            if not isinstance(error, Exception):
+                raise
             raise ExecutorError(
                 f"{self.name} cannot be opened: {failures.cause(error)}; {self._advice(error)}"
             ) from error
@@ -267,6 +276,8 @@ class PyptoDevice:
             # It keeps what it could not free for a second try; a lost card fails that too.
             with suppress(Exception):
                 worker.close()
+        finally:
+            self._crash.close()
 
     def _run_config(self, **settings: Any) -> Any:
         return self._pypto.runtime.RunConfig(platform=self._platform, **settings)
@@ -291,7 +302,8 @@ class PyptoDevice:
         def compile(home: Path) -> Any:
             self.artifacts[kernel] = home
             quiet = redirect_stdout(sys.stderr)
-            with self._failing(kernel, " did not compile"), _codegen_workers(self._jobs), quiet:
+            failing = self._failing(kernel, "compiling", " did not compile")
+            with failing, _codegen_workers(self._jobs), quiet:
                 function = source.load(kernel, shape, self._pypto.language)
                 program = function.compile(config=self._run_config(save_kernels_dir=str(home)))
                 program.load()
@@ -301,7 +313,7 @@ class PyptoDevice:
 
         def reload(home: Path) -> Any:
             self.artifacts[kernel] = home
-            with redirect_stdout(sys.stderr):
+            with self._crashing(kernel, "loading"), redirect_stdout(sys.stderr):
                 program = load_again(str(home), platform=self._platform)
                 program.load()
             return program
@@ -315,27 +327,36 @@ class PyptoDevice:
                 f"{', '.join(names)}, and the source has {', '.join(ours)}; artifacts in "
                 f"{self.artifacts[kernel]}; report it, with PyPTO's version"
             )
-        with self._failing(kernel, " did not load"):
+        with self._failing(kernel, "loading", " did not load"):
             handle = worker.register(program)
 
         def call(**tensors: Any) -> None:
             self._opened()
             bound = dict(zip(ours, contract.bind(tensors), strict=True))
-            with self._failing(kernel, ""):
+            with self._failing(kernel, "running", ""):
                 handle(*(bound[name] for name in names), config=self._config)
 
         return call, seconds
 
     @contextmanager
-    def _failing(self, kernel: str, what: str) -> Iterator[None]:
+    def _failing(self, kernel: str, doing: str, what: str) -> Iterator[None]:
         """PyPTO's errors, as errors of a kernel."""
         try:
-            yield
+            with self._crashing(kernel, doing):
+                yield
         except Exception as error:
             raise ExecutorError(
                 f"kernel {kernel} on {self.name}{what}: {failures.cause(error)}; "
                 f"artifacts in {self.artifacts[kernel]}; {self._advice(error)}"
             ) from error
+
+    def _crashing(self, kernel: str, doing: str) -> AbstractContextManager[None]:
+        """What a crash of PyPTO leaves behind."""
+        place = f"{self.place}: " if self.place and doing == "running" else ""
+        return self._crash.noting(
+            f"{place}the process died {doing} kernel {kernel} on {self.name}; "
+            f"artifacts in {self.artifacts[kernel]}; {failures.OTHERWISE.advice}"
+        )
 
     def _refused(self, what: str, error: Exception) -> ExecutorError:
         if isinstance(error, ExecutorError):

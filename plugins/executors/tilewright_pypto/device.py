@@ -22,6 +22,9 @@ class Device(Protocol):
         """For results and errors: ``a2a3 card 3``, ``a2a3sim``, ``emulated``."""
         ...
 
+    place: str
+    """Where in the model the next kernel call is: ``step 3, layer 12``. A crash says so."""
+
     @property
     def memory_limit(self) -> int | None:
         """Bytes that the KV cache may take when nobody says how many pages it shall have."""

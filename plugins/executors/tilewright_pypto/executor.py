@@ -256,11 +256,12 @@ class PyptoExecutor:
         return self._step
 
     def _call(self, kernel: str, where: str, tensors: Mapping[str, Any]) -> None:
+        self._device.place = f"step {self._steps - 1}, {where}"
         try:
             with torch.inference_mode():
                 self._opened().kernels[kernel](**tensors)
         except ExecutorError as error:
-            raise ExecutorError(f"step {self._steps - 1}, {where}: {error}") from error
+            raise ExecutorError(f"{self._device.place}: {error}") from error
 
     def _check(self, batch: StepBatch) -> None:
         """What the kernels are compiled for is not to be passed: they would leave their buffers."""

@@ -15,6 +15,7 @@ class EmulatedDevice:
     """A ``Device`` (see tilewright_pypto.device) whose memory is the host's."""
 
     name = "emulated"
+    place = ""
     allocate = None
 
     @property
