@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -273,16 +274,21 @@ def test_the_artifacts_are_where_the_device_says(opened, tmp_path):
 
 
 @pytest.mark.parametrize("before", [None, "7"])
-def test_jobs_bound_the_assemblers_while_it_compiles(opened, monkeypatch, before):
-    name = "PYPTO_CODEGEN_MAX_WORKERS"
+@pytest.mark.parametrize("jobs", [1, 3, None])
+def test_jobs_bound_assemblers_and_compilers(opened, monkeypatch, log, before, jobs):
+    name, most = "PYPTO_CODEGEN_MAX_WORKERS", jobs or len(os.sched_getaffinity(0))
     monkeypatch.delenv(name, raising=False)
     if before:
         monkeypatch.setenv(name, before)
     seen = []
     monkeypatch.setattr(source, "load", spying(source.load, lambda: seen.append(os.environ[name])))
-    opened(compile_jobs=2).load(["head"], SHAPE)
-    assert seen[0] == "2"
+    opened(compile_jobs=jobs).load(["head"], SHAPE)
+    assert seen[0] == str(most)
     assert os.environ.get(name) == before
+    opened(compile_jobs=jobs).load(["head"], SHAPE)  # from the cache; PyPTO may compile again
+    assert log(f"{min(most, 8)} compilers") == 2 * [f"{min(most, 8)} compilers for head"]
+    pool = sys.modules["pypto.runtime.device_runner"].ThreadPoolExecutor
+    assert pool is ThreadPoolExecutor
 
 
 def spying(function, then):

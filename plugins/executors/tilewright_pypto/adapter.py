@@ -51,6 +51,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "runtime.DeviceTensor": ("data_ptr", "shape", "dtype"),
 }
 """All names of PyPTO that this module uses, with the parameters that it gives, in their order."""
+CODEGEN_WORKERS = "PYPTO_CODEGEN_MAX_WORKERS"
 CARD_KV_BYTES = 16 << 30
 """PyPTO does not tell how much memory a card has free. On a card of 64 GiB this leaves enough for
 Qwen3-14B's weights, 28 GiB in BF16, and for the runtime; total_pages asks for more or less."""
@@ -303,7 +304,7 @@ class PyptoDevice:
             self.artifacts[kernel] = home
             quiet = redirect_stdout(sys.stderr)
             failing = self._failing(kernel, "compiling", " did not compile")
-            with failing, _codegen_workers(self._jobs), quiet:
+            with failing, _compilers(self._jobs), quiet:
                 function = source.load(kernel, shape, self._pypto.language)
                 program = function.compile(config=self._run_config(save_kernels_dir=str(home)))
                 program.load()
@@ -313,7 +314,8 @@ class PyptoDevice:
 
         def reload(home: Path) -> Any:
             self.artifacts[kernel] = home
-            with self._crashing(kernel, "loading"), redirect_stdout(sys.stderr):
+            quiet = redirect_stdout(sys.stderr)
+            with self._crashing(kernel, "loading"), _compilers(self._jobs), quiet:
                 program = load_again(str(home), platform=self._platform)
                 program.load()
             return program
@@ -374,19 +376,26 @@ class PyptoDevice:
 
 
 @contextmanager
-def _codegen_workers(jobs: int | None) -> Iterator[None]:
-    """PyPTO reads how many assemblers it may run from the environment."""
-    name = "PYPTO_CODEGEN_MAX_WORKERS"
-    before = os.environ.get(name)
-    if jobs is not None:
-        os.environ[name] = str(jobs)
+def _compilers(jobs: int | None) -> Iterator[None]:
+    """At most that many assemblers and compilers at a time; None: as many as there are CPUs.
+
+    PyPTO reads the number of assemblers from the environment. It starts a compiler for each task of
+    a kernel, up to 64 at once, in a pool whose size nothing sets: so the pool is replaced.
+    """
+    from pypto.runtime import device_runner
+
+    most = jobs or len(os.sched_getaffinity(0))
+    before, pool = os.environ.get(CODEGEN_WORKERS), device_runner.ThreadPoolExecutor
+    os.environ[CODEGEN_WORKERS] = str(most)
+    device_runner.ThreadPoolExecutor = lambda max_workers: pool(min(max_workers, most))
     try:
         yield
     finally:
-        if before is not None:
-            os.environ[name] = before
-        elif jobs is not None:
-            del os.environ[name]
+        device_runner.ThreadPoolExecutor = pool
+        if before is None:
+            del os.environ[CODEGEN_WORKERS]
+        else:
+            os.environ[CODEGEN_WORKERS] = before
 
 
 def _mib(size: int) -> str:

@@ -75,7 +75,11 @@ class Options:
         default=None,
         metadata={"help": "folder of compiled kernels; default: ~/.cache/tilewright/pypto"},
     )
-    compile_jobs: int | None = _size("assembler runs at a time", validators.ge(1))
+    compile_jobs: int | None = field(
+        default=None,
+        validator=validators.optional(validators.ge(1)),
+        metadata={"help": "assemblers and compilers at a time; default: one for each CPU"},
+    )
     ring_task_window: int | None = _size("tasks in flight", power_of_two(4))
     ring_heap: int | None = _size("bytes of the runtime's heap", power_of_two(1024))
     ring_dep_pool: int | None = _size(

@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pypto import events
+from pypto.runtime import device_runner
 from tilewright_kernels.qwen3_14b import source
 from tilewright_pypto.emulated.language import language
 
@@ -26,6 +27,7 @@ class CompiledProgram:
         if self._loaded is None:
             print(f"fake pypto loads {self.name}")
             events.at(f"load {self.name}")
+            device_runner.compile_and_assemble(self.name)
             shape = SimpleNamespace(constants=lambda kernel: self._constants)
             self._loaded = source.load(self.name, shape, language)
 
