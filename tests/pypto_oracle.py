@@ -1,7 +1,13 @@
-"""PyPTO itself as an oracle, without a device: its front end lowers a kernel for a2a3 with all its
-passes, and ``pypto.debug.torch_codegen`` turns what comes out into PyTorch.
+"""PyPTO itself as an oracle, without a device.
 
-torch_codegen is a debugging aid, and lenient; here it is held to what the IR says:
+``simulator_or_skip`` gives PyPTO's simulator of an Ascend 910B, a2a3sim, behind the adapter that
+users have. It is the judge: kernels are compiled as for a card, and run.
+
+``lowered`` is cheap and needs PyPTO's front end only: a kernel is lowered for a2a3 with all passes,
+and ``pypto.debug.torch_codegen`` turns the result into PyTorch. That does not go through the C++
+that PyPTO generates of what stands outside of tasks, so it cannot see mistakes of that;
+``orchestration_complaints`` reads that C++. torch_codegen is a debugging aid, and lenient; here it
+is held to what the IR says:
 
 - A value's valid region is that of its type in the IR; torch_codegen loses it at an operator.
 - Products of BF16 are added up in FP32; torch_codegen rounds each to BF16.
@@ -13,10 +19,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+from qwen3_layers import Run
+
+from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright_pypto.adapter import PyptoDevice, open_device
+from tilewright_pypto.installation import find, needs
+from tilewright_pypto.plugin import Options
 
 REASON = "PyPTO (hw-native-sys/pypto, its front end) is not importable"
 
@@ -31,6 +45,23 @@ def pypto_or_skip() -> Any:
         pytest.skip(f"{REASON}: {error}")
     pypto.set_log_level(pypto.LogLevel.ERROR)
     return pypto.language
+
+
+@cache
+def simulator_or_skip() -> PyptoDevice:
+    """a2a3sim, opened; skips the test where PyPTO or what the simulator needs is not there."""
+    pypto_or_skip()
+    installation = find(None)
+    lacking = [c for c in needs("a2a3sim", installation, None) if c.status == "failed"]
+    if lacking:
+        pytest.skip("; ".join(f"a2a3sim needs {c.name}: {c.found}" for c in lacking))
+    return open_device(Options(platform="a2a3sim", build_dir=mkdtemp()), None, lambda *_: None)
+
+
+def simulated(kernel: str, shape: LayerShape) -> Run:
+    """The kernel on a2a3sim, by the adapter, working in place on tensors by name."""
+    call = simulator_or_skip().load([kernel], shape)[kernel]
+    return lambda tensors: call(**tensors)
 
 
 def orchestration_complaints(kernel: Any, folder: Path) -> list[str]:

@@ -2,28 +2,19 @@
 
     python tests/record_a2a3sim.py
 
-writes tests/data/a2a3sim/<kernel>.safetensors, for test_recorded_a2a3sim. It needs PyPTO and its
-simulator of April 2026 (``pypto_simulator``), of REVISIONS and with these mended, as they are in
-later ones:
-
-- orchestration_codegen.cpp and normalize_return_order_pass.cpp: a task's second result may be one
-  that it also reads, and be stored to more than once;
-- callable.h, task_interface.cpp and runtime.h: a program may have 128 kinds of tasks, not 32;
-- pto_tensormap.h: a task may wait for 1024 writers of a tensor; of more than 16 the others were
-  forgotten, and what came out depended on luck;
-- ptoas.cpp, dropEmptyEmitCExpressions: an expression that only repeats another one is dropped.
-
-The C++ compiler must have a BF16 type, else the simulator computes in FP16 and does not say so.
+writes tests/data/a2a3sim/<kernel>.safetensors, for test_recorded_a2a3sim, through the executor's
+adapter. It needs PyPTO, its runtime and ptoas, of versions that belong together; what they are is
+recorded too.
 """
 
 import datetime
 import json
-import tempfile
+import subprocess
 from pathlib import Path
 
 import torch
 from attrs import asdict
-from pypto_simulator import simulated
+from pypto_oracle import simulated
 from qwen3_layers import (
     Cache,
     Guarded,
@@ -38,15 +29,9 @@ from torch import Tensor
 from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright_pypto.installation import find, needs
 
 DATA = Path(__file__).with_name("data") / "a2a3sim"
-
-REVISIONS = {
-    "pypto": "d15c356f562109753e06a110c9bde3b4dae959b1",
-    "simpler": "bb7965fb",
-    "pto-isa": "5779238f",
-    "ptoas": "0.27 (a56b18c3)",
-}
 
 SHAPE = LayerShape(
     hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=32, page_size=32, kv_tile=16
@@ -87,10 +72,29 @@ def cases(kernel: str) -> list[dict[str, Tensor]]:
     return given
 
 
-def record(kernel: str, folder: Path) -> None:
+def revisions() -> dict[str, str]:
+    """The commits of PyPTO, its runtime and PTO-ISA, and the version of ptoas."""
+    found = find(None)
+    assert found.commit is not None
+    told = {c.name: c.found for c in needs("a2a3sim", found, None)}
+    root = found.folders[0].parent.parent
+    return {
+        "pypto": found.commit,
+        "simpler": commit(root / "runtime"),
+        "pto-isa": commit(Path(told["PTO-ISA"])),
+        "ptoas": told["ptoas"].rpartition(" ")[2],
+    }
+
+
+def commit(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def record(kernel: str) -> None:
     contract = read_contract(source.path(kernel), kernel, SHAPE.constants(kernel))
     written = {p.name for p in contract.parameters if p.direction != "in"}
-    run = simulated(kernel, SHAPE, folder)
+    run = simulated(kernel, SHAPE)
     kept: dict[str, Tensor] = {}
     first, *_ = given = cases(kernel)
     for case, tensors in enumerate(given):
@@ -103,7 +107,7 @@ def record(kernel: str, folder: Path) -> None:
         assert not guarded.broken()
         assert guarded.changed() == written
         kept |= {f"{case}.found.{name}": guarded.tensors[name].clone() for name in written}
-    metadata = REVISIONS | {
+    metadata = revisions() | {
         "platform": "a2a3sim",
         "kernel": kernel,
         "shape": json.dumps(asdict(SHAPE)),
@@ -115,5 +119,4 @@ def record(kernel: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     for name in source.KERNELS:
-        with tempfile.TemporaryDirectory() as built:
-            record(name, Path(built))
+        record(name)

@@ -1,4 +1,4 @@
-"""Qwen3's kernels, emulated and by PyPTO's own front end, against the torch executor.
+"""Qwen3's kernels, emulated and by PyPTO itself, against the torch executor.
 
 A kernel must be as near to the torch executor in BF16 as rounding allows, and nearly as near to it
 in FP32 as its own BF16 is. ``compare_layer`` checks the KV cache and the memory around every buffer
@@ -8,13 +8,11 @@ as well.
 import json
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
 from attrs import evolve, fields
-from pypto_oracle import lowered, orchestration_complaints, pypto_or_skip
-from pypto_simulator import simulated, simulator_or_skip
+from pypto_oracle import lowered, orchestration_complaints, pypto_or_skip, simulated
 from qwen3_layers import (
     Cache,
     Guarded,
@@ -76,8 +74,7 @@ def by_pypto(kernel: str, shape: LayerShape) -> Run:
 
 @cache
 def by_simulator(kernel: str, shape: LayerShape) -> Run:
-    simulator_or_skip()
-    return simulated(kernel, shape, Path(mkdtemp()))
+    return simulated(kernel, shape)
 
 
 everywhere = pytest.mark.parametrize(
