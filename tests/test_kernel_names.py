@@ -72,8 +72,8 @@ for i in pl.range(batch):
 
 CONFUSED = {
     # The body, the line of it and the name that are refused, and why.
-    "a parallel loop's temporary": (loop("t", "parallel"), 0, "t", "temporaries"),
-    "a temporary": (loop("t"), 0, "t", "temporaries"),
+    "a parallel loop's temporary": (loop("t", "parallel"), 0, "t", "names temporaries so"),
+    "a temporary": (loop("t"), 0, "t", "names temporaries so"),
     "a temporary of before the loop": (
         """\
 first = pl.cast(pl.read(lens, [0]), pl.INDEX)
@@ -82,10 +82,10 @@ for t in pl.range(batch):
 """,
         1,
         "t",
-        "temporaries",
+        "names temporaries so",
     ),
-    "an underscore at the end": (loop("t_"), 0, "t_", "drops what follows a __"),
-    "two underscores": (loop("t__x"), 0, "t__x", "drops what follows a __"),
+    "an underscore at the end": (loop("t_"), 0, "t_", "ends a name at its first __"),
+    "two underscores": (loop("t__x"), 0, "t__x", "ends a name at its first __"),
     "no name, within another loop": (
         """\
 for i in pl.range(batch):
@@ -95,7 +95,7 @@ for i in pl.range(batch):
 """,
         1,
         "_",
-        "drops what follows a __",
+        "ends a name at its first __",
     ),
     "a loop within a loop": (
         """\
@@ -105,7 +105,7 @@ for i in pl.range(batch):
 """,
         0,
         "i",
-        "a loop within this one",
+        "an inner loop has a variable",
     ),
     "a local of before": (
         """\
@@ -116,7 +116,7 @@ for i in pl.range(batch):
 """,
         2,
         "i",
-        "would hide another one",
+        "would hide another variable",
     ),
     "a loop's variable that gets another value": (
         """\
@@ -126,24 +126,29 @@ for i in pl.range(batch):
 """,
         0,
         "i",
-        "would hide another one",
+        "would hide another variable",
     ),
     "an extent, by a loop": (loop("B"), 0, "B", 'pl.dynamic("B")'),
     "an extent, by a local": (local("B"), 1, "B", 'pl.dynamic("B")'),
     "the arguments": (loop("orch_args"), 0, "orch_args", "cannot have a variable"),
-    "a parameter": (loop("ext_lens"), 0, "ext_lens", "makes such a name of lens"),
-    "a parameter, by a local": (outer("ext_lens"), 0, "ext_lens", "makes such a name of lens"),
-    "an index": (loop("indices_t"), 0, "indices_t", "makes such a name of t"),
-    "a task's arguments": (loop("params_t0"), 0, "params_t0", "names of its own"),
-    "a task's arguments, by a local": (outer("params_t1"), 0, "params_t1", "names of its own"),
-    "an allocation": (outer("alloc_0"), 0, "alloc_0", "names of its own"),
-    "a scope": (loop("scope_guard_0"), 0, "scope_guard_0", "names of its own"),
-    "what a tensor is made of": (outer("y_ci"), 0, "y_ci", "makes such a name of y"),
+    "a parameter": (loop("ext_lens"), 0, "ext_lens", "generates that name from lens"),
+    "a parameter, by a local": (outer("ext_lens"), 0, "ext_lens", "generates that name from lens"),
+    "an index": (loop("indices_t"), 0, "indices_t", "generates that name from t"),
+    "a task's arguments": (loop("params_t0"), 0, "params_t0", "generates names of that form"),
+    "a task's arguments, by a local": (
+        outer("params_t1"),
+        0,
+        "params_t1",
+        "generates names of that form",
+    ),
+    "an allocation": (outer("alloc_0"), 0, "alloc_0", "generates names of that form"),
+    "a scope": (loop("scope_guard_0"), 0, "scope_guard_0", "generates names of that form"),
+    "what a tensor is made of": (outer("y_ci"), 0, "y_ci", "generates that name from y"),
     "the shape of what a tensor is made of": (
         outer("y_ci_shapes"),
         0,
         "y_ci_shapes",
-        "makes such a name of y",
+        "generates that name from y",
     ),
     "the shape of a view": (
         """\
@@ -156,7 +161,7 @@ for i in pl.range(batch):
 """,
         1,
         "view_shapes",
-        "makes such a name of view",
+        "generates that name from view",
     ),
     "a keyword": (loop("new"), 0, "new", "cannot have a variable"),
     "a keyword, by a local": (local("template"), 1, "template", "cannot have a variable"),
@@ -193,9 +198,8 @@ def test_a_name_that_pypto_confuses_is_refused_with_its_line(what, tmp_path):
     with pytest.raises(ExecutorError) as error:
         check_file(file)
     (said,) = str(error.value).splitlines()
-    assert said.startswith(f"{file}:{FIRST_LINE + line}: kernel names something {name}, and ")
+    assert said.startswith(f"{file}:{FIRST_LINE + line}: kernel: rename {name}: ")
     assert why in said
-    assert said.endswith("rename it")
 
 
 @pytest.mark.parametrize("what", KEPT_APART)
@@ -236,7 +240,7 @@ def defined_in(file: Path) -> Any:
 def test_the_emulation_refuses_it_where_the_kernel_is_defined():
     pl = language
 
-    with pytest.raises(ExecutorError, match=rf"{__file__}:\d+: kernel names something t, and"):
+    with pytest.raises(ExecutorError, match=rf"{__file__}:\d+: kernel: rename t: "):
 
         @pl.jit
         def kernel(
@@ -252,7 +256,7 @@ def test_the_emulation_knows_the_extents_of_a_kernels_parameters():
     pl = language
     rows = pl.dynamic("ROWS")
 
-    with pytest.raises(ExecutorError, match=r'something ROWS, and pl.dynamic\("ROWS"\) gives'):
+    with pytest.raises(ExecutorError, match=r'rename ROWS: pl.dynamic\("ROWS"\) becomes'):
 
         @pl.jit
         def kernel(y: pl.Out[pl.Tensor[[rows, 32], pl.FP32]]):
@@ -269,7 +273,7 @@ def test_a_kernel_is_refused_when_it_is_loaded_for_pypto(file, tmp_path, monkeyp
             text = text.replace("for token in", "for t in")
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(source, "path", lambda name: tmp_path / f"{name}.py")
-    with pytest.raises(ExecutorError, match=rf"{tmp_path / file}.py:\d+: \w+ names something t,"):
+    with pytest.raises(ExecutorError, match=rf"{tmp_path / file}.py:\d+: \w+: rename t: "):
         source.load("decode_layer", DEMO, language if file == "decode_layer" else None)
 
 

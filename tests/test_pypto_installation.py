@@ -284,9 +284,9 @@ def test_a_version_of_ptoas_is_read_from_what_it_prints(pypto_root, tmp_path, sa
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("#!/bin/sh\necho LLVM\n", "does not tell its version, but 'LLVM'"),
-        ("#!/bin/sh\nexit 3\n", "does not tell its version: .*exit status 3"),
-        ("\x7fELF", "does not tell its version: .*Exec format error"),
+        ("#!/bin/sh\necho LLVM\n", "--version printed no version: 'LLVM'"),
+        ("#!/bin/sh\nexit 3\n", "--version failed: .*exit status 3"),
+        ("\x7fELF", "--version failed: .*Exec format error"),
     ],
 )
 def test_a_ptoas_that_does_not_tell_its_version_is_refused(pypto_root, tmp_path, text, told):

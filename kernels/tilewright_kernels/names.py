@@ -1,11 +1,11 @@
-"""Names that a kernel must not use: PyPTO's generated C++ would take one thing for another.
+"""Variable names that PyPTO's generated C++ confuses, refused before PyPTO sees the kernel.
 
-PyPTO turns what a kernel does outside of its tasks into C++ of the same names, beside names of its
-own. It keeps variables apart, but not the variables of loops, nor the symbols of ``pl.dynamic``:
-where two of a name meet, the inner one hides the outer one, and the kernel computes with the wrong
-value, without an error. Found in PyPTO e2d0f78 (its orchestration_codegen.cpp and
-tensor_op_codegen.cpp); pypto#2627 is of the same kind. Functions that are spliced in get names with
-a serial number, but are held to the same rules: one of them may become a kernel.
+PyPTO generates C++ for what a kernel does outside its tasks, and keeps the kernel's variable names.
+It makes most names unique, but not those of loop variables and of ``pl.dynamic`` symbols: where two
+variables have one name, the inner one hides the outer one, and the kernel computes with the wrong
+value, without an error. The rules were found in PyPTO e2d0f78 (its orchestration_codegen.cpp and
+tensor_op_codegen.cpp); pypto#2627 is of the same kind. Local names of inline functions get a serial
+number, which makes them unique, but the rules hold for them too: the code may move into a kernel.
 """
 
 import ast
@@ -17,17 +17,17 @@ from typing import TypeGuard
 from tilewright.errors import ExecutorError
 
 TEMPORARY = "t"
-"""What PyPTO calls the result of each ``pl.read``, and of any other call within an expression."""
+"""PyPTO's name for the result of a ``pl.read``, or of another call within an expression."""
 NUMBERED = re.compile(
     r"(alloc|scope_guard)_\d+|params_t\d+(_.*)?|task_\d+_outs|(params_)?phase_fence_barrier_\d+_.*|"
     r"dynamic_compiler_dep_tids(_.*)?|\w+_inline\d+"
 )
-"""Names that PyPTO makes whatever a kernel is called; the last is a name of a spliced function."""
+"""Names that PyPTO generates; the last form is that of an inline function's local variable."""
 DERIVED = re.compile(
     r"ext_(?P<parameter>\w+)|indices_(?P<read>\w+)|"
     r"(?P<variable>\w+?)_(?:ci|ci_shapes|shapes|offsets|view|tid|logical_fp4_offset|v\d+)"
 )
-"""Names that PyPTO makes of another name."""
+"""Names that PyPTO generates from another name."""
 CPLUSPLUS = frozenset(
     re.findall(
         r"\w+",
@@ -46,13 +46,13 @@ CPLUSPLUS = frozenset(
         """,
     )
 )
-"""Keywords of C++ that Python does not have, and what the generated code itself uses."""
+"""C++ keywords that are not Python's, and the types and functions that the generated code uses."""
 
 
 def check_file(file: Path) -> None:
-    """Raise ExecutorError for the first bad name in a kernel, or a function of kernels, of a file.
+    """Check all kernels and inline functions of a file.
 
-    It names the file, the line, the name, what PyPTO would confuse it with, and what to do.
+    Raises ExecutorError for the first name that PyPTO would confuse, with file, line and reason.
     """
     tree = ast.parse(file.read_text(), str(file))
     symbols = {
@@ -72,20 +72,19 @@ def check_function(
 ) -> None:
     """As ``check_file``, for one function.
 
-    symbols: what ``pl.dynamic`` was called with for the types of its parameters.
-    first_line: the line of the file that the syntax tree calls 1.
+    symbols: names of the ``pl.dynamic`` extents in the types of its parameters.
+    first_line: line number in the file of line 1 of the syntax tree.
     """
     for node, name, why in _misnamed(function, frozenset(symbols)):
         raise ExecutorError(
-            f"{file}:{first_line + node.lineno - 1}: {function.name} names something {name}, and "
-            f"{why}: rename it"
+            f"{file}:{first_line + node.lineno - 1}: {function.name}: rename {name}: {why}"
         )
 
 
 def _misnamed(
     function: ast.FunctionDef, symbols: frozenset[str]
 ) -> Iterator[tuple[ast.arg | ast.Name, str, str]]:
-    """Each bad name, where it stands, and why it is bad."""
+    """The node, the name and the reason of each name that PyPTO would confuse."""
     parameters = {a: a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
     variables = {n: n.id for n in ast.walk(function) if _is_stored(n)}
     loops = {
@@ -103,21 +102,21 @@ def _misnamed(
         made = DERIVED.fullmatch(name)
         of = made and (made["parameter"] or made["read"] or made["variable"])
         if name.endswith("_") or "__" in name:
-            why = "PyPTO drops what follows a __, and adds one of its own"
+            why = "PyPTO ends a name at its first __, and appends a __ to each"
         elif name in CPLUSPLUS:
-            why = "the C++ that PyPTO generates cannot have a variable of that name"
+            why = "the generated C++ cannot have a variable of that name"
         elif NUMBERED.fullmatch(name):
-            why = "PyPTO makes such names of its own"
+            why = "PyPTO generates names of that form"
         elif made and of in (parameters.values() if made["parameter"] else names):
-            why = f"PyPTO makes such a name of {of}"
+            why = f"PyPTO generates that name from {of}"
         elif name in symbols and place in variables:
-            why = f'pl.dynamic("{name}") gives that name to an extent'
+            why = f'pl.dynamic("{name}") becomes a variable of that name'
         elif place in loops and name == TEMPORARY:
-            why = "PyPTO calls temporaries so, which would hide this loop's variable"
+            why = "PyPTO names temporaries so, and one would hide this loop's variable"
         elif place in loops and name in others:
-            why = "this loop's variable would hide another one of that name"
+            why = "this loop's variable would hide another variable of that name"
         elif place in loops and name in _loop_variables(loops[place].body):
-            why = "a loop within this one has a variable of that name, which would hide this one's"
+            why = "an inner loop has a variable of that name, which would hide this one"
         else:
             continue
         yield place, name, why

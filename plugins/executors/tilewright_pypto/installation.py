@@ -313,7 +313,7 @@ def _ptoas_files() -> list[Path]:
 
 
 def _ptoas(installation: Installation) -> Check:
-    """The assembler, of a version that this PyPTO generates code for."""
+    """The assembler, and whether its version is one that this PyPTO generates code for."""
     files = _ptoas_files()
     usable = next((f for f in files if os.access(f, os.X_OK)), None)
     pin = _ptoas_pin(installation)
@@ -329,11 +329,11 @@ def _ptoas(installation: Installation) -> Check:
             [str(usable), "--version"], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        found = f"{usable} does not tell its version: {' '.join(str(error).split())}"
+        found = f"{usable} --version failed: {' '.join(str(error).split())}"
         return _failed("ptoas", found, advice)
     match = re.search(r"\bptoas\D*?(\d+(?:\.\d+)+)", said.stdout)
     if match is None:
-        found = f"{usable} does not tell its version, but {said.stdout.strip()!r}"
+        found = f"{usable} --version printed no version: {said.stdout.strip()!r}"
         return _failed("ptoas", found, advice)
     version = match[1]
     if pin and not pin.admits(version):
@@ -353,7 +353,7 @@ class _Pin:
     version: str
     or_newer: bool
     where: str
-    """What says so."""
+    """The name and the file that it was read from."""
 
     def __str__(self) -> str:
         return f"{self.version} or newer" if self.or_newer else self.version
@@ -368,11 +368,11 @@ def _numbers(version: str) -> list[int]:
 
 
 def _ptoas_pin(installation: Installation) -> _Pin | None:
-    """None where PyPTO's files say nothing of it, as in a wheel before September 2026.
+    """None where PyPTO's files name no version, as in a wheel from before September 2026.
 
-    From then on PyPTO has a least version, which it checks when it compiles. Before, a checkout has
-    the version that it is tested with, and only that one is known to go with it: 0.60 assembled
-    what e2d0f78, which names 0.57, generates, and products came out wrong.
+    Since then PyPTO has a minimum version, which it checks when it compiles. An older checkout has
+    the version that it is tested with, and only that one is known to work: e2d0f78 names 0.57, and
+    with 0.60 its matrix products came out wrong.
     """
     package = installation.folders[0]
     for file, name, or_newer in (

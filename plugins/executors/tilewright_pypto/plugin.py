@@ -124,6 +124,11 @@ def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
     options = request.options or Options()
     shape = layer_shape(config, runtime)
     card = chosen_card(options, runtime)
+    if options.platform != "emulated":
+        from tilewright_pypto.rings import fitted
+
+        assert runtime.max_seq_len is not None
+        options = fitted(options, shape, runtime.max_seq_len)
 
     from tilewright_pypto.executor import load
 

@@ -1,0 +1,81 @@
+"""What kernels need of the runtime's rings: counted from their source, checked before a run."""
+
+import pytest
+from attrs import evolve
+
+from tilewright import LLMEngine, RuntimeConfig
+from tilewright.cli import main
+from tilewright.config import DEMO_MODEL
+from tilewright.errors import ExecutorError
+from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B
+from tilewright_pypto.plugin import Options
+from tilewright_pypto.rings import fitted, needed
+
+MIB = 1 << 20
+
+
+def test_the_heap_holds_what_the_outermost_scope_of_prefill_takes():
+    # band [16, 16 + 2 * 64] and zeros [1, ...] FP32, and queries [2048 + 16 * 16, 512] BF16.
+    size = 16 * 144 * 4 + 1024 + (2048 + 16 * 16) * 512 * 2
+    assert 2 * MIB < size < 4 * MIB
+    assert needed("prefill_layer", DEMO, 256)["ring_heap"] == 4 * MIB
+
+
+def test_the_heap_and_the_window_hold_the_tiles_of_a_long_sequence():
+    """The deepest scopes share a ring, which is given back once attention to a head is over."""
+    tiles = 40960 // QWEN3_14B.kv_tile
+    # scores and weighted [16, 128] FP32, probabilities [16, 128] BF16, and scale [1, 16].
+    size = tiles * (2 * 16 * 128 * 4 + 16 * 128 * 2 + 1024)
+    assert size < needed("decode_layer", QWEN3_14B, 40960)["ring_heap"] <= 2 * size
+    # A tile is an allocation and four tasks.
+    assert 5 * tiles < needed("decode_layer", QWEN3_14B, 40960)["ring_task_window"] <= 10 * tiles
+    assert needed("decode_layer", QWEN3_14B, 128)["ring_task_window"] == 16
+
+
+def test_a_head_needs_little():
+    # x [16, 256] FP32 and normed BF16, in each iteration over rows.
+    assert needed("head", DEMO, 256) == {"ring_heap": 32 << 10, "ring_task_window": 8}
+
+
+def test_sizes_that_are_not_asked_for_are_left_to_pypto_where_they_do():
+    options = Options(platform="a2a3sim")
+    assert fitted(options, QWEN3_14B, 40960) == options
+    larger = fitted(options, evolve(DEMO, max_tokens=1 << 19, max_batch=1), 2048)
+    assert (larger.ring_heap, larger.ring_task_window) == (1 << 30, None)
+    longer = fitted(options, QWEN3_14B, 1 << 20)
+    assert longer.ring_task_window == 1 << 16
+
+
+@pytest.mark.parametrize(
+    ("option", "size", "least", "kernel"),
+    [
+        ("ring_heap", 65536, 4 * MIB, "prefill_layer"),
+        ("ring_task_window", 16, 32, "prefill_layer"),
+    ],
+)
+def test_a_size_that_is_too_small_is_refused_with_the_least_that_works(option, size, least, kernel):
+    asked = Options(platform="a2a3sim", **{option: size})
+    with pytest.raises(ExecutorError) as error:
+        fitted(asked, DEMO, 256)
+    (line,) = str(error.value).splitlines()
+    assert f"kernel {kernel} needs a {option} of at least {least} for sequences of 256" in line
+    assert f"found {size}" in line
+    enough = evolve(asked, **{option: least})
+    assert fitted(enough, DEMO, 256) == enough
+
+
+def test_it_is_refused_before_pypto_is_looked_for(capsys, tmp_path):
+    argv = ["generate", "--executor", "pypto-npu", "-o", "platform=a2a3sim", "-o"]
+    argv += [f"pypto_root={tmp_path / 'nowhere'}", "-o", "ring_heap=65536", "x"]
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("tilewright: error: ")
+    assert "needs a ring_heap of at least" in line
+
+
+def test_the_emulation_has_no_rings():
+    options = {"executor": {"platform": "emulated", "ring_heap": 1024}}
+    with LLMEngine.from_plugins(executor="pypto-npu", options=options) as engine:
+        engine.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=64))
