@@ -2,13 +2,14 @@
 
 A ring that is too small may end the process in the runtime's C++, so sizes are checked before a
 device is opened. What is needed is counted by running the kernels' source on nothing: tensors are
-shapes, tasks do nothing, and one iteration of a pl.parallel runs.
+shapes, tasks do nothing, and one iteration of a pl.parallel stands for all.
 
-As PyPTO e2d0f78 has it: the kernel and each iteration of a loop are a scope. Scopes of depth d take
-from ring d, deeper ones from the last ring. A ring gives in order, so it has back what a scope took
-once that has ended; scopes that share the last ring give theirs back with the outermost of them.
-Memory of a scope is taken at its beginning, by a task for each 16 tensors, in multiples of 1024
-bytes.
+As PyPTO e2d0f78 and its runtime have it: the runtime opens a scope, in it the kernel opens one, and
+in that each iteration of a loop. A scope of depth d takes from ring d, deeper ones from the last.
+A ring is reclaimed in order: what a scope took comes back when it ends, but what the scopes that
+share the last ring took comes back when the outermost of them ends. So attention to all heads of a
+tile of tokens, over the whole context, is held at once. A scope's memory is taken when it begins,
+by one task for each 16 tensors, in multiples of 1024 bytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ TOGETHER = 16
 """Tensors that one task allocates at most."""
 STANDARD = {"ring_heap": 256 << 20, "ring_task_window": 16384}
 """PyPTO's own sizes, in bytes and in tasks: PTO2_HEAP_SIZE and PTO2_TASK_WINDOW_SIZE."""
+DEPENDENCIES = 4
+"""Dependencies of a task for which a larger window gets room; PyPTO's own sizes have it for one."""
 
 
 def fitted(options: "Options", shape: LayerShape, positions: int) -> "Options":
@@ -52,6 +55,8 @@ def fitted(options: "Options", shape: LayerShape, positions: int) -> "Options":
         asked = getattr(options, name)
         if asked is None and least > standard:
             larger[name] = least
+            if name == "ring_task_window" and options.ring_dep_pool is None:
+                larger["ring_dep_pool"] = DEPENDENCIES * least
         if asked is not None and asked < least:
             raise ExecutorError(
                 f"executor pypto-npu: kernel {kernel} needs a {name} of at least {least} for "
@@ -90,7 +95,7 @@ def _power_above(size: int) -> int:
 class _Taken:
     """What the open scopes have taken from each ring, and the most that they ever had."""
 
-    depth: int = -1
+    depth: int = 0
     in_task: bool = False
     tensors: int = 0
     """Tensors that the innermost scope has allocated."""
@@ -123,6 +128,18 @@ class _Taken:
         self.most_bytes[ring] = max(self.most_bytes[ring], self.bytes[ring])
         if self.bytes[ring] > self.piece:
             self.most_left_over[ring] = max(self.most_left_over[ring], self.piece)
+
+    def held(self) -> tuple[int, int]:
+        """Bytes and tasks of the last ring."""
+        return self.bytes[-1], self.tasks[-1]
+
+    def repeat(self, before: tuple[int, int], times: int) -> None:
+        """Take from the last ring, that many times, what has been taken since ``before``."""
+        size, tasks = (now - then for now, then in zip(self.held(), before, strict=True))
+        self.bytes[-1] += max(0, times) * size
+        self.tasks[-1] += max(0, times) * tasks
+        self.most_bytes[-1] = max(self.most_bytes[-1], self.bytes[-1])
+        self.most_tasks[-1] = max(self.most_tasks[-1], self.tasks[-1])
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -195,6 +212,12 @@ def _language() -> ModuleType:
             with taken.scope():
                 yield value
 
+    def parallel(*bounds: int) -> Iterator[int]:
+        values = range(*bounds)
+        before = taken.held()
+        yield from iterations(values[:1])
+        taken.repeat(before, len(values) - 1)
+
     def create_tensor(shape: list[int], *, dtype: torch.dtype) -> _Shaped:
         taken.allocate(prod(shape) * dtype.itemsize)
         return _Shaped(tuple(shape))
@@ -213,7 +236,7 @@ def _language() -> ModuleType:
         jit=_Jit(taken),
         max=max,
         min=min,
-        parallel=lambda *bounds: iterations(range(*bounds)[:1]),
+        parallel=parallel,
         range=lambda *bounds: iterations(range(*bounds)),
         read=lambda x, _: x.value,
         reshape=lambda _, shape: _Shaped(tuple(shape)),
