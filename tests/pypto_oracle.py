@@ -30,7 +30,7 @@ from qwen3_layers import Run
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.adapter import PyptoDevice, open_device
 from tilewright_pypto.installation import find, needs
-from tilewright_pypto.plugin import Options
+from tilewright_pypto.options import Options
 
 REASON = "PyPTO (hw-native-sys/pypto, its front end) is not importable"
 

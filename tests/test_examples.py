@@ -15,7 +15,7 @@ import task_submit
 from tilewright.cli import build_parser, main
 from tilewright.config import DEMO_MODEL, DEMO_PROMPT, resolve
 from tilewright.options import options_of
-from tilewright_pypto.plugin import Options
+from tilewright_pypto.options import Options
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples/qwen3_14b_local_generate.py"

@@ -31,7 +31,7 @@ from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto import adapter, installation
 from tilewright_pypto.adapter import SURFACE, PyptoDevice, open_device
-from tilewright_pypto.plugin import Options
+from tilewright_pypto.options import Options
 
 SHAPE = LayerShape(
     hidden=64, intermediate=64, heads=4, kv_heads=2, head_dim=32, page_size=16, max_tokens=64
@@ -333,7 +333,7 @@ PROCESS = textwrap.dedent("""
     import sys
     from tilewright_kernels.qwen3_14b.shape import LayerShape
     from tilewright_pypto.adapter import open_device
-    from tilewright_pypto.plugin import Options
+    from tilewright_pypto.options import Options
 
     def report(what, *_):
         print(what, flush=True)

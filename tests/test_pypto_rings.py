@@ -8,7 +8,7 @@ from tilewright.cli import main
 from tilewright.config import DEMO_MODEL
 from tilewright.errors import ExecutorError
 from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B
-from tilewright_pypto.plugin import Options
+from tilewright_pypto.options import Options
 from tilewright_pypto.rings import fitted, needed
 
 MIB = 1 << 20

@@ -22,7 +22,8 @@ from tilewright.cli.run import show
 from tilewright.config import DEMO_MODEL, Given, resolve
 from tilewright.errors import ConfigError, ExecutorError
 from tilewright_pypto import plugin
-from tilewright_pypto.plugin import Options, chosen_card
+from tilewright_pypto.options import Options
+from tilewright_pypto.plugin import chosen_card
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = str(ROOT / "tests/task_submit.py")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tilewright.types import Report
-    from tilewright_pypto.plugin import Options
+    from tilewright_pypto.options import Options
 
 NEEDED = "hw-native-sys/pypto of 2026-08-21 (e2d0f78) or newer"
 RINGS = ("ring_task_window", "ring_heap", "ring_dep_pool")

@@ -20,7 +20,7 @@ from attrs import evolve, frozen
 
 from tilewright.errors import ExecutorError
 from tilewright.types import Check
-from tilewright_pypto.plugin import HARDWARE
+from tilewright_pypto.options import HARDWARE
 
 SIMULATORS = ("a2a3sim", "a5sim")
 

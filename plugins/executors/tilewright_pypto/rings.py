@@ -29,7 +29,7 @@ from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.emulated.language import NAMES, Dynamic
 
 if TYPE_CHECKING:
-    from tilewright_pypto.plugin import Options
+    from tilewright_pypto.options import Options
 
 RINGS = 4
 UNIT = 1024

@@ -1,0 +1,73 @@
+"""The options of executor ``pypto-npu``, and the platforms that it knows."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from attrs import field, frozen, validators
+
+Platform = Literal["a2a3", "a5", "a2a3sim", "a5sim", "emulated"]
+HARDWARE: tuple[Platform, ...] = ("a2a3", "a5")
+
+
+def power_of_two(least: int) -> Callable[[Any, Any, int], None]:
+    """An attrs validator."""
+
+    def check(instance: Any, attribute: Any, value: int) -> None:
+        if value < least or value & (value - 1):
+            raise ValueError(
+                f"{attribute.name!r} must be a power of two of at least {least}, found {value}"
+            )
+
+    return check
+
+
+def _size(help: str, check: Any) -> int | None:
+    """An option that is a number, or None for PyPTO's own choice."""
+    optional: int | None = field(
+        default=None,
+        validator=validators.optional(check),
+        metadata={"help": f"{help}; default: PyPTO's choice"},
+    )
+    return optional
+
+
+@frozen
+class Options:
+    platform: Platform = field(
+        default="a2a3",
+        validator=validators.in_(get_args(Platform)),
+        metadata={
+            "help": "a2a3 (Ascend 910B, 910C), a5 (950), PyPTO's simulators a2a3sim and a5sim, or "
+            "emulated: the kernels' source on the CPU, without PyPTO"
+        },
+    )
+    device: int | None = field(
+        default=None,
+        validator=validators.optional(validators.ge(0)),
+        metadata={
+            "help": "number of the card, as --device; default: TASK_DEVICE. A run file's number "
+            "gives way to TASK_DEVICE"
+        },
+    )
+    pypto_root: str | None = field(
+        default=None,
+        metadata={"help": "a checkout of PyPTO, built; default: the installed package"},
+    )
+    build_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder of compiled kernels; default: ~/.cache/tilewright/pypto"},
+    )
+    compile_jobs: int | None = field(
+        default=None,
+        validator=validators.optional(validators.ge(1)),
+        metadata={"help": "assemblers and compilers at a time; default: one for each CPU"},
+    )
+    ring_task_window: int | None = _size("tasks in flight", power_of_two(4))
+    ring_heap: int | None = _size("bytes of the runtime's heap", power_of_two(1024))
+    ring_dep_pool: int | None = _size(
+        "dependencies in flight", [validators.ge(4), validators.le((1 << 31) - 1)]
+    )
+    weights_on_device: bool = field(
+        default=True,
+        metadata={"help": "keep weights on the device; false: copy them there for each call"},
+    )
