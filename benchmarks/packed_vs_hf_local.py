@@ -104,7 +104,7 @@ def apart(model: Path, cold: bool) -> dict[str, Any]:
 def measure(model: Path, cold: bool) -> dict[str, Any]:
     """Load and make one token, in a process that has done nothing else."""
     from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
-    from tilewright.config import DEMO_MODEL
+    from tilewright.settings import DEMO_MODEL
 
     runtime = RuntimeConfig(
         weight_dtype="bfloat16", max_seq_len=64, max_batch_size=1, max_batch_tokens=16

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, TilewrightError
-from tilewright.config import read_text
+from tilewright.settings import read_text
 
 PAGE_SIZE, PAGES = 128, 32
 """A KV cache of 4096 tokens for the one sequence: 640 MiB of the card with Qwen3-14B."""

@@ -9,7 +9,7 @@ import torch
 from fake_pypto import checkout, machine, unimported
 
 from tilewright import LLMEngine, RuntimeConfig
-from tilewright.config import DEMO_MODEL
+from tilewright.settings import DEMO_MODEL
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,8 +26,8 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 from tilewright import hookimpl
 from tilewright.compare import Choice, Comparison, compare
-from tilewright.config import DEMO_MODEL
 from tilewright.rope import dynamic_frequencies, frequencies
+from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
     ExecutorRequest,
     KvCacheSpec,

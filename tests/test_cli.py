@@ -19,7 +19,7 @@ from tilewright import GenerateConfig, LLMEngine, __version__
 from tilewright.cli import COMMANDS, build_parser, main, subparsers
 from tilewright.cli.flags import flag_name
 from tilewright.cli.reference import reference
-from tilewright.config import DEMO_MODEL, DEMO_PROMPT, keys
+from tilewright.settings import DEMO_MODEL, DEMO_PROMPT, keys
 from tilewright_torch.model import TorchExecutor
 
 ROOT = Path(__file__).parent.parent

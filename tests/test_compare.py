@@ -30,8 +30,8 @@ from transformers import (
 from tilewright import hookimpl
 from tilewright.compare import Choice, Comparison, Tolerance, compare
 from tilewright.compare.layer import Case, Operations
-from tilewright.config import DEMO_MODEL
 from tilewright.errors import ConfigError
+from tilewright.settings import DEMO_MODEL
 from tilewright.types import RuntimeConfig
 
 TORCH = Choice(executor="torch")

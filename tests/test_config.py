@@ -11,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilewright.cli.run import show
-from tilewright.config import (
-    DEFAULT,
-    DEMO_MODEL,
-    DEMO_PROMPT,
-    SECTIONS,
-    Given,
-    keys,
-    resolve,
-)
+from tilewright.config import DEFAULT, resolve
 from tilewright.errors import ConfigError, PluginError
+from tilewright.settings import DEMO_MODEL, DEMO_PROMPT, SECTIONS, Given, keys
 from tilewright.toml import key_lines
 
 FLAG = {("runtime", "page_size"): Given("8", "--page-size")}

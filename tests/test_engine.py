@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
-from tilewright.config import DEMO_MODEL
 from tilewright.errors import (
     ConfigError,
     ExecutorError,
@@ -18,6 +17,7 @@ from tilewright.errors import (
     RequestError,
     TilewrightError,
 )
+from tilewright.settings import DEMO_MODEL
 from tilewright.types import SampledToken
 
 TRUTHS = "We hold these truths to be self-evident,"

@@ -13,8 +13,9 @@ import pytest
 import task_submit
 
 from tilewright.cli import build_parser, main
-from tilewright.config import DEMO_MODEL, DEMO_PROMPT, resolve
+from tilewright.config import resolve
 from tilewright.options import options_of
+from tilewright.settings import DEMO_MODEL, DEMO_PROMPT
 from tilewright_pypto.options import Options
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,9 @@ import pytest
 from plugin_distributions import Distribution, Install
 
 from tilewright import LLMEngine
-from tilewright.config import DEMO_MODEL, resolve
+from tilewright.config import resolve
 from tilewright.errors import ConfigError, ModelError, PluginError
+from tilewright.settings import DEMO_MODEL
 
 CLAIMS = """
     from tilewright import hookimpl
@@ -140,7 +141,7 @@ def test_a_named_loader_is_the_only_one_imported(tmp_path: Path) -> None:
 
 def test_probing_imports_no_library_of_another_loader() -> None:
     source = (
-        "import sys; from tilewright import LLMEngine; from tilewright.config import DEMO_MODEL\n"
+        "import sys; from tilewright import LLMEngine; from tilewright.settings import DEMO_MODEL\n"
         "LLMEngine.from_plugins(sampler='greedy').load(DEMO_MODEL).weights.close()\n"
         "print({'gguf', 'huggingface_hub', 'transformers', 'rich'} & set(sys.modules))"
     )

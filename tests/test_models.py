@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tilewright import LLMEngine, RuntimeConfig, models
 from tilewright.cli import main
-from tilewright.config import DEFAULT, DEMO_MODEL, Given, resolve
+from tilewright.config import DEFAULT, resolve
 from tilewright.errors import ConfigError
+from tilewright.settings import DEMO_MODEL, Given
 
 FULL = """\
 # what we run

@@ -25,8 +25,8 @@ from qwen3_layers import Cache, compare_layer, config_of, random_weights
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
 from tilewright.cli import main
-from tilewright.config import DEMO_MODEL
 from tilewright.errors import ExecutorError, OutOfPagesError, TilewrightError
+from tilewright.settings import DEMO_MODEL
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto import adapter, installation

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
-from tilewright.config import DEMO_MODEL
 from tilewright.errors import ConfigError, ExecutorError, ModelError, TilewrightError
 from tilewright.kv_cache import KvCacheManager
 from tilewright.scheduler import Request, Scheduler
+from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
     Executor,
     ExecutorRequest,

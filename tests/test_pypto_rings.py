@@ -5,8 +5,8 @@ from attrs import evolve
 
 from tilewright import LLMEngine, RuntimeConfig
 from tilewright.cli import main
-from tilewright.config import DEMO_MODEL
 from tilewright.errors import ExecutorError
+from tilewright.settings import DEMO_MODEL
 from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B
 from tilewright_pypto.options import Options
 from tilewright_pypto.rings import fitted, needed

@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from tilewright import registry
-from tilewright.config import DEMO_MODEL
 from tilewright.formats import InstalledFormats
+from tilewright.settings import DEMO_MODEL
 from tilewright.types import LoadedModel, LoadRequest, ModelConfig, RuntimeConfig
 from tilewright_hf.loader import load_model
 from tilewright_kernels.contract import read_contract

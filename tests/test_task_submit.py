@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from tilewright import LLMEngine, RuntimeConfig
 from tilewright.cli import main
 from tilewright.cli.run import show
-from tilewright.config import DEMO_MODEL, Given, resolve
+from tilewright.config import resolve
 from tilewright.errors import ConfigError, ExecutorError
+from tilewright.settings import DEMO_MODEL, Given
 from tilewright_pypto import plugin
 from tilewright_pypto.options import Options
 from tilewright_pypto.plugin import chosen_card

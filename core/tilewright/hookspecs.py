@@ -26,6 +26,7 @@ from tilewright.types import (
     Executor,
     ExecutorRequest,
     GenerateResult,
+    Hypothesis,
     KvAllocator,
     KvAllocatorRequest,
     LoadedModel,
@@ -41,8 +42,6 @@ from tilewright.types import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from tilewright.compare.hypotheses import Hypothesis
 
 API_VERSION = 1
 """Raised when a spec or a protocol changes so that a plugin written before would break."""

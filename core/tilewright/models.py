@@ -23,8 +23,8 @@ from typing import Any
 from attrs import frozen
 
 from tilewright import toml
-from tilewright.config import Given, Place, keys, located, read_setting, read_text
 from tilewright.errors import ConfigError, nearest
+from tilewright.settings import Given, Place, keys, located, read_setting, read_text
 from tilewright.types import GenerateConfig, RuntimeConfig
 
 VARIABLE = "TILEWRIGHT_MODELS"

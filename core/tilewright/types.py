@@ -30,6 +30,12 @@ Tap: TypeAlias = "Callable[[str, Tensor], None]"
 Report: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being got ready, how much of it is done, and how much there is."""
 
+Hypothesis: TypeAlias = Callable[..., Iterable[tuple[str, Any]]]
+"""Yields mistakes that a wrong layer may have: a name, and the operations that make the mistake.
+
+Called with a ``tilewright.compare.layer.Case``; the operations are its module's ``Operations``.
+"""
+
 
 def described(help: str, default: Any = None, **kwargs: Any) -> Any:
     """A keyword field with a line of help, which the command line and the docs show."""

@@ -11,8 +11,9 @@ from tilewright.cli import INTERRUPTED, flags
 from tilewright.cli.generate import print_stream
 from tilewright.cli.output import note, warn_sanitized
 from tilewright.cli.session import open_engine
-from tilewright.config import RunConfig, resolve
+from tilewright.config import resolve
 from tilewright.errors import RequestError, TilewrightError, nearest
+from tilewright.settings import RunConfig
 
 if TYPE_CHECKING:
     from tilewright.engine import GenerationStream, LLMEngine

@@ -15,8 +15,9 @@ from tilewright.cli import INTERRUPTED, flags
 from tilewright.cli.output import note, opened, opened_binary, write_json
 from tilewright.cli.prompts import read_prompts
 from tilewright.cli.session import LoadingBar, counting, with_origin
-from tilewright.config import DEFAULT, Given, Place, Resolved, RunConfig, resolve
+from tilewright.config import DEFAULT, Resolved, resolve
 from tilewright.errors import ConfigError, ExecutorError, RequestError, nearest
+from tilewright.settings import Given, Place, RunConfig
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -6,9 +6,9 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from tilewright import registry
-from tilewright.config import SECTIONS, Given, Layer, Place, keys
 from tilewright.errors import ConfigError, nearest
 from tilewright.options import Option, options_of
+from tilewright.settings import SECTIONS, Given, Layer, Place, keys
 
 _NAMES = {
     ("model", "path"): "--model",

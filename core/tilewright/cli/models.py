@@ -10,8 +10,8 @@ from tilewright import models, registry, toml
 from tilewright.cli import flags
 from tilewright.cli.output import note
 from tilewright.cli.plugins import print_columns, print_json
-from tilewright.config import read_setting
 from tilewright.errors import ConfigError, nearest
+from tilewright.settings import read_setting
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

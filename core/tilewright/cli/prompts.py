@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tilewright.config import Resolved, read_text
+from tilewright.config import Resolved
 from tilewright.errors import ConfigError
+from tilewright.settings import read_text
 
 STDIN = "-"
 

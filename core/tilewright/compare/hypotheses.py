@@ -6,8 +6,8 @@ operations that make it. An executor's plugin adds its own through the hook ``hy
 """
 
 import math
-from collections.abc import Callable, Container, Generator, Iterable, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Container, Generator, Iterable, Sequence
+from typing import Literal
 
 from attrs import evolve, frozen
 from torch import Tensor
@@ -16,8 +16,7 @@ from tilewright import registry
 from tilewright.compare.judge import row_error
 from tilewright.compare.layer import RIGHT, Case, Operations, compute
 from tilewright.compare.metrics import difference
-
-Hypothesis: TypeAlias = Callable[[Case], Iterable[tuple[str, Operations]]]
+from tilewright.types import Hypothesis
 
 EXPLAINED = 5.0
 """Over its limit, what may be left of an error that a mistake explains: it may make the rounding

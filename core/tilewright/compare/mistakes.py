@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from attrs import evolve
 from torch import Tensor
 
-from tilewright.compare.hypotheses import Hypothesis, right_excess
+from tilewright.compare.hypotheses import right_excess
 from tilewright.compare.layer import (
     NORM_WEIGHTS,
     Case,
@@ -22,7 +22,7 @@ from tilewright.compare.layer import (
     rope_scale,
     rotate_halves,
 )
-from tilewright.types import RopeConfig, RowOrder
+from tilewright.types import Hypothesis, RopeConfig, RowOrder
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
 

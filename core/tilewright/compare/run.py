@@ -11,7 +11,7 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from tilewright import registry
-from tilewright.compare.hypotheses import Hypothesis, Reason, explain, hold
+from tilewright.compare.hypotheses import Reason, explain, hold
 from tilewright.compare.judge import (
     Finding,
     LogitsAgreement,
@@ -39,7 +39,7 @@ from tilewright.compare.sides import (
 )
 from tilewright.errors import ConfigError, ExecutorError, nearest
 from tilewright.scheduler import Step
-from tilewright.types import DType, KvLayer
+from tilewright.types import DType, Hypothesis, KvLayer
 from tilewright.weights import expected_tensors, torch_dtype
 
 BEFORE_CACHE = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope")

@@ -6,7 +6,7 @@ import pytest
 
 from acme_tilewright.chrome_trace import ChromeTrace
 from tilewright import GenerateConfig, LLMEngine
-from tilewright.config import DEMO_MODEL
+from tilewright.settings import DEMO_MODEL
 from tilewright.testing import ObserverSuite
 from tilewright.types import StepEvent
 

@@ -1,7 +1,7 @@
 import pytest
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
-from tilewright.config import DEMO_MODEL
+from tilewright.settings import DEMO_MODEL
 from tilewright.testing import ExecutorSuite
 
 NAME = "tilewright-my-plugin:my-plugin"

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, registry
-from tilewright.config import DEMO_MODEL
+from tilewright.settings import DEMO_MODEL
 from tilewright.testing import KvAllocatorSuite
 from tilewright.types import KvAllocatorRequest, KvCacheSpec
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tilewright import GenerateConfig, LLMEngine
-from tilewright.config import DEMO_MODEL
+from tilewright.settings import DEMO_MODEL
 from tilewright.testing import ObserverSuite
 
 NAME = "tilewright-my-plugin:my-plugin"

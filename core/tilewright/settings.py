@@ -1,0 +1,177 @@
+"""The settings of a run: their sections, keys and types, and how a value that a user wrote is read.
+
+A setting has a place, such as ``("runtime", "page_size")``: section and key.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import fields, frozen
+
+from tilewright.errors import ConfigError
+from tilewright.options import structure
+from tilewright.types import GenerateConfig, RuntimeConfig, described
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO_PROMPT = "We hold these truths to be self-evident,"
+
+_MOST_BYTES = 64 * 2**20
+"""Size limit of a file with settings or prompts, so that a device file ends in an error."""
+
+
+@frozen
+class Given:
+    """A value as a user wrote it, and where."""
+
+    value: Any
+    origin: str
+    """``--page-size``, ``TILEWRIGHT_RUNTIME_PAGE_SIZE``, ``run.toml:12``."""
+
+
+Place = tuple[str, ...]
+"""Section and key, or ``options``, kind (, name of a plugin) and option."""
+
+Layer = Mapping[Place, Given]
+
+
+@frozen
+class PluginSelection:
+    """Which plugins make the engine: ``name`` or ``distribution:name`` of each kind."""
+
+    loader: str | None = described(
+        "reads the model's configuration and tokenizer; default: the one that takes the model"
+    )
+    executor: str = described("runs the forward pass", "torch")
+    kv_allocator: str = described("owns the KV cache", "paged")
+    sampler: str = described("chooses tokens", "top-p")
+    observers: tuple[str, ...] = described("are told of what happens", ())
+
+
+@frozen
+class ModelChoice:
+    """The model, and what it is called in results."""
+
+    id: str = described("the model's name in results; default: the last part of path", "")
+    path: str = described(
+        "a registered name, the model's directory, or what else a loader takes; default: the "
+        "bundled demo model",
+        str(DEMO_MODEL),
+    )
+    format: str | None = described("weight format; default: the one that finds its files")
+
+
+@frozen
+class Prompts:
+    """The prompts, in text or in files, one or a list; the file ``-`` is standard input."""
+
+    text: tuple[str, ...] = described("text to continue", ())
+    file: tuple[str, ...] = described(
+        "a file that holds a prompt, or with a name in .jsonl a prompt a line, as JSON", ()
+    )
+
+
+@frozen
+class Output:
+    """Where results go, and how."""
+
+    format: Literal["text", "jsonl"] = described("text, or jsonl: a JSON object a result", "text")
+    file: str | None = described("file to write, complete or not at all; default: standard output")
+
+
+@frozen(kw_only=True)
+class RunConfig:
+    """All settings of a run."""
+
+    plugins: PluginSelection
+    options: Mapping[str, Mapping[str, Any]]
+    """As ``LLMEngine.from_plugins`` takes them; the plugins read and check them."""
+    model: ModelChoice
+    runtime: RuntimeConfig
+    generate: GenerateConfig
+    prompts: Prompts
+    output: Output
+
+    def selection(self) -> dict[str, Any]:
+        """The arguments of ``LLMEngine.from_plugins``."""
+        return {
+            "loader": self.plugins.loader,
+            "executor": self.plugins.executor,
+            "kv_allocator": self.plugins.kv_allocator,
+            "sampler": self.plugins.sampler,
+            "observers": self.plugins.observers,
+            "options": self.options,
+        }
+
+
+SECTIONS: dict[str, type] = {
+    "plugins": PluginSelection,
+    "model": ModelChoice,
+    "runtime": RuntimeConfig,
+    "generate": GenerateConfig,
+    "prompts": Prompts,
+    "output": Output,
+}
+"""The tables of a run file but ``[options.<kind>]``."""
+PATH = ("model", "path")
+TEXT, FILE = ("prompts", "text"), ("prompts", "file")
+_STREAM = ("generate", "stream")
+
+
+def keys(section: str) -> list[str]:
+    """The keys of a section. Streaming is the command line's own choice, not a setting of a run."""
+    return [a.name for a in fields(SECTIONS[section]) if (section, a.name) != _STREAM]
+
+
+def read_setting(place: Place, setting: Given) -> Any:
+    """A value with the type of its setting. Raises ConfigError, which begins with its origin."""
+    (section, key), value = place, setting.value
+    if section == "prompts" and isinstance(value, str):
+        value = [value]  # never text of a JSON list
+    return getattr(structure(SECTIONS[section], {key: value}, setting.origin), key)
+
+
+def located(place: Place, setting: Given, folder: Path) -> Given:
+    """With paths of this folder as paths of the working folder.
+
+    A model's path may also be no path: a hub id, say.
+    """
+    value = setting.value
+    if isinstance(value, list) and place == FILE:
+        value = [_in_folder(folder, item) for item in value]
+    elif place in (FILE, ("output", "file")) or (place == PATH and _is_path(folder, value)):
+        value = _in_folder(folder, value)
+    return Given(value, setting.origin)
+
+
+def _is_path(folder: Path, value: Any) -> bool:
+    return isinstance(value, str) and (
+        value.startswith((".", "/", "~")) or os.path.exists(folder / value)
+    )
+
+
+def _in_folder(folder: Path, value: Any) -> Any:
+    if not isinstance(value, str) or value in ("", "-"):
+        return value
+    return str(folder / os.path.expanduser(value))
+
+
+def read_text(path: Path, what: str) -> str:
+    """A UTF-8 file. Raises ConfigError, beginning with what, when it cannot be read as one."""
+    try:
+        with path.open("rb") as f:
+            data = f.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{what} {str(path)!r} cannot be read: {why}") from error
+    if len(data) > _MOST_BYTES:
+        raise ConfigError(f"{what} {str(path)!r} is larger than {_MOST_BYTES >> 20} MiB")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{what} {str(path)!r}, line {line}: expected UTF-8, found byte "
+            f"0x{data[error.start]:02x}"
+        ) from error
