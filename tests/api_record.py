@@ -227,11 +227,13 @@ def _annotation(annotation: Any) -> str:
 
 
 def _own(module: ModuleType) -> list[tuple[str, Any]]:
-    """A module's public classes."""
+    """The public classes of a module, or of a package's modules."""
     return [
         (name, value)
         for name, value in vars(module).items()
-        if isinstance(value, type) and value.__module__ == module.__name__ and name[0] != "_"
+        if isinstance(value, type)
+        and f"{value.__module__}.".startswith(f"{module.__name__}.")
+        and name[0] != "_"
     ]
 
 

@@ -9,7 +9,11 @@ import re
 import sys
 from collections.abc import Iterator
 
-from tilewright import hookspecs, registry, types
+from tilewright import hookspecs, registry
+from tilewright.types import executor, kv_cache, model, plugin, results, sampling
+
+SUBJECTS = (model, executor, kv_cache, sampling, results, plugin)
+"""The modules of tilewright.types, in the order of a run."""
 
 _HEAD = """\
 # Hooks and types
@@ -17,7 +21,7 @@ _HEAD = """\
 <!-- Made by `python -m tilewright.cli.hook_reference > docs/hooks.md`; do not edit. -->
 
 What a plugin implements, and what passes between it and the engine: the contracts, as they stand in
-`tilewright/hookspecs.py` and `tilewright/types.py`, of API version {version}.
+`tilewright/hookspecs.py` and `tilewright/types`, of API version {version}.
 [Writing plugins](writing-plugins.md) tells how to go about it.
 
 An implementation takes those arguments of a hook that it needs, by their names and without
@@ -39,7 +43,7 @@ def reference() -> str:
     lines += ["## Any kind\n", *_hooks(specs["AnyPlugin"], ())]
     protocols: list[tuple[str, ast.ClassDef]] = []
     data: list[tuple[str, ast.ClassDef]] = []
-    for name, node in _classes(types).items():
+    for name, node in (item for subject in SUBJECTS for item in _classes(subject).items()):
         is_protocol = any(ast.unparse(base) == "Protocol" for base in node.bases)
         (protocols if is_protocol else data).append((name, node))
     lines += ["## Protocols\n", "What hooks make and take, called directly.\n"]
@@ -65,8 +69,8 @@ def _classes(module: object) -> dict[str, ast.ClassDef]:
 
 
 def _aliases() -> Iterator[tuple[str, str]]:
-    """The names that types.py gives to types, and what they are."""
-    for node in ast.parse(inspect.getsource(types)).body:
+    """The names that tilewright.types gives to types, and what they are."""
+    for node in (n for subject in SUBJECTS for n in ast.parse(inspect.getsource(subject)).body):
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         value = getattr(node, "value", None)
         if isinstance(target, ast.Name) and value is not None:

@@ -1,0 +1,101 @@
+"""What passes between the engine and its plugins: plain, frozen data and small protocols.
+
+``ModelConfig`` is what a model's files say; ``RuntimeConfig`` is how this machine runs it. Neither
+holds a field of the other. Nothing here imports torch at run time.
+"""
+
+from tilewright.types.executor import (
+    Executor,
+    ExecutorLimits,
+    LayerwiseExecutor,
+    Phase,
+    RuntimeConfig,
+    StepBatch,
+    Tap,
+)
+from tilewright.types.fields import described
+from tilewright.types.kv_cache import KvAllocator, KvCacheSpec, KvLayer, RowOrder
+from tilewright.types.model import (
+    DTYPES,
+    DType,
+    LoadedModel,
+    ModelConfig,
+    PackedTensor,
+    PackedWeights,
+    Packing,
+    RopeConfig,
+    RopeKind,
+    TensorInfo,
+    TensorSource,
+    TextAssets,
+)
+from tilewright.types.plugin import (
+    Check,
+    CheckStatus,
+    ExecutorRequest,
+    Hypothesis,
+    KvAllocatorRequest,
+    LoadRequest,
+    PluginInfo,
+    Report,
+    SamplerRequest,
+    WeightFormats,
+)
+from tilewright.types.results import FinishReason, GenerateResult, StepEvent, Timings
+from tilewright.types.sampling import (
+    BUILTIN_GENERATE,
+    GenerateConfig,
+    SampledToken,
+    Sampler,
+    SamplerRow,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+__all__ = [
+    "BUILTIN_GENERATE",
+    "DTYPES",
+    "Check",
+    "CheckStatus",
+    "DType",
+    "Executor",
+    "ExecutorLimits",
+    "ExecutorRequest",
+    "FinishReason",
+    "GenerateConfig",
+    "GenerateResult",
+    "Hypothesis",
+    "KvAllocator",
+    "KvAllocatorRequest",
+    "KvCacheSpec",
+    "KvLayer",
+    "LayerwiseExecutor",
+    "LoadRequest",
+    "LoadedModel",
+    "ModelConfig",
+    "PackedTensor",
+    "PackedWeights",
+    "Packing",
+    "Phase",
+    "PluginInfo",
+    "Report",
+    "RopeConfig",
+    "RopeKind",
+    "RowOrder",
+    "RuntimeConfig",
+    "SampledToken",
+    "Sampler",
+    "SamplerRequest",
+    "SamplerRow",
+    "SamplingParams",
+    "StepBatch",
+    "StepEvent",
+    "Tap",
+    "TensorInfo",
+    "TensorSource",
+    "TextAssets",
+    "Timings",
+    "TokenLogprobs",
+    "WeightFormats",
+    "described",
+]

@@ -1,0 +1,168 @@
+"""A model as its files describe it: sizes, tensors, text assets."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+from attrs import field, frozen
+
+from tilewright.types.sampling import GenerateConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+DType = Literal["float32", "bfloat16", "float16"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+DTYPES: tuple[DType, ...] = get_args(DType)
+
+
+@frozen(kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: base frequency and how it is scaled to long contexts.
+
+    The scaling kinds are those of Hugging Face configurations. Fields that a kind does not use
+    keep their defaults.
+    """
+
+    theta: float = 10000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@frozen(kw_only=True)
+class ModelConfig:
+    """A dense decoder-only transformer, described by data rather than by a class per family.
+
+    Weights carry Hugging Face names (``model.layers.0.self_attn.q_proj.weight``, ...);
+    ``tilewright.weights.expected_tensors`` lists them with their shapes.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    dtype: DType
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+    """Per layer: how many positions back attention reaches, itself included; None: all."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer in tokens, or None for full attention."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+
+@frozen(kw_only=True)
+class TensorInfo:
+    """What is known of a tensor before a byte of it is read: how ``TensorSource.get`` gives it.
+
+    That is how it is stored, unless a source converts it, say from a quantised form.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    """The name torch gives it without ``torch.``: ``bfloat16``, ``float32``, ``int8``, ..."""
+    nbytes: int
+    location: str
+    """The file it stands in, for error messages."""
+
+
+class TensorSource(Protocol):
+    """Named tensors, read when they are asked for and not before. Any thread may read them."""
+
+    def names(self) -> Collection[str]: ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises KeyError for an unknown name."""
+        ...
+
+    def get(self, name: str) -> "Tensor":
+        """The whole tensor on the CPU; it may share memory with the file: do not write.
+
+        Raises KeyError for an unknown name, and ModelError when the file cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the files. Tensors that were handed out stay valid; no more is read."""
+        ...
+
+
+@frozen(kw_only=True)
+class TextAssets:
+    """What turns text into token ids and back."""
+
+    tokenizer: "Tokenizer"
+    chat_template: str | None = None
+    """Jinja2 source, or None for a model that has none."""
+    special_tokens: Mapping[str, str] = field(factory=dict)
+    """``bos_token``, ``eos_token``, ... as chat templates name them."""
+
+
+@frozen(kw_only=True)
+class Packing:
+    """For whom weights were packed: an executor reads its own layout and no other."""
+
+    executor: str
+    """``distribution:name`` of the plugin."""
+    version: int
+    """Of that executor's layout; 0: the checkpoint's names and shapes, in ``weight_dtype``."""
+    weight_dtype: DType
+
+
+@frozen(kw_only=True, eq=False)
+class PackedTensor:
+    """A weight as an executor wants it: known before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As in ``TensorInfo``."""
+    read: "Callable[[], Tensor]"
+    """Makes it, on the CPU; called once, when its turn comes. Raises ModelError."""
+
+
+@frozen(kw_only=True)
+class PackedWeights:
+    """All weights of a model as an executor wants them."""
+
+    version: int
+    """From 1; raised whenever tensors are laid out in another way than before."""
+    tensors: Iterable[PackedTensor]
+    """In the order in which the executor reads them."""
+
+
+@frozen(kw_only=True)
+class LoadedModel:
+    """What a loader returns. No weight has been read yet."""
+
+    config: ModelConfig
+    weights: TensorSource
+    text: TextAssets
+    generation_defaults: "GenerateConfig"
+    """Settings that the model's files recommend; the user's settings win over them."""
+    source: str
+    warnings: tuple[str, ...] = ()
+    packing: Packing | None = None
+    """None: the weights have the names and shapes of ``expected_tensors``."""

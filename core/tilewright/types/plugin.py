@@ -1,0 +1,108 @@
+"""What a plugin says about itself, and what its hooks are called with."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from attrs import field, frozen
+
+from tilewright.types.executor import RuntimeConfig
+from tilewright.types.kv_cache import KvCacheSpec
+from tilewright.types.model import ModelConfig, TensorSource
+
+Report: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is being got ready, how much of it is done, and how much there is."""
+Hypothesis: TypeAlias = Callable[..., Iterable[tuple[str, Any]]]
+"""Yields mistakes that a wrong layer may have: a name, and the operations that make the mistake.
+
+Called with a ``tilewright.compare.layer.Case``; the operations are its module's ``Operations``.
+"""
+
+
+@frozen(kw_only=True)
+class PluginInfo:
+    """How a plugin presents itself to ``tilewright plugins show`` and to the options' reader."""
+
+    summary: str
+    options: type | None = None
+    """An attrs class; each field's ``metadata["help"]`` is its line of help. None: no options."""
+    limits: Mapping[str, str] = field(factory=dict)
+    """What it can and cannot do, by topic, in words.
+
+    Of samplers, the conformance suite reads two topics: ``no effect`` names the SamplingParams
+    that the sampler does not heed, separated by commas; ``distribution`` says what it draws from
+    where that is not the softmax of what the settings leave.
+    """
+
+
+CheckStatus = Literal["ok", "warning", "failed"]
+
+
+@frozen(kw_only=True)
+class Check:
+    """One finding of ``tilewright doctor``."""
+
+    name: str
+    status: CheckStatus
+    found: str
+    advice: str = ""
+    """What to do about it; empty when there is nothing to do."""
+
+
+class WeightFormats(Protocol):
+    """The installed weight formats, as a loader sees them."""
+
+    def open(self, directory: Path, name: str | None = None) -> TensorSource:
+        """Open a directory's weights with the named format, or with the one that finds its files.
+
+        Raises ModelError when none or more than one does; PluginError for an unknown name.
+        """
+        ...
+
+
+@frozen(kw_only=True)
+class LoadRequest:
+    """What a loader is asked for."""
+
+    source: str
+    """As the user wrote it: a directory, a file, a hub id."""
+    options: Any
+    """An instance of the plugin's options class (None if it has none); so in all requests."""
+    weight_format: str | None
+    formats: WeightFormats
+    report: "Report" = lambda what, done, total: None
+    """Tells observers what is being got ready (on_prepare), such as a download."""
+
+
+@frozen(kw_only=True)
+class ExecutorRequest:
+    """What an executor is made from.
+
+    The runtime's dtypes and max_seq_len are filled in; where its device and page_size are None, the
+    executor chooses.
+    """
+
+    model_config: ModelConfig
+    runtime_config: RuntimeConfig
+    weights: TensorSource
+    """Checked: every expected tensor is there with its expected shape."""
+    options: Any
+    packed: bool = False
+    """Whether the weights are those of the executor's own ``pack_weights``."""
+    report: "Report" = lambda what, done, total: None
+    """Tells observers what is being got ready (on_prepare)."""
+
+
+@frozen(kw_only=True)
+class KvAllocatorRequest:
+    spec: KvCacheSpec
+    total_pages: int | None
+    """As the user set it; None: from max_sequences, max_seq_len and the spec's memory limit."""
+    max_sequences: int
+    max_seq_len: int
+    options: Any
+
+
+@frozen(kw_only=True)
+class SamplerRequest:
+    options: Any

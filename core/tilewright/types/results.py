@@ -1,0 +1,64 @@
+"""What comes of a request and of a step."""
+
+from typing import Literal
+
+from attrs import frozen
+
+from tilewright.types.executor import Phase
+from tilewright.types.sampling import TokenLogprobs
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@frozen(kw_only=True)
+class Timings:
+    """Seconds by the wall clock, from the point of view of one request."""
+
+    load_seconds: float
+    """Loading the model, before this request."""
+    prefill_seconds: float
+    decode_seconds: float
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """The first token comes out of prefill, so decode makes new_tokens - 1."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@frozen(kw_only=True)
+class GenerateResult:
+    """A finished generation."""
+
+    model_id: str
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    """As sampled: a token that ended the text (eos, stop) is the last one."""
+    finish_reason: FinishReason
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    logprobs: tuple[TokenLogprobs, ...] | None
+    timings: Timings
+    device: str
+    """What computed it, as the executor says."""
+    sanitized_steps: int = 0
+    """Steps whose logits were not finite and were sanitised; such text proves nothing."""
+
+
+@frozen(kw_only=True)
+class StepEvent:
+    """What an observer is told of one executor step."""
+
+    model_id: str
+    phase: Phase
+    step: int
+    """Counts the model's steps from 0."""
+    request_ids: tuple[str, ...]
+    num_tokens: int
+    seconds: float

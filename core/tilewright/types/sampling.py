@@ -1,0 +1,154 @@
+"""How tokens are chosen: a request's settings, and a sampler's input and output."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from attrs import field, fields, frozen, validators
+
+from tilewright.types.fields import described, if_set
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@frozen
+class SamplingParams:
+    """How one request's next token is chosen: all values known. What a sampler is given.
+
+    What they mean stands at the fields of GenerateConfig. They apply in this order: repetition
+    penalty; presence and frequency penalty; logit bias; at temperature 0 the likeliest token, else
+    temperature, top_k, top_p and min_p, each to what the one before it leaves.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(factory=dict)
+    seed: int = 0
+    logprobs: int | None = None
+
+
+@frozen
+class GenerateConfig:
+    """What a user asks of one generation. None: as the model's files recommend, else as said."""
+
+    max_new_tokens: int | None = described(
+        "tokens to generate at most (128)", validator=if_set(validators.ge(1))
+    )
+    temperature: float | None = described(
+        "0 takes the likeliest token; higher is more random (0)",
+        validator=if_set(validators.ge(0.0), validators.lt(float("inf"))),
+    )
+    top_k: int | None = described(
+        "sample among the k likeliest tokens; 0: all (0)", validator=if_set(validators.ge(0))
+    )
+    top_p: float | None = described(
+        "sample among the fewest tokens whose probabilities reach p (1)",
+        validator=if_set(validators.gt(0.0), validators.le(1.0)),
+    )
+    min_p: float | None = described(
+        "drop tokens less likely than min_p times the likeliest (0)",
+        validator=if_set(validators.ge(0.0), validators.le(1.0)),
+    )
+    repetition_penalty: float | None = described(
+        "divide (or multiply, below 0) logits of tokens seen in prompt or output (1)",
+        validator=if_set(validators.gt(0.0), validators.lt(float("inf"))),
+    )
+    presence_penalty: float | None = described(
+        "subtract once from logits of tokens in the output (0)",
+        validator=if_set(validators.gt(float("-inf")), validators.lt(float("inf"))),
+    )
+    frequency_penalty: float | None = described(
+        "subtract for each occurrence in the output (0)",
+        validator=if_set(validators.gt(float("-inf")), validators.lt(float("inf"))),
+    )
+    logit_bias: Mapping[int, float] | None = described(
+        "token id -> added to its logit; -inf forbids the token",
+        validator=if_set(validators.deep_mapping(validators.ge(0), validators.lt(float("inf")))),
+    )
+    seed: int | None = described(
+        "same seed, same tokens, whatever else is in the batch; of many prompts, number i from 0 "
+        "has seed + i (drawn anew)",
+        validator=if_set(validators.ge(0), validators.lt(2**63)),
+    )
+    logprobs: int | None = described(
+        "return log-probabilities: of the chosen token (0) and of the n likeliest (n)",
+        validator=if_set(validators.ge(0)),
+    )
+    stop: tuple[str, ...] | None = described(
+        "end before any of these strings, cut from the text",
+        # A string is a sequence of strings too: each of its characters would end the text.
+        validator=if_set(validators.instance_of((tuple, list))),
+    )
+    stop_token_ids: tuple[int, ...] | None = described("end at any of these token ids")
+    ignore_eos: bool | None = described("go on after an end-of-sequence token (false)")
+    stream: bool | None = described("generate() yields text as it comes (false)")
+
+    def over(self, defaults: "GenerateConfig") -> "GenerateConfig":
+        """This configuration, with what it leaves open taken from defaults."""
+        names = [a.name for a in fields(GenerateConfig)]
+        mine = {n: v for n in names if (v := getattr(self, n)) is not None}
+        return GenerateConfig(**{n: getattr(defaults, n) for n in names} | mine)
+
+
+BUILTIN_GENERATE = GenerateConfig(
+    max_new_tokens=128,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    logit_bias={},
+    stop=(),
+    stop_token_ids=(),
+    ignore_eos=False,
+    stream=False,
+)
+"""What is in force where neither the user nor the model's files say anything."""
+
+
+@frozen(kw_only=True, eq=False)
+class SamplerRow:
+    """One request's part of a sampling step."""
+
+    request_id: str
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    """Generated so far; its length is the step."""
+
+
+@frozen(kw_only=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one step, of the distribution before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), likeliest first."""
+
+
+@frozen(kw_only=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    sanitized: int = 0
+    """How many non-finite logits were replaced; always 0 unless sanitising was asked for."""
+
+
+class Sampler(Protocol):
+    """Chooses each request's next token."""
+
+    def sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        """From logits [B, vocab_size] float32 on the CPU, one row a request, to B tokens.
+
+        A row's result depends on that row alone. Ties go to the smallest id. The logits are not
+        changed. Raises NonFiniteLogitsError for NaN or infinity (-inf included).
+        """
+        ...
