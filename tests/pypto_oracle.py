@@ -1,13 +1,13 @@
 """PyPTO itself as an oracle, without a device.
 
 ``simulator_or_skip`` gives PyPTO's simulator of an Ascend 910B, a2a3sim, behind the adapter that
-users have. It is the judge: kernels are compiled as for a card, and run.
+users have. It decides whether a kernel is right: kernels are compiled as for a card, and run.
 
-``lowered`` is cheap and needs PyPTO's front end only: a kernel is lowered for a2a3 with all passes,
-and ``pypto.debug.torch_codegen`` turns the result into PyTorch. That does not go through the C++
-that PyPTO generates of what stands outside of tasks, so it cannot see mistakes of that;
-``orchestration_complaints`` reads that C++. torch_codegen is a debugging aid, and lenient; here it
-is held to what the IR says:
+``lowered`` is fast and incomplete, and needs PyPTO's front end only: a kernel is lowered for a2a3
+with all passes, and ``pypto.debug.torch_codegen`` turns the result into PyTorch. It leaves out the
+C++ that PyPTO generates for what a kernel does outside its tasks; ``orchestration_complaints`` has
+g++ check that C++. torch_codegen is a debugging aid, and lenient; here it is held to what the IR
+says:
 
 - A value's valid region is that of its type in the IR; torch_codegen loses it at an operator.
 - Products of BF16 are added up in FP32; torch_codegen rounds each to BF16.
@@ -15,13 +15,14 @@ is held to what the IR says:
   reaches outside of its tensor is an error; torch_codegen has zeros for all three.
 """
 
+import atexit
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -55,7 +56,14 @@ def simulator_or_skip() -> PyptoDevice:
     lacking = [c for c in needs("a2a3sim", installation, None) if c.status == "failed"]
     if lacking:
         pytest.skip("; ".join(f"a2a3sim needs {c.name}: {c.found}" for c in lacking))
-    return open_device(Options(platform="a2a3sim", build_dir=mkdtemp()), None, lambda *_: None)
+    # A slow machine is not a stuck one.
+    os.environ.setdefault("PTO2_SCHEDULER_TIMEOUT_MS", "3600000")
+    builds = TemporaryDirectory()
+    options = Options(platform="a2a3sim", build_dir=builds.name)
+    device = open_device(options, None, lambda *_: None)
+    atexit.register(builds.cleanup)
+    atexit.register(device.close)
+    return device
 
 
 def simulated(kernel: str, shape: LayerShape) -> Run:

@@ -1,6 +1,7 @@
 """Which module imports which: no circles, and a core that knows no plugin."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("core", "plugins/loaders", "plugins/executors", "plugins/samplers", "kernels")
+BUILD = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+SOURCES = tuple(BUILD["dev-mode-dirs"])
 
 
 def modules(root: Path, sources: tuple[str, ...]) -> dict[str, Path]:
@@ -49,6 +51,12 @@ def graph(root: Path, sources: tuple[str, ...]) -> dict[str, set[str]]:
 @cache
 def ours() -> dict[str, set[str]]:
     return graph(ROOT, SOURCES)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_source_root_is_read(source):
+    assert modules(ROOT, (source,)).keys() <= ours().keys()
+    assert modules(ROOT, (source,))
 
 
 def test_no_modules_import_each_other_in_a_circle():

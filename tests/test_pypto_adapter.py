@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto import adapter, installation
 from tilewright_pypto.adapter import SURFACE, PyptoDevice, open_device
+from tilewright_pypto.crash import CrashNote
 from tilewright_pypto.options import Options
 
 SHAPE = LayerShape(
@@ -709,6 +711,31 @@ def test_a_crash_leaves_a_line_that_names_kernel_step_and_artifacts(
     assert "platform=emulated" in line
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("open", "opening a2a3sim"), ("malloc", r"copying \d+.\d MiB to a2a3sim")],
+)
+def test_a_crash_where_no_kernel_runs_leaves_a_line_too(pypto_root, place, said):
+    argv = ["--executor", "pypto-npu", "-o", "platform=a2a3sim", "-o", f"pypto_root={pypto_root}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tilewright", "generate", *argv, "We"],
+        env=os.environ | {"FAKE_PYPTO": failing(**{place: "SIGKILL"})},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert re.search(rf"^tilewright: the process died {said}$", done.stderr, re.MULTILINE)
+
+
+def test_a_device_is_closed_though_a_child_of_the_process_goes_on():
+    """A child that was forked holds the pipe open whose end tells of the end of the process."""
+    note = CrashNote()
+    with subprocess.Popen(["sleep", "60"], pass_fds=[note._shell.stdin.fileno()]) as child:
+        note.close()
+        assert child.poll() is None
+        child.kill()
+
+
 def test_a_crash_line_is_left_by_no_other_end(pypto_root, tmp_path):
     argv = ["--executor", "pypto-npu", "-o", "platform=a2a3sim", "-o", f"pypto_root={pypto_root}"]
     for failure, code in (({}, 0), ({"run_head": "no luck"}, 2)):
@@ -791,8 +818,10 @@ def test_pypto_is_not_found_to_be_old_and_logs_nothing(real, monkeypatch):
 def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel, monkeypatch):
     """Without its assembler PyPTO stops before the device's code: one error, and artifacts."""
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path))
-    device = without_worker(real, tmp_path, monkeypatch)
-    with pytest.raises(ExecutorError) as error:
+    with (
+        without_worker(real, tmp_path, monkeypatch) as device,
+        pytest.raises(ExecutorError) as error,
+    ):
         device.load([kernel], SHAPE)
     line = one_line(error)
     home = device.artifacts[kernel]
@@ -805,12 +834,14 @@ def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel
     assert all(f"{name}:" in parameters for name in program.param_names)
 
 
-def without_worker(real: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> PyptoDevice:
+def without_worker(
+    real: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> "closing[PyptoDevice]":
     """A device that compiles, and has no card behind it."""
     pypto = adapter._import(real)
     monkeypatch.setattr(pypto.runtime, "ChipWorker", lambda config: object())
     options = Options(platform="a2a3", compile_jobs=2, build_dir=str(folder))
-    return PyptoDevice(pypto, options, 0, {}, ignore)
+    return closing(PyptoDevice(pypto, options, 0, {}, ignore))
 
 
 @pytest.mark.pypto
@@ -821,8 +852,10 @@ def test_pypto_says_where_a_kernel_is_wrong(real, tmp_path, monkeypatch):
         text = file.read_text().replace("pl.matmul_acc(", "pl.no_such_thing(")
         (broken / file.name).write_text(text)
     monkeypatch.setattr(source, "path", lambda kernel: broken / f"{kernel}.py")
-    device = without_worker(real, tmp_path, monkeypatch)
-    with pytest.raises(ExecutorError) as error:
+    with (
+        without_worker(real, tmp_path, monkeypatch) as device,
+        pytest.raises(ExecutorError) as error,
+    ):
         device.load(["head"], SHAPE)
     assert "Unknown operation 'pl.no_such_thing'" in one_line(error)
     assert f"{broken / 'head.py'}, line " in one_line(error)

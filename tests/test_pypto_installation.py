@@ -248,11 +248,13 @@ LEAST = 'PTOAS_RELATIVE_PATHS = ()\nPTOAS_MIN_VERSION = "v0.61"\n'
         (None, "0.56", "0.57"),
         (None, "0.60", "0.57"),  # assembles e2d0f78's code, to kernels that compute wrong numbers
         (None, "0.57.1", "0.57"),
+        (None, "0.57.0", None),
         (LEAST, "0.57", "0.61 or newer"),
         (LEAST, "0.9", "0.61 or newer"),
         (LEAST, "0.61", None),
         (LEAST, "0.100", None),
         (LEAST, "1.0", None),
+        (LEAST, "0.61.0", None),
     ],
 )
 def test_ptoas_must_be_of_the_version_that_pypto_generates_code_for(
@@ -275,7 +277,9 @@ def test_ptoas_must_be_of_the_version_that_pypto_generates_code_for(
     assert f"set PTOAS_ROOT to a release of ptoas {wanted}" in line
 
 
-@pytest.mark.parametrize("said", ["ptoas 0.57", "ptoas version v0.57", "ptoas vmi 0.57 (dev)"])
+@pytest.mark.parametrize(
+    "said", ["ptoas 0.57", "ptoas version v0.57", "ptoas vmi 0.57 (dev)", "ptoas 0.57' >&2; echo '"]
+)
 def test_a_version_of_ptoas_is_read_from_what_it_prints(pypto_root, tmp_path, said):
     program(tmp_path / "machine" / "ptoas" / "ptoas", f"#!/bin/sh\necho '{said}'\n")
     assert not failed("a5sim", pypto_root)
@@ -285,6 +289,7 @@ def test_a_version_of_ptoas_is_read_from_what_it_prints(pypto_root, tmp_path, sa
     ("text", "told"),
     [
         ("#!/bin/sh\necho LLVM\n", "--version printed no version: 'LLVM'"),
+        ("#!/bin/sh\necho ptoas\necho LLVM 21.1\n", "--version printed no version: 'ptoas"),
         ("#!/bin/sh\nexit 3\n", "--version failed: .*exit status 3"),
         ("\x7fELF", "--version failed: .*Exec format error"),
     ],

@@ -9,7 +9,7 @@ from tilewright.errors import ExecutorError
 from tilewright.settings import DEMO_MODEL
 from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B
 from tilewright_pypto.options import Options
-from tilewright_pypto.rings import fitted, needed
+from tilewright_pypto.rings import counted, fitted, needed
 
 MIB = 1 << 20
 
@@ -35,14 +35,22 @@ def test_the_heap_and_the_window_hold_attention_to_all_heads_over_a_long_sequenc
 
 def test_the_head_needs_little():
     # x [16, 256] FP32 and normed BF16, in each iteration over rows.
-    assert needed("head", DEMO, 256) == {"ring_heap": 32 << 10, "ring_task_window": 8}
+    assert needed("head", DEMO, 256) == {"ring_heap": 32 << 10, "ring_task_window": 4}
 
 
 def test_what_is_counted_is_what_the_runtime_reported():
-    """A run on a2a3sim with 64 tasks a ring ended with 495616 bytes held, and no task to spare."""
-    shape = evolve(DEMO, page_size=128, kv_tile=128)
-    assert needed("prefill_layer", shape, 256)["ring_task_window"] == 128
-    assert 495616 < needed("prefill_layer", evolve(shape, max_tokens=16), 256)["ring_heap"] <= MIB
+    """A run on a2a3sim with room for 63 tasks ended with 63 of them and 495616 bytes in ring 3."""
+    taken = counted("prefill_layer", evolve(DEMO, page_size=128, kv_tile=128), 256)
+    assert taken.most_bytes[3] == 495616
+    assert taken.most_tasks[3] == 67
+    # A head's o, scores and weighted [16, 128] FP32, probabilities in BF16, stats and scale.
+    assert taken.most_unused == [0, 0, 0, 3 * 8192 + 4096 + 2 * 1024]
+
+
+def test_a_piece_that_does_not_fit_before_the_rings_end_may_leave_that_much_unused():
+    """Decode's scope over rows has 17 tensors: a piece of 16, and one of [16, 256] FP32."""
+    taken = counted("decode_layer", DEMO, 256)
+    assert taken.most_unused[2] == 16 * 256 * 4
 
 
 def test_sizes_that_are_not_asked_for_are_left_to_pypto_where_they_do():
@@ -54,6 +62,7 @@ def test_sizes_that_are_not_asked_for_are_left_to_pypto_where_they_do():
     assert longer.ring_heap == 1 << 31
     assert longer.ring_task_window == 1 << 16
     assert longer.ring_dep_pool == 1 << 18
+    assert fitted(evolve(options, ring_task_window=1 << 16), QWEN3_14B, 40960) == longer
     assert fitted(evolve(options, ring_dep_pool=7), QWEN3_14B, 40960).ring_dep_pool == 7
 
 
@@ -69,7 +78,7 @@ def test_a_size_that_is_too_small_is_refused_with_the_least_that_works(option, s
     with pytest.raises(ExecutorError) as error:
         fitted(asked, DEMO, 256)
     (line,) = str(error.value).splitlines()
-    assert f"kernel {kernel} needs a {option} of at least {least} for sequences of 256" in line
+    assert f"{option} must be at least {least} for kernel {kernel} and sequences of 256" in line
     assert f"found {size}" in line
     enough = evolve(asked, **{option: least})
     assert fitted(enough, DEMO, 256) == enough
@@ -83,7 +92,7 @@ def test_it_is_refused_before_pypto_is_looked_for(capsys, tmp_path):
     assert out == ""
     (line,) = err.splitlines()
     assert line.startswith("tilewright: error: ")
-    assert "needs a ring_heap of at least" in line
+    assert "ring_heap must be at least" in line
 
 
 def test_the_emulation_has_no_rings():

@@ -12,7 +12,7 @@ from test_task_submit import EXAMPLE, PLEDGE, PLEDGED, TILEWRIGHT, submit
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.cli import main
-from tilewright.config import DEMO_MODEL
+from tilewright.settings import DEMO_MODEL
 
 pytestmark = pytest.mark.pypto
 

@@ -23,11 +23,15 @@ NUMBERED = re.compile(
     r"dynamic_compiler_dep_tids(_.*)?|\w+_inline\d+"
 )
 """Names that PyPTO generates; the last form is that of an inline function's local variable."""
-DERIVED = re.compile(
-    r"ext_(?P<parameter>\w+)|indices_(?P<read>\w+)|"
-    r"(?P<variable>\w+?)_(?:ci|ci_shapes|shapes|offsets|view|tid|logical_fp4_offset|v\d+)"
+DERIVED = (
+    (re.compile(r"ext_(\w+)"), "a parameter"),
+    (re.compile(r"indices_(\w+)"), "a variable"),
+    (
+        re.compile(r"(\w+?)_(?:ci|ci_shapes|shapes|offsets|view|tid|logical_fp4_offset|v\d+)"),
+        "a variable",
+    ),
 )
-"""Names that PyPTO generates from another name."""
+"""Forms of names that PyPTO generates from another name, and what that must be."""
 CPLUSPLUS = frozenset(
     re.findall(
         r"\w+",
@@ -72,7 +76,7 @@ def check_function(
 ) -> None:
     """As ``check_file``, for one function.
 
-    symbols: names of the ``pl.dynamic`` extents in the types of its parameters.
+    symbols: names of ``pl.dynamic`` extents, of the file or of the function's parameters.
     first_line: line number in the file of line 1 of the syntax tree.
     """
     for node, name, why in _misnamed(function, frozenset(symbols)):
@@ -87,51 +91,47 @@ def _misnamed(
     """The node, the name and the reason of each name that PyPTO would confuse."""
     parameters = {a: a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
     variables = {n: n.id for n in ast.walk(function) if _is_stored(n)}
-    loops = {
-        n: loop
-        for loop in ast.walk(function)
-        if isinstance(loop, ast.For)
-        for n in ast.walk(loop.target)
-        if _is_stored(n)
-    }
+    loops = dict(_loops(function))
     places = parameters | variables
-    names = {*places.values(), TEMPORARY}
+    names = {"a parameter": {*parameters.values()}, "a variable": {*places.values(), TEMPORARY}}
     others = {name for place, name in places.items() if place not in loops}
     for place in sorted(places, key=lambda p: (p.lineno, p.col_offset)):
         name = places[place]
-        made = DERIVED.fullmatch(name)
-        of = made and (made["parameter"] or made["read"] or made["variable"])
+        of = next((o for o, kind in _origins(name) if o in names[kind]), None)
         if name.endswith("_") or "__" in name:
-            why = "PyPTO ends a name at its first __, and appends a __ to each"
+            why = "PyPTO appends __ and more to every name, and cuts names at the first __"
         elif name in CPLUSPLUS:
             why = "the generated C++ cannot have a variable of that name"
         elif NUMBERED.fullmatch(name):
             why = "PyPTO generates names of that form"
-        elif made and of in (parameters.values() if made["parameter"] else names):
+        elif of is not None:
             why = f"PyPTO generates that name from {of}"
         elif name in symbols and place in variables:
             why = f'pl.dynamic("{name}") becomes a variable of that name'
         elif place in loops and name == TEMPORARY:
-            why = "PyPTO names temporaries so, and one would hide this loop's variable"
+            why = f"PyPTO calls its temporaries {name}, and one would hide this loop's variable"
         elif place in loops and name in others:
             why = "this loop's variable would hide another variable of that name"
-        elif place in loops and name in _loop_variables(loops[place].body):
+        elif place in loops and any(n.id == name for s in loops[place].body for n, _ in _loops(s)):
             why = "an inner loop has a variable of that name, which would hide this one"
         else:
             continue
         yield place, name, why
 
 
+def _origins(name: str) -> Iterator[tuple[str, str]]:
+    """The names that PyPTO might generate this one from, and what each must be."""
+    for form, kind in DERIVED:
+        if found := form.fullmatch(name):
+            yield found[1], kind
+
+
+def _loops(root: ast.AST) -> Iterator[tuple[ast.Name, ast.For]]:
+    """Each loop variable, and its loop."""
+    for loop in ast.walk(root):
+        if isinstance(loop, ast.For):
+            yield from ((n, loop) for n in ast.walk(loop.target) if _is_stored(n))
+
+
 def _is_stored(node: ast.AST) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-
-
-def _loop_variables(body: list[ast.stmt]) -> set[str]:
-    return {
-        n.id
-        for statement in body
-        for loop in ast.walk(statement)
-        if isinstance(loop, ast.For)
-        for n in ast.walk(loop.target)
-        if _is_stored(n)
-    }

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stdout, 
 from functools import reduce
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from tilewright.errors import ExecutorError, OutOfPagesError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from tilewright_pypto.options import Options
 
 NEEDED = "hw-native-sys/pypto of 2026-08-21 (e2d0f78) or newer"
-RINGS = ("ring_task_window", "ring_heap", "ring_dep_pool")
+RING_OPTIONS = ("ring_task_window", "ring_heap", "ring_dep_pool")
 SURFACE: dict[str, tuple[str, ...]] = {
     "LogLevel.ERROR": (),
     "set_log_level": (),
@@ -40,7 +41,7 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "ir.CompiledProgram.load": (),
     "ir.CompiledProgram.param_names": (),
     "runtime.configure_log": ("level",),
-    "runtime.RunConfig": ("platform", "device_id", "save_kernels_dir", *RINGS),
+    "runtime.RunConfig": ("platform", "device_id", "save_kernels_dir", *RING_OPTIONS),
     "runtime.ChipWorker": ("config",),
     "runtime.ChipWorker.alloc_tensor": ("shape", "dtype", "init"),
     "runtime.ChipWorker.copy_to": ("dst_dev_ptr", "src_host_ptr", "nbytes"),
@@ -50,12 +51,15 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "runtime.RegistrationHandle.__call__": ("args", "config"),
     "runtime.DeviceTensor": ("data_ptr", "shape", "dtype"),
 }
-"""All names of PyPTO that this module uses, with the parameters that it gives, in their order."""
+"""All names of PyPTO that this module uses, with the parameters that it gives, in their order.
+
+And ``pypto.runtime.device_runner.ThreadPoolExecutor``: importing that needs PyPTO's runtime."""
 CODEGEN_WORKERS = "PYPTO_CODEGEN_MAX_WORKERS"
 CARD_KV_BYTES = 16 << 30
 """PyPTO does not tell how much memory a card has free. On a card of 64 GiB this leaves enough for
 Qwen3-14B's weights, 28 GiB in BF16, and for the runtime; total_pages asks for more or less."""
 
+_compiling = Lock()
 _architecture: str | None = None
 """What this process's PyPTO compiles for. It cannot be changed once it has compiled."""
 
@@ -174,7 +178,7 @@ class PyptoDevice:
         self.artifacts: dict[str, Path] = {}
         """What each kernel was compiled to."""
         self._taken = 0
-        rings = {n: size for n in RINGS if (size := getattr(options, n)) is not None}
+        rings = {n: size for n in RING_OPTIONS if (size := getattr(options, n)) is not None}
         try:
             self._crash = CrashNote()
         except OSError as error:
@@ -183,7 +187,8 @@ class PyptoDevice:
             with redirect_stdout(sys.stderr):
                 # The rings' sizes are taken from the configuration of each call, not the worker's.
                 self._config = self._run_config(device_id=card or 0, **rings)
-                self._worker: Any = pypto.runtime.ChipWorker(config=self._config)
+                with self._crashing(f"opening {self.name}"):
+                    self._worker: Any = pypto.runtime.ChipWorker(config=self._config)
         except BaseException as error:
             self._crash.close()
             if not isinstance(error, Exception):
@@ -198,8 +203,10 @@ class PyptoDevice:
 
     def keep(self, tensor: "Tensor") -> Any:
         """Raises ExecutorError when the device has no memory left."""
+        worker = self._opened()
         try:
-            kept = self._opened().alloc_tensor(tuple(tensor.shape), tensor.dtype, init=tensor)
+            with self._crashing(f"copying {_mib(tensor.nbytes)} to {self.name}"):
+                kept = worker.alloc_tensor(tuple(tensor.shape), tensor.dtype, init=tensor)
         except Exception as error:
             refused = self._refused(f"cannot keep a tensor of {_mib(tensor.nbytes)}", error)
             if failures.symptom(error) is failures.MEMORY:
@@ -214,9 +221,11 @@ class PyptoDevice:
         No kernel reads a row that none has written, so nobody clears it. Raises OutOfPagesError
         when the device has no memory left.
         """
+        worker = self._opened()
         rows, size = prod(shape[:-1]), prod(shape) * dtype.itemsize
         try:
-            kept = self._opened().alloc_tensor((rows, shape[-1]), dtype)
+            with self._crashing(f"allocating {_mib(size)} on {self.name}"):
+                kept = worker.alloc_tensor((rows, shape[-1]), dtype)
         except Exception as error:
             refused = self._refused(f"cannot keep {_mib(size)} of KV cache", error)
             if failures.symptom(error) is failures.MEMORY:
@@ -315,7 +324,7 @@ class PyptoDevice:
         def reload(home: Path) -> Any:
             self.artifacts[kernel] = home
             quiet = redirect_stdout(sys.stderr)
-            with self._crashing(kernel, "loading"), _compilers(self._jobs), quiet:
+            with self._crashing_kernel(kernel, "loading"), _compilers(self._jobs), quiet:
                 program = load_again(str(home), platform=self._platform)
                 program.load()
             return program
@@ -344,7 +353,7 @@ class PyptoDevice:
     def _failing(self, kernel: str, doing: str, what: str) -> Iterator[None]:
         """PyPTO's errors, as errors of a kernel."""
         try:
-            with self._crashing(kernel, doing):
+            with self._crashing_kernel(kernel, doing):
                 yield
         except Exception as error:
             raise ExecutorError(
@@ -352,13 +361,17 @@ class PyptoDevice:
                 f"artifacts in {self.artifacts[kernel]}; {self._advice(error)}"
             ) from error
 
-    def _crashing(self, kernel: str, doing: str) -> AbstractContextManager[None]:
-        """What a crash of PyPTO leaves behind."""
+    def _crashing_kernel(self, kernel: str, doing: str) -> AbstractContextManager[None]:
         place = f"{self.place}: " if self.place and doing == "running" else ""
-        return self._crash.noting(
-            f"{place}the process died {doing} kernel {kernel} on {self.name}; "
-            f"artifacts in {self.artifacts[kernel]}; {failures.OTHERWISE.advice}"
+        return self._crashing(
+            f"{doing} kernel {kernel} on {self.name}; artifacts in {self.artifacts[kernel]}; "
+            f"{failures.OTHERWISE.advice}",
+            place,
         )
+
+    def _crashing(self, doing: str, place: str = "") -> AbstractContextManager[None]:
+        """Leave a line about what was done if the process dies meanwhile."""
+        return self._crash.noting(f"{place}the process died {doing}")
 
     def _refused(self, what: str, error: Exception) -> ExecutorError:
         if isinstance(error, ExecutorError):
@@ -380,22 +393,28 @@ def _compilers(jobs: int | None) -> Iterator[None]:
     """At most that many assemblers and compilers at a time; None: as many as there are CPUs.
 
     PyPTO reads the number of assemblers from the environment. It starts a compiler for each task of
-    a kernel, up to 64 at once, in a pool whose size nothing sets: so the pool is replaced.
+    a kernel, up to 64 at once, in a pool whose size cannot be set, so the pool is replaced. Both
+    belong to the whole process, so one thread compiles at a time.
     """
     from pypto.runtime import device_runner
 
     most = jobs or len(os.sched_getaffinity(0))
-    before, pool = os.environ.get(CODEGEN_WORKERS), device_runner.ThreadPoolExecutor
-    os.environ[CODEGEN_WORKERS] = str(most)
-    device_runner.ThreadPoolExecutor = lambda max_workers: pool(min(max_workers, most))
-    try:
-        yield
-    finally:
-        device_runner.ThreadPoolExecutor = pool
-        if before is None:
-            del os.environ[CODEGEN_WORKERS]
-        else:
-            os.environ[CODEGEN_WORKERS] = before
+    with _compiling:
+        before, pool = os.environ.get(CODEGEN_WORKERS), device_runner.ThreadPoolExecutor
+
+        def bounded(max_workers: int | None = None, *args: Any, **kwargs: Any) -> Any:
+            return pool(min(max_workers or most, most), *args, **kwargs)
+
+        os.environ[CODEGEN_WORKERS] = str(most)
+        device_runner.ThreadPoolExecutor = bounded
+        try:
+            yield
+        finally:
+            device_runner.ThreadPoolExecutor = pool
+            if before is None:
+                del os.environ[CODEGEN_WORKERS]
+            else:
+                os.environ[CODEGEN_WORKERS] = before
 
 
 def _mib(size: int) -> str:

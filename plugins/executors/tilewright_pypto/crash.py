@@ -29,7 +29,7 @@ class CrashNote:
             self._shell = subprocess.Popen(
                 ["/bin/sh", "-c", PRINTER],
                 stdin=subprocess.PIPE,
-                stdout=file,  # to be read from: a shell names no file above 9
+                stdout=file,  # the shell reads the note from fd 1: sh redirects only fds 0 to 9
                 start_new_session=True,  # a keypress that interrupts the process spares the shell
             )
 
@@ -43,5 +43,6 @@ class CrashNote:
             self._memory[0] = ord("\n")
 
     def close(self) -> None:
-        self._shell.communicate()
+        # A newline ends the shell's wait, also where a forked child holds the pipe open.
+        self._shell.communicate(b"\n")
         self._memory.close()

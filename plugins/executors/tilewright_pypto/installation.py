@@ -331,9 +331,10 @@ def _ptoas(installation: Installation) -> Check:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         found = f"{usable} --version failed: {' '.join(str(error).split())}"
         return _failed("ptoas", found, advice)
-    match = re.search(r"\bptoas\D*?(\d+(?:\.\d+)+)", said.stdout)
+    printed = f"{said.stdout}{said.stderr}".strip()
+    match = re.search(r"\bptoas[^\d\n]*?(\d+(?:\.\d+)+)", printed)
     if match is None:
-        found = f"{usable} --version printed no version: {said.stdout.strip()!r}"
+        found = f"{usable} --version printed no version: {printed!r:.200}"
         return _failed("ptoas", found, advice)
     version = match[1]
     if pin and not pin.admits(version):
@@ -364,7 +365,11 @@ class _Pin:
 
 
 def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".")]
+    """Comparable: 0.57.0 is 0.57."""
+    numbers = [int(part) for part in version.split(".")]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
 
 
 def _ptoas_pin(installation: Installation) -> _Pin | None:

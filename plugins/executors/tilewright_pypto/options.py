@@ -22,11 +22,11 @@ def power_of_two(least: int) -> Callable[[Any, Any, int], None]:
 
 
 def _size(help: str, check: Any) -> int | None:
-    """An option that is a number, or None for PyPTO's own choice."""
+    """An option that is a number, or None for PyPTO's own size or what the kernels need."""
     optional: int | None = field(
         default=None,
         validator=validators.optional(check),
-        metadata={"help": f"{help}; default: PyPTO's choice"},
+        metadata={"help": f"{help}; default: PyPTO's, or more where the kernels need it"},
     )
     return optional
 
@@ -62,10 +62,10 @@ class Options:
         validator=validators.optional(validators.ge(1)),
         metadata={"help": "assemblers and compilers at a time; default: one for each CPU"},
     )
-    ring_task_window: int | None = _size("tasks in flight", power_of_two(4))
-    ring_heap: int | None = _size("bytes of the runtime's heap", power_of_two(1024))
+    ring_task_window: int | None = _size("tasks that a ring of the runtime holds", power_of_two(4))
+    ring_heap: int | None = _size("bytes of each ring's heap", power_of_two(1024))
     ring_dep_pool: int | None = _size(
-        "dependencies in flight", [validators.ge(4), validators.le((1 << 31) - 1)]
+        "dependencies that a ring holds", [validators.ge(4), validators.le((1 << 31) - 1)]
     )
     weights_on_device: bool = field(
         default=True,

@@ -1,8 +1,8 @@
 """What the kernels need of the rings of PyPTO's runtime: memory for scratch, and room for tasks.
 
 A ring that is too small may end the process in the runtime's C++, so sizes are checked before a
-device is opened. What is needed is counted by running the kernels' source on nothing: tensors are
-shapes, tasks do nothing, and one iteration of a pl.parallel stands for all.
+device is opened. What is needed is counted by running the kernels' source with a language that only
+counts: tensors are shapes, tasks do nothing, and one iteration of a pl.parallel stands for all.
 
 As PyPTO e2d0f78 and its runtime have it: the runtime opens a scope, in it the kernel opens one, and
 in that each iteration of a loop. A scope of depth d takes from ring d, deeper ones from the last.
@@ -31,19 +31,20 @@ from tilewright_pypto.emulated.language import NAMES, Dynamic
 if TYPE_CHECKING:
     from tilewright_pypto.options import Options
 
-RINGS = 4
+COUNT = 4
+"""Rings of the runtime: PTO2_MAX_RING_DEPTH."""
 UNIT = 1024
-"""Bytes that an allocation is a multiple of."""
+"""Each tensor takes a multiple of this many bytes."""
 TOGETHER = 16
-"""Tensors that one task allocates at most."""
+"""Tensors that one task allocates at most, in one piece of memory."""
 STANDARD = {"ring_heap": 256 << 20, "ring_task_window": 16384}
 """PyPTO's own sizes, in bytes and in tasks: PTO2_HEAP_SIZE and PTO2_TASK_WINDOW_SIZE."""
 DEPENDENCIES = 4
-"""Dependencies of a task for which a larger window gets room; PyPTO's own sizes have it for one."""
+"""Entries of ring_dep_pool for each task of an enlarged window. PyPTO's own sizes have one each."""
 
 
 def fitted(options: "Options", shape: LayerShape, positions: int) -> "Options":
-    """The options, with rings large enough where PyPTO's own are not and no size was asked for.
+    """The options, with larger rings where PyPTO's own are too small and no size was asked for.
 
     positions: tokens of the longest sequence. Raises ExecutorError for a size that is too small.
     """
@@ -53,105 +54,111 @@ def fitted(options: "Options", shape: LayerShape, positions: int) -> "Options":
             ((k, needed(k, shape, positions)[name]) for k in source.KERNELS), key=lambda n: n[1]
         )
         asked = getattr(options, name)
-        if asked is None and least > standard:
-            larger[name] = least
-            if name == "ring_task_window" and options.ring_dep_pool is None:
-                larger["ring_dep_pool"] = DEPENDENCIES * least
         if asked is not None and asked < least:
             raise ExecutorError(
-                f"executor pypto-npu: kernel {kernel} needs a {name} of at least {least} for "
+                f"executor pypto-npu: {name} must be at least {least} for kernel {kernel} and "
                 f"sequences of {positions} tokens, found {asked}: set that, or leave it out"
             )
+        if asked is None and least > standard:
+            larger[name] = least
+    window = larger.get("ring_task_window", options.ring_task_window)
+    if options.ring_dep_pool is None and window and window > STANDARD["ring_task_window"]:
+        larger["ring_dep_pool"] = DEPENDENCIES * window
     return evolve(options, **larger)
 
 
 @cache
 def needed(kernel: str, shape: LayerShape, positions: int) -> dict[str, int]:
-    """The least sizes of rings, by option, for a tile of tokens that ends the longest sequence.
+    """Sizes of rings, by option, that are enough for a tile of tokens ending the longest sequence.
 
-    A kernel may run with half of that heap: memory that a task allocates is in one piece, and what
-    is left over at the end of the ring depends on where the kernel before has ended.
+    The heap allows for memory that stays unused because a piece did not fit before the ring's end;
+    how much that is depends on where the previous kernel ended, so a kernel may run with less.
     """
-    rows = int(shape.constants(kernel)["ROWS"])
-    taken: _Taken = source.load(kernel, shape, _language())(
-        context_lens=positions, query_lens=min(rows, positions)
-    )
-    heap = max(map(add, taken.most_bytes, taken.most_left_over))
+    taken = counted(kernel, shape, positions)
     return {
-        # A ring that is full counts as empty.
-        "ring_heap": max(UNIT, _power_above(heap)),
-        "ring_task_window": _power_above(max(taken.most_tasks) + 1),
+        "ring_heap": max(UNIT, _power_above(max(map(add, taken.most_bytes, taken.most_unused)))),
+        "ring_task_window": _power_above(max(taken.most_tasks)),
     }
 
 
 def _power_above(size: int) -> int:
+    """A power of two above size: the runtime cannot tell a ring that is full from an empty one."""
     return 1 << size.bit_length()
+
+
+def counted(kernel: str, shape: LayerShape, positions: int) -> "Taken":
+    """What a kernel takes from each ring for a tile of tokens that ends the longest sequence."""
+    rows = int(shape.constants(kernel)["ROWS"])
+    count = source.load(kernel, shape, _language())
+    taken: Taken = count(context_lens=positions, query_lens=min(rows, positions))
+    return taken
 
 
 # --- a language that counts -----------------------------------------------------------------------
 
 
+def _zeros() -> list[int]:
+    return [0] * COUNT
+
+
 @define
-class _Taken:
-    """What the open scopes have taken from each ring, and the most that they ever had."""
+class Taken:
+    """What the open scopes have taken, by ring, and the most that they have taken at once."""
 
     depth: int = 0
     in_task: bool = False
-    tensors: int = 0
-    """Tensors that the innermost scope has allocated."""
-    piece: int = 0
-    """Bytes that the current task allocates, in one piece."""
-    bytes: list[int] = field(factory=lambda: [0] * RINGS)
-    tasks: list[int] = field(factory=lambda: [0] * RINGS)
-    most_bytes: list[int] = field(factory=lambda: [0] * RINGS)
-    most_tasks: list[int] = field(factory=lambda: [0] * RINGS)
-    most_left_over: list[int] = field(factory=lambda: [0] * RINGS)
-    """Bytes that may stay unused at the ring's end, because the next piece did not fit there."""
+    tensors: list[int] = field(factory=list)
+    """Bytes of each tensor of the innermost scope."""
+    bytes: list[int] = field(factory=_zeros)
+    tasks: list[int] = field(factory=_zeros)
+    most_bytes: list[int] = field(factory=_zeros)
+    most_tasks: list[int] = field(factory=_zeros)
+    most_unused: list[int] = field(factory=_zeros)
+    """The largest piece of memory that may have to move to the ring's beginning."""
 
     @property
     def ring(self) -> int:
-        return min(self.depth, RINGS - 1)
+        return min(self.depth, COUNT - 1)
 
-    def task(self) -> None:
-        self.tasks[self.ring] += 1
-        self.most_tasks[self.ring] = max(self.most_tasks[self.ring], self.tasks[self.ring])
+    def take(self, size: int, tasks: int) -> None:
+        ring = self.ring
+        self.bytes[ring] += size
+        self.tasks[ring] += tasks
+        self.most_bytes[ring] = max(self.most_bytes[ring], self.bytes[ring])
+        self.most_tasks[ring] = max(self.most_tasks[ring], self.tasks[ring])
 
     def allocate(self, size: int) -> None:
-        ring = self.ring
-        if self.tensors % TOGETHER == 0:
-            self.task()
-            self.piece = 0
-        self.tensors += 1
-        units = -(-size // UNIT) * UNIT
-        self.piece += units
-        self.bytes[ring] += units
-        self.most_bytes[ring] = max(self.most_bytes[ring], self.bytes[ring])
-        if self.bytes[ring] > self.piece:
-            self.most_left_over[ring] = max(self.most_left_over[ring], self.piece)
+        rounded = -(-size // UNIT) * UNIT
+        self.take(rounded, tasks=len(self.tensors) % TOGETHER == 0)
+        self.tensors.append(rounded)
 
-    def held(self) -> tuple[int, int]:
-        """Bytes and tasks of the last ring."""
+    def last_ring(self) -> tuple[int, int]:
+        """Bytes and tasks taken from the last ring."""
         return self.bytes[-1], self.tasks[-1]
 
     def repeat(self, before: tuple[int, int], times: int) -> None:
-        """Take from the last ring, that many times, what has been taken since ``before``."""
-        size, tasks = (now - then for now, then in zip(self.held(), before, strict=True))
-        self.bytes[-1] += max(0, times) * size
-        self.tasks[-1] += max(0, times) * tasks
-        self.most_bytes[-1] = max(self.most_bytes[-1], self.bytes[-1])
-        self.most_tasks[-1] = max(self.most_tasks[-1], self.tasks[-1])
+        """Take from the last ring, ``times`` times, what was taken since ``before``."""
+        size, tasks = (now - then for now, then in zip(self.last_ring(), before, strict=True))
+        if self.ring == COUNT - 1:
+            self.take(times * size, times * tasks)
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        tensors, self.tensors = self.tensors, 0
+        outer, self.tensors = self.tensors, []
         self.depth += 1
         ring = self.ring
         before = self.bytes[ring], self.tasks[ring]
         yield
-        if self.depth < RINGS:
+        held = before[0]
+        for start in range(0, len(self.tensors), TOGETHER):
+            piece = sum(self.tensors[start : start + TOGETHER])
+            if held:  # in an empty ring any piece goes to the beginning
+                self.most_unused[ring] = max(self.most_unused[ring], piece)
+            held += piece
+        if self.depth < COUNT:
             self.bytes[ring], self.tasks[ring] = before
         self.depth -= 1
-        self.tensors = tensors
+        self.tensors = outer
 
 
 @frozen
@@ -173,11 +180,11 @@ class _Jit:
 
     inline = staticmethod(lambda function: function)
 
-    def __init__(self, taken: _Taken):
+    def __init__(self, taken: Taken):
         self.taken = taken
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., _Taken]:
-        def count(**scalars: int) -> _Taken:
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Taken]:
+        def count(**scalars: int) -> Taken:
             """scalars: values of integer parameters by name, 0 for those left out."""
             parameters = {
                 name: _Shaped(
@@ -195,11 +202,11 @@ class _Jit:
 
 def _language() -> ModuleType:
     """A ``pypto.language`` whose kernels count; for one call of one kernel."""
-    taken = _Taken()
+    taken = Taken()
 
     @contextmanager
     def at(**_: Any) -> Iterator[None]:
-        taken.task()
+        taken.take(0, tasks=1)
         taken.in_task = True
         yield
         taken.in_task = False
@@ -214,9 +221,9 @@ def _language() -> ModuleType:
 
     def parallel(*bounds: int) -> Iterator[int]:
         values = range(*bounds)
-        before = taken.held()
+        before = taken.last_ring()
         yield from iterations(values[:1])
-        taken.repeat(before, len(values) - 1)
+        taken.repeat(before, max(0, len(values) - 1))
 
     def create_tensor(shape: list[int], *, dtype: torch.dtype) -> _Shaped:
         taken.allocate(prod(shape) * dtype.itemsize)
