@@ -57,7 +57,7 @@ def simulator_or_skip() -> PyptoDevice:
     if lacking:
         pytest.skip("; ".join(f"a2a3sim needs {c.name}: {c.found}" for c in lacking))
     # A slow machine is not a stuck one.
-    os.environ.setdefault("PTO2_SCHEDULER_TIMEOUT_MS", "3600000")
+    os.environ.setdefault("SIMPLER_SCHEDULER_TIMEOUT_MS", "3600000")
     builds = TemporaryDirectory()
     options = Options(platform="a2a3sim", build_dir=builds.name)
     device = open_device(options, None, lambda *_: None)

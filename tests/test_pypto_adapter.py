@@ -390,7 +390,7 @@ NATIVE = "finalize_native_run failed with code {} run_id=4 dispatch=9\n\nC++ Tra
         ("run_head", "Task Allocator Deadlock - Heap Exhausted! ring=0", RINGS),
         ("run_head", "prepare_native_run failed with code -1 run_id=4", "platform=emulated"),
         ("run_head", "ring_heap must be a power of 2 >= 1024", "platform=emulated"),
-        ("run_head", NATIVE.format(-100), "PTO2_SCHEDULER_TIMEOUT_MS"),
+        ("run_head", NATIVE.format(-100), "SIMPLER_SCHEDULER_TIMEOUT_MS"),
         ("run_head", "waiting for tensor data timed out", "made no progress"),
         ("run_head", NATIVE.format(507899), "`npu-smi info` whether card 3 is there"),
         ("run_head", "device 3 was lost", "`npu-smi info` whether card 3 is there"),

@@ -41,7 +41,7 @@ SYMPTOMS = (
     Symptom(
         r"finalize_native_run failed with code -(8|100)\b|timed? ?out|time-out|5070(14|17|34)\b",
         "it made no progress: see PyPTO's log above (PYPTO_RUNTIME_LOG=info says more), and raise "
-        "PTO2_SCHEDULER_TIMEOUT_MS to tell slow from stuck",
+        "SIMPLER_SCHEDULER_TIMEOUT_MS to tell slow from stuck",
     ),
     LOST,
     Symptom(r"no space left", "free space there, or set option build_dir to another folder"),
