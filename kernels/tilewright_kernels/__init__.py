@@ -1,1 +1,1 @@
-"""Device kernels, one package a model: source for PyPTO, and what it needs to be told."""
+"""Device kernels, one package per model: source for PyPTO, and the constants it needs."""

@@ -1,7 +1,7 @@
-"""What a kernel takes, read from its own signature: nothing is imported, and nothing positional.
+"""A kernel's parameters, read from its signature. Nothing is imported; arguments go by name.
 
 PyPTO erases directions when a signature is evaluated (``pl.Out[X]`` is ``X``), so they are read
-from the source, as PyPTO itself does it.
+from the source, as PyPTO itself does.
 """
 
 import ast
@@ -25,7 +25,7 @@ DTYPES = {
     "FP32": "float32",
     "INT32": "int32",
 }
-"""PyPTO's names of dtypes, and torch's."""
+"""Maps PyPTO's names of dtypes to torch's."""
 
 
 @frozen
@@ -34,9 +34,9 @@ class Parameter:
 
     name: str
     dtype: str
-    """As torch names it, without ``torch.``"""
+    """Name of the dtype in torch, without ``torch.``"""
     shape: tuple[int | str, ...]
-    """A string is a symbol: any extent, the same one wherever the symbol stands."""
+    """Extents. A string is a symbol: any extent, but the same wherever the symbol occurs."""
     direction: Direction
 
 
@@ -82,7 +82,7 @@ class Contract:
                 raise ExecutorError(
                     f"{wanted}, found {list(shape)}: {extent} is {known} in {where}"
                 )
-        # A handle of memory on a device has no strides: it is contiguous.
+        # A handle to device memory has no strides: it is contiguous.
         if hasattr(tensor, "is_contiguous") and not tensor.is_contiguous():
             raise ExecutorError(f"{wanted}, contiguous, found strides {list(tensor.stride())}")
 
@@ -91,7 +91,7 @@ def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float])
     """The contract of the function ``kernel`` in a source file.
 
     constants: the values of names that the file imports. Names that it computes from them, and
-    symbols that it makes with ``pl.dynamic``, are found in the file itself.
+    symbols that it makes with ``pl.dynamic``, are read from the file itself.
     """
     names: dict[str, int | float | str] = dict(constants)
     order = None

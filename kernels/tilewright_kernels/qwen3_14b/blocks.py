@@ -1,12 +1,12 @@
-"""What the kernels of this package share: functions that PyPTO splices in where they are called.
+"""Functions that the kernels of this package share. PyPTO inlines them into their callers.
 
-Source for PyPTO's parser, loaded by ``source.load``. Matrix products and vector code stand in
-tasks of their own and meet in scratch in device memory. A tile's rows past its tokens hold zeros,
-never leftovers.
+Source for PyPTO's parser, loaded by ``source.load``. Matrix products and vector code run in
+separate tasks and exchange data through scratch in device memory. A tile's rows past its tokens
+hold zeros, never stale values.
 
-PyPTO takes the sizes of a function's parameters from its first call, so what differs from call to
-call is declared dynamic. A weight is not: PyPTO would make the kernel's own parameter dynamic too,
-and the contract would lose its sizes.
+PyPTO takes the sizes of a function's parameters from its first call, so sizes that differ between
+calls are declared dynamic. Weights are not: PyPTO would make the kernel's own parameter dynamic
+too, and the contract would lose its sizes.
 """
 
 import pypto.language as pl
@@ -130,8 +130,8 @@ def rotate_heads(
 ):
     """RMSNorm of each head of x[ROWS, heads * HEAD_DIM] FP32, then RoPE (arXiv:2104.09864).
 
-    The result goes to y's rows from row on, BF16. cos and sin are [ROWS, HEAD_DIM] FP32, a row a
-    token. The two halves of a head turn together, the layout of Hugging Face checkpoints.
+    The result goes to y's rows from row on, BF16. cos and sin are [ROWS, HEAD_DIM] FP32, one row
+    per token. The two halves of a head are rotated together, as in Hugging Face checkpoints.
     """
     columns = pl.tensor.dim(x, 1)
     for c in pl.parallel(0, columns, HEAD_DIM):
@@ -162,7 +162,7 @@ def write_cache(
     count: pl.Scalar[pl.INDEX],
     cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
 ):
-    """The first count tokens of x[ROWS, KV_HEADS * HEAD_DIM] BF16 go to their slots' cache rows."""
+    """Write the first count tokens of x[ROWS, KV_HEADS * HEAD_DIM] BF16 to their slots' rows."""
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="write_cache"):
         for token in pl.range(count):
             slot = pl.cast(pl.read(slot_mapping, [row + token]), pl.INDEX)
@@ -187,7 +187,7 @@ def copy_last_tile(
     """tail[KV_HEADS * KV_TILE, HEAD_DIM] = the sequence's last tile of the cache, then zeros.
 
     Slots that the sequence has not reached may hold anything, NaN included, which a probability of
-    zero would not silence in a product; so the one tile that has such slots is read from here.
+    zero would not cancel in a product; so the one tile that has such slots is read from tail.
     """
     last = (context - 1) // KV_TILE
     count = context - last * KV_TILE
@@ -220,8 +220,8 @@ def attend_tile(
 
     stats[2, Q_ROWS] FP32 holds each query's maximum and its sum, o[Q_ROWS, HEAD_DIM] FP32 the
     weighted values so far. Probabilities are rounded to BF16 for the product, and the sum is taken
-    of the rounded ones. What o is scaled by has memory of its own: the next step may write to
-    stats before this one has scaled o, as PyPTO orders no task after those that only read.
+    of the rounded ones. The scale of o has its own memory: the next step may write to stats before
+    this one has scaled o, because PyPTO orders no task after those that only read.
     """
     scores = pl.create_tensor([Q_ROWS, KV_TILE], dtype=pl.FP32)
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="scores"):
@@ -285,8 +285,8 @@ def attend(
 ):
     """o[Q_ROWS, HEAD_DIM] FP32 = attention of the queries over the sequence's first context keys.
 
-    position: that of the first query, for the causal mask: in ``band`` zeros reach KV_TILE columns
-    past the diagonal, so the keys of a tile find theirs at a column that depends on position only.
+    position: position of the first query, for the causal mask. In ``band``, zeros reach KV_TILE
+    columns past the diagonal, so a tile's mask starts at a column that depends on positions only.
     """
     with pl.at(level=pl.Level.CORE_GROUP, name_hint="attend_init"):
         stats[0:1, 0:Q_ROWS] = pl.full([1, Q_ROWS], dtype=pl.FP32, value=-1e30)

@@ -1,7 +1,7 @@
-"""What the kernels take from the shape that they are loaded for (``LayerShape.constants``).
+"""Constants of the shape that the kernels are loaded for (``LayerShape.constants``).
 
-``source.load`` puts a module with the values in this one's place: PyPTO takes integers and floats
-from a function's globals, and nothing else.
+``source.load`` replaces this module with one that holds the values: PyPTO takes only integers and
+floats from a function's globals.
 """
 
 HIDDEN: int
@@ -11,13 +11,13 @@ KV_HEADS: int
 HEAD_DIM: int
 
 PAGE: int
-"""Tokens in a page of the KV cache."""
+"""Tokens per page of the KV cache."""
 
 ROWS: int
 """Tokens in a tile."""
 
 Q_ROWS: int
-"""Queries in a tile of attention: in prefill one head's tokens, in decode one token's heads."""
+"""Queries in a tile of attention: one head's tokens in prefill, one token's heads in decode."""
 
 KV_TILE: int
 """Keys in a tile of attention; divides PAGE."""
@@ -27,7 +27,7 @@ VEC_TILE: int
 
 N_TILE: int
 K_TILE: int
-"""Columns of a matrix product's tile, and of its operand's."""
+"""Columns of a matrix product's tile, and of its operand's tile."""
 
 VOCAB_TILE: int
 
@@ -36,4 +36,4 @@ SCRATCH_ROWS: int
 
 EPS: float
 SCALE: float
-"""Of attention scores: 1 / sqrt(HEAD_DIM)."""
+"""Scale of attention scores: 1 / sqrt(HEAD_DIM)."""

@@ -1,4 +1,4 @@
-"""One decoder layer over one new token of each of several sequences."""
+"""One decoder layer for decode: one new token of each of several sequences."""
 
 import pypto.language as pl
 
@@ -23,8 +23,8 @@ GROUP = HEADS // KV_HEADS
 BAND = Q_ROWS + 2 * KV_TILE
 VISIBLE = KV_TILE + 1
 TAIL = KV_HEADS * KV_TILE
-# The queries of one KV head are read as Q_ROWS rows, those past its own heads only to fill a tile:
-# after the last token's there must be as many more.
+# The queries of one KV head are read as Q_ROWS rows. Rows past its own heads only fill the tile, so
+# as many rows must follow those of the last token.
 SPARE = (Q_ROWS + HEADS - 1) // HEADS
 QUERY_ROWS = ROWS + SPARE
 QUERY_HEADS = QUERY_ROWS * HEADS

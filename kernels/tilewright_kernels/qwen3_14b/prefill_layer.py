@@ -1,4 +1,4 @@
-"""One decoder layer over chunks of several sequences' prompts."""
+"""One decoder layer for prefill: chunks of several sequences' prompts."""
 
 import pypto.language as pl
 
@@ -80,7 +80,7 @@ def prefill_layer(
             part = pl.slice(zeros, [1, BAND], [0, 0], valid_shape=[1, visible])
             band[i : i + 1, 0:BAND] = pl.fillpad(part, pad_value=pl.PadValue.min)
 
-    # Sequence b's queries start at row query_starts[b] + b * ROWS: each has room for a last tile.
+    # Sequence b's queries start at row query_starts[b] + b * ROWS, with space for a last tile.
     queries = pl.create_tensor([SCRATCH_ROWS, Q_DIM], dtype=pl.BF16)
     for b in pl.range(batch):
         start = pl.cast(pl.read(query_starts, [b]), pl.INDEX)

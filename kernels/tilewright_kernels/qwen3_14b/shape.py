@@ -1,4 +1,4 @@
-"""The sizes that the kernels of this package are made for."""
+"""The sizes that the kernels of this package are compiled for."""
 
 from collections.abc import Iterator
 
@@ -6,15 +6,15 @@ from attrs import Factory, asdict, field, frozen
 
 TILES = (256, 128, 64, 32, 16)
 ACCUMULATOR_BYTES = 128 * 1024
-"""L0C of an a2a3 core: a tile of a product in FP32 must fit."""
+"""L0C of an a2a3 core: the FP32 tile of a product must fit in it."""
 OPERAND_BYTES = 64 * 1024
-"""L0B of an a2a3 core: an operand's tile must fit, or a compiler must know to split it."""
+"""L0B of an a2a3 core: an operand's tile must fit in it, or the compiler must split it."""
 SCRATCH_BYTES = 1 << 30
-"""What a prefill step's queries may take: a quarter of the largest heap that has served."""
+"""Limit for the queries of a prefill step: a quarter of the largest heap known to work."""
 
 
 def _widest(*sizes: int, limit: int = 256) -> int:
-    """The widest tile that divides all sizes; 16 when none does, for the check to refuse."""
+    """The widest tile that divides all sizes; if none does, 16, which the check refuses."""
     fitting = (t for t in TILES if t <= limit and all(size % t == 0 for size in sizes))
     return next(fitting, 16)
 
@@ -23,7 +23,7 @@ def _widest(*sizes: int, limit: int = 256) -> int:
 class LayerShape:
     """One decoder layer's sizes, and the tiles and limits that its kernels are compiled with.
 
-    Raises ValueError for a shape that the tiles cannot serve, naming the constraint.
+    Raises ValueError for a shape that the tiles do not support, naming the constraint.
     """
 
     hidden: int
@@ -32,18 +32,18 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     page_size: int
-    """Tokens in a page of the KV cache."""
+    """Tokens per page of the KV cache."""
     norm_eps: float = 1e-6
     max_batch: int = 16
-    """Sequences in one step."""
+    """Most sequences in one step."""
     max_tokens: int = 512
-    """Tokens in one prefill step, of all its sequences."""
+    """Most tokens in one prefill step, over all its sequences."""
 
     prefill_rows: int = field(
         default=Factory(lambda s: 64 if s.hidden >= 1024 else 16, takes_self=True)
     )
-    """Tokens in a tile of prefill. The weights are read once a tile: where they are large, more
-    rows are worth more than the padding of a short prompt."""
+    """Tokens in a tile of prefill. The weights are read once per tile: where they are large, more
+    rows outweigh the padding of short prompts."""
     decode_rows: int = 16
     kv_tile: int = field(
         default=Factory(lambda s: _widest(s.page_size, limit=128), takes_self=True)
@@ -70,7 +70,7 @@ class LayerShape:
             takes_self=True,
         )
     )
-    """Inner dimension that a matrix product's tile takes at a time."""
+    """Inner dimension of a matrix product's tile."""
     vocab_tile: int = 128
     """Output columns of a tile of the LM head."""
 
@@ -132,7 +132,7 @@ class LayerShape:
         return self.max_tokens + self.max_batch * self.prefill_rows
 
     def constants(self, kernel: str) -> dict[str, int | float]:
-        """What a kernel's source expects to find in its module."""
+        """The constants that a kernel's source expects in its module."""
         prefill = kernel == "prefill_layer"
         group = -(-(self.heads // self.kv_heads) // 16) * 16
         return {
@@ -143,7 +143,7 @@ class LayerShape:
             "HEAD_DIM": self.head_dim,
             "PAGE": self.page_size,
             "ROWS": self.prefill_rows if prefill else self.decode_rows,
-            # In prefill the queries of a tile are one head's tokens, in decode one token's heads.
+            # The queries of a tile are one head's tokens in prefill, one token's heads in decode.
             "Q_ROWS": self.prefill_rows if prefill else group,
             "KV_TILE": self.kv_tile,
             "VEC_TILE": self.vec_tile,

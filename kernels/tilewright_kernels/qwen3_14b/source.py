@@ -1,7 +1,7 @@
 """Loads the kernel files for one layer shape and one language: PyPTO's, or a stand-in for it.
 
-PyPTO reads a kernel's source and takes constants from the globals of the module that it stands in.
-So every (kernel, shape) gets a package of its own, made from the same files with other constants.
+PyPTO reads a kernel's source and takes constants from the globals of its module. Therefore every
+(kernel, shape) gets its own package, made from the same files with other constants.
 """
 
 import builtins
@@ -16,7 +16,7 @@ from tilewright_kernels.names import check_file
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 
 KERNELS = ("prefill_layer", "decode_layer", "head")
-"""Each is a file of this folder that holds a kernel of the same name."""
+"""Names of the kernels. Each is in a file of the same name in this folder."""
 
 _serial = itertools.count()
 
@@ -26,11 +26,11 @@ def path(kernel: str) -> Path:
 
 
 def load(kernel: str, shape: LayerShape, language: ModuleType) -> Any:
-    """The kernel as ``language.jit`` made it, for that shape.
+    """The result of ``language.jit`` for a kernel and a shape.
 
-    language: what ``import pypto.language as pl`` gives in the kernel files.
+    language: the module that ``import pypto.language as pl`` yields in the kernel files.
 
-    Raises ExecutorError for a name that PyPTO would take for another one (``names``).
+    Raises ExecutorError for a name that PyPTO would confuse with another one (``names``).
     """
     package = f"{__package__}.loaded_{next(_serial)}"
     parent = ModuleType(package)
@@ -56,7 +56,7 @@ def _run(name: str, file: Path, language: ModuleType) -> ModuleType:
 
 
 def _importing(language: ModuleType) -> Any:
-    """An ``__import__`` for which pypto.language is ``language``, in one module only."""
+    """An ``__import__`` for one module that resolves pypto.language to ``language``."""
 
     def import_(name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "pypto.language":

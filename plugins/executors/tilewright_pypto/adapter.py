@@ -1,4 +1,4 @@
-"""All of PyPTO's API that tilewright uses: nothing else here knows it."""
+"""The adapter to PyPTO's API: no other module of this package uses it."""
 
 import inspect
 import json
@@ -51,25 +51,25 @@ SURFACE: dict[str, tuple[str, ...]] = {
     "runtime.RegistrationHandle.__call__": ("args", "config"),
     "runtime.DeviceTensor": ("data_ptr", "shape", "dtype"),
 }
-"""All names of PyPTO that this module uses, with the parameters that it gives, in their order.
+"""All names of PyPTO that this module uses, with the parameters that it passes, in order.
 
-And ``pypto.runtime.device_runner.ThreadPoolExecutor``: importing that needs PyPTO's runtime."""
+``pypto.runtime.device_runner.ThreadPoolExecutor`` is used too: its import needs PyPTO's runtime."""
 CODEGEN_WORKERS = "PYPTO_CODEGEN_MAX_WORKERS"
 CARD_KV_BYTES = 16 << 30
-"""PyPTO does not tell how much memory a card has free. On a card of 64 GiB this leaves enough for
-Qwen3-14B's weights, 28 GiB in BF16, and for the runtime; total_pages asks for more or less."""
+"""PyPTO does not report how much memory a card has free. On a card of 64 GiB this leaves enough
+for Qwen3-14B's weights, 28 GiB in BF16, and for the runtime; total_pages overrides it."""
 
 _compiling = Lock()
 _architecture: str | None = None
-"""What this process's PyPTO compiles for. It cannot be changed once it has compiled."""
+"""Architecture that this process's PyPTO compiles for. It is fixed once PyPTO has compiled."""
 
 
 def open_device(options: "Options", card: int | None, report: "Report") -> "PyptoDevice":
     """Open a card, or a simulator, for which ``card`` is None.
 
-    Raises ExecutorError: no usable PyPTO is there, it is too old or cannot be imported, this
-    process uses another one or another architecture, the platform lacks something, the card cannot
-    be opened.
+    Raises ExecutorError when no usable PyPTO is found, it is too old or cannot be imported, this
+    process uses another PyPTO or architecture, the platform lacks something, or the card cannot be
+    opened.
     """
     global _architecture
     installation = find(options.pypto_root)
@@ -88,12 +88,12 @@ def open_device(options: "Options", card: int | None, report: "Report") -> "Pypt
 
 
 def _import(installation: Installation) -> Any:
-    """PyPTO itself, quiet. Raises ExecutorError for another one, an old one, a broken one."""
+    """Import PyPTO and silence it. Raises ExecutorError if it is another one, too old or broken."""
     _refuse_another(installation)
     added = [p for p in map(str, installation.search_path) if p not in sys.path]
     sys.path[:0] = added
     try:
-        # Whoever prints does not get into what our commands print.
+        # Keeps output of the imports out of the output of tilewright's commands.
         with redirect_stdout(sys.stderr):
             import pypto
             import pypto.ir
@@ -112,20 +112,20 @@ def _import(installation: Installation) -> Any:
             f"{failures.cause(error)}): build it again, for this Python and with what it needs"
         ) from error
     if "PYPTO_RUNTIME_LOG" not in os.environ:
-        # What matters of its log is in its exceptions; a lost card logs a traceback for a tensor.
+        # Its exceptions carry what matters; a lost card logs one traceback per tensor.
         logging.getLogger("pypto").setLevel(logging.CRITICAL)
-        with suppress(Exception):  # the runtime has a log of its own, where there is a runtime
+        with suppress(Exception):  # the runtime, if there is one, has its own log
             pypto.runtime.configure_log("error")
     return pypto
 
 
 def _refuse_another(installation: Installation) -> None:
-    """Also one that failed halfway through its import, and left some of its modules."""
+    """Refuse another PyPTO, even one whose import failed halfway and left some of its modules."""
     ours = [folder.resolve() for folder in installation.folders]
     for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None)
         if name.partition(".")[0] != "pypto" or (origin is None and name != "pypto"):
-            continue  # parts of a binary module have no file
+            continue  # submodules of a binary module have no file
         if origin and any(folder in Path(origin).resolve().parents for folder in ours):
             continue
         where = Path(origin).parent if origin else "a place that it does not tell"
@@ -154,7 +154,7 @@ def _refuse_old(pypto: Any, installation: Installation) -> None:
 
 
 class PyptoDevice:
-    """A ``Device`` (see tilewright_pypto.device) that is PyPTO's; ``open_device`` makes it."""
+    """A ``Device`` (see tilewright_pypto.device) on PyPTO; ``open_device`` creates it."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class PyptoDevice:
         key: Mapping[str, str],
         report: "Report",
     ):
-        """key: what compiled code depends on, besides the kernel."""
+        """key: everything besides the kernel that compiled code depends on."""
         self.name = options.platform if card is None else f"{options.platform} card {card}"
         self.place = ""
         self._pypto = pypto
@@ -176,7 +176,7 @@ class PyptoDevice:
         self._report = report
         self._key = key
         self.artifacts: dict[str, Path] = {}
-        """What each kernel was compiled to."""
+        """Folders of the compiled kernels, keyed by kernel."""
         self._taken = 0
         rings = {n: size for n in RING_OPTIONS if (size := getattr(options, n)) is not None}
         try:
@@ -202,7 +202,7 @@ class PyptoDevice:
         return available_memory() // 2 if self._card is None else CARD_KV_BYTES
 
     def keep(self, tensor: "Tensor") -> Any:
-        """Raises ExecutorError when the device has no memory left."""
+        """Raises ExecutorError when the device is out of memory."""
         worker = self._opened()
         try:
             with self._crashing(f"copying {_mib(tensor.nbytes)} to {self.name}"):
@@ -216,10 +216,10 @@ class PyptoDevice:
         return kept
 
     def allocate(self, shape: "tuple[int, ...]", dtype: "torch.dtype") -> Any:
-        """Rows [prod(shape[:-1]), shape[-1]], as the device's memory happens to be.
+        """Uninitialised rows [prod(shape[:-1]), shape[-1]] on the device.
 
-        No kernel reads a row that none has written, so nobody clears it. Raises OutOfPagesError
-        when the device has no memory left.
+        Kernels read only rows that a kernel has written, so rows are not cleared. Raises
+        OutOfPagesError when the device is out of memory.
         """
         worker = self._opened()
         rows, size = prod(shape[:-1]), prod(shape) * dtype.itemsize
@@ -254,7 +254,7 @@ class PyptoDevice:
             raise self._refused(f"cannot take {_mib(new.nbytes)}", error) from error
 
     def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
-        """Raises ExecutorError for one that PyPTO does not compile, or not as it is written."""
+        """Raises ExecutorError for a kernel that PyPTO does not compile, or not as written."""
         loaded, saved, started, compiled = {}, 0.0, time.perf_counter(), 0
         for done, kernel in enumerate(kernels):
 
@@ -283,7 +283,7 @@ class PyptoDevice:
         try:
             worker.close()
         except Exception:
-            # It keeps what it could not free for a second try; a lost card fails that too.
+            # It keeps what it could not free for a second try, which fails on a lost card too.
             with suppress(Exception):
                 worker.close()
         finally:
@@ -351,7 +351,7 @@ class PyptoDevice:
 
     @contextmanager
     def _failing(self, kernel: str, doing: str, what: str) -> Iterator[None]:
-        """PyPTO's errors, as errors of a kernel."""
+        """Turn PyPTO's errors into errors of a kernel."""
         try:
             with self._crashing_kernel(kernel, doing):
                 yield
@@ -370,7 +370,7 @@ class PyptoDevice:
         )
 
     def _crashing(self, doing: str, place: str = "") -> AbstractContextManager[None]:
-        """Leave a line about what was done if the process dies meanwhile."""
+        """Leave a line that says what was running, in case the process dies meanwhile."""
         return self._crash.noting(f"{place}the process died {doing}")
 
     def _refused(self, what: str, error: Exception) -> ExecutorError:
@@ -390,11 +390,11 @@ class PyptoDevice:
 
 @contextmanager
 def _compilers(jobs: int | None) -> Iterator[None]:
-    """At most that many assemblers and compilers at a time; None: as many as there are CPUs.
+    """Limit how many assemblers and compilers run at a time; None: one per CPU.
 
     PyPTO reads the number of assemblers from the environment. It starts a compiler for each task of
     a kernel, up to 64 at once, in a pool whose size cannot be set, so the pool is replaced. Both
-    belong to the whole process, so one thread compiles at a time.
+    are process-wide, so only one thread compiles at a time.
     """
     from pypto.runtime import device_runner
 

@@ -1,8 +1,8 @@
-"""Compiled kernels kept on disk: compiled once, by one process, and loaded again by all later.
+"""Cache of compiled kernels on disk: one process compiles a kernel, later ones load it.
 
-A kernel has a folder for each key that it was compiled with, and is compiled right there, because
-what PyPTO writes holds absolute paths. A stamp is written last: a folder without one is not used.
-A lock file beside the folder lets one process at a time in; the system drops it with the process.
+A kernel has a folder for each key that it was compiled with, and is compiled in place, because
+PyPTO's output contains absolute paths. A stamp is written last: a folder without one is not used.
+A lock file beside the folder admits one process at a time, and is released when the process ends.
 """
 
 import errno
@@ -48,18 +48,18 @@ def cached(
     reload: Callable[[Path], T],
     say: Callable[[str], None],
 ) -> tuple[T, float | None]:
-    """What ``reload`` makes of a folder that was compiled before, else what ``compile`` makes.
+    """The result of ``reload`` for a folder that was compiled before, otherwise of ``compile``.
 
-    name: begins the folder's name; the key and the place of ``folder`` make the rest.
-    compile: given an empty folder. What it raises goes on to the caller; the folder stays, and is
-        made anew by the next call.
-    reload: where it raises, the folder is damaged, and compiled anew.
-    say: told what goes on: compiling, loading, waiting for another process.
+    name: prefix of the folder's name; the rest depends on the key and the path of ``folder``.
+    compile: called with an empty folder. Its exceptions are passed on; the folder stays, and the
+        next call rebuilds it.
+    reload: if it raises, the folder is damaged and is compiled again.
+    say: called with the progress: compiling, loading, waiting for another process.
 
-    Returns it with the seconds that compiling took, None if this call compiled.
-    Raises ExecutorError when the folder takes no files.
+    Returns the result and the seconds that compiling took, None if this call compiled.
+    Raises ExecutorError when the folder is not writable.
     """
-    # A folder that was moved has the paths of its old place in its files.
+    # The files of a folder that was moved contain its old path.
     place = {"folder": str(folder.resolve())}
     digest = hashlib.sha256(json.dumps(dict(key) | place, sort_keys=True).encode()).hexdigest()
     home = folder / f"{name}-{digest[:16]}"
@@ -107,7 +107,7 @@ def _locked(file: Path, name: str, say: Callable[[str], None]) -> Iterator[None]
 
 
 def _compiled_in(home: Path) -> float | None:
-    """How long it took to compile what is there; None where nothing whole is."""
+    """How many seconds compiling took; None if the folder is not complete."""
     try:
         return float(json.loads((home / STAMP).read_text())["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -115,7 +115,7 @@ def _compiled_in(home: Path) -> float | None:
 
 
 def _empty(home: Path) -> None:
-    # The stamp first: a folder that is half gone must not pass for whole.
+    # The stamp goes first: a partly deleted folder must not pass for complete.
     (home / STAMP).unlink(missing_ok=True)
     if home.exists():
         shutil.rmtree(home)

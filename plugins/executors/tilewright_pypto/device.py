@@ -1,4 +1,4 @@
-"""Where kernels run: what the executor asks of PyPTO, or of the stand-in for it."""
+"""Where kernels run: the interface that the executor needs from PyPTO, or from its stand-in."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -10,50 +10,50 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kernel: TypeAlias = Callable[..., None]
-"""Called with a kernel's parameters by name: CPU tensors, or what ``keep`` and ``allocate`` gave.
+"""Called with a kernel's parameters by name: CPU tensors, or results of ``keep`` and ``allocate``.
 
-Works on them in place. Raises ExecutorError, in one line, for what went wrong.
+Works on them in place. Raises ExecutorError with a message of one line.
 """
 
 
 class Device(Protocol):
     @property
     def name(self) -> str:
-        """For results and errors: ``a2a3 card 3``, ``a2a3sim``, ``emulated``."""
+        """Name for results and errors: ``a2a3 card 3``, ``a2a3sim``, ``emulated``."""
         ...
 
     place: str
-    """Where in the model the next kernel call is: ``step 3, layer 12``. A crash says so."""
+    """Position of the next kernel call in the model, for crash reports: ``step 3, layer 12``."""
 
     @property
     def memory_limit(self) -> int | None:
-        """Bytes that the KV cache may take when nobody says how many pages it shall have."""
+        """Bytes that the KV cache may take when the number of pages is not set."""
         ...
 
     @property
     def allocate(self) -> "Callable[[tuple[int, ...], torch.dtype], Any] | None":
-        """As ``KvCacheSpec.allocate``; what it gives are rows, all but the last extent in one.
+        """As ``KvCacheSpec.allocate``, but returns rows: all extents but the last are flattened.
 
-        None where the KV allocator's own storage will do.
+        None where the KV allocator's own storage can be used.
         """
         ...
 
     def keep(self, tensor: "Tensor") -> Any:
-        """A contiguous tensor's values on the device, until it is closed."""
+        """Upload a contiguous tensor's values, which stay on the device until it is closed."""
         ...
 
     def read(self, kept: Any) -> "Tensor":
-        """What ``keep`` or ``allocate`` gave, as a CPU tensor of the same shape."""
+        """The values of a handle from ``keep`` or ``allocate``, as a CPU tensor of its shape."""
         ...
 
     def write(self, kept: Any, tensor: "Tensor") -> None:
-        """Replace the values of what ``keep`` or ``allocate`` gave."""
+        """Replace the values of a handle from ``keep`` or ``allocate``."""
         ...
 
     def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
-        """Kernels of tilewright_kernels.qwen3_14b, compiled for a layer shape, by name."""
+        """Kernels of tilewright_kernels.qwen3_14b, compiled for a layer shape and keyed by name."""
         ...
 
     def close(self) -> None:
-        """Give the device back, with all that was kept. Closing twice is fine."""
+        """Release the device and all uploads and allocations. Closing twice is fine."""
         ...

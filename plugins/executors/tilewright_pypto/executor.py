@@ -1,7 +1,7 @@
-"""A Qwen3 model composed from single-layer kernels: embeddings on the host, then a kernel a layer,
-then the head's.
+"""A Qwen3 model composed from single-layer kernels: embeddings on the host, one kernel call per
+layer, then the head kernel.
 
-Activations pass from layer to layer through host memory, so that every layer's output can be seen;
+Activations pass from layer to layer through host memory, so every layer's output can be observed;
 weights and KV cache stay on the device.
 """
 
@@ -33,12 +33,12 @@ from tilewright_pypto.device import Device, Kernel
 from tilewright_pypto.packing import READ_ORDER, packed_tensors, unpack
 
 ROW_ORDER: RowOrder = "HND"
-"""Of the KV cache: what ``read_kv`` and ``bind_kv_cache`` take its rows for."""
+"""Row order of the KV cache, which ``read_kv`` and ``bind_kv_cache`` assume."""
 
 
 @frozen(kw_only=True)
 class Model:
-    """What the kernels are called with in every step. Tensors on the device are handles of its."""
+    """Arguments of the kernels that are the same in every step. Device tensors are handles."""
 
     config: ModelConfig
     kernels: Mapping[str, Kernel]
@@ -53,9 +53,9 @@ class Model:
 def load(
     request: ExecutorRequest, shape: LayerShape, device: Device, weights_on_device: bool
 ) -> "PyptoExecutor":
-    """Compile the kernels, then read and hand over the weights, a layer at a time.
+    """Compile the kernels, then read and upload the weights, layer by layer.
 
-    They are packed on the way unless they are so already.
+    Weights that are not packed yet are packed on the way.
     """
     config, runtime = request.model_config, request.runtime_config
     check_row_order(shape)
@@ -109,7 +109,7 @@ def _stay(tensor: Tensor) -> Tensor:
 
 
 def check_row_order(shape: LayerShape) -> None:
-    """Raises ExecutorError for layer kernels that declare another order than the executor's."""
+    """Raises ExecutorError for layer kernels that declare another row order than ROW_ORDER."""
     for kernel in ("prefill_layer", "decode_layer"):
         constants = shape.constants(kernel)
         declared = read_contract(source.path(kernel), kernel, constants).kv_row_order
@@ -146,7 +146,7 @@ class PyptoExecutor:
         self._step: _Step | None = None
 
     def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
-        """Raises ExecutorError for storage that is not as kv_cache_spec says."""
+        """Raises ExecutorError for storage that does not match kv_cache_spec."""
         spec = self.kv_cache_spec
         if len(layers) != spec.num_layers:
             raise ExecutorError(
@@ -168,7 +168,7 @@ class PyptoExecutor:
         self._device.close()
 
     def _rows(self, storage: Any) -> Any:
-        """Rows of head_dim, in the kernels' order. A device's own storage comes as rows."""
+        """Rows of head_dim, in the kernels' order. A device's own storage has them already."""
         spec = self.kv_cache_spec
         if not isinstance(storage, Tensor):
             return storage
@@ -238,7 +238,7 @@ class PyptoExecutor:
         return self._model
 
     def _prepared(self, batch: StepBatch) -> "_Step":
-        """What all layers' kernels get of a step, made when its first layer runs."""
+        """Data of a step for the kernels of all layers, prepared when the first layer runs."""
         if self._step is None or self._step.batch is not batch:
             self._check(batch)
             tensors = {
@@ -264,7 +264,7 @@ class PyptoExecutor:
             raise ExecutorError(f"{self._device.place}: {error}") from error
 
     def _check(self, batch: StepBatch) -> None:
-        """What the kernels are compiled for is not to be passed: they would leave their buffers."""
+        """Refuse a step beyond the compiled limits: the kernels would overrun their buffers."""
         for what, found, most in (
             ("sequences", len(batch.context_lens), self.limits.max_batch_size),
             ("tokens", len(batch.token_ids), self.limits.max_batch_tokens),
@@ -280,9 +280,9 @@ class PyptoExecutor:
 @frozen(eq=False)
 class _Step:
     number: int
-    """From 0."""
+    """Index of the step, from 0."""
     batch: StepBatch
     kernel: str
-    """Of the layers: where each sequence has one token, that of decode."""
+    """Kernel of the layers: decode_layer where each sequence has one token, else prefill_layer."""
     tensors: dict[str, Tensor]
-    """The parameters of it that are the same in all layers."""
+    """Parameters of the kernel that are the same in all layers."""

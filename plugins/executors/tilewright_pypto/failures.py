@@ -1,4 +1,4 @@
-"""What failed, in PyPTO's words: the line of them that says it, and what to do."""
+"""Diagnosis of PyPTO's errors: the line that names the cause, and what to do."""
 
 import re
 
@@ -30,8 +30,8 @@ SYMPTOMS = (
         r"no module named|undefined symbol|importerror",
         "PyPTO is not whole: `tilewright doctor` says what it lacks",
     ),
-    # Only this call's numbers are the runtime's own, negated. -1 is its scope deadlock, and also
-    # what has no number: hence "may".
+    # Only this call returns the runtime's own codes, negated. -1 is its scope deadlock, and also
+    # stands for errors without a code: hence "may".
     Symptom(
         r"finalize_native_run failed with code -[1-4]\b|deadlock|(heap|pool) exhausted|dep_pool",
         "a ring may be full: raise options ring_task_window, ring_dep_pool and ring_heap (131072, "
@@ -65,10 +65,10 @@ def symptom(error: BaseException) -> Symptom:
 
 
 def cause(error: BaseException) -> str:
-    """The first line that says something, of messages that go on for pages."""
+    """The first meaningful line of a message that may be pages long."""
     text = str(error).partition("C++ Traceback")[0]
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    # Rules and frames around what is said, and the heads of tables of it, say nothing.
+    # Leave out rules, frames and the headings of tables.
     lines = [x for x in lines if x.strip("-=+|^~ ") and not re.fullmatch(r"Function *\| *Error", x)]
     if not lines:
         return type(error).__name__

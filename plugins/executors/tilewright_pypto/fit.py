@@ -1,4 +1,4 @@
-"""Whether the kernels can run a model as it is set up: decided before any weight is read."""
+"""Checks whether the kernels can run a model as configured, before any weight is read."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,7 @@ from tilewright.types import ModelConfig, RuntimeConfig
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 
 PAGE_SIZE = 128
-"""Tokens in a page of the KV cache, unless a user says otherwise: as many as attention's widest
-tile has keys."""
+"""Default number of tokens per page of the KV cache: the keys of attention's widest tile."""
 
 OTHERWISE = "choose executor torch for it"
 _ADVICE = (
@@ -44,7 +43,7 @@ def layer_shape(config: ModelConfig, runtime: RuntimeConfig) -> LayerShape:
 
 
 def _misfits(config: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[str, str, str]]:
-    """What does not fit: expected, found, advice."""
+    """Each mismatch: expected, found, advice."""
     name = config.architecture
     if not config.qk_norm:
         yield (

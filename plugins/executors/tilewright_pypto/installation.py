@@ -1,7 +1,7 @@
-"""Finds PyPTO and what it needs on this machine, by looking at files: nothing of it is imported.
+"""Finds PyPTO and its dependencies on this machine by inspecting files, without importing them.
 
-Two products are called ``pypto``. The kernels are for that of hw-native-sys, which is built from
-source; the one on PyPI is CANN's. Their version numbers do not tell them apart, their files do.
+Two products are called ``pypto``. The kernels need the one of hw-native-sys, which is built from
+source; the one on PyPI is CANN's. They differ in their files, not in their version numbers.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ PTO_ISA = "https://github.com/hw-native-sys/pto-isa"
 BUILD = "build it from source: https://github.com/hw-native-sys/pypto"
 EMULATED = "platform=emulated needs none"
 RUNTIME = "tensormap_and_ringbuffer"
-"""The runtime, of those that simpler comes with, that PyPTO's compiler makes programs for."""
+"""The runtime of simpler that PyPTO's compiler targets."""
 PTOAS = ("ptoas", "ptoas.sh", "bin/ptoas")
 """Where PyPTO looks for the assembler in $PTOAS_ROOT, in this order."""
 GXX = "g++-15"
-"""PyPTO compiles simulated kernels with a program of this very name."""
+"""PyPTO compiles simulated kernels with a program of exactly this name."""
 DEV = Path("/dev")
 
 
@@ -41,13 +41,13 @@ class Installation:
     """A PyPTO that can be imported: hw-native-sys/pypto, with its compiled part."""
 
     folders: tuple[Path, ...]
-    """Of the package; the first one has its source, and an editable installation a second one."""
+    """Folders of the package. The first has its source; an editable installation has a second."""
     search_path: tuple[Path, ...]
-    """What must be on sys.path to import it and its runtime; empty for an installed one."""
+    """Entries for sys.path to import it and its runtime; empty for an installed package."""
     version: str
-    """``unknown`` where its source does not say."""
+    """Version from its source, or ``unknown``."""
     commit: str | None
-    """Of a checkout."""
+    """Commit of a checkout, if known."""
 
     def __str__(self) -> str:
         commit = f" ({self.commit[:7]})" if self.commit else ""
@@ -55,7 +55,7 @@ class Installation:
 
 
 class _AbsentError(ExecutorError):
-    """There is no PyPTO to be used."""
+    """No usable PyPTO was found."""
 
     def __init__(self, found: str, advice: str):
         super().__init__(f"{found}: {advice}")
@@ -63,10 +63,10 @@ class _AbsentError(ExecutorError):
 
 
 def find(pypto_root: str | None) -> Installation:
-    """The PyPTO of a checkout, or without one the installed package.
+    """The PyPTO of a checkout, or the installed package if pypto_root is None.
 
-    Raises ExecutorError: none is there, it is CANN's product of that name, it was never built, it
-    was built for another Python, the root is no checkout.
+    Raises ExecutorError when none is found, when it is CANN's product of that name, was never built
+    or was built for another Python, or when the root is not a checkout.
     """
     importlib.invalidate_caches()
     folders, search_path = (_installed(), ()) if pypto_root is None else _checkout(pypto_root)
@@ -82,7 +82,7 @@ def find(pypto_root: str | None) -> Installation:
 
 
 def checks() -> list[Check]:
-    """What is there, for ``tilewright doctor``: what is absent is at most a warning."""
+    """Checks for ``tilewright doctor``. A missing part is at most a warning."""
     try:
         found = find(None)
     except _AbsentError as absent:
@@ -97,7 +97,7 @@ def checks() -> list[Check]:
 
 
 def require(platform: str, installation: Installation, card: int | None) -> None:
-    """Raises ExecutorError that names all that the platform needs and this machine lacks."""
+    """Raises ExecutorError that lists everything the platform needs and this machine lacks."""
     lacking = [c for c in needs(platform, installation, card) if c.status == "failed"]
     if lacking:
         each = "; ".join(f"{c.name}: {c.found} ({c.advice})" for c in lacking)
@@ -107,9 +107,9 @@ def require(platform: str, installation: Installation, card: int | None) -> None
 
 
 def identity(installation: Installation, platform: str) -> dict[str, str]:
-    """What compiled code depends on: PyPTO's version and files, ptoas, the platform's compiler.
+    """The inputs of compiled code: PyPTO's version and files, ptoas, the platform's compiler.
 
-    Files count by path, size and time of change, not by content.
+    Files are compared by path, size and modification time, not by content.
     """
     digest = hashlib.sha256()
     for folder in installation.folders:
@@ -146,7 +146,7 @@ def _checkout(pypto_root: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
             "name the checkout's own folder",
         )
     folders: tuple[Path, ...] = (home / "pypto",)
-    if not _binaries(folders):  # an editable installation of it may keep them elsewhere
+    if not _binaries(folders):  # an editable installation may keep them elsewhere
         with suppress(_AbsentError):
             installed = _installed()
             if installed[0].resolve() == folders[0].resolve():
@@ -156,7 +156,7 @@ def _checkout(pypto_root: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 
 
 def _installed() -> tuple[Path, ...]:
-    """The folders of the installed package, that with its __init__.py first."""
+    """The folders of the installed package; the first one has its __init__.py."""
     spec = _spec("pypto")
     if spec is None:
         raise _AbsentError(
@@ -208,26 +208,26 @@ def _binaries(folders: Sequence[Path]) -> list[Path]:
 
 
 def _spec(name: str, search_path: Sequence[Path] = ()) -> ModuleSpec | None:
-    """Where a top-level module would come from. Such a one is not executed to find it."""
+    """Where a top-level module would be imported from. The module is not executed."""
     spec = PathFinder.find_spec(name, [*map(str, search_path)]) if search_path else None
     if spec is not None and spec.origin is not None:
         return spec
     try:
         return find_spec(name)
-    except (ImportError, ValueError):  # an installer's hook that is broken, or a module without one
+    except (ImportError, ValueError):  # a broken import hook, or a module without a spec
         return None
 
 
 def _root(package: Path) -> Path:
-    """Of the checkout that holds a package."""
+    """The root of the checkout that holds a package."""
     return package.parent.parent if package.parent.name == "python" else package.parent
 
 
 def _commit(root: Path) -> str | None:
-    """What a checkout's HEAD is; None where git does not say."""
+    """The commit of a checkout's HEAD; None where git cannot tell."""
     if not (root / ".git").exists():
         return None
-    # Somebody else's checkout is fine, on a shared host.
+    # On a shared host, a checkout of another user is allowed.
     command = ["git", "-c", f"safe.directory={root.resolve()}", "-C", str(root), "rev-parse"]
     try:
         said = subprocess.run([*command, "HEAD"], capture_output=True, check=True, timeout=60)
@@ -240,7 +240,7 @@ def _commit(root: Path) -> str | None:
 
 
 def needs(platform: str | None, installation: Installation, card: int | None) -> Iterator[Check]:
-    """What a platform needs besides PyPTO's package. None: all platforms that may be meant here."""
+    """What a platform needs besides PyPTO's package. None: all platforms that may apply here."""
     yield from _runtime(installation, platform)
     yield _ptoas(installation)
     if platform is None or platform in SIMULATORS:
@@ -269,7 +269,7 @@ def _runtime(installation: Installation, platform: str | None) -> Iterator[Check
         yield _failed(name, f"no {missing}", f"run {install} {runtime or '<checkout>/runtime'}`")
         return
     home = Path(places["simpler_setup"] or "").parent
-    # A wheel brings its binaries with it; a checkout has them where they were built.
+    # A wheel includes its binaries; a checkout has them where they were built.
     root = home / "_assets" if (home / "_assets" / "src").is_dir() else home.parent
     built = [p for p in (*HARDWARE, *SIMULATORS) if _runtime_binary(root, p).is_file()]
     if platform in built or (platform is None and built):
@@ -290,7 +290,7 @@ def _runtime_binary(root: Path, platform: str) -> Path:
 
 
 def _pto_isa(runtime: Path) -> Check:
-    """The headers of kernels, at the commit that the runtime names; PyPTO clones them itself."""
+    """The kernel headers, at the commit that the runtime names; PyPTO clones them if needed."""
     place, pin = runtime / "build" / "pto-isa", runtime / "pto_isa.pin"
     wanted = pin.read_text(errors="replace").strip() if pin.is_file() else None
     if wanted and _commit(place) == wanted.lower():
@@ -304,7 +304,7 @@ def _pto_isa(runtime: Path) -> Check:
 
 
 def _ptoas_files() -> list[Path]:
-    """Those that exist of the places where ptoas may be; PyPTO runs the first executable one."""
+    """Existing files among the places of ptoas; PyPTO runs the first executable one."""
     root = os.environ.get("PTOAS_ROOT")
     if root:
         return [f for f in (Path(root) / p for p in PTOAS) if f.is_file()]
@@ -313,7 +313,7 @@ def _ptoas_files() -> list[Path]:
 
 
 def _ptoas(installation: Installation) -> Check:
-    """The assembler, and whether its version is one that this PyPTO generates code for."""
+    """Check the assembler, and that this PyPTO generates code for its version."""
     files = _ptoas_files()
     usable = next((f for f in files if os.access(f, os.X_OK)), None)
     pin = _ptoas_pin(installation)
@@ -354,7 +354,7 @@ class _Pin:
     version: str
     or_newer: bool
     where: str
-    """The name and the file that it was read from."""
+    """The name of the setting and the file that it was read from."""
 
     def __str__(self) -> str:
         return f"{self.version} or newer" if self.or_newer else self.version
@@ -365,7 +365,7 @@ class _Pin:
 
 
 def _numbers(version: str) -> list[int]:
-    """Comparable: 0.57.0 is 0.57."""
+    """A version as comparable numbers: 0.57.0 equals 0.57."""
     numbers = [int(part) for part in version.split(".")]
     while numbers and not numbers[-1]:
         numbers.pop()
@@ -373,11 +373,11 @@ def _numbers(version: str) -> list[int]:
 
 
 def _ptoas_pin(installation: Installation) -> _Pin | None:
-    """None where PyPTO's files name no version, as in a wheel from before September 2026.
+    """The required version; None where PyPTO's files name none: a wheel before September 2026.
 
-    Since then PyPTO has a minimum version, which it checks when it compiles. An older checkout has
-    the version that it is tested with, and only that one is known to work: e2d0f78 names 0.57, and
-    with 0.60 its matrix products came out wrong.
+    Since then PyPTO has a minimum version, which it checks when it compiles. An older checkout
+    names the version that it is tested with, the only one known to work: e2d0f78 names 0.57, and
+    with 0.60 its matrix products were wrong.
     """
     package = installation.folders[0]
     for file, name, or_newer in (
@@ -401,7 +401,7 @@ def _simulators_compiler() -> Check:
             "none on PATH" + (f", though {other}" if other else ""),
             f"install {GXX}, or link a g++ of 13 or newer as {GXX}",
         )
-    # PyPTO's headers take BF16 for FP16, silently, where the compiler does not have it.
+    # PyPTO's headers silently treat BF16 as FP16 where the compiler lacks BF16.
     command = [compiler, "-std=c++23", "-x", "c++", "-dM", "-E", os.devnull]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
@@ -450,6 +450,6 @@ def _npu(card: int | None) -> Check:
 
 
 def _cards() -> list[int]:
-    """Numbers of the Ascend cards that this machine, or this container, shows."""
+    """Numbers of the Ascend cards that are visible on this machine or in this container."""
     numbers = (n.name.removeprefix("davinci") for n in DEV.glob("davinci[0-9]*"))
     return sorted(int(n) for n in numbers if n.isdigit())

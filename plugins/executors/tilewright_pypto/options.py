@@ -1,4 +1,4 @@
-"""The options of executor ``pypto-npu``, and the platforms that it knows."""
+"""The options of executor ``pypto-npu``, and its platforms."""
 
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -10,7 +10,7 @@ HARDWARE: tuple[Platform, ...] = ("a2a3", "a5")
 
 
 def power_of_two(least: int) -> Callable[[Any, Any, int], None]:
-    """An attrs validator."""
+    """An attrs validator for powers of two of at least ``least``."""
 
     def check(instance: Any, attribute: Any, value: int) -> None:
         if value < least or value & (value - 1):
@@ -22,7 +22,7 @@ def power_of_two(least: int) -> Callable[[Any, Any, int], None]:
 
 
 def _size(help: str, check: Any) -> int | None:
-    """An option that is a number, or None for PyPTO's own size or what the kernels need."""
+    """An option that is a number, or None for PyPTO's default or more where the kernels need it."""
     optional: int | None = field(
         default=None,
         validator=validators.optional(check),

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as the kernels take them."""
+"""Packs a checkpoint's weights in the layout of the kernels."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,12 +26,12 @@ PROJECTIONS = {
     "w_up": "mlp.up_proj",
     "w_down": "mlp.down_proj",
 }
-"""The layer kernels' parameters, and the names of a layer's weights in Hugging Face checkpoints."""
+"""Maps the layer kernels' parameters to a layer's weight names in Hugging Face checkpoints."""
 READ_ORDER = (
     *("input_norm", "wq", "wk", "wv", "q_norm", "k_norm", "wo"),
     *("post_norm", "w_gate", "w_up", "w_down"),
 )
-"""A layer's parameters as ``packed_tensors`` has them: so packed files are read front to back."""
+"""A layer's parameters in the order of ``packed_tensors``, to read packed files front to back."""
 
 
 _PARAMETERS = {name: parameter for parameter, name in (NORMS | PROJECTIONS).items()}
@@ -42,11 +42,11 @@ _WHOLE = {
 }
 
 VERSION = 1
-"""Of what ``packed_tensors`` gives: raised whenever that changes."""
+"""Version of the output of ``packed_tensors``, raised whenever that changes."""
 
 
 _PART = 2**20
-"""Elements that are looked at in one go."""
+"""Elements that are checked at a time."""
 
 
 def packed_tensors(config: ModelConfig, weights: TensorSource) -> Iterator[PackedTensor]:
@@ -66,7 +66,7 @@ def packed_tensors(config: ModelConfig, weights: TensorSource) -> Iterator[Packe
 
 
 def pack(weights: TensorSource, name: str) -> Tensor:
-    """A weight of the checkpoint as the kernels take it."""
+    """A weight of the checkpoint in the layout of the kernels."""
     if name.endswith("norm.weight"):
         return _read(weights, name, torch.float32).unsqueeze(0)
     tensor = _read(weights, name)
@@ -90,7 +90,7 @@ def unpack(
     head: Mapping[str, Any],
     read: Callable[[Any], Tensor],
 ) -> Tensor:
-    """A packed weight as the checkpoint names and shapes it. Raises KeyError."""
+    """A packed weight, by its checkpoint name and in its checkpoint shape. Raises KeyError."""
     if name == "lm_head.weight":
         return read(head["lm_head"])
     if name == "model.norm.weight":
@@ -103,7 +103,7 @@ def unpack(
 
 def _read(weights: TensorSource, name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     tensor = weights.get(name).to(dtype)
-    # In parts: isfinite and sum take more than four times the memory of what they are given.
+    # In parts: isfinite and sum take more than four times the memory of their input.
     parts = torch.split(tensor.flatten(), _PART)
     bad = sum(part.numel() - int(part.isfinite().count_nonzero()) for part in parts)
     if bad:

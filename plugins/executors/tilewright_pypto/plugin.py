@@ -48,7 +48,7 @@ def doctor_checks() -> list[Check]:
 
 @hookimpl
 def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
-    """Raises ExecutorError for a model, a device or a PyPTO that it cannot work with."""
+    """Raises ExecutorError for an unsupported model, device or PyPTO."""
     from tilewright_pypto.fit import layer_shape
 
     config, runtime = request.model_config, request.runtime_config
@@ -85,11 +85,11 @@ def pack_weights(request: ExecutorRequest) -> PackedWeights:
 
 
 def chosen_card(options: Options, runtime: RuntimeConfig) -> int | None:
-    """The card's number: as asked for, or as a queue granted it.
+    """The number of the card that was requested, or that a queue granted.
 
-    None for a platform that has no cards, whichever is named. Raises ExecutorError for a hardware
-    platform without a number, since a default would be somebody else's card, for what is no number,
-    and ConfigError for two numbers.
+    None for a platform without cards, even if one is named. Raises ExecutorError for a hardware
+    platform without a number (a default could be a card in use by others) and for a value that is
+    not a number, and ConfigError for two numbers.
     """
     if options.platform not in HARDWARE:
         if runtime.device not in (None, "cpu") and not _is_number(str(runtime.device)):

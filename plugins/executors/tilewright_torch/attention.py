@@ -1,8 +1,8 @@
 """Causal attention over the paged KV cache.
 
-Keys and values are read from the cache through the block table, this step's own included, so that
-a token sees the same keys whether its prompt came in one step or in several. Only slots of the
-sequence itself are read: what other pages hold, NaN included, cannot reach a result.
+Keys and values, including those of the current step, are read from the cache through the block
+table, so a token sees the same keys whether its prompt came in one step or in several. Only slots
+of the sequence itself are read: values in other pages, NaN included, cannot affect a result.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,15 +15,15 @@ from torch import Tensor
 from tilewright.types import StepBatch
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From queries [T, num_heads, head_dim] and the keys and values of a layer, [slots, num_kv_heads,
+"""Maps queries [T, num_heads, head_dim] and the keys and values of a layer, [slots, num_kv_heads,
 head_dim] each, to [T, num_heads * head_dim]. Query head h reads KV head h // (num_heads //
-num_kv_heads). Softmax is taken in float32."""
+num_kv_heads). Softmax is computed in float32."""
 
 Read: TypeAlias = Callable[[Tensor], Tensor]
-"""From a layer's keys or values to those of some slots, [n, num_kv_heads, head_dim]."""
+"""Selects some slots of a layer's keys or values: [n, num_kv_heads, head_dim]."""
 
 QUERY_BLOCK = 256
-"""Queries that share a mask of prefill, which is QUERY_BLOCK by context at most."""
+"""Queries per block in prefill. A mask is at most QUERY_BLOCK by the context length."""
 
 
 def paged_attention(
@@ -31,7 +31,7 @@ def paged_attention(
 ) -> Attend:
     """Attention for one step, for the layers that have the same sliding window.
 
-    dtype: what queries, keys and values are multiplied in.
+    dtype: in which queries, keys and values are multiplied.
     """
     if batch.token_ids.shape[0] == batch.context_lens.shape[0]:
         return _decode(batch, page_size, window, dtype)
@@ -39,9 +39,9 @@ def paged_attention(
 
 
 def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.dtype) -> Attend:
-    """One query a sequence, all sequences at once.
+    """One query per sequence, all sequences at once.
 
-    Sequences shorter than the longest repeat their own last slot, masked.
+    Shorter sequences are padded with their own last slot, which is masked.
     """
     lengths = batch.context_lens.long().unsqueeze(1)
     starts = torch.zeros_like(lengths) if window is None else (lengths - window).clamp(min=0)
@@ -61,7 +61,7 @@ def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.d
         shape = (sequences, width, kv_heads, head_dim)
         k = read(keys).view(shape).transpose(1, 2)
         v = read(values).view(shape).transpose(1, 2)
-        # The query heads of a KV head stand in for several queries: nothing is repeated.
+        # The query heads of a KV head are treated as several queries, so no keys are repeated.
         grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
         out = F.scaled_dot_product_attention(
             grouped.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask
@@ -76,23 +76,23 @@ class _Sequence(NamedTuple):
 
     rows: slice
     read: Read
-    """The positions that its queries see, in order."""
+    """Reads the positions that the queries see, in order."""
     blocks: list["_Block"]
 
 
 class _Block(NamedTuple):
-    """Queries that attend in one go."""
+    """Queries that are processed in one attention call."""
 
     queries: slice
-    """Among the sequence's rows."""
+    """Range within the sequence's rows."""
     keys: slice
-    """Among the positions read."""
+    """Range within the positions read."""
     masked: bool
-    """Whether these keys need a mask; else each query sees the keys up to its own place."""
+    """Whether these keys need a mask; otherwise each query sees the keys up to its own position."""
 
 
 def _prefill(batch: StepBatch, page_size: int, window: int | None, dtype: torch.dtype) -> Attend:
-    """Any number of queries a sequence, one sequence after another."""
+    """Any number of queries per sequence, one sequence after another."""
     sequences = list(_sequences(batch, page_size, window))
     masked = [b for s in sequences for b in s.blocks if b.masked]
     mask = _additive(_hidden(masked, window), dtype) if masked else None
@@ -103,7 +103,7 @@ def _prefill(batch: StepBatch, page_size: int, window: int | None, dtype: torch.
         group = heads // kv_heads
         attended = torch.empty(q.shape[0], kv_heads, group, head_dim, dtype=q.dtype)
         for sequence in sequences:
-            # [kv_heads, group, tokens, head_dim]; a KV head's keys serve its group as they are.
+            # [kv_heads, group, tokens, head_dim]; the heads of a group share their KV head's keys.
             k = _by_head(sequence.read(keys).to(dtype), group)
             v = _by_head(sequence.read(values).to(dtype), group)
             grouped = q[sequence.rows].view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3)
@@ -137,7 +137,7 @@ def _sequences(batch: StepBatch, page_size: int, window: int | None) -> Iterator
 
 
 def _blocks(new: int, length: int, first: int, window: int | None) -> list[_Block]:
-    """The last ``new`` of ``length`` tokens in blocks, over keys from position ``first`` on."""
+    """Blocks of the last ``new`` of ``length`` tokens, over keys from position ``first`` on."""
     if new == length and (window is None or window >= length):
         return [_Block(slice(0, new), slice(0, new), masked=False)]
     blocks = []
@@ -151,10 +151,10 @@ def _blocks(new: int, length: int, first: int, window: int | None) -> list[_Bloc
 
 
 def _hidden(blocks: list[_Block], window: int | None) -> Tensor:
-    """Which keys which queries do not see, [queries, keys] bool.
+    """Mask of the keys that each query does not see, [queries, keys] bool.
 
-    Last query and last key of each block are the same token, so the mask of a block is this one's
-    lower right part.
+    The last query and the last key of each block are the same token, so the mask of a block is the
+    lower right part of this one.
     """
     rows = max(b.queries.stop - b.queries.start for b in blocks)
     columns = max(b.keys.stop - b.keys.start for b in blocks)
@@ -171,7 +171,7 @@ def _by_head(states: Tensor, group: int) -> Tensor:
 
 
 def _reader(slots: Tensor) -> Read:
-    """Consecutive slots, as a sequence that is alone has them, are read in place."""
+    """Reads slots; consecutive ones, as a single sequence has them, are read in place."""
     first, last = int(slots[0]), int(slots[0]) + slots.shape[0]
     if torch.equal(slots, torch.arange(first, last)):
         return lambda layer: layer[first:last]
@@ -179,7 +179,7 @@ def _reader(slots: Tensor) -> Read:
 
 
 def _slots(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """Slots [B, n] int64 of positions [B, n] int64, all within the sequences."""
+    """Slots [B, n] int64 of positions [B, n] int64, which must lie within the sequences."""
     pages = block_table.gather(1, positions // page_size).long()
     return pages * page_size + positions % page_size
 

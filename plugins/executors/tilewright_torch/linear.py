@@ -1,8 +1,8 @@
-"""Matrix products with a model's weights: the path is chosen by dtype, rows and CPU.
+"""Matrix products with a model's weights. The path depends on dtype, rows and CPU.
 
-Whatever the path, operands have the weights' dtype, sums are taken in float32, the bias is added to
-the sum, and the result is rounded once, to the weights' dtype. Weights stay as they are stored:
-[out, in], neither copied nor repacked.
+On every path, operands have the weights' dtype, products are accumulated in float32, the bias is
+added to the sum, and the result is rounded once, to the weights' dtype. Weights keep their stored
+layout, [out, in], and are neither copied nor repacked.
 
 =========  =================  ====================================================
 rows       dtype              path
@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
-"""From [rows, in] to [rows, out]. A packed or quantised weight is another function of this type."""
+"""Maps [rows, in] to [rows, out]. A packed or quantised weight is another function of this type."""
 
 BLOCK_BYTES = 2**22
-"""Of a weight widened to float32 at a time. More is no faster, and takes memory."""
+"""Bytes of a weight that are widened to float32 at a time. More costs memory and is no faster."""
 
 MOST_PARTS = 16
-"""Into which a weight is split among threads for one row; memory is the limit before this is."""
+"""Most parts that a weight is split into for one row. Memory speed is the limit before this."""
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -46,7 +46,7 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def converted(weight: Tensor, dtype: torch.dtype) -> Linear:
-    """The product in another dtype than the weight [out, in] is stored in, block by block."""
+    """The product with a weight [out, in] that is stored in another dtype, block by block."""
     rows = max(16, BLOCK_BYTES // (4 * weight.shape[1]))
 
     def product(x: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ def converted(weight: Tensor, dtype: torch.dtype) -> Linear:
 
 @cache
 def has_native(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this dtype with this CPU's own instructions.
+    """Whether oneDNN multiplies matrices of this dtype with native CPU instructions.
 
-    Where it does not, torch multiplies 16-bit matrices element by element: 0.3 GFLOP/s were seen on
-    a pair of cores that does 167 in float32.
+    Otherwise torch multiplies 16-bit matrices element by element: 0.3 GFLOP/s were measured on two
+    cores that reach 167 in float32.
     """
     if not torch._C._has_mkldnn or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
@@ -72,19 +72,19 @@ def has_native(dtype: torch.dtype) -> bool:
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Many rows, by oneDNN: as F.linear in 16 bits; in float32 F.linear would ask MKL.
+    """Many rows, by oneDNN: the same as F.linear in 16 bits; in float32 F.linear would use MKL.
 
-    MKL was seen to be slower on an AMD CPU: half as fast for some rows, by a fifth for many.
+    MKL was measured to be slower on an AMD CPU: half as fast for some rows, by a fifth for many.
     """
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
 
 def split_matrix_vector(weight: Tensor, bias: Tensor | None) -> Linear:
-    """One row, in float32: the weight as a batch of matrices, which go to threads in parallel.
+    """One row, in float32: the weight as a batch of matrices, which threads process in parallel.
 
-    MKL's matrix-vector product, which F.linear takes, was seen to use one thread and a third of the
-    memory's speed. A weight whose rows cannot be split (their number is prime) is left to it.
+    MKL's matrix-vector product, which F.linear uses, was measured to use one thread and a third of
+    the memory bandwidth. It still serves weights that cannot be split (a prime number of rows).
     """
     rows, columns = weight.shape
     parts = next(n for n in range(MOST_PARTS, 0, -1) if rows % n == 0)
@@ -98,10 +98,10 @@ def split_matrix_vector(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One row, in 16 bits: a dot product a weight row, at the speed of memory.
+    """One row, in 16 bits: a dot product per weight row, at the speed of memory.
 
-    torch has a kernel for that, but prefers oneDNN where it can; which takes two to four times as
-    long. The switch is the process's: another thread that multiplies meanwhile may get the other
+    torch has a kernel for that, but prefers oneDNN where available, which takes two to four times
+    as long. The switch is process-wide: a thread that multiplies at the same time may get the other
     kernel.
     """
     enabled = torch._C._get_mkldnn_enabled()
@@ -113,7 +113,7 @@ def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Many rows, in 16 bits, on a CPU without instructions for it: block by block in float32."""
+    """Many rows, in 16 bits, on a CPU without native instructions: block by block in float32."""
     multiply = onednn if has_native(torch.float32) else F.linear
     rows, columns = weight.shape
     step = min(rows, max(16, BLOCK_BYTES // (4 * columns)))

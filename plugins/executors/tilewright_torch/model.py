@@ -1,9 +1,9 @@
 """The forward pass of a dense decoder-only transformer, and the executor that runs it.
 
-Rounding to the weights' dtype happens where transformers' eager code rounds: after each matrix
-product, after a norm and again after its weight, after attention, after each sum. Inside norms,
-rotary embedding and softmax all is float32. With a 16-bit dtype rotary tables and attention scores
-stay in float32, where transformers rounds them too.
+Results are rounded to the weights' dtype where transformers' eager code rounds them: after each
+matrix product, after a norm and again after its weight, after attention, after each sum. Norms,
+rotary embedding and softmax are computed in float32. With a 16-bit dtype, rotary tables and
+attention scores stay in float32; transformers rounds them too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,15 +59,15 @@ class Model:
     final_norm: Tensor
     head: Linear
     weights: Mapping[str, Tensor]
-    """What all of the above is made of, by the checkpoint's names and in its shapes."""
+    """The source of all of the above, with the checkpoint's names and shapes."""
 
 
 def load(
     config: ModelConfig, weights: TensorSource, dtype: torch.dtype, stream: bool = False
 ) -> Model:
-    """Read the weights one by one; those of this dtype are used as they are, uncopied.
+    """Read the weights one by one; those of this dtype are used without a copy.
 
-    stream: keep them as the source gave them, and convert a layer's each time it runs.
+    stream: keep the weights in the dtype of the source, and convert a layer each time it runs.
     """
     read = {
         name: weights.get(name) if stream else weights.get(name).to(dtype)
@@ -115,7 +115,7 @@ def load(
 
 
 class _Streamed(Sequence[Layer]):
-    """Layers that are made when they are asked for, and kept until another one is."""
+    """Layers that are built on request. Only the last one is kept."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], Layer]):
         self._names = names
@@ -153,7 +153,7 @@ class TorchExecutor:
         self._step: _Step | None = None
 
     def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
-        """Raises ExecutorError for storage that is not as kv_cache_spec says."""
+        """Raises ExecutorError for storage that does not match kv_cache_spec."""
         spec = self.kv_cache_spec
         page = (spec.page_size, spec.num_kv_heads, spec.head_dim)
         storage = [t for layer in layers for t in (layer.key, layer.value)]
@@ -246,7 +246,7 @@ class TorchExecutor:
         return self._model
 
     def _prepared(self, batch: StepBatch) -> "_Step":
-        """What all layers need of a step, made when its first layer runs."""
+        """Data of a step that all layers share, prepared when the first layer runs."""
         if self._step is None or self._step.batch is not batch:
             model, page_size = self._opened(), self.kv_cache_spec.page_size
             compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
@@ -269,7 +269,7 @@ class _Step:
     sin: Tensor
     slots: Tensor
     attention: dict[int | None, Attend]
-    """By sliding window."""
+    """Attention functions, keyed by sliding window."""
 
 
 def _of_layer(tap: Tap, layer: int) -> Tap:

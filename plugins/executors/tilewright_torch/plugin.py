@@ -20,14 +20,14 @@ from tilewright.types import (
 tilewright_api = 1
 
 PAGE_SIZE = 16
-"""Tokens in a page of the KV cache, unless a user says otherwise."""
+"""Default number of tokens per page of the KV cache."""
 
 
 @frozen
 class Options:
     threads: int | None = field(
         default=None,
-        # OpenMP ends the process, or crashes it, when it cannot start as many threads as asked.
+        # OpenMP ends or crashes the process when it cannot start the requested number of threads.
         validator=validators.optional([validators.ge(1), validators.le(1024)]),
         metadata={"help": "threads that torch uses, in the whole process; default: as it is set"},
     )
@@ -77,7 +77,7 @@ def doctor_checks() -> list[Check]:
 
 @hookimpl
 def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
-    """Raises ExecutorError for a device, a shape or a cache that it cannot run."""
+    """Raises ExecutorError for an unsupported device, shape or cache."""
     config, runtime = request.model_config, request.runtime_config
     _check(config, runtime)
 
@@ -100,7 +100,7 @@ def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
         head_dim=config.head_dim,
         page_size=runtime.page_size or PAGE_SIZE,
         dtype=runtime.kv_dtype,
-        # Half of what is free once all weights are read.
+        # Half of the memory that is free once all weights are read.
         memory_limit=max(0, free - _weight_bytes(request, options.stream_weights)) // 2,
     )
     return TorchExecutor(model, spec)
@@ -126,7 +126,7 @@ def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
 
 
 def _weight_bytes(request: ExecutorRequest, streamed: bool) -> int:
-    """What the weights take once all are read, mapped ones included."""
+    """Size of the weights once all are read, mapped ones included."""
     infos = [request.weights.info(name) for name in request.weights.names()]
     if streamed:
         return sum(info.nbytes for info in infos)

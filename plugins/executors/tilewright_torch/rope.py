@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) of a step's tokens.
 
-In the layout of Hugging Face checkpoints: dimension i of a head turns together with dimension
-i + head_dim / 2.
+The layout is that of Hugging Face checkpoints: dimension i of a head is rotated together with
+dimension i + head_dim / 2.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,15 @@ from tilewright.rope import dynamic_frequencies, frequencies
 from tilewright.types import ModelConfig, StepBatch
 
 Rotary: TypeAlias = Callable[[StepBatch], tuple[Tensor, Tensor]]
-"""From a step to its tokens' cosines and signed sines, as ``rotate`` takes them."""
+"""Maps a step to the cosines and signed sines of its tokens, as ``rotate`` takes them."""
 
 
 def rotary(config: ModelConfig) -> Rotary:
     """The rotary embedding of a model.
 
-    With dynamic scaling the frequencies of a step's tokens follow from their sequence's length once
-    the step has run. Keys that are cached already keep the rotation they were written with, as in
-    transformers when it decodes with a cache. A sequence's length is its own, whatever else is in
-    the batch.
+    With dynamic scaling, the frequencies of a step's tokens depend on the length of their sequence
+    after the step. Keys that are already cached keep the rotation they were written with, as in
+    transformers when it decodes with a cache. Other sequences in the batch have no effect.
     """
     if config.rope.kind == "dynamic":
 
@@ -38,7 +37,7 @@ def rotary(config: ModelConfig) -> Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads [T, heads, head_dim] in float32; the result has the dtype of x.
+    """Rotate heads [T, heads, head_dim] in float32; the result has the dtype of x.
 
     cos and sin are [T, 1, head_dim] float32, and the first half of sin is negated.
     """

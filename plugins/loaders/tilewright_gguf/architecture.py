@@ -1,6 +1,6 @@
 """A GGUF header -> ModelConfig, for the families that share one dense decoder architecture.
 
-What an absent key means is what llama.cpp makes of it.
+Absent keys have the defaults of llama.cpp.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from tilewright_hf.files import MAX_INT, JsonObject, shown
 _T = TypeVar("_T")
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""As ``general.architecture`` has them; Mistral's models are ``llama`` there."""
+"""Values of ``general.architecture``; Mistral's models have ``llama``."""
 
 INTERLEAVED = ("llama",)
-"""Whose query and key rows alternate between the two halves of a head."""
+"""Architectures where query and key rows alternate between the two halves of a head."""
 
 _REFUSED = {
     "expert_count": "mixtures of experts",
@@ -40,7 +40,7 @@ _REFUSED = {
     "attn_logit_softcapping": "capped attention",
     "final_logit_softcapping": "capped logits",
 }
-"""Keys that would change what is computed; 0 and false are as if they were absent."""
+"""Keys that would change the computation; 0 and false count as absent."""
 
 
 @frozen
@@ -69,7 +69,7 @@ class Keys:
         return self.header.string(self._name(key), default)
 
     def has(self, key: str) -> bool:
-        """Whether the key says anything."""
+        """Whether the key is present and neither 0, false nor empty."""
         return bool(self.header.values.get(self._name(key)))
 
     def fail(self, key: str, expected: str) -> NoReturn:
@@ -85,7 +85,7 @@ class Keys:
         return f"{self.architecture}.{key}"
 
     def _one_for_all_layers(self, key: str) -> JsonObject:
-        """With the one value of a list that has it for each layer."""
+        """The header, with a per-layer list of one repeated value replaced by that value."""
         name = self._name(key)
         value = self.header.values.get(name)
         if not isinstance(value, list) or not value:
@@ -100,8 +100,8 @@ class Keys:
 def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) -> ModelConfig:
     """The model that a header describes; eos_token_ids are left to the tokenizer.
 
-    Which biases there are, and whether there is a head of its own, is what the tensors say.
-    Raises ModelError for what is missing, out of range or unsupported.
+    The tensors decide which biases exist, and whether the head is separate.
+    Raises ModelError for missing, out-of-range or unsupported values.
     """
     architecture = _architecture(header)
     keys = Keys(header, architecture)
@@ -222,7 +222,7 @@ def _rope(keys: Keys, max_positions: int) -> RopeConfig:
 
 
 def _with_factors(config: ModelConfig, files: Sequence[GgufFile]) -> ModelConfig:
-    """With the scaling that ``rope_freqs.weight`` holds, if there is one. Reads that tensor."""
+    """Add the scaling in ``rope_freqs.weight``, if that tensor exists. Reads the tensor."""
     import torch
 
     for file in files:

@@ -1,9 +1,9 @@
-"""A GGUF file's header: keys and values, and what tensors the file holds.
+"""A GGUF file's header: keys and values, and the list of tensors.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The file is mapped, and each
-count, length and offset is held against its size before it is used: what a damaged file claims is
-neither allocated nor looped over. (The gguf library's own reader trusts them, and takes 20 times as
-long for a large vocabulary.)
+count, length and offset is checked against its size before use, so a damaged file cannot cause huge
+allocations or loops. (The gguf library's own reader trusts them, and takes 20 times as long for a
+large vocabulary.)
 """
 
 import math
@@ -29,12 +29,12 @@ MAX_KEYS = 100_000
 MAX_TENSORS = 1_000_000
 MAX_ITEMS = 2**24
 MAX_STRING = 2**28
-"""Larger numbers are damage; reading on would only use up time and memory."""
+"""Larger numbers indicate damage; reading on would only waste time and memory."""
 
 MAX_DIMENSIONS = 4
 
 _MAP_NORESERVE = 0x4000
-"""Linux, on the architectures that torch is built for; Python names it only since 3.13."""
+"""Linux's value on the architectures that torch supports; Python defines it only since 3.13."""
 
 _NUMBERS: dict[GGUFValueType, str] = {
     GGUFValueType.UINT8: "<u1",
@@ -52,9 +52,9 @@ _NUMBERS: dict[GGUFValueType, str] = {
 
 @frozen(kw_only=True)
 class StoredTensor:
-    """A tensor of a file: where its bytes are, and what they mean.
+    """A tensor of a file: the place and the type of its bytes.
 
-    shape: rows first, as torch has it; GGUF writes the innermost dimension first.
+    shape: rows first, as in torch; GGUF writes the innermost dimension first.
     start: offset of its bytes in the file.
     """
 
@@ -69,7 +69,7 @@ class StoredTensor:
 class GgufFile:
     """An open file. Its memory is released with the last tensor that shares it.
 
-    values: header values as Python's own; a float32 is the shortest decimal that rounds to it.
+    values: header values as Python types; a float32 is the shortest decimal that rounds to it.
     """
 
     path: Path
@@ -81,8 +81,7 @@ class GgufFile:
 def open_file(path: Path) -> GgufFile:
     """Map a file and read its header.
 
-    Raises ModelError for what is no GGUF file, for a damaged one, and for one that is shorter than
-    its header says.
+    Raises ModelError for a file that is not GGUF, is damaged, or is shorter than its header says.
     """
     check_file(path)
     memory = _map(path)
@@ -97,8 +96,8 @@ def _map(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             if why := not_downloaded(path):
                 raise ModelError(f"{path}: {why}")
-            # Private and writable, so that torch takes the tensors without a copy or a warning;
-            # what is written to them never reaches the file. A page costs memory only then.
+            # Private and writable, so that torch takes the tensors without a copy or a warning.
+            # Writes never reach the file; a page costs memory only once it is written.
             return mmap.mmap(
                 file.fileno(),
                 0,
@@ -209,7 +208,7 @@ class _Header:
                 strings.append(str(memory[at + 8 : end], "utf-8"))
                 at = end
         except struct.error:
-            pass  # the file ends within a length
+            pass  # the file ends inside a length
         except UnicodeDecodeError:
             self._at = at
             self._no_text(f"item {len(strings)} of {printable(key)}")
@@ -229,7 +228,7 @@ class _Header:
             self._no_text(what)
 
     def _tensor_info(self) -> StoredTensor:
-        """As the header has it: start counts from where the data begin."""
+        """A tensor as in the header: ``start`` counts from the beginning of the data."""
         name = self._string("a tensor's name")
         shown = f"tensor {printable(name)}"
         count = self._number("<I")
@@ -250,7 +249,7 @@ class _Header:
         return StoredTensor(name=name, shape=shape, kind=kind, start=start, nbytes=nbytes)
 
     def _placed(self, infos: list[StoredTensor], alignment: Any) -> dict[str, StoredTensor]:
-        """With offsets in the file. Tensors fill it without gaps, but for alignment."""
+        """Tensors with offsets in the file, which have no gaps except for alignment."""
         if (
             not isinstance(alignment, int)
             or not 8 <= alignment <= 2**20
@@ -286,7 +285,7 @@ class _Header:
         return number
 
     def _take(self, nbytes: int) -> int:
-        """The offset of the next nbytes bytes, which are there."""
+        """Skip the next nbytes bytes, which must exist, and return their offset."""
         self._fits(nbytes)
         start = self._at
         self._at += nbytes

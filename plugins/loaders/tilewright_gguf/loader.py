@@ -1,4 +1,4 @@
-"""Loader ``gguf``: a .gguf file, or the first of the shards of one."""
+"""Loader ``gguf``: a .gguf file, or the first shard of one."""
 
 import os
 import re
@@ -27,7 +27,7 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-"""``general.sampling.*`` by the names of a generation_config.json."""
+"""Maps keys of ``general.sampling.*`` to names in a generation_config.json."""
 
 
 @hookimpl
@@ -102,7 +102,7 @@ def write_sample(directory: Path) -> str:
 
 
 def _file(source: str) -> Path:
-    """The file that a source names. Raises ModelError that says what it is instead."""
+    """The file that a source names. Raises ModelError with what was found instead."""
     from tilewright_hf.files import local_path
 
     path = local_path(source, "model file", "gguf loads a local .gguf file")
@@ -120,7 +120,7 @@ def _file(source: str) -> Path:
 
 
 def _shards(path: Path) -> list[Path]:
-    """All files of the model whose first one is path."""
+    """All files of a model, given the path of the first one."""
     found = _SHARD.fullmatch(path.name)
     if not found or int(found["count"]) < 2:
         return [path]
@@ -140,7 +140,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _check_shards(files: Sequence["GgufFile"]) -> None:
-    """See that the headers agree on how many shards there are, and which is which."""
+    """Check that the headers agree on the number and the order of the shards."""
     for number, file in enumerate(files):
         count = file.values.get("split.count", 1)
         found = file.values.get("split.no", 0)

@@ -1,9 +1,9 @@
 """``rope_freqs.weight`` -> the settings of Llama 3.1's RoPE scaling that it was made from.
 
-GGUF keeps what each pair's frequency is divided by, and not the settings. Pairs whose frequency f
-(radians a position) is low are divided by the largest factor F, those whose f is high by 1, and
-between them 1 / factor = (1 - k) / F + k with k = (L f / 2 pi - low) / (high - low). Only
-L / (high - low) and low / (high - low) have an effect, so L may be chosen.
+GGUF stores the divisor of each pair's frequency, not the settings. Low frequencies f (radians per
+position) are divided by the largest factor F, high ones by 1, and between them 1 / factor =
+(1 - k) / F + k with k = (L f / 2 pi - low) / (high - low). Only L / (high - low) and
+low / (high - low) have an effect, so L can be chosen freely.
 """
 
 import math
@@ -15,16 +15,16 @@ from tilewright.errors import ModelError
 from tilewright.types import ModelConfig, RopeConfig
 
 _USUAL = (8192, 1.0, 4.0)
-"""L, low and high of all of Meta's models."""
+"""L, low and high in all of Meta's models."""
 
 _TOLERANCE = 1e-5
-"""Relative, of factors: the file's are float32, and come from float32 frequencies."""
+"""Relative tolerance of factors: they are float32 and computed from float32 frequencies."""
 
 
 def from_factors(config: ModelConfig, factors: Sequence[float], where: str) -> RopeConfig:
-    """config.rope with the scaling that the factors [head_dim / 2] come from.
+    """config.rope with the scaling that the factors [head_dim / 2] were made from.
 
-    Raises ModelError for factors that are no scaling of this kind.
+    Raises ModelError for factors of any other scaling.
     """
     from tilewright.rope import frequencies
 
@@ -69,7 +69,7 @@ def _candidates(
         )
 
     yield llama3(*_USUAL)
-    # Turns a position and k of each pair; k is linear in the turns where it is not 0 or 1.
+    # Rotations per position and k of each pair; k is linear in them where it is not 0 or 1.
     points = [
         (f / (2 * math.pi), (1 / d - 1 / factor) / (1 - 1 / factor))
         for f, d in zip(frequency, factors, strict=True)
@@ -81,7 +81,7 @@ def _candidates(
         (x0, k0), (x1, k1) = between[-1], between[0]
         slope = (k1 - k0) / (x1 - x0)
     else:
-        # Any line that leaves the pairs on both sides alone has the same effect.
+        # Any line that does not change the pairs on both sides has the same effect.
         x0, k0 = between[0] if between else (slow, 0.0)
         slope = max((1 - k0) / (fast - x0), k0 / (x0 - slow) if between else 0.0)
     if slope > 0:

@@ -24,7 +24,7 @@ from tilewright_hf.tokenizer import refusing
 _PREFIX = "tokenizer.ggml."
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
-"""What ``token_type`` says of a token; 1 is any other."""
+"""Values of ``token_type``; 1 is a normal token."""
 
 _NAMED = {
     "bos_token": "bos",
@@ -49,8 +49,8 @@ _ENDS = frozenset(
         "_<EOT>",
     }
 )
-"""Tokens that end a text by their name, and are control tokens whatever the header says: it has
-room for three ids, most give one, and some converters give such tokens no type. As in llama.cpp."""
+"""Tokens that end a text by name, and are control tokens whatever the header says. A header can
+name three ids, most name one, and some converters give such tokens no type. As in llama.cpp."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -61,12 +61,12 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 @frozen(kw_only=True)
 class Splitting:
-    """How text is cut before BPE merges: what ``tokenizer.ggml.pre`` names.
+    """How text is split before BPE merges, selected by ``tokenizer.ggml.pre``.
 
-    patterns: each cuts the pieces that the one before it left, at and between its matches.
-    nfc: whether text is normalised, which only the models' own tokenizers say.
-    whole_words: whether a piece that is a token is that token, whatever merges make of it.
-    add_bos: whether a text begins with the BOS token when the header does not say.
+    patterns: each splits the pieces of the previous one, at and between its matches.
+    nfc: whether text is normalised, which only the models' own tokenizers define.
+    whole_words: whether a piece that is a token becomes that token, without applying merges.
+    add_bos: whether a text begins with the BOS token if the header does not say.
     """
 
     patterns: tuple[str, ...]
@@ -107,14 +107,14 @@ SPLITTINGS = {
 
 @frozen(kw_only=True)
 class Vocabulary:
-    """tokens and kinds by id, checked to be as many and different."""
+    """Tokens and kinds, indexed by id; checked for equal length and for duplicates."""
 
     header: JsonObject
     tokens: tuple[str, ...]
     kinds: Sequence[int]
 
     def id(self, name: str) -> int | None:
-        """The id that a key such as ``tokenizer.ggml.eos_token_id`` gives."""
+        """The id in a key such as ``tokenizer.ggml.eos_token_id``, if any."""
         return self.header.integer(
             f"{_PREFIX}{name}_token_id", None, minimum=0, maximum=len(self.tokens) - 1
         )
@@ -128,7 +128,7 @@ def load_text(
 ) -> tuple[TextAssets, tuple[int, ...], tuple[str, ...]]:
     """Tokenizer, chat template and special tokens, the ids that end a text, and warnings.
 
-    Raises ModelError for what is missing, damaged or unsupported.
+    Raises ModelError for missing, damaged or unsupported values.
     """
     vocabulary = _vocabulary(header, vocab_size)
     kind = header.string(f"{_PREFIX}model", None)
@@ -179,7 +179,7 @@ def _vocabulary(header: JsonObject, vocab_size: int) -> Vocabulary:
 
 
 def _end_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
-    """First what the header names, then what ends a text by its name."""
+    """The ids that the header names, then those of tokens that end a text by name."""
     ids = [vocabulary.id(name) for name in ("eos", "eot", "eom")]
     ids += [i for i, token in enumerate(vocabulary.tokens) if token in _ENDS]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
@@ -240,9 +240,9 @@ def _byte_level_warnings(vocabulary: Vocabulary) -> tuple[str, ...]:
 
 
 def _sentence_piece(vocabulary: Vocabulary) -> Tokenizer:
-    """SentencePiece's BPE: of the neighbours whose text is a token, the best-scored ones merge.
+    """SentencePiece's BPE: among neighbours that form a token, those with the best score merge.
 
-    As merges of pairs: a pair for each way to cut a token into two tokens, the best score first.
+    Expressed as merges of pairs: one for each way to split a token in two, best score first.
     """
     header, tokens = vocabulary.header, vocabulary.tokens
     scores = header.values.get(f"{_PREFIX}scores")
@@ -288,7 +288,7 @@ def _sentence_piece(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _ids(vocabulary: Vocabulary) -> dict[str, int]:
-    """The tokens that are one; what only fills the vocabulary up has no text."""
+    """Ids by token, without the unused tokens that only fill up the vocabulary."""
     return {
         token: i
         for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
@@ -297,7 +297,7 @@ def _ids(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, add_bos: bool) -> None:
-    """Begin a text with BOS and end it with EOS, where the header says so."""
+    """Begin a text with BOS and end it with EOS where the header, or add_bos, says so."""
     header = vocabulary.header
     tokens = []
     for name, default in (("bos", add_bos), ("eos", False)):

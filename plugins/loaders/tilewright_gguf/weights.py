@@ -1,4 +1,4 @@
-"""Tensors of GGUF files by their Hugging Face names, dequantised when they are asked for."""
+"""Tensors of GGUF files by their Hugging Face names, dequantised on request."""
 
 import math
 import re
@@ -59,11 +59,11 @@ _OF_LAYER = {
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(\w+)\.(weight|bias)")
 
 _SLAB = 2**18
-"""Elements that are dequantised at a time: the library's temporaries take several times as much."""
+"""Elements dequantised at a time. The library's temporaries take several times as much memory."""
 
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; one that has none keeps its own."""
+    """The Hugging Face name of a GGUF tensor, or its own name if there is none."""
     if found := _LAYER.fullmatch(name):
         layer, part, ending = found.groups()
         return f"model.layers.{layer}.{_OF_LAYER[part]}.{ending}" if part in _OF_LAYER else name
@@ -86,14 +86,14 @@ class _Tensor:
     stored: StoredTensor
     info: TensorInfo
     heads: int | None = None
-    """Of a query or key projection whose rows are interleaved."""
+    """Number of heads of a query or key projection with interleaved rows."""
 
 
 class GgufSource:
     """A ``TensorSource`` over open GGUF files. Any thread may call ``get``.
 
-    F32, F16 and BF16 come as they are stored and share the file's memory; what is quantised comes
-    as float32.
+    F32, F16 and BF16 tensors are returned as stored and share the file's memory; quantised tensors
+    are returned as float32.
     """
 
     def __init__(self, tensors: Mapping[str, _Tensor]):
@@ -111,7 +111,7 @@ class GgufSource:
         return values if tensor.heads is None else _split_pairs(values, tensor.heads)
 
     def close(self) -> None:
-        """Tensors that were handed out stay valid."""
+        """Tensors that were returned stay valid."""
         self._tensors = None
 
     def _open(self) -> Mapping[str, _Tensor]:
@@ -121,7 +121,7 @@ class GgufSource:
 
 
 def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: bool) -> GgufSource:
-    """The weights in one or more files, ``rope_freqs.weight`` left out.
+    """The weights in one or more files, without ``rope_freqs.weight``.
 
     interleaved: whether query and key rows alternate between the two halves of a head.
     """
@@ -146,7 +146,7 @@ def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: boo
 
 
 def check_kinds(files: Sequence[GgufFile]) -> None:
-    """Raise ModelError for tensors of types that are not supported."""
+    """Raise ModelError for tensors of unsupported types."""
     for file in files:
         odd = [t for t in file.tensors.values() if t.kind not in SUPPORTED]
         if odd:
@@ -182,14 +182,14 @@ def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
     values = torch.empty(stored.shape, dtype=dtype)
     rows = values.view(-1, columns).numpy()
     step = max(1, _SLAB // columns)
-    with np.errstate(all="ignore"):  # scales that are not finite are the executor's to find
+    with np.errstate(all="ignore"):  # the executor reports scales that are not finite
         for first in range(0, len(rows), step):
             rows[first : first + step] = dequantize(raw[first : first + step], stored.kind)
     return values
 
 
 def _info(file: GgufFile, stored: StoredTensor) -> TensorInfo:
-    """Of what ``get`` gives, which takes more bytes than the file has where that is quantised."""
+    """Info on the result of ``get``, which is larger than in the file if that is quantised."""
     dtype = _STORED_AS.get(stored.kind, "float32")
     return TensorInfo(
         shape=stored.shape,
@@ -205,17 +205,17 @@ def _size(stored: StoredTensor) -> int:
 
 def _interleaved_heads(name: str, stored: StoredTensor, config: ModelConfig) -> int | None:
     for part, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
-        # Another number of rows is for the check of all shapes to report.
+        # The check of all shapes reports any other number of rows.
         if f".self_attn.{part}." in name and stored.shape[0] == heads * config.head_dim:
             return heads
     return None
 
 
 def _split_pairs(values: "Tensor", heads: int) -> "Tensor":
-    """Rows [heads * head_dim, ...] from pairs that are neighbours to the Hugging Face order.
+    """Reorder rows [heads * head_dim, ...] from adjacent pairs to the Hugging Face order.
 
-    GGUF's llama keeps the two rows that RoPE turns together side by side; Hugging Face keeps the
-    first of all pairs of a head, and then the second of all.
+    GGUF's llama stores the two rows that RoPE rotates together side by side; Hugging Face stores
+    the first rows of all pairs of a head, and then the second ones.
     """
     pairs = values.view(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape)

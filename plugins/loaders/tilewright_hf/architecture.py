@@ -1,6 +1,6 @@
 """config.json -> ModelConfig, for the families that share one dense decoder architecture.
 
-What an absent key means is what the configuration classes of transformers 5 make of it.
+Absent keys have the defaults of the configuration classes of transformers 5.
 """
 
 from typing import Any, Literal, cast
@@ -14,19 +14,19 @@ from tilewright_hf.files import JsonObject, shown
 
 @frozen(kw_only=True)
 class Family:
-    """What sets a model type apart, and its defaults.
+    """Distinguishing features of a model type, and its defaults.
 
     window: which layers have the sliding window: none, all, or those that ``layer_types`` or
-        ``max_window_layers`` say while ``use_sliding_window`` is on.
+        ``max_window_layers`` selects while ``use_sliding_window`` is on.
     """
 
     architecture: str
     vocab_size: int
     intermediate_size: int
     num_kv_heads: int | None
-    """None: as many as heads."""
+    """Number of KV heads; None: as many as heads."""
     head_dim: int | None = None
-    """None: hidden_size / num_heads."""
+    """Dimension of a head; None: hidden_size / num_heads."""
     max_position_embeddings: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -122,10 +122,10 @@ _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The model that a config.json describes, and warnings about what in it has no effect.
+    """The model that a config.json describes, and warnings about settings without effect.
 
     ModelConfig.dtype is float32 when config.json names none (see ``declared_dtype``).
-    Raises ModelError for what is missing, out of range or unsupported.
+    Raises ModelError for missing, out-of-range or unsupported values.
     """
     family = _family(config)
     for key, what in _REFUSED.items():
@@ -291,12 +291,12 @@ def _rope(
         return RopeConfig(theta=theta), warnings
     original = max_positions if kind == "dynamic" else None
     if kind in ("llama3", "yarn"):
-        # Where both say it, transformers computes with the one outside.
+        # Where both are set, transformers uses the outer one.
         outer = flat if "original_max_position_embeddings" in flat.values else rope
         original = outer.integer("original_max_position_embeddings", max_positions)
     factor = rope.number("factor", None, over=0.0)
     if kind == "yarn" and original and "factor" in found.values and factor is None:
-        factor = max_positions / original  # what null means, which some YaRN files have
+        factor = max_positions / original  # the meaning of null, which some YaRN files have
     if factor is None:
         rope.fail("factor", f"a number, which {kind} RoPE scales by")
     if kind == "dynamic" and head_dim == 2:
@@ -319,7 +319,7 @@ def _llama3(rope: JsonObject) -> dict[str, Any]:
 
 
 def _yarn(rope: JsonObject) -> dict[str, Any]:
-    """0 means not set, as transformers reads it, but for attention_factor."""
+    """YaRN settings. As in transformers, 0 means not set, except for attention_factor."""
     return {
         "attention_factor": rope.number("attention_factor", None, least=0.0),
         "beta_fast": rope.number("beta_fast", 0.0, least=0.0) or 32.0,

@@ -1,4 +1,4 @@
-"""Files written by others: opened with care, and JSON values taken out by type and range.
+"""Reads untrusted files: opens them with care, and checks JSON values for type and range.
 
 Every error is a ModelError that names the file and the key.
 """
@@ -17,7 +17,7 @@ from tilewright.errors import ModelError
 _T = TypeVar("_T")
 
 MAX_BYTES = 256 * 2**20
-"""A larger file is no configuration; reading it would only use up memory."""
+"""A larger file is not a configuration; reading it would only waste memory."""
 
 MAX_INT = 2**31 - 1
 
@@ -25,7 +25,7 @@ MAX_INT = 2**31 - 1
 def local_path(source: str, what: str, takes: str) -> Path:
     """The path that a source names. Raises ModelError when nothing is there.
 
-    what: it was expected to be, such as a model file; takes: what the loader does instead.
+    what: the expected kind, such as a model file; takes: what the loader accepts, for the message.
     """
     expanded = os.path.expanduser(source)
     try:
@@ -37,7 +37,7 @@ def local_path(source: str, what: str, takes: str) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a directory lists the file; what it is, and whether it can be read, comes later."""
+    """Whether a directory lists the file. Its type and readability are checked later."""
     return os.path.lexists(path)
 
 
@@ -52,7 +52,7 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A text file's content. Raises ModelError when it is no readable UTF-8 file."""
+    """A text file's content. Raises ModelError for anything but a readable UTF-8 file."""
     check_file(path)
     try:
         size = path.stat().st_size
@@ -76,12 +76,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> "JsonObject":
-    """A file that holds one JSON object. Raises ModelError for anything else."""
+    """The JSON object that a file holds. Raises ModelError for anything else."""
     text = read_text(path)
     try:
         values = json.loads(text, object_pairs_hook=_unique)
         if "\\ud" in text.lower():
-            json.dumps(values, ensure_ascii=False).encode()  # refuses half a surrogate pair
+            json.dumps(values, ensure_ascii=False).encode()  # refuses lone surrogates
     except json.JSONDecodeError as error:
         raise ModelError(
             f"{path}: not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
@@ -96,14 +96,14 @@ def read_json(path: Path) -> "JsonObject":
 
 
 def one_line(error: BaseException) -> str:
-    """An error of somebody else's as one short line."""
+    """An error of a library or the system as one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def shown(value: Any) -> str:
-    """A JSON value, short enough for a message of one line. Quotes tell a string from a number."""
+    """A JSON value, shortened for a one-line message. Strings are quoted, numbers are not."""
     if isinstance(value, dict):
         return f"an object of {len(value)} keys"
     if isinstance(value, list):
@@ -114,7 +114,7 @@ def shown(value: Any) -> str:
 
 @frozen
 class JsonObject:
-    """A JSON object of a file, and where it stands for error messages.
+    """A JSON object of a file, with its location for error messages.
 
     The plain accessors give ``default`` for an absent key and refuse null; the ``optional_`` ones
     give ``default`` for an absent key and None for null.

@@ -1,4 +1,4 @@
-"""generation_config.json -> the settings that a model recommends, and what ends a text."""
+"""generation_config.json -> a model's recommended settings and its end-of-text tokens."""
 
 from attrs import evolve, frozen
 
@@ -24,14 +24,14 @@ _UNSUPPORTED = {
     "exponential_decay_length_penalty": None,
     "stop_strings": None,
 }
-"""Settings that would change the text but that tilewright does not have, and when they do not."""
+"""Unsupported settings that would change the text, with the values that have no effect."""
 
 
 @frozen(kw_only=True)
 class Recommended:
-    """What a generation_config.json says.
+    """The contents of a generation_config.json.
 
-    eos_token_ids: None when it says nothing of them.
+    eos_token_ids: None if the file does not set them.
     """
 
     defaults: GenerateConfig
@@ -42,9 +42,9 @@ class Recommended:
 def recommended(config: JsonObject, vocab_size: int) -> Recommended:
     """Read a generation_config.json; raises ModelError for a value of a wrong type or range.
 
-    A setting means what transformers' generate makes of it: temperature, top_k, top_p and min_p
-    count only when do_sample is true, with temperature 1 and top_k 50 where they are not given;
-    otherwise the likeliest token is taken.
+    Settings have the same meaning as in transformers' generate: temperature, top_k, top_p and min_p
+    apply only if do_sample is true, with defaults of temperature 1 and top_k 50; otherwise the
+    likeliest token is taken.
     """
     given = config.without_nulls()
     temperature = given.number("temperature", 1.0, least=0.0)

@@ -1,6 +1,6 @@
 """Loader ``hf-hub``: a repository of the Hugging Face hub, by its id.
 
-Cache, token and endpoint are those of huggingface_hub and its environment variables.
+Cache, token and endpoint are set as for huggingface_hub, by its environment variables.
 """
 
 import errno
@@ -42,13 +42,13 @@ _CONFIGURATION = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What hf-local reads, weights aside."""
+"""Files that hf-local reads, besides the weights."""
 
 _LAYOUTS = {
     "safetensors": (safetensors_format.SINGLE, safetensors_format.INDEX),
     "pytorch-bin": (pytorch_format.SINGLE, pytorch_format.INDEX),
 }
-"""Weights in one file or with an index, by weight format; the first one found is taken."""
+"""Weights in one file or with an index, keyed by weight format. The first one found is used."""
 
 _MB = 1_000_000
 
@@ -63,7 +63,7 @@ class Options:
 
 @frozen
 class _Wanted:
-    """A repository as a user names it."""
+    """A repository as the user named it."""
 
     name: str
     revision: str | None
@@ -103,7 +103,7 @@ def can_load(source: str) -> bool:
 
 @hookimpl
 def load_model(request: LoadRequest) -> LoadedModel:
-    """Download what is not in the cache yet, and load it as hf-local does.
+    """Download files that are not cached yet, and load them as hf-local does.
 
     The result's source is ``ORGANISATION/NAME@COMMIT``.
     """
@@ -147,7 +147,7 @@ def _wanted(request: LoadRequest) -> _Wanted:
 
 
 def _cached(wanted: _Wanted, why: str) -> _Snapshot:
-    """What the cache has. why: the reason for opening no connection, in words."""
+    """The cached snapshot. why: the reason for not connecting, in words."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -156,7 +156,7 @@ def _cached(wanted: _Wanted, why: str) -> _Snapshot:
             wanted.name,
             revision=wanted.revision,
             local_files_only=True,
-            # Which set of weights there must be, its index says.
+            # The index says which weights there must be.
             allow_patterns=["config.json"],
         )
     except LocalEntryNotFoundError as error:
@@ -180,9 +180,9 @@ def _cache() -> Path:
 
 
 def _downloaded(wanted: _Wanted, report: Report) -> _Snapshot:
-    """The repository's files, of which those are fetched that the cache does not have.
+    """The repository's files, fetching those that are not cached.
 
-    Where the hub cannot be reached, those of the cache.
+    If the hub cannot be reached, the cached snapshot.
     """
     from huggingface_hub import HfApi, constants
 
@@ -230,7 +230,7 @@ def _fetched(wanted: _Wanted, commit: str, sizes: dict[str, int], meter: "_Meter
     bar = _bar_class(meter)
 
     def fetch(files: Collection[str]) -> Path:
-        # By the revision's name: so the cache learns which commit it is, for later without the hub.
+        # By the revision's name, so that the cache records its commit for later use offline.
         folder = snapshot_download(
             wanted.name,
             revision=wanted.revision,
@@ -271,9 +271,9 @@ def _configuration(wanted: _Wanted, names: Collection[str]) -> list[str]:
 
 
 def _weights(wanted: _Wanted, names: Collection[str]) -> list[str]:
-    """The file with all weights, or the index."""
+    """The file with all weights or the index; all top-level files for a format of a plugin."""
     format_ = (wanted.weight_format or "").rpartition(":")[2]
-    if format_ and format_ not in _LAYOUTS:  # somebody else's, which knows its files
+    if format_ and format_ not in _LAYOUTS:  # a plugin's format, which knows its files
         return [name for name in names if "/" not in name and name not in _CONFIGURATION]
     for layout in [_LAYOUTS[format_]] if format_ else _LAYOUTS.values():
         for name in layout:
@@ -287,7 +287,7 @@ def _weights(wanted: _Wanted, names: Collection[str]) -> list[str]:
 
 
 def _check_room(wanted: _Wanted, needed: int) -> None:
-    """Raise ModelError where the cache's disk is too small for what is to come."""
+    """Raise ModelError if the cache's disk is too small for the download."""
     cache = _cache()
     blobs = cache / f"models--{wanted.name.replace('/', '--')}" / "blobs"
     begun = 0
@@ -308,7 +308,7 @@ def _check_room(wanted: _Wanted, needed: int) -> None:
 
 @define(eq=False)
 class _Meter:
-    """How far a download is; once stopped, the download ends at its next bytes."""
+    """Progress of a download. After a stop, the download ends at its next bytes."""
 
     total: int = 0
     stopped: bool = False
@@ -320,7 +320,7 @@ class _Meter:
 
     @property
     def received(self) -> int:
-        # There may be one bar for what comes and one for what is on disk.
+        # There may be one bar for received bytes and one for bytes on disk.
         return max((int(bar.n) for bar in list(self.bars) if bar.unit == "B"), default=0)
 
 
@@ -329,7 +329,7 @@ class _StoppedError(Exception):
 
 
 def _bar_class(meter: _Meter) -> type:
-    """A class of progress bars that draw nothing and are in the meter."""
+    """A class of progress bars that draw nothing and register with the meter."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -358,7 +358,7 @@ def _bar_class(meter: _Meter) -> type:
 
 @contextmanager
 def _retries_unlogged() -> Iterator[None]:
-    """Keep huggingface_hub's account of its retries, two lines for each, off standard error."""
+    """Keep huggingface_hub's log of retries, two lines for each, off standard error."""
 
     def failure(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
@@ -395,7 +395,7 @@ def _watched(work: Callable[[], T], meter: _Meter, progress: Callable[[], None])
     return future.result()
 
 
-# --- what may go wrong ----------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -405,12 +405,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int:
-    """The code of the hub's answer; 0 if it has none."""
+    """The status code of the hub's response; 0 if there is none."""
     return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
 
 
 def _unreachable(error: Exception) -> bool:
-    """Whether it is for want of a connection, or of a hub at its other end."""
+    """Whether there was no connection, or no working hub at the other end."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for cause in _chain(error):
@@ -423,17 +423,17 @@ def _unreachable(error: Exception) -> bool:
 
 
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-"""What huggingface_hub has used over time."""
+"""Libraries that huggingface_hub has used over time."""
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause that says something."""
+    """The innermost cause with a message."""
     said = [cause for cause in _chain(error) if str(cause)]
     return one_line(said[-1] if said else error)
 
 
 def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
-    """What the hub, the network or the disk said, and what to do about it."""
+    """An error with the cause (hub, network or disk) and advice."""
     from huggingface_hub import constants, errors
 
     name, page = wanted.name, f"{constants.ENDPOINT}/{wanted.name}"

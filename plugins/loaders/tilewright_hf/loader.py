@@ -89,7 +89,7 @@ def write_sample(directory: Path) -> str:
 
 
 def _directory(source: str) -> Path:
-    """The directory that a source names. Raises ModelError that says what it is instead."""
+    """The directory that a source names. Raises ModelError with what was found instead."""
     takes = "hf-local loads a local directory that holds config.json"
     path = local_path(source, "model directory", takes)
     if path.suffix == ".gguf":
@@ -127,7 +127,7 @@ def _stored_dtype(weights: TensorSource) -> DType:
 
 
 class _Subset:
-    """Some of a source's tensors."""
+    """A subset of a source's tensors."""
 
     def __init__(self, source: TensorSource, names: Collection[str]):
         self._source = source
@@ -147,8 +147,8 @@ class _Subset:
 
 
 def _needed(source: TensorSource, config: ModelConfig) -> TensorSource:
-    """Leave out ``rotary_emb.inv_freq``, which older checkpoints carry (config.json gives it), and
-    a tied head that the format knows to be the embedding itself, under a second name."""
+    """Leave out ``rotary_emb.inv_freq``, which older checkpoints contain (config.json defines it),
+    and a tied head that is the embedding under a second name, if the format can tell."""
     names = source.names()
     kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
     same = getattr(source, "same", None)

@@ -24,7 +24,7 @@ SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 
 _ZIP, _OLD = b"PK\x03\x04", b"\x80\x02"
-"""How files begin that torch.save wrote, since PyTorch 1.6 and before."""
+"""First bytes of files by torch.save: since PyTorch 1.6, and before."""
 
 _REFUSED = re.compile(r"GLOBAL (\S+)|Unsupported (?:global|operand|class) (\S+)")
 
@@ -51,10 +51,10 @@ def can_open(directory: Path) -> bool:
 
 @hookimpl
 def open_weights(directory: Path) -> TensorSource:
-    """Open a directory's tensors. The pickles are read, with PyTorch's weights-only unpickler.
+    """Open a directory's tensors. Pickles are read with PyTorch's weights-only unpickler.
 
-    Raises ModelError for a file that is absent or damaged, for a pickle that holds anything else
-    than named tensors, and for an index that does not agree with its shards.
+    Raises ModelError for a file that is absent or damaged, for a pickle that holds anything but
+    named tensors, and for an index that does not agree with its shards.
     """
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     if SINGLE in names:
@@ -89,10 +89,10 @@ class _Shard:
 
 
 class PytorchSource(ShardedSource):
-    """Tensors of pickles, of which two names may mean one."""
+    """Tensors of pickles, where two names may refer to the same tensor."""
 
     def same(self, name: str, other: str) -> bool:
-        """Whether both names are there and mean the same elements of the same storage."""
+        """Whether both names exist and refer to the same elements of the same storage."""
         if not {name, other} <= set(self.names()):
             return False
         one, two = self.get(name), self.get(other)
@@ -100,7 +100,7 @@ class PytorchSource(ShardedSource):
 
 
 def _unpickled(path: Path) -> "dict[str, Tensor]":
-    """The file's tensors by name. Raises ModelError for all else."""
+    """The file's tensors by name. Raises ModelError for any other content."""
     import torch
 
     zipped = False
@@ -123,7 +123,7 @@ def _unpickled(path: Path) -> "dict[str, Tensor]":
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path}: {_refusal(error)}") from error
     except Exception as error:
-        # PyTorch's reader of zip files goes on with advice.
+        # Messages of PyTorch's zip reader end with advice, which is cut off.
         why = "it ends too early" if isinstance(error, EOFError) else one_line(error)
         raise ModelError(
             f"{path}: not a file that torch.save wrote, or a damaged one: "
@@ -141,7 +141,7 @@ def _unpickled(path: Path) -> "dict[str, Tensor]":
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:
-    """Why PyTorch's weights-only unpickler did not go on."""
+    """Why PyTorch's weights-only unpickler refused the file."""
     text = " ".join(str(error).split())
     if named := _REFUSED.search(text):
         return (
@@ -181,10 +181,10 @@ def _info(path: Path, name: str, tensor: "Tensor") -> TensorInfo:
 
 
 def _check_records(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """See that the tensors' storages are the archive's records, each of them and no more.
+    """Check that the tensors' storages match the archive's records one to one.
 
-    A mapped storage is cut out of the file at the size that the pickle states, whatever the
-    record's own size is, and whether or not it is compressed.
+    A mapped storage has the size that the pickle states, regardless of the record's own size and
+    of compression.
     """
     storages = {}
     for tensor in tensors.values():

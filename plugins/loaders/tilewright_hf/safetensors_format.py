@@ -24,7 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _MAX_HEADER = 100_000_000
-"""Bytes: what safetensors itself accepts at most."""
+"""Largest header in bytes that safetensors itself accepts."""
 
 
 @frozen
@@ -60,8 +60,8 @@ def can_open(directory: Path) -> bool:
 def open_weights(directory: Path, options: Options) -> TensorSource:
     """Open a directory's tensors. Headers are read and checked against the files' sizes.
 
-    Raises ModelError for a file that is absent, truncated or no safetensors file, and for an index
-    that does not agree with its shards.
+    Raises ModelError for a file that is absent, truncated or not safetensors, and for an index that
+    does not agree with its shards.
     """
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     if SINGLE in names:
@@ -80,7 +80,7 @@ def open_weights(directory: Path, options: Options) -> TensorSource:
 def write_weights(directory: Path, tensors: "Mapping[str, Tensor]") -> None:
     from safetensors.torch import save_file
 
-    # Tensors that share memory are refused.
+    # save_file refuses tensors that share memory.
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, directory / SINGLE)
 
 
@@ -113,8 +113,8 @@ def _backend(backend: str) -> dict[str, str]:
 
 
 def _infos(path: Path) -> dict[str, TensorInfo]:
-    """Shapes and sizes from the header of a file that safetensors has found to be valid."""
-    with path.open("rb", buffering=0) as file:  # a buffer would read tensors, too
+    """Shapes and sizes from the header of a file that safetensors has validated."""
+    with path.open("rb", buffering=0) as file:  # a buffer would also read tensors
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return {
@@ -133,7 +133,7 @@ def _dtype(code: str) -> str:
 
 
 def _diagnosis(path: Path, error: Exception) -> str:
-    """Why a file could not be opened, in terms of what may have happened to it."""
+    """The probable reason why a file could not be opened."""
     if isinstance(error, OSError):
         return f"cannot be read: {one_line(error)}"
     if why := not_downloaded(path):

@@ -1,4 +1,4 @@
-"""Checkpoints of one file or many, in any format that stores named tensors."""
+"""Checkpoints of one or more files, in any format that stores named tensors."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ class Shard(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> "Tensor":
-        """May raise anything; the source says which file and tensor it was."""
+        """May raise any exception; the source adds the file and the tensor."""
         ...
 
 
@@ -57,7 +57,7 @@ class ShardedSource:
             ) from error
 
     def close(self) -> None:
-        """Tensors that were handed out stay valid."""
+        """Tensors that were returned stay valid."""
         self._shards = None
 
     def _open(self) -> Mapping[str, Shard]:
@@ -67,7 +67,7 @@ class ShardedSource:
 
 
 def shard_files(index: Path) -> dict[str, str]:
-    """Which file has which tensor, as an index says. Raises ModelError for another shape of it."""
+    """Maps tensors to files, from an index. Raises ModelError for a malformed index."""
     weight_map = read_json(index).object("weight_map")
     if weight_map is None:
         raise ModelError(f"{index}: 'weight_map' must map tensor names to files, found nothing")
@@ -81,7 +81,7 @@ def shard_files(index: Path) -> dict[str, str]:
 
 
 def open_indexed(index: Path, open_shard: Callable[[Path], S]) -> list[S]:
-    """Open the files that an index names. Raises ModelError where they do not agree with it."""
+    """Open the files that an index names. Raises ModelError if they do not match it."""
     weight_map = shard_files(index)
     files = sorted(set(weight_map.values()))
     absent = [f for f in files if not is_there(index.parent / f)]
@@ -111,7 +111,7 @@ def open_indexed(index: Path, open_shard: Callable[[Path], S]) -> list[S]:
 
 
 def not_downloaded(path: Path) -> str | None:
-    """What stands in place of weights that did not come along; None if it is something else."""
+    """What a file holds in place of weights that were not downloaded; None for other files."""
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
     if not start:

@@ -1,7 +1,7 @@
 """tokenizer.json and the files around it -> TextAssets.
 
-tokenizer.json alone says how text becomes ids, special tokens at the start included:
-``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json have no effect on a directory that
+tokenizer.json alone defines how text becomes ids, including special tokens at the start:
+``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json have no effect in a directory that
 has a tokenizer.json, as in transformers 5.
 """
 
@@ -22,7 +22,7 @@ _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 _SUBWORD_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 _UNLIKELY = "zqxj \U0010fffd Ω漢7"
-"""Text with words that no vocabulary has, of several scripts."""
+"""Text in several scripts, with words that no vocabulary has."""
 
 
 def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[str, ...]]:
@@ -38,7 +38,7 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
     warnings = _add_special(
         tokenizer, [*named.values(), *nameless], config.vocab_size, settings.where
     )
-    # Saved settings of a training run: they would cut or pad every prompt.
+    # Saved settings of a training run would truncate or pad every prompt.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _check_ids(tokenizer, config.vocab_size, path)
@@ -62,8 +62,8 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise ModelError(f"{path}: no such file; expected the tokenizer of the model there")
     text = read_text(path)
     if _SUBWORD_PREFIX.search(text) and '"BPE"' in text:
-        # tokenizers 0.23 slices merges that are shorter than the prefix out of bounds, and the
-        # process dies of it.
+        # tokenizers 0.23 slices merges that are shorter than the prefix out of bounds, which
+        # kills the process.
         raise ModelError(
             f"{path}: a BPE model with a 'continuing_subword_prefix' is not supported; expected "
             "null or an empty string, as in the tokenizers of the supported models"
@@ -77,7 +77,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn what tokenizers raises into a ModelError. Its panics are no Exception."""
+    """Turn errors of tokenizers into ModelError. Its panics do not derive from Exception."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -93,7 +93,7 @@ def _optional_json(path: Path) -> JsonObject:
 def _special_tokens(
     directory: Path, settings: JsonObject
 ) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The tokens that have a name (``bos_token``, ...), and those that are special without one."""
+    """The special tokens with a name (``bos_token``, ...), and those without one."""
     sources = [settings]
     if "added_tokens_decoder" not in settings.values:
         sources.append(_optional_json(directory / "special_tokens_map.json"))
@@ -130,7 +130,7 @@ def _added_token(where: JsonObject, key: str, value: Any) -> AddedToken:
 
 
 def _add_declared(tokenizer: Tokenizer, settings: JsonObject, vocab_size: int) -> None:
-    """Add the tokens of ``added_tokens_decoder``, and see that their ids are the declared ones."""
+    """Add the tokens of ``added_tokens_decoder``, and check that their ids match."""
     declared = settings.object("added_tokens_decoder")
     if declared is None:
         return
@@ -155,7 +155,7 @@ def _add_declared(tokenizer: Tokenizer, settings: JsonObject, vocab_size: int) -
 def _add_special(
     tokenizer: Tokenizer, tokens: list[AddedToken], vocab_size: int, where: str
 ) -> tuple[str, ...]:
-    """See that special tokens are never split. One that is new and has no room is left out."""
+    """Ensure that special tokens are never split. A new one without a free id is left out."""
     warnings = []
     declared = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
     for token in tokens:

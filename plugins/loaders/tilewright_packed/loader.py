@@ -63,7 +63,7 @@ def load_model(request: LoadRequest) -> LoadedModel:
 
 @hookimpl
 def write_sample(directory: Path) -> str:
-    """As executor torch wants it."""
+    """Write a sample that is packed for executor torch."""
     from tilewright.convert import convert, plan
     from tilewright.testing.models import make_model
     from tilewright.weights import typed_tensors

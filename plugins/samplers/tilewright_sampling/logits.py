@@ -1,7 +1,7 @@
-"""From one row of logits to a token: what a sampler does, one function a step.
+"""From one row of logits to a token: the steps of a sampler, one function each.
 
-Rows are [V] float32 on the CPU. Each function works on a single row, so that a result cannot depend
-on what else is in the batch. Where values are equal, the smaller id comes first.
+Rows are [V] float32 on the CPU. Each function works on a single row, so a result cannot depend on
+the rest of the batch. Among equal values, the smaller id comes first.
 """
 
 import math
@@ -16,11 +16,11 @@ from tilewright.errors import RequestError
 from tilewright.types import SamplerRow, SamplingParams, TokenLogprobs
 
 _LARGEST = torch.finfo(torch.float32).max
-_TEMPERATURES = (1e-30, 1e30)  # float32 would round what is far outside to 0 or infinity
+_TEMPERATURES = (1e-30, 1e30)  # float32 would round values far outside to 0 or infinity
 
 
 def sanitise(logits: Tensor) -> Tensor:
-    """A copy with NaN and -inf as the row's lowest finite logit and +inf as its highest.
+    """A copy with NaN and -inf replaced by the row's lowest finite logit, +inf by its highest.
 
     A row with no finite logit becomes 0 everywhere.
     """
@@ -30,7 +30,7 @@ def sanitise(logits: Tensor) -> Tensor:
 
 
 def changes_logits(params: SamplingParams) -> bool:
-    """Whether penalise changes anything for these settings."""
+    """Whether ``penalise`` changes anything for these settings."""
     return bool(
         params.repetition_penalty != 1.0
         or params.presence_penalty
@@ -86,7 +86,7 @@ def _values(by_id: Mapping[int, float]) -> Tensor:
 
 
 def _put(scores: Tensor, ids: Tensor, values: Tensor) -> None:
-    # Extreme settings must not make infinities, which later turn into NaN.
+    # Extreme settings must not produce infinities, which later turn into NaN.
     scores[ids] = values.clamp(-_LARGEST, _LARGEST).float()
 
 
@@ -117,9 +117,9 @@ def _descending(values: Tensor) -> Tensor:
 def shortlist(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """The tokens to draw from and their probabilities, for a temperature above 0.
 
-    temperature, then top_k, top_p and min_p, each on what the one before it leaves; as in
-    transformers, the token that crosses top_p stays, and min_p is relative to the likeliest token.
-    Of tokens that are equally likely at an edge, the smaller ids stay.
+    temperature is applied first, then top_k, top_p and min_p, each to the tokens that the previous
+    one left. As in transformers, the token that crosses top_p stays, and min_p is relative to the
+    likeliest token. Among equally likely tokens at a cutoff, the smaller ids stay.
 
     Returns ids [n] int64 and weights [n] float32, the probabilities times a constant.
     """
@@ -134,7 +134,7 @@ def shortlist(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     if params.top_p < 1.0:
         total = weights.sum(dtype=torch.float64).item()
         if ids is None:
-            # All weights below this add up to less than 1 - top_p, so only the rest needs sorting.
+            # All weights below this sum to less than 1 - top_p, so only the rest needs sorting.
             floor = (1.0 - params.top_p) * total / vocab_size
             ids = (weights >= floor).nonzero().squeeze(1)
             ids = ids[_descending(scores[ids])]
@@ -149,7 +149,7 @@ def shortlist(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 
 
 def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) with 53 random bits that depends on seed and step and nothing else."""
+    """A number in [0, 1) with 53 random bits that depends only on seed and step."""
     digest = blake2b(f"{seed},{step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -164,7 +164,7 @@ def draw(ids: Tensor, weights: Tensor, u: float) -> int:
 
 
 def logprobs(logits: Tensor, token_id: int, count: int) -> TokenLogprobs:
-    """Log-probabilities of the chosen token and of the count likeliest, from the raw logits."""
+    """Log-probabilities of the chosen token and of the ``count`` likeliest, from the raw logits."""
     values = logits.log_softmax(0)
     top = largest(logits, min(count, len(logits))) if count else logits.new_empty(0).long()
     return TokenLogprobs(

@@ -34,12 +34,12 @@ class Options:
 
 
 class LogitsSampler:
-    """A ``Sampler`` (see tilewright.types) that keeps nothing of a request between its steps.
+    """A ``Sampler`` (see tilewright.types) without per-request state between steps.
 
-    A step looks for non-finite logits; applies the penalties and the bias (``logits.penalise``);
+    A step checks for non-finite logits; applies the penalties and the bias (``logits.penalise``);
     then either takes the likeliest token, at temperature 0 or with ``greedy``, or applies
     temperature, top_k, top_p and min_p (``logits.shortlist``) and draws. The draw depends on the
-    request's seed and on how many tokens it has generated.
+    request's seed and on the number of tokens it has generated.
     """
 
     def __init__(self, options: Options, greedy: bool):
@@ -48,15 +48,15 @@ class LogitsSampler:
         self._warned = False
 
     def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
-        """From logits [B, vocab_size] float32 on the CPU to B tokens.
+        """Sample B tokens from logits [B, vocab_size] float32 on the CPU.
 
         With ``on_nonfinite="sanitize"`` non-finite logits are replaced (``logits.sanitise``), with
         a RuntimeWarning the first time.
 
-        Raises NonFiniteLogitsError, for the first row that has any; RequestError for a logit_bias
-        that makes no sense (``logits.penalise``).
+        Raises NonFiniteLogitsError for the first row with such logits, and RequestError for an
+        invalid logit_bias (``logits.penalise``).
         """
-        # A sum with a non-finite term is not finite, so one pass tells that all is well.
+        # A sum with a non-finite term is not finite, so one pass shows that all logits are finite.
         suspicious = not math.isfinite(logits.sum().item())
         return [
             self._sample(row_logits, row, suspicious)

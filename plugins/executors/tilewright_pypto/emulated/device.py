@@ -1,4 +1,4 @@
-"""The device that is none: the kernels' source, run on the CPU."""
+"""The emulated device: runs the kernels' source on the CPU."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from tilewright_pypto.emulated.language import language
 
 
 class EmulatedDevice:
-    """A ``Device`` (see tilewright_pypto.device) whose memory is the host's."""
+    """A ``Device`` (see tilewright_pypto.device) in host memory."""
 
     name = "emulated"
     place = ""

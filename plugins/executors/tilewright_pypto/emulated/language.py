@@ -1,9 +1,9 @@
-"""A stand-in for ``pypto.language``: runs a kernel's own source on PyTorch, and watches it.
+"""A stand-in for ``pypto.language``: runs a kernel's own source on PyTorch, and checks it.
 
 It has the part of the language that the kernels of tilewright_kernels use, and is strict where a
-device is silent. What PyPTO would refuse is refused; what PyPTO would let pass and hardware suffer
-from (a window outside of its tensor, memory that nobody wrote, iterations that are not independent)
-is an error too. It computes values, no times, and stands for no device.
+device is silent. What PyPTO refuses is refused. Faults that PyPTO accepts but that break on
+hardware (a window outside its tensor, memory that was never written, iterations that are not
+independent) are errors too. It computes values, not times, and models no particular device.
 """
 
 import ast
@@ -39,7 +39,7 @@ from tilewright_pypto.emulated.memory import (
     running,
 )
 
-# --- types, as they stand in signatures -----------------------------------------------------------
+# --- types in signatures --------------------------------------------------------------------------
 
 
 @frozen
@@ -55,7 +55,7 @@ class TensorType:
 
 
 class _TensorOf:
-    """``pl.Tensor[shape, dtype]``; bare, in an inline function, it takes any tensor."""
+    """``pl.Tensor[shape, dtype]``; without a subscript, in an inline function, any tensor."""
 
     def __getitem__(self, of: tuple[Sequence["int | Dynamic"], torch.dtype]) -> TensorType:
         shape, dtype = of
@@ -98,7 +98,7 @@ def range_(*bounds: int) -> Iterator[int]:
 
 
 def parallel(*bounds: int) -> Iterator[int]:
-    """The iterations in an order of no meaning, each checked against the others afterwards."""
+    """Iterations in random order, which are checked against each other afterwards."""
     run = outside_task("pl.parallel")
     order = list(range(*bounds))
     run.random.shuffle(order)
@@ -116,7 +116,7 @@ def parallel(*bounds: int) -> Iterator[int]:
 
 @frozen
 class Kernel:
-    """What ``pl.jit`` makes: called with all tensors by name, which it works on in place.
+    """The result of ``pl.jit``: called with all tensors by name, it works on them in place.
 
     Raises KernelError when the kernel breaks a rule, ExecutorError for tensors that do not fit.
     """
@@ -154,7 +154,7 @@ def _check_written(argument: Memory) -> None:
 
 
 def _check_apart(contract: Contract, tensors: Sequence[torch.Tensor]) -> None:
-    """What is written must share no memory with another parameter."""
+    """Check that a written parameter shares no memory with another one."""
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), p.name, p.direction)
         for p, t in zip(contract.parameters, tensors, strict=True)
@@ -181,7 +181,7 @@ def jit(function: Callable[..., Any]) -> Kernel:
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that PyPTO splices in: its arguments must be as its annotations say."""
+    """A function that PyPTO splices in. Its arguments must match its annotations."""
     check_source(function)
     signature = inspect.signature(function)
     wanted = [p.annotation for p in signature.parameters.values()]
@@ -217,7 +217,7 @@ def _check_inline(function: str, name: str, wanted: TensorType, found: object) -
         )
 
 
-# --- what PyPTO's parser refuses, though Python would run it --------------------------------------
+# --- code that PyPTO's parser refuses, though Python would run it ---------------------------------
 
 REFUSED: dict[type[ast.AST], str] = {
     ast.AugAssign: "augmented assignment: write x = pl.add(x, y)",
@@ -248,9 +248,9 @@ REFUSED: dict[type[ast.AST], str] = {
 
 
 def check_source(function: Callable[..., Any]) -> None:
-    """Raise an error for what the language does not have, before anything runs.
+    """Check for code that the language does not support, before anything runs.
 
-    KernelError, or ExecutorError for a name (``tilewright_kernels.names``).
+    Raises KernelError, or ExecutorError for a name (``tilewright_kernels.names``).
     """
     lines, first = inspect.getsourcelines(function)
     definition = ast.parse(textwrap.dedent("".join(lines))).body[0]

@@ -1,9 +1,9 @@
-"""Device memory and on-chip tiles, with what a device would not tell: who wrote what, and where.
+"""Device memory and on-chip tiles, with a record that devices lack: which task wrote what, where.
 
-``Memory`` is a tensor in device memory or a window of one; ``Tile`` is what a task holds on chip.
-A tile has two boxes, both from its first row and column: ``valid`` is what PyPTO takes for the
-tile's contents and a store would write; ``defined`` is the part that holds values that someone
-computed. They differ where PyPTO declares a result fully valid whose operands were not.
+``Memory`` is a tensor in device memory or a window of one; ``Tile`` is a tensor on chip in a task.
+A tile has two boxes, both from its first row and column: ``valid`` is the part that PyPTO regards
+as the tile's contents and that a store writes; ``defined`` is the part with computed values. They
+differ where PyPTO declares a result fully valid although its operands were not.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from torch import Tensor
 from tilewright.errors import ExecutorError
 
 Place: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
-"""Where a window stands in its buffer: offset, extents and strides, in elements."""
+"""Position of a window in its buffer: offset, extents and strides, in elements."""
 
 
 class KernelError(ExecutorError):
-    """A kernel broke a rule of the language, or a device's memory would have suffered."""
+    """A kernel broke a rule of the language, or would have misused a device's memory."""
 
 
 def fail(message: str) -> NoReturn:
-    """Raise KernelError with the kernel's line that is running."""
+    """Raise KernelError with the line of the kernel that is running."""
     frame = sys._getframe(1)
     while frame.f_back and _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
@@ -49,21 +49,21 @@ class Buffer:
     name: str
     direction: Literal["in", "out", "inout", "scratch"]
     data: Tensor
-    """Contiguous."""
+    """Contiguous storage."""
     written: Tensor | None
-    """Which elements hold something; None: all of them."""
+    """Mask of the elements that have been written; None: all of them."""
     born: int
-    """How many parallel loops were running when it was made: of those it is an iteration's own."""
+    """Number of parallel loops running at creation: it is private to one iteration of each."""
     after: int = 0
-    """A task that reads it waits for these: bit i is task i."""
+    """Tasks that a reader waits for: bit i is task i."""
     readers: list[tuple[int, Place]] = field(factory=list)
 
 
 @define
 class Task:
-    """A running ``pl.at``. A device runs tasks at once unless one waits for the other.
+    """A running ``pl.at``. A device runs tasks concurrently unless one waits for the other.
 
-    A task waits for those that wrote what it reads, and for those that they waited for. It does
+    A task waits for the tasks that wrote what it reads, and for those that they waited for. It does
     not wait for a task that only reads what it writes: PyPTO leaves that order to the kernel.
     """
 
@@ -93,7 +93,7 @@ class Task:
 
 @define
 class Loop:
-    """A running ``pl.parallel``, and what its iterations did to memory that they share."""
+    """A running ``pl.parallel``, with its iterations' accesses to shared memory."""
 
     iteration: int = 0
     writes: dict[Buffer, list[tuple[int, Place]]] = field(factory=dict)
@@ -181,7 +181,7 @@ def allocate(name: str, shape: Sequence[int], dtype: torch.dtype, run: Run) -> "
 
 @define(eq=False)
 class Tile:
-    """A tensor on chip; a value, which no operation changes."""
+    """An immutable tensor on chip."""
 
     data: Tensor
     valid: tuple[int, ...]
@@ -230,7 +230,7 @@ class Memory:
         return self.data.dtype
 
     def bind_dynamic(self, axis: int, symbol: object) -> None:
-        """PyPTO's own way to say that an extent varies; the annotation says it already."""
+        """Does nothing: in PyPTO it declares a dynamic extent, as the annotation already does."""
 
     def __getitem__(self, key: Any) -> "Memory | Tile":
         offsets, extents = self._window(key)
@@ -251,7 +251,7 @@ class Memory:
         offsets: tuple[int, ...],
         valid: tuple[int, ...] | None,
     ) -> "Memory | Tile":
-        """A window: a view outside of tasks, a tile inside of one."""
+        """A window: a view outside tasks, a tile inside a task."""
         if valid is not None and any(v < 1 or v > e for v, e in zip(valid, extents, strict=True)):
             fail(f"valid_shape {list(valid)} must be from 1 to the window's {list(extents)}")
         read = extents if valid is None else valid

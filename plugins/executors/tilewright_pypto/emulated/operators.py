@@ -19,12 +19,12 @@ from tilewright_pypto.emulated.memory import (
 
 Operand: TypeAlias = "Tile | Memory | int | float"
 INDEX = "INDEX"
-"""The type of offsets and loop variables; not a dtype of tensors."""
+"""The type of offsets and loop variables, not a tensor dtype."""
 
 CUBE = 16
 """The cube works on blocks of 16 x 16."""
 ROW_BYTES = 32
-"""Rows of a tile are whole blocks of this many bytes."""
+"""Rows of a tile are multiples of this many bytes."""
 
 
 def slice_(
@@ -92,7 +92,7 @@ def reshape(source: object, shape: Sequence[int]) -> "Memory | Tile":
 
 
 def binary(name: str, compute: Callable[..., Tensor]) -> Callable[[Operand, Operand], Tile]:
-    """An operator of two tiles of the same shape, or of a tile and a number."""
+    """An operator on two tiles of the same shape, or on a tile and a number."""
 
     def operator(a: Operand, b: Operand) -> Tile:
         left = _vector(a, name)
@@ -121,7 +121,7 @@ def unary(name: str, compute: Callable[[Tensor], Tensor]) -> Callable[[Operand],
 def expand(
     name: str, compute: Callable[[Tensor, Tensor], Tensor], axis: int
 ) -> Callable[[Operand, Operand], Tile]:
-    """An operator of a tile and a column (axis 1) or a row (axis 0) that all others share."""
+    """An operator on a tile and a column (axis 1) or row (axis 0) that is broadcast over it."""
 
     def operator(a: Operand, b: Operand) -> Tile:
         tile, line = _vector(a, name), _vector(b, name)
@@ -152,7 +152,7 @@ def reduce_rows(name: str, compute: Callable[[Tensor], Tensor]) -> Callable[[Ope
 
 
 def fillpad(source: Operand, *, pad_value: float) -> Tile:
-    """Fill what is not valid. The value is zero, or an infinity for PadValue.min and max."""
+    """Fill the invalid part. The value is zero, or an infinity for PadValue.min and max."""
     tile = _vector(source, "pl.fillpad", torch.bfloat16)
     if any(d < v for d, v in zip(tile.defined, tile.valid, strict=True)):
         fail("pl.fillpad of a tile whose valid part was not all computed")
@@ -163,7 +163,7 @@ def fillpad(source: Operand, *, pad_value: float) -> Tile:
 
 
 def cast(source: Operand, target: "torch.dtype | str", mode: str = "round") -> "Tile | int":
-    """mode: round takes ties away from zero, rint to even; floor, ceil and trunc as their names."""
+    """mode: round rounds ties away from zero, rint to even; floor, ceil, trunc: as their names."""
     if isinstance(source, (int, float)):
         if target != INDEX:
             fail("a scalar is cast to pl.INDEX only: other targets are not emulated")
@@ -184,7 +184,7 @@ WHOLE_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "ceil": torch.ceil,
     "trunc": torch.trunc,
 }
-"""By cast mode."""
+"""Rounding functions, keyed by cast mode."""
 
 
 def _rounded(x: Tensor, target: torch.dtype, mode: str) -> Tensor:
@@ -198,7 +198,7 @@ def _rounded(x: Tensor, target: torch.dtype, mode: str) -> Tensor:
         return x.to(target)
     if mode != "round" or (x.dtype, target) != (torch.float32, torch.bfloat16):
         fail(f"cast from {x.dtype} to {target} with mode {mode!r} is not emulated")
-    # The upper half of a float32 is the bfloat16 below it in magnitude; half a step is 0x8000.
+    # Truncating a float32 to its upper half gives the bfloat16 towards zero; half a step is 0x8000.
     bits = x.contiguous().view(torch.int32)
     away = ((bits + 0x8000) & ~0xFFFF).view(torch.float32)
     return torch.where(x.isfinite(), away, x).to(target)
@@ -210,7 +210,7 @@ def _rounded(x: Tensor, target: torch.dtype, mode: str) -> Tensor:
 def matmul(
     a: Operand, b: Operand, *, out_dtype: "torch.dtype | None" = None, b_trans: bool = False
 ) -> Tile:
-    """Operands of one dtype; products added up in FP32."""
+    """Operands have the same dtype; products are accumulated in FP32."""
     if out_dtype is None:
         fail("pl.matmul needs out_dtype=pl.FP32: without it the product has the operands' dtype")
     if out_dtype != torch.float32:
@@ -235,7 +235,7 @@ def matmul_acc(acc: Operand, a: Operand, b: Operand, *, b_trans: bool = False) -
 
 
 def _matrices(a: Operand, b: Operand, b_trans: bool, name: str) -> tuple[Tensor, Tensor, int, int]:
-    """Operands in FP32, b as [K, N]; rows and columns of the product that hold something."""
+    """Operands in FP32, b as [K, N]; the defined rows and columns of the product."""
     in_task(name)
     left, right = _tile(a, name), _tile(b, name)
     _same_dtype(left, right, name)
@@ -257,7 +257,7 @@ def _matrices(a: Operand, b: Operand, b_trans: bool, name: str) -> tuple[Tensor,
 
 
 def _tile(value: object, name: str) -> Tile:
-    """A tile, or a whole tensor in device memory, loaded."""
+    """A tile; a tensor in device memory is loaded whole."""
     if isinstance(value, Memory):
         loaded = value.take(value.shape, (0,) * len(value.shape), None)
         if isinstance(loaded, Tile):
