@@ -1,7 +1,7 @@
 """The settings of a run, from flags, environment, a run file, a models file and defaults, in order.
 
 A layer maps a setting's place, such as ``("runtime", "page_size")``, to its value and to where it
-was given. ``resolve`` lays the layers over each other and reads the values into attrs classes.
+was given. ``resolve`` merges the layers and reads the values into attrs classes.
 """
 
 import os
@@ -36,7 +36,7 @@ ENVIRONMENT_PREFIX = "TILEWRIGHT_"
 DEFAULT = "default"
 
 GRANTED_DEVICE = "TASK_DEVICE"
-"""The variable in which a queue of a shared host says which device this process was given."""
+"""The variable in which the queue of a shared host names the device granted to this process."""
 
 
 @frozen
@@ -45,7 +45,7 @@ class Resolved:
 
     config: RunConfig
     origins: Mapping[Place, str]
-    """Of those that were given; the others are defaults."""
+    """Origins of the settings that were given; the others are defaults."""
 
     def origin(self, *place: str) -> str:
         return self.origins.get(place, DEFAULT)
@@ -56,14 +56,13 @@ def resolve(
     flags: Layer | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """Lay flags over the environment over a run file over a models file over the defaults.
+    """Merge the layers. Precedence: flags, environment, run file, models file, defaults.
 
-    A model that is named rather than given as a path is one of a models file (tilewright.models),
-    if that has the name; then it is not a path, even where there is one.
+    A model given by name is taken from a models file (tilewright.models) if that defines the
+    name, even if a path of that name exists.
 
-    Reads these files and the metadata of installed plugins, and imports no plugin. Raises
-    ConfigError, or PluginError for a plugin that is not installed; both begin with the place of
-    the mistake.
+    Reads these files and the metadata of installed plugins; imports no plugin. Raises ConfigError,
+    or PluginError for a plugin that is not installed; both begin with the location of the error.
     """
     environ = os.environ if environ is None else environ
     given: dict[Place, Given] = {}
@@ -108,7 +107,7 @@ _DEVICES = {("runtime", "device"), ("options", "executor", "device")}
 
 
 def _named_model(path: Any, environ: Mapping[str, str]) -> Layer | None:
-    """What a models file says of a model, if it is one of its names."""
+    """The settings that a models file has for a model; None if path is not one of its names."""
     model = models.find(path, environ) if models.is_name(path) else None
     return model.settings if model else None
 
@@ -152,10 +151,10 @@ _SINGLE_KINDS = tuple(kind for kind in registry.KINDS if kind not in OPTIONS_BY_
 
 
 def _granted_device(environ: Mapping[str, str]) -> Layer:
-    """Leaves the device open: the executor reads which one was granted.
+    """Leave the device unset: the executor reads which one was granted.
 
-    What a file or the environment says of it was written before, and to take another device than
-    the granted one is to take somebody else's.
+    A device in a file or the environment was set before the grant, and any device but the granted
+    one is somebody else's.
     """
     granted = environ.get(GRANTED_DEVICE)
     return {("runtime", "device"): Given(None, f"{GRANTED_DEVICE} = {granted}")} if granted else {}
@@ -165,7 +164,7 @@ def _granted_device(environ: Mapping[str, str]) -> Layer:
 
 
 def _environment_layer(environ: Mapping[str, str]) -> Layer:
-    """``TILEWRIGHT_<SECTION>_<KEY>``; an empty variable is as good as none."""
+    """Settings from ``TILEWRIGHT_<SECTION>_<KEY>``; empty variables are ignored."""
     layer: dict[Place, Given] = {}
     for name in sorted(environ):
         section, _, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("_")
@@ -216,7 +215,7 @@ def _settings(
             if key not in keys(section):
                 raise ConfigError(f"{origin(place)}: unknown key {_hint(key, section)}")
             setting = Given(value, origin(place))
-            # A model's path may be a name, so that it is seen to when all layers are there.
+            # A model's path may be a name, so it is resolved once all layers are known.
             yield place, setting if place == PATH else located(place, setting, folder)
 
 
@@ -245,7 +244,7 @@ def _options(
 
 
 def _hint(name: str, section: str | None) -> str:
-    """A wrong name, with the nearest right one, or the section that it belongs to."""
+    """An unknown name with the nearest known one, or with the section that it belongs to."""
     home = next((s for s in SECTIONS if s != section and name in keys(s)), None)
     known = [*SECTIONS, "options"] if section is None else keys(section)
     guess = f"; it is a key of [{home}]" if home else nearest(name, known)

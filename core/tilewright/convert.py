@@ -1,7 +1,7 @@
-"""Writing packed models (see tilewright.packed): tensor by tensor, to be continued when it breaks.
+"""Writes packed models (see tilewright.packed) tensor by tensor; an interrupted run can be resumed.
 
-All is written to ``OUT.partial``, which becomes ``OUT`` when it is complete. It holds, next to the
-finished shards, ``unfinished.json``: what is being converted, and the sums of these shards.
+Files are written to ``OUT.partial``, which is renamed to ``OUT`` when it is complete. Next to the
+finished shards it holds ``unfinished.json``: a key of the conversion, and these shards' checksums.
 """
 
 import fcntl
@@ -38,25 +38,25 @@ from tilewright.weights import SAFETENSORS_DTYPES
 
 UNFINISHED = "unfinished.json"
 WRITING = ".writing"
-"""Ends the name of a file that is not complete."""
+"""Suffix of a file that is not complete."""
 
 _CODES = {name: code for code, name in SAFETENSORS_DTYPES.items()}
 
 _ALIGNMENT = 64
-"""Of a shard's first tensor, in bytes. Larger elements come first, so that all are aligned."""
+"""Alignment of a shard's first tensor, in bytes. Larger elements come first, so all are aligned."""
 
 _SAMPLES, _SAMPLE = 64, 4096
-"""Of each source file, this many blocks of this many bytes go into the fingerprint."""
+"""The fingerprint covers this many blocks, of this many bytes, of each source file."""
 
 
 @frozen(kw_only=True)
 class Shard:
-    """A safetensors file to be."""
+    """A safetensors file to be written."""
 
     name: str
     header: bytes
     tensors: Sequence[PackedTensor]
-    """In the order of the file."""
+    """The tensors, in file order."""
     bytes: int
 
 
@@ -69,7 +69,7 @@ class Plan:
     fingerprint: str
     shards: Sequence[Shard]
     texts: Mapping[str, bytes]
-    """The other files but for the manifest, by name."""
+    """All other files except the manifest, keyed by name."""
 
     @property
     def bytes(self) -> int:
@@ -123,12 +123,12 @@ def plan(
 def convert(plan: Plan, out: Path, on_bytes: OnBytes = lambda name, count: None) -> Manifest:
     """Write a packed model to a directory that does not exist yet.
 
-    on_bytes hears of each shard's bytes, written or found written by an earlier run. When this is
-    interrupted, the same call goes on with the next shard.
+    on_bytes is called for each shard's bytes, whether written now or found complete from an
+    earlier run. After an interruption, the same call resumes with the next shard.
 
-    Raises ConfigError when the directory exists or cannot be written, its disk has not enough room,
-    or what an earlier run left behind is of something else; ModelError for a source that cannot be
-    read, in which case nothing is left of what this run began.
+    Raises ConfigError when the directory exists or cannot be written, its disk has too little
+    space, or an earlier run left another conversion behind; ModelError for a source that cannot be
+    read, in which case a directory that this run began is removed.
     """
     out = Path(os.path.abspath(out.expanduser()))
     _check_free(out)
@@ -154,7 +154,7 @@ def convert(plan: Plan, out: Path, on_bytes: OnBytes = lambda name, count: None)
             _check_free(out)
             partial.rename(out)
         except TilewrightError:
-            # A source that is repaired is another one: there is nothing to go on with.
+            # A repaired source is a different source: there is nothing to resume.
             if begun:
                 shutil.rmtree(partial)
             raise
@@ -169,10 +169,10 @@ def convert(plan: Plan, out: Path, on_bytes: OnBytes = lambda name, count: None)
 
 
 def fingerprint(loaded: LoadedModel) -> str:
-    """SHA-256 of what tells a model from others without reading it all.
+    """SHA-256 that identifies a model without reading all of it.
 
-    Configuration, tokenizer, all tensors' names, shapes and dtypes, and of each file that holds
-    weights the size and 64 blocks of 4 KiB.
+    It covers configuration, tokenizer, all tensors' names, shapes and dtypes, and the size and 64
+    blocks of 4 KiB of each file that holds weights.
     """
     digest = hashlib.sha256(json_bytes(asdict(loaded.config)))
     digest.update(loaded.text.tokenizer.to_str().encode())
@@ -190,7 +190,7 @@ def fingerprint(loaded: LoadedModel) -> str:
 
 
 def _files(loaded: LoadedModel) -> list[Path]:
-    """The files that hold a model's weights, as far as its loader says so."""
+    """The files that hold a model's weights, as reported by its loader."""
     names = {loaded.weights.info(name).location for name in loaded.weights.names()}
     return sorted(path for path in map(Path, names) if path.is_file())
 
@@ -239,7 +239,7 @@ def _shard(name: str, tensors: Sequence[PackedTensor]) -> Shard:
 
 
 def _key(plan: Plan) -> str:
-    """Differs whenever anything that is written may."""
+    """A key that differs whenever the output may differ."""
     parts = {
         "packing": asdict(plan.packing),
         "fingerprint": plan.fingerprint,
@@ -283,7 +283,7 @@ def _locked(partial: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who had the lock until now may have renamed or removed the directory.
+            # The previous holder of the lock may have renamed or removed the directory.
             same = os.path.samestat(os.fstat(descriptor), os.stat(partial))
         except (BlockingIOError, FileNotFoundError):
             same = False
@@ -295,7 +295,7 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _finished(partial: Path, key: str, plan: Plan, on_bytes: OnBytes) -> dict[str, File]:
-    """The shards that are there and right. Raises ConfigError when they are of something else."""
+    """The complete, intact shards. Raises ConfigError if they belong to another conversion."""
     names = os.listdir(partial)
     for name in names:
         if name.endswith(WRITING):

@@ -63,16 +63,16 @@ Message = Mapping[str, Any]
 
 @define(eq=False)
 class ServedModel:
-    """A model that an engine has ready."""
+    """A model that is loaded and ready to run."""
 
     model_id: str
     loaded: LoadedModel
     runtime: RuntimeConfig
-    """With dtypes, lengths and pages as they are in force."""
+    """The effective settings, with dtypes, lengths and pages filled in."""
     max_seq_len: int
     executor: Executor
     device: str
-    """What computes, as the executor says."""
+    """The device that computes, as named by the executor."""
     allocator: KvAllocator
     scheduler: Scheduler
     text: Text
@@ -82,13 +82,13 @@ class ServedModel:
 
     @property
     def generation_defaults(self) -> GenerateConfig:
-        """What is in force where a request says nothing: every field filled but the optional."""
+        """Settings for what a request leaves unset; every field but the optional ones is filled."""
         return self.loaded.generation_defaults.over(BUILTIN_GENERATE)
 
 
 @define(eq=False)
 class _Generation:
-    """A request, and what has come of it so far."""
+    """A request and its output so far."""
 
     request: Request
     eos_ids: frozenset[int]
@@ -100,7 +100,7 @@ class _Generation:
     logprobs: list[TokenLogprobs] = field(factory=list)
     sanitized_steps: int = 0
     prefilled: float = 0.0
-    """When the first token came, on time.perf_counter's clock."""
+    """Time of the first token, on time.perf_counter's clock."""
     finish_reason: FinishReason | None = None
     result: GenerateResult | None = None
     error: Exception | None = None
@@ -110,7 +110,7 @@ class _Generation:
         return self.result is not None or self.error is not None
 
     def accept(self, sampled: SampledToken) -> None:
-        """Take in the next token; sets finish_reason when it is the last one."""
+        """Add the next token; sets finish_reason when it is the last one."""
         if self.finish_reason:
             return
         token, request = sampled.token_id, self.request
@@ -132,7 +132,7 @@ class _Generation:
                 self.finish_reason = "length"
         if self.finish_reason:
             self._emit(self.stream.finish())
-            # What was held back may have completed a stop string only now.
+            # Text that was held back may complete a stop string only now.
             if self.stream.stopped:
                 self.finish_reason = "stop"
 
@@ -143,7 +143,7 @@ class _Generation:
 
 
 class GenerationStream(Iterator[str]):
-    """The text of one generation as it comes. The pieces join to exactly ``result.text``.
+    """The text of one generation, in pieces. The pieces join to exactly ``result.text``.
 
     ``result`` is None until the stream is exhausted. Closing it, leaving its ``with`` block, or an
     exception in it (Ctrl-C included) ends the request and frees its pages.
@@ -189,10 +189,10 @@ class GenerationStream(Iterator[str]):
 
 
 class LLMEngine:
-    """Runs models through the plugins that it was made with.
+    """Runs models with a fixed set of plugins.
 
-    An engine is used from one thread at a time. Streams may be read in turns: a step that is run
-    for one of them advances all requests of that model.
+    Use an engine from one thread at a time. Streams may be read in turns: a step run for one of
+    them advances all requests of that model.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class LLMEngine:
         self._plugins = plugins
         self._options = options
         self.selection = selection
-        """Arguments of ``from_plugins`` that make the same engine again, in another process too."""
+        """Arguments of ``from_plugins`` that rebuild the same engine, also in another process."""
         self._sampler: Sampler = plugins["sampler"].call(
             "create_sampler", request=SamplerRequest(options=options["sampler"])
         )
@@ -272,9 +272,9 @@ class LLMEngine:
     def from_config(cls, path: str | Path) -> "LLMEngine":
         """Make an engine from a run file, with the file's model loaded (see docs/run-files.md).
 
-        ``[generate]``, ``[prompts]`` and ``[output]`` are for ``tilewright run``: no effect here.
-        The environment's TILEWRIGHT_ variables win over the file. Raises ConfigError naming the
-        file, line and key of a mistake, and what ``from_plugins`` and ``init_model`` raise.
+        ``[generate]``, ``[prompts]`` and ``[output]`` are for ``tilewright run``; no effect here.
+        The environment's TILEWRIGHT_ variables override the file. Raises ConfigError naming the
+        file, line and key of an error, and what ``from_plugins`` and ``init_model`` raise.
         """
         from tilewright.config import resolve
 
@@ -290,7 +290,7 @@ class LLMEngine:
         return engine
 
     def close(self) -> None:
-        """End all requests and free all models. A closed engine is not used again."""
+        """End all requests and free all models. A closed engine cannot be used again."""
         if self._closed:
             return
         self._closed = True
@@ -319,12 +319,12 @@ class LLMEngine:
     ) -> LoadedModel:
         """Load a model and make it ready under a name of your choice.
 
-        ``model_dir`` is whatever a loader takes: a directory for ``hf-local``. ``model_format``
-        names the weight format; by default the one that finds its files. ``loader_options`` are
-        added to the loader's options for this model. The weights of what is returned are closed.
+        ``model_dir`` is what a loader accepts: a directory for ``hf-local``. ``model_format`` names
+        the weight format; by default the one that finds its files. ``loader_options`` are added to
+        the loader's options for this model. The returned model's weights are closed.
 
         Raises ConfigError when the name is taken or a setting does not suit the model, ModelError
-        for what is wrong with the files, ExecutorError for what the executor cannot run.
+        for faulty files, ExecutorError for a model that the executor cannot run.
         """
         self._check_open()
         if model_id in self._models:
@@ -362,15 +362,15 @@ class LLMEngine:
         return self._models[model_id]
 
     def default_config(self, model_id: str) -> GenerateConfig:
-        """What is in force where a request says nothing: the model's settings, or the built-in."""
+        """Settings for what a request leaves unset: the model's, else the built-in defaults."""
         return self.model(model_id).generation_defaults
 
     def load(
         self, model_dir: str | Path, model_format: str | None = None, **loader_options: Any
     ) -> LoadedModel:
-        """What the loader says of a model: its configuration and tokenizer. Reads no weights.
+        """Load a model's configuration and tokenizer. Reads no weights.
 
-        As ``init_model`` without the executor; the caller closes its ``weights``.
+        Like ``init_model`` without the executor; the caller closes the result's ``weights``.
         """
         self._check_open()
         return self._load(str(model_dir), model_dir, model_format, loader_options)
@@ -408,7 +408,7 @@ class LLMEngine:
     def pack(
         self, loaded: LoadedModel, runtime_config: RuntimeConfig | None = None
     ) -> tuple[Packing, list[PackedTensor]]:
-        """A loaded model's weights as the executor wants them; none is read yet.
+        """A loaded model's weights in the executor's layout; none is read yet.
 
         Raises what ``init_model`` raises for a model that the executor cannot run, and ConfigError
         for one that is packed already.
@@ -428,7 +428,7 @@ class LLMEngine:
             check_tensors(loaded.weights, loaded.config, loaded.source)
             return
         executor = self._plugins["executor"].plugin.qualified
-        if loaded.packing.executor == executor:  # another one need not know what to do with it
+        if loaded.packing.executor == executor:  # others may not understand it
             expected, tensors = self._packed(self._executor_request(loaded, runtime))
         else:
             expected, tensors = evolve(loaded.packing, executor=executor), []
@@ -532,7 +532,7 @@ class LLMEngine:
     def generate(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> "str | GenerationStream":
-        """Continue a prompt (text, or token ids): the new text, or with ``config.stream`` a stream.
+        """Continue a prompt (text or token ids). Returns text, or a stream if ``config.stream``.
 
         Raises RequestError for a prompt or settings that cannot be served, OutOfPagesError when
         the KV cache is too small for them, NonFiniteLogitsError, and ExecutorError.
@@ -546,16 +546,16 @@ class LLMEngine:
     def generate_result(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> GenerateResult:
-        """As ``generate``, to a result with tokens, finish reason, logprobs and timings."""
+        """Like ``generate``; the result has tokens, finish reason, logprobs and timings too."""
         return self.generate_batch(model_id, [prompt], config)[0]
 
     def generate_batch(
         self, model_id: str, prompts: Sequence[Prompt], config: GenerateConfig | None = None
     ) -> list[GenerateResult]:
-        """As ``generate_result`` for many prompts at once; results in the order of the prompts.
+        """Like ``generate_result`` for many prompts at once; results are in prompt order.
 
-        With a seed, prompt i is sampled with seed + i, so that equal prompts may differ. When one
-        fails, the others are ended too and its error is raised.
+        With a seed, prompt i is sampled with seed + i, so equal prompts may give different
+        texts. When one fails, the others are ended too and its error is raised.
         """
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: generate() takes one")
@@ -587,7 +587,7 @@ class LLMEngine:
         return self.generate(model_id, self.chat_tokens(model_id, messages), config)
 
     def chat_tokens(self, model_id: str, messages: Sequence[Message]) -> list[int]:
-        """The prompt that ``chat`` makes of a conversation, as token ids."""
+        """The prompt that ``chat`` makes from a conversation, as token ids."""
         text = self.model(model_id).text
         # Templates write their own special tokens.
         return text.encode(text.render_chat(messages), add_special_tokens=False)
@@ -620,7 +620,7 @@ class LLMEngine:
 
     def _step(self, model: ServedModel) -> None:
         """Run the model's next step for every request that is in it."""
-        self._finish_ended(model)  # that a step did not get to because of Ctrl-C or an observer
+        self._finish_ended(model)  # left over if Ctrl-C or an observer interrupted a step
         step = model.scheduler.schedule()
         if step is None:
             return
@@ -631,7 +631,7 @@ class LLMEngine:
             rows = [r.sampler_row() for r in step.sampled]
             tokens = self._sample(logits, rows) if rows else []
         except NonFiniteLogitsError as error:
-            # The others lose nothing: the step is not done, and is scheduled again without it.
+            # The others lose nothing: the step is not committed, and is scheduled again without it.
             generation = model.generations[error.request_id]
             self._fail(model, generation, _traced(error, step, generation.request, run))
             return
@@ -639,7 +639,7 @@ class LLMEngine:
             for request in step.requests:
                 self._fail(model, model.generations[request.request_id], error)
             return
-        # Tokens first, then computed: if Ctrl-C falls between the two, a token is computed twice.
+        # Accept tokens, then commit: if Ctrl-C falls between the two, a token is computed twice.
         for request, token in zip(step.sampled, tokens, strict=True):
             model.generations[request.request_id].accept(token)
         model.scheduler.done(step)
@@ -760,8 +760,10 @@ class LLMEngine:
 def _traced(
     error: NonFiniteLogitsError, step: Step, request: Request, run: Callable[..., "Tensor"]
 ) -> NonFiniteLogitsError:
-    """The error with the first tensor that is to blame: the step is run again, as it may be until
-    it is done, since it writes the same to the same slots."""
+    """The error with the name of the first non-finite tensor, found by running the step again.
+
+    That is safe until the step is committed: it writes the same values to the same slots.
+    """
     batch, at = step.batch, step.requests.index(request)
     tokens = slice(*batch.query_starts[at : at + 2].tolist())
     row = step.sampled.index(request)
@@ -772,7 +774,7 @@ def _traced(
         if not found and not tensor[rows].isfinite().all():
             found.append(name)
 
-    with suppress(Exception):  # it has failed as it is
+    with suppress(Exception):  # the request has failed anyway
         run(batch, tap)
     name = found[0] if found else None
     return NonFiniteLogitsError(

@@ -28,7 +28,7 @@ class RequestError(TilewrightError):
 
 
 class OutOfPagesError(TilewrightError):
-    """The KV cache has too few free pages for what was asked."""
+    """The KV cache has too few free pages for the request."""
 
 
 class ExecutorError(TilewrightError):
@@ -42,8 +42,8 @@ class NonFiniteLogitsError(TilewrightError):
         request_id: the request whose logits they are.
         step: how many tokens the request had generated before this step.
         token_ids: the vocabulary ids whose logits are not finite, ascending.
-        first_tensor: the first tensor of the step that the executor taps with such an element of
-            this request; None when that was not looked for, as in a sampler, or not found.
+        first_tensor: the first tapped tensor of the step with a non-finite element of this request;
+            None when it was not searched for, as in a sampler, or not found.
     """
 
     def __init__(

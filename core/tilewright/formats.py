@@ -21,7 +21,7 @@ class InstalledFormats:
     """
 
     def __init__(self, manager: PluginManager, options: Options):
-        """options: those of the engine, of which ``weight_format`` concerns the formats."""
+        """options: the engine's options; only its ``weight_format`` entry is used here."""
         self._manager = manager
         self._options = options
 

@@ -1,7 +1,7 @@
-"""What a plugin may implement: one class of hook specs a kind.
+"""What a plugin may implement: one class of hook specs per kind.
 
-A plugin is a module or an object named by an entry point. It carries ``tilewright_api``, the number
-of the API that it was written for, and functions marked with ``hookimpl``::
+A plugin is a module or an object named by an entry point. It defines ``tilewright_api``, the
+API version that it was written for, and functions marked with ``hookimpl``::
 
     from tilewright import hookimpl
 
@@ -11,8 +11,8 @@ of the API that it was written for, and functions marked with ``hookimpl``::
     def create_sampler(request):
         return MySampler(request.options)
 
-An implementation may take fewer arguments than its spec names, never others. Hooks make things; the
-things they make follow the protocols in ``tilewright.types`` and are called directly.
+An implementation may take fewer arguments than its spec names, but no others. Hooks create objects;
+these follow the protocols in ``tilewright.types`` and are called directly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 API_VERSION = 1
-"""Raised when a spec or a protocol changes so that a plugin written before would break."""
+"""Raised when a change to a spec or a protocol would break existing plugins."""
 
 hookimpl = pluggy.HookimplMarker("tilewright")
 """Marks a plugin's function as the implementation of the hook of the same name."""
@@ -66,14 +66,14 @@ class AnyPlugin:
 
 
 class LoaderHooks:
-    """Kind ``loader``: from a source as the user names it to a model described by data."""
+    """Kind ``loader``: turns a source, as the user names it, into a model described by data."""
 
     @_first
     def can_load(self, source: str) -> bool:  # type: ignore[empty-body]
-        """Whether source looks like this loader's.
+        """Whether this loader recognises the source.
 
-        Cheap, since every installed loader may be asked: reads no weights, imports no torch, has
-        no side effect, and raises nothing whatever the source.
+        Must be cheap, since every installed loader may be asked: it reads no weights, imports no
+        torch, has no side effect, and raises nothing whatever the source.
         """
 
     @_first
@@ -82,28 +82,28 @@ class LoaderHooks:
 
     @_first
     def write_sample(self, directory: Path) -> str:  # type: ignore[empty-body]
-        """Optional: write a small model of the kind that this loads into an empty directory.
+        """Optional: write a small model that this loader can load into an empty directory.
 
         Returns the source that loads it. ``tilewright plugins verify`` loads it; nothing else does.
         """
 
 
 class WeightFormatHooks:
-    """Kind ``weight_format``: opens files of one kind as named tensors."""
+    """Kind ``weight_format``: opens files of one format as named tensors."""
 
     @_first
     def can_open(self, directory: Path) -> bool:  # type: ignore[empty-body]
-        """Whether the directory holds weights in this format. Looks at names only."""
+        """Whether the directory holds weights in this format. Looks at file names only."""
 
     @_first
     def open_weights(self, directory: Path, options: Any) -> TensorSource:  # type: ignore[empty-body]
-        """Open them, reading headers only. Raises ModelError for damaged or absent files."""
+        """Open the weights, reading headers only. Raises ModelError for damaged or absent files."""
 
     @_first
     def write_weights(self, directory: Path, tensors: "Mapping[str, Tensor]") -> object:
-        """Optional: write tensors in this format into an empty directory. The answer is not used.
+        """Optional: write tensors in this format into an empty directory. The result is ignored.
 
-        Raises TypeError for a dtype and ValueError for a shape that the format does not have.
+        Raises TypeError for a dtype and ValueError for a shape that the format does not support.
         ``tilewright plugins verify`` opens what it writes; nothing else does.
         """
 
@@ -117,17 +117,17 @@ class ExecutorHooks:
 
     @_first
     def hypotheses(self) -> "Sequence[Hypothesis]":  # type: ignore[empty-body]
-        """Optional: mistakes that a comparison is to try, besides those that it knows, when a layer
-        of this executor is wrong (see tilewright.compare.hypotheses)."""
+        """Optional: further hypotheses for a comparison to try when a layer of this executor is
+        wrong (see tilewright.compare.hypotheses)."""
 
     @_first
     def pack_weights(self, request: ExecutorRequest) -> PackedWeights:  # type: ignore[empty-body]
-        """Optional: the weights as the executor wants them, for ``tilewright convert``.
+        """Optional: the weights in the executor's own layout, for ``tilewright convert``.
 
-        Names, shapes, dtypes and version follow from configuration and settings alone, and weights
-        are read by the tensors' ``read`` only: the hook is also called to check packed weights when
-        they are loaded. create_executor then finds them under these names in a request that is
-        ``packed``. Without the hook weights are converted to the weight dtype and no more.
+        Names, shapes, dtypes and version depend only on configuration and settings, and weights are
+        read only by the tensors' ``read``: the hook is also called to check packed weights when
+        they are loaded. create_executor then finds them under these names in a request with
+        ``packed`` set. Without the hook, weights are only converted to the weight dtype.
         """
 
 
@@ -148,30 +148,30 @@ class SamplerHooks:
 
 
 class ObserverHooks:
-    """Kind ``observer``: is told of what happens; any number of them, and none can change it."""
+    """Kind ``observer``: is notified of events and cannot change them; any number of observers."""
 
     @_first
     def create_observer(self, options: Any) -> object:
-        """Make an object that implements any of the hooks of ObserverEvents; one an engine."""
+        """Make an object that implements any of the hooks of ObserverEvents; one per engine."""
 
 
 class ObserverEvents:
-    """What an observer is told. All observers are called, in the order in which they were named.
+    """Events for observers. All observers are called, those named last first.
 
-    An event that nobody listens to costs nothing: it is not made.
+    An event without a listener costs nothing: it is not created.
     """
 
     @_every
     def on_load_progress(
         self, model_id: str, tensor: str, bytes_read: int, bytes_total: int
     ) -> None:
-        """A weight was read: its name, the bytes handed out so far, and the checkpoint's bytes."""
+        """A weight was read: its name, the bytes read so far, and the checkpoint's total bytes."""
 
     @_every
     def on_prepare(self, model_id: str, what: str, done: int, total: int) -> None:
-        """The loader or the executor gets ready: with what, and how much of how much.
+        """The loader or the executor prepares something: what, how much is done, and the total.
 
-        A loader that downloads counts megabytes, an executor that compiles kernels counts them.
+        A loader that downloads counts megabytes; an executor that compiles kernels counts kernels.
         """
 
     @_every
@@ -184,7 +184,7 @@ class ObserverEvents:
 
     @_every
     def on_tensor(self, model_id: str, name: str, tensor: "Tensor") -> None:
-        """An intermediate tensor, as a tap gets it. Copy what you keep: memory is used again."""
+        """An intermediate tensor, as a tap gets it. Copy what you keep: the memory is reused."""
 
     @_every
     def on_request_finished(self, result: GenerateResult) -> None:
@@ -192,4 +192,4 @@ class ObserverEvents:
 
     @_every
     def on_close(self) -> None:
-        """The engine closes: write out what is held."""
+        """The engine closes: write out buffered data."""

@@ -1,9 +1,9 @@
 """The paged KV cache: fixed-size pages, handed to requests as they grow.
 
-Position p of a request lies in its page number p // page_size at offset p % page_size; the slot
-page * page_size + offset names that place in every layer. Pages are reference-counted, so that
-requests with a common beginning can share full pages; a partly full page has one holder, so no slot
-is ever written for two requests.
+Position p of a request is in its page number p // page_size at offset p % page_size; its slot is
+page * page_size + offset in every layer. Pages are reference-counted, so that requests with a
+common prefix can share full pages; a partly full page has one holder, so no slot is ever written
+for two requests.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def create_kv_allocator(request: KvAllocatorRequest) -> "KvCacheManager":
 
 
 def budget(request: KvAllocatorRequest) -> int:
-    """How many pages the cache has: as set, or what the sequences need within the memory limit.
+    """Number of pages in the cache: as set, or what the sequences need within the memory limit.
 
     Raises OutOfPagesError when the memory limit does not even hold one page.
     """
@@ -71,7 +71,7 @@ class KvCacheManager:
         if total_pages < 1:
             raise ValueError(f"total_pages must be at least 1, found {total_pages}")
         self.spec = spec
-        # Storage first: lists of more pages than it can hold would take all memory.
+        # Storage first: for too many pages it fails before the lists below take all memory.
         self._layers = _storage(spec, total_pages)
         self._references = [0] * total_pages
         # A stack, so that pages freed last are used first while they are warm in the caches.

@@ -1,4 +1,4 @@
-"""The installed loaders: which of them takes a model's source when none is named."""
+"""Chooses an installed loader for a model's source when none is named."""
 
 import os
 
@@ -10,10 +10,10 @@ from tilewright.selection import Selected, claimants, select
 
 
 def choose_loader(manager: PluginManager, source: str) -> Selected:
-    """The one installed loader whose ``can_load`` says yes.
+    """The one installed loader whose ``can_load`` returns true.
 
-    Imports all of them. Raises ModelError when none claims the source, or more than one, with those
-    that could not be asked.
+    Imports all of them. Raises ModelError, which lists those that could not be asked, when none or
+    more than one claims the source.
     """
     installed = registry.installed("loader")
     claims, unusable = claimants(installed, "can_load", source=source)
@@ -31,7 +31,7 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
 
 
 def _found(source: str) -> str:
-    """What there is under a source that no loader takes, and what to do."""
+    """A message: what was found at a source that no loader accepts, and what to do."""
     path = os.path.expanduser(source)
     try:
         os.stat(path)
@@ -61,7 +61,7 @@ def _nearest_name(source: str) -> str:
         return ""
     try:
         return f", nor does a models file have it{nearest(source, registered())}"
-    except ConfigError:  # of another model than this one, as far as anybody can say
+    except ConfigError:  # it may concern another model
         return ""
 
 

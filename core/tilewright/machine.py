@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-"""The container's own, in control groups version 2."""
+"""The container's own control group (version 2)."""
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take.
+    """Bytes that this process can still allocate.
 
-    What the kernel keeps of files counts as available, since it would give that back.
+    The kernel's file cache counts as available, since the kernel would reclaim it.
     """
     available = _counts(Path("/proc/meminfo")).get("MemAvailable:", total_memory() >> 10) << 10
     limit = _memory_limit()
@@ -37,7 +37,7 @@ def _memory_limit() -> int | None:
 
 
 def _counts(path: Path) -> dict[str, int]:
-    """A file of names and numbers, a pair a line; empty if there is none."""
+    """Parse a file with a name and a number per line; empty if it cannot be read."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""Models by name: files that say where a model comes from and how it is run.
+"""Models by name: files that define where a model comes from and how it is run.
 
-A file has a table a model::
+A file has one table per model::
 
     [qwen3-14b]
     source = "Qwen/Qwen3-14B"
@@ -9,7 +9,7 @@ A file has a table a model::
     [qwen3-14b.runtime]
     weight_dtype = "bfloat16"
 
-``tilewright.config.resolve`` looks here for a model that is named rather than given as a path.
+``tilewright.config.resolve`` looks up models here that are given by name, not as a path.
 """
 
 import fcntl
@@ -28,10 +28,10 @@ from tilewright.settings import Given, Place, keys, located, read_setting, read_
 from tilewright.types import GenerateConfig, RuntimeConfig
 
 VARIABLE = "TILEWRIGHT_MODELS"
-"""Names the only file that is read."""
+"""The environment variable that names the only file to read."""
 
 PROJECT_FILE = Path("tilewright-models.toml")
-"""In the working folder; wins over the user's own file."""
+"""The file in the working folder; it overrides the user's own file."""
 
 _NAME = re.compile(r"\w[\w.:+-]*", re.ASCII)
 
@@ -48,21 +48,21 @@ _TABLES: dict[str, Place] = {
     "generate": ("generate",),
 }
 KEYS = (*_PLACES, *_TABLES)
-"""Of a model's table; the last three are tables: the loader's options, and settings of a run."""
+"""Keys of a model's table; the last three are tables: loader options, and settings of a run."""
 
 
 @frozen
 class RegisteredModel:
-    """What a file says of a model."""
+    """A model as a file defines it."""
 
     name: str
     origin: str
-    """``models.toml:12``."""
+    """File and line, such as ``models.toml:12``."""
     settings: Mapping[Place, Given]
-    """By their places in a run; a source that is a path is relative to the working folder."""
+    """Settings, keyed by place; a source that is a path is relative to the working folder."""
 
     def entry(self) -> Iterator[tuple[str, str, Any, str]]:
-        """As a file has it: the table within the model's (or ""), key, value and origin of each."""
+        """The file's entry: subtable (or ""), key, value and origin of each setting."""
         for place, given in self.settings.items():
             if place in _KEYS_OF:
                 yield "", _KEYS_OF[place], given.value, given.origin
@@ -83,7 +83,7 @@ class RegisteredModel:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The loader's, the revision among them."""
+        """The loader's options, including the revision."""
         return {place[-1]: given.value for place, given in self._under("options")}
 
     @property
@@ -106,17 +106,17 @@ class RegisteredModel:
 
 
 def is_name(text: object) -> bool:
-    """Whether text may be a model's name: a single word, so no path with a folder, no hub id."""
+    """Whether text may be a model's name: a single word, not a path with a folder or a hub id."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
 def find(name: str, environ: Mapping[str, str] | None = None) -> RegisteredModel | None:
-    """The model of a name. Raises ConfigError, which begins with file and line, for a bad file."""
+    """A model by name. Raises ConfigError, which begins with file and line, for a bad file."""
     return registered(environ).get(name)
 
 
 def registered(environ: Mapping[str, str] | None = None) -> dict[str, RegisteredModel]:
-    """All models by name, as the files in force say. Raises ConfigError for a bad file."""
+    """All models of the files in force, by name. Raises ConfigError for a bad file."""
     models: dict[str, RegisteredModel] = {}
     if only := _only_file(environ):
         return dict(sorted(_parsed(only, read_text(only, f"{VARIABLE}: models file")).items()))
@@ -127,12 +127,12 @@ def registered(environ: Mapping[str, str] | None = None) -> dict[str, Registered
 
 
 def files(environ: Mapping[str, str] | None = None) -> list[Path]:
-    """The files that may be there, the one that wins first."""
+    """The files that may exist, in order of precedence."""
     return [only] if (only := _only_file(environ)) else [PROJECT_FILE, user_file(environ)]
 
 
 def user_file(environ: Mapping[str, str] | None = None) -> Path:
-    """The user's own file, in the folder that XDG's base directory specification says."""
+    """The user's own file, in the folder that the XDG base directory specification defines."""
     folder = (os.environ if environ is None else environ).get("XDG_CONFIG_HOME", "")
     home = Path(folder) if os.path.isabs(folder) else Path("~/.config").expanduser()
     return home / "tilewright" / "models.toml"
@@ -149,10 +149,10 @@ def read(file: Path) -> dict[str, RegisteredModel]:
 
 
 def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
-    """Write a model at the end of a file, which is made if need be. entry: its table, see KEYS.
+    """Append a model to a file, which is created if needed. entry: its table, see KEYS.
 
-    A source that is a path is one from the working folder; it is written so that it holds from the
-    file's. Raises ConfigError for a name that the file has, and for a wrong entry.
+    A source that is a path is relative to the working folder; it is written so that it is valid
+    from the file's folder. Raises ConfigError for a name that the file has, and for a wrong entry.
     """
     if not is_name(name):
         raise ConfigError(
@@ -177,7 +177,7 @@ def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
 
 
 def remove(name: str, file: Path) -> None:
-    """Take a model out of a file, with the comment right above it. Raises ConfigError."""
+    """Remove a model from a file, with the comment right above it. Raises ConfigError."""
     with _alone(file):
         text = read_text(file, "models file")
         document, origin = toml.parse(file, text)
@@ -254,7 +254,7 @@ def _settings(
 
 
 def _from_folder(source: str, folder: Path) -> str:
-    """A source of the working folder as one of another; a name or ``~`` is the same everywhere."""
+    """Convert a source from the working folder to another; names and ``~`` stay as they are."""
     if source.startswith("~") or not (source.startswith(".") or os.path.exists(source)):
         return source
     path, home = os.path.abspath(source), os.path.abspath(folder)
@@ -275,7 +275,7 @@ def _block(name: str, entry: Mapping[str, Any]) -> str:
 def _without(text: str, name: str) -> str:
     kept: list[str] = []
     before: list[str] = []
-    """Comments and empty lines, which go with what comes after them."""
+    """Comments and empty lines, which belong to the next statement."""
     table: Place = ()
     for _, statement, parsed in toml.statements(text):
         if parsed == {}:
@@ -299,7 +299,7 @@ def _without(text: str, name: str) -> str:
 
 @contextmanager
 def _alone(file: Path, make_folder: bool = False) -> Iterator[None]:
-    """Nobody else writes the file until the block ends, by a lock of its folder."""
+    """Lock the file's folder, so that nobody else writes the file until the block ends."""
     target = Path(os.path.realpath(file))
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise ConfigError(f"models file {str(file)!r}: expected a file, found a device or a pipe")
@@ -310,7 +310,7 @@ def _alone(file: Path, make_folder: bool = False) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(file, error) from error
     try:
-        with suppress(OSError):  # a file system may have no locks
+        with suppress(OSError):  # a file system may not support locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -318,7 +318,7 @@ def _alone(file: Path, make_folder: bool = False) -> Iterator[None]:
 
 
 def _write(file: Path, text: str) -> None:
-    """Beside, then renamed; of a link, the file that it names."""
+    """Write a temporary file beside it, then rename; a link is followed."""
     target = Path(os.path.realpath(file))
     beside = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
     try:

@@ -1,4 +1,4 @@
-"""Settings from outside -- run files, flags, environment, plugin options -- into attrs classes."""
+"""Reads settings from run files, flags, environment and plugin options into attrs classes."""
 
 import json
 import operator
@@ -50,9 +50,9 @@ def options_of(cls: type) -> list[Option]:
 def structure(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """An instance of an attrs class from values as a user wrote them.
 
-    Values have the types of the fields or are text in place of them: ``"2"``, ``"true"``,
+    Values have the types of the fields, or are text: ``"2"``, ``"true"``,
     ``"none"``, a list as ``"1,2"`` or as JSON, a table as JSON. Text for a list of strings is its
-    one item, unless it is a JSON list.
+    only item, unless it is a JSON list.
 
     Raises ConfigError, which begins with where and names the option, for an unknown or absent
     option, for a value of a wrong type, and for one that a validator refuses.
@@ -121,7 +121,7 @@ def expected(type_: Any) -> str:
 
 
 def _alternatives(type_: Any, plural: bool) -> list[str]:
-    """What a value may be, one by one; in the plural when it is an item of a list or table."""
+    """The allowed kinds of value, in words; plural for items of a list or table."""
     args = get_args(type_)
     if type_ in _WORDS:
         return [_WORDS[type_][plural]]
@@ -253,7 +253,7 @@ def _items(text: str, of: Any) -> list[Any]:
 
 
 def _order_in_union(type_: Any) -> int:
-    """Literals know their words, and none its own; any text would do for a string."""
+    """Literals and none first, since they accept few words; str last, since it accepts any text."""
     if _is_literal(type_):
         return 0
     return {type(None): 1, bool: 2, int: 3, float: 4, Path: 6, str: 7}.get(type_, 5)

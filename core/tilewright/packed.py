@@ -1,14 +1,14 @@
-"""A model stored as one executor wants it: a directory that is mapped, checked and used.
+"""Packed models: directories that hold a model in one executor's layout, to be mapped and checked.
 
 ======================================  ============================================================
-``tilewright-packed.json``              a ``Manifest``: for whom, from what, and all files' sums
+``tilewright-packed.json``              a ``Manifest``: executor, source and all files' checksums
 ``model.json``                          a ``Description``
 ``tokenizer.json``                      as the tokenizers library writes it
 ``model.safetensors.index.json``        which shard has which tensor
 ``model-<number>-of-<all>.safetensors`` the tensors of ``ExecutorHooks.pack_weights``
 ======================================  ============================================================
 
-``tilewright.convert`` writes it. There is no config.json, so that nobody takes it for a checkpoint.
+``tilewright.convert`` writes it. There is no config.json, so that it is not taken for a checkpoint.
 """
 
 import hashlib
@@ -52,12 +52,12 @@ CHUNK = 2**24
 
 _SHARD = re.compile(r"model-\d{5,9}-of-\d{5,9}\.safetensors")
 _MOST_TEXT = 2**28
-"""Bytes of a file that is read into memory as a whole."""
+"""Size limit, in bytes, of a file that is read into memory as a whole."""
 _MOST_LAYERS = 2**14
-"""More are a damaged number: each would be asked for by name."""
+"""A larger number is damaged: each layer would be looked up by name."""
 
 OnBytes = Callable[[str, int], None]
-"""Called with a file's name and how many more bytes of it are done."""
+"""Called with a file's name and the number of its bytes just processed."""
 
 
 @frozen(kw_only=True)
@@ -65,7 +65,7 @@ class File:
     bytes: int
     sha256: str
     header_sha256: str | None = None
-    """Of a shard: of what stands before its tensors."""
+    """Checksum of what precedes the tensors, for a shard."""
 
 
 @frozen(kw_only=True)
@@ -76,7 +76,7 @@ class Manifest:
     fingerprint: str
     """``tilewright.convert.fingerprint`` of the source."""
     files: Mapping[str, File]
-    """All files but this one, by name."""
+    """All files except the manifest, keyed by name."""
 
     @property
     def shards(self) -> list[str]:
@@ -99,11 +99,11 @@ class Description:
 
 @frozen(kw_only=True)
 class Finding:
-    """What ``verify`` found out about a file."""
+    """The result of ``verify`` for a file."""
 
     name: str
     problem: str
-    """Empty when it is as it was written."""
+    """Empty when the file is as it was written."""
 
 
 def is_packed(directory: str | Path) -> bool:
@@ -113,10 +113,10 @@ def is_packed(directory: str | Path) -> bool:
 def load(
     directory: Path, formats: WeightFormats, weight_format: str | None = None, verify: bool = False
 ) -> LoadedModel:
-    """A packed model, its weights mapped and not read.
+    """Load a packed model; its weights are mapped, not read.
 
-    Every byte is checked but those of the tensors themselves, which verify reads and checks too.
-    Raises ModelError for a directory that is not as it was written.
+    All bytes except the tensors' are checked; verify reads and checks those too. Raises ModelError
+    for a directory that is not as it was written.
     """
     manifest = read_manifest(directory)
     for name, file in manifest.files.items():
@@ -145,9 +145,9 @@ def load(
 
 
 def verify(directory: Path, on_bytes: OnBytes = lambda name, count: None) -> list[Finding]:
-    """Read all of a packed model and compare it with its sums, file by file.
+    """Read a whole packed model and compare it with its checksums, file by file.
 
-    Raises ModelError when there is no manifest that can be read.
+    Raises ModelError when the manifest cannot be read.
     """
     manifest = read_manifest(directory)
     return [Finding(name=MANIFEST, problem="")] + [
@@ -160,7 +160,7 @@ def verify(directory: Path, on_bytes: OnBytes = lambda name, count: None) -> lis
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The manifest as it is written: with its own digest, and no two ways to write the same."""
+    """The manifest's only valid encoding, which includes its own digest."""
     values = {"format": FORMAT, **asdict(manifest)}
     return json_bytes({"digest": sha256(json_bytes(values)), **values})
 
@@ -189,7 +189,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:
-    """Each name is one that tilewright writes, so none leads out of the directory."""
+    """Check that each name is one that tilewright writes, so none leads out of the directory."""
     known = {MODEL, TOKENIZER, INDEX, *manifest.shards}
     odd = sorted(manifest.files.keys() - known)
     absent = sorted(known - manifest.files.keys())
@@ -229,7 +229,7 @@ def _problem(
 
 
 def _changed(path: Path, file: File, whole: bool, on_bytes: OnBytes) -> bool:
-    with path.open("rb", buffering=0) as opened:  # no more than is asked for
+    with path.open("rb", buffering=0) as opened:  # read no more than requested
         if not whole:
             start = opened.read(8)
             length = int.from_bytes(start, "little")
@@ -244,7 +244,7 @@ def _changed(path: Path, file: File, whole: bool, on_bytes: OnBytes) -> bool:
 
 
 def _check_places(weights: TensorSource, manifest: Manifest, directory: Path) -> None:
-    """Raise ModelError when a tensor comes from a file that is none of the shards."""
+    """Raise ModelError when a tensor comes from a file that is not a shard."""
     shards = {str(directory / name) for name in manifest.shards}
     for name in weights.names():
         location = weights.info(name).location
@@ -276,7 +276,7 @@ def _tokenizer(path: Path) -> Any:
         return Tokenizer.from_str(_read(path).decode())
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers' panics are no Exception
+    except BaseException as error:  # panics in tokenizers are not an Exception
         why = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{path}: the tokenizers library cannot read it ({why}): {_REPAIR}"

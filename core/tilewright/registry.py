@@ -49,7 +49,7 @@ class Plugin(NamedTuple):
     kind: str
     name: str
     distribution: str
-    """Its name as PEP 503 normalises it."""
+    """The distribution's name, normalised by PEP 503."""
     version: str
     target: str
     """``module`` or ``module:attribute``."""
@@ -100,7 +100,7 @@ def matching(name: str, plugins: Iterable[Plugin]) -> list[Plugin]:
 
 
 def clash(name: str, rivals: Sequence[Plugin]) -> str:
-    """That plugins share a kind and a name, and how to choose one of them."""
+    """A message: plugins share a kind and a name, and how to choose one of them."""
     sources = [
         f"{p.distribution} {p.version}{f' ({why})' if (why := missing_code(p)) else ''}"
         for p in rivals
@@ -114,7 +114,7 @@ def clash(name: str, rivals: Sequence[Plugin]) -> str:
 
 
 def unknown(name: str, plugins: Iterable[Plugin], what: str) -> PluginError:
-    """The error that none of the plugins has a name."""
+    """The error for a name that none of the plugins has."""
     qualified = ":" in name
     usable, broken = [], []
     for plugin in plugins:
@@ -140,7 +140,7 @@ def load(plugin: Plugin) -> Any:
     """Import a plugin and check its API version and its hooks.
 
     Raises PluginError, which names the plugin, its distribution and the cause; SystemExit in the
-    plugin counts as a cause, KeyboardInterrupt goes through.
+    plugin counts as a cause, KeyboardInterrupt is passed on.
     """
     from importlib import import_module
 
@@ -240,7 +240,7 @@ def check_hooks(obj: Any, who: str) -> set[str]:
 def register(manager: "PluginManager", plugin: Plugin) -> Any:
     """Load a plugin and register it with a manager; returns it.
 
-    Registered under ``kind:distribution:name``; an object that serves two kinds only once.
+    It is registered as ``kind:distribution:name``; an object of two kinds only once.
     """
     obj = load(plugin)
     if not manager.is_registered(obj):
@@ -273,8 +273,8 @@ def known_hooks() -> dict[str, tuple[str, ...]]:
 def call(obj: Any, hook: str, **kwargs: Any) -> Any:
     """One plugin's answer to a hook, None if it does not implement it.
 
-    Takes a millisecond or two: for what makes things, not for the token loop. Raises PluginError
-    when a hook that every plugin of a kind has to answer returns nothing.
+    Takes a millisecond or two: use it to create objects, not in the token loop. Raises PluginError
+    when a hook that is required of a kind returns None.
     """
     manager = new_manager()
     manager.register(obj)
@@ -285,7 +285,7 @@ def call(obj: Any, hook: str, **kwargs: Any) -> Any:
 
 
 def info(obj: Any) -> "PluginInfo":
-    """What a loaded plugin says of itself; an empty summary if it says nothing."""
+    """A loaded plugin's info; with an empty summary if it does not implement the hook."""
     from tilewright.types import PluginInfo
 
     said = call(obj, "plugin_info")
@@ -304,7 +304,7 @@ def noun(kind: str) -> str:
 
 
 def missing_code(plugin: Plugin) -> str | None:
-    """Why a plugin's module cannot even be found; None if it can, or nobody can say unimported."""
+    """Why a plugin's module cannot be found; None if it can, or if only an import can tell."""
     path: Sequence[str] | None = None
     name = ""
     for part in plugin.target.partition(":")[0].split("."):
@@ -342,10 +342,10 @@ class EntryPoint(NamedTuple):
 
 
 def entry_points(groups: Collection[str]) -> Iterator[EntryPoint]:
-    """Entry points of some groups, of every distribution on sys.path.
+    """Entry points of the given groups, of every distribution on sys.path.
 
-    Of two copies of a distribution the first counts, as for imports. Only ``*.dist-info`` is read,
-    which every installer writes; ``*.egg-info``, which older tools left, is not.
+    The first of two copies of a distribution counts, as for imports. Only ``*.dist-info`` is read,
+    which every installer writes, not the ``*.egg-info`` of older tools.
     """
     seen: set[str] = set()
     for where in dict.fromkeys(path for path in sys.path if isinstance(path, str)):

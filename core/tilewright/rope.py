@@ -1,7 +1,7 @@
 """Frequencies of rotary position embedding, and their scalings to long contexts.
 
-RoFormer (arXiv:2104.09864). Pair i of a head's dimensions turns by frequency i times the position;
-which two dimensions make a pair is the executor's layout.
+RoFormer (arXiv:2104.09864). Pair i of a head's dimensions is rotated by frequency i times the
+position; which two dimensions form a pair is the executor's choice of layout.
 """
 
 import math
@@ -13,9 +13,9 @@ from tilewright.types import ModelConfig
 
 
 def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Radians a position, [head_dim / 2] float32, and the factor on cosine and sine.
+    """Radians per position, [head_dim / 2] float32, and the factor on cosine and sine.
 
-    For all kinds but dynamic, which depends on the length.
+    For all kinds except dynamic, which depends on the length.
     """
     rope = config.rope
     frequency = 1.0 / _powers(rope.theta, config.head_dim)

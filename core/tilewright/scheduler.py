@@ -1,7 +1,7 @@
-"""Which tokens run in the next step.
+"""Decides which tokens run in the next step.
 
-Requests wait in line. A request starts when a place in the batch is free and the KV cache is sure
-to hold its last token, whatever else is running: so a request that has started never runs out of
+Requests wait in a queue. A request starts when the batch has a free place and the KV cache is
+guaranteed to hold its last token, whatever else is running, so a running request never runs out of
 pages. Prompts go first, in chunks when they are long; when no prompt is left, every running request
 decodes one token.
 """
@@ -18,7 +18,7 @@ from tilewright.types import KvAllocator, Phase, SamplerRow, SamplingParams, Ste
 
 @define(eq=False)
 class Request:
-    """A prompt on its way to becoming a result."""
+    """An unfinished request and its state."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -26,7 +26,7 @@ class Request:
     max_new_tokens: int
     output_token_ids: list[int] = field(factory=list)
     num_computed: int = 0
-    """How many tokens, from the first, have their keys and values in the KV cache."""
+    """Number of leading tokens with keys and values in the KV cache."""
 
     @property
     def max_cached_tokens(self) -> int:
@@ -50,7 +50,7 @@ class Request:
 
 @frozen(eq=False)
 class Step:
-    """A batch to run, and whose tokens are in it."""
+    """A batch to run, and its requests."""
 
     phase: Phase
     batch: StepBatch
@@ -58,7 +58,7 @@ class Step:
     computed: tuple[int, ...]
     """Per request: num_computed once the step has run."""
     sampled: tuple[Request, ...]
-    """The requests whose next token comes out of this step, in order of the logits' rows."""
+    """The requests that get their next token from this step, in order of the logits' rows."""
 
 
 class Scheduler:
@@ -73,7 +73,7 @@ class Scheduler:
         self._running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        """Put a request in line. Raises OutOfPagesError if the whole cache is too small for it."""
+        """Queue a request. Raises OutOfPagesError if the whole cache is too small for it."""
         pages = self._allocator.pages_for(request.max_cached_tokens)
         if pages > self._allocator.total_pages:
             raise OutOfPagesError(
@@ -85,7 +85,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def remove(self, request: Request) -> None:
-        """Take a request out, finished or not, and free its pages; one that is gone stays gone."""
+        """Remove a request, finished or not, and free its pages. Removing it again does nothing."""
         if request in self._running:
             self._running.remove(request)
             self._allocator.free(request.request_id)
@@ -95,8 +95,8 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None when nothing is left to do.
 
-        Until ``done`` is called with it, nothing is taken as computed: a step that failed is
-        scheduled again.
+        Nothing counts as computed until ``done`` commits the step: a failed step is scheduled
+        again.
         """
         self._admit()
         prompts = [r for r in self._running if r.num_computed < len(r.prompt_token_ids)]
@@ -114,7 +114,7 @@ class Scheduler:
 
     @staticmethod
     def done(step: Step) -> None:
-        """The step's keys and values are in the KV cache."""
+        """Commit a step: its keys and values are in the KV cache."""
         for request, computed in zip(step.requests, step.computed, strict=True):
             request.num_computed = computed
 

@@ -1,4 +1,4 @@
-"""The plugins that an engine has selected, and the options that are theirs."""
+"""The plugins that an engine has selected, and their options."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class Selected:
         return registry.info(self.implementation)
 
     def call(self, hook: str, **arguments: Any) -> Any:
-        """This plugin's answer to a hook. Raises PluginError for what no plugin should raise."""
+        """This plugin's answer to a hook. Raises PluginError for unexpected exceptions."""
         try:
             return registry.call(self.implementation, hook, **arguments)
         except (TilewrightError, MemoryError):
@@ -35,7 +35,7 @@ class Selected:
             raise PluginError(f"{self.plugin}: {hook}() failed: {registry.cause(error)}") from error
 
     def read_options(self, options: Options, **more: Any) -> Any:
-        """This plugin's part of an engine's options, and more over them, as its options class."""
+        """This plugin's part of an engine's options, overridden by more, as its options class."""
         given = options.get(self.plugin.kind, {})
         if self.plugin.kind in registry.OPTIONS_BY_NAME:
             given = given.get(self.plugin.qualified, given.get(self.plugin.name, {}))
@@ -52,7 +52,7 @@ def select(manager: PluginManager, kind: str, name: str) -> Selected:
 def claimants(
     plugins: Sequence[registry.Plugin], hook: str, **arguments: Any
 ) -> tuple[list[registry.Plugin], dict[registry.Plugin, str]]:
-    """Those that answer a probe such as ``can_load`` with yes, and why others cannot be asked."""
+    """Plugins that answer yes to a probe such as ``can_load``, and why others cannot be asked."""
     claims, unusable = [], {}
     for plugin in plugins:
         try:
@@ -60,13 +60,13 @@ def claimants(
                 claims.append(plugin)
         except PluginError as error:
             unusable[plugin] = str(error)
-        except (Exception, SystemExit) as error:  # a probe raises nothing, so this one is broken
+        except (Exception, SystemExit) as error:  # a probe must not raise: this one is broken
             unusable[plugin] = f"{plugin}: {hook}() failed: {registry.cause(error)}"
     return claims, unusable
 
 
 def check_options(options: Options, observers: Sequence[registry.Plugin]) -> None:
-    """Raise ConfigError for options of what is no kind of plugin, or of no plugin in use."""
+    """Raise ConfigError for options of an unknown kind, or of a plugin that is not in use."""
     for kind in options:
         if kind not in registry.KINDS:
             raise ConfigError(

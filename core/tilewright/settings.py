@@ -51,7 +51,7 @@ class PluginSelection:
 
 @frozen
 class ModelChoice:
-    """The model, and what it is called in results."""
+    """The model, and its name in results."""
 
     id: str = described("the model's name in results; default: the last part of path", "")
     path: str = described(
@@ -74,7 +74,7 @@ class Prompts:
 
 @frozen
 class Output:
-    """Where results go, and how."""
+    """Where results go, and their format."""
 
     format: Literal["text", "jsonl"] = described("text, or jsonl: a JSON object a result", "text")
     file: str | None = described("file to write, complete or not at all; default: standard output")
@@ -86,7 +86,7 @@ class RunConfig:
 
     plugins: PluginSelection
     options: Mapping[str, Mapping[str, Any]]
-    """As ``LLMEngine.from_plugins`` takes them; the plugins read and check them."""
+    """Options as ``LLMEngine.from_plugins`` takes them; the plugins read and check them."""
     model: ModelChoice
     runtime: RuntimeConfig
     generate: GenerateConfig
@@ -113,7 +113,7 @@ SECTIONS: dict[str, type] = {
     "prompts": Prompts,
     "output": Output,
 }
-"""The tables of a run file but ``[options.<kind>]``."""
+"""The tables of a run file except ``[options.<kind>]``."""
 PATH = ("model", "path")
 TEXT, FILE = ("prompts", "text"), ("prompts", "file")
 _STREAM = ("generate", "stream")
@@ -128,14 +128,14 @@ def read_setting(place: Place, setting: Given) -> Any:
     """A value with the type of its setting. Raises ConfigError, which begins with its origin."""
     (section, key), value = place, setting.value
     if section == "prompts" and isinstance(value, str):
-        value = [value]  # never text of a JSON list
+        value = [value]  # never parsed as a JSON list
     return getattr(structure(SECTIONS[section], {key: value}, setting.origin), key)
 
 
 def located(place: Place, setting: Given, folder: Path) -> Given:
-    """With paths of this folder as paths of the working folder.
+    """The setting, with paths of this folder as paths of the working folder.
 
-    A model's path may also be no path: a hub id, say.
+    A model's path may also be something else, such as a hub id, which stays as it is.
     """
     value = setting.value
     if isinstance(value, list) and place == FILE:
@@ -158,7 +158,7 @@ def _in_folder(folder: Path, value: Any) -> Any:
 
 
 def read_text(path: Path, what: str) -> str:
-    """A UTF-8 file. Raises ConfigError, beginning with what, when it cannot be read as one."""
+    """The text of a UTF-8 file. Raises ConfigError, beginning with what, if it cannot be read."""
     try:
         with path.open("rb") as f:
             data = f.read(_MOST_BYTES + 1)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\ufffd"
 
 _CONTEXT_TOKENS = 4
-"""Tokens that a window keeps before what is new. A UTF-8 character has at most four bytes and a
+"""Tokens that a window keeps before new ones. A UTF-8 character has at most four bytes and a
 token at least one, so these tokens show how the text before them ends."""
 
 
@@ -34,7 +34,7 @@ class Text:
             self._byte_ids = {i for n in names if (i := tokenizer.token_to_id(n)) is not None}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of text; add_special_tokens: with what the tokenizer puts around a prompt.
+        """Token ids of text; add_special_tokens: with those the tokenizer puts around a prompt.
 
         A rendered chat has its special tokens already: encode it with add_special_tokens=False.
         Raises RequestError for text that is not valid Unicode.
@@ -49,11 +49,11 @@ class Text:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids. Special tokens and unknown ids give none; spaces stay as is."""
+        """The text of token ids. Special tokens and unknown ids are skipped; spaces are kept."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def has_text(self, token_id: int) -> bool:
-        """Whether decode looks at the token at all: it is known and not special."""
+        """Whether decode uses the token: it is known and not special."""
         return token_id not in self._special_ids and (
             self._tokenizer.id_to_token(token_id) is not None
         )
@@ -109,11 +109,11 @@ class Text:
 
 
 class TextStream:
-    """One request's text as its tokens come, ended before the first stop string.
+    """Incremental text of one request, ended before the first stop string.
 
-    All that push and finish return, put together, is the text of all tokens, cut where the
-    leftmost stop string begins. What might still change or become a stop string is held back.
-    The cost of a token does not depend on how many came before.
+    The results of push and finish, joined, are the text of all tokens, cut where the leftmost stop
+    string begins. Text that may still change or become a stop string is held back. The cost of a
+    token does not depend on the number of earlier tokens.
     """
 
     def __init__(self, text: Text, stop: Sequence[str] = ()):
@@ -132,7 +132,7 @@ class TextStream:
         self._held = ""  # text that may be, or begin, a stop string
 
     def push(self, token_id: int) -> str:
-        """The text that has become certain with this token, often one token late; may be empty."""
+        """Add a token. Returns the text that is now final, often one token late; may be empty."""
         if self.stopped or not self._text.has_text(token_id):
             return ""
         self._window.append(token_id)
@@ -144,7 +144,7 @@ class TextStream:
         return self._release(new)
 
     def finish(self) -> str:
-        """The rest, when no more tokens come; after this there is nothing."""
+        """The rest of the text, after the last token; nothing follows."""
         rest = self._text.decode(self._window)[self._shown :]
         self._window, self._shown = [], 0
         return "" if self.stopped else self._release(rest, final=True)
@@ -182,7 +182,7 @@ def _compile(source: str) -> "jinja2.Template":
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` marks the assistant's part for training; here it marks nothing."""
+        """``{% generation %}`` marks the assistant's part for training; here it has no effect."""
 
         tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
@@ -221,7 +221,7 @@ def _compile(source: str) -> "jinja2.Template":
 
 
 def _template_error(error: Exception) -> TilewrightError:
-    """What a failing chat template tells the user, with the line that failed."""
+    """The error for a failing chat template, with the line that failed."""
     import traceback
 
     from jinja2 import TemplateSyntaxError

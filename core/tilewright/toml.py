@@ -1,4 +1,4 @@
-"""TOML that users write, with the lines of its keys, and TOML that is written for them."""
+"""Reads TOML that users write, with the lines of its keys, and writes TOML."""
 
 import json
 import math
@@ -14,9 +14,9 @@ Place = tuple[str, ...]
 
 
 def parse(path: Path, text: str) -> tuple[dict[str, Any], Callable[[Place], str]]:
-    """A file's document, and what tells where a place in it stands: ``run.toml:12``.
+    """A file's document, and a function that locates a place in it, such as ``run.toml:12``.
 
-    Raises ConfigError, which begins with file and line, for what is no TOML.
+    Raises ConfigError, which begins with file and line, for invalid TOML.
     """
     try:
         document = tomllib.loads(text)
@@ -35,13 +35,13 @@ def _syntax_error(path: Path, text: str, error: Exception) -> str:
         return f"{path}: arrays or tables are nested too deeply"
     message, _, position = str(error).rpartition(" (at ")
     number = position.removeprefix("line ").partition(",")[0]
-    if not number.isdecimal():  # "end of document", which is not where the mistake is
+    if not number.isdecimal():  # "end of document", which is not where the error is
         number = str(next((start for start, _, parsed in statements(text) if parsed is None), 1))
     return f"{path}:{number}: no valid TOML: {message or error}"
 
 
 def key_lines(text: str) -> dict[Place, int]:
-    """On which line each table and key of a TOML document is first set, counted from 1."""
+    """The line, counted from 1, on which each table and key of a TOML document is first set."""
     found: dict[Place, int] = {}
     table: Place = ()
     for start, statement, parsed in statements(text):
@@ -58,10 +58,10 @@ def key_lines(text: str) -> dict[Place, int]:
 
 
 def statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-    """A document's headers and settings, each with its line and what it is on its own.
+    """A document's headers and settings: line, text, and the text parsed on its own.
 
-    tomllib tells no positions. But each statement of a document is a document, so the shortest run
-    of lines that parses is one. One that never ends comes last, with None.
+    tomllib reports no positions. But each statement of a document is itself a document, so the
+    shortest run of lines that parses is a statement. One that never ends comes last, with None.
     """
     statement, start = "", 1
     tries = _MOST_TRIED
@@ -69,7 +69,7 @@ def statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
         if not statement:
             start = number
         elif not any(end in line for end in ("]", "}", '"""', "'''")):
-            statement += line + "\n"  # cannot be the end of what began on an earlier line
+            statement += line + "\n"  # cannot end a statement that began earlier
             continue
         statement += line + "\n"
         tries -= len(statement) if start != number else 0
@@ -86,8 +86,8 @@ def statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
 
 
 _MOST_TRIED = 2**20
-"""Characters of statements on many lines, over all tries to find their ends; then lines are not
-told any more."""
+"""Limit of characters parsed, over all tries, to find the ends of multi-line statements; beyond it,
+lines are not reported."""
 
 
 def header(parsed: Any) -> Place:
@@ -112,7 +112,7 @@ def setting(key: str, value: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as TOML has it, on one line."""
+    """A value in TOML, on one line."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(setting(str(k), v) for k, v in value.items())}}}"
     if isinstance(value, (list, tuple)):
@@ -122,7 +122,7 @@ def written(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, str):
-        # TOML's escapes are JSON's, but for DEL, which JSON leaves as it is.
+        # TOML's escapes are JSON's, except for DEL, which JSON does not escape.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)
 

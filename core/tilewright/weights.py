@@ -39,7 +39,7 @@ SAFETENSORS_DTYPES = {
     "F64": "float64",
     "C64": "complex64",
 }
-"""What the dtypes in the headers of safetensors files are called in ``TensorInfo``."""
+"""Names in ``TensorInfo`` of the dtypes in the headers of safetensors files."""
 
 
 def torch_dtype(name: DType) -> "torch.dtype":
@@ -142,7 +142,7 @@ def _typed(source: TensorSource, name: str, dtype: DType) -> "Tensor":
 
 
 def check_packing(found: Packing, expected: Packing, where: str) -> None:
-    """Raise ModelError unless weights were packed for this executor as it is."""
+    """Raise ModelError unless weights were packed for this executor, dtype and layout version."""
     again = f"convert it for {expected.executor} (`tilewright convert`) from its source"
     if found.executor != expected.executor:
         raise ModelError(
@@ -182,14 +182,14 @@ def check_packed(source: TensorSource, expected: Iterable[PackedTensor], where: 
 
 
 def printable(name: str) -> str:
-    """A name out of a file, fit for a message of one line."""
+    """A name from a file, fit for a one-line message."""
     if len(name) > 120:
         name = f"{name[:117]}..."
     return name if name.isprintable() else ascii(name)
 
 
 class MeteredSource:
-    """A tensor source that tells a listener of each tensor that is read."""
+    """A tensor source that notifies a listener of each tensor that is read."""
 
     def __init__(self, source: TensorSource, on_read: Callable[[str, int, int], None]):
         """on_read is called with a tensor's name, the bytes read so far, and all bytes."""

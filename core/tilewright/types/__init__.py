@@ -1,7 +1,7 @@
 """What passes between the engine and its plugins: plain, frozen data and small protocols.
 
-``ModelConfig`` is what a model's files say; ``RuntimeConfig`` is how this machine runs it. Neither
-holds a field of the other. Nothing here imports torch at run time.
+``ModelConfig`` describes a model, from its files; ``RuntimeConfig`` describes how this machine runs
+it. They share no field. Nothing here imports torch at run time.
 """
 
 from tilewright.types.executor import (

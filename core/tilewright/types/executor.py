@@ -83,7 +83,7 @@ class StepBatch:
 
 @frozen(kw_only=True)
 class ExecutorLimits:
-    """What one step may hold; None: no limit but memory."""
+    """Limits of one step; None: limited only by memory."""
 
     max_batch_size: int | None = None
     max_batch_tokens: int | None = None
@@ -95,7 +95,7 @@ class Executor(Protocol):
 
     @property
     def device(self) -> str:
-        """What computes, as results name it: ``cpu``, ``a2a3 card 3``, ``emulated``."""
+        """The device that computes, as results name it: ``cpu``, ``a2a3 card 3``, ``emulated``."""
         ...
 
     @property
@@ -109,15 +109,15 @@ class Executor(Protocol):
         ...
 
     def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> "Tensor":
-        """Run any number of tokens a sequence, with or without context before them.
+        """Run any number of tokens per sequence, with or without context before them.
 
-        Writes the tokens' keys and values to their slots and to no other. Returns the wanted
+        Writes the tokens' keys and values to their slots only. Returns the wanted
         logits, [L, vocab_size] float32 on the CPU.
         """
         ...
 
     def decode(self, batch: StepBatch, tap: "Tap | None" = None) -> "Tensor":
-        """As prefill, with exactly one token a sequence (T == B)."""
+        """Like prefill, with exactly one token per sequence (T == B)."""
         ...
 
     def close(self) -> None:
@@ -126,11 +126,11 @@ class Executor(Protocol):
 
 
 class LayerwiseExecutor(Executor, Protocol):
-    """An executor whose layers can be run one at a time, on whatever input: one layer of it can so
-    be held against the same layer of another executor.
+    """An executor that can run one layer at a time, on any input, so that the layer can be compared
+    with the same layer of another executor.
 
     A step is embed, run_layer of each layer in turn, and run_head of the wanted rows: prefill and
-    decode compute just that. Hidden states are CPU tensors.
+    decode compute exactly that. Hidden states are CPU tensors.
     """
 
     def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> "Tensor":
@@ -142,7 +142,7 @@ class LayerwiseExecutor(Executor, Protocol):
     ) -> "Tensor":
         """One layer on hidden [T, hidden_size]; writes the tokens' keys and values as a step does.
 
-        The phase is decode where each sequence has one token and prefill elsewhere.
+        The phase is decode if each sequence has one token, else prefill.
         """
         ...
 
@@ -159,7 +159,7 @@ class LayerwiseExecutor(Executor, Protocol):
         ...
 
     def weight(self, name: str) -> "Tensor":
-        """A weight as the checkpoint names and shapes it, made from what the executor works with.
+        """A weight in the checkpoint's name and shape, rebuilt from the executor's own copy.
 
         Raises KeyError for a name that the model does not have.
         """

@@ -1,4 +1,4 @@
-"""The KV cache: its layout, its storage, and who holds which pages."""
+"""The KV cache: its layout, its storage, and which requests hold which pages."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -25,7 +25,7 @@ class KvCacheSpec:
     memory_limit: bytes that the cache may take at most when total_pages is not given.
     allocate: makes the storage of one tensor from (shape, dtype); None: ``torch.zeros`` on
         ``device``. An executor whose cache lives on a device that torch does not know returns its
-        own handles here; the allocator passes them on and does not look inside, and cannot copy.
+        own handles here; the allocator passes them on and can neither read nor copy them.
     """
 
     num_layers: int
@@ -56,8 +56,9 @@ class KvLayer:
 class KvAllocator(Protocol):
     """Owns the KV cache: which request holds which page, and the storage behind the pages.
 
-    A page belongs to the requests that hold it and is free when none does. Only the executor writes
-    to the storage, and only to slots of a request's own unshared pages; but for fork, which copies.
+    A page belongs to the requests that hold it and is free when none does. Except for the copy in
+    fork, only the executor writes to the storage, and only to slots of a request's own unshared
+    pages.
     """
 
     @property
@@ -79,11 +80,11 @@ class KvAllocator(Protocol):
         ...
 
     def extend(self, request_id: str, num_tokens: int = 1) -> None:
-        """Make room for num_tokens more. Raises OutOfPagesError and changes nothing; KeyError."""
+        """Allocate num_tokens more. Raises KeyError, or OutOfPagesError and changes nothing."""
         ...
 
     def num_tokens(self, request_id: str) -> int:
-        """Tokens that the request has room for. Raises KeyError."""
+        """Tokens that the request has slots for. Raises KeyError."""
         ...
 
     def slots(self, request_id: str, start: int, stop: int) -> "Tensor":
@@ -93,7 +94,7 @@ class KvAllocator(Protocol):
     def block_table(self, request_ids: Sequence[str]) -> "Tensor":
         """[B, max_pages] int32: each request's pages in order of position, padded with -1.
 
-        max_pages is that of the longest of them. Raises KeyError.
+        max_pages is the largest number of pages among them. Raises KeyError.
         """
         ...
 
@@ -107,13 +108,13 @@ class KvAllocator(Protocol):
         ...
 
     def free(self, request_id: str) -> None:
-        """Take all pages from a request. Raises KeyError."""
+        """Release all pages of a request. Raises KeyError."""
         ...
 
     def layers(self) -> Sequence[KvLayer]:
-        """The storage, one entry a layer, in the spec's row order; the same objects each time."""
+        """The storage, one entry per layer, in the spec's row order; the same objects each time."""
         ...
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless each page is free or held, exactly once counted."""
+        """Raise AssertionError unless each page is counted exactly once, as free or as held."""
         ...

@@ -18,7 +18,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 
 @frozen(kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: base frequency and how it is scaled to long contexts.
+    """Rotary position embedding: base frequency and scaling to long contexts.
 
     The scaling kinds are those of Hugging Face configurations. Fields that a kind does not use
     keep their defaults.
@@ -75,21 +75,21 @@ class ModelConfig:
 
 @frozen(kw_only=True)
 class TensorInfo:
-    """What is known of a tensor before a byte of it is read: how ``TensorSource.get`` gives it.
+    """Metadata of a tensor as ``TensorSource.get`` returns it, known before any of it is read.
 
-    That is how it is stored, unless a source converts it, say from a quantised form.
+    It is as stored, unless the source converts it, for example from a quantised form.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    """The name torch gives it without ``torch.``: ``bfloat16``, ``float32``, ``int8``, ..."""
+    """The name of the torch dtype without ``torch.``: ``bfloat16``, ``float32``, ``int8``, ..."""
     nbytes: int
     location: str
-    """The file it stands in, for error messages."""
+    """The file that holds the tensor, for error messages."""
 
 
 class TensorSource(Protocol):
-    """Named tensors, read when they are asked for and not before. Any thread may read them."""
+    """Named tensors, read on demand. Any thread may read them."""
 
     def names(self) -> Collection[str]: ...
 
@@ -105,52 +105,52 @@ class TensorSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the files. Tensors that were handed out stay valid; no more is read."""
+        """Close the files. Tensors that were returned stay valid; no more is read."""
         ...
 
 
 @frozen(kw_only=True)
 class TextAssets:
-    """What turns text into token ids and back."""
+    """Tokenizer and templates, for text to token ids and back."""
 
     tokenizer: "Tokenizer"
     chat_template: str | None = None
-    """Jinja2 source, or None for a model that has none."""
+    """Jinja2 source, or None if the model has no template."""
     special_tokens: Mapping[str, str] = field(factory=dict)
     """``bos_token``, ``eos_token``, ... as chat templates name them."""
 
 
 @frozen(kw_only=True)
 class Packing:
-    """For whom weights were packed: an executor reads its own layout and no other."""
+    """The layout that weights were packed in: an executor reads only its own."""
 
     executor: str
     """``distribution:name`` of the plugin."""
     version: int
-    """Of that executor's layout; 0: the checkpoint's names and shapes, in ``weight_dtype``."""
+    """Version of the executor's layout; 0: checkpoint names and shapes, in ``weight_dtype``."""
     weight_dtype: DType
 
 
 @frozen(kw_only=True, eq=False)
 class PackedTensor:
-    """A weight as an executor wants it: known before it is read."""
+    """A weight in an executor's layout, described before it is read."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """As in ``TensorInfo``."""
+    """The dtype's name, as in ``TensorInfo``."""
     read: "Callable[[], Tensor]"
-    """Makes it, on the CPU; called once, when its turn comes. Raises ModelError."""
+    """Builds the tensor on the CPU; called once, in order. Raises ModelError."""
 
 
 @frozen(kw_only=True)
 class PackedWeights:
-    """All weights of a model as an executor wants them."""
+    """All weights of a model in an executor's layout."""
 
     version: int
-    """From 1; raised whenever tensors are laid out in another way than before."""
+    """Version of the layout, from 1; raised whenever the layout changes."""
     tensors: Iterable[PackedTensor]
-    """In the order in which the executor reads them."""
+    """The tensors, in the order in which the executor reads them."""
 
 
 @frozen(kw_only=True)

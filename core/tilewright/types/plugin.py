@@ -11,9 +11,9 @@ from tilewright.types.kv_cache import KvCacheSpec
 from tilewright.types.model import ModelConfig, TensorSource
 
 Report: TypeAlias = Callable[[str, int, int], None]
-"""Called with what is being got ready, how much of it is done, and how much there is."""
+"""Called with what is being prepared, how much of it is done, and the total."""
 Hypothesis: TypeAlias = Callable[..., Iterable[tuple[str, Any]]]
-"""Yields mistakes that a wrong layer may have: a name, and the operations that make the mistake.
+"""Yields hypotheses about a wrong layer: a name, and the operations that make that error.
 
 Called with a ``tilewright.compare.layer.Case``; the operations are its module's ``Operations``.
 """
@@ -29,9 +29,9 @@ class PluginInfo:
     limits: Mapping[str, str] = field(factory=dict)
     """What it can and cannot do, by topic, in words.
 
-    Of samplers, the conformance suite reads two topics: ``no effect`` names the SamplingParams
-    that the sampler does not heed, separated by commas; ``distribution`` says what it draws from
-    where that is not the softmax of what the settings leave.
+    For samplers, the conformance suite reads two topics: ``no effect`` names the SamplingParams
+    that the sampler ignores, separated by commas; ``distribution`` says what it draws from if that
+    is not the softmax of what the settings leave.
     """
 
 
@@ -62,21 +62,21 @@ class WeightFormats(Protocol):
 
 @frozen(kw_only=True)
 class LoadRequest:
-    """What a loader is asked for."""
+    """The input of a loader."""
 
     source: str
     """As the user wrote it: a directory, a file, a hub id."""
     options: Any
-    """An instance of the plugin's options class (None if it has none); so in all requests."""
+    """An instance of the plugin's options class (None if it has none), as in all requests."""
     weight_format: str | None
     formats: WeightFormats
     report: "Report" = lambda what, done, total: None
-    """Tells observers what is being got ready (on_prepare), such as a download."""
+    """Notifies observers of what is being prepared (on_prepare), such as a download."""
 
 
 @frozen(kw_only=True)
 class ExecutorRequest:
-    """What an executor is made from.
+    """The input of an executor.
 
     The runtime's dtypes and max_seq_len are filled in; where its device and page_size are None, the
     executor chooses.
@@ -90,14 +90,14 @@ class ExecutorRequest:
     packed: bool = False
     """Whether the weights are those of the executor's own ``pack_weights``."""
     report: "Report" = lambda what, done, total: None
-    """Tells observers what is being got ready (on_prepare)."""
+    """Notifies observers of what is being prepared (on_prepare)."""
 
 
 @frozen(kw_only=True)
 class KvAllocatorRequest:
     spec: KvCacheSpec
     total_pages: int | None
-    """As the user set it; None: from max_sequences, max_seq_len and the spec's memory limit."""
+    """The user's setting; None: from max_sequences, max_seq_len and the spec's memory limit."""
     max_sequences: int
     max_seq_len: int
     options: Any

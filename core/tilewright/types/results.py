@@ -1,4 +1,4 @@
-"""What comes of a request and of a step."""
+"""The results of a request and of a step."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @frozen(kw_only=True)
 class Timings:
-    """Seconds by the wall clock, from the point of view of one request."""
+    """Wall-clock seconds, from the point of view of one request."""
 
     load_seconds: float
     """Loading the model, before this request."""
@@ -46,14 +46,14 @@ class GenerateResult:
     logprobs: tuple[TokenLogprobs, ...] | None
     timings: Timings
     device: str
-    """What computed it, as the executor says."""
+    """The device that computed it, as named by the executor."""
     sanitized_steps: int = 0
     """Steps whose logits were not finite and were sanitised; such text proves nothing."""
 
 
 @frozen(kw_only=True)
 class StepEvent:
-    """What an observer is told of one executor step."""
+    """One executor step, as reported to observers."""
 
     model_id: str
     phase: Phase

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @frozen
 class SamplingParams:
-    """How one request's next token is chosen: all values known. What a sampler is given.
+    """How one request's next token is chosen: the input of a sampler, with all values set.
 
-    What they mean stands at the fields of GenerateConfig. They apply in this order: repetition
+    The fields of GenerateConfig explain them. They apply in this order: repetition
     penalty; presence and frequency penalty; logit bias; at temperature 0 the likeliest token, else
     temperature, top_k, top_p and min_p, each to what the one before it leaves.
     """
@@ -34,7 +34,7 @@ class SamplingParams:
 
 @frozen
 class GenerateConfig:
-    """What a user asks of one generation. None: as the model's files recommend, else as said."""
+    """A user's settings for one generation. None: as the model's files recommend, else built-in."""
 
     max_new_tokens: int | None = described(
         "tokens to generate at most (128)", validator=if_set(validators.ge(1))
@@ -89,7 +89,7 @@ class GenerateConfig:
     stream: bool | None = described("generate() yields text as it comes (false)")
 
     def over(self, defaults: "GenerateConfig") -> "GenerateConfig":
-        """This configuration, with what it leaves open taken from defaults."""
+        """This configuration, with unset fields taken from defaults."""
         names = [a.name for a in fields(GenerateConfig)]
         mine = {n: v for n in names if (v := getattr(self, n)) is not None}
         return GenerateConfig(**{n: getattr(defaults, n) for n in names} | mine)
@@ -110,7 +110,7 @@ BUILTIN_GENERATE = GenerateConfig(
     ignore_eos=False,
     stream=False,
 )
-"""What is in force where neither the user nor the model's files say anything."""
+"""Defaults for what neither the user nor the model's files set."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -121,7 +121,7 @@ class SamplerRow:
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
-    """Generated so far; its length is the step."""
+    """Tokens generated so far; their number is the step."""
 
 
 @frozen(kw_only=True)
@@ -146,7 +146,7 @@ class Sampler(Protocol):
     """Chooses each request's next token."""
 
     def sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> list[SampledToken]:
-        """From logits [B, vocab_size] float32 on the CPU, one row a request, to B tokens.
+        """Sample B tokens from logits [B, vocab_size] float32 on the CPU, one row per request.
 
         A row's result depends on that row alone. Ties go to the smallest id. The logits are not
         changed. Raises NonFiniteLogitsError for NaN or infinity (-inf included).
