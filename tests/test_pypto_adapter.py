@@ -30,7 +30,7 @@ from tilewright.errors import ExecutorError, OutOfPagesError, TilewrightError
 from tilewright.settings import DEMO_MODEL
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
-from tilewright_pypto import adapter, installation
+from tilewright_pypto import adapter, installation, rings
 from tilewright_pypto.adapter import SURFACE, PyptoDevice, open_device
 from tilewright_pypto.crash import CrashNote
 from tilewright_pypto.options import Options
@@ -172,6 +172,20 @@ def test_a_call_goes_to_the_card_with_the_rings_as_asked(opened, log, platform, 
     (called,) = log("call")
     with_rings = json.loads(called.removeprefix(f"call head on {number} with "))
     assert with_rings == {"ring_task_window": 131072, "ring_heap": None, "ring_dep_pool": 5}
+
+
+def test_a_call_gets_rings_that_are_large_enough_for_it(opened, log, monkeypatch):
+    monkeypatch.setitem(rings.STANDARD, "ring_heap", 1024)
+    device = opened("a2a3sim", ring_task_window=131072)
+    device.load(["head"], SHAPE)["head"](**head_tensors(device))
+    (called,) = log("call")
+    heap = rings.needed("head", SHAPE, 1)["ring_heap"]
+    assert json.loads(called.removeprefix("call head on 0 with ")) == {
+        "ring_task_window": 131072,
+        "ring_heap": heap,
+        "ring_dep_pool": None,
+    }
+    assert heap > 1024
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tilewright.errors import ExecutorError
 from tilewright.settings import DEMO_MODEL
 from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B
 from tilewright_pypto.options import Options
-from tilewright_pypto.rings import counted, fitted, needed
+from tilewright_pypto.rings import check, counted, larger, needed
 
 MIB = 1 << 20
 
@@ -35,7 +35,8 @@ def test_the_heap_and_the_window_hold_attention_to_all_heads_over_a_long_sequenc
 
 def test_the_head_needs_little():
     # x [16, 256] FP32 and normed BF16, in each iteration over rows.
-    assert needed("head", DEMO, 256) == {"ring_heap": 32 << 10, "ring_task_window": 4}
+    least = {"ring_heap": 32 << 10, "ring_task_window": 4, "ring_dep_pool": 16}
+    assert needed("head", DEMO, 256) == least
 
 
 def test_what_is_counted_is_what_the_runtime_reported():
@@ -53,17 +54,23 @@ def test_a_piece_that_does_not_fit_before_the_rings_end_may_leave_that_much_unus
     assert taken.most_unused[2] == 16 * 256 * 4
 
 
-def test_sizes_that_are_not_asked_for_are_left_to_pypto_where_they_do():
+def test_a_call_gets_larger_rings_than_pyptos_own_only_where_it_needs_them():
     options = Options(platform="a2a3sim")
-    assert fitted(options, QWEN3_14B, 8192) == options
-    larger = fitted(options, evolve(DEMO, max_tokens=1 << 19, max_batch=1), 2048)
-    assert larger == evolve(options, ring_heap=1 << 30)
-    longer = fitted(options, QWEN3_14B, 40960)
-    assert longer.ring_heap == 1 << 31
-    assert longer.ring_task_window == 1 << 16
-    assert longer.ring_dep_pool == 1 << 18
-    assert fitted(evolve(options, ring_task_window=1 << 16), QWEN3_14B, 40960) == longer
-    assert fitted(evolve(options, ring_dep_pool=7), QWEN3_14B, 40960).ring_dep_pool == 7
+    assert larger(options, "prefill_layer", QWEN3_14B, 2048) == {}
+    assert larger(options, "decode_layer", QWEN3_14B, 8192) == {}
+    assert larger(options, "head", QWEN3_14B, 1) == {}
+    # 13105 tasks in one ring, 4 dependencies each.
+    assert larger(options, "prefill_layer", QWEN3_14B, 8000) == {"ring_dep_pool": 1 << 16}
+    long = {"ring_heap": 1 << 31, "ring_task_window": 1 << 17, "ring_dep_pool": 1 << 19}
+    assert larger(options, "prefill_layer", QWEN3_14B, 40960) == long
+    many = evolve(DEMO, max_tokens=1 << 19, max_batch=1)
+    assert larger(options, "prefill_layer", many, 2048) == {"ring_heap": 1 << 30}
+
+
+def test_a_size_that_was_asked_for_is_kept():
+    asked = Options(platform="a2a3sim", ring_dep_pool=7, ring_heap=1 << 32)
+    found = larger(asked, "prefill_layer", QWEN3_14B, 40960)
+    assert found == {"ring_task_window": 1 << 17}
 
 
 @pytest.mark.parametrize(
@@ -76,12 +83,11 @@ def test_sizes_that_are_not_asked_for_are_left_to_pypto_where_they_do():
 def test_a_size_that_is_too_small_is_refused_with_the_least_that_works(option, size, least, kernel):
     asked = Options(platform="a2a3sim", **{option: size})
     with pytest.raises(ExecutorError) as error:
-        fitted(asked, DEMO, 256)
+        check(asked, DEMO, 256)
     (line,) = str(error.value).splitlines()
     assert f"{option} must be at least {least} for kernel {kernel} and sequences of 256" in line
     assert f"found {size}" in line
-    enough = evolve(asked, **{option: least})
-    assert fitted(enough, DEMO, 256) == enough
+    check(evolve(asked, **{option: least}), DEMO, 256)
 
 
 def test_it_is_refused_before_pypto_is_looked_for(capsys, tmp_path):

@@ -19,7 +19,7 @@ from tilewright.machine import available_memory
 from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
-from tilewright_pypto import build_cache, failures
+from tilewright_pypto import build_cache, failures, rings
 from tilewright_pypto.crash import CrashNote
 from tilewright_pypto.device import Kernel
 from tilewright_pypto.installation import Installation, find, identity, require
@@ -178,7 +178,10 @@ class PyptoDevice:
         self.artifacts: dict[str, Path] = {}
         """Folders of the compiled kernels, keyed by kernel."""
         self._taken = 0
-        rings = {n: size for n in RING_OPTIONS if (size := getattr(options, n)) is not None}
+        self._options = options
+        self._settings = {"device_id": card or 0} | {
+            name: size for name in RING_OPTIONS if (size := getattr(options, name)) is not None
+        }
         try:
             self._crash = CrashNote()
         except OSError as error:
@@ -186,9 +189,10 @@ class PyptoDevice:
         try:
             with redirect_stdout(sys.stderr):
                 # The rings' sizes are taken from the configuration of each call, not the worker's.
-                self._config = self._run_config(device_id=card or 0, **rings)
+                config = self._run_config(**self._settings)
+                self._configs: dict[tuple[tuple[str, int], ...], Any] = {(): config}
                 with self._crashing(f"opening {self.name}"):
-                    self._worker: Any = pypto.runtime.ChipWorker(config=self._config)
+                    self._worker: Any = pypto.runtime.ChipWorker(config=config)
         except BaseException as error:
             self._crash.close()
             if not isinstance(error, Exception):
@@ -292,6 +296,15 @@ class PyptoDevice:
     def _run_config(self, **settings: Any) -> Any:
         return self._pypto.runtime.RunConfig(platform=self._platform, **settings)
 
+    def _call_config(self, kernel: str, shape: LayerShape, tensors: Mapping[str, Any]) -> Any:
+        """With rings large enough for the longest sequence of the call."""
+        lengths = tensors.get("context_lens")
+        positions = 1 if lengths is None else int(lengths.max())
+        sizes = tuple(rings.larger(self._options, kernel, shape, positions).items())
+        if sizes not in self._configs:
+            self._configs[sizes] = self._run_config(**self._settings | dict(sizes))
+        return self._configs[sizes]
+
     def _opened(self) -> Any:
         if self._worker is None:
             raise ExecutorError(f"{self.name} is closed: load the model again")
@@ -345,7 +358,8 @@ class PyptoDevice:
             self._opened()
             bound = dict(zip(ours, contract.bind(tensors), strict=True))
             with self._failing(kernel, "running", ""):
-                handle(*(bound[name] for name in names), config=self._config)
+                config = self._call_config(kernel, shape, tensors)
+                handle(*(bound[name] for name in names), config=config)
 
         return call, seconds
 

@@ -26,7 +26,7 @@ def _size(help: str, check: Any) -> int | None:
     optional: int | None = field(
         default=None,
         validator=validators.optional(check),
-        metadata={"help": f"{help}; default: PyPTO's, or more where the kernels need it"},
+        metadata={"help": f"{help}; default: PyPTO's, or more where a call needs it"},
     )
     return optional
 

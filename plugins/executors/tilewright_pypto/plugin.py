@@ -56,10 +56,10 @@ def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
     shape = layer_shape(config, runtime)
     card = chosen_card(options, runtime)
     if options.platform != "emulated":
-        from tilewright_pypto.rings import fitted
+        from tilewright_pypto.rings import check
 
         assert runtime.max_seq_len is not None
-        options = fitted(options, shape, runtime.max_seq_len)
+        check(options, shape, runtime.max_seq_len)
 
     from tilewright_pypto.executor import load
 

@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from tilewright.errors import ExecutorError
 from tilewright_kernels.qwen3_14b import source
@@ -37,19 +37,19 @@ UNIT = 1024
 """Each tensor takes a multiple of this many bytes."""
 TOGETHER = 16
 """Tensors that one task allocates at most, in one piece of memory."""
-STANDARD = {"ring_heap": 256 << 20, "ring_task_window": 16384}
-"""PyPTO's own sizes, in bytes and in tasks: PTO2_HEAP_SIZE and PTO2_TASK_WINDOW_SIZE."""
+STANDARD = {"ring_heap": 256 << 20, "ring_task_window": 16384, "ring_dep_pool": 16384}
+"""PyPTO's own sizes: PTO2_HEAP_SIZE, PTO2_TASK_WINDOW_SIZE and PTO2_DEP_LIST_POOL_SIZE."""
 DEPENDENCIES = 4
-"""Entries of ring_dep_pool for each task of an enlarged window. PyPTO's own sizes have one each."""
+"""Entries of ring_dep_pool for each task. A task takes one for each unfinished task that it waits
+for, so the number depends on timing: a run on a2a3sim took 1.6 for each of 10448 tasks."""
 
 
-def fitted(options: "Options", shape: LayerShape, positions: int) -> "Options":
-    """The options, with larger rings where PyPTO's own are too small and no size was asked for.
+def check(options: "Options", shape: LayerShape, positions: int) -> None:
+    """Raise ExecutorError for a size that is too small for sequences of that many tokens.
 
-    positions: tokens of the longest sequence. Raises ExecutorError for a size that is too small.
+    Except for ring_dep_pool: how many dependencies are open at a time depends on timing.
     """
-    larger: dict[str, Any] = {}
-    for name, standard in STANDARD.items():
+    for name in ("ring_heap", "ring_task_window"):
         kernel, least = max(
             ((k, needed(k, shape, positions)[name]) for k in source.KERNELS), key=lambda n: n[1]
         )
@@ -59,12 +59,20 @@ def fitted(options: "Options", shape: LayerShape, positions: int) -> "Options":
                 f"executor pypto-npu: {name} must be at least {least} for kernel {kernel} and "
                 f"sequences of {positions} tokens, found {asked}: set that, or leave it out"
             )
-        if asked is None and least > standard:
-            larger[name] = least
-    window = larger.get("ring_task_window", options.ring_task_window)
-    if options.ring_dep_pool is None and window and window > STANDARD["ring_task_window"]:
-        larger["ring_dep_pool"] = DEPENDENCIES * window
-    return evolve(options, **larger)
+
+
+def larger(options: "Options", kernel: str, shape: LayerShape, positions: int) -> dict[str, int]:
+    """Sizes for a call of a kernel, by option, where PyPTO's own are too small and none was asked.
+
+    positions: tokens of the longest sequence in the call. Rings cost memory and time, so a call
+    gets large ones only if it needs them; the sizes are those for the next power of two.
+    """
+    found = needed(kernel, shape, 1 << max(0, positions - 1).bit_length())
+    return {
+        name: found[name]
+        for name, standard in STANDARD.items()
+        if getattr(options, name) is None and found[name] > standard
+    }
 
 
 @cache
@@ -78,6 +86,7 @@ def needed(kernel: str, shape: LayerShape, positions: int) -> dict[str, int]:
     return {
         "ring_heap": max(UNIT, _power_above(max(map(add, taken.most_bytes, taken.most_unused)))),
         "ring_task_window": _power_above(max(taken.most_tasks)),
+        "ring_dep_pool": _power_above(DEPENDENCIES * max(taken.most_tasks)),
     }
 
 
