@@ -39,6 +39,7 @@ from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B, LayerShape
 from tilewright_pypto.emulated import KernelError, language
 from tilewright_pypto.fit import layer_shape
+from tilewright_pypto.rings import STANDARD, needed
 from tilewright_torch.model import load, rms_norm
 
 
@@ -185,6 +186,22 @@ def test_neither_the_order_of_iterations_nor_of_pages_changes_a_bit(kernel):
         )
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.pypto
+def test_a_context_that_overflows_pyptos_own_rings_agrees_with_the_torch_executor():
+    """Some 20,000 tasks in one ring: the process ended with the rings that PyPTO has by itself."""
+    shape = shaped(
+        hidden=64, intermediate=64, heads=32, head_dim=32, page_size=16, max_tokens=64, max_batch=1
+    )
+    run = by_simulator("prefill_layer", shape)
+    sizes = needed("prefill_layer", shape, 2000)
+    assert sizes["ring_task_window"] > STANDARD["ring_task_window"]
+    config, weights = config_of(shape), random_weights(config_of(shape))
+    cache = Cache(shape, 140)
+    cache.add(1984)
+    batch, hidden = cache.step([16]), hidden_rows(shape, 16)
+    compare_layer(run, "prefill_layer", config, weights, 0, hidden, batch, cache).check()
 
 
 # --- models ---------------------------------------------------------------------------------------
