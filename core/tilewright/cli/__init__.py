@@ -1,4 +1,4 @@
-"""The ``tilewright`` command. A command is a module, imported when it is called.
+"""The ``tilewright`` command. Each command is a module, imported when it is called.
 
 It has ``configure(parser)`` and ``run(args) -> int``, the exit code.
 """
@@ -26,8 +26,8 @@ COMMANDS = {
     "plugins": "list, show and check plugins",
     "doctor": "check this machine",
 }
-"""Each command's module in this package, and its summary, which is here so that ``--help`` need not
-import them."""
+"""Each command's module in this package, and its summary; kept here so that ``--help`` does not
+import the modules."""
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -95,7 +95,7 @@ def build_parser(configured: Collection[str]) -> "Parser":
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError for wrong usage, with the nearest right word."""
+    """Raises ConfigError for wrong usage, and suggests the nearest valid word."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -120,7 +120,7 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.ArgumentParser:
-    """The parser of the command that is called, or of its action where it has such."""
+    """The parser of the command that is called, or of its action, if it has actions."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             chosen = subparsers(parser).get(getattr(args, action.dest))
@@ -142,7 +142,7 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _prepare_streams() -> None:
-    """Make printing safe where the locale knows little of Unicode, or a stream is closed."""
+    """Make printing safe where the locale cannot encode Unicode, or a stream is closed."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
@@ -153,19 +153,19 @@ def _prepare_streams() -> None:
 
 
 def _leave_threads(code: int) -> None:
-    """End the process without waiting for threads of a library, say of a download that stalls."""
+    """End the process without waiting for a library's threads, such as a stalled download."""
     from threading import active_count
 
     if active_count() > 1:
         import atexit
 
-        atexit._run_exitfuncs()  # what libraries clean up
+        atexit._run_exitfuncs()  # cleanup registered by libraries
         sys.stderr.flush()
         os._exit(code)
 
 
 def _give_up_unwritten() -> None:
-    """Drop output that cannot be written, of which Python would complain when it ends."""
+    """Drop output that cannot be written, about which Python would complain at exit."""
     if sys.stdout is None:
         return
     try:

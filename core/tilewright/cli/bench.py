@@ -1,4 +1,4 @@
-"""``tilewright bench``: tokens a second in prefill and decode, as the engine times them."""
+"""``tilewright bench``: tokens per second in prefill and decode, as timed by the engine."""
 
 import argparse
 import json
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 @frozen(kw_only=True)
 class Figure:
-    """Tokens a second of a whole batch: the median, and each round."""
+    """Tokens per second of a whole batch: the median, and each round."""
 
     batch: int
     prompt_tokens: int
@@ -132,7 +132,7 @@ def _measure(engine: "LLMEngine", model_id: str, args: argparse.Namespace) -> It
 def _round(
     engine: "LLMEngine", model_id: str, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[float, float]:
-    """Prefill and decode speed. A phase of a batch lasts as long as for its slowest request."""
+    """Prefill and decode speed. A phase of a batch lasts as long as its slowest request."""
     config = GenerateConfig(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True, seed=_SEED)
     timings = [r.timings for r in engine.generate_batch(model_id, prompts, config)]
     prefill, decode = (

@@ -1,4 +1,4 @@
-"""``tilewright chat``: a conversation on a terminal, or one message a line from a pipe."""
+"""``tilewright chat``: a conversation on a terminal, or one message per line from a pipe."""
 
 import argparse
 import sys
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 @define
 class Conversation:
-    """The messages so far, and where answers come from."""
+    """The messages so far, and the engine that answers them."""
 
     engine: "LLMEngine"
     config: RunConfig
@@ -62,7 +62,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str) -> None:
-        """Print the answer to a message. One that is interrupted stays as far as it came."""
+        """Print the answer to a message. An interrupted answer is kept as far as it came."""
         messages = [*self.messages, {"role": "user", "content": text}]
         stream = cast(
             "GenerationStream",
@@ -127,7 +127,7 @@ def _read_messages(conversation: Conversation) -> None:
 
 
 def _take(conversation: Conversation, line: str) -> bool:
-    """Do what a line says. False when it ends the conversation."""
+    """Handle a line of input. False when it ends the conversation."""
     word, _, rest = line.strip().partition(" ")
     if word == "/quit":
         return False

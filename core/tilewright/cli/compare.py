@@ -28,7 +28,7 @@ SIDES = ("candidate", "reference")
 _OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")
 """Runtime settings that follow from the prompts, --new-tokens and --chunk."""
 _TWO_DTYPES = ("weight_dtype", "kv_dtype")
-"""Those in which the reference runs twice: in float32, and as the candidate does."""
+"""Settings in which the reference runs twice: in float32, and in the candidate's dtype."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 def resolved_sides(args: argparse.Namespace) -> tuple[Resolved, Resolved]:
     """Candidate, with model and prompts, and reference.
 
-    A run file and the environment speak of the candidate: they say how the model is run.
+    A run file and the environment apply to the candidate: they say how the model is run.
     """
     shared: dict[Place, Given] = dict(flags.layer(args))
     layers: dict[str, dict[Place, Given]] = {side: {} for side in SIDES}
@@ -163,7 +163,7 @@ def resolved_sides(args: argparse.Namespace) -> tuple[Resolved, Resolved]:
 
 
 def _place(side: str, key: str) -> Place:
-    """Of ``runtime.page_size``, or of an executor's option."""
+    """The place of ``runtime.page_size``, or of an executor's option."""
     section, dot, name = key.partition(".")
     if not dot:
         return ("options", "executor", key)
@@ -191,7 +191,7 @@ def compared(
     tolerances: "Sequence[Tolerance]",
     args: argparse.Namespace,
 ) -> "Comparison":
-    """The comparison, unfinished when Ctrl-C ended it."""
+    """The comparison; unfinished if Ctrl-C ended it."""
     from tilewright.compare import compare
 
     config = candidate.config
@@ -225,7 +225,7 @@ def compared(
 
 
 def choices(config: RunConfig, reference: RunConfig) -> "tuple[Choice, Choice]":
-    """Candidate and reference. Raises ConfigError when they are one and the same."""
+    """Candidate and reference. Raises ConfigError when they are identical."""
     from tilewright.compare import Choice
 
     shared = {k: v for k, v in config.options.items() if k in ("loader", "weight_format")}
@@ -255,7 +255,7 @@ def choices(config: RunConfig, reference: RunConfig) -> "tuple[Choice, Choice]":
 
 
 def tolerance(text: str) -> "Tolerance":
-    """Of ``PATTERN:METRIC=BOUND``. Raises ConfigError."""
+    """Parse ``PATTERN:METRIC=BOUND``. Raises ConfigError."""
     from tilewright.compare import Tolerance
 
     rule, bound = flags.split(text, "--tolerance", "PATTERN:METRIC=BOUND")
@@ -273,7 +273,7 @@ def tolerance(text: str) -> "Tolerance":
 
 
 def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> list[list[int]]:
-    """The prompts as the model's tokenizer reads them. Raises RequestError when they do not fit."""
+    """Token ids of the prompts. Raises RequestError when they do not fit."""
     from tilewright.engine import LLMEngine
     from tilewright.text import Text
 
@@ -296,7 +296,7 @@ def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> li
 
 @define(eq=False)
 class Watch:
-    """Keeps the comparison as far as it is; on a terminal, shows the layer in hand."""
+    """Keeps the comparison so far; on a terminal, shows the current layer."""
 
     loading: LoadingBar | None
     comparison: "Comparison | None" = None

@@ -1,4 +1,4 @@
-"""``tilewright convert``: a model's weights as an executor wants them, written ahead of time."""
+"""``tilewright convert``: writes a model's weights ahead of time, in an executor's layout."""
 
 import argparse
 import re
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[OnBytes]:
-    """A bar on a terminal; called with a file's name and the bytes that were done."""
+    """A bar on a terminal; the callback takes a file's name and a number of bytes."""
     if not sys.stderr.isatty():
         yield lambda name, count: None
         return
@@ -86,7 +86,7 @@ def progress(what: str, total: int) -> Iterator[OnBytes]:
 
 
 def size(text: str) -> int:
-    """``500M`` in bytes."""
+    """Parse a size such as ``500M`` to bytes."""
     found = _SIZE.fullmatch(text)
     if not found or not int(found[1]):
         raise argparse.ArgumentTypeError(f"expected bytes, as 500M or 2G, found {text!r}")

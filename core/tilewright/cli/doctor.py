@@ -1,4 +1,4 @@
-"""``tilewright doctor``: what this machine offers, what stands in the way, and what to do."""
+"""``tilewright doctor``: what this machine offers, what is wrong, and how to fix it."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ from tilewright.types import Check
 
 GIB = 1 << 30
 LOW_MEMORY = 2 * GIB
-"""Less is too little for the weights and KV cache of all but the smallest models."""
+"""Below this, only the smallest models fit with their KV cache."""
 LOW_DISK = 2 * GIB
 REPAIR = "repair, update or uninstall its distribution; other plugins work without it"
 
@@ -83,7 +83,7 @@ def plugin_checks() -> Iterator[tuple[str, Check]]:
     for plugin in plugins:
         who = f"{registry.noun(plugin.kind)} {plugin.qualified}"
         try:
-            # What plugins print must not get into the report.
+            # Keep what plugins print out of the report.
             with redirect_stdout(sys.stderr):
                 loaded = registry.load(plugin)
         except PluginError as error:
@@ -154,7 +154,7 @@ def cpu() -> Check:
 
 
 def cpu_flags() -> set[str]:
-    """What /proc/cpuinfo says of the first CPU's extensions; empty where there is none."""
+    """Extensions of the first CPU in /proc/cpuinfo; empty if it cannot be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -193,7 +193,7 @@ def disk(name: str, folder: Path) -> Check:
 
 
 def models_by_name() -> Check:
-    """Whether the models files can be read, and which of them there are."""
+    """Which models files exist, and whether they can be read."""
     from tilewright import models
 
     name = "models by name"

@@ -1,4 +1,4 @@
-"""Flags that several commands have, derived from the settings that they set."""
+"""Flags shared by several commands, derived from the settings that they set."""
 
 import argparse
 from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ _NAMES = {
     ("prompts", "file"): "--prompt-file",
     ("output", "file"): "--output",
 }
-"""Where a flag is not just its key with dashes."""
+"""Flags that are not just the key with dashes."""
 
 _OPTIONS = "options"
 PROMPT = "prompts.text"
@@ -38,7 +38,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_option_flag(group: "argparse._ActionsContainer") -> None:
-    """-o, for options of plugins."""
+    """Adds -o, for options of plugins."""
     group.add_argument(
         "-o",
         "--option",
@@ -56,7 +56,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt_flag(parser: argparse.ArgumentParser) -> None:
-    """For commands whose argument is not the prompt."""
+    """A flag for the prompt, for commands that do not take it as an argument."""
     add(parser, "prompts", {"text"})
 
 
@@ -147,7 +147,7 @@ def add(
 
 
 def _action(section: str, option: Option) -> dict[str, Any]:
-    """How argparse reads the flag. The values stay text: the settings' types are theirs."""
+    """How argparse reads the flag. Values stay strings: the settings convert them."""
     type_ = option.type
     if get_origin(type_) in (Union, UnionType):
         type_ = next(t for t in get_args(type_) if t is not type(None))
@@ -189,7 +189,7 @@ def _at_least(least: int, text: str) -> int:
 
 
 def split(item: str, flag: str, form: str) -> tuple[str, str]:
-    """Key and value of an item of a flag. Raises ConfigError unless it has the form."""
+    """Key and value of a flag's item. Raises ConfigError unless it has the form."""
     key, equals, value = item.partition("=")
     if not equals or not key:
         raise ConfigError(f"{flag}: expected {form}, found {item!r}")

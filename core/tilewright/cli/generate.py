@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def produce(resolved: Resolved, args: argparse.Namespace) -> None:
-    """Generate what the settings say, to where they say. args: those of ``add_output_flags``."""
+    """Generate and write as the settings say. args: those of ``add_output_flags``."""
     config = resolved.config
     prompts = read_prompts(resolved)
     observers = [NonFiniteTrace()] if args.trace_nonfinite else []
@@ -70,7 +70,7 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> None:
 
 
 def print_stream(stream: "GenerationStream", printed: list[str]) -> None:
-    """Print the pieces as they come, adding them to printed, and end what was printed in a line."""
+    """Print the pieces as they come, adding them to printed, and end with a newline."""
     with stream:
         try:
             for piece in stream:

@@ -1,6 +1,6 @@
-"""The reference of hooks and types, from their source: ``python -m tilewright.cli.hook_reference``.
+"""Reference of hooks and types, from their source: ``python -m tilewright.cli.hook_reference``.
 
-Written from the source rather than from what it makes, since only there do fields have docstrings.
+Reads the source rather than the imported classes, since only the source has field docstrings.
 """
 
 import ast
@@ -69,7 +69,7 @@ def _classes(module: object) -> dict[str, ast.ClassDef]:
 
 
 def _aliases() -> Iterator[tuple[str, str]]:
-    """The names that tilewright.types gives to types, and what they are."""
+    """The type aliases of tilewright.types, and what they stand for."""
     for node in (n for subject in SUBJECTS for n in ast.parse(inspect.getsource(subject)).body):
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         value = getattr(node, "value", None)
@@ -80,7 +80,7 @@ def _aliases() -> Iterator[tuple[str, str]]:
 
 
 def _hooks(node: ast.ClassDef, required: tuple[str, ...] | None) -> Iterator[str]:
-    """required: the hooks that must be implemented; None where none of them is a plugin's own."""
+    """required: the hooks that must be implemented; None where they do not belong to a plugin."""
     for hook in node.body:
         if isinstance(hook, ast.FunctionDef):
             yield f"### `{_signature(hook)}`\n"
@@ -117,7 +117,7 @@ def _fields(node: ast.ClassDef) -> Iterator[str]:
 
 
 def _default(value: ast.expr | None) -> tuple[str, str]:
-    """A field's default as it is shown, and its line of help."""
+    """A field's default as shown, and its line of help."""
     if value is None:
         return "", ""
     if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Name)):
@@ -146,7 +146,7 @@ def _annotation(node: ast.expr | None) -> str:
 
 
 def _type(node: ast.expr) -> str:
-    """A type as it is meant: names in quotes, which are imported later, without them."""
+    """A type without the quotes of forward references."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     return ast.unparse(_Unquoted().visit(ast.parse(ast.unparse(node), mode="eval"))).strip()
@@ -162,7 +162,7 @@ class _Unquoted(ast.NodeTransformer):
 
 def _documentation(node: ast.ClassDef | ast.FunctionDef) -> str:
     text = _clean(ast.get_docstring(node) or "")
-    if isinstance(node, ast.ClassDef):  # what it says of its fields is a list
+    if isinstance(node, ast.ClassDef):  # its fields become a list
         text = re.sub(r"^(\w+): ", r"- `\1`: ", text, flags=re.MULTILINE)
     return f"{text}\n" if text else ""
 

@@ -123,7 +123,7 @@ def remove(args: argparse.Namespace) -> None:
 
 
 def _loader_option(item: str) -> tuple[str, str]:
-    """As other commands take it too, with the loader's kind in front."""
+    """Key and value of a loader option; the prefix ``loader.`` is optional."""
     key, value = flags.split(item, "-o", "KEY=VALUE")
     key = key.removeprefix("loader.")
     if "." in key:
@@ -132,7 +132,7 @@ def _loader_option(item: str) -> tuple[str, str]:
 
 
 def _in_force(name: str) -> models.RegisteredModel | None:
-    """What the name stands for, once a file is written: a mistake in another file is but noted."""
+    """What the name stands for after a file is written; errors in another file are only noted."""
     try:
         return models.find(name)
     except ConfigError as error:
@@ -141,7 +141,7 @@ def _in_force(name: str) -> models.RegisteredModel | None:
 
 
 def _file(args: argparse.Namespace) -> Path:
-    """The one to write to."""
+    """The models file to write to."""
     if not os.environ.get(models.VARIABLE):
         return models.PROJECT_FILE if args.project else models.user_file()
     if args.project:
@@ -175,7 +175,7 @@ def _record(model: models.RegisteredModel) -> dict[str, Any]:
 
 
 def _lines(model: models.RegisteredModel) -> Iterator[str]:
-    """As a file has it, with its origins in comments."""
+    """Lines as in a models file, with the origins in comments."""
     name = toml.written_key(model.name)
     yield f"[{name}]  # {model.origin}"
     current = ""

@@ -1,7 +1,7 @@
-"""Writing a distribution of one new plugin: ``tilewright plugins new``.
+"""``tilewright plugins new``: writes a distribution of one new plugin.
 
-``templates/`` holds a folder a kind, with the plugin and its tests, and what is common to all. They
-are sources as they are written, but for the words that ``write`` replaces.
+``templates/`` holds a folder per kind, with the plugin and its tests, and a common one. The files
+are written as they are, except for the words that ``write`` replaces.
 """
 
 import os
@@ -23,7 +23,7 @@ _FILES = {
     "src/tilewright_{module}/{kind}.py": "{kind}/plugin.py",
     "tests/test_{kind}.py": "{kind}/test_plugin.py",
 }
-"""What is written, and of which template; None: an empty file."""
+"""Template of each file that is written; None: an empty file."""
 
 _SUMMARIES = {
     "loader": "Models in directories of a layout of their own",
@@ -47,8 +47,8 @@ _USES = {
 def write(kind: str, name: str, out: Path | None = None) -> Path:
     """Write a distribution of a plugin to a folder that does not exist yet; returns the folder.
 
-    out: by default ``tilewright-NAME`` in the working folder. Raises ConfigError for a name that
-    cannot be one or is taken here, and for a folder that exists.
+    out: by default ``tilewright-NAME`` in the working folder. Raises ConfigError for a name
+    that is invalid or already installed, and for a folder that exists.
     """
     _check_name(kind, name)
     folder = Path(f"tilewright-{name}") if out is None else out.expanduser()
@@ -84,7 +84,7 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
 
 
 def _check_name(kind: str, name: str) -> None:
-    """Raise ConfigError for what is no name, and for one that an installed plugin has."""
+    """Raise ConfigError for an invalid name, and for that of an installed plugin or package."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > 60:
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:60].rstrip("-")
         hint = f"; {near!r} would do" if near and near != name else ""

@@ -17,21 +17,21 @@ def note(text: str) -> None:
 
 
 def warn_sanitized(results: Sequence[GenerateResult]) -> None:
-    """Say so when logits were sanitised on the way to these results."""
+    """Print a warning if logits were sanitised for these results."""
     sanitized = sum(result.sanitized_steps for result in results)
     if sanitized:
         note(f"warning: logits were sanitized in {sanitized} steps: this text proves nothing")
 
 
 _STDOUT = (None, "-", "/dev/stdout")
-# As a link, /dev/stdout would name the file that a shell sent it to, and replace that.
+# Resolving /dev/stdout as a link would replace the file that a shell redirected it to.
 
 
 @contextmanager
 def opened(path: str | None) -> Iterator[IO[str]]:
-    """Standard output (None, ``-``, /dev/stdout), or a file that appears when the block ends well.
+    """Standard output (None, ``-``, /dev/stdout), or a file that appears when the block succeeds.
 
-    Raises ConfigError at once when the file cannot be made.
+    Raises ConfigError at once when the file cannot be created.
     """
     if path in _STDOUT:
         yield sys.stdout
@@ -43,7 +43,7 @@ def opened(path: str | None) -> Iterator[IO[str]]:
 
 @contextmanager
 def opened_binary(path: str) -> Iterator[IO[bytes]]:
-    """A file as ``opened`` makes it. Standard output is for text: ConfigError."""
+    """A binary file, as ``opened``. Raises ConfigError for standard output, which is for text."""
     if path in _STDOUT:
         raise ConfigError(f"output file {path!r}: expected the name of a file, for it is not text")
     with _replaced(path) as file:
@@ -52,7 +52,7 @@ def opened_binary(path: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _replaced(path: str) -> Iterator[BinaryIO]:
-    """A file that appears, in place of one that is there, when the block ends well."""
+    """A file that appears, replacing any existing one, when the block succeeds."""
     try:
         target = os.path.realpath(path)  # the file that a link names is replaced, not the link
         if os.path.isdir(target):
@@ -75,19 +75,19 @@ def _replaced(path: str) -> Iterator[BinaryIO]:
 
 
 def write_text(results: Sequence[GenerateResult], file: IO[str]) -> None:
-    """The texts, each with a newline after it and, between two, an empty line."""
+    """The texts, each followed by a newline, with an empty line between two."""
     file.write("\n".join(f"{result.text}\n" for result in results))
 
 
 def write_json(value: Any, file: IO[str]) -> None:
-    """One line. Escaped to ASCII where the stream has no Unicode."""
+    """JSON in one line, escaped to ASCII where the stream cannot encode Unicode."""
     unicode = (getattr(file, "encoding", None) or "").lower().startswith("utf")
     file.write(json.dumps(value, ensure_ascii=not unicode) + "\n")
     file.flush()
 
 
 def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str, Any]:
-    """A result as ``--json`` prints it. source: the model's, as its loader says."""
+    """A result as ``--json`` prints it. source: the model's, from its loader."""
     timings = result.timings
     record: dict[str, Any] = {
         "model": result.model_id,

@@ -1,7 +1,7 @@
-"""``tilewright plugins``: what is installed, what a plugin offers, and whether all of them work.
+"""``tilewright plugins``: list, show, check, verify and create plugins.
 
 ``list`` reads metadata only. ``show`` imports one plugin, ``check`` all of them. ``verify`` runs
-the conformance suite of one. ``new`` writes the sources of one that is yet to be.
+the conformance suite of one. ``new`` writes the sources of a new one.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def verify(args: argparse.Namespace) -> int:
     found = []
     for plugin in chosen:
         _, info, _ = examine(plugin)
-        read_options(str(plugin), info, given)  # a mistake in them is no fault of the plugin
+        read_options(str(plugin), info, given)  # an error here is the user's, not the plugin's
         source = args.source if plugin.kind == "loader" else None
         found.append((plugin, suites.verify(plugin, given, source)))
     if args.json:
@@ -193,7 +193,7 @@ def verify(args: argparse.Namespace) -> int:
             said = ""
             for statement, result, reason in statements:
                 print(f"  {result:8} {statement}")
-                if reason and reason != said:  # one that goes on is said once
+                if reason and reason != said:  # a repeated reason is printed once
                     print(f"  {'':8}   {reason}")
                 said = reason
             results = [s.result for s in statements]
@@ -216,21 +216,21 @@ def new(args: argparse.Namespace) -> int:
 
 
 def _named(args: argparse.Namespace) -> list[registry.Plugin]:
-    """The plugins of one name, one a kind."""
+    """The plugins with one name, one per kind."""
     plugins = registry.installed(args.kind)
     found = registry.matching(args.name, plugins)
     if not found:
         what = registry.noun(args.kind) if args.kind else "plugin"
         raise registry.unknown(args.name, plugins, what)
-    # find() once more, since one name in one kind must be one plugin's.
+    # find() again, since a name must be unique within a kind.
     return [registry.find(kind, args.name) for kind in dict.fromkeys(p.kind for p in found)]
 
 
 def examine(plugin: registry.Plugin) -> "tuple[list[str], PluginInfo, list[Option]]":
-    """A plugin's hooks in the order of their specs, what it says of itself, and its options.
+    """A plugin's hooks in the order of their specs, its PluginInfo, and its options.
 
-    Raises PluginError when it cannot be imported, does not fit, or fails to describe itself. What
-    it prints meanwhile goes to stderr.
+    Raises PluginError when it cannot be imported, does not fit, or fails to describe itself. Its
+    output meanwhile goes to stderr.
     """
     from contextlib import redirect_stdout
 
@@ -256,7 +256,7 @@ def record(plugin: registry.Plugin) -> dict[str, Any]:
 
 
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns, or on a terminal that is too narrow for them, one item a block."""
+    """Print aligned columns, or one block per item on a terminal that is too narrow."""
     if _width(header, rows) <= _terminal_width():
         widths = _widths(header, rows)
         for row in (header, *rows):
@@ -274,19 +274,19 @@ def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _width(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """How many columns of a terminal the aligned columns take."""
+    """Terminal columns that the aligned columns take."""
     return sum(_widths(header, rows)) + 2 * (len(header) - 1)
 
 
 def _print_problems(states: Iterable[tuple[str, str]]) -> None:
-    # Rivals have one problem between them.
+    # Plugins with the same name share one problem.
     for state, problem in dict.fromkeys(states):
         if problem:
             print(f"\n{state}: {problem}")
 
 
 def _terminal_width() -> float:
-    """Columns of the terminal that is written to; infinite for files and pipes."""
+    """Width of the output terminal in columns; infinite for files and pipes."""
     given = os.environ.get("COLUMNS", "")
     if given.isdecimal():
         return int(given)
@@ -309,7 +309,7 @@ def _has_default(option: "Option") -> bool:
 
 
 def _word(value: Any) -> str:
-    """A default as a user would write it."""
+    """A default, as a user would write it."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return str(value) or "''"

@@ -1,4 +1,4 @@
-"""The prompts of a run: from flags and run files, from files, from standard input."""
+"""Prompts of a run: from flags and run files, from files, or from standard input."""
 
 import json
 import sys

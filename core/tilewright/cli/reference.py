@@ -1,7 +1,7 @@
-"""The command line's reference, from its parsers: ``python -m tilewright.cli.reference``.
+"""Command-line reference, from the parsers: ``python -m tilewright.cli.reference``.
 
-Written from the arguments rather than from argparse's help, whose layout differs between versions
-of Python.
+Uses the arguments rather than argparse's help, since the layout of the help differs between
+versions of Python.
 """
 
 import argparse

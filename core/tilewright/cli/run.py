@@ -1,4 +1,4 @@
-"""``tilewright run``: a run file, with flags and environment over it."""
+"""``tilewright run``: runs a run file; flags and environment override it."""
 
 import argparse
 import sys
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 def show(resolved: Resolved) -> str:
     """A run file with all settings, each with its origin in a comment.
 
-    Those that nothing but the model decides are comments altogether.
+    Settings without a value are commented out, with what decides them.
     """
     lines: list[str] = []
     for section in SECTIONS:

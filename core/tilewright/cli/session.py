@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterator[LLMEngine]":
-    """An engine with the run's model under its id, watched by its and by these observers.
+    """An engine with the run's model under its id, with the run's observers and these.
 
-    Says on stderr what the user should know.
+    Prints notes for the user on stderr.
     """
     from tilewright.engine import LLMEngine
 
@@ -38,7 +38,7 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
         engine = LLMEngine.from_plugins(**selection)
     with engine:
         try:
-            # The loader may be chosen only now, and reads its options then.
+            # The loader may be chosen only here, and reads its options then.
             with naming_origins(resolved):
                 loaded = engine.init_model(
                     config.model.id, config.model.path, config.runtime, config.model.format
@@ -56,7 +56,7 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
 
 
 def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
-    """The settings that the model's files recommend and nobody overrode: ``top_k = 20, ...``."""
+    """Settings that the model's files recommend and nobody overrode: ``top_k = 20, ...``."""
     return ", ".join(
         f"{name} = {value}"
         for name in (a.name for a in fields(GenerateConfig))
@@ -68,7 +68,7 @@ def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
 
 @contextmanager
 def naming_origins(resolved: Resolved) -> Iterator[None]:
-    """Let errors name where options were given, and a model that no flag chose."""
+    """Make errors name where options were given, and a model that no flag chose."""
     chosen = resolved.origin("model", "path")
     try:
         yield
@@ -81,18 +81,18 @@ def naming_origins(resolved: Resolved) -> Iterator[None]:
 
 
 def with_origin(message: str, resolved: Resolved) -> str:
-    """Plugins read their options without knowing where they were given; the message names one."""
+    """Add an option's origin to a plugin's error message, since plugins do not know it."""
     named = [
         (message.index(repr(place[-1])), origin)
         for place, origin in resolved.origins.items()
         if place[0] == "options" and repr(place[-1]) in message
     ]
-    # The first one is what is wrong; another may be what was meant.
+    # The first option named is the wrong one; another may be a suggestion.
     return f"{min(named)[1]}: {message}" if named else message
 
 
 class NonFiniteTrace:
-    """An observer that ends a run at the first tensor of all steps that is not finite."""
+    """An observer that ends a run at the first tensor that is not finite."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -114,7 +114,7 @@ class NonFiniteTrace:
 
 
 class LoadingBar:
-    """An observer that shows what the executor gets ready, then how much of the model is read."""
+    """An observer that shows what the executor prepares, then how much of the model is read."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
@@ -152,7 +152,7 @@ class LoadingBar:
 
 
 def counting(total: int) -> "Progress":
-    """A bar on standard error for one thing after another; it has started, and has one task."""
+    """A started bar on standard error that counts items, with one task."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -166,7 +166,7 @@ def _loading(bytes_total: int) -> "Progress":
 
 
 def transferring(what: str, bytes_total: int, *more: "ProgressColumn") -> "Progress":
-    """A bar on standard error for bytes; it has started, and has one task."""
+    """A started bar on standard error that counts bytes, with one task."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
 

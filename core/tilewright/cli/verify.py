@@ -1,4 +1,4 @@
-"""``tilewright verify``: whether a packed model's files are as they were written."""
+"""``tilewright verify``: checks that a packed model's files are as written."""
 
 import argparse
 from pathlib import Path

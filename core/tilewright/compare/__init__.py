@@ -1,4 +1,4 @@
-"""Where does it first go wrong: two executors on one model, tensor by tensor."""
+"""Compares two executors on one model, tensor by tensor, to find where they first differ."""
 
 from tilewright.compare.judge import Tolerance
 from tilewright.compare.run import Comparison, compare

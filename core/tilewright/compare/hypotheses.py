@@ -1,8 +1,8 @@
-"""Why a layer is wrong: it is computed anew under each known mistake, and the one is named that
-gives what the candidate gave.
+"""Diagnoses a wrong layer: recomputes it under each known mistake, and names the mistake that
+reproduces the candidate's result.
 
-A hypothesis is a function that yields mistakes which a case may have: what to call each, and the
-operations that make it. An executor's plugin adds its own through the hook ``hypotheses``.
+A hypothesis is a function that yields the mistakes which a case may have: the name of each, and
+the operations that reproduce it. An executor's plugin adds its own through the hook ``hypotheses``.
 """
 
 import math
@@ -19,13 +19,13 @@ from tilewright.compare.metrics import difference
 from tilewright.types import Hypothesis
 
 EXPLAINED = 5.0
-"""Over its limit, what may be left of an error that a mistake explains: it may make the rounding
-that comes after it weigh more. Above 1, all other guesses must leave STANDS_OUT times as much."""
+"""Largest excess that may remain of an error which a mistake explains: the mistake may amplify the
+rounding that follows it. Above 1, all other guesses must leave STANDS_OUT times as much."""
 STANDS_OUT = 3.0
 OUT_OF_QUESTION = EXPLAINED * STANDS_OUT
-"""Excess of a mistake, at a stage which is right in the candidate, after which no more is tried."""
+"""A mistake with a larger excess, at a stage which is right in the candidate, is given up."""
 AS_GOOD = 1.5
-"""How many times the best mistake's rest may be that of another which cannot be told from it."""
+"""Mistakes within this factor of the best one's excess cannot be told from it."""
 
 Sureness = Literal["sure", "likely", "perhaps", "either", "none"]
 
@@ -36,8 +36,8 @@ class Explanation:
 
     mistake: str
     excess: float
-    """Of the candidate over a layer with that mistake: at 1 or less, rounding explains the rest.
-    Or more than that, where it is out of question."""
+    """Excess of the candidate over a layer with that mistake: at 1 or less, rounding explains the
+    rest. A lower bound where the mistake was given up as OUT_OF_QUESTION."""
 
 
 @frozen(kw_only=True)
@@ -50,9 +50,9 @@ class Reason:
     broken: tuple[str, ...] = ()
     """Hypotheses that failed, and why."""
     best: tuple[Explanation, ...]
-    """From the one that explains most; none that explains nothing."""
+    """Best first, without those that explain nothing."""
     refuted: tuple[str, ...] = ()
-    """Mistakes that explain this step, and not a later one in which the layer is wrong."""
+    """Mistakes that explain this step, but not a later one in which the layer is wrong."""
 
     @property
     def named(self) -> tuple[Explanation, ...]:
@@ -70,14 +70,14 @@ class Reason:
 
     @property
     def next_best(self) -> float:
-        """What is left by the best one that is not named, or without any."""
+        """Excess of the best mistake that is not named, or without any mistake."""
         named = [e.mistake for e in self.named]
         others = (e.excess for e in self.best if e.mistake not in named)
         return next(others, self.unexplained)
 
     @property
     def sureness(self) -> Sureness:
-        """From how much farther the next best guess is, and no mistake at all."""
+        """Confidence, from how much larger ``next_best`` is."""
         if not self.named:
             return "none"
         if len(self.named) > 1:
@@ -87,9 +87,9 @@ class Reason:
 
 
 def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None, Reason]:
-    """Try all of them; yields how many mistakes were tried so far.
+    """Try all hypotheses; yields how many mistakes were tried so far.
 
-    Of a hypothesis that raises, what it has not yielded yet is left out, and it is named.
+    A hypothesis that raises is listed in ``broken``, and its remaining mistakes are skipped.
     """
     nothing = _excess(case, RIGHT, math.inf)
     found, broken = [], []
@@ -110,7 +110,8 @@ def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None
 
 
 def hold(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reason:
-    """Try what is named in another step in which the layer is wrong: it has to explain that too."""
+    """Try the named mistakes in another step in which the layer is wrong, and refute those that do
+    not explain it."""
     names = {e.mistake for e in reason.named}
     nothing = _excess(case, RIGHT, math.inf)
     if not names or nothing <= 1:
@@ -129,13 +130,13 @@ def _of(
     for hypothesis in hypotheses:
         try:
             yield from ((name, how) for name, how in hypothesis(case) if name in names)
-        except Exception:  # named as broken where all were tried
+        except Exception:  # explain() lists it as broken
             continue
 
 
 def _excess(case: Case, how: Operations, enough: float) -> float:
-    """The largest of all stages that the candidate taps; infinity once it is as large as enough,
-    and that of the stages so far once it is out of question."""
+    """Largest excess of all stages that the candidate taps; infinity once it reaches enough, and
+    the largest so far once the mistake is out of question."""
     most = 0.0
     for stage, expected in compute(case, how, case.right):
         found = case.found.get(stage)
@@ -146,7 +147,7 @@ def _excess(case: Case, how: Operations, enough: float) -> float:
             found = found[:, known] if found.shape == expected.shape else found
             expected = expected[:, known]
         if found.shape != expected.shape:
-            # A wrong shape says nothing of how the layer is computed; the head's is its size.
+            # A wrong shape does not show how the layer is computed; the head's shows its size.
             if stage == "logits":
                 return math.inf
             continue
@@ -163,7 +164,7 @@ def _excess(case: Case, how: Operations, enough: float) -> float:
 
 
 def right_excess(case: Case, stage: str) -> float:
-    """Of what the candidate gave over the right stage; 0 for what it does not tap in that shape."""
+    """Excess of the candidate over the right stage; 0 if no stage of that shape is tapped."""
     if stage not in case.kept:
         found, right = case.found.get(stage), case.right[stage]
         fits = found is not None and found.shape == right.shape
@@ -174,7 +175,7 @@ def right_excess(case: Case, stage: str) -> float:
 
 
 def stage_excess(case: Case, stage: str, found: Tensor, expected: Tensor) -> float:
-    """Of two tensors of one shape, over the stage's limits, or over a wider tolerance."""
+    """Excess of two tensors of one shape, over the stage's limits, or over a wider tolerance."""
     if not found.numel():
         return 0.0
     if stage not in case.limits or not expected.isfinite().all():

@@ -1,4 +1,4 @@
-"""Whether a tensor is as it should be: its distance from the truth against what rounding costs."""
+"""Judges whether a tensor is right: its distance from the truth against what rounding costs."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from tilewright.types import Phase
 Mode = Literal["chained", "isolated"]
 
 FACTOR = 1.5
-"""How many times the baseline's error a candidate's may be, over many rows. See ``slack``."""
+"""Largest ratio of a candidate's error to the baseline's, over many rows. See ``slack``."""
 ROW_FACTOR = 2.5
-"""The same for the row that is worst: the largest of many errors scatters more than their mean."""
+"""The same for the worst row: the largest of many errors scatters more than their mean."""
 FLOOR = {torch.float32: 2e-5, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
-"""Relative RMS that is never too much in a candidate's dtype, where the baseline happens to be
+"""Relative RMS that always passes in a candidate's dtype, even where the baseline happens to be
 exact: the order of summation in FP32, half a rounding step in 16 bits."""
 
 
@@ -50,7 +50,7 @@ class Limits:
 
     relative_rms: float
     worst_row: float
-    """Relative error of the row that is worst."""
+    """Relative error of the worst row."""
     gain: float
     """How far the gain may be from 1."""
 
@@ -81,14 +81,14 @@ HIGHER_IS_BETTER = ("cosine",)
 
 @frozen
 class Tolerance:
-    """A limit of the user's own, in place of what rounding explains."""
+    """A limit set by the user, in place of what rounding explains."""
 
     pattern: str
-    """Of tensor names, with * and ?: ``layers.*.attention``."""
+    """Pattern of tensor names, with * and ?: ``layers.*.attention``."""
     metric: str = field()
     """A figure of ``Difference``."""
     bound: float = field()
-    """At most this; of ``cosine``, at least."""
+    """Largest value; for ``cosine``, the smallest."""
 
     @metric.validator
     def _known(self, attribute: object, value: str) -> None:
@@ -112,7 +112,7 @@ class Tolerance:
         return f"{self.pattern}: {self.metric} {sign} {self.bound:g}"
 
     def excess(self, found: Difference) -> float:
-        """How far the figure is on the way to its bound: above 1 it is beyond."""
+        """The figure over its bound (for ``cosine``, of the distances from 1): above 1 it fails."""
         if found.candidate_nonfinite > found.reference_nonfinite:
             return math.inf
         value, bound = getattr(found, self.metric), self.bound
@@ -135,16 +135,16 @@ class Finding:
     place: Place
     passed: bool
     why: str
-    """Of one that did not pass, in words; else empty."""
+    """Reason in words if it did not pass; else empty."""
     candidate: Difference | None = None
-    """From the truth. None: there was nothing to measure."""
+    """Difference from the truth. None: there was nothing to measure."""
     baseline: Difference | None = None
     worst_row: tuple[float, float] = field(default=(0.0, 0.0))
-    """Relative error of the row that is worst, of the candidate and of the baseline."""
+    """Relative error of the worst row, of the candidate and of the baseline."""
     limits: Limits | None = None
     """What rounding explains."""
     tolerance: Tolerance | None = None
-    """The user's limit, which is in force instead."""
+    """The user's limit, which applies instead."""
     excess: float = math.inf
     """The candidate's error over its limit: above 1 it is too large."""
     where: str = ""
@@ -152,16 +152,16 @@ class Finding:
 
     @property
     def limit(self) -> float:
-        """What candidate.relative_rms may be, as rounding explains it."""
+        """The largest candidate.relative_rms that rounding explains."""
         return self.limits.relative_rms if self.limits else 0.0
 
 
 @define(kw_only=True)
 class Noise:
-    """What the baseline loses at one tensor, over the steps so far.
+    """Error of the baseline at one tensor, over the steps so far.
 
-    The errors of a row go together, those of rows hardly: in a decode step of few rows the baseline
-    may be near the truth by luck.
+    Errors are correlated within a row, and hardly between rows: in a decode step of few rows the
+    baseline may be near the truth by luck.
     """
 
     squares: float = 0.0
@@ -179,11 +179,11 @@ class Noise:
 
 
 SCATTER: dict[Mode, float] = {"isolated": 1.0, "chained": 2.0}
-"""How much the error of one row varies, over its mean: more where layers have made it grow."""
+"""Spread of one row's error over its mean: larger where layers have amplified the error."""
 
 
 def slack(mode: Mode, rows: int) -> float:
-    """How many times as much a factor allows where an error is measured on few rows."""
+    """Factor by which a limit is widened where an error is measured on few rows."""
     return 1 + SCATTER[mode] / math.sqrt(rows)
 
 
@@ -197,8 +197,8 @@ def judge(
 ) -> Finding:
     """A candidate passes when it is hardly farther from the truth than the baseline is.
 
-    noise: the tensor's, in the earlier steps of the same mode; this step's is added. tolerance:
-    what decides instead.
+    noise: the tensor's noise in the earlier steps of the same mode; this step's is added.
+    tolerance: decides instead, if given.
     """
     if candidate is None:
         return Finding(place=place, passed=False, why="the candidate has no such tensor")
@@ -212,7 +212,7 @@ def judge(
     limits = Limits(
         relative_rms=limit,
         worst_row=max(ROW_FACTOR * wider * noise.worst_row, 4 * floor),
-        # Errors that rounding makes point anywhere, and so hardly change the size of the whole.
+        # Rounding errors point in random directions, so they hardly change the tensor's norm.
         gain=max(2 * limit / math.sqrt(len(truth)), FACTOR * abs(near.gain - 1)),
     )
     if candidate.shape != truth.shape:
@@ -257,7 +257,7 @@ class LogitsAgreement:
     kl: float
     """Kullback-Leibler divergence of the candidate's distribution from the truth's, in nats."""
     margin: float
-    """Between the truth's two largest logits."""
+    """Gap between the truth's two largest logits."""
     error: float
     """The candidate's largest error in a logit."""
     noise: float
@@ -265,14 +265,14 @@ class LogitsAgreement:
 
     @property
     def near_tie(self) -> bool:
-        """Whether rounding could turn the truth's two likeliest tokens."""
+        """Whether rounding could swap the truth's two likeliest tokens."""
         return self.margin < 2 * self.noise
 
 
 def logits_agreement(
     step: int, requests: Sequence[int], candidate: Tensor, baseline: Tensor, truth: Tensor
 ) -> list[LogitsAgreement]:
-    """candidate, baseline and truth: [L, vocab_size], a row a request."""
+    """candidate, baseline and truth: [L, vocab_size], one row per request."""
     found = []
     rows = (candidate.double(), baseline.double(), truth.double())
     for request, ours, near, theirs in zip(requests, *rows, strict=True):

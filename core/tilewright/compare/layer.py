@@ -1,7 +1,7 @@
-"""A layer, and what follows the last one, in plain float32 arithmetic.
+"""A layer, or the head, in plain float32 arithmetic.
 
-Each operation can be replaced: so a layer is computed as it would be under some mistake, from the
-same input and the same KV cache that a candidate had.
+Each operation can be replaced, to compute a layer as some mistake would, from the same input and
+KV cache that a candidate had.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RowOrder, StepBa
 from tilewright.weights import expected_tensors
 
 Weights: TypeAlias = Mapping[str, Tensor]
-"""A layer's, in float32, by the part of the checkpoint's name that tells them apart: ``q_proj``,
-``q_proj.bias``, ``q_norm``, ``input_layernorm``."""
+"""A layer's weights, in float32, keyed by the distinctive part of the checkpoint's name:
+``q_proj``, ``q_proj.bias``, ``q_norm``, ``input_layernorm``."""
 
 Norm: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
-"""Of input [..., size], weight [size] and eps."""
+"""Called with input [..., size], weight [size] and eps."""
 
 NORM_WEIGHTS = {
     "attn_norm": "input_layernorm",
@@ -33,45 +33,45 @@ NORM_WEIGHTS = {
     "mlp_norm": "post_attention_layernorm",
     "final_norm": "norm",
 }
-"""By stage."""
+"""Name in ``Weights``, keyed by stage."""
 
 
 @define(kw_only=True, eq=False, slots=False)
 class Case:
-    """What a candidate made of one layer, or of the head, that it ran alone; and from what."""
+    """A candidate's inputs and results of one layer, or of the head, that it ran alone."""
 
     config: ModelConfig
     layer: int | None
-    """None: what follows the last layer."""
+    """None: the head."""
     dtype: torch.dtype
-    """The candidate's weights'."""
+    """Dtype of the candidate's weights."""
     hidden: Tensor
-    """The input, [T, hidden_size] or, after the last layer, [L, hidden_size]."""
+    """The input, [T, hidden_size] or, for the head, [L, hidden_size]."""
     batch: StepBatch
-    """With the candidate's pages."""
+    """The step, with the candidate's pages."""
     spec: KvCacheSpec
-    """The candidate's."""
+    """Spec of the candidate's KV cache."""
     before: KvLayer | None
-    """The layer's cache before the step, as the candidate had it; None after the last layer."""
+    """The layer's cache before the step, as the candidate had it; None for the head."""
     cached: Tensor
-    """Slots of what is compared of the cache, in the order of the tensors found; int64."""
+    """Cache slots that are compared, in the order of the tensors in ``found``; int64."""
     found: Tensors
-    """By stage."""
+    """The candidate's tensors, keyed by stage."""
     limits: Mapping[str, Limits]
-    """By stage."""
+    """Limits, keyed by stage."""
     tolerances: Mapping[str, Tolerance]
-    """Those that are in force instead, by stage."""
+    """The user's tolerances, keyed by stage."""
     weight: Callable[[str], Tensor]
-    """The checkpoint's, by its full name, in float32."""
+    """Returns a weight of the checkpoint by its full name, in float32."""
     kept: dict[str, float] = field(factory=dict, init=False)
-    """How far the candidate is from the right stages, as far as that was asked for."""
+    """Cache of ``right_excess``, keyed by stage."""
 
     @cached_property
     def weights(self) -> Weights:
         return self.weights_of(self.layer)
 
     def weights_of(self, layer: int | None) -> Weights:
-        """Of that layer, or of what follows the last one."""
+        """Weights of that layer, or of the head."""
         names = expected_tensors(self.config)
         if layer is None:
             tied = self.config.tie_word_embeddings
@@ -98,7 +98,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def angles(case: Case) -> Tensor:
-    """How far each pair of dimensions turns, [T, head_dim / 2]."""
+    """Rotation angle of each pair of dimensions, [T, head_dim / 2]."""
     config, batch = case.config, case.batch
     if config.rope.kind == "dynamic":
         of_sequence = dynamic_frequencies(config, batch.context_lens)
@@ -109,19 +109,19 @@ def angles(case: Case) -> Tensor:
 
 
 def rope_scale(config: ModelConfig) -> float:
-    """On cosine and sine."""
+    """Factor on cosine and sine."""
     return 1.0 if config.rope.kind == "dynamic" else frequencies(config)[1]
 
 
 def rotate_halves(x: Tensor, angle: Tensor) -> Tensor:
-    """Dimension i of x [T, heads, head_dim] turns with i + head_dim / 2."""
+    """Rotates dimension i of x [T, heads, head_dim] with i + head_dim / 2."""
     a, b = x.chunk(2, -1)
     cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 def read_slots(case: Case, sequence: int, positions: Tensor) -> Tensor:
-    """The slots [n] int64 of a sequence's positions, of its last page where it has no more."""
+    """The slots [n] int64 of a sequence's positions; beyond its pages, in the last one."""
     table = case.batch.block_table[sequence].long()
     page = (positions // case.spec.page_size).clamp(max=int((table >= 0).sum()) - 1)
     return table[page] * case.spec.page_size + positions % case.spec.page_size
@@ -129,46 +129,46 @@ def read_slots(case: Case, sequence: int, positions: Tensor) -> Tensor:
 
 @frozen(kw_only=True, eq=False)
 class Operations:
-    """How a layer is computed: right, unless told otherwise."""
+    """How a layer is computed: correctly, by default."""
 
     weights: Callable[[Weights], Weights] = lambda weights: weights
     cast: Callable[[Tensor], Tensor] = lambda x: x
-    """Of what each stage gives."""
+    """Applied to the result of each stage."""
     product: Callable[[Tensor, Tensor], Tensor] = F.linear
     norms: Mapping[str, Norm] = field(factory=dict)
-    """By stage; ``rms_norm`` where nothing is said."""
+    """Norms, keyed by stage; ``rms_norm`` by default."""
     norm_after_rope: bool = False
     angles: Callable[[Case], Tensor] = angles
     rotate: Callable[[Tensor, Tensor], Tensor] = rotate_halves
     turned: Sequence[str] = ("q_rope", "k_rope")
     rope_scale: float | None = None
-    """On cosine and sine; None: the model's."""
+    """Factor on cosine and sine; None: the model's."""
     cached: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
         lambda before, rotated, value: (rotated, value)
     )
-    """Key and value that are cached, of the key before and after RoPE and the value."""
+    """Returns the cached key and value, from the key before and after RoPE and the value."""
     write_slots: Callable[[Case], Tensor] = lambda case: case.batch.slot_mapping.long()
     write_order: RowOrder | None = None
-    """None: the one that the candidate declares."""
+    """None: the order that the candidate declares."""
     written: Literal["before attention", "after attention", "never"] = "before attention"
     read_slots: Callable[[Case, int, Tensor], Tensor] = read_slots
     read_to: Callable[[Case, int], int] = lambda case, length: length
-    """How many positions of a sequence are attended to, mask aside."""
+    """Number of positions of a sequence that attention reads, before masking."""
     visible: Callable[[Tensor, Tensor], Tensor] = lambda query, key: key <= query
-    """Of positions [queries, 1] and [keys]."""
+    """The mask, from positions [queries, 1] and [keys]."""
     window: Callable[[int | None], int | None] = lambda window: window
     spread: Callable[[Tensor, int], Tensor] = lambda kv, group: kv.repeat_interleave(group, 1)
-    """Keys or values [n, KV heads, head_dim] to one for each query head of the groups."""
+    """Expands keys or values [n, KV heads, head_dim] to one per query head."""
     scale: Callable[[ModelConfig], float] = lambda config: config.head_dim**-0.5
     attn_residual: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, normed, out: x + out
-    """Of the layer's input, attn_norm, and o_proj."""
+    """Called with the layer's input, attn_norm, and o_proj."""
     activation: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: F.silu(gate) * up
     mlp_residual: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = (
         lambda x, middle, normed, out: middle + out
     )
-    """Of the layer's input, attn_residual, mlp_norm, and down_proj."""
+    """Called with the layer's input, attn_residual, mlp_norm, and down_proj."""
     logits: Callable[[Tensor], Tensor] = lambda logits: logits
-    """NaN is anything."""
+    """NaN in the result matches any value."""
 
 
 RIGHT = Operations()
@@ -179,7 +179,7 @@ def compute(
 ) -> Iterator[tuple[str, Tensor]]:
     """Stages as docs/tensors.md names them, and ``k_cache`` and ``v_cache``, in order, float32.
 
-    right: the stages without a mistake; those that how leaves as they are, are taken from it.
+    right: the stages without a mistake; stages that how does not change are taken from it.
     """
     run = _Run(case, how, how.weights(case.weights), right or {})
     return run.head() if case.layer is None else run.layer()
@@ -201,14 +201,14 @@ class _Run:
         weights: Sequence[str] = (),
         by: Sequence[str] = (),
     ) -> tuple[str, Tensor]:
-        """Make a stage of others, of weights, and by operations; or take the right one."""
+        """Compute a stage from other stages, weights and operations; or take the right one."""
         self.made[name] = self.right[name] if self.same(name, after, weights, by) else make()
         return name, self.made[name]
 
     def same(
         self, name: str, after: Sequence[str], weights: Sequence[str], by: Sequence[str]
     ) -> bool:
-        """Whether nothing that a stage is made of differs from the right layer's."""
+        """Whether all inputs of a stage are the right layer's."""
         return (
             name in self.right
             and name not in self.how.norms
@@ -218,7 +218,7 @@ class _Run:
         )
 
     def norm(self, name: str, before: str | None = None) -> tuple[str, Tensor]:
-        """Of the stage before it, or of the input."""
+        """Norm of the stage before it, or of the input."""
         weight = NORM_WEIGHTS[name]
 
         def make() -> Tensor:
@@ -279,7 +279,8 @@ class _Run:
         )
 
     def turned(self, head: str) -> Generator[tuple[str, Tensor], None, tuple[str, str]]:
-        """Norm and RoPE of queries or keys; returns the stages before RoPE, and the last."""
+        """Norm and RoPE of queries or keys; returns the names of the stages before RoPE and
+        of the last one."""
         projected, normed, rotated = f"{head}_proj", f"{head}_norm", f"{head}_rope"
         if not self.case.config.qk_norm:
             yield self.rotated(rotated, projected)
@@ -305,7 +306,7 @@ class _Run:
         return self.stage(name, make, [before], by=by)
 
     def cached(self, unturned: str, turned: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """The cache once keys and values are written, and attention."""
+        """The cache after keys and values are written, and attention."""
         case, how, made = self.case, self.how, self.made
         stages = ("k_cache", "v_cache", "attention")
         inputs = [unturned, *turned.values(), "v_proj"]
@@ -360,13 +361,13 @@ class _Cache:
         return cls(reads[0], reads[1], (writes[0], writes[1]))
 
     def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Slots beyond the last stand for memory that is nobody's: these come round again."""
+        """Slots beyond the last wrap around; they stand for memory outside the cache."""
         slots = slots % self.key.count
         self.writes[0][slots], self.writes[1][slots] = key, value
 
 
 def _seen_as(cache: Tensor, spec: KvCacheSpec, order: RowOrder) -> Tensor:
-    """The same memory, in pages of that row order."""
+    """A view of the same memory, in pages of that row order."""
     rows = (spec.page_size, spec.num_kv_heads)
     return cache.view(len(cache), *(rows if order == "NHD" else rows[::-1]), spec.head_dim)
 

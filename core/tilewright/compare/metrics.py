@@ -1,4 +1,4 @@
-"""How far a tensor is from another one, in the figures that people who check kernels ask for."""
+"""Distance between two tensors, in the metrics that are usual for checking kernels."""
 
 import torch
 from attrs import frozen
@@ -11,8 +11,8 @@ _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32:
 class Difference:
     """A candidate's distance from a reference of the same shape.
 
-    Figures are over the elements that are finite on both sides, in float64; of a reference that is
-    zero throughout, the relative ones are infinite unless the candidate is zero too.
+    Figures are over the elements that are finite on both sides, in float64. If the reference is all
+    zero, the relative ones are infinite unless the candidate is zero too.
     """
 
     elements: int
@@ -22,17 +22,17 @@ class Difference:
     relative_rms: float
     """Frobenius norm of the difference over that of the reference."""
     cosine: float
-    """Of the angle between the two as vectors; 1 is the same direction."""
+    """Cosine of the angle between the two as vectors; 1 is the same direction."""
     gain: float
-    """How many times the reference the candidate is: the factor that fits best. Rounding leaves it
-    at 1 where truncation, or a scale that is slightly off, does not."""
+    """The factor on the reference that best fits the candidate. Rounding leaves it at 1;
+    truncation, or a scale that is slightly off, does not."""
     beyond: float
     """Share of elements with |candidate - reference| > atol + rtol * |reference|."""
     max_ulps: int
-    """Representable numbers between the two, in the lower of the two dtypes, at most."""
+    """Largest distance in representable numbers, in the lower of the two dtypes."""
     worst: tuple[int, ...]
-    """Coordinates of the largest difference; of the first one that only one side has not finite,
-    if there is such."""
+    """Coordinates of the largest difference; or of the first element that is finite on one side
+    only, if there is one."""
     candidate_at_worst: float
     reference_at_worst: float
     candidate_nonfinite: int
@@ -45,7 +45,7 @@ class Difference:
 
 
 METRICS = ("max_abs", "max_rel", "relative_rms", "nmse", "cosine", "beyond", "max_ulps")
-"""Figures of a Difference that a tolerance can be on."""
+"""Figures of a Difference that a tolerance can limit."""
 
 
 def difference(
@@ -109,7 +109,8 @@ def _gain(a: Tensor, b: Tensor) -> float:
 
 
 def _ulps(a: Tensor, b: Tensor) -> int:
-    """Numbers of one sign follow each other as their bit patterns do, as integers."""
+    """Largest distance in representable numbers. Bit patterns of numbers of one sign, read as
+    integers, are in the order of the numbers."""
     if not len(a):
         return 0
     lower = a.dtype if a.dtype.itemsize <= b.dtype.itemsize else b.dtype

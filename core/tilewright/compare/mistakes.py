@@ -1,4 +1,4 @@
-"""The mistakes that kernels and loaders are known to make, as hypotheses."""
+"""Known mistakes of kernels and loaders, as hypotheses."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +33,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def _with(changes: Mapping[str, Change]) -> Operations:
-    """Some weights changed, if there are such."""
+    """Operations with some weights changed, where the layer has them."""
 
     def weights(given: Weights) -> Weights:
         return {n: changes[n](w) if n in changes else w for n, w in given.items()}
@@ -42,7 +42,7 @@ def _with(changes: Mapping[str, Change]) -> Operations:
 
 
 def _given(weight: Tensor) -> Change:
-    """Another weight in place of the right one."""
+    """Replaces the right weight with another one."""
     return lambda right: weight
 
 
@@ -55,7 +55,7 @@ def _of_columns(change: Change) -> Change:
 
 
 def _regrouped(outer: int, inner: int) -> Change:
-    """Rows that are counted outer first to rows that are counted inner first."""
+    """Reorders rows from [outer, inner] to [inner, outer]."""
     return lambda w: w.reshape(outer, inner, -1, *w.shape[1:]).transpose(0, 1).reshape(w.shape)
 
 
@@ -80,7 +80,7 @@ def transposed(case: Case) -> Iterator[tuple[str, Operations]]:
 
 
 def in_another_order(case: Case) -> Iterator[tuple[str, Operations]]:
-    """Heads and their halves as other layouts have them, and what is off by some rows."""
+    """Heads and their halves in the order of other layouts, and shifted rows or columns."""
     if case.layer is None:
         return
     config = case.config
@@ -162,16 +162,16 @@ PRODUCTS = {
     "down_proj": ("activation", "down_proj"),
     "lm_head": ("final_norm", "logits"),
 }
-"""By weight: the stages that are multiplied by it, and that come of it."""
+"""Keyed by weight: the stage that is multiplied by it, and the stage that results."""
 BLOCKS = 64
-"""Into how many parts a sum is cut, at most, to see which of them are missing."""
+"""Largest number of parts that a sum is split into, to see which of them are missing."""
 PARTS_AT_ONCE = 2**24
-"""Elements of such parts that are in memory together, about."""
+"""Approximate number of elements of such parts that are in memory together."""
 
 
 def parts_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
-    """Where the sums over some columns of a weight count another number of times than once; of the
-    first product that is wrong, for what comes after it is wrong too."""
+    """Sums over some columns of a weight that are not counted exactly once. Only the first wrong
+    product is examined, since what follows it is wrong too."""
     for name, (before, after) in PRODUCTS.items():
         right, found = case.right.get(after), case.found.get(after)
         if right is None or found is None or found.shape != right.shape:
@@ -202,7 +202,7 @@ def parts_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
 
 
 def _missing_parts(x: Tensor, weight: Tensor, missing: Tensor, size: int) -> Tensor:
-    """How many times the sum over each block of columns is in what is missing, as it fits best.
+    """Least-squares fit of how many times the sum over each block of columns is missing.
 
     x: [T, columns], multiplied by weight [out, columns]; missing: [T, out]. Returns [blocks].
     """
@@ -278,7 +278,7 @@ def norms(case: Case) -> Iterator[tuple[str, Operations]]:
 
 
 def _eps(case: Case, stage: str) -> list[float]:
-    """The one that fits best where the stage is tapped, else those that models have."""
+    """The best-fitting eps where the stage is tapped, else those that models have."""
     config = case.config
     if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
         return [eps for eps in (0.0, 1e-8, 1e-6, 1e-5, 1e-3) if eps != config.norm_eps]
@@ -296,7 +296,7 @@ def _eps(case: Case, stage: str) -> list[float]:
 
 
 def _least(error: Callable[[float], float], low: float, high: float) -> float:
-    """Where error is least: looked for in a grid, and finer around the best place thrice."""
+    """Minimum of error: a grid search, refined three times around the best point."""
     for _ in range(4):
         step = (high - low) / 40
         grid = [low + step * i for i in range(41)]
@@ -309,14 +309,14 @@ def _least(error: Callable[[float], float], low: float, high: float) -> float:
 
 
 def rotate_neighbours(x: Tensor, angle: Tensor) -> Tensor:
-    """Dimension 2 i of x [T, heads, head_dim] turns with 2 i + 1."""
+    """Rotates dimension 2 i of x [T, heads, head_dim] with 2 i + 1."""
     a, b = x[..., ::2], x[..., 1::2]
     cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
 
 def _at(change: Change) -> Callable[[Case], Tensor]:
-    """Angles of other positions than the batch's."""
+    """Angles for changed positions."""
 
     def turned(case: Case) -> Tensor:
         positions = change(case.batch.positions.long()).to(case.batch.positions.dtype)
@@ -393,7 +393,7 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
 
 
 def _theta(case: Case) -> float | None:
-    """The one that fits best, if the candidate taps what RoPE has turned."""
+    """The best-fitting theta, if the candidate taps rotated queries or keys."""
     config = case.config
     stage = "q_rope" if "q_rope" in case.found else "k_rope"
     if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
@@ -411,7 +411,7 @@ def _theta(case: Case) -> float | None:
 
 
 def _end_of_table(case: Case) -> int | None:
-    """The first position whose turned heads are wrong, if more than the very first is right."""
+    """The first position with wrong rotated heads, if it is above 1."""
     stage = "q_rope" if "q_rope" in case.found else "k_rope"
     if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
         return None
@@ -481,7 +481,7 @@ def attention(case: Case) -> Iterator[tuple[str, Operations]]:
 
 
 def _slots_of(case: Case, change: Change) -> Tensor:
-    """Slots of other positions than those of the step's tokens."""
+    """Slots for changed positions of the step's tokens."""
     starts = case.batch.query_starts.tolist()
     positions = case.batch.positions.long()
     return torch.cat(
@@ -617,14 +617,14 @@ def activation(case: Case) -> Iterator[tuple[str, Operations]]:
 
 
 def truncated(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """To a dtype of 16 bits, towards zero; float32 again."""
+    """Rounds towards zero to a dtype of 16 bits, and converts back to float32."""
     rounded = x.to(dtype)
     beyond = rounded.float().abs() > x.abs()
     return torch.where(beyond, _towards_zero(rounded), rounded).float()
 
 
 def _towards_zero(x: Tensor) -> Tensor:
-    """The neighbour that is nearer to zero: one less, of the bits as a number."""
+    """The next number towards zero: the bits, as an integer, minus one."""
     return (x.contiguous().view(torch.int16) - 1).view(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What was done to a weight that is not as the checkpoint has it, in words."""
+"""Describes in words how a packed weight differs from the checkpoint's."""
 
 from collections.abc import Iterable
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def how_packed(packed: Tensor, source: Tensor, others: Iterable[tuple[str, Tensor]]) -> str:
-    """How packed came of source, of its shape and dtype; empty when no known mistake fits.
+    """How packed was made from source (same shape and dtype); empty when no known mistake fits.
 
-    others: the model's other weights of that shape, by name; they are read only if need be.
+    others: the model's other weights of that shape, by name; they are read only if needed.
     """
     if not packed.any():
         return "it is all zero"
@@ -29,8 +29,8 @@ def how_packed(packed: Tensor, source: Tensor, others: Iterable[tuple[str, Tenso
 
 
 def _order(what: str, packed: Tensor, source: Tensor) -> str:
-    """Whether the rows are source's in another order. Rows are told apart by a random projection,
-    which sorts both alike, and then compared in full."""
+    """Describes rows that are source's in another order; else empty. Both are sorted by a random
+    projection of their rows, and then compared in full."""
     chance = torch.Generator().manual_seed(0)
     onto = torch.randn(source.shape[1], generator=chance, dtype=torch.float64)
     ours, theirs = (torch.argsort(t.double() @ onto, stable=True) for t in (packed, source))

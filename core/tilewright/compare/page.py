@@ -1,4 +1,4 @@
-"""A comparison as a page with pictures: one file, without scripts and without a network."""
+"""A comparison as an HTML page with pictures: one file, without scripts or network access."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,13 +25,13 @@ from tilewright.compare.run import Comparison
 from tilewright.compare.shades import DARK, LIGHT, PASSING, Palette, ends, level
 
 _MOST_STEPS = 12
-"""Of which there are pictures: the first and those that went worst."""
+"""Largest number of steps with pictures: the first one and the worst ones."""
 _MOST_WEIGHTS = 50
 _MOST_GUESSES = 5
 
 
 def html(comparison: Comparison) -> str:
-    """The page. Says everything in words too; colours are told apart in any colour vision."""
+    """The page. Everything is also in words; the colours suit any colour vision."""
     sections = [
         _divergence(comparison),
         *(_heat_maps(comparison, mode) for mode in MODES),
@@ -183,7 +183,7 @@ def _heat_maps(comparison: Comparison, mode: Mode) -> str:
 
 _CELL, _LEFT, _TOP, _RIGHT = 15, 22, 70, 38
 _FLAT = 8
-"""Height of a cell where layers are many."""
+"""Height of a cell where there are many layers."""
 
 
 def _heat_map(findings: Iterable[Finding]) -> str:
@@ -222,7 +222,7 @@ def _heat_map(findings: Iterable[Finding]) -> str:
 
 
 def _alone(finding: Finding, y: float) -> str:
-    """A tensor of no layer: its cell, and its name beside it."""
+    """A tensor outside the layers: its cell, and its name beside it."""
     name = f"<text x='{_LEFT + _CELL + 5}' y='{y + 11}'>{escape(finding.place.stage)}</text>"
     return _cell(finding, _LEFT, y, _CELL) + name
 
@@ -241,7 +241,7 @@ def _cell(finding: Finding, x: float, y: float, height: int) -> str:
 
 
 def _cross(x: float, y: float, shade: int | None = None) -> str:
-    """On a shade, or on the page."""
+    """A cross, on a shade or on the page."""
     style = "cross" if shade is None else f"cross on{shade}"
     return f"<path class='{style}' d='M{x - 2.5} {y - 2.5}l5 5m0-5l-5 5'/>"
 
@@ -266,10 +266,10 @@ def _legend() -> str:
 class Series:
     name: str
     style: str
-    """Of its line and its marks, a class of the style sheet."""
+    """CSS class of its line and marks."""
     points: list[tuple[int, float]]
     crossed: frozenset[int] = frozenset()
-    """Where a mark gets a cross."""
+    """Marks that get a cross."""
 
 
 def _depth(comparison: Comparison) -> str:
@@ -383,7 +383,7 @@ _WIDE, _HIGH, _EDGE = 340, 190, 42
 
 
 def _chart(x_name: str, series: Sequence[Series]) -> str:
-    """Lines over whole numbers, on a logarithmic scale; zero is drawn at its foot."""
+    """Lines over integers, on a logarithmic scale; zero is drawn at the bottom."""
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points if 0 < y < math.inf]
     low = math.floor(math.log10(min(ys, default=1e-3)))
@@ -438,7 +438,7 @@ def _svg(width: float, height: float, drawn: str, label: str) -> str:
 
 
 def _variables(palette: Palette) -> str:
-    """Of the style sheet."""
+    """The palette as CSS variables."""
     names = ("paper", "ink", "faint", "rule", "candidate", "baseline")
     colours = {name: getattr(palette, name) for name in names}
     colours |= {f"l{i}": shade for i, shade in enumerate(palette.shades)}

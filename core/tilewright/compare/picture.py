@@ -1,4 +1,4 @@
-"""A comparison as one picture, for wherever a picture can be pasted."""
+"""A comparison as one PNG image."""
 
 import io
 import math
@@ -16,32 +16,32 @@ from tilewright.compare.run import Comparison
 from tilewright.compare.shades import LIGHT, PASSING, ends, level
 
 WIDTH = 1000
-"""In pixels. Text is large enough to be read at a phone's width too, less than half of that."""
+"""Width in pixels. Text stays legible at a phone's width, less than half of that."""
 
-# All is drawn twice as large, and halved in the end: that makes slanted lines smooth.
+# Drawn at twice the size and halved at the end, to smooth slanted lines.
 _MARGIN = 56
 _INSIDE = 2 * (WIDTH - _MARGIN)
 _LARGE, _MIDDLE, _SMALL = 60, 52, 46
 """Heights of text."""
 _LEFT, _LEAN = 84, 60
-"""Width of the layers' numbers, and of what the last stage's name leans out to the right."""
+"""Width of the layer numbers, and how far the last stage's name extends to the right."""
 _SLANT = 60
-"""Of the stages' names, in degrees."""
+"""Angle of the stage names, in degrees."""
 _WIDEST = 150
-"""A cell, where stages are few."""
+"""Width of a cell where there are few stages."""
 _LOWEST, _HIGHEST, _DEEPEST = 20, 76, 1400
-"""A cell, where layers are many or few; and all layers' cells, where they are neither."""
+"""Height of a cell where there are many or few layers; otherwise, of all layers' cells."""
 _SWATCH = 80, 56
-"""The cell of a tensor of no layer."""
+"""Size of the cell of a tensor outside the layers."""
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom."""
 Cells = Mapping[tuple[int | None, str], Finding]
-"""By layer and stage."""
+"""Findings, keyed by layer and stage."""
 
 
 def png(comparison: Comparison) -> bytes:
-    """The file: the answer, then a heat map a mode, of which each cell is the worst of all steps.
+    """The file: the verdict, then a heat map per mode; each cell is the worst of all steps.
 
     What failed has a cross, and what failed first a frame.
     """
@@ -87,14 +87,14 @@ def _stacked(blocks: Sequence[Image.Image], gap: int) -> Image.Image:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own, which is the same on every machine."""
+    """Pillow's built-in font, which is the same on every machine."""
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)
     return font
 
 
 def _text(text: str, size: int, colour: str) -> Image.Image:
-    """In as many lines as it needs."""
+    """Text, in as many lines as it needs."""
     font = _font(size)
     columns = 4 * _INSIDE // size
     lines = wrap(text, columns)
@@ -119,7 +119,7 @@ def _verdict(found: str) -> Image.Image:
 
 
 def _slanted(text: str) -> Image.Image:
-    """A mask, of a text that goes up to the right."""
+    """Mask of a text that slants up to the right."""
     font = _font(_SMALL)
     mask = Image.new("L", (math.ceil(font.getlength(text)), _SMALL * 5 // 4))
     ImageDraw.Draw(mask).text((0, mask.height / 2), text, fill=255, font=font, anchor="lm")
@@ -130,7 +130,7 @@ def _slanted(text: str) -> Image.Image:
 
 
 def _legend(framed: bool) -> Image.Image:
-    """Shades, and what marks mean. framed: there is a frame to explain."""
+    """The shades and the meaning of marks. framed: there is a frame to explain."""
     names, font = ends(), _font(_SMALL)
     width, height = _INSIDE // len(names), 56
     image, draw = _blank(height + 132)
@@ -157,7 +157,7 @@ def _legend(framed: bool) -> Image.Image:
 
 
 def _panel(comparison: Comparison, mode: Mode) -> Image.Image | None:
-    """Title and heat map; None of a mode that did not run."""
+    """Title and heat map; None for a mode that did not run."""
     found = [f for f in comparison.findings if f.place.mode == mode]
     if not found:
         return None
@@ -225,7 +225,7 @@ def _heat_map(cells: Cells, first: Finding | None) -> Image.Image:
 
 
 def _even(x: float) -> int:
-    """The next smaller even number: cells stay sharp when halved."""
+    """The next smaller even number, so that cells stay sharp when halved."""
     return int(x) // 2 * 2
 
 
@@ -246,7 +246,7 @@ def _cross(draw: ImageDraw.ImageDraw, box: Box, colour: str) -> None:
 
 
 def _frame(draw: ImageDraw.ImageDraw, box: Box) -> None:
-    """Around a cell, with a line of paper between."""
+    """A frame around a cell, with a line of background between."""
     left, top, right, bottom = box
     for off, width, colour in ((10, 6, LIGHT.ink), (4, 4, LIGHT.paper)):
         outer = (left - off, top - off, right - 1 + off, bottom - 1 + off)

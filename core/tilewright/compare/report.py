@@ -1,4 +1,4 @@
-"""A comparison as people read it in a terminal, and as programs do."""
+"""A comparison as text for a terminal, and as a record for programs."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +38,7 @@ CHECKS = {
     "final_norm": "the last RMSNorm: its weight, and which rows it gets",
     "logits": "the head: its weight, tied or not, and which rows it gets",
 }
-"""By stage, in the order of docs/tensors.md: where to look when it is the first that is wrong."""
+"""What to check, keyed by the first wrong stage, in the order of docs/tensors.md."""
 
 _MOST_ROWS = 16
 _MOST_STEPS = 12
@@ -46,7 +46,7 @@ _MOST_GUESSES = 10
 
 
 def record(comparison: Comparison) -> dict[str, Any]:
-    """Everything, as docs/numerics.md documents it. A number that is not finite is None."""
+    """The whole comparison, as docs/numerics.md documents it. Non-finite numbers become None."""
     divergence = comparison.divergence
     perplexity = comparison.perplexity
     return {
@@ -135,7 +135,7 @@ def _finite(value: Any) -> Any:
 def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
     """Lines. Tables are at most width columns wide (at least 40), sentences only when wrapped.
 
-    What failed is marked with an exclamation mark.
+    Failures are marked with an exclamation mark.
     """
     width = max(width, 40)
 
@@ -185,7 +185,7 @@ def facts(comparison: Comparison) -> str:
 
 
 def reason_line(reason: Reason) -> str:
-    """The known mistake that explains the first divergence, and how sure that is."""
+    """The known mistake that explains the first divergence, and the confidence in it."""
     left, best = _times(reason.unexplained), reason.best[:1]
     broken = "".join(f"; {why}" for why in reason.broken)
     if reason.unexplained <= 1:
@@ -237,7 +237,7 @@ def missing_line(comparison: Comparison) -> str:
 
 
 def worst(findings: Iterable[Finding]) -> dict[tuple[int | None, str], Finding]:
-    """Of each layer and stage, the finding that failed most, in the order of first appearance."""
+    """The worst finding of each layer and stage, in the order of first appearance."""
     found: dict[tuple[int | None, str], Finding] = {}
     for finding in findings:
         key = (finding.place.layer, finding.place.stage)
@@ -266,7 +266,7 @@ def _table(comparison: Comparison, mode: Mode, width: int) -> list[str]:
 
 
 def grouped(layers: Sequence[int], special: int | None) -> list[Sequence[int]]:
-    """Runs of layers, each one alone where they are few; the special one is always alone."""
+    """Runs of layers; single layers where there are few. The special one is always alone."""
     size = 1 if len(layers) <= _MOST_ROWS else -(-len(layers) // (_MOST_ROWS - 2))
     groups: list[Sequence[int]] = []
     for start in range(0, len(layers), size):
@@ -295,7 +295,7 @@ def _short(stage: str) -> str:
 
 
 def _blocks(heads: list[list[str]], rows: list[list[str]], width: int) -> list[str]:
-    """A table under headings of words one below the other, in as many blocks as the width asks."""
+    """A table with stacked words as headings, in as many blocks as the width requires."""
     words = [head[0].split("_") for head in heads]
     wide = [max(map(len, (*words[i], *(row[i] for row in rows)))) for i in range(len(heads))]
     lines: list[str] = []
@@ -320,7 +320,7 @@ def _blocks(heads: list[list[str]], rows: list[list[str]], width: int) -> list[s
 
 
 def _logits(comparison: Comparison) -> Iterator[str]:
-    """A line a step; of many steps, those that agree least."""
+    """One line per step; if there are many, the steps that agree least."""
     by_step: dict[int, list[LogitsAgreement]] = {}
     for row in comparison.logits:
         by_step.setdefault(row.step, []).append(row)
@@ -352,7 +352,7 @@ def _logits(comparison: Comparison) -> Iterator[str]:
 
 
 def advice(comparison: Comparison) -> list[str]:
-    """What to look at, and what to run, when the two differ."""
+    """What to check, and what to run, when the two differ."""
     wrong = [w for w in comparison.weights if not w.passed]
     if wrong:
         return [f"look at how {comparison.candidate} loads and packs {wrong[0].name}"]
@@ -379,7 +379,7 @@ def advice(comparison: Comparison) -> list[str]:
 
 
 def _untapped(comparison: Comparison, first: Finding) -> list[str]:
-    """The stage before the first wrong one, what the candidate lacks between, and that one."""
+    """The last stage before the first wrong one, the untapped stages between, and the wrong one."""
     order = list(CHECKS)
     layer, stage = first.place.layer, first.place.stage
     tapped = {

@@ -43,16 +43,16 @@ from tilewright.types import DType, Hypothesis, KvLayer
 from tilewright.weights import expected_tensors, torch_dtype
 
 BEFORE_CACHE = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope")
-"""Stages of a layer that come before its keys and values are cached."""
+"""Stages of a layer before its keys and values are cached."""
 
 Progress = Callable[["Comparison", str, int, int], None]
-"""Called with the comparison so far, what was compared last, and how many steps of how many are
-done: when all sides are loaded, after each layer, and after each step."""
+"""Called with the comparison so far, what was compared last, the number of finished steps, and
+their total: when all sides are loaded, after each layer, and after each step."""
 
 
 @frozen(kw_only=True)
 class WeightFinding:
-    """A weight that the candidate works with, against the checkpoint's in the candidate's dtype."""
+    """A weight of the candidate, against the checkpoint's in the candidate's dtype."""
 
     name: str
     passed: bool
@@ -61,26 +61,26 @@ class WeightFinding:
 
 @define(kw_only=True)
 class Comparison:
-    """What two executors' runs of one model differ in."""
+    """Differences between two executors' runs of one model."""
 
     model: str
     reference: str
     candidate: str
     dtype: str
-    """The candidate's; the baseline is the reference in it, the truth the reference in float32."""
+    """The candidate's dtype; the baseline is the reference in it, the truth is in float32."""
     weights: list[WeightFinding] = field(factory=list)
     findings: list[Finding] = field(factory=list)
     """In the order in which the tensors were computed: chained, then isolated."""
     reason: Reason | None = None
-    """What known mistakes explain of the first layer that is wrong by itself."""
+    """Diagnosis of the first layer that is wrong by itself."""
     logits: list[LogitsAgreement] = field(factory=list)
     not_compared: list[str] = field(factory=list)
-    """Stages that the reference taps and the candidate has no tensor for."""
+    """Stages that the reference taps and the candidate does not."""
     perplexity: tuple[float, float] | None = None
-    """Of the prompts, by the truth and by the candidate."""
+    """Perplexity of the prompts, by the truth and by the candidate."""
     finished: bool = False
     failure: str = ""
-    """Why an executor could not go on, if one could not."""
+    """Why an executor could not continue; else empty."""
 
     @property
     def equal(self) -> bool:
@@ -132,13 +132,13 @@ def compare(
 ) -> Comparison:
     """Run prompts, then new_tokens - 1 decode steps with the truth's greedy tokens on all sides.
 
-    chunk: tokens in a prefill step at most. isolate: run each layer alone even if the whole runs
-    are equal; that finds errors that are lost in the rounding of the layers before. tolerances: of
-    those whose pattern fits a tensor's name, the first decides whether it passes. An executor that
-    fails in a step ends the comparison, which says so in ``failure``.
+    chunk: maximum number of tokens in a prefill step. isolate: run each layer alone even if the
+    whole runs are equal; that finds errors that are lost in the rounding of earlier layers.
+    tolerances: the first one with a pattern that matches a tensor's name decides whether it passes.
+    An executor that fails in a step ends the comparison, and ``failure`` says why.
 
     Raises what LLMEngine raises; ExecutorError when the two have nothing to compare; ConfigError
-    for a tolerance that is for no tensor.
+    for a tolerance that matches no tensor.
     """
     with ExitStack() as opened:
 
@@ -196,9 +196,9 @@ class _Sides:
     truth: Side
     tolerances: Sequence[Tolerance] = ()
     noise: dict[tuple[Mode, str], Noise] = field(factory=lambda: defaultdict(Noise))
-    """By mode and tensor."""
+    """Noise, keyed by mode and tensor."""
     tapped: dict[str, bool] = field(factory=dict)
-    """Whether the candidate taps a stage, by the first place where it could."""
+    """Whether the candidate taps a stage, decided where the stage first occurs."""
 
     @property
     def all(self) -> tuple[Side, Side, Side]:
@@ -209,7 +209,7 @@ class _Sides:
         return all(side.layerwise for side in self.all)
 
     def weights(self) -> Iterator[WeightFinding]:
-        """Each weight that both can give back."""
+        """Compares each weight, if both executors can return weights."""
         if not all(hasattr(s.executor, "weight") for s in (self.candidate, self.baseline)):
             return
         config = self.candidate.model.loaded.config
@@ -241,9 +241,9 @@ class _Sides:
             yield WeightFinding(name=name, passed=not why, why=why)
 
     def chained(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
-        """Each side on its own outputs; the truth's tokens go to tokens, a list a step.
+        """Runs each side on its own outputs; adds the truth's tokens to tokens, one list per step.
 
-        Yields what was compared, and how many steps are done.
+        Yields what was compared, and the number of finished steps.
         """
         self.candidate.spoil()
         number = 0
@@ -283,7 +283,7 @@ class _Sides:
             yield phase, number
 
     def isolated(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
-        """Each layer of candidate and truth on the baseline's input and cache."""
+        """Runs each layer of candidate and truth on the baseline's input and cache."""
         why = _Why.of_plugins(result.candidate, result.reference)
         why.able = hasattr(self.truth.executor, "weight")
         for side in self.all:
@@ -372,7 +372,7 @@ class _Sides:
     def _judge(
         self, result: Comparison, at: Place, ours: Tensors, near: Tensors, true: Tensors
     ) -> list[Finding]:
-        """Judges what the candidate taps, and what it must: outputs of layers, and logits."""
+        """Judges what the candidate taps, and what it must tap: layer outputs and logits."""
         for name in ours:
             if name not in true:
                 raise ExecutorError(
@@ -421,7 +421,7 @@ class _Sides:
     def _judge_kv(
         self, at: Place, layer: int, step: Step, caches: tuple[KvLayer, KvLayer, KvLayer]
     ) -> list[Finding]:
-        """What the step's requests have in the cache, from their first token to the step's last."""
+        """Judges the cache of the step's requests, from their first token to the step's last."""
         found = []
         for name in ("key", "value"):
             ours, near, true = (getattr(cache, name) for cache in caches)
@@ -431,7 +431,7 @@ class _Sides:
         return found
 
     def _cached_at(self, finding: Finding, step: Step) -> str:
-        """Whose slot the worst element of joined caches [tokens, KV heads, head_dim] is in."""
+        """Request and slot of the worst element of joined caches [tokens, KV heads, head_dim]."""
         if finding.candidate is None:
             return ""
         token, head, _ = finding.candidate.worst
@@ -444,20 +444,20 @@ class _Sides:
 
 
 HELD_AGAINST = 2
-"""Later steps in which a reason has to hold too."""
+"""Number of later steps in which a reason is tested again."""
 
 
 @define(eq=False)
 class _Why:
-    """Looks for the reason of the first layer that is wrong by itself."""
+    """Diagnoses the first layer that is wrong by itself."""
 
     hypotheses: Sequence[Hypothesis]
     broken: tuple[str, ...]
     able: bool = True
-    """Whether there are right weights to compute with."""
+    """Whether right weights are available."""
     layer: "int | None" = None
     steps: int = 0
-    """In which the reason was looked for, or held against."""
+    """Number of steps in which a reason was searched or tested."""
 
     @classmethod
     def of_plugins(cls, *executors: str) -> "_Why":
@@ -472,14 +472,14 @@ class _Why:
         return cls(found, tuple(broken))
 
     def wants(self, result: Comparison, layer: "int | None") -> bool:
-        """Whether the layer is to be explained if it is wrong. None: what follows the last one."""
+        """Whether the layer is to be explained if it is wrong. None: the head."""
         held = result.reason is None or (layer == self.layer and self.steps <= HELD_AGAINST)
         return self.able and held
 
     def of(
         self, case: Case, result: Comparison, where: str, number: int
     ) -> Iterator[tuple[str, int]]:
-        """Explain the case, or hold the reason against it; yields as isolated does."""
+        """Explain the case, or test the reason on it; yields as isolated does."""
         self.steps += 1
         if result.reason is not None:
             result.reason = hold(result.reason, case, self.hypotheses)
@@ -497,7 +497,7 @@ class _Why:
 
 
 def _in_order(tapped: list[Finding], cached: list[Finding]) -> list[Finding]:
-    """A layer's findings in the order of computation: the cache is written, then attended to."""
+    """A layer's findings in the order of computation: the cache comes before attention."""
     before = [f for f in tapped if f.place.stage in BEFORE_CACHE]
     return [*before, *cached, *(f for f in tapped if f.place.stage not in BEFORE_CACHE)]
 

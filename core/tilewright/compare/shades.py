@@ -1,17 +1,17 @@
-"""The colours of a comparison's pictures, wherever they are drawn."""
+"""Colours shared by the pictures of a comparison."""
 
 from attrs import frozen
 
 from tilewright.compare.judge import Finding
 
 LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 10.0, 100.0)
-"""Where shades of error over limit end. The last shade has no end."""
+"""Upper ends of the shades, as error over limit. The last shade has no end."""
 PASSING = LEVELS.index(1.0)
-"""The last shade of what passed."""
+"""The last passing shade."""
 
 
 def level(finding: Finding) -> int:
-    """The shade, from 0; one that failed is never shaded as one that passed, nor the reverse."""
+    """The shade, from 0; failed and passed findings never share one."""
     reached = next((i for i, end in enumerate(LEVELS) if finding.excess <= end), len(LEVELS))
     return min(reached, PASSING) if finding.passed else max(reached, PASSING + 1)
 
@@ -23,9 +23,9 @@ def ends() -> list[str]:
 
 @frozen(kw_only=True)
 class Palette:
-    """Blue passes, orange fails, the farther from the paper the larger the error.
+    """Blue passes, orange fails; the larger the error, the greater the contrast with the paper.
 
-    That is told apart in any colour vision; what failed has a cross as well.
+    The two suit any colour vision; failures also have a cross.
     """
 
     paper: str
@@ -34,7 +34,7 @@ class Palette:
     rule: str
     shades: tuple[str, ...]
     crosses: tuple[str, ...]
-    """On the shades that fail, in their order."""
+    """Colours of the crosses on the failing shades, in their order."""
     candidate: str
     baseline: str
 

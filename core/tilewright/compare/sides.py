@@ -1,4 +1,4 @@
-"""The executors of a comparison: each with an engine, a KV cache and page tables of its own."""
+"""The executors of a comparison: each with its own engine, KV cache and page tables."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +18,10 @@ from tilewright.types import KvLayer, Phase, RuntimeConfig, SamplingParams, Tap
 MODEL_ID = "compared"
 
 UNWRITTEN = 8.0
-"""What caches hold where nothing is written: finite, and nothing like a key or a value."""
+"""Value of unwritten cache slots: finite, and unlike any key or value."""
 
 Tensors = dict[str, Tensor]
-"""By the names of docs/tensors.md."""
+"""Tensors, keyed by the names of docs/tensors.md."""
 
 
 class StepError(ExecutorError):
@@ -34,19 +34,19 @@ class Choice:
 
     executor: str
     options: Mapping[str, Any] = {}
-    """The executor's."""
+    """Options of the executor."""
     runtime: RuntimeConfig = RuntimeConfig()
     loader: str | None = None
     model_format: str | None = None
     kv_allocator: str = "paged"
     other_options: Mapping[str, Mapping[str, Any]] = {}
-    """Those of the other plugins, as LLMEngine.from_plugins takes them."""
+    """Options of the other plugins, as LLMEngine.from_plugins takes them."""
     observers: Sequence[str | object] = ()
 
 
 @define(eq=False)
 class Side:
-    """One executor of a comparison, and the same requests as on the other sides."""
+    """One executor of a comparison; all sides have the same requests."""
 
     name: str
     engine: LLMEngine
@@ -58,7 +58,7 @@ class Side:
         return self.scheduler.schedule()
 
     def done(self, step: Step, tokens: Sequence[int]) -> None:
-        """The step has run, and these are the next tokens of the requests that it sampled."""
+        """Commits a step that has run, with the next tokens of its sampled requests."""
         for request, token in zip(step.sampled, tokens, strict=True):
             request.output_token_ids.append(token)
         self.scheduler.done(step)
@@ -67,7 +67,7 @@ class Side:
                 self.scheduler.remove(request)
 
     def restart(self) -> None:
-        """The same requests from their beginning, in a cache that still holds what it held."""
+        """Restarts the same requests; the cache keeps its contents."""
         for request in self.requests:
             self.scheduler.remove(request)
         self.requests = [evolve(r, output_token_ids=[], num_computed=0) for r in self.requests]
@@ -75,7 +75,7 @@ class Side:
             self.scheduler.add(request)
 
     def spoil(self) -> None:
-        """Fill the cache: of one that is zero, slots that are not the sequence's go unnoticed."""
+        """Fill the cache: if it were zero, reads of another sequence's slots would go unnoticed."""
         for i in range(self.executor.kv_cache_spec.num_layers if self.layerwise else 0):
             cache = self.executor.read_kv(i)
             spoilt = (torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value))
@@ -94,7 +94,7 @@ class Side:
         return hasattr(self.executor, "run_layer")
 
     def phase(self, step: Step) -> Phase:
-        """Of a layer that is run alone, its rows decide; else what is called."""
+        """The phase: by the number of rows if layers run alone, else by the method called."""
         if not self.layerwise:
             return step.phase
         batch = step.batch
@@ -102,7 +102,7 @@ class Side:
 
     @contextmanager
     def running(self, step: Step, what: str) -> Iterator[None]:
-        """Raises StepError, with the cause, for whatever the executor raises meanwhile."""
+        """Raises StepError, with the cause, for any exception of the executor in the block."""
         try:
             yield
         except Exception as error:
@@ -120,9 +120,9 @@ class Side:
             return logits
 
     def parts(self, step: Step) -> Iterator[Tensors]:
-        """Run a step: what it taps before, in each layer, and after, in turn.
+        """Run a step; yields its taps before, in each layer, and after.
 
-        What an executor hands over is copied: it may use the memory again.
+        Tapped tensors are copied, since the executor may reuse the memory.
         """
         seen: Tensors = {}
 
@@ -153,7 +153,7 @@ class Side:
         yield seen
 
     def _surprise(self, step: Step, logits: Tensor) -> Tensor:
-        """Nats, and how many tokens: those that follow a chunk's tokens in their prompts."""
+        """Total nats and number of the prompt tokens that follow a chunk's tokens."""
         starts = step.batch.query_starts.tolist()
         nats = torch.zeros(2, dtype=torch.float64)
         for request, start, stop in zip(step.requests, starts, starts[1:], strict=False):
@@ -166,7 +166,8 @@ class Side:
 
     @property
     def perplexity(self) -> float | None:
-        """Of all prompts together; None where layers cannot be run alone, or nothing follows."""
+        """Perplexity of all prompts together; None where layers cannot be run alone, or no prompt
+        token follows another."""
         nats, tokens = self.surprise.tolist()
         return math.exp(nats / tokens) if tokens else None
 
@@ -176,7 +177,7 @@ class Side:
         return self.model.allocator.layers()[layer]
 
     def slots(self, request: Request, stop: int) -> Tensor:
-        """Of the request's first tokens, [stop] int64."""
+        """Slots of the request's first tokens, [stop] int64."""
         return self.model.allocator.slots(request.request_id, 0, stop).long()
 
     def close(self) -> None:
@@ -228,18 +229,18 @@ def open_side(
 
 
 def written(side: Side, step: Step) -> list[tuple[Request, int]]:
-    """The step's requests, and how many of their tokens the cache holds once it has run."""
+    """The step's requests, each with the number of its tokens in the cache after the step."""
     stops = dict(zip((r.request_id for r in step.requests), step.computed, strict=True))
     return [(r, stops[r.request_id]) for r in side.requests if r.request_id in stops]
 
 
 def cached_slots(side: Side, step: Step) -> Tensor:
-    """Those of all tokens that the cache holds of the step's requests, in order; int64."""
+    """Slots of all cached tokens of the step's requests, in order; int64."""
     return torch.cat([side.slots(request, stop) for request, stop in written(side, step)])
 
 
 def joined(side: Side, layer: int, step: Step) -> KvLayer:
-    """Keys and values at these slots, [tokens, KV heads, head_dim], of any layout."""
+    """Keys and values at ``cached_slots``, [tokens, KV heads, head_dim], from any layout."""
     return _at(side, layer, cached_slots(side, step))
 
 
@@ -249,9 +250,9 @@ def _at(side: Side, layer: int, slots: Tensor) -> KvLayer:
 
 
 def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
-    """Give target's layer what source's holds of the tokens before a step, and nothing else.
+    """Copy to target's layer what source's holds of the tokens before a step, and clear the rest.
 
-    A slot that is read before it is written would hold the right key from the run before.
+    Otherwise a slot that is read before it is written would hold the right key of an earlier run.
     """
     spec = target.executor.kv_cache_spec
     cache = target.executor.read_kv(layer)

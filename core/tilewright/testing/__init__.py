@@ -1,6 +1,6 @@
-"""Conformance suites for plugins: what the contracts state, as tests that any plugin can run.
+"""Conformance suites for plugins: the contracts as tests that any plugin can run.
 
-A suite is a pytest class. Subclass that of your plugin's kind and say which plugin it is::
+A suite is a pytest class. Subclass the one for your plugin's kind and name the plugin::
 
     import acme_top_a
     import pytest
@@ -12,10 +12,10 @@ A suite is a pytest class. Subclass that of your plugin's kind and say which plu
             return acme_top_a  # what the entry point names, or an installed plugin's name
 
         @pytest.fixture
-        def options(self):  # where the defaults are not what is to be tested
+        def options(self):  # if not the defaults
             return {"a": 0.3}
 
-``tilewright plugins verify NAME`` runs the same suites on whatever is installed. They need
+``tilewright plugins verify NAME`` runs the same suites on installed plugins. They need
 ``pip install 'tilewright[testing]'``; ``tilewright.testing.models``, which makes small models, does
 not.
 """
@@ -46,7 +46,7 @@ _MODULES = {
 __all__ = sorted(_MODULES)
 
 if "pytest" in sys.modules:
-    # So that a failed assertion shows the values that it compared, as in a test's own file.
+    # Failed assertions show the compared values, as in a test's own file.
     sys.modules["pytest"].register_assert_rewrite(
         *(f"{__name__}.{module}" for module in _MODULES.values())
     )

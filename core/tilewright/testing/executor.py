@@ -1,6 +1,6 @@
 """What every executor must do: ``ExecutorSuite``.
 
-What it computes is held against the executor ``torch``: in float32 that is the truth, and in the
+Its results are judged against the executor ``torch``: in float32 that is the truth, and in the
 candidate's dtype it shows what rounding costs (``tilewright.compare.judge``).
 """
 
@@ -74,7 +74,7 @@ MODELS: dict[str, ModelConfig] = {
         rope=RopeConfig(kind="dynamic", factor=3.0),
         max_position_embeddings=256,
     ),
-    # Sizes that kernels made of tiles have, which may be all that an executor runs.
+    # Sizes for tiled kernels, which may be all that an executor runs.
     "in-16s": evolve(CONFIGS["qk-norm"], head_dim=32, hidden_size=96, intermediate_size=160),
     "in-16s-tied-gqa-5": evolve(
         CONFIGS["qk-norm-tied-gqa-5"], head_dim=32, hidden_size=64, intermediate_size=96
@@ -88,10 +88,10 @@ MODELS: dict[str, ModelConfig] = {
         vocab_size=256,
     ),
 }
-"""Shapes that differ where executors go wrong; each runs those that it does not refuse."""
+"""Shapes that differ where executors go wrong. Those that an executor refuses are left out."""
 
 PAGE_SIZES = (4, 16, 32, 64, 128, None)
-"""The first that an executor does not refuse is tested; None: as it chooses."""
+"""The first size that an executor accepts is tested; None: the executor chooses."""
 
 MAX_SEQ_LEN = 256
 MAX_BATCH_SIZE = 6
@@ -137,7 +137,7 @@ class Case:
 
 
 class ReadTo(MemorySource):
-    """A source that remembers what was read of it."""
+    """A source that records which tensors were read."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         super().__init__(tensors)
@@ -162,7 +162,7 @@ class Running:
 
     @property
     def sees(self) -> bool:
-        """Whether the cache can be looked at."""
+        """Whether the cache can be read."""
         return isinstance(self.layers[0].key, Tensor) or hasattr(self.executor, "read_kv")
 
     def cached(self, layer: int) -> Iterator[Tensor]:
@@ -190,7 +190,7 @@ class Running:
                 self.executor.write_kv(i, KvLayer(*full))
 
     def steps(self, sequences: Sequences, *several: Tokens) -> Iterator[tuple[Phase, StepBatch]]:
-        """The steps that run new tokens, some after others, within the executor's limits."""
+        """The steps that run new tokens, one group after another, within the executor's limits."""
         for tokens in several:
             for step in sequences.within(tokens, self.executor.limits):
                 phase = sequences.phase(step)
@@ -216,7 +216,8 @@ def recorder(seen: Seen) -> Tap:
 
 @define(eq=False)
 class Trio:
-    """A candidate, and references that run the same: near in its dtype, true in float32."""
+    """A candidate, and two references that run the same steps: near in its dtype, true in
+    float32."""
 
     case: Case
     candidate: Running
@@ -228,15 +229,16 @@ class Trio:
     noise: defaultdict[str, Noise] = field(factory=lambda: defaultdict(Noise))
 
     def run(self, tokens: Tokens, phase: Phase | None = None) -> None:
-        """New tokens, in as many steps as the candidate's limits make of it; all is judged."""
+        """Run new tokens, in as many steps as the candidate's limits require, and judge them."""
         __tracebackhide__ = True
         for of, batch in self.candidate.steps(self.sequences, tokens):
             self.step(phase or of, batch)
 
     def step(self, phase: Phase, batch: StepBatch, taps: bool = False) -> Tensor:
-        """One step, its new keys and values and its logits judged; returns the candidate's.
+        """Run a step, and judge its new keys and values and its logits; returns the candidate's
+        logits.
 
-        taps: judge what is tapped, too.
+        taps: also judge what is tapped.
         """
         __tracebackhide__ = True
         seen: list[Seen] = [{}, {}, {}]
@@ -252,7 +254,7 @@ class Trio:
         return logits[0]
 
     def judge_cache(self, phase: Phase, batch: StepBatch) -> None:
-        """The keys and values of a step's tokens."""
+        """Judge the keys and values of a step's tokens."""
         __tracebackhide__ = True
         slots, size = batch.slot_mapping.long(), self.case.page_size
         for layer in range(len(self.candidate.layers) if self.candidate.sees else 0):
@@ -283,11 +285,11 @@ Make = Callable[..., Any]
 
 @frozen
 class Tried:
-    """What came of making an executor of each model, which is done once a plugin."""
+    """Result of making an executor of each model, once per plugin."""
 
     cases: list[Case]
     changed: list[str]
-    """What it changed in the process: some things change once, and are as they were ever after."""
+    """What that changed in the process; recorded since some things change only the first time."""
 
 
 _TRIED = pytest.StashKey[dict[str, Tried]]()
@@ -312,12 +314,12 @@ class ExecutorSuite(PluginSuite):
 
     @pytest.fixture
     def models(self) -> Mapping[str, ModelConfig]:
-        """Models by name, of random weights; those that the executor refuses are left out."""
+        """Models by name, with random weights; those that the executor refuses are left out."""
         return MODELS
 
     @pytest.fixture
     def dtypes(self) -> Sequence[DType]:
-        """Of weights and KV cache; those that the executor refuses are left out."""
+        """Dtypes of weights and KV cache; those that the executor refuses are left out."""
         return DTYPES
 
     @pytest.fixture
@@ -352,7 +354,7 @@ class ExecutorSuite(PluginSuite):
 
     @pytest.fixture
     def cases(self, tried: Tried) -> list[Case]:
-        """What the executor runs: all models in the first dtype that it takes, in others two."""
+        """What the executor runs: all models in the first dtype that it accepts, two in others."""
         return tried.cases
 
     @pytest.fixture
@@ -362,7 +364,7 @@ class ExecutorSuite(PluginSuite):
 
     @pytest.fixture
     def running(self, create: Make) -> Iterator[Callable[..., Running]]:
-        """Makes an executor of a case with a cache; all are closed in the end."""
+        """Makes an executor of a case with a cache; all are closed at the end."""
         made: list[Running] = []
 
         def running(case: Case, **changed: Any) -> Running:
@@ -548,7 +550,7 @@ class ExecutorSuite(PluginSuite):
             three.run({"a": tokens[-1:]})
 
     def test_layers_alone(self, trio: Any, cases: list[Case]) -> None:
-        """Where layers can be run alone, errors that the layers before would hide are seen."""
+        """Where layers can be run alone, errors show that earlier layers would hide."""
         for case in cases:
             with trio(case) as three:
                 _layerwise(three.candidate)
@@ -1109,7 +1111,7 @@ def _check_refused(create: Make, case: Case, what: str, **changed: Any) -> None:
 
 
 def _check_message(error: BaseException) -> None:
-    """What users see is one line that says something."""
+    """The message must be one line, and not empty."""
     text = str(error)
     assert len(text.splitlines()) == 1, f"an error must be one line, found {text!r}"
 
@@ -1125,6 +1127,6 @@ def _layerwise(one: Running) -> None:
 
 
 def _bits_differ(a: Tensor, b: Tensor) -> Tensor:
-    """Element by element, NaN being itself."""
+    """Whether elements differ, one by one; NaN equals itself."""
     as_integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}[a.dtype.itemsize]
     return a.contiguous().view(as_integers) != b.contiguous().view(as_integers)

@@ -22,13 +22,13 @@ def contents(place: Path) -> dict[Path, bytes]:
 
 
 def open_files() -> Counter[str]:
-    """The files that this process has open, and how often. What is no longer used is collected."""
+    """The files that this process has open, and how often, after garbage collection."""
     gc.collect()
     found: Counter[str] = Counter()
     for number in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{number}")
-        except OSError:  # the listing's own
+        except OSError:  # the listing itself
             continue
         if target.startswith("/") and not target.startswith(("/proc/", "/dev/")):
             found[target] += 1
@@ -42,7 +42,7 @@ def bytes_read() -> int:
 
 
 def invert(place: Path) -> None:
-    """Turn round every bit of all files, in place: sizes and what is open stay as they are."""
+    """Invert every bit of all files, in place: sizes and open files stay as they are."""
     for path in files_of(place):
         with path.open("r+b") as file:
             data = file.read()
@@ -51,8 +51,8 @@ def invert(place: Path) -> None:
 
 
 def corruptions(place: Path, count: int, seed: int = 0) -> Iterator[tuple[str, Path, bytes]]:
-    """What may happen to single bytes of files, mostly of their beginnings: in words, the file, and
-    what it then holds."""
+    """Corruptions of single bytes, mostly near the beginning of files: a description, the file, and
+    its corrupted content."""
     chosen = random.Random(seed)
     files = [path for path in files_of(place) if path.stat().st_size]
     for _ in range(count):

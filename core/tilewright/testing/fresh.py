@@ -1,4 +1,4 @@
-"""What suites look at in a process of its own, where nothing is imported yet.
+"""Checks that suites run in a fresh process, where nothing is imported yet.
 
 ``python -m tilewright.testing.fresh FUNCTION`` reads ``[sys.path, arguments]`` from standard input
 and prints the answer as its last line, both in JSON.
@@ -34,17 +34,17 @@ _EFFECTS = (
     "tempfile.mkstemp",
     "tempfile.mkdtemp",
 )
-"""Python's audit events that something else than looking was done."""
+"""Python's audit events that show side effects."""
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def changed_by_import(module: str, *present: str) -> list[str] | None:
-    """What of the process's state importing a module changes, in words.
+    """What importing a module changes in the process's state, in words.
 
-    present: modules that are imported before, so that only the module's own doing shows. None when
-    torch is not among them, and the module imports it: then it has to be. As it takes seconds, it
-    is not imported to find that out.
+    present: modules that are imported first, so that only the module's own effects show. None when
+    the module imports torch and torch is not among them: it then has to be. Importing torch takes
+    seconds, so it is not imported to find that out.
     """
     for needed in ("tilewright.hookspecs", "tilewright.types", *present):
         import_module(needed)
@@ -61,7 +61,7 @@ def changed_by_import(module: str, *present: str) -> list[str] | None:
 
 
 class _TorchNeededError(BaseException):
-    """No Exception, so that modules that can do without torch do not go on without it."""
+    """Not an Exception, so that modules with a fallback for a missing torch do not use it."""
 
 
 class _NoTorch(MetaPathFinder):
@@ -71,8 +71,8 @@ class _NoTorch(MetaPathFinder):
 
 
 def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
-    """can_load's answers, and what asking did: imports, side effects, bytes read at the second time
-    of asking about the first source."""
+    """can_load's answers, and what the calls did: whether torch was imported, side effects, and
+    bytes read by a second call for the first source."""
     from tilewright import registry
 
     module, _, attribute = target.partition(":")
@@ -109,7 +109,7 @@ def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
 if __name__ == "__main__":
     path, arguments = json.load(sys.stdin)
     sys.path[:] = path
-    # Compiled files of what is imported on the way are nobody's side effect.
+    # Compiled files of imported modules would count as a side effect.
     sys.dont_write_bytecode = True
     answer = globals()[sys.argv[1]](*arguments)
     print()

@@ -1,4 +1,4 @@
-"""What every KV allocator must do: ``KvAllocatorSuite``, and the model that it is held against."""
+"""What every KV allocator must do: ``KvAllocatorSuite``, and the reference model."""
 
 import math
 from collections import deque
@@ -34,7 +34,7 @@ ORDERS = ["NHD", "HND"]
 
 
 class Make(Protocol):
-    """Makes an allocator for a small cache; changed are fields of its ``KvCacheSpec``."""
+    """Makes an allocator for a small cache; changed holds fields of its ``KvCacheSpec``."""
 
     def __call__(
         self,
@@ -64,7 +64,7 @@ def small_spec(**changed: Any) -> KvCacheSpec:
 class AllocatorMachine(RuleBasedStateMachine):
     """Random allocate, extend, fork, write and free; a dictionary holds what each request wrote.
 
-    make: an allocator from ``total_pages`` and the spec's ``page_size`` and ``row_order``.
+    make: makes an allocator from ``total_pages`` and the spec's ``page_size`` and ``row_order``.
     """
 
     def __init__(self, make: Callable[..., KvAllocator]):
@@ -206,7 +206,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         return row
 
     def _storage(self) -> Iterator[tuple[int, Tensor]]:
-        """Each tensor, slot by slot, and the sign of what is written there."""
+        """Each tensor, slot by slot, and the sign of the values written to it."""
         for layer in self.cache.layers():
             yield 1, by_slot(layer.key, self.row_order)
             yield -1, by_slot(layer.value, self.row_order)
@@ -229,7 +229,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 def state(cache: KvAllocator, request_ids: Iterable[str]) -> Any:
-    """What can be asked of an allocator about some requests."""
+    """What an allocator reports about some requests."""
     of = {r: (cache.num_tokens(r), cache.block_table([r]).tolist()) for r in request_ids}
     return cache.total_pages, cache.free_pages, of
 
@@ -268,7 +268,7 @@ class KvAllocatorSuite(PluginSuite):
     @pytest.mark.parametrize("total_pages", [1, 7, 12])
     def test_it_has_as_many_pages_as_were_set(self, make: Make, total_pages: int) -> None:
         page = small_spec().page_bytes
-        # A limit is for when the number is not given.
+        # memory_limit applies only when total_pages is not given.
         for cache in (make(total_pages), make(total_pages, memory_limit=page)):
             assert cache.total_pages == cache.free_pages == total_pages, (
                 f"the user set total_pages = {total_pages}, and there are {cache.total_pages}, "
@@ -408,7 +408,7 @@ class KvAllocatorSuite(PluginSuite):
             return make(num_kv_heads=2, head_dim=1, **changed)
 
         run_state_machine_as_test(
-            lambda: AllocatorMachine(small),  # type: ignore[arg-type]  # it is called, no more
+            lambda: AllocatorMachine(small),  # type: ignore[arg-type]  # only called
             settings=settings(
                 max_examples=60,
                 stateful_step_count=30,
@@ -603,7 +603,7 @@ class KvAllocatorSuite(PluginSuite):
         cache.fork("b", "c")
         cache.free("a")
         cache.check_integrity()
-        # All that is free is taken and written to.
+        # Take all free pages and write to them.
         cache.allocate("d", cache.free_pages * PAGE_SIZE)
         slots = cache.slots("d", 0, cache.num_tokens("d"))
         for tensor in _tensors(cache):
@@ -648,7 +648,7 @@ class KvAllocatorSuite(PluginSuite):
             tried += 1
             try:
                 cache.check_integrity()
-            except Exception as error:  # what is damaged may be stumbled over
+            except Exception as error:  # damaged state may raise anything
                 noticed += isinstance(error, AssertionError)
             undo()
         if not tried:
@@ -661,18 +661,18 @@ class KvAllocatorSuite(PluginSuite):
 
 
 class Handle:
-    """Storage on a device that torch does not know: nothing can be done with it but to pass it."""
+    """Storage on a device that torch does not know: it can only be passed on."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("__"):  # what isinstance and id ask for
+        if name.startswith("__"):  # used by isinstance and id
             return super().__getattribute__(name)
         raise AssertionError(f"an executor's own storage was looked into, for {name!r}")
 
 
 def tamperings(cache: KvAllocator) -> Iterator[Callable[[], None]]:
-    """Change one container of whole numbers after the other; each is to be undone before the next.
+    """Change one container of integers after the other; undo each before the next.
 
-    Containers are looked for in the allocator's attributes, and in what those hold.
+    Containers are searched in the allocator's attributes, and in what those hold.
     """
     for container in _containers(cache, set()):
         if isinstance(container, Tensor):
@@ -691,7 +691,7 @@ def tamperings(cache: KvAllocator) -> Iterator[Callable[[], None]]:
 
 
 def _containers(thing: Any, seen: set[int], depth: int = 3) -> Iterator[Any]:
-    """The lists, deques, sets, dictionaries and tensors of whole numbers that a thing holds."""
+    """The lists, deques, sets, dictionaries and tensors of integers that a thing holds."""
     passed_by = KvCacheSpec | KvLayer | ModuleType | str | int | float | type
     if id(thing) in seen or depth < 0 or isinstance(thing, passed_by) or callable(thing):
         return

@@ -35,7 +35,7 @@ from tilewright.weights import check_tensors
 Load = Callable[..., LoadedModel]
 
 _LARGEST_COPY = 2**26
-"""Bytes of a source that is still copied, for tests that damage it."""
+"""Largest source in bytes that is copied, for tests that damage it."""
 
 _STRANGE = ("", " ", ".", "..", "/", "a/b", "a/b@c", "x" * 5000, "a\0b", "\udcff", "~", "/dev/null")
 """Sources that users write by mistake, or that other loaders take."""
@@ -45,7 +45,7 @@ class LoaderSuite(TensorSourceSuite):
     """What ``LoaderHooks``, ``LoadedModel`` and ``TensorSource`` state, for one loader.
 
     Fixtures to give: ``plugin``; ``source``, unless the plugin implements the hook write_sample;
-    ``expected``, to have the content of the files checked; and where they are needed ``options``.
+    ``expected``, to have the content of the files checked; and ``options`` where needed.
     """
 
     kind: ClassVar[str] = "loader"
@@ -65,13 +65,13 @@ class LoaderSuite(TensorSourceSuite):
 
     @pytest.fixture
     def expected(self) -> Model | None:
-        """What the source's files were made of, in all its parts; None: not known."""
+        """The model, in all its parts, that the source's files were made from; None: not known."""
         return None
 
     @pytest.fixture
     def copied(self, source: str | Path, tmp_path: Path) -> str | Path:
         """A copy of the source, in a folder with spaces and letters beyond ASCII in its name. The
-        source itself when it is no local path or too large."""
+        source itself if it is not a local path or too large."""
         place = Path(os.path.expanduser(source))
         if not place.exists() or sum(p.stat().st_size for p in files_of(place)) > _LARGEST_COPY:
             return source
@@ -79,7 +79,7 @@ class LoaderSuite(TensorSourceSuite):
         if place.is_dir():
             return Path(shutil.copytree(place, folder))
         folder.mkdir()
-        # Beside a file may lie what belongs to it, say other shards.
+        # Files beside it may belong to it, such as other shards.
         for path in place.parent.iterdir():
             if path.is_file() and path.stat().st_size <= _LARGEST_COPY:
                 shutil.copy(path, folder)
@@ -93,7 +93,7 @@ class LoaderSuite(TensorSourceSuite):
 
     @pytest.fixture
     def load(self, implementation: Implementation, copied: str | Path) -> Iterator[Load]:
-        """Loads the copied source, or another; what was loaded is closed when the test ends."""
+        """Loads the copied source, or another; loaded models are closed when the test ends."""
         loaded: list[LoadedModel] = []
         formats = InstalledFormats(registry.new_manager(), {})
 
@@ -114,7 +114,7 @@ class LoaderSuite(TensorSourceSuite):
 
         yield load
         for model in loaded:
-            with suppress(Exception):  # closed before, by the test
+            with suppress(Exception):  # already closed by the test
                 model.weights.close()
 
     @pytest.fixture
@@ -265,7 +265,7 @@ class LoaderSuite(TensorSourceSuite):
         self, load: Load, implementation: Implementation
     ) -> None:
         class Recorded:
-            """Any format under any name, and the names that were asked for."""
+            """Opens any format under any name, and records the requested names."""
 
             def __init__(self) -> None:
                 self.names: list[str | None] = []
@@ -335,10 +335,10 @@ class LoaderSuite(TensorSourceSuite):
         try:
             ImmutableSandboxedEnvironment(extensions=extensions).parse(template)
         except TemplateSyntaxError as error:
-            if "generation" not in str(error):  # a tag of transformers' own
+            if "generation" not in str(error):  # a tag that only transformers has
                 pytest.fail(f"chat_template must be Jinja source: {error}", pytrace=False)
 
-    # --- sources that are none -------------------------------------------------------------------
+    # --- invalid sources -------------------------------------------------------------------------
 
     def test_a_source_that_is_none_is_a_model_error(
         self, implementation: Implementation, tmp_path: Path

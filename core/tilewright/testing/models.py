@@ -65,11 +65,12 @@ CONFIGS: dict[str, ModelConfig] = {
 
 @frozen(kw_only=True, eq=False)
 class Model:
-    """A whole model in memory: what a loader has to find in the files that were made of it."""
+    """A whole model in memory: what a loader must find in the files written from it."""
 
     config: ModelConfig
     tensors: Mapping[str, "Tensor"]
-    """By Hugging Face name, in the order of ``tilewright.weights.expected_tensors``."""
+    """Tensors, keyed by Hugging Face name, in the order of
+    ``tilewright.weights.expected_tensors``."""
     text: TextAssets
 
     def source(self) -> "MemorySource":
@@ -79,7 +80,7 @@ class Model:
 def make_model(config: ModelConfig | str = "grouped", *, seed: int = 0, **changed: Any) -> Model:
     """A model of a configuration, or of one of CONFIGS by name, with fields of it changed.
 
-    Weights are in config.dtype; the same arguments give the same. Token i is the word ``t<i>``.
+    Weights are in config.dtype; equal arguments give equal models. Token i is the word ``t<i>``.
     """
     config = evolve(CONFIGS[config] if isinstance(config, str) else config, **changed)
     return Model(
@@ -118,7 +119,7 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def word_tokenizer(vocab_size: int) -> "Tokenizer":
-    """A tokenizer of words ``t0``, ``t1``, ... between spaces; what else there is becomes t0."""
+    """A tokenizer of words ``t0``, ``t1``, ... between spaces; anything else becomes t0."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"t{i}": i for i in range(vocab_size)}
@@ -128,7 +129,7 @@ def word_tokenizer(vocab_size: int) -> "Tokenizer":
 
 
 class MemorySource:
-    """A ``TensorSource`` over tensors in memory, which are handed out as they are."""
+    """A ``TensorSource`` over tensors in memory, which are returned without a copy."""
 
     def __init__(self, tensors: Mapping[str, "Tensor"]):
         self._tensors: Mapping[str, Tensor] | None = tensors
@@ -163,7 +164,7 @@ def dtype_name(tensor: "Tensor") -> str:
 
 
 def same_bits(a: "Tensor", b: "Tensor") -> bool:
-    """Whether two tensors have one dtype, one shape and the same bytes, those of NaN included."""
+    """Whether two tensors have the same dtype, shape and bytes, including those of NaN."""
     import torch
 
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -175,7 +176,7 @@ def same_bits(a: "Tensor", b: "Tensor") -> bool:
 
 
 def read_some(source: TensorSource, most: int = 2**28) -> dict[str, "Tensor"]:
-    """Copies of a source's tensors: of all of them, or of the smallest that take ``most`` bytes."""
+    """Copies of a source's tensors: of all, or of the smallest that fit into ``most`` bytes."""
     read: dict[str, Tensor] = {}
     for name in sorted(source.names(), key=lambda name: source.info(name).nbytes):
         most -= source.info(name).nbytes
@@ -193,10 +194,10 @@ _MODEL_TYPES = {
 
 
 def write_hf_directory(model: Model, directory: Path) -> Path:
-    """Write a model as Hugging Face checkpoints have it: config.json, generation_config.json,
+    """Write a model as a Hugging Face checkpoint: config.json, generation_config.json,
     tokenizer.json, tokenizer_config.json and model.safetensors. Returns the directory.
 
-    For models of ``CONFIGS`` and what differs from them in sizes, dtype or RoPE base.
+    For models of ``CONFIGS``, and variants in sizes, dtype or RoPE base.
     """
     from safetensors.torch import save_file
 

@@ -39,8 +39,8 @@ _PROMPTS = ([3, 4, 5, 6, 7, 8, 9], [10, 11], [20, 21, 22, 23, 24, 25, 26, 27, 28
 class ObserverSuite(PluginSuite):
     """What ``ObserverHooks`` and ``ObserverEvents`` state, for one observer.
 
-    Fixtures to give: ``plugin``, and where they are needed ``options``. Tests run in an empty
-    working directory, so that files of a relative path go there.
+    Fixtures to give: ``plugin``, and ``options`` where needed. Tests run in an empty working
+    directory, so that files with a relative path go there.
     """
 
     kind: ClassVar[str] = "observer"
@@ -129,7 +129,7 @@ class ObserverSuite(PluginSuite):
     def test_generating_with_it_leaves_the_process_as_it_was(
         self, make: Make, model_directory: Path
     ) -> None:
-        _generate(model_directory)  # what an engine does to the process is not the observer's
+        _generate(model_directory)  # changes made by an engine do not count
         with left_alone("an observer"):
             _generate(model_directory, make())
 
@@ -210,7 +210,7 @@ _SETTINGS = GenerateConfig(max_new_tokens=5, temperature=0.8, seed=7, ignore_eos
 
 @contextmanager
 def _engine(*observers: object) -> Iterator[LLMEngine]:
-    """An engine with observers. The test fails when one raises, which ends what it observes."""
+    """An engine with observers. If one raises, that ends what it observes, and the test fails."""
     try:
         with LLMEngine.from_plugins(loader="hf-local", observers=observers) as engine:
             yield engine
@@ -221,7 +221,7 @@ def _engine(*observers: object) -> Iterator[LLMEngine]:
 
 
 def _generate(directory: Path, *observers: object) -> list[tuple[object, ...]]:
-    """What an engine makes of three prompts: token ids, text and log-probabilities of each."""
+    """An engine's results for three prompts: token ids, text and log-probabilities of each."""
     with _engine(*observers) as engine:
         engine.init_model("m", directory, _RUNTIME)
         results = engine.generate_batch("m", _PROMPTS, _SETTINGS)
@@ -229,7 +229,7 @@ def _generate(directory: Path, *observers: object) -> list[tuple[object, ...]]:
 
 
 def _caller(observer: object) -> Call:
-    """Calls an observer's hooks by name, as an engine does; nothing where it has no such hook."""
+    """Calls an observer's hooks by name, as an engine does; missing hooks are skipped."""
     manager = registry.new_manager()
     manager.register(observer)
 
@@ -240,7 +240,7 @@ def _caller(observer: object) -> Call:
 
 
 def _calmly(call: Call, what: str, event: str, arguments: Mapping[str, Any]) -> None:
-    """Fail when an observer raises at an event: in an engine that would end the generation."""
+    """Fail when an observer raises at an event, which would end the generation in an engine."""
     try:
         call(event, arguments)
     except Exception as error:
@@ -252,7 +252,7 @@ def _calmly(call: Call, what: str, event: str, arguments: Mapping[str, Any]) -> 
 
 
 def _tensors() -> "Mapping[str, Any]":
-    """Tensors as executors tap them: dtypes, shapes and values that numpy or JSON may not have."""
+    """Tensors as executors tap them: dtypes, shapes and values that numpy or JSON may lack."""
     import torch
 
     values = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
@@ -310,8 +310,8 @@ def _result(text: str, token_ids: tuple[int, ...]) -> GenerateResult:
 
 
 def _plain_state(plugin: object, observer: object) -> dict[str, Any]:
-    """By name, what an observer holds, and what it shares with others of its plugin: data in the
-    namespaces of the plugin, of its class and of their modules."""
+    """An observer's data, and what it shares with others of its plugin, keyed by name: data in the
+    namespaces of the plugin, its class and their modules."""
     found: dict[str, Any] = {}
     module = sys.modules.get(type(observer).__module__)
     for owner in (plugin, module, *type(observer).__mro__[:-1]):
@@ -330,7 +330,7 @@ def _add_plain(found: dict[str, Any], where: str, namespace: Mapping[str, Any]) 
 
 
 def _plain(value: Any) -> Any:
-    """A value as it is now, to be compared later: of what is no plain data, which object it is."""
+    """A snapshot of a value, to be compared later; objects that are not plain data by identity."""
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -10,7 +10,7 @@ from tilewright.kv_cache import KvCacheManager
 from tilewright.types import ExecutorLimits, KvCacheSpec, Phase, StepBatch
 
 Tokens = Mapping[str, Sequence[int]]
-"""New tokens of some sequences, by the sequence's name."""
+"""New tokens, keyed by the name of their sequence."""
 
 
 def by_slot(storage: Tensor, row_order: str) -> Tensor:
@@ -20,12 +20,12 @@ def by_slot(storage: Tensor, row_order: str) -> Tensor:
 
 @define
 class Sequences:
-    """Sequences that grow, and the pages that they hold. The storage is elsewhere."""
+    """Sequences that grow, and the pages that they hold. They do not hold the storage."""
 
     page_size: int
     total_pages: int
     shuffled: bool = False
-    """Hand out pages in an order of no meaning."""
+    """Hand out pages in random order."""
     lengths: dict[str, int] = field(factory=dict)
     _pages: KvCacheManager = field(init=False)
 
@@ -42,7 +42,7 @@ class Sequences:
                 self._pages.free(str(page))
 
     def batch(self, tokens: Tokens, rows: Sequence[int] | None = None) -> StepBatch:
-        """The step that runs new tokens. rows: whose logits are wanted; None: of all."""
+        """The step that runs new tokens. rows: those that need logits; None: all."""
         ids: list[int] = []
         positions: list[int] = []
         slots, starts = [], [0]
@@ -70,12 +70,12 @@ class Sequences:
         )
 
     def phase(self, tokens: Tokens) -> Phase:
-        """As an engine has it: decode is one token each, of sequences with context."""
+        """As in an engine: decode is one token each, for sequences with context."""
         one_each = all(len(new) == 1 and self.lengths.get(n) for n, new in tokens.items())
         return "decode" if one_each else "prefill"
 
     def within(self, tokens: Tokens, limits: ExecutorLimits) -> Iterator[Tokens]:
-        """The new tokens in as many steps as it takes to keep to an executor's limits."""
+        """The new tokens in as many steps as an executor's limits require."""
         most = limits.max_batch_size or len(tokens)
         left = {name: list(new) for name, new in tokens.items()}
         while left:
@@ -90,7 +90,7 @@ class Sequences:
             yield step
 
     def slots(self, names: Sequence[str]) -> Tensor:
-        """All slots that some sequences have, one sequence after the other, int64."""
+        """All slots of some sequences, one sequence after the other, int64."""
         of = [self._pages.slots(n, 0, self.lengths[n]) for n in names]
         return torch.cat(of).long() if of else torch.zeros(0, dtype=torch.int64)
 
@@ -100,7 +100,7 @@ class Sequences:
 
 
 def copied(batch: StepBatch) -> StepBatch:
-    """A batch whose tensors are its own."""
+    """A batch with copied tensors."""
     return evolve(batch, **{name: tensor.clone() for name, tensor in tensors(batch).items()})
 
 

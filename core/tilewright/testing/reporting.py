@@ -1,4 +1,4 @@
-"""A pytest plugin that writes what each test of a suite found, line by line in JSON.
+"""A pytest plugin that writes the result of each test of a suite, line by line in JSON.
 
 ``pytest -p tilewright.testing.reporting --tilewright-report FILE``. A line is written before a test
 runs and another after it, so that a process that dies shows where.
@@ -50,7 +50,7 @@ class _Report:
 
 
 def _statement(item: pytest.Item) -> str:
-    """A test's name as the statement that it makes: ``ties go to the smallest id``."""
+    """A test's name as a statement: ``ties go to the smallest id``."""
     name: Any = getattr(item, "originalname", None) or item.name
     words = name.removeprefix("test_").replace("_", " ")
     callspec = getattr(item, "callspec", None)

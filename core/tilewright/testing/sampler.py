@@ -25,7 +25,7 @@ _SETTINGS = tuple(field.name for field in fields(SamplingParams))
 _DRAWS = 2000
 _SIGMAS = 5.0
 """How far frequencies may be from probabilities, in standard deviations. The seeds are fixed, so a
-sampler passes always or never; one in millions that is right would never."""
+sampler passes always or never; about one correct sampler in millions would never pass."""
 
 _FILTERS: dict[str, dict[str, Any]] = {
     "top_k=1": {"top_k": 1},
@@ -65,7 +65,7 @@ _MIXED: tuple[dict[str, Any], ...] = (
     {"temperature": 0.9, "repetition_penalty": 1.4, "frequency_penalty": 0.3, "seed": 5},
     {"temperature": 0.9, "top_k": 9, "top_p": 0.8, "logit_bias": {5: 3.0}, "seed": 6},
 )
-"""Settings of requests that may well be in one batch."""
+"""Settings of requests that may be in one batch."""
 
 
 def scores(logits: "Tensor", row: SamplerRow) -> "Tensor":
@@ -88,8 +88,8 @@ def scores(logits: "Tensor", row: SamplerRow) -> "Tensor":
 def probabilities(logits: "Tensor", row: SamplerRow) -> "Tensor":
     """What a sampler draws a row's token from, [V] float64: the oracle of the suite.
 
-    Plain rather than fast, and written from the settings' definitions alone. Of tokens that are
-    equally likely the smaller ids come first.
+    Simple rather than fast, and written from the settings' definitions alone. Among equally likely
+    tokens, smaller ids come first.
     """
     import torch
 
@@ -105,7 +105,7 @@ def probabilities(logits: "Tensor", row: SamplerRow) -> "Tensor":
         while count < len(kept) and reached < params.top_p:
             reached += shares[count]
             count += 1
-        # Shares add up to 1 but for rounding: at 1.0 all are kept.
+        # Probabilities add up to 1 only up to rounding: at 1.0 all are kept.
         kept = kept[:count] if params.top_p < 1 else kept
         kept = [
             i for i, share in zip(kept, shares, strict=False) if share >= params.min_p * shares[0]
@@ -118,10 +118,9 @@ def probabilities(logits: "Tensor", row: SamplerRow) -> "Tensor":
 class SamplerSuite(PluginSuite):
     """What ``Sampler`` states, for one sampler.
 
-    Fixtures to give: ``plugin``, and where they are needed ``options``. A sampler that does not
-    heed all settings says so in its ``PluginInfo.limits``: ``no effect`` names those,
-    ``distribution`` says what it draws from where that is its own. What they exempt is skipped; all
-    else holds.
+    Fixtures to give: ``plugin``, and ``options`` where needed. A sampler that ignores settings
+    declares them in ``no effect`` of its ``PluginInfo.limits``; one with a distribution of its own
+    describes it in ``distribution``. Tests that these exempt are skipped; all others apply.
     """
 
     kind: ClassVar[str] = "sampler"
@@ -143,13 +142,13 @@ class SamplerSuite(PluginSuite):
 
     @pytest.fixture
     def no_effect(self, implementation: Implementation) -> frozenset[str]:
-        """The settings that the sampler does not heed: those of the limit ``no effect``."""
+        """The settings that the sampler ignores: those of the limit ``no effect``."""
         named = registry.info(implementation.plugin).limits.get("no effect", "")
         return frozenset(name.strip() for name in named.split(",") if name.strip())
 
     @pytest.fixture
     def distribution(self, implementation: Implementation) -> str | None:
-        """What the sampler draws from, if that is its own: the limit ``distribution``."""
+        """The sampler's own distribution, if it has one: the limit ``distribution``."""
         return registry.info(implementation.plugin).limits.get("distribution")
 
     # --- what it returns -------------------------------------------------------------------------
@@ -230,7 +229,7 @@ class SamplerSuite(PluginSuite):
         params = _PENALTIES[penalty]
         _skip_ignored(no_effect, params)
         logits = _logits(300, 12, scale=1.0)
-        logits[::2] -= 3  # where the likeliest are below 0, penalties that multiply show
+        logits[::2] -= 3  # the likeliest logits below 0 show penalties that multiply
         rows = _with_history(300, **params)
         changed = 0
         for token, values, row in zip(sampler.sample(logits, rows), logits, rows, strict=True):
@@ -335,7 +334,7 @@ class SamplerSuite(PluginSuite):
         self, sampler: Sampler, no_effect: frozenset[str], distribution: str | None
     ) -> None:
         """Prompts of one batch have the seeds n, n + 1, ...: drawing by seed + step would give them
-        one sequence, a step apart."""
+        the same sequence, shifted by one step."""
         import torch
 
         _skip_own(distribution)
@@ -396,7 +395,7 @@ class SamplerSuite(PluginSuite):
             rows = [evolve(r, params=evolve(r.params, **{name: values[name]})) for r in plain]
             try:
                 found = sampler.sample(logits, rows)
-            except RequestError:  # refusing what it does not have is as good
+            except RequestError:  # refusing the setting is valid too
                 continue
             assert found == expected, (
                 f"{name} is said to have no effect, but {name}={values[name]} changed the tokens"

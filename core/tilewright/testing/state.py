@@ -1,4 +1,4 @@
-"""What a plugin shares with its process and must leave as it found it."""
+"""Process state that a plugin must leave unchanged."""
 
 import locale
 import logging
@@ -13,8 +13,8 @@ from typing import Any
 
 
 def global_state() -> dict[str, Any]:
-    """What this process has in force, by name, to be compared: Python's settings, and those of
-    numpy and torch where they are imported."""
+    """Settings of this process, keyed by name, for comparison: Python's, and those of numpy and
+    torch where they are imported."""
     state: dict[str, Any] = {
         "Python's random state": random.getstate(),
         "the working directory": os.getcwd(),
@@ -46,7 +46,7 @@ def global_state() -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What is not as it was, in words; of environment variables only the names."""
+    """What changed, in words; for environment variables, only the names."""
     changed = [name for name in before if before[name] != after[name]]
     if "the environment" in changed:
         old, new = before["the environment"], after["the environment"]
@@ -57,7 +57,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def left_alone(what: str) -> Iterator[None]:
-    """Fail the test when the block changes the process's state; what names it in the message."""
+    """Fail the test if the block changes the process's state; what names it in the message."""
     before = global_state()
     yield
     changed = differences(before, global_state())

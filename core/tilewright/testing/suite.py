@@ -18,7 +18,7 @@ from tilewright.types import Check, PluginInfo
 
 @frozen
 class Implementation:
-    """A plugin that fits its kind's hooks, and its options as its hooks get them."""
+    """A plugin that fits its kind's hooks, and its options as passed to the hooks."""
 
     kind: str
     plugin: Any
@@ -38,7 +38,7 @@ class Implementation:
 def resolve(plugin: Any, kind: str) -> Any:
     """The module or object with the hooks: what was given, or what an installed name means.
 
-    Raises PluginError for a name that is not installed or not one plugin's.
+    Raises PluginError for a name that is not installed or not unique.
     """
     return registry.load(registry.find(kind, plugin)) if isinstance(plugin, str) else plugin
 
@@ -52,7 +52,7 @@ def described(plugin: Any, kind: str) -> str:
 class PluginSuite:
     """Tests for plugins of every kind. Subclass the suite of a kind, not this.
 
-    Fixtures to give: ``plugin``, and where they are needed ``options``.
+    Fixtures to give: ``plugin``, and ``options`` where needed.
     """
 
     kind: ClassVar[str]
@@ -73,7 +73,7 @@ class PluginSuite:
 
     @pytest.fixture
     def implementation(self, plugin: Any, options: Mapping[str, Any]) -> Implementation:
-        """The plugin, found, checked as an engine checks it, and with its options read."""
+        """The plugin, resolved, checked as in an engine, with its options read."""
         who = described(plugin, self.kind)
         try:
             found = resolve(plugin, self.kind)
@@ -136,8 +136,8 @@ class PluginSuite:
 
 
 def target_of(plugin: Any, implementation: Implementation) -> str | None:
-    """What an entry point would say of the plugin, ``module`` or ``module:attribute``; None when a
-    fresh process could not import it."""
+    """The plugin's entry point, ``module`` or ``module:attribute``; None if a fresh process could
+    not import it."""
     if isinstance(plugin, str):
         return registry.find(implementation.kind, plugin).target
     if isinstance(plugin, ModuleType):
@@ -152,7 +152,7 @@ def target_of(plugin: Any, implementation: Implementation) -> str | None:
 
 
 def in_fresh_process(function: str, *arguments: Any) -> Any:
-    """The answer of a function of tilewright.testing.fresh in a process of its own, by JSON."""
+    """Result of a function of tilewright.testing.fresh in a fresh process, passed as JSON."""
     ran = subprocess.run(
         [sys.executable, "-m", "tilewright.testing.fresh", function],
         input=json.dumps([sys.path, arguments]),

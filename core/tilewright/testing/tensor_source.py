@@ -1,4 +1,4 @@
-"""What every ``TensorSource`` must do, whether a loader hands it out or a weight format."""
+"""What every ``TensorSource`` must do, from a loader or a weight format."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -39,10 +39,10 @@ _CUTS: dict[str, Callable[[int], int]] = {
 
 
 class TensorSourceSuite(PluginSuite):
-    """Tests for plugins that hand out tensors: loaders and weight formats.
+    """Tests for plugins that provide tensors: loaders and weight formats.
 
-    A kind's suite gives two fixtures: ``opened``, which opens the same weights each time it is
-    called, and ``files``, the folder or file that they are in, which tests damage.
+    A kind's suite gives two fixtures: ``opened``, which opens the same weights on each call, and
+    ``files``, the folder or file with the weights, which tests damage.
     """
 
     @pytest.fixture
@@ -94,8 +94,8 @@ class TensorSourceSuite(PluginSuite):
     def test_weights_are_not_read_before_they_are_asked_for(
         self, opened: Open, files: Path
     ) -> None:
-        """The files are overwritten after they were opened: what is read then is other data, or an
-        error; what was read before shows itself by being as it was."""
+        """The files are overwritten after they were opened: a later read gives other data or an
+        error; tensors that are unchanged were read before."""
         before = read_some(opened())
         source = opened()
         invert(files)
@@ -103,7 +103,7 @@ class TensorSourceSuite(PluginSuite):
         for name, tensor in before.items():
             try:
                 now = source.get(name)
-            except Exception:  # a checksum, say
+            except Exception:  # such as a checksum error
                 continue
             if tensor.numel() and same_bits(now, tensor):
                 kept.append(name)
@@ -113,13 +113,13 @@ class TensorSourceSuite(PluginSuite):
         )
 
     def test_opening_reads_headers_only(self, opened: Open, files: Path) -> None:
-        warm = opened()  # what is imported on the way is read once
+        warm = opened()  # imported modules are read once
         weights = sum(warm.info(name).nbytes for name in warm.names())
         others = max(0, sum(path.stat().st_size for path in files_of(files)) - weights)
         allowed = 3 * others + weights // 2
         if allowed >= weights:
             pytest.skip(f"{weights} bytes of weights beside {others} others are too few to tell")
-        read = min(_read_by(opened) for _ in range(3))  # other threads of the process read, too
+        read = min(_read_by(opened) for _ in range(3))  # other threads read, too
         assert read <= allowed, (
             f"opening must read headers only, but read {read} bytes; the weights take {weights}, "
             f"all else {others}"
@@ -250,22 +250,22 @@ class TensorSourceSuite(PluginSuite):
 
 
 def _read_by(opened: Open) -> int:
-    """How many bytes the process reads while weights are opened."""
+    """Number of bytes that the process reads while weights are opened."""
     before = bytes_read()
     opened()
     return bytes_read() - before
 
 
 def refused(attempt: Callable[[], T], when: str) -> T | None:
-    """What an attempt at damaged files gives, None for a ModelError; any other error fails the
-    test, and so does a message of more than one line."""
+    """Result of an attempt on damaged files, None for a ModelError; any other error fails the
+    test, and so does a message that is not one line."""
     try:
         return attempt()
     except ModelError as error:
         lines = str(error).splitlines()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         pytest.fail(
             f"{when}, opening or reading must raise ModelError with one line, not "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
@@ -280,8 +280,8 @@ def refused(attempt: Callable[[], T], when: str) -> T | None:
 def refused_or_whole(
     attempt: "Callable[[], Mapping[str, Tensor]]", expected: "Mapping[str, Tensor]", when: str
 ) -> None:
-    """Fail unless reading raises ModelError or gives just what it gave before: a file that is
-    damaged where no weight is may go unnoticed, wrong weights may not."""
+    """Fail unless reading raises ModelError or gives the same as before: damage outside the weights
+    may go unnoticed, wrong weights may not."""
     found = refused(attempt, when)
     if found is None:
         return

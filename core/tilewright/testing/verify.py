@@ -27,7 +27,7 @@ _SUITES = {
 
 
 class Statement(NamedTuple):
-    """One test of a suite: what it states, whether that holds, and if not, why."""
+    """One test of a suite: its statement, the result, and the reason if it does not hold."""
 
     statement: str
     result: Result
@@ -37,7 +37,7 @@ class Statement(NamedTuple):
 def verify(
     plugin: Plugin, options: Mapping[str, Any], source: str | None = None
 ) -> list[Statement]:
-    """Run the suite of the plugin's kind in a process of its own, and say what it found.
+    """Run the suite of the plugin's kind in a separate process, and return its statements.
 
     options: the plugin's, as a user writes them. source: for a loader, a model to load instead of
     the sample that it writes. Raises TilewrightError when the suite cannot be run.
@@ -78,7 +78,7 @@ def verify(
 
 
 def _test(plugin: Plugin, options: Mapping[str, Any], source: str | None) -> str:
-    """What an author would write to have the plugin tested."""
+    """The test file that an author would write for the plugin."""
     suite = _SUITES[plugin.kind]
     values = {"plugin": plugin.qualified, "options": dict(options)}
     if source is not None:
@@ -94,7 +94,7 @@ def _test(plugin: Plugin, options: Mapping[str, Any], source: str | None) -> str
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with its import path, and without what configures other runs of pytest."""
+    """This process's environment, with its import path and without other settings for pytest."""
     environment = dict(os.environ)
     for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
         environment.pop(name, None)
@@ -104,7 +104,7 @@ def _environment() -> dict[str, str]:
 
 
 def _statements(events: Iterator[Any], returncode: int) -> Iterator[Statement]:
-    """From the report's lines; what did not come to its end is failed or not run."""
+    """Statements from the report's lines; unfinished tests are failed or not run."""
     names: list[str] = []
     results: list[tuple[Result, str]] = []
     running = False

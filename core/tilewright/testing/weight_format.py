@@ -30,7 +30,7 @@ class WeightFormatSuite(TensorSourceSuite):
     """What ``WeightFormatHooks`` and ``TensorSource`` state, for one weight format.
 
     Fixtures to give: ``plugin``; ``write``, unless the plugin implements the hook write_weights;
-    and where they are needed ``options``.
+    and ``options`` where needed.
     """
 
     kind: ClassVar[str] = "weight_format"
@@ -39,7 +39,7 @@ class WeightFormatSuite(TensorSourceSuite):
     def write(self, implementation: Implementation) -> Write:
         """A callable of (directory, tensors by name) that writes them in the format.
 
-        It raises TypeError for a dtype and ValueError for a shape that the format does not have.
+        It raises TypeError for a dtype and ValueError for a shape that the format does not support.
         """
         if not implementation.implements("write_weights"):
             pytest.skip(
@@ -53,12 +53,12 @@ class WeightFormatSuite(TensorSourceSuite):
 
     @pytest.fixture
     def tensors(self) -> "dict[str, Tensor]":
-        """What is in the files of most tests, in float32: enough to tell reading from not."""
+        """Content of the files in most tests, in float32: large enough to detect reads."""
         return _random({"model.a": (64, 512), "model.b": (513, 63), "c": (5,), "d": (2, 3, 4)})
 
     @pytest.fixture
     def directory(self, tmp_path: Path, write: Write, tensors: "dict[str, Tensor]") -> Path:
-        """Where the tensors were written, in the first dtype that the format has."""
+        """Directory with the tensors, written in the first dtype that the format supports."""
         for dtype in DTYPES:
             folder = tmp_path / f"some wéights in {dtype}"
             folder.mkdir()
@@ -193,7 +193,7 @@ def _as(tensor: "Tensor", dtype: str) -> "Tensor":
 def _round_trip(
     implementation: Implementation, write: Write, folder: Path, tensors: "Mapping[str, Tensor]"
 ) -> None:
-    """Fail unless what is written is what is read; skip what the format does not have."""
+    """Fail unless tensors are read as written; skip what the format does not support."""
     directory = folder / "weights"
     directory.mkdir()
     try:
