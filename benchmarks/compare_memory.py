@@ -34,7 +34,7 @@ def main() -> None:
 
     import torch
 
-    from tilewright.compare import Choice, compare
+    from tilewright_compare import Choice, compare
 
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     with tempfile.TemporaryDirectory() as folder:

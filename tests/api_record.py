@@ -17,18 +17,19 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 
-from tilewright import errors, hookspecs, registry, testing, types
+import tilewright_testing as testing
+from tilewright import errors, hookspecs, registry, types
 
 DATA = Path(__file__).parent / "data"
 
 FUNCTIONS = (
-    "registry.find",
-    "registry.load",
-    "rope.dynamic_frequencies",
-    "rope.frequencies",
-    "testing.models.make_model",
-    "weights.expected_tensors",
-    "weights.torch_dtype",
+    "tilewright.registry.find",
+    "tilewright.registry.load",
+    "tilewright.rope.dynamic_frequencies",
+    "tilewright.rope.frequencies",
+    "tilewright_testing.models.make_model",
+    "tilewright.weights.expected_tensors",
+    "tilewright.weights.torch_dtype",
 )
 """What plugins and their tests may call besides what types and errors define."""
 
@@ -239,7 +240,7 @@ def _own(module: ModuleType) -> list[tuple[str, Any]]:
 
 def _function(name: str) -> Any:
     module, _, function = name.rpartition(".")
-    return getattr(import_module(f"tilewright.{module}"), function)
+    return getattr(import_module(module), function)
 
 
 def path(version: int = hookspecs.API_VERSION) -> Path:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from attrs import define, field, frozen
 
-from tilewright.testing import PluginSuite
+from tilewright_testing import PluginSuite
 
 
 @frozen

@@ -62,7 +62,7 @@ class Loader:
 
     @hookimpl
     def write_sample(self, directory: Path) -> str:
-        from tilewright.testing.models import make_model
+        from tilewright_testing.models import make_model
 
         write(make_model(), directory)
         return str(directory)
@@ -81,7 +81,7 @@ class Loader:
 
 
 def write(model: Any, directory: Path) -> None:
-    """Write a tilewright.testing.models.Model in this layout."""
+    """Write a tilewright_testing.models.Model in this layout."""
     from safetensors.torch import save_file
 
     (directory / NAME).write_text(json.dumps(asdict(model.config)))

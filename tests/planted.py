@@ -25,7 +25,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3Config
 
 from tilewright import hookimpl
-from tilewright.compare import Choice, Comparison, compare
 from tilewright.rope import dynamic_frequencies, frequencies
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
@@ -38,6 +37,7 @@ from tilewright.types import (
     StepBatch,
     Tap,
 )
+from tilewright_compare import Choice, Comparison, compare
 from tilewright_hf.architecture import model_config
 from tilewright_hf.files import JsonObject
 from tilewright_torch import plugin as torch_plugin

@@ -10,8 +10,9 @@ import pytest
 from api_record import Record
 
 from tilewright import hookspecs
-from tilewright.cli import hook_reference
+from tilewright_tools import hook_reference
 
+FIND, TORCH_DTYPE = "tilewright.registry.find", "tilewright.weights.torch_dtype"
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -47,7 +48,7 @@ def test_each_version_has_its_record() -> None:
 
 def test_the_reference_of_hooks_is_that_of_the_code() -> None:
     assert (DOCS / "hooks.md").read_text() == hook_reference.reference(), (
-        "python -m tilewright.cli.hook_reference > docs/hooks.md"
+        "python -m tilewright_tools.hook_reference > docs/hooks.md"
     )
 
 
@@ -150,10 +151,13 @@ BREAKING: dict[str, tuple[Change, str]] = {
         "ModelError: was",
     ),
     "a function takes more": (
-        lambda r: r["functions"]["weights.torch_dtype"]["arguments"].append(["x", "int", True]),
-        "weights.torch_dtype: takes more arguments",
+        lambda r: r["functions"][TORCH_DTYPE]["arguments"].append(["x", "int", True]),
+        f"{TORCH_DTYPE}: takes more arguments",
     ),
-    "a function is gone": (lambda r: r["functions"].pop("registry.find"), "registry.find is gone"),
+    "a function is gone": (
+        lambda r: r["functions"].pop("tilewright.registry.find"),
+        "tilewright.registry.find is gone",
+    ),
     "a suite is gone": (lambda r: r["suites"].remove("LoaderSuite"), "LoaderSuite is gone"),
 }
 
@@ -179,9 +183,9 @@ HARMLESS: dict[str, Change] = {
     "a new value": lambda r: r["values"]["RopeKind"].append("longrope"),
     "a new error": lambda r: r["errors"].update(SwapError=r["errors"]["ModelError"]),
     "a new kind": lambda r: r["kinds"].update(tracer=r["kinds"]["observer"]),
-    "an argument that may be left out": lambda r: r["functions"]["weights.torch_dtype"][
-        "arguments"
-    ].append(["x", "int", False]),
+    "an argument that may be left out": lambda r: r["functions"][TORCH_DTYPE]["arguments"].append(
+        ["x", "int", False]
+    ),
     "a new method of data": lambda r: r["methods"].update({"ModelConfig.heads": METHOD}),
     "a new suite": lambda r: r["suites"].append("TracerSuite"),
 }

@@ -17,13 +17,13 @@ from test_cli import Terminal
 from test_third_party_plugins import documented
 
 from tilewright.cli import main
-from tilewright.compare import picture
-from tilewright.compare.judge import Finding, Limits, LogitsAgreement, Place
-from tilewright.compare.metrics import difference
-from tilewright.compare.page import html
-from tilewright.compare.report import grouped, record, text
-from tilewright.compare.run import Comparison, WeightFinding
-from tilewright.compare.shades import LIGHT, PASSING
+from tilewright_compare import picture
+from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place
+from tilewright_compare.metrics import difference
+from tilewright_compare.page import html
+from tilewright_compare.report import grouped, record, text
+from tilewright_compare.run import Comparison, WeightFinding
+from tilewright_compare.shades import LIGHT, PASSING
 from tilewright_torch.model import TorchExecutor
 
 SHORT = ["--prompt", "We the People", "--new-tokens", "2"]

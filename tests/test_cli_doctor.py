@@ -12,7 +12,8 @@ import pytest
 import torch
 from plugin_distributions import Install
 
-from tilewright.cli import doctor, main
+from tilewright.cli import main
+from tilewright_tools import doctor
 
 
 @pytest.fixture

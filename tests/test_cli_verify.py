@@ -10,7 +10,7 @@ import pytest
 from plugin_distributions import Distribution, Install
 
 from tilewright.cli import main
-from tilewright.testing.models import make_model, write_hf_directory
+from tilewright_testing.models import make_model, write_hf_directory
 
 FORMATS = '''
 """Formats over safetensors: one that reads all at once, one that dies, one that writes nothing."""
@@ -173,7 +173,7 @@ def test_a_mistake_is_said_in_a_line(
 def test_without_pytest_it_says_what_to_install(
     verify: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tilewright.testing.verify.find_spec", lambda name: None)
+    monkeypatch.setattr("tilewright_testing.verify.find_spec", lambda name: None)
     code, out, err = verify("top-p")
     assert (code, out) == (2, "")
     assert "needs pytest" in err
@@ -183,14 +183,15 @@ def test_without_pytest_it_says_what_to_install(
 
 def test_models_and_the_command_need_no_pytest() -> None:
     code = (
-        "import sys, tilewright.testing.models, tilewright.testing.verify, tilewright.cli.plugins\n"
+        "import sys, tilewright_testing.models, tilewright_testing.verify\n"
+        "import tilewright_tools.plugins\n"
         "print(sorted({'pytest', 'hypothesis'} & set(sys.modules)))"
     )
     assert dists.run("-c", code).out.strip() == "[]"
 
 
 def test_the_package_offers_each_suite_by_name() -> None:
-    import tilewright.testing as testing
+    import tilewright_testing as testing
 
     for name in testing.__all__:
         assert getattr(testing, name).__name__ == name

@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from tilewright import hookimpl
-from tilewright.compare import Choice, Comparison, Tolerance, compare
-from tilewright.compare.layer import Case, Operations
 from tilewright.errors import ConfigError
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import RuntimeConfig
+from tilewright_compare import Choice, Comparison, Tolerance, compare
+from tilewright_compare.layer import Case, Operations
 
 TORCH = Choice(executor="torch")
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [7, 8, 9], [30, 20, 10, 90]]

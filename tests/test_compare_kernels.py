@@ -7,7 +7,7 @@ import pytest
 from reference_models import prompts, write_model
 from transformers import Qwen3Config
 
-from tilewright.compare import Choice, compare
+from tilewright_compare import Choice, compare
 from tilewright_kernels.qwen3_14b import source
 
 CONFIG = Qwen3Config(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tilewright.compare.judge import logits_agreement
-from tilewright.compare.metrics import difference
+from tilewright_compare.judge import logits_agreement
+from tilewright_compare.metrics import difference
 
 
 def randoms(*shape: int, seed: int = 0) -> Tensor:

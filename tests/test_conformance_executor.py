@@ -13,9 +13,6 @@ from torch import Tensor
 
 from tilewright import hookimpl
 from tilewright.errors import ExecutorError
-from tilewright.testing import ExecutorSuite
-from tilewright.testing.executor import MODELS
-from tilewright.testing.models import MemorySource
 from tilewright.types import (
     ExecutorLimits,
     ExecutorRequest,
@@ -28,6 +25,9 @@ from tilewright.types import (
     Tap,
 )
 from tilewright.weights import expected_tensors, typed_tensors
+from tilewright_testing import ExecutorSuite
+from tilewright_testing.executor import MODELS
+from tilewright_testing.models import MemorySource
 from tilewright_torch import plugin as shipped
 from tilewright_torch.model import Model, TorchExecutor
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from tilewright import hookimpl
 from tilewright.errors import OutOfPagesError
 from tilewright.kv_cache import KvCacheManager, budget
-from tilewright.testing import KvAllocatorSuite
-from tilewright.testing.kv_allocator import AllocatorMachine, small_spec
 from tilewright.types import KvAllocatorRequest, KvLayer, PluginInfo
+from tilewright_testing import KvAllocatorSuite
+from tilewright_testing.kv_allocator import AllocatorMachine, small_spec
 
 
 class Allocators:

@@ -7,9 +7,9 @@ import conformance_loaders as loaders
 from conformance import Fault, full_name, missed, run
 from conformance_loaders import Configured, Through
 
-from tilewright.testing import LoaderSuite
-from tilewright.testing.models import make_model
 from tilewright.types import RopeConfig
+from tilewright_testing import LoaderSuite
+from tilewright_testing.models import make_model
 
 # name, plugin, test that fails, words of the failure
 _FAULTS: list[tuple[str, Any, str, str]] = [

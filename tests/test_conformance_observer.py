@@ -15,8 +15,8 @@ from conformance import Fault, full_name, missed, run
 from torch import Tensor
 
 from tilewright import hookimpl
-from tilewright.testing import ObserverSuite
 from tilewright.types import GenerateResult, ModelConfig, PluginInfo, StepEvent
+from tilewright_testing import ObserverSuite
 
 
 class Observers:

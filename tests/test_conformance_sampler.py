@@ -16,8 +16,6 @@ from transformers.generation import logits_process as oracle
 
 from tilewright import hookimpl
 from tilewright.errors import NonFiniteLogitsError
-from tilewright.testing import SamplerSuite
-from tilewright.testing.sampler import probabilities, scores
 from tilewright.types import (
     Check,
     PluginInfo,
@@ -30,6 +28,8 @@ from tilewright.types import (
 )
 from tilewright_sampling import logits as steps
 from tilewright_sampling.sampler import LogitsSampler, Options
+from tilewright_testing import SamplerSuite
+from tilewright_testing.sampler import probabilities, scores
 
 
 class Samplers:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tilewright.testing import (
+from tilewright.types import DType, ModelConfig
+from tilewright_testing import (
     ExecutorSuite,
     KvAllocatorSuite,
     LoaderSuite,
@@ -15,9 +16,8 @@ from tilewright.testing import (
     SamplerSuite,
     WeightFormatSuite,
 )
-from tilewright.testing.executor import MODELS
-from tilewright.testing.models import Model, make_model, write_hf_directory
-from tilewright.types import DType, ModelConfig
+from tilewright_testing.executor import MODELS
+from tilewright_testing.models import Model, make_model, write_hf_directory
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tilewright import hookimpl
 from tilewright.errors import ModelError
-from tilewright.testing import WeightFormatSuite
-from tilewright.testing.models import dtype_name
 from tilewright.types import DTYPES, PluginInfo, TensorInfo
+from tilewright_testing import WeightFormatSuite
+from tilewright_testing.models import dtype_name
 
 NAME = "weights.raw"
 

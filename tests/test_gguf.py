@@ -43,11 +43,11 @@ import tilewright_gguf.loader
 from tilewright import registry
 from tilewright.cli import main
 from tilewright.errors import ModelError
-from tilewright.testing import LoaderSuite
 from tilewright.types import LoadedModel, RopeConfig
 from tilewright_gguf.loader import can_load
 from tilewright_gguf.tokenizer import SPLITTINGS
 from tilewright_gguf.weights import QUANTISED, SUPPORTED
+from tilewright_testing import LoaderSuite
 
 TOLERANCE = 1e-4
 

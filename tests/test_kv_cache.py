@@ -7,9 +7,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tilewright.errors import OutOfPagesError
 from tilewright.kv_cache import KvCacheManager, budget
-from tilewright.testing.kv_allocator import AllocatorMachine
-from tilewright.testing.kv_allocator import small_spec as spec
 from tilewright.types import KvAllocatorRequest
+from tilewright_testing.kv_allocator import AllocatorMachine
+from tilewright_testing.kv_allocator import small_spec as spec
 
 
 def test_random_calls_agree_with_a_dictionary():

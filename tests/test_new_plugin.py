@@ -13,7 +13,7 @@ import pytest
 
 from tilewright import registry
 from tilewright.cli import main
-from tilewright.testing import LoaderSuite
+from tilewright_testing import LoaderSuite
 
 KINDS = list(registry.KINDS)
 QUICK, SLOW = ["loader"], [kind for kind in KINDS if kind != "loader"]

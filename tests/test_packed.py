@@ -28,12 +28,13 @@ from reference_models import CONFIGS, random_model, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl, packed
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
 from tilewright.cli import main
-from tilewright.convert import Plan, convert, plan
 from tilewright.errors import ConfigError, ModelError, PluginError
-from tilewright.testing import LoaderSuite
 from tilewright.types import LoadedModel
+from tilewright_packed import format as packed
+from tilewright_packed.writer import Plan, convert, plan
+from tilewright_testing import LoaderSuite
 
 EMULATED = {"executor": "pypto-npu", "options": {"executor": {"platform": "emulated"}}}
 TORCH = {"executor": "torch"}
@@ -275,7 +276,7 @@ def test_convert_asks_for_what_is_missing(words, capsys):
     ("text", "found"), [("1", 1), ("500M", 500 << 20), ("2G", 2 << 30), ("3KiB", 3072)]
 )
 def test_sizes(text, found):
-    from tilewright.cli.convert import size
+    from tilewright_tools.convert import size
 
     assert size(text) == found
     for wrong in ("", "0", "-1", "1.5G", "G", "2 G", "1P"):
@@ -320,7 +321,7 @@ def test_a_killed_conversion_goes_on_too(model, converted, tmp_path):
         import os, signal, sys
         from pathlib import Path
         from tilewright import LLMEngine
-        from tilewright.convert import convert, plan
+        from tilewright_packed.writer import convert, plan
 
         def on_bytes(name, count):
             if name > "{THIRD}99999":
@@ -395,7 +396,7 @@ def test_what_another_process_has_just_ended_is_not_gone_on_with(
 
 def test_a_disk_that_fills_up_keeps_the_shards_that_are_complete(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("tilewright.convert.os.replace", _full_at_third_shard)
+        patch.setattr("tilewright_packed.writer.os.replace", _full_at_third_shard)
         with pytest.raises(ConfigError, match=r"out\.partial cannot be written: No space left on"):
             convert(planned(model, EMULATED, 16_000), tmp_path / "out")
     assert {f"model-0000{i}" for i in (1, 2)} == {
@@ -422,7 +423,7 @@ def test_ctrl_c_says_how_to_go_on(model, tmp_path, capsys, monkeypatch):
     command = ["convert", "--model", str(model), "--executor", "torch", "--out"]
     command += [str(tmp_path / "out"), "--shard-size", "16K"]
     with monkeypatch.context() as patch:
-        patch.setattr("tilewright.convert.os.replace", _interrupt_at_third_shard)
+        patch.setattr("tilewright_packed.writer.os.replace", _interrupt_at_third_shard)
         assert main(command) == 130
     assert "the same command goes on after the last complete shard" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["out.partial"]
@@ -457,19 +458,19 @@ def test_nothing_that_exists_is_written_over(model, tmp_path, capsys):
 def test_a_full_disk_is_noticed_before_anything_is_written(model, tmp_path, monkeypatch):
     needed = planned(model, TORCH).bytes
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr("tilewright.convert.shutil.disk_usage", lambda path: usage(needed - 1))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(needed - 1))
     with pytest.raises(ConfigError, match=f"has {needed - 1} bytes free and {needed} are needed"):
         convert(planned(model, TORCH), tmp_path / "out")
     assert os.listdir(tmp_path) == []
     partial_folder = interrupted_with(monkeypatch, model, tmp_path / "out", usage(10**12))
     kept = sum(p.stat().st_size for p in partial_folder.glob("*.safetensors"))
     needed = planned(model, EMULATED, 16_000).bytes
-    monkeypatch.setattr("tilewright.convert.shutil.disk_usage", lambda path: usage(needed - kept))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(needed - kept))
     convert(planned(model, EMULATED, 16_000), tmp_path / "out")  # only the rest has to fit
 
 
 def interrupted_with(monkeypatch: Any, model: Path, out: Path, usage: Any) -> Path:
-    monkeypatch.setattr("tilewright.convert.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     return interrupted(model, out)
 
 

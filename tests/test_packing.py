@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tilewright.compare.packing import how_packed
+from tilewright_compare.packing import how_packed
 
 GATE = torch.arange(24.0).reshape(4, 6) - 7
 UP = GATE.flip(0) * 3

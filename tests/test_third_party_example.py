@@ -18,7 +18,7 @@ import pytest
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.cli import main
-from tilewright.testing.models import make_model, write_hf_directory
+from tilewright_testing.models import make_model, write_hf_directory
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "third_party"

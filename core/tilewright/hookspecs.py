@@ -118,7 +118,7 @@ class ExecutorHooks:
     @_first
     def hypotheses(self) -> "Sequence[Hypothesis]":  # type: ignore[empty-body]
         """Optional: further hypotheses for a comparison to try when a layer of this executor is
-        wrong (see tilewright.compare.hypotheses)."""
+        wrong (see tilewright_compare.hypotheses)."""
 
     @_first
     def pack_weights(self, request: ExecutorRequest) -> PackedWeights:  # type: ignore[empty-body]

@@ -15,18 +15,18 @@ from tilewright import __version__
 from tilewright.errors import ConfigError, TilewrightError, nearest
 
 COMMANDS = {
-    "generate": "continue a prompt",
-    "chat": "talk with a model",
-    "run": "do what a run file says",
-    "bench": "measure prefill and decode",
-    "convert": "write a model as an executor wants it",
-    "verify": "check the files of a converted model",
-    "compare": "find where two executors differ",
-    "models": "give models names, and list them",
-    "plugins": "list, show and check plugins",
-    "doctor": "check this machine",
+    "generate": ("tilewright.cli.generate", "continue a prompt"),
+    "chat": ("tilewright.cli.chat", "talk with a model"),
+    "run": ("tilewright.cli.run", "do what a run file says"),
+    "bench": ("tilewright_tools.bench", "measure prefill and decode"),
+    "convert": ("tilewright_tools.convert", "write a model as an executor wants it"),
+    "verify": ("tilewright_tools.verify", "check the files of a converted model"),
+    "compare": ("tilewright_compare.command", "find where two executors differ"),
+    "models": ("tilewright.cli.models", "give models names, and list them"),
+    "plugins": ("tilewright_tools.plugins", "list, show and check plugins"),
+    "doctor": ("tilewright_tools.doctor", "check this machine"),
 }
-"""Each command's module in this package, and its summary; kept here so that ``--help`` does not
+"""Each command's module, and its summary; kept here so that ``--help`` does not
 import the modules."""
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -71,7 +71,7 @@ def _run(argv: Sequence[str]) -> int:
         raise ConfigError(_unexpected(extra[0], _chosen(parser, args)))
     if args.command is None:
         raise ConfigError(f"a command is missing: {', '.join(COMMANDS)} (tilewright --help)")
-    module = import_module(f"tilewright.cli.{args.command}")
+    module = import_module(COMMANDS[args.command][0])
     return int(module.run(args))
 
 
@@ -81,10 +81,10 @@ def build_parser(configured: Collection[str]) -> "Parser":
     parser.add_argument("--version", action="version", version=f"tilewright {__version__}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, summary in COMMANDS.items():
+    for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
         if name in configured:
-            import_module(f"tilewright.cli.{name}").configure(command)
+            import_module(module).configure(command)
         command.add_argument(
             "--debug",
             action="store_true",

@@ -9,7 +9,7 @@ from typing import Any
 from tilewright import models, registry, toml
 from tilewright.cli import flags
 from tilewright.cli.output import note
-from tilewright.cli.plugins import print_columns, print_json
+from tilewright.cli.tables import print_columns, print_json
 from tilewright.errors import ConfigError, nearest
 from tilewright.settings import read_setting
 

@@ -15,7 +15,7 @@ Report: TypeAlias = Callable[[str, int, int], None]
 Hypothesis: TypeAlias = Callable[..., Iterable[tuple[str, Any]]]
 """Yields hypotheses about a wrong layer: a name, and the operations that make that error.
 
-Called with a ``tilewright.compare.layer.Case``; the operations are its module's ``Operations``.
+Called with a ``tilewright_compare.layer.Case``; the operations are its module's ``Operations``.
 """
 
 

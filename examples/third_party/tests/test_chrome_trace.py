@@ -7,8 +7,8 @@ import pytest
 from acme_tilewright.chrome_trace import ChromeTrace
 from tilewright import GenerateConfig, LLMEngine
 from tilewright.settings import DEMO_MODEL
-from tilewright.testing import ObserverSuite
 from tilewright.types import StepEvent
+from tilewright_testing import ObserverSuite
 
 
 class TestConformance(ObserverSuite):

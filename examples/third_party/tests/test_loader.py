@@ -6,9 +6,9 @@ from acme_tilewright import loader
 from tilewright.errors import ModelError
 from tilewright.formats import InstalledFormats
 from tilewright.registry import new_manager
-from tilewright.testing import LoaderSuite
-from tilewright.testing.models import Model, make_model
 from tilewright.types import LoadRequest
+from tilewright_testing import LoaderSuite
+from tilewright_testing.models import Model, make_model
 
 
 class TestConformance(LoaderSuite):

@@ -6,7 +6,7 @@ import torch
 
 from acme_tilewright.npz import open_weights, write_weights
 from tilewright.errors import ModelError
-from tilewright.testing import WeightFormatSuite
+from tilewright_testing import WeightFormatSuite
 
 
 class TestConformance(WeightFormatSuite):

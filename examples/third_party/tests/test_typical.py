@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from acme_tilewright.typical import TypicalSampler, typical
-from tilewright.testing import SamplerSuite
 from tilewright.types import SamplerRow, SamplingParams
+from tilewright_testing import SamplerSuite
 
 
 class TestConformance(SamplerSuite):

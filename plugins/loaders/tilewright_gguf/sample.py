@@ -5,8 +5,8 @@ from pathlib import Path
 from gguf import GGUFWriter
 from tokenizers import pre_tokenizers
 
-from tilewright.testing.models import make_model
 from tilewright_gguf.weights import gguf_name
+from tilewright_testing.models import make_model
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w")

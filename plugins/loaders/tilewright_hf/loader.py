@@ -83,7 +83,7 @@ def load_model(request: LoadRequest) -> LoadedModel:
 
 @hookimpl
 def write_sample(directory: Path) -> str:
-    from tilewright.testing.models import make_model, write_hf_directory
+    from tilewright_testing.models import make_model, write_hf_directory
 
     return str(write_hf_directory(make_model(), directory))
 

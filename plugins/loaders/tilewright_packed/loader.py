@@ -1,11 +1,11 @@
-"""Loader ``packed``: a directory that ``tilewright convert`` wrote (see tilewright.packed)."""
+"""Loader ``packed``: a directory that ``tilewright convert`` wrote (see ``format``)."""
 
 import os
 from pathlib import Path
 
 from attrs import field, frozen
 
-from tilewright import hookimpl, packed
+from tilewright import hookimpl
 from tilewright.errors import ModelError
 from tilewright.types import (
     ExecutorRequest,
@@ -16,6 +16,7 @@ from tilewright.types import (
     PluginInfo,
     RuntimeConfig,
 )
+from tilewright_packed.format import MANIFEST, is_packed, load
 
 tilewright_api = 1
 
@@ -45,28 +46,28 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    return packed.is_packed(os.path.expanduser(source))
+    return is_packed(os.path.expanduser(source))
 
 
 @hookimpl
 def load_model(request: LoadRequest) -> LoadedModel:
     """Check the files and map the weights."""
     directory = Path(os.path.expanduser(request.source))
-    if not packed.is_packed(directory):
+    if not is_packed(directory):
         raise ModelError(
             f"{request.source[:200]!r} is no packed model: expected a directory with "
-            f"{packed.MANIFEST}, which `tilewright convert` writes"
+            f"{MANIFEST}, which `tilewright convert` writes"
         )
     options = request.options or Options()
-    return packed.load(directory, request.formats, request.weight_format, options.verify)
+    return load(directory, request.formats, request.weight_format, options.verify)
 
 
 @hookimpl
 def write_sample(directory: Path) -> str:
     """Write a sample that is packed for executor torch."""
-    from tilewright.convert import convert, plan
-    from tilewright.testing.models import make_model
     from tilewright.weights import typed_tensors
+    from tilewright_packed.writer import convert, plan
+    from tilewright_testing.models import make_model
 
     model = make_model()
     loaded = LoadedModel(

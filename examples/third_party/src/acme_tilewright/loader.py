@@ -108,7 +108,7 @@ def load_model(request: LoadRequest) -> LoadedModel:
 @hookimpl
 def write_sample(directory: Path) -> str:
     from acme_tilewright.npz import write_weights
-    from tilewright.testing.models import make_model
+    from tilewright_testing.models import make_model
 
     model = make_model()
     values = {key: getattr(model.config, name) for key, name in SIZES.items()} | {

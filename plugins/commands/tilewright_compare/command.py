@@ -1,0 +1,338 @@
+"""``tilewright compare``: where two executors first differ on a model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from math import isnan, nan
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import IO, TYPE_CHECKING
+
+from attrs import define, evolve
+
+from tilewright.cli import INTERRUPTED, flags
+from tilewright.cli.output import note, opened, opened_binary, write_json
+from tilewright.cli.prompts import read_prompts
+from tilewright.cli.session import LoadingBar, counting, with_origin
+from tilewright.config import DEFAULT, Resolved, resolve
+from tilewright.errors import ConfigError, ExecutorError, RequestError, nearest
+from tilewright.settings import Given, Place, RunConfig
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from tilewright_compare import Choice, Comparison, Tolerance
+
+SIDES = ("candidate", "reference")
+_OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")
+"""Runtime settings that follow from the prompts, --new-tokens and --chunk."""
+_TWO_DTYPES = ("weight_dtype", "kv_dtype")
+"""Settings in which the reference runs twice: in float32, and in the candidate's dtype."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "tilewright compare [options] [CONFIG]"
+    parser.description = (
+        "Find where a candidate executor first differs from a reference on a model, tensor by "
+        "tensor. Exit code 0: equal; 1: they diverge; 2: they could not be compared. "
+        "docs/numerics.md tells how to read the report."
+    )
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="a run file: its model and prompts, with its executor and settings as the candidate",
+    )
+    sides = parser.add_argument_group("sides")
+    sides.add_argument("--candidate", metavar="NAME", help="the executor to judge (torch)")
+    sides.add_argument(
+        "--reference", metavar="NAME", default="torch", help="the executor to trust (torch)"
+    )
+    sides.add_argument(
+        "-o",
+        "--option",
+        dest="side_options",
+        action="append",
+        metavar="KEY=VALUE",
+        help="candidate.KEY or reference.KEY: an executor option of that side; with .runtime "
+        "before KEY, its runtime setting, such as page_size; loader.KEY or "
+        "weight_format.NAME.KEY: an option of what both sides read the model with",
+    )
+    flags.add(sides, "runtime", {"device"})
+    prompts = parser.add_argument_group("what is run")
+    flags.add(prompts, "prompts", {"text", "file"})
+    prompts.add_argument(
+        "--new-tokens",
+        type=flags.positive,
+        default=8,
+        metavar="N",
+        help="tokens after each prompt, the reference's on both sides (8)",
+    )
+    prompts.add_argument(
+        "--chunk",
+        type=flags.positive,
+        default=512,
+        metavar="N",
+        help="tokens in a prefill step at most (512)",
+    )
+    prompts.add_argument(
+        "--isolate",
+        action="store_true",
+        help="run each layer alone even where the whole runs agree",
+    )
+    prompts.add_argument(
+        "--tolerance",
+        dest="tolerances",
+        action="append",
+        default=[],
+        metavar="PATTERN:METRIC=BOUND",
+        help="a limit of your own for tensors of such names, in place of what rounding explains: "
+        "'layers.*.attention:relative_rms=0.03'; the first that fits a name counts",
+    )
+    report = parser.add_argument_group("report")
+    report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
+    report.add_argument("--html", metavar="FILE", help="write a page with pictures, too")
+    report.add_argument("--png", metavar="FILE", help="write the heat map as one picture, too")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="file to write, complete or not at all; default: standard output",
+    )
+    flags.add(parser.add_argument_group("model"), "model", {"path", "format"})
+    flags.add(parser.add_argument_group("plugins"), "plugins", {"loader"})
+
+
+def run(args: argparse.Namespace) -> int:
+    tolerances = [tolerance(text) for text in args.tolerances]
+    outputs = [Path(name).absolute() for name in (args.output, args.html, args.png) if name]
+    if len(set(outputs)) < len(outputs):
+        raise ConfigError("--output, --html and --png name one file: give each its own")
+    candidate, reference = resolved_sides(args)
+    prompts = read_prompts(candidate)
+    if candidate.origin("prompts", "text") == DEFAULT and not candidate.config.prompts.file:
+        note(f"prompt: {prompts[0]}")
+    with ExitStack() as files:
+        file = files.enter_context(opened(args.output))
+        page = files.enter_context(opened(args.html)) if args.html else None
+        picture = files.enter_context(opened_binary(args.png)) if args.png else None
+        comparison = compared(candidate, reference, prompts, tolerances, args)
+        write(comparison, file, as_json=args.json)
+        if page:
+            from tilewright_compare.page import html
+
+            page.write(html(comparison))
+        if picture:
+            from tilewright_compare.picture import png
+
+            picture.write(png(comparison))
+    if comparison.failure:
+        raise ExecutorError(comparison.failure)
+    if not comparison.finished:
+        return INTERRUPTED
+    return 0 if comparison.equal else 1
+
+
+def resolved_sides(args: argparse.Namespace) -> tuple[Resolved, Resolved]:
+    """Candidate, with model and prompts, and reference.
+
+    A run file and the environment apply to the candidate: they say how the model is run.
+    """
+    shared: dict[Place, Given] = dict(flags.layer(args))
+    layers: dict[str, dict[Place, Given]] = {side: {} for side in SIDES}
+    for item in args.side_options or ():
+        key, value = flags.split(item, "-o", "SIDE.KEY=VALUE")
+        side, _, rest = key.partition(".")
+        if side in SIDES and rest:
+            layers[side][_place(side, rest)] = Given(value, f"-o {key}")
+            continue
+        if side not in ("loader", "weight_format"):
+            raise ConfigError(
+                f"-o {key}: expected candidate.KEY=VALUE or reference.KEY=VALUE, an option of that "
+                f"side's executor{nearest(side, SIDES)}"
+            )
+        shared[flags.option_place(key)] = Given(value, f"-o {key}")
+    if args.candidate is not None:
+        shared["plugins", "executor"] = Given(args.candidate, "--candidate")
+    layers["reference"]["plugins", "executor"] = Given(args.reference, "--reference")
+    file = Path(args.config) if args.config else None
+    return (
+        resolve(file, shared | layers["candidate"]),
+        resolve(flags=layers["reference"], environ={}),
+    )
+
+
+def _place(side: str, key: str) -> Place:
+    """The place of ``runtime.page_size``, or of an executor's option."""
+    section, dot, name = key.partition(".")
+    if not dot:
+        return ("options", "executor", key)
+    if section != "runtime":
+        raise ConfigError(
+            f"-o {side}.{key}: expected {side}.KEY=VALUE, an executor option, or "
+            f"{side}.runtime.KEY=VALUE"
+        )
+    if name in _OURS:
+        raise ConfigError(
+            f"-o {side}.{key}: it follows from the prompts, --new-tokens and --chunk: set those"
+        )
+    if side == "reference" and name in _TWO_DTYPES:
+        raise ConfigError(
+            f"-o {side}.{key}: the reference runs in float32 and in the candidate's dtype: set "
+            f"candidate.{key}"
+        )
+    return ("runtime", name)
+
+
+def compared(
+    candidate: Resolved,
+    reference: Resolved,
+    prompts: Sequence[str],
+    tolerances: "Sequence[Tolerance]",
+    args: argparse.Namespace,
+) -> "Comparison":
+    """The comparison; unfinished if Ctrl-C ended it."""
+    from tilewright_compare import compare
+
+    config = candidate.config
+    tried, trusted = choices(config, reference.config)
+    bar = LoadingBar() if sys.stderr.isatty() else None
+    if bar:
+        tried, trusted = (evolve(c, observers=(*c.observers, bar)) for c in (tried, trusted))
+    watch = Watch(loading=bar)
+    try:
+        ids = prompt_ids(config, prompts, args.new_tokens)
+        return compare(
+            config.model.path,
+            trusted,
+            tried,
+            ids,
+            new_tokens=args.new_tokens,
+            chunk=args.chunk,
+            isolate=args.isolate,
+            tolerances=tolerances,
+            progress=watch,
+        )
+    except ConfigError as error:
+        message = with_origin(str(error), candidate)
+        raise ConfigError(with_origin(message, reference)) from error
+    except KeyboardInterrupt:
+        if watch.comparison is None:
+            raise
+        return watch.comparison
+    finally:
+        watch.stop()
+
+
+def choices(config: RunConfig, reference: RunConfig) -> "tuple[Choice, Choice]":
+    """Candidate and reference. Raises ConfigError when they are identical."""
+    from tilewright_compare import Choice
+
+    shared = {k: v for k, v in config.options.items() if k in ("loader", "weight_format")}
+    trusted = Choice(
+        executor=reference.plugins.executor,
+        options=reference.options.get("executor", {}),
+        runtime=reference.runtime,
+        loader=config.plugins.loader,
+        model_format=config.model.format,
+        other_options=shared,
+    )
+    others = {k: v for k, v in config.options.items() if k != "executor"}
+    tried = evolve(
+        trusted,
+        executor=config.plugins.executor,
+        options=config.options.get("executor", {}),
+        runtime=config.runtime,
+        kv_allocator=config.plugins.kv_allocator,
+        other_options=others,
+    )
+    if tried == trusted:
+        raise ConfigError(
+            f"candidate and reference are one, executor {tried.executor!r} with the same settings: "
+            "name another with --candidate, or set one with -o candidate.KEY=VALUE"
+        )
+    return evolve(tried, observers=config.plugins.observers), trusted
+
+
+def tolerance(text: str) -> "Tolerance":
+    """Parse ``PATTERN:METRIC=BOUND``. Raises ConfigError."""
+    from tilewright_compare import Tolerance
+
+    rule, bound = flags.split(text, "--tolerance", "PATTERN:METRIC=BOUND")
+    pattern, colon, metric = rule.rpartition(":")
+    try:
+        limit = float(bound)
+    except ValueError:
+        limit = nan
+    if not colon or isnan(limit):
+        raise ConfigError(
+            f"--tolerance {text}: expected PATTERN:METRIC=BOUND, such as "
+            "'layers.*.output:relative_rms=0.03'"
+        )
+    return Tolerance(pattern, metric, limit)
+
+
+def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> list[list[int]]:
+    """Token ids of the prompts. Raises RequestError when they do not fit."""
+    from tilewright.engine import LLMEngine
+    from tilewright.text import Text
+
+    options = {k: v for k, v in config.options.items() if k in ("loader", "weight_format")}
+    with LLMEngine.from_plugins(loader=config.plugins.loader, options=options) as engine:
+        loaded = engine.load(config.model.path, config.model.format)
+        loaded.weights.close()
+    text = Text(loaded.text)
+    ids = [text.encode(prompt) for prompt in prompts]
+    limit = loaded.config.max_position_embeddings
+    for number, prompt in enumerate(ids, 1):
+        if not prompt or len(prompt) + new_tokens > limit:
+            raise RequestError(
+                f"prompt {number} of {len(ids)} has {len(prompt)} tokens and --new-tokens is "
+                f"{new_tokens}: expected at least one token, and together at most the {limit} "
+                f"positions of {loaded.source}"
+            )
+    return ids
+
+
+@define(eq=False)
+class Watch:
+    """Keeps the comparison so far; on a terminal, shows the current layer."""
+
+    loading: LoadingBar | None
+    comparison: "Comparison | None" = None
+    bar: "Progress | None" = None
+
+    def __call__(self, comparison: "Comparison", what: str, done: int, total: int) -> None:
+        self.comparison = comparison
+        if self.loading and self.bar is None:
+            self.loading.stop()
+            self.bar = counting(total)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], description=what, completed=done)
+
+    def stop(self) -> None:
+        for bar in (self.loading, self.bar):
+            if bar:
+                bar.stop()
+
+
+def write(comparison: "Comparison", file: IO[str], as_json: bool) -> None:
+    """The report, as text as wide as the terminal, or as JSON."""
+    from tilewright_compare.report import record, text
+
+    if as_json:
+        write_json(record(comparison), file)
+        return
+    on_terminal = file.isatty()
+    lines = text(comparison, get_terminal_size().columns, wrapped=on_terminal)
+    if not on_terminal:
+        file.write("\n".join(lines) + "\n")
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    for line in lines:
+        shown = Text(line)
+        shown.highlight_regex(r"\S+!(?= |$)", "bold red")
+        console.print(shown)

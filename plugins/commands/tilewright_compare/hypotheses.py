@@ -1,0 +1,186 @@
+"""Diagnoses a wrong layer: recomputes it under each known mistake, and names the mistake that
+reproduces the candidate's result.
+
+A hypothesis is a function that yields the mistakes which a case may have: the name of each, and
+the operations that reproduce it. An executor's plugin adds its own through the hook ``hypotheses``.
+"""
+
+import math
+from collections.abc import Container, Generator, Iterable, Sequence
+from typing import Literal
+
+from attrs import evolve, frozen
+from torch import Tensor
+
+from tilewright import registry
+from tilewright.types import Hypothesis
+from tilewright_compare.judge import row_error
+from tilewright_compare.layer import RIGHT, Case, Operations, compute
+from tilewright_compare.metrics import difference
+
+EXPLAINED = 5.0
+"""Largest excess that may remain of an error which a mistake explains: the mistake may amplify the
+rounding that follows it. Above 1, all other guesses must leave STANDS_OUT times as much."""
+STANDS_OUT = 3.0
+OUT_OF_QUESTION = EXPLAINED * STANDS_OUT
+"""A mistake with a larger excess, at a stage which is right in the candidate, is given up."""
+AS_GOOD = 1.5
+"""Mistakes within this factor of the best one's excess cannot be told from it."""
+
+Sureness = Literal["sure", "likely", "perhaps", "either", "none"]
+
+
+@frozen(kw_only=True)
+class Explanation:
+    """A mistake, and how well it explains what a candidate gave."""
+
+    mistake: str
+    excess: float
+    """Excess of the candidate over a layer with that mistake: at 1 or less, rounding explains the
+    rest. A lower bound where the mistake was given up as OUT_OF_QUESTION."""
+
+
+@frozen(kw_only=True)
+class Reason:
+    """What explains a layer's errors in a step."""
+
+    unexplained: float
+    """The excess over the layer without a mistake."""
+    tried: int
+    broken: tuple[str, ...] = ()
+    """Hypotheses that failed, and why."""
+    best: tuple[Explanation, ...]
+    """Best first, without those that explain nothing."""
+    refuted: tuple[str, ...] = ()
+    """Mistakes that explain this step, but not a later one in which the layer is wrong."""
+
+    @property
+    def named(self) -> tuple[Explanation, ...]:
+        """The best one, and those that are as good; none if it does not explain the errors."""
+        left = [e for e in self.best if e.mistake not in self.refuted]
+        if not left or left[0].excess * AS_GOOD >= self.unexplained or self.unexplained <= 1:
+            return ()
+        named = [e for e in left if e.excess <= AS_GOOD * left[0].excess]
+        others = [e.excess for e in left[len(named) :]] or [self.unexplained]
+        if left[0].excess > 1 and not (
+            left[0].excess <= EXPLAINED and others[0] >= STANDS_OUT * left[0].excess
+        ):
+            return ()
+        return tuple(named)
+
+    @property
+    def next_best(self) -> float:
+        """Excess of the best mistake that is not named, or without any mistake."""
+        named = [e.mistake for e in self.named]
+        others = (e.excess for e in self.best if e.mistake not in named)
+        return next(others, self.unexplained)
+
+    @property
+    def sureness(self) -> Sureness:
+        """Confidence, from how much larger ``next_best`` is."""
+        if not self.named:
+            return "none"
+        if len(self.named) > 1:
+            return "either"
+        times = self.next_best / max(self.named[0].excess, 1.0)
+        return "sure" if times >= 5 else "likely" if times >= 1.5 else "perhaps"
+
+
+def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None, Reason]:
+    """Try all hypotheses; yields how many mistakes were tried so far.
+
+    A hypothesis that raises is listed in ``broken``, and its remaining mistakes are skipped.
+    """
+    nothing = _excess(case, RIGHT, math.inf)
+    found, broken = [], []
+    tried = 0
+    for hypothesis in hypotheses:
+        try:
+            for mistake, how in hypothesis(case):
+                yield tried
+                tried += 1
+                excess = _excess(case, how, nothing)
+                if excess < nothing:
+                    found.append(Explanation(mistake=mistake, excess=excess))
+        except Exception as error:
+            name = getattr(hypothesis, "__name__", str(hypothesis))
+            broken.append(f"hypothesis {name} failed: {registry.cause(error)}")
+    best = sorted(found, key=lambda e: e.excess)
+    return Reason(unexplained=nothing, tried=tried, broken=tuple(broken), best=tuple(best))
+
+
+def hold(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reason:
+    """Try the named mistakes in another step in which the layer is wrong, and refute those that do
+    not explain it."""
+    names = {e.mistake for e in reason.named}
+    nothing = _excess(case, RIGHT, math.inf)
+    if not names or nothing <= 1:
+        return reason
+    refuted = [
+        mistake
+        for mistake, how in _of(hypotheses, case, names)
+        if _excess(case, how, nothing) > max(EXPLAINED, AS_GOOD * reason.named[0].excess)
+    ]
+    return evolve(reason, refuted=(*reason.refuted, *refuted))
+
+
+def _of(
+    hypotheses: Sequence[Hypothesis], case: Case, names: Container[str]
+) -> Iterable[tuple[str, Operations]]:
+    for hypothesis in hypotheses:
+        try:
+            yield from ((name, how) for name, how in hypothesis(case) if name in names)
+        except Exception:  # explain() lists it as broken
+            continue
+
+
+def _excess(case: Case, how: Operations, enough: float) -> float:
+    """Largest excess of all stages that the candidate taps; infinity once it reaches enough, and
+    the largest so far once the mistake is out of question."""
+    most = 0.0
+    for stage, expected in compute(case, how, case.right):
+        found = case.found.get(stage)
+        if found is None:
+            continue
+        if stage == "logits" and expected.isnan().any():
+            known = ~expected.isnan().any(0)
+            found = found[:, known] if found.shape == expected.shape else found
+            expected = expected[:, known]
+        if found.shape != expected.shape:
+            # A wrong shape does not show how the layer is computed; the head's shows its size.
+            if stage == "logits":
+                return math.inf
+            continue
+        if expected is case.right.get(stage):
+            excess = right_excess(case, stage)
+        else:
+            excess = stage_excess(case, stage, found, expected)
+        most = max(most, excess)
+        if most >= enough:
+            return math.inf
+        if excess > OUT_OF_QUESTION and right_excess(case, stage) <= 1:
+            return most
+    return most
+
+
+def right_excess(case: Case, stage: str) -> float:
+    """Excess of the candidate over the right stage; 0 if no stage of that shape is tapped."""
+    if stage not in case.kept:
+        found, right = case.found.get(stage), case.right[stage]
+        fits = found is not None and found.shape == right.shape
+        case.kept[stage] = (
+            stage_excess(case, stage, found, right) if found is not None and fits else 0.0
+        )
+    return case.kept[stage]
+
+
+def stage_excess(case: Case, stage: str, found: Tensor, expected: Tensor) -> float:
+    """Excess of two tensors of one shape, over the stage's limits, or over a wider tolerance."""
+    if not found.numel():
+        return 0.0
+    if stage not in case.limits or not expected.isfinite().all():
+        return math.inf
+    off = difference(found, expected)
+    excess = case.limits[stage].excess(off, row_error(found, expected))
+    tolerance = case.tolerances.get(stage)
+    return min(excess, tolerance.excess(off)) if tolerance else excess

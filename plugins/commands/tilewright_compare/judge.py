@@ -1,0 +1,299 @@
+"""Judges whether a tensor is right: its distance from the truth against what rounding costs."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from tilewright.errors import ConfigError, nearest
+from tilewright.types import Phase
+from tilewright_compare.metrics import METRICS, Difference, difference
+
+Mode = Literal["chained", "isolated"]
+
+FACTOR = 1.5
+"""Largest ratio of a candidate's error to the baseline's, over many rows. See ``slack``."""
+ROW_FACTOR = 2.5
+"""The same for the worst row: the largest of many errors scatters more than their mean."""
+FLOOR = {torch.float32: 2e-5, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+"""Relative RMS that always passes in a candidate's dtype, even where the baseline happens to be
+exact: the order of summation in FP32, half a rounding step in 16 bits."""
+
+
+@frozen(kw_only=True)
+class Place:
+    """Where in a run a tensor belongs."""
+
+    mode: Mode
+    phase: Phase
+    step: int
+    """From 0: the prefill steps, then the decode steps."""
+    tensor: str
+    """As docs/tensors.md names it, or ``layers.N.k_cache`` and ``layers.N.v_cache``."""
+
+    @property
+    def layer(self) -> int | None:
+        head, _, rest = self.tensor.partition(".")
+        return int(rest.partition(".")[0]) if head == "layers" else None
+
+    @property
+    def stage(self) -> str:
+        return self.tensor.rpartition(".")[2]
+
+
+@frozen(kw_only=True)
+class Limits:
+    """What the errors of one tensor may be."""
+
+    relative_rms: float
+    worst_row: float
+    """Relative error of the worst row."""
+    gain: float
+    """How far the gain may be from 1."""
+
+    def excess(self, found: Difference, worst_row: float) -> float:
+        """The error over its limit: above 1 it is too large."""
+        if found.candidate_nonfinite > found.reference_nonfinite:
+            return math.inf
+        errors = (found.relative_rms, worst_row, abs(found.gain - 1))
+        limits = (self.relative_rms, self.worst_row, self.gain)
+        return max(e / at_most if e > 0 else 0.0 for e, at_most in zip(errors, limits, strict=True))
+
+    def why(self, found: Difference, worst_row: float) -> str:
+        """What is wrong with an error that is too large, in words."""
+        if found.candidate_nonfinite > found.reference_nonfinite:
+            return f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
+        if found.relative_rms > self.relative_rms:
+            return (
+                f"its error is {found.relative_rms:.2g}, where rounding explains "
+                f"{self.relative_rms:.2g}"
+            )
+        if abs(found.gain - 1) > self.gain:
+            return f"it is {found.gain:.5f} times as large as it should be"
+        return f"a row's error is {worst_row:.2g}, where rounding explains {self.worst_row:.2g}"
+
+
+HIGHER_IS_BETTER = ("cosine",)
+
+
+@frozen
+class Tolerance:
+    """A limit set by the user, in place of what rounding explains."""
+
+    pattern: str
+    """Pattern of tensor names, with * and ?: ``layers.*.attention``."""
+    metric: str = field()
+    """A figure of ``Difference``."""
+    bound: float = field()
+    """Largest value; for ``cosine``, the smallest."""
+
+    @metric.validator
+    def _known(self, attribute: object, value: str) -> None:
+        if value not in METRICS:
+            raise ConfigError(
+                f"tolerance {self.pattern!r}: no figure is named {value!r}"
+                f"{nearest(value, METRICS)} (figures: {', '.join(METRICS)})"
+            )
+
+    @bound.validator
+    def _in_range(self, attribute: object, value: float) -> None:
+        most = 1.0 if self.metric in HIGHER_IS_BETTER else math.inf
+        if not 0 <= value <= most:
+            raise ConfigError(
+                f"tolerance {self.pattern!r}: expected a bound from 0 to {most:g} on "
+                f"{self.metric}, found {value:g}"
+            )
+
+    def __str__(self) -> str:
+        sign = ">=" if self.metric in HIGHER_IS_BETTER else "<="
+        return f"{self.pattern}: {self.metric} {sign} {self.bound:g}"
+
+    def excess(self, found: Difference) -> float:
+        """The figure over its bound (for ``cosine``, of the distances from 1): above 1 it fails."""
+        if found.candidate_nonfinite > found.reference_nonfinite:
+            return math.inf
+        value, bound = getattr(found, self.metric), self.bound
+        if self.metric in HIGHER_IS_BETTER:
+            value, bound = 1 - value, 1 - bound
+        return float(value / bound if bound > 0 else math.inf if value > bound else 0.0)
+
+    def why(self, found: Difference) -> str:
+        if found.candidate_nonfinite > found.reference_nonfinite:
+            return f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
+        least = "at least" if self.metric in HIGHER_IS_BETTER else "at most"
+        value = getattr(found, self.metric)
+        return f"its {self.metric} is {value:.6g}, where {least} {self.bound:g} is tolerated"
+
+
+@frozen(kw_only=True)
+class Finding:
+    """One tensor of one step, judged."""
+
+    place: Place
+    passed: bool
+    why: str
+    """Reason in words if it did not pass; else empty."""
+    candidate: Difference | None = None
+    """Difference from the truth. None: there was nothing to measure."""
+    baseline: Difference | None = None
+    worst_row: tuple[float, float] = field(default=(0.0, 0.0))
+    """Relative error of the worst row, of the candidate and of the baseline."""
+    limits: Limits | None = None
+    """What rounding explains."""
+    tolerance: Tolerance | None = None
+    """The user's limit, which applies instead."""
+    excess: float = math.inf
+    """The candidate's error over its limit: above 1 it is too large."""
+    where: str = ""
+    """The worst element's place in the KV cache, in words; empty for other tensors."""
+
+    @property
+    def limit(self) -> float:
+        """The largest candidate.relative_rms that rounding explains."""
+        return self.limits.relative_rms if self.limits else 0.0
+
+
+@define(kw_only=True)
+class Noise:
+    """Error of the baseline at one tensor, over the steps so far.
+
+    Errors are correlated within a row, and hardly between rows: in a decode step of few rows the
+    baseline may be near the truth by luck.
+    """
+
+    squares: float = 0.0
+    rows: int = 0
+    worst_row: float = 0.0
+
+    def add(self, relative_rms: float, worst_row: float, rows: int) -> None:
+        self.squares += rows * relative_rms**2
+        self.rows += rows
+        self.worst_row = max(self.worst_row, worst_row)
+
+    @property
+    def relative_rms(self) -> float:
+        return math.sqrt(self.squares / self.rows) if self.rows else 0.0
+
+
+SCATTER: dict[Mode, float] = {"isolated": 1.0, "chained": 2.0}
+"""Spread of one row's error over its mean: larger where layers have amplified the error."""
+
+
+def slack(mode: Mode, rows: int) -> float:
+    """Factor by which a limit is widened where an error is measured on few rows."""
+    return 1 + SCATTER[mode] / math.sqrt(rows)
+
+
+def judge(
+    place: Place,
+    candidate: "Tensor | None",
+    baseline: Tensor,
+    truth: Tensor,
+    noise: Noise,
+    tolerance: Tolerance | None = None,
+) -> Finding:
+    """A candidate passes when it is hardly farther from the truth than the baseline is.
+
+    noise: the tensor's noise in the earlier steps of the same mode; this step's is added.
+    tolerance: decides instead, if given.
+    """
+    if candidate is None:
+        return Finding(place=place, passed=False, why="the candidate has no such tensor")
+    floor = FLOOR.get(candidate.dtype, FLOOR[torch.float32])
+    if place.stage == "logits":  # float32 by contract, computed in the weights' dtype
+        floor = FLOOR.get(baseline.dtype, floor)
+    near, worst_row = difference(baseline, truth), row_error(baseline, truth)
+    noise.add(near.relative_rms, worst_row, len(truth))
+    wider = slack(place.mode, len(truth))
+    limit = max(FACTOR * wider * max(near.relative_rms, noise.relative_rms), floor)
+    limits = Limits(
+        relative_rms=limit,
+        worst_row=max(ROW_FACTOR * wider * noise.worst_row, 4 * floor),
+        # Rounding errors point in random directions, so they hardly change the tensor's norm.
+        gain=max(2 * limit / math.sqrt(len(truth)), FACTOR * abs(near.gain - 1)),
+    )
+    if candidate.shape != truth.shape:
+        why = f"its shape is {list(candidate.shape)}, expected {list(truth.shape)}"
+        return Finding(place=place, passed=False, why=why, limits=limits)
+    found = difference(candidate, truth)
+    rows = row_error(candidate, truth), worst_row
+    excess = tolerance.excess(found) if tolerance else limits.excess(found, rows[0])
+    why = ""
+    if excess > 1:
+        why = tolerance.why(found) if tolerance else limits.why(found, rows[0])
+    return Finding(
+        place=place,
+        passed=not why,
+        why=why,
+        candidate=found,
+        baseline=near,
+        worst_row=rows,
+        limits=limits,
+        tolerance=tolerance,
+        excess=excess,
+    )
+
+
+def row_error(tensor: Tensor, truth: Tensor) -> float:
+    """The largest of the rows' error norms, over the root mean square of the truth's row norms."""
+    error = (tensor.double() - truth.double()).flatten(1).norm(dim=1)
+    norm = truth.double().flatten(1).norm(dim=1).pow(2).mean().sqrt()
+    return float(error.nan_to_num(nan=float("inf")).max() / norm) if norm else 0.0
+
+
+@frozen(kw_only=True)
+class LogitsAgreement:
+    """One row of logits of a step, candidate against truth."""
+
+    step: int
+    request: int
+    same_argmax: bool
+    top_5: float
+    """Share of the truth's five likeliest tokens that are among the candidate's."""
+    top_50: float
+    kl: float
+    """Kullback-Leibler divergence of the candidate's distribution from the truth's, in nats."""
+    margin: float
+    """Gap between the truth's two largest logits."""
+    error: float
+    """The candidate's largest error in a logit."""
+    noise: float
+    """The baseline's largest error in a logit: what rounding costs."""
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding could swap the truth's two likeliest tokens."""
+        return self.margin < 2 * self.noise
+
+
+def logits_agreement(
+    step: int, requests: Sequence[int], candidate: Tensor, baseline: Tensor, truth: Tensor
+) -> list[LogitsAgreement]:
+    """candidate, baseline and truth: [L, vocab_size], one row per request."""
+    found = []
+    rows = (candidate.double(), baseline.double(), truth.double())
+    for request, ours, near, theirs in zip(requests, *rows, strict=True):
+        top = theirs.topk(min(2, len(theirs))).values
+        p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
+        found.append(
+            LogitsAgreement(
+                step=step,
+                request=request,
+                same_argmax=bool(ours.argmax() == theirs.argmax()),
+                top_5=_shared(ours, theirs, 5),
+                top_50=_shared(ours, theirs, 50),
+                kl=float((p.exp() * (p - q)).sum()),
+                margin=float(top[0] - top[-1]),
+                error=float((ours - theirs).abs().max()),
+                noise=float((near - theirs).abs().max()),
+            )
+        )
+    return found
+
+
+def _shared(a: Tensor, b: Tensor, k: int) -> float:
+    k = min(k, len(a))
+    return len(set(a.topk(k).indices.tolist()) & set(b.topk(k).indices.tolist())) / k

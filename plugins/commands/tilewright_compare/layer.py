@@ -1,0 +1,394 @@
+"""A layer, or the head, in plain float32 arithmetic.
+
+Each operation can be replaced, to compute a layer as some mistake would, from the same input and
+KV cache that a candidate had.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from attrs import define, field, frozen
+from torch import Tensor
+
+from tilewright.rope import dynamic_frequencies, frequencies
+from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RowOrder, StepBatch
+from tilewright.weights import expected_tensors
+from tilewright_compare.judge import Limits, Tolerance
+from tilewright_compare.sides import Slots, Tensors
+
+Weights: TypeAlias = Mapping[str, Tensor]
+"""A layer's weights, in float32, keyed by the distinctive part of the checkpoint's name:
+``q_proj``, ``q_proj.bias``, ``q_norm``, ``input_layernorm``."""
+
+Norm: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
+"""Called with input [..., size], weight [size] and eps."""
+
+NORM_WEIGHTS = {
+    "attn_norm": "input_layernorm",
+    "q_norm": "q_norm",
+    "k_norm": "k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "final_norm": "norm",
+}
+"""Name in ``Weights``, keyed by stage."""
+
+
+@define(kw_only=True, eq=False, slots=False)
+class Case:
+    """A candidate's inputs and results of one layer, or of the head, that it ran alone."""
+
+    config: ModelConfig
+    layer: int | None
+    """None: the head."""
+    dtype: torch.dtype
+    """Dtype of the candidate's weights."""
+    hidden: Tensor
+    """The input, [T, hidden_size] or, for the head, [L, hidden_size]."""
+    batch: StepBatch
+    """The step, with the candidate's pages."""
+    spec: KvCacheSpec
+    """Spec of the candidate's KV cache."""
+    before: KvLayer | None
+    """The layer's cache before the step, as the candidate had it; None for the head."""
+    cached: Tensor
+    """Cache slots that are compared, in the order of the tensors in ``found``; int64."""
+    found: Tensors
+    """The candidate's tensors, keyed by stage."""
+    limits: Mapping[str, Limits]
+    """Limits, keyed by stage."""
+    tolerances: Mapping[str, Tolerance]
+    """The user's tolerances, keyed by stage."""
+    weight: Callable[[str], Tensor]
+    """Returns a weight of the checkpoint by its full name, in float32."""
+    kept: dict[str, float] = field(factory=dict, init=False)
+    """Cache of ``right_excess``, keyed by stage."""
+
+    @cached_property
+    def weights(self) -> Weights:
+        return self.weights_of(self.layer)
+
+    def weights_of(self, layer: int | None) -> Weights:
+        """Weights of that layer, or of the head."""
+        names = expected_tensors(self.config)
+        if layer is None:
+            tied = self.config.tie_word_embeddings
+            head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+            return {"norm": self.weight("model.norm.weight"), "lm_head": self.weight(head)}
+        prefix = f"model.layers.{layer}."
+        return {
+            name.removeprefix(prefix)
+            .removeprefix("self_attn.")
+            .removeprefix("mlp.")
+            .removesuffix(".weight"): self.weight(name)
+            for name in names
+            if name.startswith(prefix)
+        }
+
+    @cached_property
+    def right(self) -> Tensors:
+        """Every stage, without a mistake."""
+        return dict(compute(self, RIGHT))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def angles(case: Case) -> Tensor:
+    """Rotation angle of each pair of dimensions, [T, head_dim / 2]."""
+    config, batch = case.config, case.batch
+    if config.rope.kind == "dynamic":
+        of_sequence = dynamic_frequencies(config, batch.context_lens)
+        return batch.positions.float().unsqueeze(1) * of_sequence.repeat_interleave(
+            batch.query_starts.diff(), dim=0
+        )
+    return batch.positions.float().unsqueeze(1) * frequencies(config)[0]
+
+
+def rope_scale(config: ModelConfig) -> float:
+    """Factor on cosine and sine."""
+    return 1.0 if config.rope.kind == "dynamic" else frequencies(config)[1]
+
+
+def rotate_halves(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotates dimension i of x [T, heads, head_dim] with i + head_dim / 2."""
+    a, b = x.chunk(2, -1)
+    cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def read_slots(case: Case, sequence: int, positions: Tensor) -> Tensor:
+    """The slots [n] int64 of a sequence's positions; beyond its pages, in the last one."""
+    table = case.batch.block_table[sequence].long()
+    page = (positions // case.spec.page_size).clamp(max=int((table >= 0).sum()) - 1)
+    return table[page] * case.spec.page_size + positions % case.spec.page_size
+
+
+@frozen(kw_only=True, eq=False)
+class Operations:
+    """How a layer is computed: correctly, by default."""
+
+    weights: Callable[[Weights], Weights] = lambda weights: weights
+    cast: Callable[[Tensor], Tensor] = lambda x: x
+    """Applied to the result of each stage."""
+    product: Callable[[Tensor, Tensor], Tensor] = F.linear
+    norms: Mapping[str, Norm] = field(factory=dict)
+    """Norms, keyed by stage; ``rms_norm`` by default."""
+    norm_after_rope: bool = False
+    angles: Callable[[Case], Tensor] = angles
+    rotate: Callable[[Tensor, Tensor], Tensor] = rotate_halves
+    turned: Sequence[str] = ("q_rope", "k_rope")
+    rope_scale: float | None = None
+    """Factor on cosine and sine; None: the model's."""
+    cached: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
+        lambda before, rotated, value: (rotated, value)
+    )
+    """Returns the cached key and value, from the key before and after RoPE and the value."""
+    write_slots: Callable[[Case], Tensor] = lambda case: case.batch.slot_mapping.long()
+    write_order: RowOrder | None = None
+    """None: the order that the candidate declares."""
+    written: Literal["before attention", "after attention", "never"] = "before attention"
+    read_slots: Callable[[Case, int, Tensor], Tensor] = read_slots
+    read_to: Callable[[Case, int], int] = lambda case, length: length
+    """Number of positions of a sequence that attention reads, before masking."""
+    visible: Callable[[Tensor, Tensor], Tensor] = lambda query, key: key <= query
+    """The mask, from positions [queries, 1] and [keys]."""
+    window: Callable[[int | None], int | None] = lambda window: window
+    spread: Callable[[Tensor, int], Tensor] = lambda kv, group: kv.repeat_interleave(group, 1)
+    """Expands keys or values [n, KV heads, head_dim] to one per query head."""
+    scale: Callable[[ModelConfig], float] = lambda config: config.head_dim**-0.5
+    attn_residual: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, normed, out: x + out
+    """Called with the layer's input, attn_norm, and o_proj."""
+    activation: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: F.silu(gate) * up
+    mlp_residual: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = (
+        lambda x, middle, normed, out: middle + out
+    )
+    """Called with the layer's input, attn_residual, mlp_norm, and down_proj."""
+    logits: Callable[[Tensor], Tensor] = lambda logits: logits
+    """NaN in the result matches any value."""
+
+
+RIGHT = Operations()
+
+
+def compute(
+    case: Case, how: Operations, right: "Tensors | None" = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Stages as docs/tensors.md names them, and ``k_cache`` and ``v_cache``, in order, float32.
+
+    right: the stages without a mistake; stages that how does not change are taken from it.
+    """
+    run = _Run(case, how, how.weights(case.weights), right or {})
+    return run.head() if case.layer is None else run.layer()
+
+
+@define(eq=False)
+class _Run:
+    case: Case
+    how: Operations
+    weights: Weights
+    right: Tensors
+    made: Tensors = field(factory=dict)
+
+    def stage(
+        self,
+        name: str,
+        make: Callable[[], Tensor],
+        after: Sequence[str] = (),
+        weights: Sequence[str] = (),
+        by: Sequence[str] = (),
+    ) -> tuple[str, Tensor]:
+        """Compute a stage from other stages, weights and operations; or take the right one."""
+        self.made[name] = self.right[name] if self.same(name, after, weights, by) else make()
+        return name, self.made[name]
+
+    def same(
+        self, name: str, after: Sequence[str], weights: Sequence[str], by: Sequence[str]
+    ) -> bool:
+        """Whether all inputs of a stage are the right layer's."""
+        return (
+            name in self.right
+            and name not in self.how.norms
+            and all(self.made[s] is self.right[s] for s in after)
+            and all(self.weights.get(w) is self.case.weights.get(w) for w in weights)
+            and all(getattr(self.how, o) is getattr(RIGHT, o) for o in (*by, "cast"))
+        )
+
+    def norm(self, name: str, before: str | None = None) -> tuple[str, Tensor]:
+        """Norm of the stage before it, or of the input."""
+        weight = NORM_WEIGHTS[name]
+
+        def make() -> Tensor:
+            x = self.made[before] if before else self.case.hidden.float()
+            norm = self.how.norms.get(name, rms_norm)
+            return self.how.cast(norm(x, self.weights[weight], self.case.config.norm_eps))
+
+        return self.stage(name, make, [before] if before else [], [weight])
+
+    def project(self, name: str, before: str, weight: str) -> tuple[str, Tensor]:
+        def make() -> Tensor:
+            out = self.how.product(self.made[before], self.weights[weight])
+            bias = self.weights.get(f"{weight}.bias")
+            out = self.how.cast(out if bias is None else out + bias)
+            of_heads = name in ("q_proj", "k_proj", "v_proj")
+            return out.view(len(out), -1, self.case.config.head_dim) if of_heads else out
+
+        return self.stage(name, make, [before], [weight, f"{weight}.bias"], ["product"])
+
+    def head(self) -> Iterator[tuple[str, Tensor]]:
+        yield self.norm("final_norm")
+        name, logits = self.project("logits", "final_norm", "lm_head")
+        yield name, self.how.logits(logits)
+
+    def layer(self) -> Iterator[tuple[str, Tensor]]:
+        case, how, made = self.case, self.how, self.made
+        x = case.hidden.float()
+        yield self.norm("attn_norm")
+        for name in ("q_proj", "k_proj", "v_proj"):
+            yield self.project(name, "attn_norm", name)
+        turned, unturned = {}, {}
+        for head in "qk":
+            unturned[head], turned[head] = yield from self.turned(head)
+        yield from self.cached(unturned["k"], turned)
+        yield self.project("o_proj", "attention", "o_proj")
+        yield self.stage(
+            "attn_residual",
+            lambda: how.cast(how.attn_residual(x, made["attn_norm"], made["o_proj"])),
+            ["attn_norm", "o_proj"],
+            by=["attn_residual"],
+        )
+        yield self.norm("mlp_norm", "attn_residual")
+        for name in ("gate_proj", "up_proj"):
+            yield self.project(name, "mlp_norm", name)
+        yield self.stage(
+            "activation",
+            lambda: how.cast(how.activation(made["gate_proj"], made["up_proj"])),
+            ["gate_proj", "up_proj"],
+            by=["activation"],
+        )
+        yield self.project("down_proj", "activation", "down_proj")
+        parts = ("attn_residual", "mlp_norm", "down_proj")
+        yield self.stage(
+            "output",
+            lambda: how.cast(how.mlp_residual(x, *(made[p] for p in parts))),
+            parts,
+            by=["mlp_residual"],
+        )
+
+    def turned(self, head: str) -> Generator[tuple[str, Tensor], None, tuple[str, str]]:
+        """Norm and RoPE of queries or keys; returns the names of the stages before RoPE and
+        of the last one."""
+        projected, normed, rotated = f"{head}_proj", f"{head}_norm", f"{head}_rope"
+        if not self.case.config.qk_norm:
+            yield self.rotated(rotated, projected)
+            return projected, rotated
+        if self.how.norm_after_rope:
+            yield self.rotated(rotated, projected)
+            yield self.norm(normed, rotated)
+            return rotated, normed
+        yield self.norm(normed, projected)
+        yield self.rotated(rotated, normed)
+        return normed, rotated
+
+    def rotated(self, name: str, before: str) -> tuple[str, Tensor]:
+        case, how = self.case, self.how
+
+        def make() -> Tensor:
+            if name not in how.turned:
+                return self.made[before]
+            scale = rope_scale(case.config) if how.rope_scale is None else how.rope_scale
+            return how.cast(how.rotate(self.made[before], how.angles(case)) * scale)
+
+        by = ["angles", "rotate", "turned", "rope_scale", "norm_after_rope"]
+        return self.stage(name, make, [before], by=by)
+
+    def cached(self, unturned: str, turned: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """The cache after keys and values are written, and attention."""
+        case, how, made = self.case, self.how, self.made
+        stages = ("k_cache", "v_cache", "attention")
+        inputs = [unturned, *turned.values(), "v_proj"]
+        if self.same("attention", inputs, [], CACHE_OPERATIONS):
+            made |= {stage: self.right[stage] for stage in stages}
+        else:
+            cache = _Cache.of(case, how)
+            key, value = how.cached(made[unturned], made[turned["k"]], made["v_proj"])
+            if how.written == "before attention":
+                cache.write(how.write_slots(case), key, value)
+            made["attention"] = how.cast(_attend(case, how, made[turned["q"]], cache))
+            if how.written == "after attention":
+                cache.write(how.write_slots(case), key, value)
+            made["k_cache"], made["v_cache"] = cache.key[case.cached], cache.value[case.cached]
+        for stage in stages:
+            yield stage, made[stage]
+
+
+CACHE_OPERATIONS = (
+    "cached",
+    "write_slots",
+    "write_order",
+    "written",
+    "norm_after_rope",
+    "read_slots",
+    "read_to",
+    "visible",
+    "window",
+    "spread",
+    "scale",
+)
+
+
+@frozen(eq=False)
+class _Cache:
+    """Keys and values by slot, read in the order that the candidate declares."""
+
+    key: Slots
+    value: Slots
+    writes: tuple[Slots, Slots]
+
+    @classmethod
+    def of(cls, case: Case, how: Operations) -> "_Cache":
+        assert case.before is not None
+        order = case.spec.row_order
+        tensors = [t.float().clone() for t in (case.before.key, case.before.value)]
+        reads = [Slots(t, order) for t in tensors]
+        writes = [
+            Slots(_seen_as(t, case.spec, how.write_order or order), how.write_order or order)
+            for t in tensors
+        ]
+        return cls(reads[0], reads[1], (writes[0], writes[1]))
+
+    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Slots beyond the last wrap around; they stand for memory outside the cache."""
+        slots = slots % self.key.count
+        self.writes[0][slots], self.writes[1][slots] = key, value
+
+
+def _seen_as(cache: Tensor, spec: KvCacheSpec, order: RowOrder) -> Tensor:
+    """A view of the same memory, in pages of that row order."""
+    rows = (spec.page_size, spec.num_kv_heads)
+    return cache.view(len(cache), *(rows if order == "NHD" else rows[::-1]), spec.head_dim)
+
+
+def _attend(case: Case, how: Operations, q: Tensor, cache: _Cache) -> Tensor:
+    """[T, num_heads * head_dim]"""
+    assert case.layer is not None
+    config, starts = case.config, case.batch.query_starts.tolist()
+    window = how.window(config.window(case.layer))
+    attended = []
+    for i, length in enumerate(case.batch.context_lens.tolist()):
+        mine = q[starts[i] : starts[i + 1]]
+        positions = torch.arange(how.read_to(case, length))
+        slots = how.read_slots(case, i, positions) % cache.key.count
+        group = config.num_heads // config.num_kv_heads
+        k, v = (how.spread(t[slots], group) for t in (cache.key, cache.value))
+        query = torch.arange(length - len(mine), length).unsqueeze(1)
+        seen = how.visible(query, positions)
+        if window is not None:
+            seen = seen & (positions > query - window)
+        scores = torch.einsum("qhd,khd->hqk", mine, k) * how.scale(config)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        attended.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+    return torch.cat(attended)

@@ -1,0 +1,704 @@
+"""Known mistakes of kernels and loaders, as hypotheses."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from attrs import evolve
+from torch import Tensor
+
+from tilewright.types import Hypothesis, RopeConfig, RowOrder
+from tilewright_compare.hypotheses import right_excess
+from tilewright_compare.layer import (
+    NORM_WEIGHTS,
+    Case,
+    Operations,
+    Weights,
+    angles,
+    read_slots,
+    rms_norm,
+    rope_scale,
+    rotate_halves,
+)
+
+Change: TypeAlias = Callable[[Tensor], Tensor]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def _with(changes: Mapping[str, Change]) -> Operations:
+    """Operations with some weights changed, where the layer has them."""
+
+    def weights(given: Weights) -> Weights:
+        return {n: changes[n](w) if n in changes else w for n, w in given.items()}
+
+    return Operations(weights=weights)
+
+
+def _given(weight: Tensor) -> Change:
+    """Replaces the right weight with another one."""
+    return lambda right: weight
+
+
+def _rolled(by: int, axis: int) -> Change:
+    return lambda w: w.roll(by, axis)
+
+
+def _of_columns(change: Change) -> Change:
+    return lambda w: change(w.T).T
+
+
+def _regrouped(outer: int, inner: int) -> Change:
+    """Reorders rows from [outer, inner] to [inner, outer]."""
+    return lambda w: w.reshape(outer, inner, -1, *w.shape[1:]).transpose(0, 1).reshape(w.shape)
+
+
+def _regrouped_in_heads(outer: int, inner: int) -> Change:
+    return lambda w: w.reshape(-1, outer, inner, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+
+def transposed(case: Case) -> Iterator[tuple[str, Operations]]:
+    for name in PROJECTIONS if case.layer is not None else ():
+        rows, columns = case.weights[name].shape
+        if rows == columns:
+            yield f"{name}'s weight is transposed", _with({name: lambda w: w.T})
+            continue
+        yield (
+            f"{name}'s transposed weight is read as if it were not",
+            _with({name: lambda w: w.T.reshape(w.shape)}),
+        )
+        yield (
+            f"{name}'s weight is read as if it were transposed",
+            _with({name: lambda w: w.reshape(w.shape[::-1]).T}),
+        )
+
+
+def in_another_order(case: Case) -> Iterator[tuple[str, Operations]]:
+    """Heads and their halves in the order of other layouts, and shifted rows or columns."""
+    if case.layer is None:
+        return
+    config = case.config
+    pairs, kv_heads = config.head_dim // 2, config.num_kv_heads
+    group = config.num_heads // kv_heads
+    for names in (("q_proj",), ("k_proj",), ("q_proj", "k_proj")):
+        for what, change in (
+            ("for RoPE that turns neighbours", _regrouped_in_heads(2, pairs)),
+            ("as if they came for RoPE that turns neighbours", _regrouped_in_heads(pairs, 2)),
+        ):
+            changes = {n: change for name in names for n in (name, f"{name}.bias")}
+            who = " and ".join(names)
+            yield f"the rows of {who} are reordered {what}", _with(changes)
+            if f"{names[0]}.bias" in case.weights:
+                yield (
+                    f"the rows of {who} are reordered {what}, and the bias is not",
+                    _with(dict.fromkeys(names, change)),
+                )
+    if 1 < kv_heads < config.num_heads:
+        for what, change in (
+            ("member of the group first, then KV head", _regrouped(kv_heads, group)),
+            ("KV head first, read as member of the group first", _regrouped(group, kv_heads)),
+        ):
+            yield (
+                f"the heads of q_proj are in another order: {what}",
+                _with({"q_proj": change, "q_proj.bias": change}),
+            )
+            yield (
+                f"the heads of o_proj are in another order: {what}",
+                _with({"o_proj": _of_columns(change)}),
+            )
+    for name in PROJECTIONS:
+        for axis, what in enumerate(("rows", "columns")):
+            half = case.weights[name].shape[axis] // 2
+            yield f"{name}'s {what} are shifted by one", _with({name: _rolled(1, axis)})
+            yield f"{name}'s {what} are shifted back by one", _with({name: _rolled(-1, axis)})
+            yield f"{name}'s {what} are in swapped halves", _with({name: _rolled(half, axis)})
+
+
+def another_weight(case: Case) -> Iterator[tuple[str, Operations]]:
+    if case.layer is None:
+        return
+    weights = case.weights
+    pairs = (("gate_proj", "up_proj"), ("k_proj", "v_proj"), ("q_norm", "k_norm"))
+    for a, b in pairs:
+        if a in weights:
+            swapped = {a: _given(weights[b]), b: _given(weights[a])}
+            yield f"{a} and {b} are swapped", _with(swapped)
+            yield f"{b} has {a}'s weight", _with({b: swapped[b]})
+            yield f"{a} has {b}'s weight", _with({a: swapped[a]})
+    first, second = "input_layernorm", "post_attention_layernorm"
+    yield (
+        "attn_norm and mlp_norm are swapped",
+        _with({first: _given(weights[second]), second: _given(weights[first])}),
+    )
+    for layer in (case.layer - 1, case.layer + 1):
+        if 0 <= layer < case.config.num_layers:
+            others = {name: _given(weight) for name, weight in case.weights_of(layer).items()}
+            yield f"all weights are those of layer {layer}", _with(others)
+            for name, other in others.items():
+                yield f"{name} is that of layer {layer}", _with({name: other})
+
+
+def without_bias(case: Case) -> Iterator[tuple[str, Operations]]:
+    biases: dict[str, Change] = {n: torch.zeros_like for n in case.weights if n.endswith(".bias")}
+    for name in biases:
+        yield f"{name.removesuffix('.bias')}'s bias is missing", _with({name: torch.zeros_like})
+    if len(biases) > 1:
+        yield "all biases are missing", _with(biases)
+
+
+PRODUCTS = {
+    "q_proj": ("attn_norm", "q_proj"),
+    "k_proj": ("attn_norm", "k_proj"),
+    "v_proj": ("attn_norm", "v_proj"),
+    "o_proj": ("attention", "o_proj"),
+    "gate_proj": ("mlp_norm", "gate_proj"),
+    "up_proj": ("mlp_norm", "up_proj"),
+    "down_proj": ("activation", "down_proj"),
+    "lm_head": ("final_norm", "logits"),
+}
+"""Keyed by weight: the stage that is multiplied by it, and the stage that results."""
+BLOCKS = 64
+"""Largest number of parts that a sum is split into, to see which of them are missing."""
+PARTS_AT_ONCE = 2**24
+"""Approximate number of elements of such parts that are in memory together."""
+
+
+def parts_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
+    """Sums over some columns of a weight that are not counted exactly once. Only the first wrong
+    product is examined, since what follows it is wrong too."""
+    for name, (before, after) in PRODUCTS.items():
+        right, found = case.right.get(after), case.found.get(after)
+        if right is None or found is None or found.shape != right.shape:
+            continue
+        if right_excess(case, after) <= 1 or not found.isfinite().all():
+            continue
+        weight = case.weights[name]
+        columns = weight.shape[1]
+        size = max(16, -(-columns // BLOCKS))
+        missing = (right - found.float()).flatten(1)
+        wrong = _missing_parts(case.right[before], weight, missing, size).round()
+        if not wrong.any():
+            continue
+        scale = (1 - wrong).repeat_interleave(size)[:columns]
+        first = int(wrong.nonzero()[0]) * size
+        last = min((int(wrong.nonzero()[-1]) + 1) * size, columns) - 1
+        some = f"columns of {name} from {first} to {last} or some of them"
+        if wrong.min() == wrong.max() != 1:
+            what = f"sums over {name} are {float(scale[0]):g} times what they should be"
+        elif wrong.min() >= 0 and wrong.max() == 1:
+            what = f"{some} are left out"
+        elif wrong.max() <= 0:
+            what = f"{some} are added more than once"
+        else:
+            what = f"{some} are added another number of times than once"
+        yield what, _with({name: _scaled(scale)})
+        return
+
+
+def _missing_parts(x: Tensor, weight: Tensor, missing: Tensor, size: int) -> Tensor:
+    """Least-squares fit of how many times the sum over each block of columns is missing.
+
+    x: [T, columns], multiplied by weight [out, columns]; missing: [T, out]. Returns [blocks].
+    """
+    columns = [slice(i, i + size) for i in range(0, x.shape[1], size)]
+    squares, along = torch.zeros(len(columns), len(columns)), torch.zeros(len(columns))
+    some = max(1, PARTS_AT_ONCE // (len(columns) * len(x)))
+    for first in range(0, len(weight), some):
+        rows = weight[first : first + some]
+        parts = torch.stack([(x[:, c] @ rows[:, c].T).flatten() for c in columns])
+        squares += parts @ parts.T
+        along += parts @ missing[:, first : first + some].flatten()
+    solution: Tensor = torch.linalg.lstsq(squares, along.unsqueeze(1)).solution
+    return solution.flatten()
+
+
+def _scaled(columns: Tensor) -> Change:
+    return lambda w: w * columns
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+
+def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, None, eps)
+
+
+def _over_tokens(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (x.pow(2).mean(0, keepdim=True) + eps).rsqrt() * weight
+
+
+def _over_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (x.pow(2).mean((-2, -1), keepdim=True) + eps).rsqrt() * weight
+
+
+def _sum_for_mean(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (x.pow(2).sum(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def with_eps(eps: float) -> Callable[[Tensor, Tensor, float], Tensor]:
+    return lambda x, weight, _: rms_norm(x, weight, eps)
+
+
+NORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "{} is missing": lambda x, weight, eps: x,
+    "{} is without its weight": lambda x, weight, eps: rms_norm(x, torch.ones_like(weight), eps),
+    "{} has 1 added to its weight": lambda x, weight, eps: rms_norm(x, weight + 1, eps),
+    "{} is taken over tokens, not over a token's values": _over_tokens,
+    "{} subtracts the mean, as LayerNorm": _layer_norm,
+    "{} divides by the root of the sum, not of the mean": _sum_for_mean,
+}
+
+
+def norms(case: Case) -> Iterator[tuple[str, Operations]]:
+    stages = [s for s, name in NORM_WEIGHTS.items() if name in case.weights]
+    per_head = [s for s in stages if s in ("q_norm", "k_norm")]
+    for stage in stages:
+        for what, norm in NORMS.items():
+            yield what.format(stage), Operations(norms={stage: norm})
+        for eps in _eps(case, stage):
+            yield (
+                f"{stage} has an eps of about {eps:.2g}, not {case.config.norm_eps:g}",
+                Operations(norms={stage: with_eps(eps)}),
+            )
+    for stage in per_head:
+        yield f"{stage} is taken over all heads together", Operations(norms={stage: _over_heads})
+    if per_head:
+        yield "q_norm and k_norm come after RoPE", Operations(norm_after_rope=True)
+        for what, norm in NORMS.items():
+            yield (
+                what.format("of q_norm and k_norm, each"),
+                Operations(norms=dict.fromkeys(per_head, norm)),
+            )
+
+
+def _eps(case: Case, stage: str) -> list[float]:
+    """The best-fitting eps where the stage is tapped, else those that models have."""
+    config = case.config
+    if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
+        return [eps for eps in (0.0, 1e-8, 1e-6, 1e-5, 1e-3) if eps != config.norm_eps]
+    if right_excess(case, stage) <= 1:
+        return []
+    before = {"q_norm": "q_proj", "k_norm": "k_proj", "mlp_norm": "attn_residual"}
+    x = case.right[before[stage]] if stage in before else case.hidden.float()
+
+    def error(log_eps: float) -> float:
+        made = rms_norm(x, case.weights[NORM_WEIGHTS[stage]], math.exp(log_eps))
+        return float((case.found[stage].float() - made).norm())
+
+    best = _least(error, math.log(1e-9), math.log(10.0))
+    return [math.exp(best)] if error(best) < error(math.log(config.norm_eps)) else []
+
+
+def _least(error: Callable[[float], float], low: float, high: float) -> float:
+    """Minimum of error: a grid search, refined three times around the best point."""
+    for _ in range(4):
+        step = (high - low) / 40
+        grid = [low + step * i for i in range(41)]
+        best = min(grid, key=error)
+        low, high = best - step, best + step
+    return best
+
+
+# --- RoPE -----------------------------------------------------------------------------------------
+
+
+def rotate_neighbours(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotates dimension 2 i of x [T, heads, head_dim] with 2 i + 1."""
+    a, b = x[..., ::2], x[..., 1::2]
+    cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def _at(change: Change) -> Callable[[Case], Tensor]:
+    """Angles for changed positions."""
+
+    def turned(case: Case) -> Tensor:
+        positions = change(case.batch.positions.long()).to(case.batch.positions.dtype)
+        return angles(evolve(case, batch=evolve(case.batch, positions=positions)))
+
+    return turned
+
+
+def _moved(by: int) -> Change:
+    return lambda positions: (positions + by).clamp(min=0)
+
+
+def _with_rope(rope: RopeConfig) -> Callable[[Case], Tensor]:
+    return lambda case: angles(evolve(case, config=evolve(case.config, rope=rope)))
+
+
+def rope(case: Case) -> Iterator[tuple[str, Operations]]:
+    if case.layer is None:
+        return
+    yield "RoPE turns neighbouring dimensions, not halves", Operations(rotate=rotate_neighbours)
+    yield "RoPE is missing", Operations(turned=())
+    for stage in ("q_rope", "k_rope"):
+        yield (
+            f"RoPE of {'keys' if stage[0] == 'q' else 'queries'} is missing",
+            Operations(turned=(stage,)),
+        )
+    yield (
+        "RoPE turns the other way",
+        Operations(rotate=lambda x, angle: rotate_halves(x, -angle)),
+    )
+    for whose, heads in (("queries", case.config.num_heads), ("keys", case.config.num_kv_heads)):
+        if case.config.num_heads != case.config.num_kv_heads:
+
+            def back(x: Tensor, angle: Tensor, heads: int = heads) -> Tensor:
+                return rotate_halves(x, -angle if x.shape[1] == heads else angle)
+
+            yield f"RoPE of {whose} turns the other way", Operations(rotate=back)
+    for by in (1, -1):
+        yield (
+            f"RoPE's positions are {'ahead' if by > 0 else 'behind'} by one",
+            Operations(angles=_at(_moved(by))),
+        )
+    starts = case.batch.query_starts
+    first = case.batch.positions[starts[:-1].long()].repeat_interleave(starts.diff())
+    if bool(first.any()):
+        yield (
+            "RoPE's positions start at 0 in each step",
+            Operations(angles=_at(lambda p: p - first)),
+        )
+    if len(starts) > 2:
+        yield (
+            "RoPE's positions are rows of the step, counted over all sequences",
+            Operations(angles=_at(lambda p: torch.arange(len(p)))),
+        )
+    if case.config.rope.kind != "default":
+        plain = RopeConfig(theta=case.config.rope.theta)
+        yield "RoPE is not scaled", Operations(angles=_with_rope(plain), rope_scale=1.0)
+        yield "RoPE's frequencies are not scaled", Operations(angles=_with_rope(plain))
+        yield "RoPE's scale of cosine and sine is missing", Operations(rope_scale=1.0)
+    if (theta := _theta(case)) is not None:
+        yield (
+            f"RoPE's theta is about {theta:.3g}, not {case.config.rope.theta:g}",
+            Operations(angles=_with_rope(evolve(case.config.rope, theta=theta))),
+        )
+    if (end := _end_of_table(case)) is not None:
+        yield (
+            f"RoPE's table ends at position {end - 1}, which stands for all after it",
+            Operations(angles=_at(lambda p: p.clamp(max=end - 1))),
+        )
+        yield (
+            f"RoPE's table has {end} positions, and begins again after them",
+            Operations(angles=_at(lambda p: p % end)),
+        )
+
+
+def _theta(case: Case) -> float | None:
+    """The best-fitting theta, if the candidate taps rotated queries or keys."""
+    config = case.config
+    stage = "q_rope" if "q_rope" in case.found else "k_rope"
+    if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
+        return None
+    before = case.right[f"{stage[0]}_{'norm' if config.qk_norm else 'proj'}"]
+    scale = rope_scale(config)
+
+    def error(log_theta: float) -> float:
+        turned = _with_rope(evolve(config.rope, theta=math.exp(log_theta)))(case)
+        made = rotate_halves(before, turned) * scale
+        return float((case.found[stage].float() - made).norm())
+
+    best = _least(error, math.log(100.0), math.log(1e8))
+    return math.exp(best) if error(best) < error(math.log(config.rope.theta)) else None
+
+
+def _end_of_table(case: Case) -> int | None:
+    """The first position with wrong rotated heads, if it is above 1."""
+    stage = "q_rope" if "q_rope" in case.found else "k_rope"
+    if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
+        return None
+    found, right = case.found[stage].float().flatten(1), case.right[stage].flatten(1)
+    limit = case.limits[stage].worst_row * right.norm(dim=1).pow(2).mean().sqrt()
+    wrong = case.batch.positions[(found - right).norm(dim=1) > limit]
+    return int(wrong.min()) if len(wrong) and int(wrong.min()) > 1 else None
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def attention(case: Case) -> Iterator[tuple[str, Operations]]:
+    if case.layer is None:
+        return
+    config = case.config
+    if 1 < config.num_kv_heads < config.num_heads:
+        yield (
+            "KV heads are tiled over the query heads, not repeated",
+            Operations(spread=lambda kv, group: kv.repeat(1, group, 1)),
+        )
+        yield (
+            "all query heads read the first KV head",
+            Operations(spread=lambda kv, group: kv[:, :1].expand(-1, group * kv.shape[1], -1)),
+        )
+    scales: dict[str, Callable[[Any], float]] = {
+        "the attention scale is missing": lambda c: 1.0,
+        "the attention scale is applied twice": lambda c: 1 / c.head_dim,
+        "the attention scale is doubled": lambda c: 2 * c.head_dim**-0.5,
+        "the attention scale is halved": lambda c: 0.5 * c.head_dim**-0.5,
+        "the attention scale is that of hidden_size / num_heads": lambda c: (
+            (c.hidden_size / c.num_heads) ** -0.5
+        ),
+    }
+    for what, scale in scales.items():
+        yield what, Operations(scale=scale)
+    yield (
+        "the causal mask hides the token itself",
+        Operations(visible=lambda q, k: (k < q) | ((q == 0) & (k == 0))),
+    )
+    yield "the causal mask shows the next token", Operations(visible=lambda q, k: k <= q + 1)
+    yield (
+        "the causal mask shows the next token, written or not",
+        Operations(visible=lambda q, k: k <= q + 1, read_to=lambda case, length: length + 1),
+    )
+    yield "the causal mask is missing", Operations(visible=lambda q, k: k >= 0)
+    yield "the causal mask is the wrong way round", Operations(visible=lambda q, k: k >= q)
+
+    def whole_pages(case: Case, length: int) -> int:
+        return -(-length // case.spec.page_size) * case.spec.page_size
+
+    yield (
+        "padding up to the end of the page is attended to",
+        Operations(read_to=whole_pages, visible=lambda q, k: (k <= q) | (k > q.max())),
+    )
+    yield (
+        "a whole page is attended to, without a mask",
+        Operations(read_to=whole_pages, visible=lambda q, k: k >= 0),
+    )
+    if config.window(case.layer) is not None:
+        yield "the sliding window is ignored", Operations(window=lambda w: None)
+        yield "the sliding window is one token too wide", Operations(window=lambda w: w and w + 1)
+        yield "the sliding window is one token too narrow", Operations(window=lambda w: w and w - 1)
+
+
+# --- the KV cache ---------------------------------------------------------------------------------
+
+
+def _slots_of(case: Case, change: Change) -> Tensor:
+    """Slots for changed positions of the step's tokens."""
+    starts = case.batch.query_starts.tolist()
+    positions = case.batch.positions.long()
+    return torch.cat(
+        [
+            read_slots(case, i, change(positions[start:stop]).clamp(min=0))
+            for i, (start, stop) in enumerate(pairwise(starts))
+        ]
+    )
+
+
+CACHED: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "keys are cached before RoPE": lambda before, rotated, value: (before, value),
+    "keys are cached as values": lambda before, rotated, value: (rotated, rotated),
+    "values are cached as keys": lambda before, rotated, value: (value, value),
+    "keys and values are cached in each other's place": (
+        lambda before, rotated, value: (value, rotated)
+    ),
+}
+
+
+def kv_cache(case: Case) -> Iterator[tuple[str, Operations]]:
+    if case.layer is None:
+        return
+    spec = case.spec
+    size = spec.page_size
+    if size > 1 and spec.num_kv_heads > 1:
+        other: RowOrder = "HND" if spec.row_order == "NHD" else "NHD"
+        yield (
+            f"keys and values are written in row order {other}, not {spec.row_order}",
+            Operations(write_order=other),
+        )
+    writes: dict[str, Callable[[Case], Tensor]] = {
+        "the slot is not advanced: a token is written where the one before it is": lambda c: (
+            _slots_of(c, lambda p: p - 1)
+        ),
+        "the slot is advanced too early: a token is written where the next one goes": lambda c: (
+            _slots_of(c, lambda p: p + 1)
+        ),
+        "slots are positions, as if there were no pages": lambda c: c.batch.positions.long(),
+        "the slots of a page are in reverse": lambda c: (
+            c.batch.slot_mapping.long() // size * size
+            + size
+            - 1
+            - c.batch.slot_mapping.long() % size
+        ),
+    }
+    for what, slots in writes.items():
+        yield what, Operations(write_slots=slots)
+    for what, cached in CACHED.items():
+        yield what, Operations(cached=cached)
+    yield "keys and values are written after attention", Operations(written="after attention")
+    yield "keys and values are not written", Operations(written="never")
+    sequences, width = case.batch.block_table.shape
+    table = case.batch.block_table.long()
+    for by in (1, -1) if sequences > 1 else ():
+
+        def rolled(case: Case, i: int, positions: Tensor, by: int = by) -> Tensor:
+            batch = evolve(case.batch, block_table=table.roll(by, 0))
+            return read_slots(evolve(case, batch=batch), i, positions)
+
+        yield (
+            f"the pages of the sequence {'before' if by > 0 else 'after'} are read",
+            Operations(read_slots=rolled),
+        )
+    for stride in {*range(1, width), width + 1, width + 2} if sequences > 1 else ():
+
+        def strided(case: Case, i: int, positions: Tensor, stride: int = stride) -> Tensor:
+            place = (i * stride + positions // size).clamp(max=table.numel() - 1)
+            return table.flatten()[place].clamp(min=0) * size + positions % size
+
+        yield (
+            f"the block table is read with a stride of {stride}, not {width}",
+            Operations(read_slots=strided),
+        )
+    if width > 1:
+
+        def contiguous(case: Case, i: int, positions: Tensor) -> Tensor:
+            return table[i, 0] * size + positions
+
+        yield "pages are read as if they followed each other", Operations(read_slots=contiguous)
+
+
+# --- sums, activation, rounding, and what follows the last layer ----------------------------------
+
+
+def residuals(case: Case) -> Iterator[tuple[str, Operations]]:
+    if case.layer is None:
+        return
+    first: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "the first residual is missing": lambda x, normed, out: out,
+        "the first residual is attn_norm, not the layer's input": lambda x, normed, out: (
+            normed + out
+        ),
+        "the first residual is added twice": lambda x, normed, out: x + x + out,
+        "attention is left out of the first residual": lambda x, normed, out: x,
+    }
+    for what, residual in first.items():
+        yield what, Operations(attn_residual=residual)
+    second: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+        "the second residual is missing": lambda x, middle, normed, out: out,
+        "the second residual is the layer's input, from before attention": (
+            lambda x, middle, normed, out: x + out
+        ),
+        "the second residual is mlp_norm": lambda x, middle, normed, out: normed + out,
+        "the layer's input is added in both residuals": lambda x, middle, normed, out: (
+            x + middle + out
+        ),
+        "the MLP is left out of the second residual": lambda x, middle, normed, out: middle,
+    }
+    for what, second_residual in second.items():
+        yield what, Operations(mlp_residual=second_residual)
+
+
+def activation(case: Case) -> Iterator[tuple[str, Operations]]:
+    if case.layer is None:
+        return
+    others: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "the activation is GELU, not SiLU": lambda gate, up: F.gelu(gate) * up,
+        "the activation is GELU by tanh, not SiLU": (
+            lambda gate, up: F.gelu(gate, approximate="tanh") * up
+        ),
+        "the activation is GELU by a sigmoid, not SiLU": (
+            lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up
+        ),
+        "the activation is ReLU, not SiLU": lambda gate, up: F.relu(gate) * up,
+        "the activation is a sigmoid, not SiLU": lambda gate, up: gate.sigmoid() * up,
+        "the activation is missing": lambda gate, up: gate * up,
+        "the activation is of up, not of gate": lambda gate, up: gate * F.silu(up),
+        "gate is not multiplied by up": lambda gate, up: F.silu(gate),
+    }
+    for what, made in others.items():
+        yield what, Operations(activation=made)
+
+
+def truncated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds towards zero to a dtype of 16 bits, and converts back to float32."""
+    rounded = x.to(dtype)
+    beyond = rounded.float().abs() > x.abs()
+    return torch.where(beyond, _towards_zero(rounded), rounded).float()
+
+
+def _towards_zero(x: Tensor) -> Tensor:
+    """The next number towards zero: the bits, as an integer, minus one."""
+    return (x.contiguous().view(torch.int16) - 1).view(x.dtype)
+
+
+def rounding(case: Case) -> Iterator[tuple[str, Operations]]:
+    dtype = case.dtype
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype).float()
+
+    def weights(given: Weights) -> Weights:
+        return {name: cast(w) for name, w in given.items()}
+
+    if dtype is not torch.float32:
+        yield (
+            "casts cut digits off instead of rounding",
+            Operations(weights=weights, cast=lambda x: truncated(x, dtype)),
+        )
+    for low in dict.fromkeys((torch.bfloat16, dtype)):
+        if low is torch.float32:
+            continue
+        name = str(low).removeprefix("torch.")
+        for block in (1, 8, 16, 32, 64, 128):
+
+            def product(x: Tensor, w: Tensor, block: int = block, low: torch.dtype = low) -> Tensor:
+                total = torch.zeros(len(x), len(w), dtype=low)
+                for i in range(0, x.shape[1], block):
+                    part = x[:, i : i + block] @ w[:, i : i + block].T
+                    total = total + part.to(low)
+                return total.float()
+
+            each = "each product" if block == 1 else f"blocks of {block}"
+            yield (
+                f"products are added up in {name}, after {each}",
+                Operations(weights=weights, cast=cast, product=product),
+            )
+
+
+def head(case: Case) -> Iterator[tuple[str, Operations]]:
+    if case.layer is not None:
+        return
+    vocab_size = case.config.vocab_size
+    if not case.config.tie_word_embeddings:
+        yield (
+            "the head is tied to the embedding, though the model has one of its own",
+            Operations(
+                weights=lambda w: {**w, "lm_head": case.weight("model.embed_tokens.weight")}
+            ),
+        )
+    found = case.found.get("logits")
+    if found is not None and found.dim() == 2 and found.shape[1] > vocab_size:
+        more = found.shape[1] - vocab_size
+        yield (
+            f"{more} rows of padding follow the vocabulary, and their logits are not cut off",
+            Operations(logits=lambda logits: F.pad(logits, (0, more), value=math.nan)),
+        )
+    for by in (1, -1):
+        yield (
+            f"the head's rows are shifted by {by}",
+            Operations(logits=_rolled(by, 1)),
+        )
+
+
+HYPOTHESES: tuple[Hypothesis, ...] = (
+    transposed,
+    in_another_order,
+    another_weight,
+    without_bias,
+    parts_of_sums,
+    norms,
+    rope,
+    attention,
+    kv_cache,
+    residuals,
+    activation,
+    rounding,
+    head,
+)

@@ -1,0 +1,397 @@
+"""A comparison as text for a terminal, and as a record for programs."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import wrap
+from typing import Any
+
+from attrs import asdict
+
+from tilewright import __version__
+from tilewright_compare.hypotheses import OUT_OF_QUESTION, Reason
+from tilewright_compare.judge import Finding, LogitsAgreement, Mode
+from tilewright_compare.metrics import Difference
+from tilewright_compare.run import Comparison
+
+CHECKS = {
+    "embed": "the embedding table, and the token ids that the step was given",
+    "attn_norm": "the RMSNorm before attention: its weight, its eps, its axis",
+    "q_proj": "the query projection: its weight's transposition and order of rows, its bias",
+    "k_proj": "the key projection: its weight's transposition and order of rows, its bias",
+    "v_proj": "the value projection: its weight's transposition and order of rows, its bias",
+    "q_norm": "the RMSNorm of query heads: its weight, its eps, per head and before RoPE",
+    "k_norm": "the RMSNorm of key heads: its weight, its eps, per head and before RoPE",
+    "q_rope": "RoPE of queries: positions, theta, scaling, which dimensions turn together",
+    "k_rope": "RoPE of keys: positions, theta, scaling, which dimensions turn together",
+    "k_cache": "how keys are stored: slots, row order, page size, dtype",
+    "v_cache": "how values are stored: slots, row order, page size, dtype",
+    "attention": "attention: the scale, the causal mask, which KV head a query head reads, and "
+    "which slots of the cache",
+    "o_proj": "the output projection: its weight's transposition, the order of heads",
+    "attn_residual": "the first residual: what is added to the layer's input",
+    "mlp_norm": "the RMSNorm before the MLP: its weight, its eps, its input",
+    "gate_proj": "the gate projection: its weight, and whether it is up's",
+    "up_proj": "the up projection: its weight, and whether it is gate's",
+    "activation": "SiLU of the gate, times up",
+    "down_proj": "the down projection: its weight's transposition",
+    "output": "the second residual: what is added to attn_residual",
+    "final_norm": "the last RMSNorm: its weight, and which rows it gets",
+    "logits": "the head: its weight, tied or not, and which rows it gets",
+}
+"""What to check, keyed by the first wrong stage, in the order of docs/tensors.md."""
+
+_MOST_ROWS = 16
+_MOST_STEPS = 12
+_MOST_GUESSES = 10
+
+
+def record(comparison: Comparison) -> dict[str, Any]:
+    """The whole comparison, as docs/numerics.md documents it. Non-finite numbers become None."""
+    divergence = comparison.divergence
+    perplexity = comparison.perplexity
+    return {
+        "tilewright": __version__,
+        "verdict": verdict(comparison),
+        "sentence": comparison.sentence,
+        "next": advice(comparison),
+        "model": comparison.model,
+        "reference": comparison.reference,
+        "candidate": comparison.candidate,
+        "dtype": comparison.dtype,
+        "finished": comparison.finished,
+        "failure": comparison.failure,
+        "divergence": finding_record(divergence) if divergence else None,
+        "reason": _reason_record(comparison.reason) if comparison.reason else None,
+        "weights": [asdict(w) for w in comparison.weights],
+        "perplexity": None
+        if perplexity is None
+        else {"truth": _finite(perplexity[0]), "candidate": _finite(perplexity[1])},
+        "logits": [
+            {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": row.near_tie}
+            for row in comparison.logits
+        ],
+        "not_compared": comparison.not_compared,
+        "findings": [finding_record(f) for f in comparison.findings],
+    }
+
+
+def verdict(comparison: Comparison) -> str:
+    if comparison.equal:
+        return "equal"
+    diverged = comparison.divergence or not all(w.passed for w in comparison.weights)
+    return "diverged" if diverged else "unfinished"
+
+
+def finding_record(finding: Finding) -> dict[str, Any]:
+    place = finding.place
+    return {
+        "mode": place.mode,
+        "phase": place.phase,
+        "step": place.step,
+        "tensor": place.tensor,
+        "layer": place.layer,
+        "stage": place.stage,
+        "passed": finding.passed,
+        "why": finding.why,
+        "excess": _finite(finding.excess),
+        "limit": finding.limit,
+        "tolerance": str(finding.tolerance) if finding.tolerance else None,
+        "where": finding.where,
+        "candidate": _difference_record(finding.candidate),
+        "baseline": _difference_record(finding.baseline),
+        "worst_row": {
+            "candidate": _finite(finding.worst_row[0]),
+            "baseline": _finite(finding.worst_row[1]),
+        },
+    }
+
+
+def _reason_record(reason: Reason) -> dict[str, Any]:
+    return {
+        "sureness": reason.sureness,
+        "mistakes": [e.mistake for e in reason.named],
+        "unexplained": _finite(reason.unexplained),
+        "tried": reason.tried,
+        "broken": list(reason.broken),
+        "refuted": list(reason.refuted),
+        "guesses": [asdict(e) for e in reason.best[:_MOST_GUESSES]],
+    }
+
+
+def _difference_record(difference: Difference | None) -> dict[str, Any] | None:
+    if difference is None:
+        return None
+    figures = asdict(difference) | {"nmse": difference.nmse}
+    return {name: _finite(value) for name, value in figures.items()}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
+    """Lines. Tables are at most width columns wide (at least 40), sentences only when wrapped.
+
+    Failures are marked with an exclamation mark.
+    """
+    width = max(width, 40)
+
+    def prose(*sentences: str) -> Iterator[str]:
+        for sentence in sentences:
+            yield from wrap(sentence, width, subsequent_indent="  ") if wrapped else [sentence]
+
+    lines = list(prose(comparison.sentence))
+    if comparison.reason:
+        lines += prose(f"why: {reason_line(comparison.reason)}")
+    lines += prose(*(f"next: {hint}" for hint in advice(comparison)))
+    lines += ["", *prose(facts(comparison))]
+    for mode, title in MODES.items():
+        if table := _table(comparison, mode, width):
+            lines += ["", *prose(title), *table]
+    if comparison.findings:
+        lines += prose("(error over its limit, the worst of all steps; ! is too large)")
+    if comparison.logits:
+        lines += ["", *prose("logits, candidate against truth"), *_logits(comparison)]
+        if any(row.near_tie for row in comparison.logits):
+            lines += prose("(~ near-tie: rounding could turn the truth's two likeliest tokens)")
+    lines += ["", *prose(weights_line(comparison))]
+    if comparison.not_compared:
+        lines += prose(missing_line(comparison))
+    if comparison.perplexity:
+        true, ours = comparison.perplexity
+        lines += prose(f"perplexity of the prompt: truth {true:.6g}, candidate {ours:.6g}")
+    return lines
+
+
+MODES: dict[Mode, str] = {
+    "isolated": "each layer by itself, on the reference's input and cache",
+    "chained": "each side on its own outputs",
+}
+
+
+def facts(comparison: Comparison) -> str:
+    steps = {f.place.step: f.place.phase for f in comparison.findings}
+    phases = list(steps.values())
+    failed = sum(not f.passed for f in comparison.findings)
+    return (
+        f"candidate {comparison.candidate} in {comparison.dtype}, reference "
+        f"{comparison.reference}; steps: {phases.count('prefill')} prefill, "
+        f"{phases.count('decode')} decode; {len(comparison.findings)} tensors, {failed} wrong"
+        f"{'' if comparison.finished else '; not finished'}"
+    )
+
+
+def reason_line(reason: Reason) -> str:
+    """The known mistake that explains the first divergence, and the confidence in it."""
+    left, best = _times(reason.unexplained), reason.best[:1]
+    broken = "".join(f"; {why}" for why in reason.broken)
+    if reason.unexplained <= 1:
+        return (
+            "rounding explains what this layer computes: it is only a tolerance that is not met, "
+            f"or a tensor that is missing or of another shape{broken}"
+        )
+    if not reason.named:
+        said = f"none of {reason.tried} known mistakes explains it"
+        if reason.refuted:
+            said += f" (not {' nor '.join(reason.refuted[:3])}, which a later step refutes)"
+        elif best and best[0].excess < min(reason.unexplained / 2, OUT_OF_QUESTION):
+            said += f"; the nearest, {best[0].mistake}, leaves {_times(best[0].excess)} of {left}"
+        return said + broken
+    told = " or ".join(e.mistake for e in reason.named[:3])
+    if len(reason.named) > 3:
+        told += f" or {len(reason.named) - 3} more that would look the same"
+    return (
+        f"{SURENESS[reason.sureness]}{told} (with that mistake a layer is at "
+        f"{_times(reason.named[0].excess)} of the limits from the candidate, with another of "
+        f"{reason.tried} guesses at {_times(reason.next_best)} or more, without one at {left})"
+        f"{broken}"
+    )
+
+
+SURENESS = {"sure": "", "likely": "probably ", "perhaps": "perhaps ", "either": "either "}
+
+
+def _times(excess: float) -> str:
+    return (
+        f"{excess:.2f}" if excess < 9.995 else f"{excess:.0f}" if excess < 1e5 else f"{excess:.0e}"
+    )
+
+
+def weights_line(comparison: Comparison) -> str:
+    wrong = [w for w in comparison.weights if not w.passed]
+    if not comparison.weights:
+        return "weights: not compared, for not both executors give them back"
+    if not wrong:
+        return f"weights: all {len(comparison.weights)} are the checkpoint's"
+    shown = "; ".join(f"{w.name}! {w.why}" for w in wrong[:3])
+    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"weights: {len(wrong)} of {len(comparison.weights)} are wrong: {shown}{more}"
+
+
+def missing_line(comparison: Comparison) -> str:
+    stages = ", ".join(comparison.not_compared)
+    return f"not compared, for {comparison.candidate} taps no such tensors: {stages}"
+
+
+def worst(findings: Iterable[Finding]) -> dict[tuple[int | None, str], Finding]:
+    """The worst finding of each layer and stage, in the order of first appearance."""
+    found: dict[tuple[int | None, str], Finding] = {}
+    for finding in findings:
+        key = (finding.place.layer, finding.place.stage)
+        if key not in found or _badness(finding) > _badness(found[key]):
+            found[key] = finding
+    return found
+
+
+def _badness(finding: Finding) -> tuple[bool, float]:
+    return not finding.passed, finding.excess
+
+
+def _table(comparison: Comparison, mode: Mode, width: int) -> list[str]:
+    cells = worst(f for f in comparison.findings if f.place.mode == mode)
+    layers = sorted({layer for layer, _ in cells if layer is not None})
+    stages = list(dict.fromkeys(stage for layer, stage in cells if layer is not None))
+    groups = grouped(layers, comparison.divergence.place.layer if comparison.divergence else None)
+    rows = []
+    for group in groups:
+        name = f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}"
+        found = [[cells[n, s] for n in group if (n, s) in cells] for s in stages]
+        rows.append([name, *(cell(max(f, key=_badness)) if f else "" for f in found)])
+    lines = _blocks([["layer"], *([_short(s)] for s in stages)], rows, width) if rows else []
+    outside = [f"{s} {cell(f)}" for (layer, s), f in cells.items() if layer is None]
+    return [*lines, "  ".join(outside)] if outside else lines
+
+
+def grouped(layers: Sequence[int], special: int | None) -> list[Sequence[int]]:
+    """Runs of layers; single layers where there are few. The special one is always alone."""
+    size = 1 if len(layers) <= _MOST_ROWS else -(-len(layers) // (_MOST_ROWS - 2))
+    groups: list[Sequence[int]] = []
+    for start in range(0, len(layers), size):
+        group = layers[start : start + size]
+        at = group.index(special) if special in group else 0
+        parts = [group[:at], group[at : at + 1], group[at + 1 :]] if special in group else [group]
+        groups += [part for part in parts if part]
+    return groups
+
+
+def cell(finding: Finding) -> str:
+    """``0.4``, ``12!``: the error over its limit, and a mark when it is too large."""
+    if finding.candidate is None:
+        return "none!" if "no such" in finding.why else "shape!"
+    x = finding.excess
+    shown = (
+        f"{x:.1f}" if x < 9.95 else f"{x:.0f}" if x < 999.5 else ">999" if x < math.inf else "inf"
+    )
+    return shown if finding.passed else f"{shown}!"
+
+
+def _short(stage: str) -> str:
+    return {"attention": "attn", "attn_residual": "attn_resid", "activation": "act"}.get(
+        stage, stage
+    )
+
+
+def _blocks(heads: list[list[str]], rows: list[list[str]], width: int) -> list[str]:
+    """A table with stacked words as headings, in as many blocks as the width requires."""
+    words = [head[0].split("_") for head in heads]
+    wide = [max(map(len, (*words[i], *(row[i] for row in rows)))) for i in range(len(heads))]
+    lines: list[str] = []
+    start = 1
+    while start < len(heads):
+        stop, used = start, wide[0]
+        while stop < len(heads) and used + 1 + wide[stop] <= width:
+            used += 1 + wide[stop]
+            stop += 1
+        columns = [0, *range(start, max(stop, start + 1))]
+        height = max(len(words[i]) for i in columns)
+        head_lines = [
+            [w[n - height + len(w)] if n >= height - len(w) else "" for w in words]
+            for n in range(height)
+        ]
+        for line in [*head_lines, *rows]:
+            lines.append(" ".join(f"{line[i]:>{wide[i]}}" for i in columns).rstrip())
+        start = columns[-1] + 1
+        if start < len(heads):
+            lines.append("")
+    return lines
+
+
+def _logits(comparison: Comparison) -> Iterator[str]:
+    """One line per step; if there are many, the steps that agree least."""
+    by_step: dict[int, list[LogitsAgreement]] = {}
+    for row in comparison.logits:
+        by_step.setdefault(row.step, []).append(row)
+    shown = sorted(by_step)
+    if len(shown) > _MOST_STEPS:
+
+        def trouble(step: int) -> tuple[int, float, int]:
+            found = by_step[step]
+            return sum(not r.same_argmax for r in found), max(r.kl for r in found), -step
+
+        shown = sorted(sorted(shown, key=trouble)[-_MOST_STEPS:])
+    yield f"{'step':>4} {'argmax':>6} {'top-5':>5} {'KL':>7} {'margin':>6} {'error':>7}"
+    for step in shown:
+        found = by_step[step]
+        same = sum(row.same_argmax for row in found)
+        ties = [row.near_tie for row in found]
+        disagree = any(not row.same_argmax and not t for row, t in zip(found, ties, strict=True))
+        mark = "!" if disagree else "~" if any(ties) else ""
+        yield (
+            f"{step:>4} {f'{same}/{len(found)}{mark}':>6} "
+            f"{min(row.top_5 for row in found):>5.0%} {max(row.kl for row in found):>7.1e} "
+            f"{min(row.margin for row in found):>6.2f} {max(row.error for row in found):>7.1e}"
+        )
+    if len(shown) < len(by_step):
+        yield f"and {len(by_step) - len(shown)} more steps that agree better"
+
+
+# --- what to try next -----------------------------------------------------------------------------
+
+
+def advice(comparison: Comparison) -> list[str]:
+    """What to check, and what to run, when the two differ."""
+    wrong = [w for w in comparison.weights if not w.passed]
+    if wrong:
+        return [f"look at how {comparison.candidate} loads and packs {wrong[0].name}"]
+    first = comparison.divergence
+    if first is None:
+        return []
+    if gap := _untapped(comparison, first):
+        hints = [
+            f"look between {gap[0]}, which is right, and {gap[-1]}: to narrow it down, let the "
+            f"candidate tap {', '.join(gap[1:-1])}"
+        ]
+    else:
+        hints = [f"check {CHECKS.get(first.place.stage, first.place.tensor)}"]
+    modes = {f.place.mode for f in comparison.findings}
+    if first.place.mode == "chained" and comparison.finished:
+        hints.append(
+            "each layer is right by itself: look at what goes from layer to layer, or adds up"
+            if "isolated" in modes
+            else "to try each layer alone, both executors need run_layer, read_kv and write_kv"
+        )
+    if first.place.phase == "decode" and first.place.mode == "chained":
+        hints.append("prefill is right: look at positions, slots and the cache of decode steps")
+    return hints
+
+
+def _untapped(comparison: Comparison, first: Finding) -> list[str]:
+    """The last stage before the first wrong one, the untapped stages between, and the wrong one."""
+    order = list(CHECKS)
+    layer, stage = first.place.layer, first.place.stage
+    tapped = {
+        f.place.stage
+        for f in comparison.findings
+        if f.place.layer == layer and f.place.step == first.place.step and f.candidate is not None
+    }
+    if layer is None or stage not in order or stage.endswith("_cache"):
+        return []
+    gap = [stage]
+    for before in reversed(order[: order.index(stage)]):
+        gap.insert(0, before)
+        if before in tapped:
+            return gap if len(gap) > 2 else []
+    return []

@@ -1,0 +1,1132 @@
+"""What every executor must do: ``ExecutorSuite``.
+
+Its results are judged against the executor ``torch``: in float32 that is the truth, and in the
+candidate's dtype it shows what rounding costs (``tilewright_compare.judge``).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from attrs import define, evolve, field, frozen
+from torch import Tensor
+
+from tilewright import registry
+from tilewright.errors import ExecutorError
+from tilewright.kv_cache import KvCacheManager
+from tilewright.types import (
+    DTYPES,
+    DType,
+    ExecutorRequest,
+    KvLayer,
+    ModelConfig,
+    PackedWeights,
+    Phase,
+    RopeConfig,
+    RuntimeConfig,
+    StepBatch,
+    Tap,
+)
+from tilewright.weights import torch_dtype
+from tilewright_compare.judge import Mode, Noise, Place, judge
+from tilewright_testing.models import (
+    CONFIGS,
+    MemorySource,
+    Model,
+    dtype_name,
+    make_model,
+    same_bits,
+)
+from tilewright_testing.paged import Sequences, Tokens, by_slot, copied, tensors
+from tilewright_testing.state import differences, global_state, left_alone
+from tilewright_testing.suite import Implementation, PluginSuite
+
+MODELS: dict[str, ModelConfig] = {
+    **{
+        name: CONFIGS[name]
+        for name in (
+            "grouped",
+            "qk-norm",
+            "all-biases",
+            "one-kv-head",
+            "wide-heads",
+            "tied",
+            "qkv-biases",
+            "qk-norm-tied-gqa-5",
+        )
+    },
+    "sliding-window": evolve(CONFIGS["grouped"], sliding_windows=(None, 7, 3)),
+    "linear-rope": evolve(CONFIGS["tied"], rope=RopeConfig(kind="linear", factor=4.0)),
+    "llama3-rope": evolve(
+        CONFIGS["wide-heads"],
+        rope=RopeConfig(theta=5e5, kind="llama3", factor=8.0, original_max_position=32),
+    ),
+    "yarn-rope": evolve(
+        CONFIGS["qk-norm"],
+        rope=RopeConfig(theta=1e6, kind="yarn", factor=4.0, original_max_position=64),
+    ),
+    "dynamic-rope": evolve(
+        CONFIGS["plain"],
+        rope=RopeConfig(kind="dynamic", factor=3.0),
+        max_position_embeddings=256,
+    ),
+    # Sizes for tiled kernels, which may be all that an executor runs.
+    "in-16s": evolve(CONFIGS["qk-norm"], head_dim=32, hidden_size=96, intermediate_size=160),
+    "in-16s-tied-gqa-5": evolve(
+        CONFIGS["qk-norm-tied-gqa-5"], head_dim=32, hidden_size=64, intermediate_size=96
+    ),
+    "in-64s": evolve(
+        CONFIGS["grouped"],
+        num_heads=4,
+        head_dim=64,
+        hidden_size=128,
+        intermediate_size=256,
+        vocab_size=256,
+    ),
+}
+"""Shapes that differ where executors go wrong. Those that an executor refuses are left out."""
+
+PAGE_SIZES = (4, 16, 32, 64, 128, None)
+"""The first size that an executor accepts is tested; None: the executor chooses."""
+
+MAX_SEQ_LEN = 256
+MAX_BATCH_SIZE = 6
+
+NAN = float("nan")
+
+
+# --- what is run ----------------------------------------------------------------------------------
+
+
+@frozen(kw_only=True, eq=False)
+class Case:
+    """A model that the executor runs, and how."""
+
+    name: str
+    model: Model = field(repr=False)
+    runtime: RuntimeConfig
+
+    def __str__(self) -> str:
+        return f"model {self.name!r} in {self.runtime.weight_dtype}"
+
+    @property
+    def page_size(self) -> int:
+        assert self.runtime.page_size
+        return self.runtime.page_size
+
+    def request(self, options: Any, **changed: Any) -> ExecutorRequest:
+        return ExecutorRequest(
+            **{
+                "model_config": self.model.config,
+                "runtime_config": self.runtime,
+                "weights": self.model.source(),
+                "options": options,
+            }
+            | changed
+        )
+
+    def tokens(self, *lengths: int) -> list[list[int]]:
+        """Random tokens, the same each time."""
+        random = torch.Generator().manual_seed(sum(lengths))
+        vocab = self.model.config.vocab_size
+        return [torch.randint(3, vocab, (n,), generator=random).tolist() for n in lengths]
+
+
+class ReadTo(MemorySource):
+    """A source that records which tensors were read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(tensors)
+        self.read: list[str] = []
+
+    def get(self, name: str) -> Tensor:
+        self.read.append(name)
+        return super().get(name)
+
+
+@define(eq=False)
+class Running:
+    """An executor with a KV cache."""
+
+    executor: Any
+    total_pages: int
+    layers: Sequence[KvLayer] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.layers = KvCacheManager(self.executor.kv_cache_spec, self.total_pages).layers()
+        self.executor.bind_kv_cache(self.layers)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the cache can be read."""
+        return isinstance(self.layers[0].key, Tensor) or hasattr(self.executor, "read_kv")
+
+    def cached(self, layer: int) -> Iterator[Tensor]:
+        """A layer's keys, then its values, [pages, page_size, num_kv_heads, head_dim]."""
+        of = self.layers[layer]
+        if not isinstance(of.key, Tensor):
+            of = self.executor.read_kv(layer)
+        for storage in (of.key, of.value):
+            yield by_slot(storage.cpu(), self.executor.kv_cache_spec.row_order)
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of keys and values of all layers."""
+        if not self.sees:
+            return []
+        return [t.clone() for i in range(len(self.layers)) for t in self.cached(i)]
+
+    def fill(self, value: float) -> None:
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.key, Tensor):
+                layer.key.fill_(value)
+                layer.value.fill_(value)
+            else:
+                now = self.executor.read_kv(i)
+                full = (torch.full_like(t, value) for t in (now.key, now.value))
+                self.executor.write_kv(i, KvLayer(*full))
+
+    def steps(self, sequences: Sequences, *several: Tokens) -> Iterator[tuple[Phase, StepBatch]]:
+        """The steps that run new tokens, one group after another, within the executor's limits."""
+        for tokens in several:
+            for step in sequences.within(tokens, self.executor.limits):
+                phase = sequences.phase(step)
+                yield phase, sequences.batch(step)
+
+    def run(self, phase: Phase, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        step = self.executor.prefill if phase == "prefill" else self.executor.decode
+        logits: Tensor = step(copied(batch), tap)
+        return logits
+
+
+Seen = dict[str, Tensor]
+
+
+def recorder(seen: Seen) -> Tap:
+    """A tap that keeps copies."""
+
+    def tap(name: str, tensor: Tensor) -> None:
+        seen[name] = tensor.clone().cpu()
+
+    return tap
+
+
+@define(eq=False)
+class Trio:
+    """A candidate, and two references that run the same steps: near in its dtype, true in
+    float32."""
+
+    case: Case
+    candidate: Running
+    near: Running
+    true: Running
+    sequences: Sequences
+    mode: Mode = "chained"
+    step_number: int = 0
+    noise: defaultdict[str, Noise] = field(factory=lambda: defaultdict(Noise))
+
+    def run(self, tokens: Tokens, phase: Phase | None = None) -> None:
+        """Run new tokens, in as many steps as the candidate's limits require, and judge them."""
+        __tracebackhide__ = True
+        for of, batch in self.candidate.steps(self.sequences, tokens):
+            self.step(phase or of, batch)
+
+    def step(self, phase: Phase, batch: StepBatch, taps: bool = False) -> Tensor:
+        """Run a step, and judge its new keys and values and its logits; returns the candidate's
+        logits.
+
+        taps: also judge what is tapped.
+        """
+        __tracebackhide__ = True
+        seen: list[Seen] = [{}, {}, {}]
+        logits = [
+            running.run(phase, batch, recorder(kept) if taps else None)
+            for running, kept in zip((self.candidate, self.near, self.true), seen, strict=True)
+        ]
+        for name in (n for n in seen[2] if n in seen[0] and n != "logits"):
+            self.judge(phase, name, *(kept[name] for kept in seen))
+        self.judge_cache(phase, batch)
+        self.judge(phase, "logits", *logits)
+        self.step_number += 1
+        return logits[0]
+
+    def judge_cache(self, phase: Phase, batch: StepBatch) -> None:
+        """Judge the keys and values of a step's tokens."""
+        __tracebackhide__ = True
+        slots, size = batch.slot_mapping.long(), self.case.page_size
+        for layer in range(len(self.candidate.layers) if self.candidate.sees else 0):
+            caches = (r.cached(layer) for r in (self.candidate, self.near, self.true))
+            of = zip(("k_cache", "v_cache"), zip(*caches, strict=True), strict=True)
+            for name, storages in of:
+                rows = [s[slots // size, slots % size] for s in storages]
+                self.judge(phase, f"layers.{layer}.{name}", *rows)
+
+    def judge(self, phase: Phase, name: str, ours: Tensor, near: Tensor, true: Tensor) -> None:
+        __tracebackhide__ = True
+        assert ours.shape == true.shape, (
+            f"{self.case}, {phase} step {self.step_number}: the shape of {name} is "
+            f"{list(ours.shape)}, expected {list(true.shape)}"
+        )
+        if not true.numel() or same_bits(ours, near):
+            return
+        place = Place(mode=self.mode, phase=phase, step=self.step_number, tensor=name)
+        found = judge(place, ours, near, true, self.noise[name])
+        assert found.passed, (
+            f"{self.case}, {phase} step {self.step_number}, tensor {name}: {found.why}"
+        )
+
+
+Make = Callable[..., Any]
+"""Makes an executor of a case, with fields of its ExecutorRequest changed."""
+
+
+@frozen
+class Tried:
+    """Result of making an executor of each model, once per plugin."""
+
+    cases: list[Case]
+    changed: list[str]
+    """What that changed in the process; recorded since some things change only the first time."""
+
+
+_TRIED = pytest.StashKey[dict[str, Tried]]()
+
+
+class ExecutorSuite(PluginSuite):
+    """Tests of what ``create_executor`` and ``tilewright.types.Executor`` state.
+
+    Fixtures that may be given: ``models`` and ``dtypes``, of which the executor must run at least
+    one, and ``unsupported_device``.
+    """
+
+    kind: ClassVar[str] = "executor"
+
+    @pytest.fixture(autouse=True)
+    def _one_thread(self) -> Iterator[None]:
+        # The tensors are tiny: more threads would spend their time waiting for each other.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+    @pytest.fixture
+    def models(self) -> Mapping[str, ModelConfig]:
+        """Models by name, with random weights; those that the executor refuses are left out."""
+        return MODELS
+
+    @pytest.fixture
+    def dtypes(self) -> Sequence[DType]:
+        """Dtypes of weights and KV cache; those that the executor refuses are left out."""
+        return DTYPES
+
+    @pytest.fixture
+    def unsupported_device(self) -> str | None:
+        """A device that the executor must refuse; None when it takes any name."""
+        return "no-such-device"
+
+    @pytest.fixture
+    def create(self, implementation: Implementation) -> Make:
+        def create(case: Case, **changed: Any) -> Any:
+            request = case.request(implementation.options, **changed)
+            return implementation.call("create_executor", request=request)
+
+        return create
+
+    @pytest.fixture
+    def tried(
+        self,
+        request: pytest.FixtureRequest,
+        implementation: Implementation,
+        create: Make,
+        models: Mapping[str, ModelConfig],
+        dtypes: Sequence[DType],
+    ) -> Tried:
+        tried: dict[str, Tried] = request.node.parent.stash.setdefault(_TRIED, {})
+        subject = f"{id(implementation.plugin)} {implementation.options} {dtypes} {models}"
+        if subject not in tried:
+            before = global_state()
+            found = list(_accepted(create, models, dtypes))
+            tried[subject] = Tried(found, differences(before, global_state()))
+        return tried[subject]
+
+    @pytest.fixture
+    def cases(self, tried: Tried) -> list[Case]:
+        """What the executor runs: all models in the first dtype that it accepts, two in others."""
+        return tried.cases
+
+    @pytest.fixture
+    def case(self, cases: list[Case]) -> Case:
+        """The first one, where one is enough."""
+        return cases[0]
+
+    @pytest.fixture
+    def running(self, create: Make) -> Iterator[Callable[..., Running]]:
+        """Makes an executor of a case with a cache; all are closed at the end."""
+        made: list[Running] = []
+
+        def running(case: Case, **changed: Any) -> Running:
+            made.append(Running(create(case, **changed), _pages(case)))
+            return made[-1]
+
+        yield running
+        for one in made:
+            one.executor.close()
+
+    @pytest.fixture
+    def trio(self, create: Make) -> Callable[..., Any]:
+        @contextmanager
+        def trio(case: Case, shuffled: bool = False) -> Iterator[Trio]:
+            executors = [create(case), *_references(case)]
+            try:
+                candidate, near, true = (Running(e, _pages(case)) for e in executors)
+                sequences = Sequences(case.page_size, _pages(case), shuffled)
+                yield Trio(case, candidate, near, true, sequences)
+            finally:
+                for executor in executors:
+                    executor.close()
+
+        return trio
+
+    # --- what it says of itself ------------------------------------------------------------------
+
+    def test_it_declares_the_cache_that_it_needs(self, create: Make, cases: list[Case]) -> None:
+        for case in cases:
+            executor = create(case)
+            spec, config = executor.kv_cache_spec, case.model.config
+            found = (spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.dtype)
+            assert found == (
+                config.num_layers,
+                config.num_kv_heads,
+                config.head_dim,
+                case.page_size,
+                case.runtime.kv_dtype,
+            ), f"{case}: kv_cache_spec differs from the model's shape or the runtime's settings"
+            assert spec.row_order in ("NHD", "HND"), f"row_order is {spec.row_order!r}"
+            limit = spec.memory_limit
+            assert limit is None or limit >= 0, f"memory_limit is {limit}"
+            assert executor.kv_cache_spec == spec, "kv_cache_spec must stay as it is"
+            executor.close()
+
+    def test_it_has_the_page_size_that_was_set(self, create: Make, case: Case) -> None:
+        for size in filter(None, PAGE_SIZES):
+            try:
+                executor = create(case, runtime_config=evolve(case.runtime, page_size=size))
+            except ExecutorError:
+                continue
+            found = executor.kv_cache_spec.page_size
+            executor.close()
+            assert found == size, f"page_size = {size} was set, and the cache needs {found}"
+
+    def test_it_names_its_device_and_chooses_a_page_size(self, create: Make, case: Case) -> None:
+        executor = create(case, runtime_config=evolve(case.runtime, page_size=None))
+        device, page_size = executor.device, executor.kv_cache_spec.page_size
+        executor.close()
+        assert isinstance(device, str), f"device must be text, found {device!r}"
+        assert device.strip(), "device must name what computes, as results show it"
+        assert type(page_size) is int, f"page_size must be chosen, found {page_size!r}"
+        assert page_size >= 1, f"page_size must be chosen where None was set, found {page_size}"
+
+    def test_limits_are_positive_or_none(self, create: Make, case: Case) -> None:
+        executor = create(case)
+        limits = executor.limits
+        for name in ("max_batch_size", "max_batch_tokens", "max_seq_len"):
+            limit = getattr(limits, name)
+            assert limit is None or (type(limit) is int and limit >= 1), f"{name} = {limit!r}"
+        executor.close()
+
+    def test_reports_of_getting_ready_count_up(self, create: Make, case: Case) -> None:
+        said: list[tuple[str, int, int]] = []
+        create(case, report=lambda what, done, total: said.append((what, done, total))).close()
+        for what, done, total in said:
+            assert isinstance(what, str)
+            assert 0 <= done <= total, f"reported {done} of {total} done of {what}"
+
+    # --- what it computes ------------------------------------------------------------------------
+
+    def test_prompts_that_end_about_a_page_and_go_on(self, trio: Any, cases: list[Case]) -> None:
+        for case in cases:
+            size = case.page_size
+            prompts = case.tokens(size - 1, size, size + 1, 1, 2 * size + 3)
+            with trio(case) as three:
+                three.run({str(i): p for i, p in enumerate(prompts)})
+                for step in range(2):
+                    three.run({str(i): [9 + step + i] for i in range(len(prompts))})
+
+    def test_a_sequence_alone(self, trio: Any, cases: list[Case]) -> None:
+        for case in cases:
+            (prompt,) = case.tokens(case.page_size + 2)
+            with trio(case) as three:
+                three.run({"a": prompt})
+                for token in range(3, 3 + min(case.page_size, 16)):
+                    three.run({"a": [token]})
+
+    def test_a_prompt_in_chunks(self, trio: Any, cases: list[Case]) -> None:
+        for case in cases:
+            size = case.page_size
+            (prompt,) = case.tokens(2 * size + 5)
+            with trio(case) as three:
+                for start, stop in ((0, 3), (3, 4), (4, size + 1), (size + 1, None)):
+                    three.run({"a": prompt[start:stop]})
+                three.run({"a": [7]})
+
+    def test_chunks_give_the_logits_of_the_whole(
+        self, running: Callable[..., Running], trio: Any, case: Case
+    ) -> None:
+        (prompt,) = case.tokens(3 * case.page_size + 1)
+        one, two = case.page_size - 1, case.page_size + 2
+        chunked, sequences = running(case), Sequences(case.page_size, _pages(case))
+        chunks = (prompt[:one], prompt[one:two], prompt[two:])
+        parts = _logits(chunked, sequences, *({"a": chunk} for chunk in chunks))
+        with trio(case) as three:
+            batch = three.sequences.batch({"a": prompt})
+            near, true = (r.run("prefill", batch) for r in (three.near, three.true))
+            three.judge("prefill", "logits", torch.cat(parts), near, true)
+
+    def test_prompts_chunks_and_tokens_in_one_step(self, trio: Any, cases: list[Case]) -> None:
+        for case in cases:
+            size = case.page_size
+            a, b, c = case.tokens(size + 2, size, 3)
+            with trio(case) as three:
+                three.run({"a": a[:-1], "b": b[:2]})
+                three.run({"c": c, "a": a[-1:], "b": b[2:]})
+                three.run({"b": [5], "c": [6], "a": [7]})
+                three.run({"a": [8]})
+                three.run({"c": [9], "b": [10]})
+
+    def test_pages_in_any_order(self, trio: Any, cases: list[Case]) -> None:
+        for case in cases:
+            prompts = case.tokens(2 * case.page_size + 1, case.page_size + 3)
+            with trio(case, shuffled=True) as three:
+                three.run({"a": prompts[0], "b": prompts[1]})
+                three.run({"b": [5], "a": [6]})
+                three.run({"b": prompts[0][:3]})
+
+    def test_pages_that_were_freed_serve_another_sequence(
+        self, trio: Any, cases: list[Case]
+    ) -> None:
+        for case in cases:
+            size = case.page_size
+            stays, goes, comes = case.tokens(size + 1, 2 * size + 3, size + 2)
+            with trio(case) as three:
+                three.run({"stays": stays, "goes": goes})
+                three.sequences.free("goes")
+                three.run({"stays": [4]})
+                three.run({"comes": comes})
+                three.run({"stays": [5], "comes": [6]})
+
+    def test_prefill_of_one_token_each_is_as_decode(self, trio: Any, case: Case) -> None:
+        prompts = case.tokens(case.page_size, 3)
+        with trio(case) as three:
+            three.run({"a": prompts[0], "b": prompts[1]})
+            three.run({"a": [5], "b": [6]}, phase="prefill")
+            three.run({"a": [7], "b": [8]}, phase="decode")
+
+    def test_batches_as_large_as_its_limits(self, trio: Any, case: Case) -> None:
+        with trio(case) as three:
+            limits = three.candidate.executor.limits
+            batch_size = min(limits.max_batch_size or MAX_BATCH_SIZE, MAX_BATCH_SIZE)
+            most = min(
+                limits.max_batch_tokens or case.runtime.max_batch_tokens,
+                case.runtime.max_batch_tokens,
+                (limits.max_seq_len or MAX_SEQ_LEN) - 1,
+            )
+            (prompt,) = case.tokens(most)
+            three.step("prefill", three.sequences.batch({"0": prompt}))
+            others = {str(i): case.tokens(1 + i)[0] for i in range(1, batch_size)}
+            three.run(others)
+            tokens = {str(i): [3 + i] for i in range(batch_size)}
+            three.step("decode", three.sequences.batch(tokens))
+
+    def test_a_sequence_as_long_as_its_limit(self, trio: Any, case: Case) -> None:
+        with trio(case) as three:
+            longest = min(three.candidate.executor.limits.max_seq_len or MAX_SEQ_LEN, MAX_SEQ_LEN)
+            (tokens,) = case.tokens(longest)
+            chunk = min(case.runtime.max_batch_tokens, 48)
+            for start in range(0, longest - 1, chunk):
+                three.run({"a": tokens[start : min(start + chunk, longest - 1)]})
+            three.run({"a": tokens[-1:]})
+
+    def test_layers_alone(self, trio: Any, cases: list[Case]) -> None:
+        """Where layers can be run alone, errors show that earlier layers would hide."""
+        for case in cases:
+            with trio(case) as three:
+                _layerwise(three.candidate)
+                three.mode = "isolated"
+                prompts = case.tokens(case.page_size + 9, 3)
+                tokens = {"a": prompts[0], "b": prompts[1]}
+                _, batch = next(three.candidate.steps(three.sequences, tokens))
+                dtype = torch_dtype(case.runtime.weight_dtype or "float32")
+                hidden = three.near.executor.embed(batch)
+                for layer in range(len(three.candidate.layers)):
+                    seen: list[Seen] = [{}, {}, {}]
+                    outputs = [
+                        r.executor.run_layer(layer, x, batch, recorder(taps))
+                        for r, x, taps in (
+                            (three.candidate, hidden.to(dtype), seen[0]),
+                            (three.near, hidden, seen[1]),
+                            (three.true, hidden.float(), seen[2]),
+                        )
+                    ]
+                    for name in (n for n in seen[2] if n in seen[0]):
+                        three.judge("prefill", name, *(s[name] for s in seen))
+                    three.judge("prefill", f"layers.{layer}.output", *outputs)
+                    hidden = outputs[1]
+                three.judge_cache("prefill", batch)
+
+    def test_logits_are_of_the_wanted_rows_and_float32(self, trio: Any, cases: list[Case]) -> None:
+        for case in _one_a_dtype(cases):
+            a, b = case.tokens(5, 4)
+            with trio(case) as three:
+                steps = three.candidate.steps(
+                    three.sequences, {"a": a, "b": b}, {"a": b, "b": a}, {"a": [5], "b": [6]}
+                )
+                for phase, batch in steps:
+                    count = len(batch.token_ids)
+                    for rows in ([count - 1], [0], list(range(0, count, 2)), range(count), []):
+                        wanted = evolve(batch, logits_rows=torch.tensor(list(rows)).long())
+                        logits = three.step(phase, wanted)
+                        found = (tuple(logits.shape), logits.dtype, logits.device.type)
+                        vocab = case.model.config.vocab_size
+                        expected = ((len(rows), vocab), torch.float32, "cpu")
+                        assert found == expected, (
+                            f"{phase}: logits of rows {list(rows)} are {found}, not {expected}"
+                        )
+                        assert not logits.requires_grad, "logits hold on to a gradient's graph"
+
+    def test_a_kv_cache_of_another_dtype(self, trio: Any, create: Make, case: Case) -> None:
+        tried = 0
+        for dtype in DTYPES:
+            mixed = evolve(case, runtime=evolve(case.runtime, kv_dtype=dtype))
+            try:
+                create(mixed).close()
+            except ExecutorError:
+                continue
+            tried += dtype != case.runtime.weight_dtype
+            a, b = case.tokens(case.page_size + 1, 3)
+            with trio(mixed) as three:
+                for tokens in ({"a": a, "b": b}, {"a": [5], "b": [6]}):
+                    three.run(tokens)
+        if not tried:
+            pytest.skip("its KV cache has the weights' dtype, and no other")
+
+    # --- packed weights --------------------------------------------------------------------------
+
+    def test_packed_weights_are_as_they_are_announced(
+        self, implementation: Implementation, cases: list[Case]
+    ) -> None:
+        for case in _one_a_dtype(cases):
+            source = ReadTo(case.model.tensors)
+            request = case.request(implementation.options, weights=source)
+            first, again = (_packing(implementation, request) for _ in range(2))
+            assert type(first.version) is int, f"version is {first.version!r}, expected a number"
+            assert first.version >= 1, f"version is {first.version}, and counts from 1"
+            announced = [[(t.name, t.shape, t.dtype) for t in p.tensors] for p in (first, again)]
+            assert announced[0] == announced[1], "pack_weights announces other tensors each time"
+            names = [name for name, _, _ in announced[0]]
+            assert len(set(names)) == len(names), f"a packed weight comes twice: {names}"
+            assert not source.read, "pack_weights must read weights by the tensors' read alone"
+            for tensor in _packing(implementation, request).tensors:
+                made = tensor.read()
+                found = (tuple(made.shape), dtype_name(made), made.device.type)
+                expected = (tuple(tensor.shape), tensor.dtype, "cpu")
+                assert found == expected, f"{tensor.name} is {found}, announced as {expected}"
+
+    def test_packed_weights_give_the_same_bits(
+        self, implementation: Implementation, running: Callable[..., Running], cases: list[Case]
+    ) -> None:
+        for case in _one_a_dtype(cases):
+            request = case.request(implementation.options)
+            tensors = {t.name: t.read() for t in _packing(implementation, request).tensors}
+            source = ReadTo(tensors)
+            steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}]
+            found = []
+            for changed in ({}, {"weights": source, "packed": True}):
+                one = running(case, **changed)
+                found.append(_logits(one, Sequences(case.page_size, _pages(case)), *steps))
+            assert all(map(same_bits, *found)), "of packed weights come other logits"
+            assert list(dict.fromkeys(source.read)) == list(tensors), (
+                "packed weights must be read in the order in which they are announced"
+            )
+
+    # --- what it leaves alone --------------------------------------------------------------------
+
+    def test_a_step_writes_to_its_own_slots_and_to_no_other(
+        self, running: Callable[..., Running], cases: list[Case]
+    ) -> None:
+        for case in _one_a_dtype(cases):
+            one, sequences = running(case), Sequences(case.page_size, _pages(case), shuffled=True)
+            _seen(one)
+            one.fill(NAN)
+            size = case.page_size
+            a, b = case.tokens(size + 2, 3)
+            steps: list[Tokens] = [
+                {"a": a, "b": b},
+                {"a": [5], "b": [6]},
+                {"b": a},
+                {"a": b, "c": [3]},
+            ]
+            for phase, batch in one.steps(sequences, *steps):
+                before = one.snapshot()
+                one.run(phase, batch)
+                own = torch.zeros(_pages(case) * size, dtype=torch.bool)
+                own[batch.slot_mapping.long()] = True
+                for i, (old, new) in enumerate(zip(before, one.snapshot(), strict=True)):
+                    what = f"{'value' if i % 2 else 'key'} of layer {i // 2}"
+                    changed = _bits_differ(old, new).flatten(0, 1).flatten(1).any(1)
+                    foreign = (changed & ~own).nonzero().flatten().tolist()
+                    assert not foreign, (
+                        f"{phase} wrote a {what} to slots {foreign[:9]}, which are not the step's"
+                    )
+                    filled = new.flatten(0, 1)[own].isfinite().all()
+                    assert filled, f"{phase} left out a {what} in one of the step's slots"
+
+    def test_what_other_slots_hold_changes_nothing(
+        self, running: Callable[..., Running], cases: list[Case]
+    ) -> None:
+        for case in _one_a_dtype(cases):
+            a, b = case.tokens(2 * case.page_size + 1, 3)
+            found = []
+            for value in (0.0, 1e4, NAN):
+                one, sequences = running(case), Sequences(case.page_size, _pages(case))
+                _seen(one)
+                one.fill(value)
+                found.append(
+                    _logits(one, sequences, {"a": a, "b": b}, {"b": [5], "a": [6]}, {"b": a})
+                )
+            for what, logits in zip(("10000", "NaN"), found[1:], strict=True):
+                assert all(map(torch.equal, found[0], logits)), (
+                    f"{case}: where slots of no token of the step's sequences hold {what} and not "
+                    "0, the logits differ: a key or value was read that is not theirs"
+                )
+
+    def test_the_batch_is_not_changed(self, running: Callable[..., Running], case: Case) -> None:
+        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        a, b = case.tokens(case.page_size + 1, 3)
+        for phase, batch in one.steps(sequences, {"a": a, "b": b}, {"a": [5], "b": [6]}):
+            kept = copied(batch)
+            (one.executor.prefill if phase == "prefill" else one.executor.decode)(batch)
+            for name, tensor in tensors(kept).items():
+                assert same_bits(tensor, getattr(batch, name)), f"{phase} changed batch.{name}"
+
+    def test_weights_are_left_as_they_were(self, create: Make, case: Case) -> None:
+        kept = {name: tensor.clone() for name, tensor in case.model.tensors.items()}
+        one, sequences = (
+            Running(create(case), _pages(case)),
+            Sequences(case.page_size, _pages(case)),
+        )
+        _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
+        one.executor.close()
+        changed = [n for n, t in case.model.tensors.items() if not same_bits(t, kept[n])]
+        assert not changed, f"weights of the source were written to: {changed}"
+
+    def test_the_source_may_be_closed_once_it_is_made(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
+        source = case.model.source()
+        one, sequences = running(case, weights=source), Sequences(case.page_size, _pages(case))
+        source.close()
+        logits = _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
+        assert all(t.isfinite().all() for t in logits), "without the source, logits are not finite"
+
+    def test_the_process_is_left_as_it_was(self, tried: Tried, create: Make, case: Case) -> None:
+        changed = "; ".join(tried.changed)
+        assert not changed, f"making and closing an executor changed {changed}"
+        sequences = Sequences(case.page_size, _pages(case))
+        with left_alone("an executor"):
+            executor = create(case)
+        one = Running(executor, _pages(case))
+        with left_alone("a step"):
+            _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
+        with left_alone("close()"):
+            executor.close()
+
+    # --- taps ------------------------------------------------------------------------------------
+
+    def test_taps_hold_what_their_names_say(self, trio: Any, cases: list[Case]) -> None:
+        for case in cases:
+            a, b = case.tokens(9, 4)
+            with trio(case) as three:
+                steps = [{"a": a, "b": b}, {"a": [3], "b": [4]}]
+                for phase, batch in three.candidate.steps(three.sequences, *steps):
+                    three.step(phase, batch, taps=True)
+
+    def test_taps_are_those_of_the_docs(self, trio: Any, cases: list[Case]) -> None:
+        for case in cases:
+            a, b = case.tokens(5, 4)
+            with trio(case) as three:
+                steps = [{"a": a, "b": b}, {"a": [3], "b": [4]}]
+                for phase, whole in three.candidate.steps(three.sequences, *steps):
+                    batch = evolve(whole, logits_rows=whole.logits_rows[-1:])
+                    ours, theirs = (_tapped(r, phase, batch) for r in (three.candidate, three.near))
+                    names = [name for name, _ in ours]
+                    assert len(set(names)) == len(names), f"{phase}: a name came twice: {names}"
+                    known = dict(theirs)
+                    unknown = [n for n in names if n not in known]
+                    assert not unknown, (
+                        f"{phase}: taps that docs/tensors.md does not name: {unknown}"
+                    )
+                    for name, (shape, dtype) in ours:
+                        assert (shape, dtype) == known[name], (
+                            f"{phase}: tap {name!r} is {shape} {dtype}, where docs/tensors.md "
+                            f"says {known[name]}"
+                        )
+                    order = [n for n in known if n in names]
+                    assert names == order, (
+                        f"{phase}: taps must come in the order of docs/tensors.md"
+                    )
+
+    def test_a_tap_changes_no_bit(self, running: Callable[..., Running], case: Case) -> None:
+        plain, tapped = running(case), running(case)
+        a, b = case.tokens(case.page_size + 1, 3)
+        steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
+        seen: Seen = {}
+        logits = []
+        for one, tap in ((plain, None), (tapped, recorder(seen))):
+            sequences = Sequences(case.page_size, _pages(case))
+            logits.append(_logits(one, sequences, *steps, tap=tap))
+        assert all(map(same_bits, *logits)), "with a tap, other logits came of a step"
+        assert all(map(same_bits, plain.snapshot(), tapped.snapshot())), (
+            "with a tap, other keys or values were written"
+        )
+        if "logits" in seen:
+            assert same_bits(seen["logits"], logits[1][-1]), "tap 'logits' is what a step returns"
+
+    def test_a_tap_is_for_its_step_alone(self, running: Callable[..., Running], case: Case) -> None:
+        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        seen: Seen = {}
+        _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]}, tap=recorder(seen))
+        seen.clear()
+        _logits(one, sequences, {"a": [4]}, {"a": case.tokens(4)[0]})
+        assert not seen, "a tap was called in a step that was run without one"
+
+    # --- again, and side by side -----------------------------------------------------------------
+
+    def test_the_same_step_twice_gives_the_same_bits(
+        self, running: Callable[..., Running], cases: list[Case]
+    ) -> None:
+        for case in _one_a_dtype(cases):
+            one, sequences = running(case), Sequences(case.page_size, _pages(case), shuffled=True)
+            a, b = case.tokens(case.page_size + 2, 3)
+            steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}, {"b": a}]
+            for phase, batch in one.steps(sequences, *steps):
+                first, cache = one.run(phase, batch).clone(), one.snapshot()
+                again = one.run(phase, batch)
+                assert same_bits(first, again), f"{phase}: the same step gave other logits"
+                assert all(map(same_bits, cache, one.snapshot())), (
+                    f"{phase}: the same step wrote other keys or values"
+                )
+
+    def test_nothing_is_kept_from_step_to_step(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
+        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        a, b, c = case.tokens(case.page_size + 2, 3, 2 * case.page_size)
+        phase, first = next(one.steps(sequences, {"a": a}))
+        expected = one.run(phase, first).clone()
+        _logits(one, sequences, {"b": b, "c": c}, {"c": [3], "b": [4]})
+        assert same_bits(one.run(phase, first), expected), (
+            "other steps in between changed what a step gives"
+        )
+
+    def test_two_side_by_side_are_independent(
+        self, running: Callable[..., Running], trio: Any, case: Case
+    ) -> None:
+        steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}, {"a": [4, 5]}]
+        other = evolve(case, model=make_model(case.model.config, seed=1))
+        alone = [
+            _logits(running(one), Sequences(case.page_size, _pages(case)), *steps)
+            for one in (case, other)
+        ]
+        with trio(case) as mine, trio(other) as theirs:
+            found: list[list[Tensor]] = [[], []]
+            for tokens in steps:
+                for logits, three in zip(found, (mine, theirs), strict=True):
+                    made = three.candidate.steps(three.sequences, tokens)
+                    logits += [three.step(phase, batch).clone() for phase, batch in made]
+            for before, after in zip(alone, found, strict=True):
+                assert all(map(same_bits, before, after)), (
+                    "another executor that is made and run in the same process changes the logits"
+                )
+            theirs.candidate.executor.close()
+            mine.run({"a": [6]})
+
+    def test_it_is_closed_twice_and_made_again(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
+        steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}]
+        found = []
+        for _ in range(2):
+            one = running(case)
+            found.append(_logits(one, Sequences(case.page_size, _pages(case)), *steps))
+            one.executor.close()
+            one.executor.close()
+        assert all(map(same_bits, *found)), "closed and made again, it gives other logits"
+
+    def test_a_closed_one_says_so(self, running: Callable[..., Running], case: Case) -> None:
+        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        _logits(one, sequences, {"a": case.tokens(5)[0]})
+        one.executor.close()
+        steps: list[tuple[Phase, list[int]]] = [("decode", [3]), ("prefill", [4, 5])]
+        for phase, tokens in steps:
+            batch = sequences.batch({"a": tokens})
+            try:
+                one.run(phase, batch)
+            except ExecutorError as refused:
+                _check_message(refused)
+            else:
+                pytest.fail(f"{phase} of a closed executor must raise ExecutorError", pytrace=False)
+
+    # --- what it refuses -------------------------------------------------------------------------
+
+    def test_a_device_that_is_none_is_refused(
+        self, create: Make, case: Case, unsupported_device: str | None
+    ) -> None:
+        if unsupported_device is None:
+            pytest.skip("the executor takes any name of a device")
+        runtime = evolve(case.runtime, device=unsupported_device)
+        _check_refused(create, case, f"device {unsupported_device!r}", runtime_config=runtime)
+
+    def test_a_shape_that_is_none_is_refused(self, create: Make, case: Case) -> None:
+        for changed in ({"num_heads": 4, "num_kv_heads": 3}, {"head_dim": 7}):
+            model = make_model(case.model.config, **changed)
+            odd = evolve(case, model=model)
+            _check_refused(create, odd, f"a model with {changed}", model_config=model.config)
+
+    def test_what_it_cannot_run_is_refused_before_a_weight_is_read(
+        self,
+        create: Make,
+        cases: list[Case],
+        models: Mapping[str, ModelConfig],
+        dtypes: Sequence[DType],
+    ) -> None:
+        runs = {(c.name, c.runtime.weight_dtype) for c in cases}
+        for dtype in dtypes:
+            for name, config in models.items():
+                if (name, dtype) in runs:
+                    continue
+                case = _case(name, config, dtype, cases[0].page_size)
+                source = ReadTo(case.model.tensors)
+                try:
+                    create(case, weights=source).close()
+                except ExecutorError as refused:
+                    _check_message(refused)
+                    assert not source.read, (
+                        f"{case} was refused after {len(source.read)} of its weights were read"
+                    )
+
+    # --- layer by layer --------------------------------------------------------------------------
+
+    def test_a_step_is_its_embedding_its_layers_and_its_head(
+        self, running: Callable[..., Running], cases: list[Case]
+    ) -> None:
+        for case in _one_a_dtype(cases):
+            whole, parts = running(case), running(case)
+            _layerwise(parts)
+            sequences = Sequences(case.page_size, _pages(case))
+            a, b = case.tokens(case.page_size + 2, 3)
+            steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
+            for phase, all_rows in whole.steps(sequences, *steps):
+                batch = evolve(all_rows, logits_rows=all_rows.logits_rows[1::3])
+                logits = whole.run(phase, batch)
+                hidden = parts.executor.embed(batch)
+                for layer in range(len(parts.layers)):
+                    kept = hidden.clone()
+                    out = parts.executor.run_layer(layer, hidden, batch)
+                    assert same_bits(hidden, kept), "run_layer changed its input"
+                    hidden = out
+                assert (hidden.device.type, tuple(hidden.shape)) == (
+                    "cpu",
+                    (len(batch.token_ids), case.model.config.hidden_size),
+                )
+                wanted = hidden[batch.logits_rows]
+                assert same_bits(parts.executor.run_head(wanted), logits), (
+                    f"{phase}: embed, run_layer of each layer and run_head give other logits"
+                )
+                assert all(map(same_bits, whole.snapshot(), parts.snapshot())), (
+                    f"{phase}: run_layer wrote other keys or values than the step"
+                )
+
+    def test_a_layers_cache_is_read_and_replaced(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
+        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        _layerwise(one)
+        one.fill(0.0)
+        last = len(one.layers) - 1
+        now = one.executor.read_kv(last)
+        random = torch.Generator().manual_seed(0)
+        new = KvLayer(
+            *(torch.randn(t.shape, generator=random).to(t.dtype) for t in (now.key, now.value))
+        )
+        one.executor.write_kv(last, new)
+        found = one.executor.read_kv(last)
+        assert same_bits(found.key, new.key), "read_kv gives other keys than write_kv was given"
+        assert same_bits(found.value, new.value), "read_kv gives other values than were written"
+        if isinstance(one.layers[last].key, Tensor):
+            assert same_bits(one.layers[last].key.cpu(), new.key), "write_kv left the cache alone"
+        if last:
+            assert not one.executor.read_kv(0).key.any(), "write_kv wrote to another layer"
+        # A step's keys are where read_kv shows them.
+        batch = sequences.batch({"a": case.tokens(3)[0]})
+        one.run("prefill", batch)
+        order = one.executor.kv_cache_spec.row_order
+        shown = by_slot(one.executor.read_kv(last).key, order).flatten(0, 1)
+        before = by_slot(new.key, order).flatten(0, 1)
+        changed = _bits_differ(before, shown).flatten(1).any(1).nonzero().flatten().tolist()
+        assert changed == sorted(batch.slot_mapping.tolist()), (
+            "read_kv must show a step's keys in the step's slots, and all else as it was"
+        )
+
+    def test_weights_are_those_of_the_checkpoint(
+        self, running: Callable[..., Running], cases: list[Case]
+    ) -> None:
+        for case in cases:
+            one = running(case)
+            _layerwise(one)
+            dtype = torch_dtype(case.runtime.weight_dtype or "float32")
+            for name, stored in case.model.tensors.items():
+                found = one.executor.weight(name)
+                assert tuple(found.shape) == tuple(stored.shape), f"weight({name!r})"
+                assert torch.equal(found.to(dtype), stored.to(dtype)), (
+                    f"{case}: weight({name!r}) is not the checkpoint's: it is packed wrongly"
+                )
+            absent = ["no.such.weight", "model.layers.99.self_attn.q_proj.weight"]
+            absent += ["lm_head.weight"] if case.model.config.tie_word_embeddings else []
+            for name in absent:
+                try:
+                    one.executor.weight(name)
+                except KeyError:
+                    continue
+                pytest.fail(f"weight({name!r}), which the model has not, must raise KeyError")
+
+
+# --- what the tests share -------------------------------------------------------------------------
+
+
+def _accepted(
+    create: Make, models: Mapping[str, ModelConfig], dtypes: Sequence[DType]
+) -> Iterator[Case]:
+    refusals = []
+    page_size: int | None = None
+    most = len(models)
+    for dtype in dtypes:
+        count = 0
+        for name, config in models.items():
+            for size in [page_size] if page_size else PAGE_SIZES:
+                if count == most:
+                    break
+                case = _case(name, config, dtype, size)
+                try:
+                    executor = create(case)
+                except ExecutorError as refused:
+                    refusals.append(str(refused))
+                    continue
+                page_size = executor.kv_cache_spec.page_size
+                executor.close()
+                count += 1
+                yield _case(name, config, dtype, page_size)
+                break
+        if count:
+            most = 2
+    if page_size is None:
+        pytest.fail(
+            f"the executor refused all of {len(models)} models in {', '.join(dtypes)}, the first "
+            f"with: {refusals[0] if refusals else 'nothing'}; give a fixture 'models' that it runs",
+            pytrace=False,
+        )
+
+
+def _case(name: str, config: ModelConfig, dtype: DType, page_size: int | None) -> Case:
+    runtime = RuntimeConfig(
+        weight_dtype=dtype,
+        kv_dtype=dtype,
+        page_size=page_size,
+        max_seq_len=MAX_SEQ_LEN,
+        max_batch_size=MAX_BATCH_SIZE,
+        max_batch_tokens=6 * (page_size or 16) + 8,
+    )
+    return Case(name=name, model=make_model(config, dtype=dtype), runtime=runtime)
+
+
+@cache
+def _torch_executor() -> Any:
+    return registry.load(registry.find("executor", "torch"))
+
+
+def _references(case: Case) -> list[Any]:
+    """The executor ``torch`` in the case's dtype, and in float32."""
+    wide = evolve(case.runtime, weight_dtype="float32", kv_dtype="float32")
+    return [
+        registry.call(
+            _torch_executor(), "create_executor", request=case.request(None, runtime_config=runtime)
+        )
+        for runtime in (case.runtime, wide)
+    ]
+
+
+def _one_a_dtype(cases: Sequence[Case]) -> list[Case]:
+    return list({case.runtime.weight_dtype: case for case in reversed(cases)}.values())
+
+
+def _pages(case: Case) -> int:
+    """Enough for one sequence of MAX_SEQ_LEN and for a few short ones."""
+    return MAX_SEQ_LEN // case.page_size + 4 * MAX_BATCH_SIZE
+
+
+def _packing(implementation: Implementation, request: ExecutorRequest) -> PackedWeights:
+    if not implementation.implements("pack_weights"):
+        pytest.skip("it has no pack_weights: its weights are converted to the weight dtype")
+    packed: PackedWeights = implementation.call("pack_weights", request=request)
+    return packed
+
+
+def _logits(
+    one: Running, sequences: Sequences, *steps: Tokens, tap: "Tap | None" = None
+) -> list[Tensor]:
+    """Copies of the logits of some steps, within the executor's limits."""
+    return [one.run(phase, batch, tap).clone() for phase, batch in one.steps(sequences, *steps)]
+
+
+def _tapped(
+    running: Running, phase: Phase, batch: StepBatch
+) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Name, shape and dtype of each call of a tap."""
+    seen: list[tuple[str, tuple[tuple[int, ...], torch.dtype]]] = []
+    running.run(phase, batch, lambda name, t: seen.append((name, (tuple(t.shape), t.dtype))))
+    return seen
+
+
+def _check_refused(create: Make, case: Case, what: str, **changed: Any) -> None:
+    source = ReadTo(case.model.tensors)
+    try:
+        create(case, weights=source, **changed)
+    except ExecutorError as refused:
+        _check_message(refused)
+    else:
+        pytest.fail(f"{what} must be refused with ExecutorError, and was not", pytrace=False)
+    assert not source.read, f"{what} was refused after {len(source.read)} weights were read"
+
+
+def _check_message(error: BaseException) -> None:
+    """The message must be one line, and not empty."""
+    text = str(error)
+    assert len(text.splitlines()) == 1, f"an error must be one line, found {text!r}"
+
+
+def _seen(one: Running) -> None:
+    if not one.sees:
+        pytest.skip("the cache is on a device that torch does not know, and there is no read_kv")
+
+
+def _layerwise(one: Running) -> None:
+    if not hasattr(one.executor, "run_layer"):
+        pytest.skip("no LayerwiseExecutor: its layers cannot be run alone")
+
+
+def _bits_differ(a: Tensor, b: Tensor) -> Tensor:
+    """Whether elements differ, one by one; NaN equals itself."""
+    as_integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}[a.dtype.itemsize]
+    return a.contiguous().view(as_integers) != b.contiguous().view(as_integers)

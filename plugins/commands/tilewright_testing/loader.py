@@ -1,0 +1,364 @@
+"""The conformance suite of loaders."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from attrs import fields
+
+from tilewright import registry
+from tilewright.errors import TilewrightError
+from tilewright.formats import InstalledFormats
+from tilewright.types import (
+    DTYPES,
+    GenerateConfig,
+    LoadedModel,
+    LoadRequest,
+    ModelConfig,
+    TensorSource,
+    TextAssets,
+    WeightFormats,
+)
+from tilewright.weights import check_tensors
+from tilewright_testing.files import files_of
+from tilewright_testing.models import Model, read_some, same_bits
+from tilewright_testing.state import left_alone
+from tilewright_testing.suite import Implementation, in_fresh_process, target_of
+from tilewright_testing.tensor_source import Open, TensorSourceSuite, refused
+
+Load = Callable[..., LoadedModel]
+
+_LARGEST_COPY = 2**26
+"""Largest source in bytes that is copied, for tests that damage it."""
+
+_STRANGE = ("", " ", ".", "..", "/", "a/b", "a/b@c", "x" * 5000, "a\0b", "\udcff", "~", "/dev/null")
+"""Sources that users write by mistake, or that other loaders take."""
+
+
+class LoaderSuite(TensorSourceSuite):
+    """What ``LoaderHooks``, ``LoadedModel`` and ``TensorSource`` state, for one loader.
+
+    Fixtures to give: ``plugin``; ``source``, unless the plugin implements the hook write_sample;
+    ``expected``, to have the content of the files checked; and ``options`` where needed.
+    """
+
+    kind: ClassVar[str] = "loader"
+
+    @pytest.fixture
+    def source(self, implementation: Implementation, tmp_path: Path) -> str | Path:
+        """A model that the plugin loads, as a user would name it. It is not changed."""
+        if not implementation.implements("write_sample"):
+            pytest.skip(
+                "no model to load: give the suite a fixture 'source', implement write_sample, or "
+                "verify with --source"
+            )
+        folder = tmp_path / "sample"
+        folder.mkdir()
+        written: str = implementation.call("write_sample", directory=folder)
+        return written
+
+    @pytest.fixture
+    def expected(self) -> Model | None:
+        """The model, in all its parts, that the source's files were made from; None: not known."""
+        return None
+
+    @pytest.fixture
+    def copied(self, source: str | Path, tmp_path: Path) -> str | Path:
+        """A copy of the source, in a folder with spaces and letters beyond ASCII in its name. The
+        source itself if it is not a local path or too large."""
+        place = Path(os.path.expanduser(source))
+        if not place.exists() or sum(p.stat().st_size for p in files_of(place)) > _LARGEST_COPY:
+            return source
+        folder = tmp_path / "a cöpy"
+        if place.is_dir():
+            return Path(shutil.copytree(place, folder))
+        folder.mkdir()
+        # Files beside it may belong to it, such as other shards.
+        for path in place.parent.iterdir():
+            if path.is_file() and path.stat().st_size <= _LARGEST_COPY:
+                shutil.copy(path, folder)
+        return folder / place.name
+
+    @pytest.fixture
+    def files(self, source: str | Path, copied: str | Path) -> Path:
+        if copied is source:
+            pytest.skip(f"{source} is no local path, or is larger than {_LARGEST_COPY} bytes")
+        return Path(copied)
+
+    @pytest.fixture
+    def load(self, implementation: Implementation, copied: str | Path) -> Iterator[Load]:
+        """Loads the copied source, or another; loaded models are closed when the test ends."""
+        loaded: list[LoadedModel] = []
+        formats = InstalledFormats(registry.new_manager(), {})
+
+        def load(
+            source: str | Path = copied,
+            weight_format: str | None = None,
+            formats: WeightFormats = formats,
+        ) -> LoadedModel:
+            request = LoadRequest(
+                source=str(source),
+                options=implementation.options,
+                weight_format=weight_format,
+                formats=formats,
+            )
+            model: LoadedModel = implementation.call("load_model", request=request)
+            loaded.append(model)
+            return model
+
+        yield load
+        for model in loaded:
+            with suppress(Exception):  # already closed by the test
+                model.weights.close()
+
+    @pytest.fixture
+    def opened(self, load: Load) -> Open:
+        return lambda: load().weights
+
+    # --- can_load --------------------------------------------------------------------------------
+
+    def test_can_load_is_true_of_its_source(
+        self, implementation: Implementation, copied: str | Path
+    ) -> None:
+        found = implementation.call("can_load", source=str(copied))
+        assert found is True, f"can_load() must be True of a source that loads, found {found!r}"
+
+    def test_can_load_is_false_of_what_is_none(
+        self, implementation: Implementation, tmp_path: Path
+    ) -> None:
+        empty, others, file = tmp_path / "empty", tmp_path / "others", tmp_path / "notes.txt"
+        empty.mkdir()
+        others.mkdir()
+        (others / "README.md").write_text("# Not a model\n")
+        file.write_text("not a model")
+        for what, source in (
+            ("an empty directory", empty),
+            ("a directory of other files", others),
+            ("a path that is not there", tmp_path / "absent"),
+            ("a text file", file),
+        ):
+            found = implementation.call("can_load", source=str(source))
+            assert found is False, f"can_load() must be False of {what}, found {found!r}"
+
+    def test_can_load_only_looks(
+        self, plugin: Any, implementation: Implementation, copied: str | Path
+    ) -> None:
+        target = target_of(plugin, implementation)
+        if target is None:
+            pytest.skip("an object of no module that a fresh process could import")
+        sources = [str(copied), *_STRANGE]
+        found = in_fresh_process("probe_loader", target, sources)
+        bad = [
+            f"{source!r:.40}: {answer}"
+            for source, answer in zip(sources, found["answers"], strict=True)
+            if not isinstance(answer, bool)
+        ]
+        assert not bad, f"can_load() must answer True or False whatever the source: {bad[0]}"
+        assert not found["torch"], (
+            "can_load() must be cheap: neither it nor its module may import torch, which takes "
+            "seconds"
+        )
+        assert not found["effects"], (
+            f"can_load() must have no side effect, found {', '.join(found['effects'][:3])}"
+        )
+        place = Path(copied)
+        size = sum(path.stat().st_size for path in files_of(place)) if place.exists() else 0
+        assert size < 2**16 or found["bytes"] < size // 2, (
+            f"can_load() must read no weights, but read {found['bytes']} of the source's {size} "
+            "bytes"
+        )
+
+    # --- load_model ------------------------------------------------------------------------------
+
+    def test_it_gives_a_loaded_model_with_parts_of_the_right_kinds(self, load: Load) -> None:
+        model = load()
+        assert isinstance(model, LoadedModel), f"expected a LoadedModel, found {model!r:.100}"
+        for part, kind in (
+            ("config", ModelConfig),
+            ("text", TextAssets),
+            ("generation_defaults", GenerateConfig),
+            ("source", str),
+            ("warnings", tuple),
+        ):
+            found = getattr(model, part)
+            assert isinstance(found, kind), (
+                f"LoadedModel.{part} must be a {kind.__name__}, found {found!r:.100}"
+            )
+        assert model.source, "LoadedModel.source must name the source, for messages"
+        for warning in model.warnings:
+            assert len(str(warning).splitlines()) == 1, f"a warning must be one line: {warning!r}"
+
+    def test_the_configuration_makes_sense(self, load: Load) -> None:
+        config = load().config
+        sizes = {a.name: getattr(config, a.name) for a in fields(ModelConfig) if a.type is int}
+        odd = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
+        assert not odd, f"sizes in ModelConfig must be integers from 1, found {odd}"
+        assert config.num_heads % config.num_kv_heads == 0, (
+            "num_heads must be a multiple of num_kv_heads, found "
+            f"{config.num_heads} and {config.num_kv_heads}"
+        )
+        assert config.head_dim % 2 == 0, f"RoPE needs an even head_dim, found {config.head_dim}"
+        assert config.dtype in DTYPES, f"dtype must be one of {DTYPES}, found {config.dtype!r}"
+        assert 0.0 <= config.norm_eps < 1.0, f"norm_eps must be small, found {config.norm_eps}"
+        windows = len(config.sliding_windows)
+        assert windows in (0, config.num_layers), (
+            f"sliding_windows must have one entry a layer, found {windows}"
+        )
+
+    def test_the_weights_have_the_names_and_shapes_that_the_configuration_needs(
+        self, load: Load
+    ) -> None:
+        model = load()
+        if model.packing is not None:
+            pytest.skip("packed weights have the names and shapes that their executor wants")
+        try:
+            check_tensors(model.weights, model.config, model.source)
+        except TilewrightError as error:
+            pytest.fail(
+                f"names and shapes must be those of weights.expected_tensors: {error}",
+                pytrace=False,
+            )
+
+    def test_the_files_give_what_they_were_made_of(
+        self, load: Load, expected: Model | None
+    ) -> None:
+        if expected is None:
+            pytest.skip("not known what is in the source: give the suite a fixture 'expected'")
+        model = load()
+        assert model.config == expected.config, "the configuration must be that of the files"
+        found = read_some(model.weights)
+        assert set(found) == set(expected.tensors), "the tensors must be those of the files"
+        for name, tensor in expected.tensors.items():
+            assert same_bits(found[name], tensor), f"{name} must have the values that were written"
+        vocabulary = model.text.tokenizer.get_vocab()
+        assert vocabulary == expected.text.tokenizer.get_vocab(), (
+            "the tokenizer must have the vocabulary of the files"
+        )
+
+    def test_loading_twice_gives_models_that_are_the_same(self, load: Load) -> None:
+        one, other = load(), load()
+        assert one.config == other.config, "the configuration must be the same each time"
+        assert one.text.tokenizer.to_str() == other.text.tokenizer.to_str(), (
+            "the tokenizer must be the same each time"
+        )
+        assert one.weights is not other.weights, "each model must have weights of its own to close"
+
+    def test_models_may_be_loaded_in_several_threads(self, load: Load) -> None:
+        expected = read_some(load().weights)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: read_some(load().weights), range(8)))
+        for tensors in found:
+            for name, tensor in expected.items():
+                assert same_bits(tensors[name], tensor), f"{name} differs between threads"
+
+    def test_loading_leaves_the_process_as_it_was(self, load: Load) -> None:
+        with left_alone("load_model()"):
+            load()
+
+    def test_a_named_weight_format_is_the_one_that_opens_the_weights(
+        self, load: Load, implementation: Implementation
+    ) -> None:
+        class Recorded:
+            """Opens any format under any name, and records the requested names."""
+
+            def __init__(self) -> None:
+                self.names: list[str | None] = []
+                self.formats = InstalledFormats(registry.new_manager(), {})
+
+            def open(self, directory: Path, name: str | None = None) -> TensorSource:
+                self.names.append(name)
+                return self.formats.open(directory)
+
+        recorded = Recorded()
+        load(formats=recorded)
+        if not recorded.names:
+            pytest.skip("it opens its weights itself")
+        named = Recorded()
+        load(weight_format="some-format", formats=named)
+        assert recorded.names == [None] * len(recorded.names), (
+            f"with no format named, formats.open() must be left to find it, found {recorded.names}"
+        )
+        assert named.names == ["some-format"] * len(named.names), (
+            "request.weight_format must be passed to request.formats.open(), which got "
+            f"{named.names}"
+        )
+
+    # --- text ------------------------------------------------------------------------------------
+
+    def test_token_ids_are_within_the_vocabulary(self, load: Load) -> None:
+        model = load()
+        size = model.config.vocab_size
+        ids = set(model.text.tokenizer.get_vocab(with_added_tokens=True).values())
+        assert max(ids, default=size) < size, (
+            f"the tokenizer's ids must be below vocab_size = {size}, found {max(ids, default=None)}"
+        )
+        bos, eos = model.config.bos_token_id, model.config.eos_token_ids
+        assert type(eos) is tuple, f"eos_token_ids must be a tuple, found {eos!r}"
+        bad = [i for i in (*eos, *([] if bos is None else [bos])) if not 0 <= i < size]
+        assert not bad, f"bos and eos ids must be from 0 to {size - 1}, found {bad}"
+
+    def test_text_goes_through_the_tokenizer_and_back(self, load: Load) -> None:
+        model = load()
+        tokenizer = model.text.tokenizer
+        known = sorted(tokenizer.get_vocab(with_added_tokens=False).values())
+        texts = ["Hello, world! 12 + 3 = 15\n", "Grüße, 東京 🙂", tokenizer.decode(known[-20:])]
+        for text in texts:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            assert all(0 <= i < model.config.vocab_size for i in ids), (
+                f"the ids of {text!r} must be below vocab_size, found {max(ids)}"
+            )
+            once = tokenizer.decode(ids)
+            again = tokenizer.decode(tokenizer.encode(once, add_special_tokens=False).ids)
+            assert again == once, (
+                f"text that was decoded must encode to the same text: {once!r} became {again!r}"
+            )
+
+    def test_the_tokenizer_neither_cuts_nor_pads(self, load: Load) -> None:
+        tokenizer = load().text.tokenizer
+        assert tokenizer.truncation is None, "truncation must be off: it would cut long prompts"
+        assert tokenizer.padding is None, "padding must be off: it would lengthen every prompt"
+
+    def test_the_chat_template_is_jinja(self, load: Load) -> None:
+        template = load().text.chat_template
+        if template is None:
+            pytest.skip("the model has no chat template")
+        from jinja2 import TemplateSyntaxError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        extensions = ["jinja2.ext.loopcontrols", "jinja2.ext.do"]
+        try:
+            ImmutableSandboxedEnvironment(extensions=extensions).parse(template)
+        except TemplateSyntaxError as error:
+            if "generation" not in str(error):  # a tag that only transformers has
+                pytest.fail(f"chat_template must be Jinja source: {error}", pytrace=False)
+
+    # --- invalid sources -------------------------------------------------------------------------
+
+    def test_a_source_that_is_none_is_a_model_error(
+        self, implementation: Implementation, tmp_path: Path
+    ) -> None:
+        empty, file = tmp_path / "empty", tmp_path / "notes.txt"
+        empty.mkdir()
+        file.write_text("not a model")
+        for what, source in (
+            ("an empty directory", str(empty)),
+            ("a path that is not there", str(tmp_path / "absent")),
+            ("a text file", str(file)),
+            ("a path with a null byte", f"{empty}\0"),
+        ):
+            request = LoadRequest(
+                source=source,
+                options=implementation.options,
+                weight_format=None,
+                formats=InstalledFormats(registry.new_manager(), {}),
+            )
+            model = refused(
+                partial(implementation.call, "load_model", request=request), f"with {what}"
+            )
+            assert model is None, f"load_model() of {what} must raise ModelError"

@@ -1,0 +1,657 @@
+"""The conformance suite of samplers, and the distribution that their settings define."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+from attrs import evolve, fields
+
+from tilewright import registry
+from tilewright.errors import NonFiniteLogitsError, RequestError
+from tilewright.types import SampledToken, Sampler, SamplerRequest, SamplerRow, SamplingParams
+from tilewright_testing.state import left_alone
+from tilewright_testing.suite import Implementation, PluginSuite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MakeSampler = Callable[[], Sampler]
+
+_SETTINGS = tuple(field.name for field in fields(SamplingParams))
+
+_DRAWS = 2000
+_SIGMAS = 5.0
+"""How far frequencies may be from probabilities, in standard deviations. The seeds are fixed, so a
+sampler passes always or never; about one correct sampler in millions would never pass."""
+
+_FILTERS: dict[str, dict[str, Any]] = {
+    "top_k=1": {"top_k": 1},
+    "top_k=3": {"top_k": 3},
+    "top_k=1000": {"top_k": 1000},
+    "top_p=0.3": {"top_p": 0.3},
+    "top_p=0.8": {"top_p": 0.8},
+    "top_p=0.97": {"top_p": 0.97},
+    "min_p=0.1": {"min_p": 0.1},
+    "min_p=0.5": {"min_p": 0.5},
+    "min_p=1.0": {"min_p": 1.0},
+    "top_k=5,top_p=0.7": {"top_k": 5, "top_p": 0.7},
+    "top_p=0.95,min_p=0.2": {"top_p": 0.95, "min_p": 0.2},
+}
+
+_PENALTIES: dict[str, dict[str, Any]] = {
+    "repetition_penalty=1.5": {"repetition_penalty": 1.5},
+    "repetition_penalty=0.6": {"repetition_penalty": 0.6},
+    "presence_penalty=1.0": {"presence_penalty": 1.0},
+    "presence_penalty=-0.8": {"presence_penalty": -0.8},
+    "frequency_penalty=0.4": {"frequency_penalty": 0.4},
+    "logit_bias": {"logit_bias": {0: 2.5, 3: -4.0, 7: -math.inf}},
+    "all of them": {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "logit_bias": {1: 1.0, 4: -1.5},
+    },
+}
+
+_MIXED: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.7, "seed": 3},
+    {"temperature": 1.3, "top_k": 4, "seed": 3},
+    {"temperature": 1.0, "top_p": 0.8, "seed": 4, "logprobs": 2},
+    {"temperature": 1.0, "min_p": 0.05, "seed": 2**63 - 1},
+    {"temperature": 0.9, "repetition_penalty": 1.4, "frequency_penalty": 0.3, "seed": 5},
+    {"temperature": 0.9, "top_k": 9, "top_p": 0.8, "logit_bias": {5: 3.0}, "seed": 6},
+)
+"""Settings of requests that may be in one batch."""
+
+
+def scores(logits: "Tensor", row: SamplerRow) -> "Tensor":
+    """Logits [V] after penalties and bias, float64, by the definitions at GenerateConfig's fields.
+
+    Repetition penalty is that of CTRL (Keskar et al. 2019), presence and frequency penalties are
+    those of OpenAI's API.
+    """
+    params, changed = row.params, logits.double().clone()
+    for token in {*row.prompt_token_ids, *row.output_token_ids}:
+        factor = params.repetition_penalty
+        changed[token] *= 1 / factor if changed[token] > 0 else factor
+    for token, count in Counter(row.output_token_ids).items():
+        changed[token] -= params.presence_penalty + params.frequency_penalty * count
+    for token, bias in params.logit_bias.items():
+        changed[token] += bias
+    return changed
+
+
+def probabilities(logits: "Tensor", row: SamplerRow) -> "Tensor":
+    """What a sampler draws a row's token from, [V] float64: the oracle of the suite.
+
+    Simple rather than fast, and written from the settings' definitions alone. Among equally likely
+    tokens, smaller ids come first.
+    """
+    import torch
+
+    params, found = row.params, scores(logits, row)
+    order = sorted(range(len(found)), key=lambda i: (-found[i].item(), i))
+    if params.temperature == 0:
+        kept = order[:1]
+    else:
+        found = found / params.temperature
+        kept = order[: params.top_k or None]
+        shares = torch.softmax(found[kept], 0).tolist()
+        count, reached = 0, 0.0
+        while count < len(kept) and reached < params.top_p:
+            reached += shares[count]
+            count += 1
+        # Probabilities add up to 1 only up to rounding: at 1.0 all are kept.
+        kept = kept[:count] if params.top_p < 1 else kept
+        kept = [
+            i for i, share in zip(kept, shares, strict=False) if share >= params.min_p * shares[0]
+        ]
+    result = torch.zeros(len(logits), dtype=torch.float64)
+    result[kept] = torch.softmax(found[kept], 0)
+    return result
+
+
+class SamplerSuite(PluginSuite):
+    """What ``Sampler`` states, for one sampler.
+
+    Fixtures to give: ``plugin``, and ``options`` where needed. A sampler that ignores settings
+    declares them in ``no effect`` of its ``PluginInfo.limits``; one with a distribution of its own
+    describes it in ``distribution``. Tests that these exempt are skipped; all others apply.
+    """
+
+    kind: ClassVar[str] = "sampler"
+
+    @pytest.fixture
+    def make_sampler(self, implementation: Implementation) -> MakeSampler:
+        """Makes a sampler as an engine does."""
+
+        def make() -> Sampler:
+            request = SamplerRequest(options=implementation.options)
+            sampler: Sampler = implementation.call("create_sampler", request=request)
+            return sampler
+
+        return make
+
+    @pytest.fixture
+    def sampler(self, make_sampler: MakeSampler) -> Sampler:
+        return make_sampler()
+
+    @pytest.fixture
+    def no_effect(self, implementation: Implementation) -> frozenset[str]:
+        """The settings that the sampler ignores: those of the limit ``no effect``."""
+        named = registry.info(implementation.plugin).limits.get("no effect", "")
+        return frozenset(name.strip() for name in named.split(",") if name.strip())
+
+    @pytest.fixture
+    def distribution(self, implementation: Implementation) -> str | None:
+        """The sampler's own distribution, if it has one: the limit ``distribution``."""
+        return registry.info(implementation.plugin).limits.get("distribution")
+
+    # --- what it returns -------------------------------------------------------------------------
+
+    def test_each_row_gets_a_token(self, sampler: Sampler) -> None:
+        logits = _logits(len(_MIXED), 40)
+        tokens = sampler.sample(logits, [_row(**params) for params in _MIXED])
+        assert isinstance(tokens, list), f"sample() must return a list, found {tokens!r:.100}"
+        assert len(tokens) == len(_MIXED), (
+            f"sample() must return a token for each of {len(_MIXED)} rows, found {len(tokens)}"
+        )
+        for token in tokens:
+            assert isinstance(token, SampledToken), f"expected SampledToken, found {token!r:.100}"
+            assert type(token.token_id) is int, f"token_id must be an int, found {token.token_id!r}"
+            assert 0 <= token.token_id < 40, f"token_id must be below 40, found {token.token_id}"
+            assert token.sanitized == 0, "sanitized must be 0: all logits were finite"
+
+    def test_logits_are_not_changed(self, sampler: Sampler) -> None:
+        logits = _logits(len(_MIXED), 40)
+        before = logits.clone()
+        sampler.sample(logits, [_row(**params) for params in _MIXED])
+        assert bool((logits == before).all()), "sample() must not write to the logits"
+
+    def test_rows_are_not_changed(self, sampler: Sampler) -> None:
+        rows = [_row(output=[1, 2, 2], **params) for params in _MIXED]
+        before = [(list(r.output_token_ids), dict(r.params.logit_bias)) for r in rows]
+        sampler.sample(_logits(len(rows), 40), rows)
+        after = [(list(r.output_token_ids), dict(r.params.logit_bias)) for r in rows]
+        assert after == before, "sample() must not write to the rows: the engine adds the tokens"
+
+    def test_a_vocabulary_of_one_token(self, sampler: Sampler) -> None:
+        for temperature in (0.0, 1.0):
+            (token,) = sampler.sample(_logits(1, 1), [_row(temperature=temperature)])
+            assert token.token_id == 0, "of one token, that one must be chosen"
+
+    def test_a_large_vocabulary(self, sampler: Sampler) -> None:
+        logits = _logits(2, 152_000)
+        rows = [_row(), _row(temperature=0.8, top_p=0.9, top_k=50, seed=1)]
+        tokens = sampler.sample(logits, rows)
+        assert tokens[0].token_id == int(logits[0].argmax()), (
+            "at temperature 0 the likeliest token must be chosen"
+        )
+
+    # --- temperature 0 ---------------------------------------------------------------------------
+
+    def test_at_temperature_0_the_likeliest_token_is_chosen(self, sampler: Sampler) -> None:
+        logits = _logits(50, 100)
+        tokens = sampler.sample(logits, [_row(seed=i) for i in range(50)])
+        found = [token.token_id for token in tokens]
+        assert found == logits.argmax(1).tolist(), (
+            "at temperature 0 the likeliest token must be chosen, whatever the seed"
+        )
+
+    def test_at_temperature_0_filters_change_nothing(self, sampler: Sampler) -> None:
+        logits = _logits(20, 100)
+        rows = [_row(top_k=7, top_p=0.5, min_p=0.3, seed=i) for i in range(20)]
+        found = [token.token_id for token in sampler.sample(logits, rows)]
+        assert found == logits.argmax(1).tolist(), (
+            "at temperature 0 top_k, top_p and min_p must leave the likeliest token"
+        )
+
+    def test_ties_go_to_the_smallest_id(self, sampler: Sampler) -> None:
+        logits = _logits(30, 64).round().clamp(-2, 2)
+        logits[0] = 0.0
+        tokens = sampler.sample(logits, [_row() for _ in range(30)])
+        for token, row in zip(tokens, logits.tolist(), strict=True):
+            assert token.token_id == row.index(max(row)), (
+                f"of equal logits the smallest id must be chosen: {row.index(max(row))}, found "
+                f"{token.token_id}"
+            )
+
+    # --- penalties and bias ----------------------------------------------------------------------
+
+    @pytest.mark.parametrize("penalty", _PENALTIES)
+    def test_penalties_decide_at_temperature_0(
+        self, sampler: Sampler, no_effect: frozenset[str], penalty: str
+    ) -> None:
+        params = _PENALTIES[penalty]
+        _skip_ignored(no_effect, params)
+        logits = _logits(300, 12, scale=1.0)
+        logits[::2] -= 3  # the likeliest logits below 0 show penalties that multiply
+        rows = _with_history(300, **params)
+        changed = 0
+        for token, values, row in zip(sampler.sample(logits, rows), logits, rows, strict=True):
+            best, second = scores(values, row).topk(2).values.tolist()
+            if best - second < 1e-4:  # rounding could decide
+                continue
+            expected = probabilities(values, row).argmax().item()
+            changed += expected != values.argmax().item()
+            assert token.token_id == expected, (
+                f"{penalty}, prompt {list(row.prompt_token_ids)}, output "
+                f"{list(row.output_token_ids)}: token {expected} must be chosen, found "
+                f"{token.token_id}; see the settings' help at tilewright.types.GenerateConfig"
+            )
+        assert changed > 5, "these logits tell nothing of this penalty"
+
+    @pytest.mark.parametrize("penalty", _PENALTIES)
+    def test_penalties_change_what_is_drawn(
+        self,
+        sampler: Sampler,
+        no_effect: frozenset[str],
+        distribution: str | None,
+        penalty: str,
+    ) -> None:
+        _skip_own(distribution)
+        params = {"temperature": 0.9, **_PENALTIES[penalty]}
+        _skip_ignored(no_effect, [*params, "seed"])
+        row = _row(prompt=[0, 1, 1, 8], output=[1, 2, 2, 2, 5], **params)
+        _check_draws(sampler, _logits(1, 12, scale=1.2)[0], row)
+
+    def test_a_token_of_bias_minus_infinity_is_never_chosen(
+        self, sampler: Sampler, no_effect: frozenset[str]
+    ) -> None:
+        import torch
+
+        _skip_ignored(no_effect, ["logit_bias"])
+        logits = torch.tensor([5.0, 0.0, 0.0, 5.0]).repeat(200, 1)
+        bias = {0: -math.inf, 3: -math.inf}
+        for temperature in (0.0, 1.0, 50.0):
+            rows = [_row(temperature=temperature, seed=i, logit_bias=bias) for i in range(200)]
+            found = {token.token_id for token in sampler.sample(logits, rows)}
+            assert found <= {1, 2}, f"logit_bias -inf must forbid tokens 0 and 3, found {found}"
+
+    # --- draws -----------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+    def test_draws_follow_the_softmax_at_a_temperature(
+        self,
+        sampler: Sampler,
+        no_effect: frozenset[str],
+        distribution: str | None,
+        temperature: float,
+    ) -> None:
+        _skip_own(distribution)
+        _skip_ignored(no_effect, ["temperature", "seed"])
+        _check_draws(sampler, _logits(1, 12)[0], _row(temperature=temperature))
+
+    @pytest.mark.parametrize("filters", _FILTERS)
+    def test_filters_leave_the_likely_tokens(
+        self,
+        sampler: Sampler,
+        no_effect: frozenset[str],
+        distribution: str | None,
+        filters: str,
+    ) -> None:
+        _skip_own(distribution)
+        params = {"temperature": 0.7, **_FILTERS[filters]}
+        _skip_ignored(no_effect, [*params, "seed"])
+        _check_draws(sampler, _logits(1, 12, seed=1, scale=1.5)[0], _row(**params))
+
+    def test_draws_of_one_request_follow_the_softmax_step_by_step(
+        self, sampler: Sampler, no_effect: frozenset[str], distribution: str | None
+    ) -> None:
+        _skip_own(distribution)
+        _skip_ignored(no_effect, ["temperature"])
+        logits = _logits(1, 8, scale=1.0)
+        rows = [_row(output=[0] * step, temperature=1.0, seed=11) for step in range(1500)]
+        tokens = [t.token_id for t in sampler.sample(logits.repeat(1500, 1), rows)]
+        _check_frequencies(tokens, probabilities(logits[0], rows[0]), "of one seed over its steps")
+        pairs = [8 * a + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
+        single = probabilities(logits[0], rows[0])
+        _check_frequencies(
+            pairs, (single[:, None] * single).flatten(), "of pairs of steps that follow each other"
+        )
+
+    def test_other_seeds_and_other_steps_draw_other_tokens(
+        self, sampler: Sampler, no_effect: frozenset[str], distribution: str | None
+    ) -> None:
+        import torch
+
+        _skip_ignored(no_effect, ["temperature", "seed"])
+        least = 40 if distribution is None else 2
+        flat = torch.zeros(50, 1000)
+        by_seed = [_row(temperature=1.0, seed=seed) for seed in range(50)]
+        by_step = [_row(output=[0] * step, temperature=1.0, seed=7) for step in range(50)]
+        for what, rows in (("seeds", by_seed), ("steps", by_step)):
+            found = {token.token_id for token in sampler.sample(flat, rows)}
+            assert len(found) >= least, (
+                f"of 1000 equal tokens, 50 {what} must draw at least {least}, found {len(found)}"
+            )
+
+    def test_neighbouring_seeds_do_not_repeat_each_other(
+        self, sampler: Sampler, no_effect: frozenset[str], distribution: str | None
+    ) -> None:
+        """Prompts of one batch have the seeds n, n + 1, ...: drawing by seed + step would give them
+        the same sequence, shifted by one step."""
+        import torch
+
+        _skip_own(distribution)
+        _skip_ignored(no_effect, ["temperature", "seed"])
+        flat = torch.zeros(60, 1000)
+
+        def sequence(seed: int) -> list[int]:
+            rows = [_row(output=[0] * step, temperature=1.0, seed=seed) for step in range(60)]
+            return [token.token_id for token in sampler.sample(flat, rows)]
+
+        one, other = sequence(100), sequence(101)
+        for apart in range(-3, 4):
+            paired = zip(one[3 + apart : 57 + apart], other[3:57], strict=True)
+            same = sum(a == b for a, b in paired)
+            assert same < 10, (
+                f"requests of seeds 100 and 101 drew the same {same} of 54 tokens, "
+                f"{abs(apart)} steps apart: draws must depend on seed and step, not on their sum"
+            )
+
+    def test_a_tiny_temperature_takes_the_likeliest_token(
+        self, sampler: Sampler, distribution: str | None
+    ) -> None:
+        _skip_own(distribution)
+        logits = _logits(20, 100)
+        for temperature in (1e-6, 1e-40, 5e-324):
+            rows = [_row(temperature=temperature, seed=i) for i in range(20)]
+            found = [token.token_id for token in sampler.sample(logits, rows)]
+            assert found == logits.argmax(1).tolist(), (
+                f"temperature {temperature} must take the likeliest token: no division by about 0"
+            )
+
+    def test_settings_without_effect_have_none(
+        self, sampler: Sampler, no_effect: frozenset[str]
+    ) -> None:
+        unknown = sorted(no_effect - set(_SETTINGS))
+        assert not unknown, (
+            f"the limit 'no effect' must name settings ({', '.join(_SETTINGS)}), found {unknown}"
+        )
+        if not no_effect:
+            pytest.skip("all settings have an effect")
+        values: dict[str, Any] = {
+            "temperature": 1.5,
+            "top_k": 1,
+            "top_p": 0.01,
+            "min_p": 1.0,
+            "repetition_penalty": 9.0,
+            "presence_penalty": 9.0,
+            "frequency_penalty": 9.0,
+            "logit_bias": {3: 50.0},
+            "seed": 12345,
+            "logprobs": 2,
+        }
+        logits = _logits(60, 12, scale=1.0)
+        temperature = 0.0 if "temperature" in no_effect else 1.0
+        plain = [_row(prompt=[0, 1], output=[2, 3], temperature=temperature) for _ in range(60)]
+        expected = sampler.sample(logits, plain)
+        for name in sorted(no_effect):
+            rows = [evolve(r, params=evolve(r.params, **{name: values[name]})) for r in plain]
+            try:
+                found = sampler.sample(logits, rows)
+            except RequestError:  # refusing the setting is valid too
+                continue
+            assert found == expected, (
+                f"{name} is said to have no effect, but {name}={values[name]} changed the tokens"
+            )
+
+    # --- independence ----------------------------------------------------------------------------
+
+    def test_a_row_gets_the_same_token_whatever_else_is_in_the_batch(
+        self, sampler: Sampler
+    ) -> None:
+        count = len(_MIXED)
+        logits = _logits(count, 40, scale=1.0)
+        rows = [
+            _row(prompt=range(i), output=range(2 * i), request_id=f"r{i}", **params)
+            for i, params in enumerate(_MIXED)
+        ]
+        alone = [sampler.sample(logits[i : i + 1], [rows[i]])[0] for i in range(count)]
+        for order in (range(count), reversed(range(count)), [3, 0, 6], [5, 5, 1]):
+            chosen = list(order)
+            together = sampler.sample(logits[chosen], [rows[i] for i in chosen])
+            assert together == [alone[i] for i in chosen], (
+                f"a row's token must depend on that row alone, but rows {chosen} gave "
+                f"{[t.token_id for t in together]}, and one by one "
+                f"{[alone[i].token_id for i in chosen]}"
+            )
+
+    def test_the_same_seed_and_step_draw_the_same_token_at_any_time(
+        self, make_sampler: MakeSampler
+    ) -> None:
+        logits = _logits(40, 40, scale=0.5)
+        rows = [_row(output=[1] * (i % 5), temperature=1.0, seed=i) for i in range(40)]
+        one, other = make_sampler(), make_sampler()
+        expected = one.sample(logits, rows)
+        other.sample(logits.flip(0), rows)
+        for when, sampler in (("again", one), ("by a sampler that sampled before", other)):
+            assert sampler.sample(logits, rows) == expected, (
+                f"the same seed, step and logits must give the same tokens, but differed {when}"
+            )
+
+    def test_a_token_does_not_depend_on_the_name_of_its_request(self, sampler: Sampler) -> None:
+        logits = _logits(40, 40, scale=0.5)
+        for_names = [
+            [t.token_id for t in sampler.sample(logits, rows)]
+            for rows in (
+                [_row(request_id=f"{name}-{i}", temperature=1.0, seed=i) for i in range(40)]
+                for name in ("first", "second")
+            )
+        ]
+        assert for_names[0] == for_names[1], (
+            "the same seed must give the same tokens, whatever the request is called"
+        )
+
+    def test_the_random_state_of_torch_is_neither_used_nor_changed(
+        self, make_sampler: MakeSampler
+    ) -> None:
+        import torch
+
+        logits = _logits(len(_MIXED), 40)
+        rows = [_row(**params) for params in _MIXED]
+        with left_alone("sample(), which must not draw from torch's own generator,"):
+            sampler = make_sampler()
+            expected = sampler.sample(logits, rows)
+        state = torch.get_rng_state()
+        try:
+            torch.manual_seed(987654321)
+            found = sampler.sample(logits, rows)
+        finally:
+            torch.set_rng_state(state)
+        assert found == expected, "tokens must depend on the request's seed, not on torch's"
+
+    def test_samplers_in_several_threads_do_not_disturb_each_other(
+        self, make_sampler: MakeSampler
+    ) -> None:
+        logits = _logits(20, 40, scale=0.5)
+        rows = [_row(temperature=1.0, top_p=0.9, seed=i) for i in range(20)]
+        expected = make_sampler().sample(logits, rows)
+
+        def sample(_: int) -> list[bool]:
+            sampler = make_sampler()
+            return [sampler.sample(logits, rows) == expected for _ in range(10)]
+
+        with ThreadPoolExecutor(4) as pool:
+            same = [equal for found in pool.map(sample, range(4)) for equal in found]
+        assert all(same), "engines in several threads must get the tokens that they get alone"
+
+    # --- log-probabilities -----------------------------------------------------------------------
+
+    def test_log_probabilities_are_given_when_asked_for(
+        self, sampler: Sampler, no_effect: frozenset[str]
+    ) -> None:
+        _skip_ignored(no_effect, ["logprobs"])
+        logits = _logits(6, 30)
+        params: dict[str, Any] = {"temperature": 1.0, "seed": 5}
+        wanted = [None, 0, 1, 5, 30, 50]
+        rows = [_row(logprobs=count, **params) for count in wanted]
+        tokens = sampler.sample(logits, rows)
+        assert tokens[0].logprobs is None, "logprobs=None must give none"
+        for token, count in zip(tokens[1:], wanted[1:], strict=True):
+            assert token.logprobs is not None, f"logprobs={count} must give TokenLogprobs"
+            assert token.logprobs.token_id == token.token_id, (
+                "TokenLogprobs.token_id must be the chosen token"
+            )
+            assert len(token.logprobs.top) == min(count or 0, 30), (
+                f"logprobs={count} must give the {min(count or 0, 30)} likeliest of 30 tokens, "
+                f"found {len(token.logprobs.top)}"
+            )
+
+    def test_log_probabilities_are_those_of_the_raw_logits(
+        self, sampler: Sampler, no_effect: frozenset[str]
+    ) -> None:
+        _skip_ignored(no_effect, ["logprobs"])
+        logits = _logits(4, 30)
+        rows = [
+            _row(logprobs=5),
+            _row(logprobs=5, temperature=3.0, seed=1),
+            _row(logprobs=5, temperature=0.5, top_k=2, seed=2),
+            _row(prompt=[1, 2, 3], output=[4], logprobs=5, repetition_penalty=2.0),
+        ]
+        for token, values in zip(sampler.sample(logits, rows), logits, strict=True):
+            expected = values.double().log_softmax(0)
+            said = token.logprobs
+            assert said is not None, "logprobs=5 must give TokenLogprobs"
+            assert said.logprob == pytest.approx(expected[token.token_id].item(), abs=1e-4), (
+                "logprob must be the natural logarithm of the softmax of the logits as they came, "
+                "before temperature, penalties and filters"
+            )
+            top = expected.topk(5)
+            assert [i for i, _ in said.top] == top.indices.tolist(), (
+                "top must hold the likeliest tokens of the logits as they came, likeliest first"
+            )
+            assert [p for _, p in said.top] == pytest.approx(top.values.tolist(), abs=1e-4), (
+                "top must hold natural logarithms of probabilities"
+            )
+
+    # --- logits that are not finite --------------------------------------------------------------
+
+    @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_logits_that_are_not_finite_are_an_error_that_says_where(
+        self, sampler: Sampler, value: str, temperature: float
+    ) -> None:
+        logits = _logits(3, 40)
+        logits[1, [7, 31]] = float(value)
+        rows = [
+            _row(request_id=f"request-{i}", output=[1] * i, temperature=temperature)
+            for i in range(3)
+        ]
+        try:
+            sampler.sample(logits, rows)
+        except NonFiniteLogitsError as error:
+            found = (error.request_id, error.step, error.token_ids)
+        except Exception as error:
+            pytest.fail(
+                f"{value} among the logits must raise NonFiniteLogitsError, not {error!r}",
+                pytrace=False,
+            )
+        else:
+            pytest.fail(
+                f"{value} among the logits must raise NonFiniteLogitsError, not give a token",
+                pytrace=False,
+            )
+        assert found == ("request-1", 1, (7, 31)), (
+            "NonFiniteLogitsError must name the request, its step (how many tokens it has) and the "
+            f"ids: ('request-1', 1, (7, 31)), found {found}"
+        )
+
+    def test_large_logits_are_finite(self, sampler: Sampler) -> None:
+        import torch
+
+        logits = torch.full((2, 100), 3.4e38)
+        logits[:, 50:] = -3.4e38
+        rows = [_row(), _row(temperature=1.0, seed=1)]
+        tokens = sampler.sample(logits, rows)
+        assert all(0 <= token.token_id < 50 for token in tokens), (
+            "logits up to 3.4e38 are finite: one of the likely tokens must be chosen"
+        )
+
+
+def _logits(*shape: int, seed: int = 0, scale: float = 2.0) -> "Tensor":
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def _row(
+    prompt: Iterable[int] = (),
+    output: Iterable[int] = (),
+    request_id: str = "a request",
+    **params: Any,
+) -> SamplerRow:
+    return SamplerRow(
+        request_id=request_id,
+        params=SamplingParams(**params),
+        prompt_token_ids=list(prompt),
+        output_token_ids=list(output),
+    )
+
+
+def _with_history(count: int, **params: Any) -> list[SamplerRow]:
+    """Rows of requests whose prompts and outputs repeat tokens of 0 to 11."""
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(12, (count, 12), generator=generator).tolist()
+    return [
+        _row(prompt=some[:4], output=some[4 : 4 + i % 9], **params) for i, some in enumerate(ids)
+    ]
+
+
+def _skip_ignored(no_effect: frozenset[str], settings: Iterable[str]) -> None:
+    ignored = [name for name in settings if name in no_effect]
+    if ignored:
+        pytest.skip(f"its limits say that {', '.join(ignored)} has no effect")
+
+
+def _skip_own(distribution: str | None) -> None:
+    if distribution is not None:
+        pytest.skip(f"it draws from a distribution of its own: {distribution}")
+
+
+def _check_draws(sampler: Sampler, logits: "Tensor", row: SamplerRow) -> None:
+    """Fail unless the tokens of many seeds are distributed as the oracle says."""
+    rows = [evolve(row, params=evolve(row.params, seed=seed)) for seed in range(_DRAWS)]
+    tokens = [t.token_id for t in sampler.sample(logits.repeat(_DRAWS, 1), rows)]
+    _check_frequencies(tokens, probabilities(logits, row), "over many seeds")
+
+
+def _check_frequencies(tokens: Sequence[int], expected: "Tensor", of: str) -> None:
+    """Pearson's chi-squared test, by the normal approximation of Wilson and Hilferty (1931)."""
+    import torch
+
+    counts = torch.tensor(tokens).bincount(minlength=len(expected)).double()
+    never = [i for i in counts.nonzero().flatten().tolist() if expected[i] == 0]
+    left = expected.nonzero().flatten().tolist()
+    assert not never, (
+        f"draws {of}: the settings leave tokens {left}, but {never} were drawn as well"
+    )
+    wanted = expected * len(tokens)
+    absent = [i for i in left if counts[i] == 0 and wanted[i] > 30]
+    assert not absent, (
+        f"draws {of}: the settings leave tokens {left}, but {absent} were never drawn"
+    )
+    rare = wanted < 5
+    groups = [(counts[~rare], wanted[~rare])]
+    if wanted[rare].sum() >= 5:
+        groups.append((counts[rare].sum()[None], wanted[rare].sum()[None]))
+    found = torch.cat([g[0] for g in groups])
+    means = torch.cat([g[1] for g in groups])
+    freedom = len(found) - 1
+    if freedom < 1:
+        return
+    statistic = ((found - means) ** 2 / means).sum().item()
+    spread = 2 / (9 * freedom)
+    sigmas = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+    worst = int(((counts - wanted).abs() / wanted.clamp(min=1)).argmax())
+    assert sigmas < _SIGMAS, (
+        f"draws {of} must follow the probabilities that the settings give: token {worst} was drawn "
+        f"{int(counts[worst])} times of {len(tokens)}, expected about {wanted[worst].item():.0f}"
+    )

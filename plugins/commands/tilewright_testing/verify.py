@@ -1,0 +1,131 @@
+"""Run the conformance suite of an installed plugin, as ``tilewright plugins verify`` does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+from tilewright.errors import TilewrightError
+from tilewright.registry import Plugin
+
+Result = Literal["passed", "failed", "not run"]
+
+_SUITES = {
+    "loader": "LoaderSuite",
+    "weight_format": "WeightFormatSuite",
+    "executor": "ExecutorSuite",
+    "kv_allocator": "KvAllocatorSuite",
+    "sampler": "SamplerSuite",
+    "observer": "ObserverSuite",
+}
+
+
+class Statement(NamedTuple):
+    """One test of a suite: its statement, the result, and the reason if it does not hold."""
+
+    statement: str
+    result: Result
+    reason: str
+
+
+def verify(
+    plugin: Plugin, options: Mapping[str, Any], source: str | None = None
+) -> list[Statement]:
+    """Run the suite of the plugin's kind in a separate process, and return its statements.
+
+    options: the plugin's, as a user writes them. source: for a loader, a model to load instead of
+    the sample that it writes. Raises TilewrightError when the suite cannot be run.
+    """
+    needed = ("pytest", "hypothesis") if plugin.kind == "kv_allocator" else ("pytest",)
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise TilewrightError(
+            f"verifying {plugin} needs {' and '.join(missing)}, which is not installed: "
+            "pip install 'tilewright[testing]'"
+        )
+    with TemporaryDirectory(prefix="tilewright-verify-") as temporary:
+        folder = Path(temporary)
+        test, report = folder / "test_installed.py", folder / "report.jsonl"
+        test.write_text(_test(plugin, options, source), encoding="utf-8")
+        settings = folder / "pytest.ini"
+        settings.write_text("[pytest]\n")
+        ran = subprocess.run(
+            [
+                sys.executable,
+                *("-P", "-m", "pytest", "-c", str(settings), "--rootdir", temporary),
+                *("-p", "no:cacheprovider", "-p", "tilewright_testing.reporting"),
+                *("--basetemp", str(folder / "tests"), "--tilewright-report", str(report)),
+                *("-q", str(test)),
+            ],
+            env=_environment() | {"HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis")},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        lines = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
+    if not lines:
+        said = [line for line in (ran.stdout + ran.stderr).splitlines() if line.startswith("E ")]
+        why = said[-1].removeprefix("E").strip() if said else _ending(ran.returncode)
+        raise TilewrightError(f"{plugin}: its suite cannot be run: {why}")
+    return list(_statements(map(json.loads, lines), ran.returncode))
+
+
+def _test(plugin: Plugin, options: Mapping[str, Any], source: str | None) -> str:
+    """The test file that an author would write for the plugin."""
+    suite = _SUITES[plugin.kind]
+    values = {"plugin": plugin.qualified, "options": dict(options)}
+    if source is not None:
+        values["source"] = source
+    fixtures = "".join(
+        f"\n    @pytest.fixture\n    def {name}(self):\n        return {value!r}\n"
+        for name, value in values.items()
+    )
+    return (
+        f"import pytest\nfrom tilewright_testing import {suite}\n\n"
+        f"class TestInstalled({suite}):{fixtures}"
+    )
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with its import path and without other settings for pytest."""
+    environment = dict(os.environ)
+    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+        environment.pop(name, None)
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return environment
+
+
+def _statements(events: Iterator[Any], returncode: int) -> Iterator[Statement]:
+    """Statements from the report's lines; unfinished tests are failed or not run."""
+    names: list[str] = []
+    results: list[tuple[Result, str]] = []
+    running = False
+    for event, value in events:
+        if event == "collected":
+            names = value
+        elif event == "started":
+            running = True
+        elif running:
+            result: Result = "not run" if event == "skipped" else event
+            results.append((result, value or ""))
+            running = False
+    if running:
+        results.append(("failed", f"the process ended in it: {_ending(returncode)}"))
+    for name, (result, reason) in zip(names, results, strict=False):
+        yield Statement(name, result, reason)
+    for name in names[len(results) :]:
+        yield Statement(name, "not run", "the process had ended before")
+
+
+def _ending(returncode: int) -> str:
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    return f"pytest ended with code {returncode}"

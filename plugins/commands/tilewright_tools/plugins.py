@@ -1,0 +1,275 @@
+"""``tilewright plugins``: list, show, check, verify and create plugins.
+
+``list`` reads metadata only. ``show`` imports one plugin, ``check`` all of them. ``verify`` runs
+the conformance suite of one. ``new`` writes the sources of a new one.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from tilewright import registry
+from tilewright.cli.tables import print_columns, print_json, table_width, terminal_width
+from tilewright.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from tilewright.options import Option
+    from tilewright.types import PluginInfo
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for function, summary in (
+        (list_plugins, "what is installed and where; imports nothing"),
+        (show, "a plugin's options, hooks and limits"),
+        (check, "import all plugins and check their hooks; code 1 if one is broken"),
+        (verify, "run a plugin's conformance suite; code 1 if it fails a test"),
+    ):
+        name = function.__name__.removesuffix("_plugins")
+        action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        action.set_defaults(function=function)
+        if function in (show, verify):
+            action.add_argument("name", metavar="NAME", help="NAME or DISTRIBUTION:NAME")
+        if function is not check:
+            action.add_argument("--kind", choices=list(registry.KINDS), help="only of this kind")
+        if function is verify:
+            action.add_argument(
+                "-o",
+                "--option",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="set an option of the plugin (repeatable)",
+            )
+            action.add_argument(
+                "--source",
+                metavar="SOURCE",
+                help="a model for a loader to load; by default the sample that it writes",
+            )
+        action.add_argument("--json", action="store_true", help="print JSON")
+    summary = "write a new plugin, with its tests and what it takes to publish it"
+    action = actions.add_parser("new", help=summary, description=f"{summary.capitalize()}.")
+    action.set_defaults(function=new)
+    action.add_argument(
+        "kind", metavar="KIND", choices=list(registry.KINDS), help=", ".join(registry.KINDS)
+    )
+    action.add_argument("name", metavar="NAME", help="what users are to write for it")
+    action.add_argument(
+        "--out", metavar="DIR", help="the folder to write; by default tilewright-NAME"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    code: int = args.function(args)
+    return code
+
+
+def list_plugins(args: argparse.Namespace) -> int:
+    plugins = registry.installed()
+    chosen = [p for p in plugins if args.kind in (None, p.kind)]
+    states = [registry.state(p, plugins) for p in chosen]
+    if args.json:
+        print_json(
+            record(p) | {"state": state, "problem": why or None}
+            for p, (state, why) in zip(chosen, states, strict=True)
+        )
+        return 0
+    header = ("NAME", "KIND", "DISTRIBUTION", "STATE", "WHERE")
+    rows = [
+        (p.name, p.kind, f"{p.distribution} {p.version}", state, p.where)
+        for p, (state, _) in zip(chosen, states, strict=True)
+    ]
+    if table_width(header, rows) <= terminal_width():
+        print_columns(header, rows)
+    else:
+        print_columns(header[:-1], [row[:-1] for row in rows])
+        print()
+        for distribution, where in dict.fromkeys((row[2], row[4]) for row in rows):
+            print(f"{distribution} is in {where}")
+    _print_problems(states)
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    presented = [(p, *examine(p)) for p in _named(args)]
+    if args.json:
+        print_json(
+            record(plugin)
+            | {
+                "summary": info.summary,
+                "options": [
+                    {
+                        "name": option.name,
+                        "type": option.expected,
+                        "required": not _has_default(option),
+                        "default": option.default if _has_default(option) else None,
+                        "help": option.help,
+                    }
+                    for option in options
+                ],
+                "hooks": hooks,
+                "limits": dict(info.limits),
+            }
+            for plugin, hooks, info, options in presented
+        )
+        return 0
+    for index, (plugin, hooks, info, options) in enumerate(presented):
+        if index:
+            print()
+        print(plugin)
+        print(f"  {info.summary or '(it says nothing of itself)'}")
+        print(f"  {plugin.target}, installed in {plugin.where}")
+        print("options:" if options else "options: none")
+        for option in options:
+            given = f"default {_word(option.default)}" if _has_default(option) else "required"
+            print(f"  {option.name}: {option.expected} ({given})")
+            if option.help:
+                print(f"      {option.help}")
+        print(f"hooks: {', '.join(hooks)}")
+        print("limits:" if info.limits else "limits: none stated")
+        for topic, limit in info.limits.items():
+            print(f"  {topic}: {limit}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    from time import perf_counter
+
+    plugins = registry.installed()
+    findings = []
+    for plugin in plugins:
+        started = perf_counter()
+        try:
+            examine(plugin)
+        except PluginError as broken:
+            state, problem = "broken", str(broken)
+        else:
+            state, problem = registry.state(plugin, plugins)
+        findings.append((plugin, state, perf_counter() - started, problem))
+    if args.json:
+        print_json(
+            record(plugin)
+            | {"state": state, "seconds": round(seconds, 6), "problem": problem or None}
+            for plugin, state, seconds, problem in findings
+        )
+    else:
+        print_columns(
+            ("NAME", "KIND", "DISTRIBUTION", "STATE", "SECONDS"),
+            [
+                (p.name, p.kind, f"{p.distribution} {p.version}", state, f"{seconds:.3f}")
+                for p, state, seconds, _ in findings
+            ],
+        )
+        _print_problems((state, problem) for _, state, _, problem in findings)
+    return int(any(state == "broken" for _, state, _, _ in findings))
+
+
+def verify(args: argparse.Namespace) -> int:
+    from tilewright.cli.flags import split
+    from tilewright.options import read_options
+    from tilewright_testing import verify as suites
+
+    chosen = _named(args)
+    given = dict(split(item, "-o", "KEY=VALUE") for item in args.option)
+    if args.source is not None and all(p.kind != "loader" for p in chosen):
+        raise ConfigError(f"--source is for loaders; {chosen[0]} loads no model: leave it out")
+    found = []
+    for plugin in chosen:
+        _, info, _ = examine(plugin)
+        read_options(str(plugin), info, given)  # an error here is the user's, not the plugin's
+        source = args.source if plugin.kind == "loader" else None
+        found.append((plugin, suites.verify(plugin, given, source)))
+    if args.json:
+        print_json(
+            record(plugin) | {"statements": [s._asdict() for s in statements]}
+            for plugin, statements in found
+        )
+    else:
+        for index, (plugin, statements) in enumerate(found):
+            if index:
+                print()
+            print(plugin)
+            said = ""
+            for statement, result, reason in statements:
+                print(f"  {result:8} {statement}")
+                if reason and reason != said:  # a repeated reason is printed once
+                    print(f"  {'':8}   {reason}")
+                said = reason
+            results = [s.result for s in statements]
+            numbers = (f"{results.count(r)} {r}" for r in ("passed", "failed", "not run"))
+            print(f"{', '.join(numbers)}")
+    return int(any(s.result == "failed" for _, statements in found for s in statements))
+
+
+def new(args: argparse.Namespace) -> int:
+    from pathlib import Path
+    from shlex import quote
+
+    from tilewright_tools.new_plugin import write
+
+    folder = write(args.kind, args.name, None if args.out is None else Path(args.out))
+    print(f"wrote {folder}; what comes next:")
+    print(f"  pip install -e {quote(f'{folder}[test]')}")
+    print(f"  tilewright plugins verify {args.name}")
+    return 0
+
+
+def _named(args: argparse.Namespace) -> list[registry.Plugin]:
+    """The plugins with one name, one per kind."""
+    plugins = registry.installed(args.kind)
+    found = registry.matching(args.name, plugins)
+    if not found:
+        what = registry.noun(args.kind) if args.kind else "plugin"
+        raise registry.unknown(args.name, plugins, what)
+    # find() again, since a name must be unique within a kind.
+    return [registry.find(kind, args.name) for kind in dict.fromkeys(p.kind for p in found)]
+
+
+def examine(plugin: registry.Plugin) -> "tuple[list[str], PluginInfo, list[Option]]":
+    """A plugin's hooks in the order of their specs, its PluginInfo, and its options.
+
+    Raises PluginError when it cannot be imported, does not fit, or fails to describe itself. Its
+    output meanwhile goes to stderr.
+    """
+    from contextlib import redirect_stdout
+
+    from tilewright.options import plugin_options
+
+    with redirect_stdout(sys.stderr):
+        obj = registry.load(plugin)
+        implemented = registry.check_hooks(obj, str(plugin))
+        try:
+            info = registry.info(obj)
+            options = plugin_options(str(plugin), info)
+        except PluginError:
+            raise
+        except Exception as error:
+            why = registry.cause(error)
+            raise PluginError(f"{plugin}: plugin_info() failed: {why}") from error
+    return [hook for hook in registry.known_hooks() if hook in implemented], info, options
+
+
+def record(plugin: registry.Plugin) -> dict[str, Any]:
+    """A plugin's fields as JSON output has them."""
+    return plugin._asdict()
+
+
+def _print_problems(states: Iterable[tuple[str, str]]) -> None:
+    # Plugins with the same name share one problem.
+    for state, problem in dict.fromkeys(states):
+        if problem:
+            print(f"\n{state}: {problem}")
+
+
+def _has_default(option: "Option") -> bool:
+    from attrs import NOTHING
+
+    return option.default is not NOTHING
+
+
+def _word(value: Any) -> str:
+    """A default, as a user would write it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or "''"

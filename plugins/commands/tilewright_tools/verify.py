@@ -1,0 +1,44 @@
+"""``tilewright verify``: checks that a packed model's files are as written."""
+
+import argparse
+from pathlib import Path
+
+from attrs import asdict
+
+from tilewright.cli.tables import print_columns, print_json
+from tilewright.errors import ConfigError, ModelError
+from tilewright_tools.convert import progress
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="what `tilewright convert` wrote")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.epilog = "The exit code is 0 when all files are as written, and 1 when one is not."
+
+
+def run(args: argparse.Namespace) -> int:
+    from tilewright_packed.format import MANIFEST, Finding, is_packed, read_manifest, verify
+
+    directory = Path(args.directory).expanduser()
+    if not is_packed(directory):
+        raise ConfigError(
+            f"{args.directory!r} is no packed model: expected a directory with {MANIFEST}, which "
+            "`tilewright convert` writes"
+        )
+    try:
+        with progress("verifying", read_manifest(directory).bytes) as on_bytes:
+            findings = verify(directory, on_bytes)
+    except ModelError as error:
+        findings = [Finding(name=MANIFEST, problem=str(error))]
+    wrong = sum(1 for finding in findings if finding.problem)
+    if args.json:
+        print_json(asdict(finding) for finding in findings)
+    else:
+        rows = [(finding.name, finding.problem or "ok") for finding in findings]
+        print_columns(("FILE", "STATE"), rows)
+        print(
+            f"{wrong} of {len(findings)} files not as written"
+            if wrong
+            else f"all {len(findings)} files are as they were written"
+        )
+    return 1 if wrong else 0
