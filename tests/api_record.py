@@ -18,13 +18,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 
 import tilewright_testing as testing
-from tilewright import errors, hookspecs, registry, types
+from tilewright import errors, hookspecs, plugins, types
 
 DATA = Path(__file__).parent / "data"
 
 FUNCTIONS = (
-    "tilewright.registry.find",
-    "tilewright.registry.load",
+    "tilewright.plugins.find",
+    "tilewright.plugins.load",
     "tilewright.rope.dynamic_frequencies",
     "tilewright.rope.frequencies",
     "tilewright_testing.models.make_model",
@@ -41,11 +41,11 @@ Record = dict[str, Any]
 
 def record() -> Record:
     """The API as it is."""
-    specs = ("AnyPlugin", *(kind.specs for kind in registry.KINDS.values()), "ObserverEvents")
+    specs = ("AnyPlugin", *(kind.specs for kind in plugins.KINDS.values()), "ObserverEvents")
     return {
         "kinds": {
             name: {"group": kind.group, "specs": kind.specs, "required": list(kind.required)}
-            for name, kind in registry.KINDS.items()
+            for name, kind in plugins.KINDS.items()
         },
         "hooks": {
             name: {

@@ -14,7 +14,7 @@ from gguf.quants import quantize
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.formats import InstalledFormats
 from tilewright.kv_cache import KvCacheManager
 from tilewright.types import ExecutorRequest, LoadedModel, LoadRequest, RuntimeConfig, StepBatch
@@ -40,15 +40,15 @@ def load(source: Path | str, weight_format: str | None = None) -> LoadedModel:
         source=str(source),
         options=None,
         weight_format=weight_format,
-        formats=InstalledFormats(registry.new_manager(), {}),
+        formats=InstalledFormats(plugins.new_manager(), {}),
     )
-    model: LoadedModel = registry.call(_loader(), "load_model", request=request)
+    model: LoadedModel = plugins.call(_loader(), "load_model", request=request)
     return model
 
 
 @cache
 def _loader() -> Any:
-    return registry.load(registry.find("loader", "gguf"))
+    return plugins.load(plugins.find("loader", "gguf"))
 
 
 def load_checked(source: Path | str) -> LoadedModel:

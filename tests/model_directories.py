@@ -8,7 +8,7 @@ import torch
 from reference_models import write_model
 from safetensors.torch import save_file
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.formats import InstalledFormats
 from tilewright.types import LoadedModel, LoadRequest
 from tilewright.weights import check_tensors
@@ -16,9 +16,9 @@ from tilewright.weights import check_tensors
 
 def load(source: Path | str, **format_options: Any) -> LoadedModel:
     """Load with hf-local, whose options for the safetensors format are format_options."""
-    formats = InstalledFormats(registry.new_manager(), {"safetensors": format_options})
-    loader = registry.load(registry.find("loader", "hf-local"))
-    model: LoadedModel = registry.call(
+    formats = InstalledFormats(plugins.new_manager(), {"safetensors": format_options})
+    loader = plugins.load(plugins.find("loader", "hf-local"))
+    model: LoadedModel = plugins.call(
         loader,
         "load_model",
         request=LoadRequest(source=str(source), options=None, weight_format=None, formats=formats),

@@ -14,7 +14,7 @@ from textwrap import dedent
 
 from attrs import frozen
 
-from tilewright.registry import KINDS, normalized
+from tilewright.plugins import KINDS, normalized
 
 
 @frozen

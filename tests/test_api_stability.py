@@ -12,7 +12,7 @@ from api_record import Record
 from tilewright import hookspecs
 from tilewright_tools import hook_reference
 
-FIND, TORCH_DTYPE = "tilewright.registry.find", "tilewright.weights.torch_dtype"
+FIND, TORCH_DTYPE = "tilewright.plugins.find", "tilewright.weights.torch_dtype"
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -155,8 +155,8 @@ BREAKING: dict[str, tuple[Change, str]] = {
         f"{TORCH_DTYPE}: takes more arguments",
     ),
     "a function is gone": (
-        lambda r: r["functions"].pop("tilewright.registry.find"),
-        "tilewright.registry.find is gone",
+        lambda r: r["functions"].pop("tilewright.plugins.find"),
+        "tilewright.plugins.find is gone",
     ),
     "a suite is gone": (lambda r: r["suites"].remove("LoaderSuite"), "LoaderSuite is gone"),
 }

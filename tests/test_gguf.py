@@ -40,7 +40,7 @@ from transformers import (
 from transformers.integrations.gguf import dequant
 
 import tilewright_gguf.loader
-from tilewright import registry
+from tilewright import plugins
 from tilewright.cli import main
 from tilewright.errors import ModelError
 from tilewright.types import LoadedModel, RopeConfig
@@ -540,8 +540,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_installed() -> None:
-    plugin = registry.load(registry.find("loader", "gguf"))
-    info = registry.call(plugin, "plugin_info")
+    plugin = plugins.load(plugins.find("loader", "gguf"))
+    info = plugins.call(plugin, "plugin_info")
     assert "Q6_K" in info.limits["tensor types"]
 
 

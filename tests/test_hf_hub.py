@@ -19,7 +19,7 @@ from model_directories import load as load_local
 from model_directories import split_weights, write_directory
 from safetensors.torch import load_file
 
-from tilewright import LLMEngine, hookimpl, registry
+from tilewright import LLMEngine, hookimpl, plugins
 from tilewright.errors import ConfigError, ModelError
 from tilewright.types import LoadedModel
 
@@ -312,8 +312,8 @@ def test_an_id_is_claimed_and_no_path(
 ) -> None:
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    loader = registry.load(registry.find("loader", "hf-hub"))
-    assert registry.call(loader, "can_load", source=source) is claims
+    loader = plugins.load(plugins.find("loader", "hf-hub"))
+    assert plugins.call(loader, "can_load", source=source) is claims
     assert hub.requests == []
 
 

@@ -24,7 +24,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ModelError
 from tilewright.types import GenerateConfig, ModelConfig, RopeConfig
 from tilewright.weights import check_tensors, expected_tensors
@@ -755,8 +755,8 @@ def test_special_tokens_are_strings_or_objects(directory: Path) -> None:
 
 
 def can_load(source: Path | str) -> bool:
-    loader = registry.load(registry.find("loader", "hf-local"))
-    return bool(registry.call(loader, "can_load", source=str(source)))
+    loader = plugins.load(plugins.find("loader", "hf-local"))
+    return bool(plugins.call(loader, "can_load", source=str(source)))
 
 
 def test_a_home_directory_is_expanded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

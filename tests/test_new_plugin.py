@@ -11,11 +11,11 @@ from pathlib import Path
 import plugin_distributions as dists
 import pytest
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.cli import main
 from tilewright_testing import LoaderSuite
 
-KINDS = list(registry.KINDS)
+KINDS = list(plugins.KINDS)
 QUICK, SLOW = ["loader"], [kind for kind in KINDS if kind != "loader"]
 
 

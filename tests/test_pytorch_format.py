@@ -17,7 +17,7 @@ from model_directories import change_json, load, load_checked, write_directory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tilewright import LLMEngine, registry
+from tilewright import LLMEngine, plugins
 from tilewright.errors import ModelError
 from tilewright.formats import InstalledFormats
 from tilewright.types import TensorSource
@@ -26,7 +26,7 @@ SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def open_weights(directory: Path, name: str = "pytorch-bin") -> TensorSource:
-    return InstalledFormats(registry.new_manager(), {}).open(directory, name)
+    return InstalledFormats(plugins.new_manager(), {}).open(directory, name)
 
 
 def refusal(directory: Path) -> str:
@@ -152,7 +152,7 @@ def test_safetensors_are_preferred_and_a_name_decides(tmp_path: Path) -> None:
     write_directory(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     torch.save({"only": torch.ones(1)}, tmp_path / SINGLE)
-    formats = InstalledFormats(registry.new_manager(), {})
+    formats = InstalledFormats(plugins.new_manager(), {})
     assert set(formats.open(tmp_path).names()) == set(stored)
     assert set(formats.open(tmp_path, "pytorch-bin").names()) == {"only"}
 

@@ -29,7 +29,7 @@ from reference_models import write_model
 from torch import Tensor
 from transformers import Qwen3Config
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.formats import InstalledFormats
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import LoadedModel, LoadRequest, ModelConfig, RuntimeConfig
@@ -208,7 +208,7 @@ def test_a_context_that_overflows_pyptos_own_rings_agrees_with_the_torch_executo
 
 
 def loaded_from(directory: Path) -> LoadedModel:
-    formats = InstalledFormats(registry.new_manager(), {})
+    formats = InstalledFormats(plugins.new_manager(), {})
     return load_model(
         LoadRequest(source=str(directory), options=None, weight_format=None, formats=formats)
     )

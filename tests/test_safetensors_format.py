@@ -12,7 +12,7 @@ import torch
 from model_directories import split_weights
 from safetensors.torch import load_file, save_file
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ConfigError, ModelError
 from tilewright.options import read_options
 from tilewright.types import TensorSource
@@ -21,14 +21,12 @@ BACKENDS = ("mmap", "pread")
 
 
 def plugin() -> Any:
-    return registry.load(registry.find("weight_format", "safetensors"))
+    return plugins.load(plugins.find("weight_format", "safetensors"))
 
 
 def open_weights(directory: Path, **options: Any) -> TensorSource:
-    read = read_options("weight format 'safetensors'", registry.info(plugin()), options)
-    source: TensorSource = registry.call(
-        plugin(), "open_weights", directory=directory, options=read
-    )
+    read = read_options("weight format 'safetensors'", plugins.info(plugin()), options)
+    source: TensorSource = plugins.call(plugin(), "open_weights", directory=directory, options=read)
     return source
 
 
@@ -185,7 +183,7 @@ def test_links_are_followed(directory: Path, tmp_path: Path) -> None:
 
 def test_can_open_goes_by_names_only(tmp_path: Path) -> None:
     def can_open() -> bool:
-        return bool(registry.call(plugin(), "can_open", directory=tmp_path))
+        return bool(plugins.call(plugin(), "can_open", directory=tmp_path))
 
     (tmp_path / "pytorch_model.bin").touch()
     assert not can_open()
@@ -194,7 +192,7 @@ def test_can_open_goes_by_names_only(tmp_path: Path) -> None:
     assert can_open()
     (tmp_path / "model.safetensors").rename(tmp_path / "model.safetensors.index.json")
     assert can_open()
-    assert not registry.call(plugin(), "can_open", directory=tmp_path / "absent")
+    assert not plugins.call(plugin(), "can_open", directory=tmp_path / "absent")
     assert "no weights" in refusal(tmp_path / "absent")
 
 

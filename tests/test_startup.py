@@ -9,7 +9,7 @@ from pathlib import Path
 import plugin_distributions as dists
 import pytest
 
-from tilewright import registry
+from tilewright import plugins
 
 HEAVY = {
     "attr",
@@ -59,9 +59,9 @@ def test_neither_libraries_nor_plugins_are_imported(tmp_path: Path, arguments: l
     modules = imported("-c", RUN, *arguments, site=site)
     assert "tilewright.cli" in modules
     assert modules & HEAVY == set()
-    plugins = {plugin.target.partition(":")[0] for plugin in registry.installed()}
-    assert "tilewright.kv_cache" in plugins
-    assert modules & plugins == set()
+    targets = {plugin.target.partition(":")[0] for plugin in plugins.installed()}
+    assert "tilewright.kv_cache" in targets
+    assert modules & targets == set()
     assert [m for m in modules if m.startswith(("acme", "tilewright_"))] in ([], TOOLS)
 
 
@@ -83,7 +83,7 @@ def test_a_name_imports_what_it_needs_and_no_plugin() -> None:
 
 @pytest.mark.parametrize("kind", ["loader", "weight_format"])
 def test_a_shipped_loader_says_what_it_is_without_torch(kind: str) -> None:
-    for plugin in registry.installed(kind):
+    for plugin in plugins.installed(kind):
         if plugin.distribution == "tilewright":
             arguments = ["plugins", "show", plugin.qualified, "--kind", kind]
             assert "torch" not in imported("-c", RUN, *arguments), plugin

@@ -14,7 +14,7 @@ import torch
 from attrs import evolve
 from plugin_distributions import Install
 
-from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, registry
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, plugins
 from tilewright.errors import ConfigError, NonFiniteLogitsError, PluginError
 from tilewright.types import SampledToken, SamplerRow, SamplingParams
 
@@ -179,10 +179,10 @@ def documented(page: str) -> dists.Distribution:
     blocks = re.findall(r"```(?:python|toml)\n# (\S+\.(?:py|toml))\n(.*?)```", page, re.DOTALL)
     files = dict(blocks)
     project = tomllib.loads(files.pop("pyproject.toml"))["project"]
-    kinds = {kind.group: name for name, kind in registry.KINDS.items()}
-    plugins = {kinds[group]: names for group, names in project["entry-points"].items()}
+    kinds = {kind.group: name for name, kind in plugins.KINDS.items()}
+    named = {kinds[group]: names for group, names in project["entry-points"].items()}
     modules = {path: text for path, text in files.items() if path.startswith("acme")}
-    return dists.Distribution(project["name"], modules, plugins, project["version"])
+    return dists.Distribution(project["name"], modules, named, project["version"])
 
 
 def test_the_sampler_in_the_documentation_works(site: Install) -> None:
@@ -207,7 +207,7 @@ def test_the_sampler_in_the_documentation_works(site: Install) -> None:
     assert run(drawing, a="1") == run(drawing, a="1")
     assert run(drawing, a="0") == run(drawing, a="0") != greedy
 
-    made = registry.load(registry.find("sampler", "acme-top-a:top-a"))
+    made = plugins.load(plugins.find("sampler", "acme-top-a:top-a"))
     sampler = made.TopA(0.5)
     logits = torch.tensor([0.6, 0.3, 0.1]).log()
     tokens = {sampler.choose(logits, row(seed)) for seed in range(100)}

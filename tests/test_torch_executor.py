@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import tilewright_torch.attention
 import tilewright_torch.linear
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ExecutorError
 from tilewright.formats import InstalledFormats
 from tilewright.kv_cache import KvCacheManager
@@ -123,7 +123,7 @@ def load(directory: Path) -> LoadedModel:
             source=str(directory),
             options=None,
             weight_format=None,
-            formats=InstalledFormats(registry.new_manager(), {}),
+            formats=InstalledFormats(plugins.new_manager(), {}),
         )
     )
 

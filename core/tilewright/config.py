@@ -11,9 +11,9 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from tilewright import models, registry, toml
+from tilewright import models, plugins, toml
 from tilewright.errors import ConfigError, PluginError, nearest
-from tilewright.registry import OPTIONS_BY_NAME
+from tilewright.plugins import OPTIONS_BY_NAME
 from tilewright.settings import (
     DEMO_MODEL,
     DEMO_PROMPT,
@@ -142,12 +142,12 @@ def _check_plugins(config: RunConfig, given: Layer) -> None:
     for place, kind, name in chosen:
         if place in given and name is not None:
             try:
-                registry.find(kind, name)
+                plugins.find(kind, name)
             except PluginError as error:
                 raise PluginError(f"{given[place].origin}: {error}") from error
 
 
-_SINGLE_KINDS = tuple(kind for kind in registry.KINDS if kind not in OPTIONS_BY_NAME)
+_SINGLE_KINDS = tuple(kind for kind in plugins.KINDS if kind not in OPTIONS_BY_NAME)
 
 
 def _granted_device(environ: Mapping[str, str]) -> Layer:
@@ -171,7 +171,7 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
         if not name.startswith(ENVIRONMENT_PREFIX) or not environ[name]:
             continue
         if section == "options":
-            kind = next((k for k in registry.KINDS if key.startswith(f"{k}_")), None)
+            kind = next((k for k in plugins.KINDS if key.startswith(f"{k}_")), None)
             if kind is None or kind in OPTIONS_BY_NAME:
                 raise ConfigError(
                     f"{name}: the environment sets options of {', '.join(_SINGLE_KINDS)}, as "
@@ -220,19 +220,19 @@ def _settings(
 
 
 def _options(
-    tables: Mapping[str, Any], origin: Callable[[Place], str]
+    by_kind: Mapping[str, Any], origin: Callable[[Place], str]
 ) -> Iterator[tuple[Place, Given]]:
-    for kind, table in tables.items():
+    for kind, table in by_kind.items():
         place: Place = ("options", kind)
-        if kind not in registry.KINDS:
+        if kind not in plugins.KINDS:
             raise ConfigError(
-                f"{origin(place)}: unknown kind of plugin {kind!r}{nearest(kind, registry.KINDS)} "
-                f"(kinds: {', '.join(registry.KINDS)})"
+                f"{origin(place)}: unknown kind of plugin {kind!r}{nearest(kind, plugins.KINDS)} "
+                f"(kinds: {', '.join(plugins.KINDS)})"
             )
-        plugins: dict[Place, Any] = {place: table}
+        tables: dict[Place, Any] = {place: table}
         if kind in OPTIONS_BY_NAME and isinstance(table, dict):
-            plugins = {(*place, name): options for name, options in table.items()}
-        for place, options in plugins.items():
+            tables = {(*place, name): options for name, options in table.items()}
+        for place, options in tables.items():
             if not isinstance(options, dict):
                 what = f"[{'.'.join(place)}]"
                 by_name = " by plugin name" if kind in OPTIONS_BY_NAME and len(place) == 2 else ""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, evolve, field, fields
 from pluggy import PluginManager
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ConfigError, NonFiniteLogitsError, PluginError, RequestError, nearest
 from tilewright.formats import InstalledFormats
 from tilewright.loaders import choose_loader
+from tilewright.plugins import Selected, check_options, select
 from tilewright.scheduler import Request, Scheduler, Step
-from tilewright.selection import Selected, check_options, select
 from tilewright.text import Text, TextStream
 from tilewright.types import (
     BUILTIN_GENERATE,
@@ -198,18 +198,18 @@ class LLMEngine:
     def __init__(
         self,
         manager: PluginManager,
-        plugins: Mapping[str, Selected],
+        selected: Mapping[str, Selected],
         options: Mapping[str, Any],
         selection: dict[str, Any],
     ):
         """Use ``from_plugins`` or ``from_config``."""
         self._manager = manager
         self._events = manager.hook
-        self._plugins = plugins
+        self._plugins = selected
         self._options = options
         self.selection = selection
         """Arguments of ``from_plugins`` that rebuild the same engine, also in another process."""
-        self._sampler: Sampler = plugins["sampler"].call(
+        self._sampler: Sampler = selected["sampler"].call(
             "create_sampler", request=SamplerRequest(options=options["sampler"])
         )
         self._models: dict[str, ServedModel] = {}
@@ -240,33 +240,33 @@ class LLMEngine:
         options that a plugin does not have or cannot take.
         """
         options = {kind: dict(given) for kind, given in (options or {}).items()}
-        manager = registry.new_manager()
+        manager = plugins.new_manager()
         names = {
             "loader": loader,
             "executor": executor,
             "kv_allocator": kv_allocator,
             "sampler": sampler,
         }
-        plugins = {
+        selected = {
             kind: select(manager, kind, name) for kind, name in names.items() if name is not None
         }
         watching = [select(manager, "observer", o) if isinstance(o, str) else o for o in observers]
         check_options(options, [o.plugin for o in watching if isinstance(o, Selected)])
-        read = {kind: selected.read_options(options) for kind, selected in plugins.items()}
+        read = {kind: plugin.read_options(options) for kind, plugin in selected.items()}
         for observer in watching:
             if isinstance(observer, Selected):
                 made = observer.read_options(options)
                 observer = observer.call("create_observer", options=made)
-            registry.check_hooks(observer, f"observer {observer!r}")
+            plugins.check_hooks(observer, f"observer {observer!r}")
             manager.register(observer)
         selection: dict[str, Any] = {
-            kind: plugins[kind].plugin.qualified if kind in plugins else None for kind in names
+            kind: selected[kind].plugin.qualified if kind in selected else None for kind in names
         }
         selection["observers"] = tuple(
             o.plugin.qualified if isinstance(o, Selected) else o for o in watching
         )
         selection["options"] = options
-        return cls(manager, plugins, read, selection)
+        return cls(manager, selected, read, selection)
 
     @classmethod
     def from_config(cls, path: str | Path) -> "LLMEngine":

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pluggy import PluginManager
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ModelError
-from tilewright.selection import Options, claimants, select
+from tilewright.plugins import Options, claimants, select
 from tilewright.types import TensorSource
 
 PREFERRED = "safetensors"
@@ -14,7 +14,7 @@ PREFERRED = "safetensors"
 
 
 class InstalledFormats:
-    """A ``WeightFormats`` (see tilewright.types) over the registry.
+    """A ``WeightFormats`` (see tilewright.types) over the installed plugins.
 
     A named format is the only one imported. With none named, the preferred one is asked first, and
     the others only when it finds nothing.
@@ -33,10 +33,10 @@ class InstalledFormats:
         return source
 
     def _detect(self, directory: Path) -> str:
-        installed = registry.installed("weight_format")
+        installed = plugins.installed("weight_format")
         preferred = [p for p in installed if p.name == PREFERRED]
         others = [p for p in installed if p.name != PREFERRED]
-        unusable: dict[registry.Plugin, str] = {}
+        unusable: dict[plugins.Plugin, str] = {}
         for group in (preferred, others):
             claims, broken = claimants(group, "can_open", directory=directory)
             unusable |= broken

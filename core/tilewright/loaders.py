@@ -4,9 +4,9 @@ import os
 
 from pluggy import PluginManager
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ConfigError, ModelError, nearest
-from tilewright.selection import Selected, claimants, select
+from tilewright.plugins import Selected, claimants, select
 
 
 def choose_loader(manager: PluginManager, source: str) -> Selected:
@@ -15,7 +15,7 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
     Imports all of them. Raises ModelError, which lists those that could not be asked, when none or
     more than one claims the source.
     """
-    installed = registry.installed("loader")
+    installed = plugins.installed("loader")
     claims, unusable = claimants(installed, "can_load", source=source)
     if len(claims) == 1:
         return select(manager, "loader", claims[0].qualified)

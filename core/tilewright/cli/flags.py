@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ConfigError, nearest
 from tilewright.options import Option, options_of
 from tilewright.settings import SECTIONS, Given, Layer, Place, keys
@@ -28,9 +28,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     add(model, "model", {"path", "format"})
     add(parser.add_argument_group("runtime"), "runtime")
-    plugins = parser.add_argument_group("plugins")
-    add(plugins, "plugins")
-    add_option_flag(plugins)
+    group = parser.add_argument_group("plugins")
+    add(group, "plugins")
+    add_option_flag(group)
     parser.epilog = (
         "Settings also come from the environment, as TILEWRIGHT_RUNTIME_PAGE_SIZE=32 or "
         "TILEWRIGHT_MODEL_PATH=DIR; flags win over it, and it wins over a run file."
@@ -112,12 +112,12 @@ def option_place(key: str) -> Place:
     kind, dot, rest = key.partition(".")
     if not dot:
         return (_OPTIONS, "executor", key)
-    if kind not in registry.KINDS:
+    if kind not in plugins.KINDS:
         raise ConfigError(
-            f"-o {key}: unknown kind of plugin {kind!r}{nearest(kind, registry.KINDS)} "
-            f"(kinds: {', '.join(registry.KINDS)})"
+            f"-o {key}: unknown kind of plugin {kind!r}{nearest(kind, plugins.KINDS)} "
+            f"(kinds: {', '.join(plugins.KINDS)})"
         )
-    if kind not in registry.OPTIONS_BY_NAME:
+    if kind not in plugins.OPTIONS_BY_NAME:
         return (_OPTIONS, kind, rest)
     name, dot, option = rest.rpartition(".")
     if not dot:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tilewright import models, registry, toml
+from tilewright import models, plugins, toml
 from tilewright.cli import flags
 from tilewright.cli.output import note
 from tilewright.cli.tables import print_columns, print_json
@@ -98,9 +98,9 @@ def add(args: argparse.Namespace) -> None:
             entry[key] = value
     entry["options"] = dict(_loader_option(item) for item in args.loader_options or ())
     if entry.get("loader"):
-        registry.find("loader", entry["loader"])
+        plugins.find("loader", entry["loader"])
     if entry.get("format"):
-        registry.find("weight_format", entry["format"])
+        plugins.find("weight_format", entry["format"])
     made = models.add(args.name, entry, _file(args))
     print(f"{made.name}: {_source(made)}, in {made.origin}")
     other = _in_force(made.name)

@@ -10,7 +10,7 @@ from tilewright import toml
 from tilewright.cli import flags
 from tilewright.cli.generate import produce
 from tilewright.config import DEFAULT, Resolved, resolve
-from tilewright.registry import OPTIONS_BY_NAME
+from tilewright.plugins import OPTIONS_BY_NAME
 from tilewright.settings import SECTIONS, Place, keys
 from tilewright.types import BUILTIN_GENERATE
 

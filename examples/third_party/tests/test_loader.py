@@ -5,7 +5,7 @@ import pytest
 from acme_tilewright import loader
 from tilewright.errors import ModelError
 from tilewright.formats import InstalledFormats
-from tilewright.registry import new_manager
+from tilewright.plugins import new_manager
 from tilewright.types import LoadRequest
 from tilewright_testing import LoaderSuite
 from tilewright_testing.models import Model, make_model

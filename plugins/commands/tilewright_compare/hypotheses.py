@@ -12,7 +12,7 @@ from typing import Literal
 from attrs import evolve, frozen
 from torch import Tensor
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.types import Hypothesis
 from tilewright_compare.judge import row_error
 from tilewright_compare.layer import RIGHT, Case, Operations, compute
@@ -104,7 +104,7 @@ def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None
                     found.append(Explanation(mistake=mistake, excess=excess))
         except Exception as error:
             name = getattr(hypothesis, "__name__", str(hypothesis))
-            broken.append(f"hypothesis {name} failed: {registry.cause(error)}")
+            broken.append(f"hypothesis {name} failed: {plugins.cause(error)}")
     best = sorted(found, key=lambda e: e.excess)
     return Reason(unexplained=nothing, tried=tried, broken=tuple(broken), best=tuple(best))
 

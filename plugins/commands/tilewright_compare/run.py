@@ -10,7 +10,7 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ConfigError, ExecutorError, nearest
 from tilewright.scheduler import Step
 from tilewright.types import DType, Hypothesis, KvLayer
@@ -221,7 +221,7 @@ class _Sides:
             try:
                 packed = self.candidate.executor.weight(name)
             except Exception as error:
-                why = f"weight() failed: {registry.cause(error)}"
+                why = f"weight() failed: {plugins.cause(error)}"
                 yield WeightFinding(name=name, passed=False, why=why)
                 continue
             why = ""
@@ -464,11 +464,11 @@ class _Why:
         """With the known mistakes, and those that the executors' plugins add."""
         found, broken = list(HYPOTHESES), []
         for name in dict.fromkeys(executors):
-            plugin = registry.find("executor", name)
+            plugin = plugins.find("executor", name)
             try:
-                found += registry.call(registry.load(plugin), "hypotheses") or ()
+                found += plugins.call(plugins.load(plugin), "hypotheses") or ()
             except Exception as error:
-                broken.append(f"hypotheses of {plugin} failed: {registry.cause(error)}")
+                broken.append(f"hypotheses of {plugin} failed: {plugins.cause(error)}")
         return cls(found, tuple(broken))
 
     def wants(self, result: Comparison, layer: "int | None") -> bool:

@@ -9,7 +9,7 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.engine import LLMEngine, ServedModel
 from tilewright.errors import ConfigError, ExecutorError, TilewrightError
 from tilewright.scheduler import Request, Scheduler, Step
@@ -106,7 +106,7 @@ class Side:
         try:
             yield
         except Exception as error:
-            why = str(error) if isinstance(error, TilewrightError) else registry.cause(error)
+            why = str(error) if isinstance(error, TilewrightError) else plugins.cause(error)
             raise StepError(f"{self.name} failed in {self.phase(step)}, {what}: {why}") from error
 
     def run_layer(self, layer: int, hidden: Tensor, step: Step, tap: Tap) -> Tensor:

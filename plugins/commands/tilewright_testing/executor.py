@@ -15,7 +15,7 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ExecutorError
 from tilewright.kv_cache import KvCacheManager
 from tilewright.types import (
@@ -1053,14 +1053,14 @@ def _case(name: str, config: ModelConfig, dtype: DType, page_size: int | None) -
 
 @cache
 def _torch_executor() -> Any:
-    return registry.load(registry.find("executor", "torch"))
+    return plugins.load(plugins.find("executor", "torch"))
 
 
 def _references(case: Case) -> list[Any]:
     """The executor ``torch`` in the case's dtype, and in float32."""
     wide = evolve(case.runtime, weight_dtype="float32", kv_dtype="float32")
     return [
-        registry.call(
+        plugins.call(
             _torch_executor(), "create_executor", request=case.request(None, runtime_config=runtime)
         )
         for runtime in (case.runtime, wide)

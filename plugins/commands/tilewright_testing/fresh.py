@@ -73,7 +73,7 @@ class _NoTorch(MetaPathFinder):
 def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
     """can_load's answers, and what the calls did: whether torch was imported, side effects, and
     bytes read by a second call for the first source."""
-    from tilewright import registry
+    from tilewright import plugins
 
     module, _, attribute = target.partition(":")
     loader: Any = import_module(module)
@@ -90,14 +90,14 @@ def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
     answers = []
     for source in sources:
         try:
-            answer = registry.call(loader, "can_load", source=source)
+            answer = plugins.call(loader, "can_load", source=source)
             answers.append(answer if isinstance(answer, bool) else f"answered {answer!r:.100}")
         except BaseException as error:
             answers.append(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     if environment != dict(os.environ):
         effects.append("environment variables")
     before = bytes_read()
-    registry.call(loader, "can_load", source=sources[0])
+    plugins.call(loader, "can_load", source=sources[0])
     return {
         "answers": answers,
         "effects": list(dict.fromkeys(effects)),

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from attrs import fields
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import TilewrightError
 from tilewright.formats import InstalledFormats
 from tilewright.types import (
@@ -95,7 +95,7 @@ class LoaderSuite(TensorSourceSuite):
     def load(self, implementation: Implementation, copied: str | Path) -> Iterator[Load]:
         """Loads the copied source, or another; loaded models are closed when the test ends."""
         loaded: list[LoadedModel] = []
-        formats = InstalledFormats(registry.new_manager(), {})
+        formats = InstalledFormats(plugins.new_manager(), {})
 
         def load(
             source: str | Path = copied,
@@ -269,7 +269,7 @@ class LoaderSuite(TensorSourceSuite):
 
             def __init__(self) -> None:
                 self.names: list[str | None] = []
-                self.formats = InstalledFormats(registry.new_manager(), {})
+                self.formats = InstalledFormats(plugins.new_manager(), {})
 
             def open(self, directory: Path, name: str | None = None) -> TensorSource:
                 self.names.append(name)
@@ -356,7 +356,7 @@ class LoaderSuite(TensorSourceSuite):
                 source=source,
                 options=implementation.options,
                 weight_format=None,
-                formats=InstalledFormats(registry.new_manager(), {}),
+                formats=InstalledFormats(plugins.new_manager(), {}),
             )
             model = refused(
                 partial(implementation.call, "load_model", request=request), f"with {what}"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.engine import LLMEngine
 from tilewright.errors import TilewrightError
 from tilewright.hookspecs import ObserverEvents
@@ -70,7 +70,7 @@ class ObserverSuite(PluginSuite):
     def test_it_listens_to_events_of_their_names_and_arguments(self, make: Make) -> None:
         observer = make()
         try:
-            hooks = registry.check_hooks(observer, "the observer")
+            hooks = plugins.check_hooks(observer, "the observer")
         except TilewrightError as error:
             pytest.fail(str(error), pytrace=False)
         assert hooks & _EVENTS, (
@@ -216,7 +216,7 @@ def _engine(*observers: object) -> Iterator[LLMEngine]:
             yield engine
     except Exception as error:
         pytest.fail(
-            f"nothing must fail because it is observed: {registry.cause(error)}", pytrace=False
+            f"nothing must fail because it is observed: {plugins.cause(error)}", pytrace=False
         )
 
 
@@ -230,7 +230,7 @@ def _generate(directory: Path, *observers: object) -> list[tuple[object, ...]]:
 
 def _caller(observer: object) -> Call:
     """Calls an observer's hooks by name, as an engine does; missing hooks are skipped."""
-    manager = registry.new_manager()
+    manager = plugins.new_manager()
     manager.register(observer)
 
     def call(event: str, arguments: Mapping[str, Any]) -> None:

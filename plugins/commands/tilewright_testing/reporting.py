@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tilewright.registry import cause
+from tilewright.plugins import cause
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

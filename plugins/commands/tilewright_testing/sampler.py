@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 from attrs import evolve, fields
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import NonFiniteLogitsError, RequestError
 from tilewright.types import SampledToken, Sampler, SamplerRequest, SamplerRow, SamplingParams
 from tilewright_testing.state import left_alone
@@ -143,13 +143,13 @@ class SamplerSuite(PluginSuite):
     @pytest.fixture
     def no_effect(self, implementation: Implementation) -> frozenset[str]:
         """The settings that the sampler ignores: those of the limit ``no effect``."""
-        named = registry.info(implementation.plugin).limits.get("no effect", "")
+        named = plugins.info(implementation.plugin).limits.get("no effect", "")
         return frozenset(name.strip() for name in named.split(",") if name.strip())
 
     @pytest.fixture
     def distribution(self, implementation: Implementation) -> str | None:
         """The sampler's own distribution, if it has one: the limit ``distribution``."""
-        return registry.info(implementation.plugin).limits.get("distribution")
+        return plugins.info(implementation.plugin).limits.get("distribution")
 
     # --- what it returns -------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from attrs import frozen
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.errors import ConfigError, TilewrightError
 from tilewright.options import plugin_options, read_options
 from tilewright.types import Check, PluginInfo
@@ -29,10 +29,10 @@ class Implementation:
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """The plugin's answer to a hook; None when it does not implement it."""
-        return registry.call(self.plugin, hook, **arguments)
+        return plugins.call(self.plugin, hook, **arguments)
 
     def implements(self, hook: str) -> bool:
-        return hook in registry.check_hooks(self.plugin, self.who)
+        return hook in plugins.check_hooks(self.plugin, self.who)
 
 
 def resolve(plugin: Any, kind: str) -> Any:
@@ -40,13 +40,13 @@ def resolve(plugin: Any, kind: str) -> Any:
 
     Raises PluginError for a name that is not installed or not unique.
     """
-    return registry.load(registry.find(kind, plugin)) if isinstance(plugin, str) else plugin
+    return plugins.load(plugins.find(kind, plugin)) if isinstance(plugin, str) else plugin
 
 
 def described(plugin: Any, kind: str) -> str:
     """A plugin in words: ``sampler 'top-p'``."""
     name = plugin if isinstance(plugin, str) else getattr(plugin, "__name__", None)
-    return f"{registry.noun(kind)} {name or type(plugin).__name__!r}"
+    return f"{plugins.noun(kind)} {name or type(plugin).__name__!r}"
 
 
 class PluginSuite:
@@ -77,8 +77,8 @@ class PluginSuite:
         who = described(plugin, self.kind)
         try:
             found = resolve(plugin, self.kind)
-            registry.check(found, self.kind, who)
-            read = read_options(who, registry.info(found), options)
+            plugins.check(found, self.kind, who)
+            read = read_options(who, plugins.info(found), options)
         except TilewrightError as error:
             pytest.fail(str(error), pytrace=False)
         return Implementation(self.kind, found, read, who)
@@ -87,7 +87,7 @@ class PluginSuite:
 
     def test_it_is_written_for_this_api_and_its_hooks_fit_their_specs(self, plugin: Any) -> None:
         try:
-            registry.check(resolve(plugin, self.kind), self.kind, described(plugin, self.kind))
+            plugins.check(resolve(plugin, self.kind), self.kind, described(plugin, self.kind))
         except TilewrightError as error:
             pytest.fail(str(error), pytrace=False)
 
@@ -101,7 +101,7 @@ class PluginSuite:
         )
 
     def test_each_option_has_a_line_of_help(self, implementation: Implementation) -> None:
-        info = registry.info(implementation.plugin)
+        info = plugins.info(implementation.plugin)
         bare = [o.name for o in plugin_options(implementation.who, info) if not o.help.strip()]
         assert not bare, (
             f'options need a line of help in their field\'s metadata={{"help": ...}}: {bare}'
@@ -112,7 +112,7 @@ class PluginSuite:
     ) -> None:
         unknown = {**options, "no_such_option": 1}
         with pytest.raises(ConfigError):
-            read_options(implementation.who, registry.info(implementation.plugin), unknown)
+            read_options(implementation.who, plugins.info(implementation.plugin), unknown)
 
     def test_importing_it_leaves_the_process_as_it_was(
         self, plugin: Any, implementation: Implementation
@@ -139,7 +139,7 @@ def target_of(plugin: Any, implementation: Implementation) -> str | None:
     """The plugin's entry point, ``module`` or ``module:attribute``; None if a fresh process could
     not import it."""
     if isinstance(plugin, str):
-        return registry.find(implementation.kind, plugin).target
+        return plugins.find(implementation.kind, plugin).target
     if isinstance(plugin, ModuleType):
         module, attribute = plugin, ""
     else:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from tilewright.errors import TilewrightError
-from tilewright.registry import Plugin
+from tilewright.plugins import Plugin
 
 Result = Literal["passed", "failed", "not run"]
 

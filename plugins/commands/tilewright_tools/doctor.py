@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.cli.tables import print_json
 from tilewright.errors import ConfigError, PluginError, listed
 from tilewright.machine import available_memory, total_memory
@@ -71,7 +71,7 @@ def machine_checks() -> Iterator[tuple[str, Check]]:
             found = Check(
                 name=name,
                 status="failed",
-                found=registry.cause(error),
+                found=plugins.cause(error),
                 advice="this check could not run: repair what it names",
             )
         yield "machine", found
@@ -79,17 +79,17 @@ def machine_checks() -> Iterator[tuple[str, Check]]:
 
 def plugin_checks() -> Iterator[tuple[str, Check]]:
     """Whether each plugin loads, and its own checks. A plugin's failure is a failed check."""
-    plugins = registry.installed()
-    for plugin in plugins:
-        who = f"{registry.noun(plugin.kind)} {plugin.qualified}"
+    installed = plugins.installed()
+    for plugin in installed:
+        who = f"{plugins.noun(plugin.kind)} {plugin.qualified}"
         try:
             # Keep what plugins print out of the report.
             with redirect_stdout(sys.stderr):
-                loaded = registry.load(plugin)
+                loaded = plugins.load(plugin)
         except PluginError as error:
             yield who, Check(name="loads", status="failed", found=str(error), advice=REPAIR)
             continue
-        state, problem = registry.state(plugin, plugins)
+        state, problem = plugins.state(plugin, installed)
         if state == "ok":
             yield who, Check(name="loads", status="ok", found=f"version {plugin.version}")
         else:
@@ -97,11 +97,11 @@ def plugin_checks() -> Iterator[tuple[str, Check]]:
             yield who, Check(name="loads", status="warning", found=problem, advice=advice)
         try:
             with redirect_stdout(sys.stderr):
-                own = list(registry.call(loaded, "doctor_checks") or ())
+                own = list(plugins.call(loaded, "doctor_checks") or ())
             if wrong := [check for check in own if not isinstance(check, Check)]:
                 raise TypeError(f"doctor_checks() must return Check objects, found {wrong[0]!r}")
         except (Exception, SystemExit) as error:
-            found = registry.cause(error)
+            found = plugins.cause(error)
             yield who, Check(name="doctor_checks", status="failed", found=found, advice=REPAIR)
             continue
         for check in own:
@@ -120,7 +120,7 @@ def torch() -> Check:
         return Check(
             name="torch",
             status="failed",
-            found=registry.cause(error),
+            found=plugins.cause(error),
             advice="reinstall it: pip install --force-reinstall torch",
         )
     return Check(name="torch", status="ok", found=torch.__version__)

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from tilewright import hookspecs, registry
+from tilewright import hookspecs, plugins
 from tilewright.types import executor, kv_cache, model, plugin, results, sampling
 
 SUBJECTS = (model, executor, kv_cache, sampling, results, plugin)
@@ -33,8 +33,8 @@ def reference() -> str:
     """Markdown."""
     specs = _classes(hookspecs)
     lines = [_HEAD.format(version=hookspecs.API_VERSION)]
-    for kind, (group, name, required) in registry.KINDS.items():
-        title = _capital(registry.noun(kind)).replace("Kv", "KV")
+    for kind, (group, name, required) in plugins.KINDS.items():
+        title = _capital(plugins.noun(kind)).replace("Kv", "KV")
         lines += [f"## {title}\n", f"Entry-point group `{group}`.\n"]
         lines += _hooks(specs[name], required)
         if kind == "observer":

@@ -10,7 +10,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from tilewright import __version__, registry
+from tilewright import __version__, plugins
 from tilewright.errors import ConfigError
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -60,8 +60,8 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
     words = {
         "MY_SUMMARY": _SUMMARIES[kind],
         "MY_USE": _USES[kind],
-        "MY_NOUN": registry.noun(kind),
-        "MY_GROUP": registry.KINDS[kind].group,
+        "MY_NOUN": plugins.noun(kind),
+        "MY_GROUP": plugins.KINDS[kind].group,
         "MY_KIND": kind,
         "0.0.0": __version__,
     }
@@ -92,7 +92,7 @@ def _check_name(kind: str, name: str) -> None:
             f"the name of a plugin starts with a letter and has small letters, digits and single "
             f"hyphens between them, 60 at most, found {name[:100]!r}{hint}"
         )
-    rivals = registry.matching(name, registry.installed(kind))
+    rivals = plugins.matching(name, plugins.installed(kind))
     if rivals:
         raise ConfigError(
             f"{rivals[0]} is installed in {rivals[0].where}: choose another name, since users "

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.cli.tables import print_columns, print_json, table_width, terminal_width
 from tilewright.errors import ConfigError, PluginError
 
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         if function in (show, verify):
             action.add_argument("name", metavar="NAME", help="NAME or DISTRIBUTION:NAME")
         if function is not check:
-            action.add_argument("--kind", choices=list(registry.KINDS), help="only of this kind")
+            action.add_argument("--kind", choices=list(plugins.KINDS), help="only of this kind")
         if function is verify:
             action.add_argument(
                 "-o",
@@ -52,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     action = actions.add_parser("new", help=summary, description=f"{summary.capitalize()}.")
     action.set_defaults(function=new)
     action.add_argument(
-        "kind", metavar="KIND", choices=list(registry.KINDS), help=", ".join(registry.KINDS)
+        "kind", metavar="KIND", choices=list(plugins.KINDS), help=", ".join(plugins.KINDS)
     )
     action.add_argument("name", metavar="NAME", help="what users are to write for it")
     action.add_argument(
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def list_plugins(args: argparse.Namespace) -> int:
-    plugins = registry.installed()
-    chosen = [p for p in plugins if args.kind in (None, p.kind)]
-    states = [registry.state(p, plugins) for p in chosen]
+    installed = plugins.installed()
+    chosen = [p for p in installed if args.kind in (None, p.kind)]
+    states = [plugins.state(p, installed) for p in chosen]
     if args.json:
         print_json(
             record(p) | {"state": state, "problem": why or None}
@@ -136,16 +136,16 @@ def show(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     from time import perf_counter
 
-    plugins = registry.installed()
+    installed = plugins.installed()
     findings = []
-    for plugin in plugins:
+    for plugin in installed:
         started = perf_counter()
         try:
             examine(plugin)
         except PluginError as broken:
             state, problem = "broken", str(broken)
         else:
-            state, problem = registry.state(plugin, plugins)
+            state, problem = plugins.state(plugin, installed)
         findings.append((plugin, state, perf_counter() - started, problem))
     if args.json:
         print_json(
@@ -215,18 +215,18 @@ def new(args: argparse.Namespace) -> int:
     return 0
 
 
-def _named(args: argparse.Namespace) -> list[registry.Plugin]:
+def _named(args: argparse.Namespace) -> list[plugins.Plugin]:
     """The plugins with one name, one per kind."""
-    plugins = registry.installed(args.kind)
-    found = registry.matching(args.name, plugins)
+    installed = plugins.installed(args.kind)
+    found = plugins.matching(args.name, installed)
     if not found:
-        what = registry.noun(args.kind) if args.kind else "plugin"
-        raise registry.unknown(args.name, plugins, what)
+        what = plugins.noun(args.kind) if args.kind else "plugin"
+        raise plugins.unknown(args.name, installed, what)
     # find() again, since a name must be unique within a kind.
-    return [registry.find(kind, args.name) for kind in dict.fromkeys(p.kind for p in found)]
+    return [plugins.find(kind, args.name) for kind in dict.fromkeys(p.kind for p in found)]
 
 
-def examine(plugin: registry.Plugin) -> "tuple[list[str], PluginInfo, list[Option]]":
+def examine(plugin: plugins.Plugin) -> "tuple[list[str], PluginInfo, list[Option]]":
     """A plugin's hooks in the order of their specs, its PluginInfo, and its options.
 
     Raises PluginError when it cannot be imported, does not fit, or fails to describe itself. Its
@@ -237,20 +237,20 @@ def examine(plugin: registry.Plugin) -> "tuple[list[str], PluginInfo, list[Optio
     from tilewright.options import plugin_options
 
     with redirect_stdout(sys.stderr):
-        obj = registry.load(plugin)
-        implemented = registry.check_hooks(obj, str(plugin))
+        obj = plugins.load(plugin)
+        implemented = plugins.check_hooks(obj, str(plugin))
         try:
-            info = registry.info(obj)
+            info = plugins.info(obj)
             options = plugin_options(str(plugin), info)
         except PluginError:
             raise
         except Exception as error:
-            why = registry.cause(error)
+            why = plugins.cause(error)
             raise PluginError(f"{plugin}: plugin_info() failed: {why}") from error
-    return [hook for hook in registry.known_hooks() if hook in implemented], info, options
+    return [hook for hook in plugins.known_hooks() if hook in implemented], info, options
 
 
-def record(plugin: registry.Plugin) -> dict[str, Any]:
+def record(plugin: plugins.Plugin) -> dict[str, Any]:
     """A plugin's fields as JSON output has them."""
     return plugin._asdict()
 

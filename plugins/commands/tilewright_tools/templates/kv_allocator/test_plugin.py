@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, registry
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, plugins
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import KvAllocatorRequest, KvCacheSpec
 from tilewright_testing import KvAllocatorSuite
@@ -17,7 +17,7 @@ class TestConformance(KvAllocatorSuite):
 
 
 def test_the_lowest_free_pages_are_handed_out_first() -> None:
-    plugin: Any = registry.load(registry.find("kv_allocator", NAME))
+    plugin: Any = plugins.load(plugins.find("kv_allocator", NAME))
     spec = KvCacheSpec(num_layers=1, num_kv_heads=1, head_dim=2, page_size=4, dtype="float32")
     request = KvAllocatorRequest(
         spec=spec, total_pages=8, max_sequences=2, max_seq_len=16, options=None

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from tilewright import GenerateConfig, LLMEngine, registry
+from tilewright import GenerateConfig, LLMEngine, plugins
 from tilewright_testing import LoaderSuite
 from tilewright_testing.models import Model, make_model
 
@@ -22,7 +22,7 @@ class TestConformance(LoaderSuite):
 
 
 def test_an_engine_runs_what_it_loads(tmp_path: Path) -> None:
-    plugin: Any = registry.load(registry.find("loader", NAME))
+    plugin: Any = plugins.load(plugins.find("loader", NAME))
     source = plugin.write_sample(tmp_path)
     with LLMEngine.from_plugins(loader=NAME) as engine:
         engine.init_model("m", source)

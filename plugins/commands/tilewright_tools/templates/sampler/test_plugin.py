@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright.types import SamplerRequest, SamplerRow, SamplingParams
 from tilewright_testing import SamplerSuite
 
@@ -17,7 +17,7 @@ class TestConformance(SamplerSuite):
 
 
 def test_tokens_below_epsilon_are_never_drawn() -> None:
-    plugin: Any = registry.load(registry.find("sampler", NAME))
+    plugin: Any = plugins.load(plugins.find("sampler", NAME))
     sampler = plugin.create_sampler(SamplerRequest(options=plugin.Options(epsilon=0.15)))
     logits = torch.tensor([0.1, 0.5, 0.2, 0.2]).log()
     rows = [

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright import registry
+from tilewright import plugins
 from tilewright_testing import WeightFormatSuite
 
 NAME = "tilewright-my-plugin:my-plugin"
@@ -17,7 +17,7 @@ class TestConformance(WeightFormatSuite):
 
 
 def test_the_layout_is_as_documented(tmp_path: Path) -> None:
-    plugin: Any = registry.load(registry.find("weight_format", NAME))
+    plugin: Any = plugins.load(plugins.find("weight_format", NAME))
     plugin.write_weights(tmp_path, {"a": torch.tensor([1.0, -2.0])})
     header = b'{"a": {"dtype": "float32", "shape": [2]}}'
     floats = b"\0\0\x80\x3f\0\0\0\xc0"

@@ -13,7 +13,7 @@ import pytest
 from attrs import field, frozen
 from plugin_distributions import Install
 
-from tilewright import hookimpl, registry
+from tilewright import hookimpl, plugins
 from tilewright.errors import PluginError
 from tilewright.types import PluginInfo
 
@@ -27,7 +27,7 @@ def site(tmp_path: Path) -> Iterator[Install]:
 def refusal(kind: str, name: str) -> str:
     """The message with which a selection is refused, which is one line."""
     with pytest.raises(PluginError) as caught:
-        registry.load(registry.find(kind, name))
+        plugins.load(plugins.find(kind, name))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -42,7 +42,7 @@ def module(source: str, name: str = "acme-x") -> dists.Distribution:
 def as_importlib_sees(folders: list[str]) -> set[tuple[str, ...]]:
     found, seen = set(), set()
     for distribution in importlib.metadata.distributions(path=folders):
-        name = registry.normalized(distribution.name)
+        name = plugins.normalized(distribution.name)
         if name in seen or str(distribution._path).endswith(".egg-info"):  # type: ignore[attr-defined]
             continue
         seen.add(name)
@@ -54,7 +54,7 @@ def as_importlib_sees(folders: list[str]) -> set[tuple[str, ...]]:
 
 
 def as_tilewright_sees(groups: set[str]) -> set[tuple[str, ...]]:
-    return {tuple(e[:5]) for e in registry.entry_points(groups)}
+    return {tuple(e[:5]) for e in plugins.entry_points(groups)}
 
 
 def test_all_entry_points_of_this_environment_are_read_as_importlib_metadata_reads_them() -> None:
@@ -88,7 +88,7 @@ def test_all_entry_points_of_a_crowded_site_are_read_as_importlib_metadata_reads
     folders = [str(first), str(second), str(tmp_path / "gone"), str(first)]
     monkeypatch.setattr(sys, "path", folders)
     expected = as_importlib_sees(folders)
-    groups = {kind.group for kind in registry.KINDS.values()} | {"console_scripts", "odd"}
+    groups = {kind.group for kind in plugins.KINDS.values()} | {"console_scripts", "odd"}
     assert as_tilewright_sees(groups) == expected
     assert len(expected) == 18
     assert "shadowed" not in {row[1] for row in expected}
@@ -105,7 +105,7 @@ def test_a_wheel_that_pip_installs_is_listed_as_one_that_the_tests_unpack(
     listed = {}
     for folder in ("pip", "unpacked"):
         monkeypatch.setattr(sys, "path", [str(tmp_path / folder)])
-        listed[folder] = [p._replace(where="") for p in registry.installed()]
+        listed[folder] = [p._replace(where="") for p in plugins.installed()]
     assert listed["pip"] == listed["unpacked"]
     assert [p.name for p in listed["pip"]] == ["bag-random", "bag", "slab", "likeliest", "tally"]
 
@@ -118,9 +118,9 @@ def test_a_wheel_on_the_path_counts_and_other_files_and_absent_folders_do_not(
     text.write_text("no zip file")
     strange: list[Any] = [tmp_path, b"bytes", str(text), str(tmp_path / "absent"), str(wheel)]
     monkeypatch.setattr(sys, "path", [*strange, *sys.path])
-    plugin = registry.find("sampler", "zipped")
+    plugin = plugins.find("sampler", "zipped")
     assert (plugin.where, plugin.version) == (str(wheel), "1.0")
-    assert registry.load(plugin).tilewright_api == 1
+    assert plugins.load(plugin).tilewright_api == 1
     sys.modules.pop("acme_zipped")
 
 
@@ -128,26 +128,26 @@ def test_what_an_interrupted_uninstall_left_behind_is_not_listed(site: Install) 
     folder = site(dists.RIVALS[0])
     info = folder / "acme_one-1.5.dist-info"
     info.rename(folder / "~cme_one-1.5.dist-info")
-    assert not [p for p in registry.installed("sampler") if p.name == "rival"]
+    assert not [p for p in plugins.installed("sampler") if p.name == "rival"]
 
 
 def test_undecodable_metadata_does_not_hide_the_other_plugins(site: Install) -> None:
     folder = site(*dists.RIVALS)
     (folder / "acme_one-1.5.dist-info" / "entry_points.txt").write_bytes(b"\xff[\x00=")
-    assert registry.find("sampler", "rival").distribution == "acme-two"
+    assert plugins.find("sampler", "rival").distribution == "acme-two"
 
 
 def test_listing_imports_nothing_and_finds_code_that_is_gone(site: Install) -> None:
     site(dists.GOOD, dists.BROKEN_IMPORT, dists.STALE)
-    plugins = {p.name: p for p in registry.installed()}
-    states = {name: registry.state(p, plugins.values())[0] for name, p in plugins.items()}
+    installed = {p.name: p for p in plugins.installed()}
+    states = {name: plugins.state(p, installed.values())[0] for name, p in installed.items()}
     assert (states["likeliest"], states["broken"], states["stale"]) == ("ok", "ok", "missing")
     assert not {"acme_bag", "acme_broken"} & sys.modules.keys()
 
 
 def test_folders_that_remain_without_code_do_not_pass_for_a_plugin(site: Install) -> None:
     (site(dists.STALE) / "acme_stale_package" / "__pycache__").mkdir(parents=True)
-    why = registry.missing_code(registry.find("sampler", "stale"))
+    why = plugins.missing_code(plugins.find("sampler", "stale"))
     assert why is not None
     assert "no module 'acme_stale_package.plugin'" in why
 
@@ -158,9 +158,9 @@ def test_namespace_packages_are_found(site: Install) -> None:
         "acme-ns", {"acme_ns/deep/er.py": source}, {"sampler": {"ns": "acme_ns.deep.er"}}
     )
     site(dist)
-    plugin = registry.find("sampler", "ns")
-    assert registry.missing_code(plugin) is None
-    registry.load(plugin)
+    plugin = plugins.find("sampler", "ns")
+    assert plugins.missing_code(plugin) is None
+    plugins.load(plugin)
 
 
 # --- what a name means ----------------------------------------------------------------------------
@@ -168,9 +168,9 @@ def test_namespace_packages_are_found(site: Install) -> None:
 
 def test_a_name_selects_its_plugin_and_imports_no_other(site: Install) -> None:
     site(dists.GOOD, dists.BROKEN_IMPORT, *dists.RIVALS)
-    plugin = registry.find("sampler", "likeliest")
+    plugin = plugins.find("sampler", "likeliest")
     assert str(plugin) == "sampler 'likeliest' of acme-bag 0.3"
-    assert registry.load(plugin) is sys.modules["acme_bag.likeliest"]
+    assert plugins.load(plugin) is sys.modules["acme_bag.likeliest"]
     assert not {"acme_bag.executor", "acme_broken", "acme_one"} & sys.modules.keys()
 
 
@@ -205,8 +205,8 @@ def test_a_name_that_two_distributions_claim_is_refused_and_the_distribution_cho
         "sampler 'rival' is claimed by acme-one 1.5 and by acme-two 2.0; "
         "choose 'acme-one:rival' or 'acme-two:rival'"
     )
-    one = registry.load(registry.find("sampler", "acme-one:rival"))
-    two = registry.load(registry.find("sampler", "acme-two:rival"))
+    one = plugins.load(plugins.find("sampler", "acme-one:rival"))
+    two = plugins.load(plugins.find("sampler", "acme-two:rival"))
     assert (one.__name__, two.__name__) == ("acme_one", "acme_two")
 
 
@@ -215,7 +215,7 @@ def test_distributions_are_compared_as_installers_compare_them(
     site: Install, spelling: str
 ) -> None:
     site(*dists.RIVALS)
-    assert registry.find("sampler", f"{spelling}:rival").distribution == "acme-two"
+    assert plugins.find("sampler", f"{spelling}:rival").distribution == "acme-two"
 
 
 def test_an_unknown_distribution_is_answered_with_the_qualified_names(site: Install) -> None:
@@ -234,7 +234,7 @@ def test_a_distribution_that_lists_a_name_twice(site: Install) -> None:
     listing = site(dists.RIVALS[0]) / "acme_one-1.5.dist-info" / "entry_points.txt"
     line = "rival = acme_one\n"
     listing.write_text(listing.read_text() + line)
-    assert registry.find("sampler", "rival").target == "acme_one"
+    assert plugins.find("sampler", "rival").target == "acme_one"
     listing.write_text(listing.read_text() + line.replace("acme_one", "other"))
     assert refusal("sampler", "acme-one:rival") == (
         "sampler 'acme-one:rival' is listed twice by acme-one 1.5 (acme_one and other): "
@@ -390,13 +390,13 @@ def test_a_selected_plugin_that_cannot_be_used_is_refused_with_the_cause(
 def test_ctrl_c_in_an_import_goes_through(site: Install) -> None:
     site(module("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
-        registry.load(registry.find("sampler", "x"))
+        plugins.load(plugins.find("sampler", "x"))
 
 
 def test_a_cause_is_kept_for_the_traceback(site: Install) -> None:
     site(dists.BROKEN_IMPORT)
     with pytest.raises(PluginError) as caught:
-        registry.load(registry.find("sampler", "broken"))
+        plugins.load(plugins.find("sampler", "broken"))
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
@@ -427,20 +427,20 @@ def test_an_object_may_serve_two_kinds_and_is_registered_once(site: Install) -> 
             "acme-x", {"acme_x.py": dedent(source)}, {"sampler": targets, "executor": targets}
         )
     )
-    manager = registry.new_manager()
-    sampler = registry.register(manager, registry.find("sampler", "x"))
-    executor = registry.register(manager, registry.find("executor", "x"))
+    manager = plugins.new_manager()
+    sampler = plugins.register(manager, plugins.find("sampler", "x"))
+    executor = plugins.register(manager, plugins.find("executor", "x"))
     assert sampler is executor
     assert manager.get_name(sampler) == "sampler:acme-x:x"
-    assert registry.call(sampler, "create_sampler", request=None) == "sampler"
-    assert registry.call(sampler, "create_executor", request=None) == "executor"
+    assert plugins.call(sampler, "create_sampler", request=None) == "sampler"
+    assert plugins.call(sampler, "create_executor", request=None) == "executor"
 
 
 def test_every_hook_has_documentation_and_each_kind_its_required_hooks() -> None:
     from tilewright import hookspecs
 
-    known = registry.known_hooks()
-    for kind in registry.KINDS.values():
+    known = plugins.known_hooks()
+    for kind in plugins.KINDS.values():
         specs = vars(getattr(hookspecs, kind.specs))
         for hook in kind.required:
             assert specs[hook].__doc__
@@ -469,15 +469,15 @@ class Plugin:
 
 def test_info_is_what_the_plugin_says_of_itself() -> None:
     says = PluginInfo(summary="a plugin", options=Options)
-    assert registry.info(Plugin(says)) is says
-    assert registry.info(Plugin(None)) == PluginInfo(summary="")
+    assert plugins.info(Plugin(says)) is says
+    assert plugins.info(Plugin(None)) == PluginInfo(summary="")
     with pytest.raises(PluginError, match="must return a PluginInfo, found 'a plugin'"):
-        registry.info(Plugin("a plugin"))
+        plugins.info(Plugin("a plugin"))
 
 
 def test_a_hook_that_makes_nothing_is_an_error_of_the_plugin() -> None:
     with pytest.raises(
         PluginError, match=r"create_sampler\(\) of a Plugin object returned nothing"
     ):
-        registry.call(Plugin(None), "create_sampler", request=None)
-    assert registry.call(Plugin(None), "doctor_checks") is None
+        plugins.call(Plugin(None), "create_sampler", request=None)
+    assert plugins.call(Plugin(None), "doctor_checks") is None

@@ -1,4 +1,4 @@
-"""Which plugins are installed, and the one that a name means.
+"""The installed plugins: what is there, which one a name selects, whether it fits, and calling it.
 
 Listing reads the metadata that installers leave in ``*.dist-info`` folders and imports nothing, not
 even importlib.metadata, whose import alone takes three times as long as starting Python. Loading a
@@ -7,15 +7,18 @@ name imports that plugin and no other.
 
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tilewright.errors import PluginError, nearest
+from tilewright.errors import ConfigError, PluginError, TilewrightError, nearest
 
 if TYPE_CHECKING:
     from pluggy import PluginManager
 
     from tilewright.types import PluginInfo
+
+Options = Mapping[str, Mapping[str, Any]]
+"""An engine's options, by kind of plugin."""
 
 
 class Kind(NamedTuple):
@@ -41,6 +44,9 @@ KINDS = {
 
 OPTIONS_BY_NAME = ("weight_format", "observer")
 """Kinds of which several plugins may be in use: their options are given by plugin name."""
+
+
+# --- what is installed ----------------------------------------------------------------------------
 
 
 class Plugin(NamedTuple):
@@ -134,6 +140,35 @@ def state(plugin: Plugin, among: Iterable[Plugin]) -> tuple[str, str]:
         return "missing", f"{plugin}: {why}"
     rivals = [p for p in among if (p.kind, p.name) == (plugin.kind, plugin.name)]
     return ("clash", clash(plugin.name, rivals)) if len(rivals) > 1 else ("ok", "")
+
+
+def missing_code(plugin: Plugin) -> str | None:
+    """Why a plugin's module cannot be found; None if it can, or if only an import can tell."""
+    path: Sequence[str] | None = None
+    name = ""
+    for part in plugin.target.partition(":")[0].split("."):
+        name = f"{name}.{part}" if name else part
+        try:
+            if name in sys.modules:
+                path = list(getattr(sys.modules[name], "__path__", ()))
+                continue
+            specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+            spec = next(filter(None, specs), None)
+            path = list(spec.submodule_search_locations or ()) if spec else None
+        except Exception:
+            return None
+        if spec is None:
+            cure = f"reinstall or uninstall {plugin.distribution}"
+            return f"no module {name!r}: its files are gone, {cure}"
+    return None
+
+
+def noun(kind: str) -> str:
+    """A kind as messages name it: ``kv allocator``."""
+    return kind.replace("_", " ")
+
+
+# --- loading one, and whether it fits -------------------------------------------------------------
 
 
 def load(plugin: Plugin) -> Any:
@@ -270,6 +305,27 @@ def known_hooks() -> dict[str, tuple[str, ...]]:
     }
 
 
+def cause(error: BaseException) -> str:
+    """An exception in one line, with the place in the plugin's code where it was raised."""
+    from traceback import extract_tb
+
+    said = " ".join(str(error).split())
+    frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    # The first frame is this module's own.
+    at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}{': ' if said else ''}{said}{at}"
+
+
+def _described(obj: Any) -> str:
+    """What an object is, for messages: ``module x``, ``class X``, ``function f``."""
+    name = getattr(obj, "__name__", None)
+    kind = type(obj).__name__
+    return f"{'class' if isinstance(obj, type) else kind} {name}" if name else f"a {kind} object"
+
+
+# --- calling its hooks ----------------------------------------------------------------------------
+
+
 def call(obj: Any, hook: str, **kwargs: Any) -> Any:
     """One plugin's answer to a hook, None if it does not implement it.
 
@@ -298,30 +354,83 @@ def info(obj: Any) -> "PluginInfo":
     return said
 
 
-def noun(kind: str) -> str:
-    """A kind as messages name it: ``kv allocator``."""
-    return kind.replace("_", " ")
-
-
-def missing_code(plugin: Plugin) -> str | None:
-    """Why a plugin's module cannot be found; None if it can, or if only an import can tell."""
-    path: Sequence[str] | None = None
-    name = ""
-    for part in plugin.target.partition(":")[0].split("."):
-        name = f"{name}.{part}" if name else part
+def claimants(
+    plugins: Sequence[Plugin], hook: str, **arguments: Any
+) -> tuple[list[Plugin], dict[Plugin, str]]:
+    """Plugins that answer yes to a probe such as ``can_load``, and why others cannot be asked."""
+    claims, unusable = [], {}
+    for plugin in plugins:
         try:
-            if name in sys.modules:
-                path = list(getattr(sys.modules[name], "__path__", ()))
-                continue
-            specs = (finder.find_spec(name, path) for finder in sys.meta_path)
-            spec = next(filter(None, specs), None)
-            path = list(spec.submodule_search_locations or ()) if spec else None
-        except Exception:
-            return None
-        if spec is None:
-            cure = f"reinstall or uninstall {plugin.distribution}"
-            return f"no module {name!r}: its files are gone, {cure}"
-    return None
+            if call(load(plugin), hook, **arguments):
+                claims.append(plugin)
+        except PluginError as error:
+            unusable[plugin] = str(error)
+        except (Exception, SystemExit) as error:  # a probe must not raise: this one is broken
+            unusable[plugin] = f"{plugin}: {hook}() failed: {cause(error)}"
+    return claims, unusable
+
+
+# --- what an engine has selected ------------------------------------------------------------------
+
+
+class Selected(NamedTuple):
+    """A plugin, imported, checked, and registered with its engine's manager."""
+
+    plugin: Plugin
+    implementation: Any
+
+    @property
+    def info(self) -> "PluginInfo":
+        return info(self.implementation)
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """This plugin's answer to a hook. Raises PluginError for unexpected exceptions."""
+        try:
+            return call(self.implementation, hook, **arguments)
+        except (TilewrightError, MemoryError):
+            raise
+        except Exception as error:
+            raise PluginError(f"{self.plugin}: {hook}() failed: {cause(error)}") from error
+
+    def read_options(self, options: Options, **more: Any) -> Any:
+        """This plugin's part of an engine's options, overridden by more, as its options class."""
+        from tilewright.options import read_options
+
+        given = options.get(self.plugin.kind, {})
+        if self.plugin.kind in OPTIONS_BY_NAME:
+            given = given.get(self.plugin.qualified, given.get(self.plugin.name, {}))
+        who = f"{noun(self.plugin.kind)} {self.plugin.name!r}"
+        return read_options(who, self.info, {**given, **more})
+
+
+def select(manager: "PluginManager", kind: str, name: str) -> Selected:
+    """The plugin that a name means. Raises PluginError as ``find`` and ``load`` do."""
+    plugin = find(kind, name)
+    return Selected(plugin, register(manager, plugin))
+
+
+def check_options(options: Options, observers: Sequence[Plugin]) -> None:
+    """Raise ConfigError for options of an unknown kind, or of a plugin that is not in use."""
+    for kind in options:
+        if kind not in KINDS:
+            raise ConfigError(
+                f"options are given for {kind!r}, which is no kind of plugin"
+                f"{nearest(kind, KINDS)} (kinds: {', '.join(KINDS)})"
+            )
+    in_use = {"observer": observers, "weight_format": installed("weight_format")}
+    for kind, plugins in in_use.items():
+        names = [n for p in plugins for n in (p.name, p.qualified)]
+        for name in options.get(kind, {}):
+            if name not in names:
+                state = "selected" if kind == "observer" else "installed"
+                known = ", ".join(p.name for p in plugins) or "none"
+                raise ConfigError(
+                    f"options are given for {noun(kind)} {name!r}, which is not {state}"
+                    f"{nearest(name, names)} ({state}: {known})"
+                )
+
+
+# --- metadata -------------------------------------------------------------------------------------
 
 
 def normalized(distribution: str) -> str:
@@ -404,21 +513,3 @@ def _parsed(text: str) -> Iterator[tuple[str, str, str]]:
             name, _, value = line.partition("=")
             target = value.partition("[")[0].split(":")
             yield group, name.strip(), ":".join(part.strip() for part in target)
-
-
-def cause(error: BaseException) -> str:
-    """An exception in one line, with the place in the plugin's code where it was raised."""
-    from traceback import extract_tb
-
-    said = " ".join(str(error).split())
-    frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    # The first frame is the registry's own.
-    at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}{': ' if said else ''}{said}{at}"
-
-
-def _described(obj: Any) -> str:
-    """What an object is, for messages: ``module x``, ``class X``, ``function f``."""
-    name = getattr(obj, "__name__", None)
-    kind = type(obj).__name__
-    return f"{'class' if isinstance(obj, type) else kind} {name}" if name else f"a {kind} object"
