@@ -2,7 +2,7 @@
 
 The record of API version N is ``tests/data/api_N.json``. A change that breaks nobody (an optional
 hook, an argument that hooks may leave out, a field with a default) is recorded by running this
-again; for any other it refuses, until ``tilewright.hookspecs.API_VERSION`` is raised.
+again; for any other it refuses, until ``tilewright.plugins.API_VERSION`` is raised.
 """
 
 import inspect
@@ -41,7 +41,7 @@ Record = dict[str, Any]
 
 def record() -> Record:
     """The API as it is."""
-    specs = ("AnyPlugin", *(kind.specs for kind in plugins.KINDS.values()), "ObserverEvents")
+    specs = ("AnyPlugin", *(kind.specs for kind in plugins.ENGINE_KINDS.values()), "ObserverEvents")
     return {
         "kinds": {
             name: {"group": kind.group, "specs": kind.specs, "required": list(kind.required)}
@@ -243,7 +243,7 @@ def _function(name: str) -> Any:
     return getattr(import_module(module), function)
 
 
-def path(version: int = hookspecs.API_VERSION) -> Path:
+def path(version: int = plugins.API_VERSION) -> Path:
     return DATA / f"api_{version}.json"
 
 
@@ -251,11 +251,11 @@ def main() -> int:
     now, file = record(), path()
     broken = breaks(json.loads(file.read_text()), now) if file.exists() else []
     if broken:
-        print("these changes break plugins; raise API_VERSION in hookspecs.py:", file=sys.stderr)
+        print("these changes break plugins; raise API_VERSION in plugins.py:", file=sys.stderr)
         print("\n".join(f"  {what}" for what in broken), file=sys.stderr)
         return 1
     file.write_text(json.dumps(now, indent=1) + "\n")
-    print(f"recorded API {hookspecs.API_VERSION} in {file}")
+    print(f"recorded API {plugins.API_VERSION} in {file}")
     return 0
 
 

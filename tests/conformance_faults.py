@@ -10,7 +10,7 @@ from importlib import import_module
 
 from conformance import missed
 
-KINDS = ("loader", "weight_format", "executor", "kv_allocator", "sampler", "observer")
+from tilewright.plugins import KINDS
 
 
 def main(kinds: list[str]) -> int:

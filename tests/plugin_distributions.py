@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import invalidate_caches
 from pathlib import Path
-from textwrap import dedent
+from textwrap import dedent as dedent
 
 from attrs import frozen
 

@@ -9,7 +9,7 @@ import api_record
 import pytest
 from api_record import Record
 
-from tilewright import hookspecs
+from tilewright import plugins
 from tilewright_tools import hook_reference
 
 FIND, TORCH_DTYPE = "tilewright.plugins.find", "tilewright.weights.torch_dtype"
@@ -30,7 +30,7 @@ def now() -> Record:
 def test_nothing_that_plugins_rely_on_has_changed(recorded: Record, now: Record) -> None:
     broken = api_record.breaks(recorded, now)
     assert not broken, (
-        "plugins written before would break, so API_VERSION in hookspecs.py must be raised (and "
+        "plugins written before would break, so API_VERSION in plugins.py must be raised (and "
         f"`python tests/api_record.py` run): {'; '.join(broken)}"
     )
 
@@ -43,7 +43,7 @@ def test_what_is_new_is_recorded(recorded: Record, now: Record) -> None:
 
 def test_each_version_has_its_record() -> None:
     found = {p.name for p in api_record.DATA.glob("api_*.json")}
-    assert found == {f"api_{n}.json" for n in range(1, hookspecs.API_VERSION + 1)}
+    assert found == {f"api_{n}.json" for n in range(1, plugins.API_VERSION + 1)}
 
 
 def test_the_reference_of_hooks_is_that_of_the_code() -> None:
@@ -54,7 +54,7 @@ def test_the_reference_of_hooks_is_that_of_the_code() -> None:
 
 def test_the_documentation_names_the_version() -> None:
     page = (DOCS / "writing-plugins.md").read_text()
-    assert f"`tilewright_api = {hookspecs.API_VERSION}`" in page
+    assert f"`tilewright_api = {plugins.API_VERSION}`" in page
 
 
 # --- the judge ------------------------------------------------------------------------------------

@@ -9,20 +9,21 @@ import signal
 import stat
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from tilewright import GenerateConfig, LLMEngine, __version__
-from tilewright.cli import COMMANDS, build_parser, main, subparsers
+from tilewright import GenerateConfig, LLMEngine, __version__, plugins
+from tilewright.cli import add_arguments, main
 from tilewright.cli.flags import flag_name
+from tilewright.cli.parser import Parser, option_strings
 from tilewright.settings import DEMO_MODEL, DEMO_PROMPT, keys
 from tilewright_tools.reference import reference
 from tilewright_torch.model import TorchExecutor
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = [plugin.name for plugin in plugins.installed("command")]
 TILEWRIGHT = [sys.executable, "-m", "tilewright"]
 GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
 SIXTEEN = ["--max-new-tokens", "16"]
@@ -60,7 +61,7 @@ def test_the_overview_imports_no_more_than_it_prints(argv):
         f"import sys; from tilewright.cli import main; main({argv});"
         "heavy = {'torch', 'rich', 'attr', 'attrs', 'cattrs', 'pluggy', 'importlib.metadata'};"
         "print(); print([m for m in sys.modules if m in heavy or m.startswith("
-        "('tilewright_', 'tilewright.cli.', 'tilewright.types'))])"
+        "('tilewright_', 'tilewright.cli.', 'tilewright.types')) and m != 'tilewright.cli.parser'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -77,11 +78,11 @@ def test_help_of_a_command_imports_no_torch(command):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_modules_of_one_form(command):
-    module = import_module(COMMANDS[command][0])
-    assert callable(module.configure)
-    assert callable(module.run)
+def test_the_overview_has_a_line_for_each_command(capsys):
+    out, _ = printed(capsys, "--help")
+    lines = [line.split(maxsplit=1) for line in out.partition("  COMMAND\n")[2].splitlines()]
+    assert [name for name, _ in lines] == COMMANDS
+    assert dict(lines)["generate"] == "Continue a prompt"
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -94,8 +95,9 @@ def test_help_fits_in_40_columns(capsys, monkeypatch, command):
 
 @pytest.mark.parametrize("command", ["generate", "run", "chat"])
 def test_every_setting_of_a_generation_and_of_the_runtime_is_a_flag(command):
-    parser = subparsers(build_parser([command]))[command]
-    flags = set(parser._option_string_actions)
+    parser = Parser()
+    add_arguments(parser, plugins.load(plugins.find("command", command)))
+    flags = set(option_strings(parser))
     for section in ("runtime", "generate"):
         assert {flag_name(section, key) for key in keys(section)} <= flags
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from tilewright import plugins
 from tilewright.types import DType, ModelConfig
 from tilewright_testing import (
+    CommandSuite,
     ExecutorSuite,
     KvAllocatorSuite,
     LoaderSuite,
@@ -92,6 +94,12 @@ class TestPaged(KvAllocatorSuite):
 
 class TestSamplers(SamplerSuite):
     @pytest.fixture(params=["greedy", "top-p"])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+class TestCommands(CommandSuite):
+    @pytest.fixture(params=[plugin.name for plugin in plugins.installed("command")])
     def plugin(self, request: pytest.FixtureRequest) -> Any:
         return request.param
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import task_submit
 
-from tilewright.cli import build_parser, main
+from tilewright import plugins
+from tilewright.cli import add_arguments, main
+from tilewright.cli.parser import Parser
 from tilewright.config import resolve
 from tilewright.options import options_of
 from tilewright.settings import DEMO_MODEL, DEMO_PROMPT
@@ -120,8 +122,9 @@ def test_documented_commands_get_their_card_from_task_submit():
         words = shlex.split(runs.rstrip(";").rpartition("&&")[2])
         assert runs.endswith(" --device 5") != ("&&" in command or ";" in command), command
         if words[0].endswith("tilewright"):
-            _, unknown = build_parser([words[1]]).parse_known_args(words[1:])
-            assert unknown == [], command
+            parser = Parser()
+            add_arguments(parser, plugins.load(plugins.find("command", words[1])))
+            parser.parse_args(words[2:])
         else:
             assert words[:2] == ["python", "examples/qwen3_14b_local_generate.py"]
 

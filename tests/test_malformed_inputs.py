@@ -231,8 +231,8 @@ def test_a_bad_value_of_a_flag(capsys, place, value):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a command is missing: generate, chat, run"),
-        (["generat"], "unknown 'generat'; did you mean 'generate'"),
+        ([], "a command is missing: bench, chat, compare"),
+        (["generat"], "no command is named 'generat'; did you mean 'generate'"),
         (["--versio"], "unknown option '--versio'; did you mean '--version'"),
         (["generate", "--temprature=1"], "did you mean '--temperature'"),
         (["generate", "--temp", "1"], "unknown option '--temp'"),

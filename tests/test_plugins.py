@@ -440,7 +440,7 @@ def test_every_hook_has_documentation_and_each_kind_its_required_hooks() -> None
     from tilewright import hookspecs
 
     known = plugins.known_hooks()
-    for kind in plugins.KINDS.values():
+    for kind in plugins.ENGINE_KINDS.values():
         specs = vars(getattr(hookspecs, kind.specs))
         for hook in kind.required:
             assert specs[hook].__doc__

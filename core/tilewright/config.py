@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 
 from tilewright import models, plugins, toml
 from tilewright.errors import ConfigError, PluginError, nearest
-from tilewright.plugins import OPTIONS_BY_NAME
+from tilewright.plugins import ENGINE_KINDS
 from tilewright.settings import (
     DEMO_MODEL,
     DEMO_PROMPT,
@@ -137,7 +137,7 @@ def _check_plugins(config: RunConfig, given: Layer) -> None:
     chosen += [
         (place, place[1], place[2])
         for place in given
-        if place[0] == "options" and place[1] in OPTIONS_BY_NAME
+        if place[0] == "options" and ENGINE_KINDS[place[1]].several
     ]
     for place, kind, name in chosen:
         if place in given and name is not None:
@@ -147,7 +147,7 @@ def _check_plugins(config: RunConfig, given: Layer) -> None:
                 raise PluginError(f"{given[place].origin}: {error}") from error
 
 
-_SINGLE_KINDS = tuple(kind for kind in plugins.KINDS if kind not in OPTIONS_BY_NAME)
+_SINGLE_KINDS = tuple(name for name, kind in ENGINE_KINDS.items() if not kind.several)
 
 
 def _granted_device(environ: Mapping[str, str]) -> Layer:
@@ -171,8 +171,8 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
         if not name.startswith(ENVIRONMENT_PREFIX) or not environ[name]:
             continue
         if section == "options":
-            kind = next((k for k in plugins.KINDS if key.startswith(f"{k}_")), None)
-            if kind is None or kind in OPTIONS_BY_NAME:
+            kind = next((k for k in ENGINE_KINDS if key.startswith(f"{k}_")), None)
+            if kind not in _SINGLE_KINDS:
                 raise ConfigError(
                     f"{name}: the environment sets options of {', '.join(_SINGLE_KINDS)}, as "
                     f"{ENVIRONMENT_PREFIX}OPTIONS_EXECUTOR_<OPTION>; set others in a run file"
@@ -224,18 +224,20 @@ def _options(
 ) -> Iterator[tuple[Place, Given]]:
     for kind, table in by_kind.items():
         place: Place = ("options", kind)
-        if kind not in plugins.KINDS:
+        if kind not in ENGINE_KINDS:
             raise ConfigError(
-                f"{origin(place)}: unknown kind of plugin {kind!r}{nearest(kind, plugins.KINDS)} "
-                f"(kinds: {', '.join(plugins.KINDS)})"
+                f"{origin(place)}: unknown kind of plugin {kind!r}{nearest(kind, ENGINE_KINDS)} "
+                f"(kinds: {', '.join(ENGINE_KINDS)})"
             )
         tables: dict[Place, Any] = {place: table}
-        if kind in OPTIONS_BY_NAME and isinstance(table, dict):
+        if ENGINE_KINDS[kind].several and isinstance(table, dict):
             tables = {(*place, name): options for name, options in table.items()}
         for place, options in tables.items():
             if not isinstance(options, dict):
                 what = f"[{'.'.join(place)}]"
-                by_name = " by plugin name" if kind in OPTIONS_BY_NAME and len(place) == 2 else ""
+                by_name = (
+                    " by plugin name" if ENGINE_KINDS[kind].several and len(place) == 2 else ""
+                )
                 raise ConfigError(
                     f"{origin(place)}: {what} must be a table{by_name}, found {options!r:.60}"
                 )

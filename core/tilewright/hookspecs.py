@@ -43,9 +43,6 @@ from tilewright.types import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-API_VERSION = 1
-"""Raised when a change to a spec or a protocol would break existing plugins."""
-
 hookimpl = pluggy.HookimplMarker("tilewright")
 """Marks a plugin's function as the implementation of the hook of the same name."""
 

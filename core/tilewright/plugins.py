@@ -21,29 +21,56 @@ Options = Mapping[str, Mapping[str, Any]]
 """An engine's options, by kind of plugin."""
 
 
+API_VERSION = 1
+"""Raised when a change to a spec or a protocol would break existing plugins."""
+
+
 class Kind(NamedTuple):
     """A kind of plugin."""
 
-    group: str
-    specs: str
-    """The class in tilewright.hookspecs."""
+    name: str
     required: tuple[str, ...]
-    """Hooks that every plugin of the kind implements."""
+    """Hooks that every plugin of the kind implements; for commands, functions that it has."""
+    several: bool = False
+    """Whether one engine may use several of them: their options are given by plugin name."""
+
+    @property
+    def group(self) -> str:
+        """The entry-point group."""
+        return f"tilewright.{self.name}s"
+
+    @property
+    def specs(self) -> str:
+        """The class of its hook specs in tilewright.hookspecs."""
+        return f"{self._camel}Hooks"
+
+    @property
+    def suite(self) -> str:
+        """The class of its conformance suite in tilewright_testing."""
+        return f"{self._camel}Suite"
+
+    @property
+    def _camel(self) -> str:
+        return self.name.title().replace("_", "")
 
 
-KINDS = {
-    "loader": Kind("tilewright.loaders", "LoaderHooks", ("can_load", "load_model")),
-    "weight_format": Kind(
-        "tilewright.weight_formats", "WeightFormatHooks", ("can_open", "open_weights")
-    ),
-    "executor": Kind("tilewright.executors", "ExecutorHooks", ("create_executor",)),
-    "kv_allocator": Kind("tilewright.kv_allocators", "KvAllocatorHooks", ("create_kv_allocator",)),
-    "sampler": Kind("tilewright.samplers", "SamplerHooks", ("create_sampler",)),
-    "observer": Kind("tilewright.observers", "ObserverHooks", ("create_observer",)),
+ENGINE_KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("loader", ("can_load", "load_model")),
+        Kind("weight_format", ("can_open", "open_weights"), several=True),
+        Kind("executor", ("create_executor",)),
+        Kind("kv_allocator", ("create_kv_allocator",)),
+        Kind("sampler", ("create_sampler",)),
+        Kind("observer", ("create_observer",), several=True),
+    )
 }
+"""The kinds of plugins that an engine runs with, by name; they have hooks and options."""
 
-OPTIONS_BY_NAME = ("weight_format", "observer")
-"""Kinds of which several plugins may be in use: their options are given by plugin name."""
+COMMAND = Kind("command", ("configure", "run"))
+"""Commands of the command line. They have no hooks: see tilewright.types.Command."""
+
+KINDS = {**ENGINE_KINDS, COMMAND.name: COMMAND}
 
 
 # --- what is installed ----------------------------------------------------------------------------
@@ -144,23 +171,51 @@ def state(plugin: Plugin, among: Iterable[Plugin]) -> tuple[str, str]:
 
 def missing_code(plugin: Plugin) -> str | None:
     """Why a plugin's module cannot be found; None if it can, or if only an import can tell."""
+    try:
+        name, spec = _spec(plugin)
+    except Exception:  # raised by a finder that others have installed
+        return None
+    if spec is not None:
+        return None
+    cure = f"reinstall or uninstall {plugin.distribution}"
+    return f"no module {name!r}: its files are gone, {cure}"
+
+
+def summary(plugin: Plugin) -> str:
+    """The first line of the docstring of a plugin's module, read without importing it.
+
+    Without its full stop; empty if there is none, or if the source cannot be read.
+    """
+    import re
+
+    try:
+        name, spec = _spec(plugin)
+        source = spec.loader.get_source(name) or ""
+    except Exception:  # no source, or a finder of others that fails
+        return ""
+    docstring = re.match(r"(?:\s*#.*\n)*\s*(\"\"\"|'''|\"|')(.*)", source)
+    return docstring[2].partition(docstring[1])[0].strip().removesuffix(".") if docstring else ""
+
+
+def _spec(plugin: Plugin) -> tuple[str, Any]:
+    """The spec of a plugin's module, and its name; or None, and the part of it that is missing.
+
+    Imports neither the module nor the packages that hold it.
+    """
     path: Sequence[str] | None = None
-    name = ""
+    name, spec = "", None
     for part in plugin.target.partition(":")[0].split("."):
         name = f"{name}.{part}" if name else part
-        try:
-            if name in sys.modules:
-                path = list(getattr(sys.modules[name], "__path__", ()))
-                continue
-            specs = (finder.find_spec(name, path) for finder in sys.meta_path)
-            spec = next(filter(None, specs), None)
-            path = list(spec.submodule_search_locations or ()) if spec else None
-        except Exception:
-            return None
+        if name in sys.modules:
+            spec = sys.modules[name].__spec__
+            path = list(getattr(sys.modules[name], "__path__", ()))
+            continue
+        specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+        spec = next(filter(None, specs), None)
         if spec is None:
-            cure = f"reinstall or uninstall {plugin.distribution}"
-            return f"no module {name!r}: its files are gone, {cure}"
-    return None
+            return name, None
+        path = list(spec.submodule_search_locations or ())
+    return name, spec
 
 
 def noun(kind: str) -> str:
@@ -202,8 +257,6 @@ def check(obj: Any, kind: str, who: str) -> None:
     """Raise PluginError unless obj is written for this API and its hooks fit their specs."""
     from inspect import isroutine
 
-    from tilewright.hookspecs import API_VERSION
-
     if isinstance(obj, type) or isroutine(obj):
         raise PluginError(
             f"{who} must be a module or an object with hooks, found {_described(obj)}: nothing is "
@@ -221,6 +274,9 @@ def check(obj: Any, kind: str, who: str) -> None:
         raise PluginError(
             f"{who} is written for API {declared}; this tilewright has API {API_VERSION}: {cure}"
         )
+    if kind == COMMAND.name:
+        check_command(obj, who)
+        return
     implemented = check_hooks(obj, who)
     for hook in KINDS[kind].required:
         if hook not in implemented:
@@ -229,6 +285,23 @@ def check(obj: Any, kind: str, who: str) -> None:
                 f"{who} does not implement {hook!r}, which every {noun(kind)} must"
                 f"{unmarked if callable(getattr(obj, hook, None)) else ''}"
             )
+
+
+def check_command(obj: Any, who: str) -> None:
+    """Raise PluginError unless obj has the functions of a command (tilewright.types.Command)."""
+    from inspect import signature
+
+    for name in COMMAND.required:
+        function = getattr(obj, name, None)
+        if not callable(function):
+            raise PluginError(
+                f"{who} must have functions {' and '.join(COMMAND.required)}, as "
+                f"tilewright.types.Command describes them; {name!r} is missing"
+            )
+        try:
+            signature(function).bind(None)
+        except (TypeError, ValueError) as error:
+            raise PluginError(f"{who}: {name}() must take one argument: {error}") from error
 
 
 def check_hooks(obj: Any, who: str) -> set[str]:
@@ -290,7 +363,7 @@ def new_manager() -> "PluginManager":
     from tilewright import hookspecs
 
     manager = pluggy.PluginManager("tilewright")
-    for specs in ("AnyPlugin", *(kind.specs for kind in KINDS.values()), "ObserverEvents"):
+    for specs in ("AnyPlugin", *(kind.specs for kind in ENGINE_KINDS.values()), "ObserverEvents"):
         manager.add_hookspecs(getattr(hookspecs, specs))
     return manager
 
@@ -335,7 +408,7 @@ def call(obj: Any, hook: str, **kwargs: Any) -> Any:
     manager = new_manager()
     manager.register(obj)
     answer = getattr(manager.hook, hook)(**kwargs)
-    if answer is None and any(hook in kind.required for kind in KINDS.values()):
+    if answer is None and any(hook in kind.required for kind in ENGINE_KINDS.values()):
         raise PluginError(f"{hook}() of {_described(obj)} returned nothing")
     return answer
 
@@ -397,7 +470,7 @@ class Selected(NamedTuple):
         from tilewright.options import read_options
 
         given = options.get(self.plugin.kind, {})
-        if self.plugin.kind in OPTIONS_BY_NAME:
+        if KINDS[self.plugin.kind].several:
             given = given.get(self.plugin.qualified, given.get(self.plugin.name, {}))
         who = f"{noun(self.plugin.kind)} {self.plugin.name!r}"
         return read_options(who, self.info, {**given, **more})
@@ -412,10 +485,10 @@ def select(manager: "PluginManager", kind: str, name: str) -> Selected:
 def check_options(options: Options, observers: Sequence[Plugin]) -> None:
     """Raise ConfigError for options of an unknown kind, or of a plugin that is not in use."""
     for kind in options:
-        if kind not in KINDS:
+        if kind not in ENGINE_KINDS:
             raise ConfigError(
                 f"options are given for {kind!r}, which is no kind of plugin"
-                f"{nearest(kind, KINDS)} (kinds: {', '.join(KINDS)})"
+                f"{nearest(kind, ENGINE_KINDS)} (kinds: {', '.join(ENGINE_KINDS)})"
             )
     in_use = {"observer": observers, "weight_format": installed("weight_format")}
     for kind, plugins in in_use.items():

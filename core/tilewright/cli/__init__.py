@@ -1,33 +1,18 @@
-"""The ``tilewright`` command. Each command is a module, imported when it is called.
-
-It has ``configure(parser)`` and ``run(args) -> int``, the exit code.
-"""
+"""The ``tilewright`` command. Its commands are plugins; the one that is called is imported."""
 
 import argparse
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from io import TextIOWrapper
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from tilewright import __version__
-from tilewright.errors import ConfigError, TilewrightError, nearest
+from tilewright import __version__, plugins
+from tilewright.cli.parser import Parser
+from tilewright.errors import ConfigError, TilewrightError
 
-COMMANDS = {
-    "generate": ("tilewright.cli.generate", "continue a prompt"),
-    "chat": ("tilewright.cli.chat", "talk with a model"),
-    "run": ("tilewright.cli.run", "do what a run file says"),
-    "bench": ("tilewright_tools.bench", "measure prefill and decode"),
-    "convert": ("tilewright_tools.convert", "write a model as an executor wants it"),
-    "verify": ("tilewright_tools.verify", "check the files of a converted model"),
-    "compare": ("tilewright_compare.command", "find where two executors differ"),
-    "models": ("tilewright.cli.models", "give models names, and list them"),
-    "plugins": ("tilewright_tools.plugins", "list, show and check plugins"),
-    "doctor": ("tilewright_tools.doctor", "check this machine"),
-}
-"""Each command's module, and its summary; kept here so that ``--help`` does not
-import the modules."""
+if TYPE_CHECKING:
+    from tilewright.types import Command
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -62,83 +47,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     called = next((word for word in argv if not word.startswith("-")), None)
-    parser = build_parser([called] if called in COMMANDS else [])
-    try:
-        args, extra = parser.parse_known_args(argv)
-    except SystemExit as end:  # --help and --version
-        return int(end.code or 0)
-    if extra:
-        raise ConfigError(_unexpected(extra[0], _chosen(parser, args)))
-    if args.command is None:
-        raise ConfigError(f"a command is missing: {', '.join(COMMANDS)} (tilewright --help)")
-    module = import_module(COMMANDS[args.command][0])
-    return int(module.run(args))
-
-
-def build_parser(configured: Collection[str]) -> "Parser":
-    """The parser, with the arguments of some commands only: the others are not imported."""
+    commands = [plugins.find("command", called)] if called else plugins.installed("command")
     parser = Parser(prog="tilewright", description="A plugin-based LLM inference framework.")
     parser.add_argument("--version", action="version", version=f"tilewright {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
-        if name in configured:
-            import_module(module).configure(command)
-        command.add_argument(
-            "--debug",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show tracebacks of errors",
-        )
-    return parser
+    _add_debug(parser, default=False)
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for plugin in commands:
+        unique = plugins.state(plugin, commands)[0] != "clash"
+        name = called or (plugin.name if unique else plugin.qualified)
+        summary = plugins.summary(plugin)
+        command = parsers.add_parser(name, help=summary, description=f"{summary}.")
+        if called:
+            implementation: Command = plugins.load(plugin)
+            add_arguments(command, implementation)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    if not called:
+        names = ", ".join(plugin.name for plugin in commands)
+        raise ConfigError(f"a command is missing: {names} (tilewright --help)")
+    return int(implementation.run(args))
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises ConfigError for wrong usage, and suggests the nearest valid word."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            known = [str(choice) for choice in action.choices]
-            raise argparse.ArgumentError(
-                action, f"unknown {value!r}{nearest(str(value), known)} ({', '.join(known)})"
-            )
+def add_arguments(parser: argparse.ArgumentParser, command: "Command") -> None:
+    """Add a command's own arguments, and those that every command has."""
+    command.configure(parser)
+    _add_debug(parser, default=argparse.SUPPRESS)
 
 
-def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """A parser's commands by name."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    return {}
-
-
-def _chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.ArgumentParser:
-    """The parser of the command that is called, or of its action, if it has actions."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            chosen = subparsers(parser).get(getattr(args, action.dest))
-            return parser if chosen is None else _chosen(chosen, args)
-    return parser
-
-
-def _unexpected(word: str, parser: argparse.ArgumentParser) -> str:
-    if not word.startswith("-"):
-        return f"unexpected argument {word!r}: quote text that has spaces"
-    flag = word.partition("=")[0]
-    return f"unknown option {flag!r}{nearest(flag, _flags(parser))} (see {parser.prog} --help)"
-
-
-def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
-    yield from parser._option_string_actions
-    for nested in subparsers(parser).values():
-        yield from _flags(nested)
+def _add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", default=default, help="show tracebacks of errors"
+    )
 
 
 def _prepare_streams() -> None:

@@ -1,4 +1,7 @@
-"""``tilewright chat``: a conversation on a terminal, or one message per line from a pipe."""
+"""Talk with a model.
+
+A conversation on a terminal, or one message per line from a pipe.
+"""
 
 import argparse
 import sys
@@ -17,6 +20,8 @@ from tilewright.settings import RunConfig
 
 if TYPE_CHECKING:
     from tilewright.engine import GenerationStream, LLMEngine
+
+tilewright_api = 1
 
 _WORDS = {
     "/reset": "forget the conversation",

@@ -6,6 +6,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from tilewright import plugins
+from tilewright.cli.parser import TakesArguments
 from tilewright.errors import ConfigError, nearest
 from tilewright.options import Option, options_of
 from tilewright.settings import SECTIONS, Given, Layer, Place, keys
@@ -37,7 +38,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_option_flag(group: "argparse._ActionsContainer") -> None:
+def add_option_flag(group: TakesArguments) -> None:
     """Adds -o, for options of plugins."""
     group.add_argument(
         "-o",
@@ -112,12 +113,12 @@ def option_place(key: str) -> Place:
     kind, dot, rest = key.partition(".")
     if not dot:
         return (_OPTIONS, "executor", key)
-    if kind not in plugins.KINDS:
+    if kind not in plugins.ENGINE_KINDS:
         raise ConfigError(
-            f"-o {key}: unknown kind of plugin {kind!r}{nearest(kind, plugins.KINDS)} "
-            f"(kinds: {', '.join(plugins.KINDS)})"
+            f"-o {key}: unknown kind of plugin {kind!r}{nearest(kind, plugins.ENGINE_KINDS)} "
+            f"(kinds: {', '.join(plugins.ENGINE_KINDS)})"
         )
-    if kind not in plugins.OPTIONS_BY_NAME:
+    if not plugins.ENGINE_KINDS[kind].several:
         return (_OPTIONS, kind, rest)
     name, dot, option = rest.rpartition(".")
     if not dot:
@@ -132,9 +133,7 @@ def flag_name(section: str, key: str) -> str:
     return _NAMES.get((section, key), f"--{key.replace('_', '-')}")
 
 
-def add(
-    group: "argparse._ActionsContainer", section: str, chosen: Collection[str] | None = None
-) -> None:
+def add(group: TakesArguments, section: str, chosen: Collection[str] | None = None) -> None:
     """Flags for the settings of a section, or for some of them."""
     for option in options_of(SECTIONS[section]):
         if option.name in (chosen or keys(section)):

@@ -1,4 +1,7 @@
-"""``tilewright generate``: text on standard output, everything else on standard error."""
+"""Continue a prompt.
+
+Text goes to standard output, everything else to standard error.
+"""
 
 import argparse
 import sys
@@ -23,6 +26,8 @@ from tilewright.types import GenerateConfig, GenerateResult
 
 if TYPE_CHECKING:
     from tilewright.engine import GenerationStream, LLMEngine
+
+tilewright_api = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

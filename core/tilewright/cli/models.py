@@ -1,4 +1,7 @@
-"""``tilewright models``: models by name, in the user's own file or the working folder's."""
+"""Give models names, and list them.
+
+The names are kept in the user's own file or in the working folder's.
+"""
 
 import argparse
 import os
@@ -12,6 +15,8 @@ from tilewright.cli.output import note
 from tilewright.cli.tables import print_columns, print_json
 from tilewright.errors import ConfigError, nearest
 from tilewright.settings import read_setting
+
+tilewright_api = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

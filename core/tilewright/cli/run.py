@@ -1,4 +1,7 @@
-"""``tilewright run``: runs a run file; flags and environment override it."""
+"""Run what a run file describes.
+
+Flags and the environment override the file.
+"""
 
 import argparse
 import sys
@@ -10,9 +13,11 @@ from tilewright import toml
 from tilewright.cli import flags
 from tilewright.cli.generate import produce
 from tilewright.config import DEFAULT, Resolved, resolve
-from tilewright.plugins import OPTIONS_BY_NAME
+from tilewright.plugins import ENGINE_KINDS
 from tilewright.settings import SECTIONS, Place, keys
 from tilewright.types import BUILTIN_GENERATE
+
+tilewright_api = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +88,7 @@ _WHEN_OPEN = {
 
 def _tables(options: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Place, Mapping[str, Any]]]:
     for kind, table in options.items():
-        if kind in OPTIONS_BY_NAME:
+        if ENGINE_KINDS[kind].several:
             for name, named in table.items():
                 yield ("options", kind, name), named
         else:

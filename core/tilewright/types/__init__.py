@@ -32,6 +32,7 @@ from tilewright.types.model import (
 from tilewright.types.plugin import (
     Check,
     CheckStatus,
+    Command,
     ExecutorRequest,
     Hypothesis,
     KvAllocatorRequest,
@@ -57,6 +58,7 @@ __all__ = [
     "DTYPES",
     "Check",
     "CheckStatus",
+    "Command",
     "DType",
     "Executor",
     "ExecutorLimits",

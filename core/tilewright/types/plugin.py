@@ -1,5 +1,6 @@
 """What a plugin says about itself, and what its hooks are called with."""
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -47,6 +48,27 @@ class Check:
     found: str
     advice: str = ""
     """What to do about it; empty when there is nothing to do."""
+
+
+class Command(Protocol):
+    """A command of the command line: a module or an object, called directly and not by hooks.
+
+    The first line of its module's docstring is its line in ``tilewright --help``, which reads it
+    without importing the module. The module is imported when the command is called, also for the
+    command's own ``--help``: it imports torch and the like where it uses them. tilewright.cli.flags
+    has the flags that the shipped commands share.
+    """
+
+    def configure(self, parser: ArgumentParser) -> None:
+        """Add the command's arguments."""
+        ...
+
+    def run(self, args: Namespace) -> int:
+        """Run the command; returns the exit code.
+
+        Raises TilewrightError for a user's mistake, which is printed as one line, with code 2.
+        """
+        ...
 
 
 class WeightFormats(Protocol):

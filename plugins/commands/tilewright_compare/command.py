@@ -1,4 +1,4 @@
-"""``tilewright compare``: where two executors first differ on a model."""
+"""Find where two executors differ."""
 
 import argparse
 import sys
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from tilewright_compare import Choice, Comparison, Tolerance
+
+tilewright_api = 1
 
 SIDES = ("candidate", "reference")
 _OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")

@@ -25,6 +25,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilewright_testing.command import CommandSuite as CommandSuite
     from tilewright_testing.executor import ExecutorSuite as ExecutorSuite
     from tilewright_testing.kv_allocator import KvAllocatorSuite as KvAllocatorSuite
     from tilewright_testing.loader import LoaderSuite as LoaderSuite
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from tilewright_testing.weight_format import WeightFormatSuite as WeightFormatSuite
 
 _MODULES = {
+    "CommandSuite": "command",
     "ExecutorSuite": "executor",
     "KvAllocatorSuite": "kv_allocator",
     "LoaderSuite": "loader",

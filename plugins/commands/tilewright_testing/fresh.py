@@ -60,6 +60,18 @@ def changed_by_import(module: str, *present: str) -> list[str] | None:
     return differences(before, global_state())
 
 
+def imported_for_help(target: str) -> list[str]:
+    """Which slow packages the import and the configuration of a command import."""
+    from tilewright.cli.parser import Parser
+
+    module, _, attribute = target.partition(":")
+    command: Any = import_module(module)
+    for part in attribute.split(".") if attribute else ():
+        command = getattr(command, part)
+    command.configure(Parser(prog="tilewright command"))
+    return [name for name in ("torch", "rich", "transformers") if name in sys.modules]
+
+
 class _TorchNeededError(BaseException):
     """Not an Exception, so that modules with a fallback for a missing torch do not use it."""
 

@@ -12,18 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from tilewright.errors import TilewrightError
-from tilewright.plugins import Plugin
+from tilewright.plugins import KINDS, Plugin
 
 Result = Literal["passed", "failed", "not run"]
-
-_SUITES = {
-    "loader": "LoaderSuite",
-    "weight_format": "WeightFormatSuite",
-    "executor": "ExecutorSuite",
-    "kv_allocator": "KvAllocatorSuite",
-    "sampler": "SamplerSuite",
-    "observer": "ObserverSuite",
-}
 
 
 class Statement(NamedTuple):
@@ -79,7 +70,7 @@ def verify(
 
 def _test(plugin: Plugin, options: Mapping[str, Any], source: str | None) -> str:
     """The test file that an author would write for the plugin."""
-    suite = _SUITES[plugin.kind]
+    suite = KINDS[plugin.kind].suite
     values = {"plugin": plugin.qualified, "options": dict(options)}
     if source is not None:
         values["source"] = source

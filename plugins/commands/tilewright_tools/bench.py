@@ -1,4 +1,7 @@
-"""``tilewright bench``: tokens per second in prefill and decode, as timed by the engine."""
+"""Measure the speed of prefill and decode.
+
+The times are those that the engine reports.
+"""
 
 import argparse
 import json
@@ -19,6 +22,8 @@ from tilewright.types import GenerateConfig
 
 if TYPE_CHECKING:
     from tilewright.engine import LLMEngine
+
+tilewright_api = 1
 
 _SEED = 0
 

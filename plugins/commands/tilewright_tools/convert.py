@@ -1,4 +1,7 @@
-"""``tilewright convert``: writes a model's weights ahead of time, in an executor's layout."""
+"""Write a model in an executor's own layout.
+
+Weights are converted once, ahead of time; the packed loader maps them.
+"""
 
 import argparse
 import re
@@ -13,6 +16,8 @@ from tilewright.cli.session import naming_origins, transferring
 from tilewright.config import DEFAULT, resolve
 from tilewright.errors import ConfigError
 from tilewright_packed.format import OnBytes
+
+tilewright_api = 1
 
 _SIZE = re.compile(r"(\d{1,12})([KMGT]?)(iB)?", re.ASCII)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}

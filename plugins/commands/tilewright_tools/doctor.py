@@ -1,4 +1,7 @@
-"""``tilewright doctor``: what this machine offers, what is wrong, and how to fix it."""
+"""Check this machine.
+
+Reports what it offers, what is wrong, and how to fix it.
+"""
 
 import argparse
 import os
@@ -16,6 +19,8 @@ from tilewright.cli.tables import print_json
 from tilewright.errors import ConfigError, PluginError, listed
 from tilewright.machine import available_memory, total_memory
 from tilewright.types import Check
+
+tilewright_api = 1
 
 GIB = 1 << 30
 LOW_MEMORY = 2 * GIB

@@ -28,18 +28,23 @@ An implementation takes those arguments of a hook that it needs, by their names 
 defaults, and is marked with `@hookimpl`.
 """
 
+_COMMAND = """\
+A command has no hooks: the entry point names the `Command` itself (see [Protocols](#protocols)).
+"""
+
 
 def reference() -> str:
     """Markdown."""
     specs = _classes(hookspecs)
-    lines = [_HEAD.format(version=hookspecs.API_VERSION)]
-    for kind, (group, name, required) in plugins.KINDS.items():
-        title = _capital(plugins.noun(kind)).replace("Kv", "KV")
-        lines += [f"## {title}\n", f"Entry-point group `{group}`.\n"]
-        lines += _hooks(specs[name], required)
-        if kind == "observer":
+    lines = [_HEAD.format(version=plugins.API_VERSION)]
+    for kind in plugins.ENGINE_KINDS.values():
+        title = _capital(plugins.noun(kind.name)).replace("Kv", "KV")
+        lines += [f"## {title}\n", f"Entry-point group `{kind.group}`.\n"]
+        lines += _hooks(specs[kind.specs], kind.required)
+        if kind.name == "observer":
             lines += ["### Events\n", _documentation(specs["ObserverEvents"])]
             lines += _hooks(specs["ObserverEvents"], None)
+    lines += ["## Command\n", f"Entry-point group `{plugins.COMMAND.group}`.\n", _COMMAND]
     lines += ["## Any kind\n", *_hooks(specs["AnyPlugin"], ())]
     protocols: list[tuple[str, ast.ClassDef]] = []
     data: list[tuple[str, ast.ClassDef]] = []

@@ -25,23 +25,22 @@ _FILES = {
 }
 """Template of each file that is written; None: an empty file."""
 
-_SUMMARIES = {
-    "loader": "Models in directories of a layout of their own",
-    "weight_format": "Weights in one file of a simple layout",
-    "executor": "A forward pass in float32, written out",
-    "kv_allocator": "A paged KV cache that hands out the lowest free page first",
-    "sampler": "Epsilon sampling",
-    "observer": "Steps, tokens and seconds, counted by model and phase",
+_TEMPLATE_WORDS = {
+    "loader": ("Models in directories of a layout of their own", "generate --model DIR --loader"),
+    "weight_format": ("Weights in one file of a simple layout", "generate --model DIR --format"),
+    "executor": ("A forward pass in float32, written out", "generate --executor"),
+    "kv_allocator": (
+        "A paged KV cache that hands out the lowest free page first",
+        "generate --kv-allocator",
+    ),
+    "sampler": ("Epsilon sampling", "generate --temperature 1 --sampler"),
+    "observer": (
+        "Steps, tokens and seconds, counted by model and phase",
+        "generate --observer",
+    ),
+    "command": ("The number of tokens in a text", ""),
 }
-
-_USES = {
-    "loader": "tilewright generate --model DIR --loader my-plugin PROMPT",
-    "weight_format": "tilewright generate --model DIR --format my-plugin PROMPT",
-    "executor": "tilewright generate --executor my-plugin PROMPT",
-    "kv_allocator": "tilewright generate --kv-allocator my-plugin PROMPT",
-    "sampler": "tilewright generate --sampler my-plugin --temperature 1 PROMPT",
-    "observer": "tilewright generate --observer my-plugin PROMPT",
-}
+"""What each kind's template is, and the words that use it, which come before its name."""
 
 
 def write(kind: str, name: str, out: Path | None = None) -> Path:
@@ -57,9 +56,10 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
     if not folder.parent.is_dir():
         raise ConfigError(f"--out {str(folder)!r}: there is no folder {str(folder.parent)!r}")
     module = name.replace("-", "_")
+    summary, use = _TEMPLATE_WORDS[kind]
     words = {
-        "MY_SUMMARY": _SUMMARIES[kind],
-        "MY_USE": _USES[kind],
+        "MY_SUMMARY": summary,
+        "MY_USE": " ".join(["tilewright", *use.split(), "my-plugin", "PROMPT"]),
         "MY_NOUN": plugins.noun(kind),
         "MY_GROUP": plugins.KINDS[kind].group,
         "MY_KIND": kind,

@@ -1,4 +1,4 @@
-"""``tilewright plugins``: list, show, check, verify and create plugins.
+"""List, show, check, verify and create plugins.
 
 ``list`` reads metadata only. ``show`` imports one plugin, ``check`` all of them. ``verify`` runs
 the conformance suite of one. ``new`` writes the sources of a new one.
@@ -16,6 +16,8 @@ from tilewright.errors import ConfigError, PluginError
 if TYPE_CHECKING:
     from tilewright.options import Option
     from tilewright.types import PluginInfo
+
+tilewright_api = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +236,8 @@ def examine(plugin: plugins.Plugin) -> "tuple[list[str], PluginInfo, list[Option
     """
     from contextlib import redirect_stdout
 
+    from attrs import evolve
+
     from tilewright.options import plugin_options
 
     with redirect_stdout(sys.stderr):
@@ -241,6 +245,8 @@ def examine(plugin: plugins.Plugin) -> "tuple[list[str], PluginInfo, list[Option
         implemented = plugins.check_hooks(obj, str(plugin))
         try:
             info = plugins.info(obj)
+            if plugin.kind == plugins.COMMAND.name and not info.summary:
+                info = evolve(info, summary=plugins.summary(plugin))
             options = plugin_options(str(plugin), info)
         except PluginError:
             raise

@@ -1,14 +1,16 @@
 """Command-line reference, from the parsers: ``python -m tilewright_tools.reference``.
 
-Uses the arguments rather than argparse's help, since the layout of the help differs between
-versions of Python.
+Reads them from argparse's help, one line per argument, since nothing else of a parser that lists
+them is public.
 """
 
-import argparse
+import re
 import sys
 from collections.abc import Iterator
 
-from tilewright.cli import COMMANDS, build_parser, subparsers
+from tilewright import plugins
+from tilewright.cli import add_arguments
+from tilewright.cli.parser import Parser, sections
 
 _HEAD = """\
 # The command line
@@ -29,46 +31,48 @@ name, else it is the default.
 
 def reference() -> str:
     """Markdown."""
-    parser = build_parser(COMMANDS)
     lines = [_HEAD]
-    for name, command in subparsers(parser).items():
-        lines += _command(f"tilewright {name}", command)
+    for plugin in plugins.installed("command"):
+        if plugin.distribution == "tilewright":
+            description = f"{plugins.summary(plugin)}."
+            parser = _Parser(prog=f"tilewright {plugin.name}", description=description)
+            add_arguments(parser, plugins.load(plugin))
+            lines += _command(parser)
     return "\n".join(lines)
 
 
-def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    yield f"## {name}\n"
+class _HelpCalledError(Exception):
+    """Carries the parser whose help was asked for."""
+
+
+class _Parser(Parser):
+    def print_help(self, file: object = None) -> None:
+        raise _HelpCalledError(self)
+
+
+def _command(parser: _Parser) -> Iterator[str]:
+    yield f"## {parser.prog}\n"
     yield f"{parser.description}\n"
-    nested = subparsers(parser)
-    if not nested:
-        words = [
-            f"[{action.metavar}]" if action.nargs == "?" else f"{action.metavar}"
-            for action in parser._actions
-            if not action.option_strings
-        ]
-        yield f"    {' '.join([name, '[options]', *words])}\n"
-    for group in parser._action_groups:
-        entries = [line for action in group._group_actions for line in _entry(action, parser)]
-        if entries:
-            yield f"{str(group.title).capitalize()}:\n"
-            yield from entries
+    groups = dict(sections(parser))
+    words = [names for names, _ in groups.get("positional arguments", ())]
+    actions = words[1:] if words[:1] == ["ACTION"] else []
+    if not actions:
+        usage = parser.usage or " ".join([parser.prog, "[options]", *words])
+        yield f"    {usage}\n"
+    for title, entries in groups.items():
+        shown = [entry for entry in entries if entry[0] not in ("-h, --help", "--debug")]
+        if shown and not actions:
+            yield f"{title.capitalize()}:\n"
+            for names, text in shown:
+                # As Python 3.13 shows them; before, the value is there after each name.
+                names = re.sub(r"^(-\w) (\S+)(, --\S+ \2)$", r"\1\3", names)
+                yield f"- `{names}`: {text}"
             yield ""
-    for word, command in nested.items():
-        yield from _command(f"{name} {word}", command)
-
-
-def _entry(action: argparse.Action, parser: argparse.ArgumentParser) -> Iterator[str]:
-    if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
-        return
-    if "--debug" in action.option_strings:
-        return
-    value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper())
-    if action.choices and not action.metavar:
-        value = "{" + ",".join(map(str, action.choices)) + "}"
-    if action.nargs == "+":
-        value = f"{value} ..."
-    shown = ", ".join(f"{flag} {value}".strip() for flag in action.option_strings) or value
-    yield f"- `{shown}`: {(action.help or '').replace('%%', '%')}"
+    for action in actions:
+        try:
+            parser.parse_args([action, "--help"])
+        except _HelpCalledError as asked:
+            yield from _command(asked.args[0])
 
 
 if __name__ == "__main__":

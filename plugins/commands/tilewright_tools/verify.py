@@ -1,4 +1,4 @@
-"""``tilewright verify``: checks that a packed model's files are as written."""
+"""Check the files of a converted model."""
 
 import argparse
 from pathlib import Path
@@ -8,6 +8,8 @@ from attrs import asdict
 from tilewright.cli.tables import print_columns, print_json
 from tilewright.errors import ConfigError, ModelError
 from tilewright_tools.convert import progress
+
+tilewright_api = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
