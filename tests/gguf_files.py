@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilewright import plugins
-from tilewright.formats import InstalledFormats
 from tilewright.kv_cache import KvCacheManager
+from tilewright.loading import InstalledFormats
 from tilewright.types import ExecutorRequest, LoadedModel, LoadRequest, RuntimeConfig, StepBatch
 from tilewright.weights import check_tensors
 from tilewright_torch.plugin import create_executor

@@ -9,7 +9,7 @@ from reference_models import write_model
 from safetensors.torch import save_file
 
 from tilewright import plugins
-from tilewright.formats import InstalledFormats
+from tilewright.loading import InstalledFormats
 from tilewright.types import LoadedModel, LoadRequest
 from tilewright.weights import check_tensors
 

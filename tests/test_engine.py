@@ -179,7 +179,7 @@ def test_ctrl_c_in_a_stream_frees_its_pages_and_harms_no_other(engine, steps):
     model.executor = Interrupting(model.executor, steps, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         list(stream)
-    assert len(model.generations) == 1
+    assert len(engine._runner("demo").requests) == 1
     model.allocator.check_integrity()
     assert "".join(other) == expected[1]
     assert engine.generate("demo", TRUTHS, config(20)) == expected[0]
@@ -271,7 +271,7 @@ class Answering:
 @pytest.mark.parametrize("token_ids", [(), (1, 2), (-1,), (10**6,)])
 def test_a_sampler_that_breaks_its_contract_is_named(engine, monkeypatch, token_ids):
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_sampler", Answering(*token_ids))
+        patch.setattr(engine._runner("demo"), "_sampler", Answering(*token_ids))
         with pytest.raises(PluginError, match=r"'top-p' of tilewright .* one token from 0 to \d+"):
             engine.generate("demo", TRUTHS, config(5))
     assert engine.generate("demo", TRUTHS, config(5))
@@ -349,7 +349,7 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(engine):
         engine.generate("demo", TRUTHS, config(logit_bias=dict.fromkeys(range(size), -inf)))
     with pytest.raises(RequestError, match="expected a list of prompts"):
         engine.generate_batch("demo", TRUTHS)
-    assert not engine.model("demo").generations
+    assert not engine._runner("demo").requests
     assert (
         len(engine.generate_result("demo", [3] * 250, config(99, ignore_eos=True)).token_ids) == 6
     )
@@ -463,7 +463,7 @@ def test_requests_that_ended_in_a_step_that_broke_off_are_finished_and_not_run_o
         for stream in streams[1:]:
             assert "".join(stream) == stream.result.text
             assert stream.result.finish_reason == "length"
-        assert engine.model("demo").num_steps == 0  # none was run after the one that broke off
+        assert engine._runner("demo").num_steps == 0  # none was run after the one that broke off
         assert free_pages(engine) == 3
 
 

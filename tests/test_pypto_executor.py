@@ -18,7 +18,8 @@ from transformers import LlamaConfig, Qwen3Config
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.errors import ConfigError, ExecutorError, ModelError, TilewrightError
 from tilewright.kv_cache import KvCacheManager
-from tilewright.scheduler import Request, Scheduler
+from tilewright.request import Request
+from tilewright.scheduler import Scheduler
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
     Executor,

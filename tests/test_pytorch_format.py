@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tilewright import LLMEngine, plugins
 from tilewright.errors import ModelError
-from tilewright.formats import InstalledFormats
+from tilewright.loading import InstalledFormats
 from tilewright.types import TensorSource
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from tilewright import plugins
-from tilewright.formats import InstalledFormats
+from tilewright.loading import InstalledFormats
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import LoadedModel, LoadRequest, ModelConfig, RuntimeConfig
 from tilewright_hf.loader import load_model

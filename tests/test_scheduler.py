@@ -7,7 +7,8 @@ import torch
 
 from tilewright.errors import OutOfPagesError
 from tilewright.kv_cache import KvCacheManager
-from tilewright.scheduler import Request, Scheduler
+from tilewright.request import Request
+from tilewright.scheduler import Scheduler
 from tilewright.types import KvCacheSpec, SamplingParams
 
 

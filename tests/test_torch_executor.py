@@ -22,8 +22,8 @@ import tilewright_torch.attention
 import tilewright_torch.linear
 from tilewright import plugins
 from tilewright.errors import ExecutorError
-from tilewright.formats import InstalledFormats
 from tilewright.kv_cache import KvCacheManager
+from tilewright.loading import InstalledFormats
 from tilewright.types import (
     DType,
     Executor,

@@ -7,15 +7,16 @@ name imports that plugin and no other.
 
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tilewright.errors import ConfigError, PluginError, TilewrightError, nearest
 
 if TYPE_CHECKING:
     from pluggy import PluginManager
+    from torch import Tensor
 
-    from tilewright.types import PluginInfo
+    from tilewright.types import PluginInfo, Report, Tap
 
 Options = Mapping[str, Mapping[str, Any]]
 """An engine's options, by kind of plugin."""
@@ -501,6 +502,85 @@ def check_options(options: Options, observers: Sequence[Plugin]) -> None:
                     f"options are given for {noun(kind)} {name!r}, which is not {state}"
                     f"{nearest(name, names)} ({state}: {known})"
                 )
+
+
+class Selection(NamedTuple):
+    """The plugins and options of an engine."""
+
+    manager: "PluginManager"
+    """Has these plugins and the observers, and no others."""
+    plugins: Mapping[str, Selected]
+    """By kind; without a loader if each model's is chosen by asking them all."""
+    options: Mapping[str, Any]
+    """By kind: an instance of the plugin's options class."""
+    arguments: dict[str, Any]
+    """The arguments of ``LLMEngine.from_plugins`` that select the same, also in another process."""
+
+
+def select_all(
+    names: Mapping[str, str | None], observers: Sequence[str | object], options: Options
+) -> Selection:
+    """Select an engine's plugins by kind and name, and its observers by name or as objects.
+
+    Raises PluginError as ``find`` and ``load`` do, and ConfigError for options that a plugin does
+    not have or cannot take.
+    """
+    given = {kind: dict(values) for kind, values in options.items()}
+    manager = new_manager()
+    chosen = {kind: select(manager, kind, name) for kind, name in names.items() if name is not None}
+    watching = [select(manager, "observer", o) if isinstance(o, str) else o for o in observers]
+    check_options(given, [o.plugin for o in watching if isinstance(o, Selected)])
+    read = {kind: plugin.read_options(given) for kind, plugin in chosen.items()}
+    for observer in watching:
+        if isinstance(observer, Selected):
+            made = observer.read_options(given)
+            observer = observer.call("create_observer", options=made)
+        check_hooks(observer, f"observer {observer!r}")
+        manager.register(observer)
+    arguments: dict[str, Any] = {
+        kind: chosen[kind].plugin.qualified if kind in chosen else None for kind in names
+    }
+    arguments["observers"] = tuple(
+        o.plugin.qualified if isinstance(o, Selected) else o for o in watching
+    )
+    arguments["options"] = given
+    return Selection(manager, chosen, read, arguments)
+
+
+class Observers:
+    """The observers of an engine. An event that none of them listens to is not created."""
+
+    def __init__(self, manager: "PluginManager"):
+        self._hooks = manager.hook
+
+    def listen(self, event: str) -> bool:
+        """Whether any of them listens to an event."""
+        return bool(getattr(self._hooks, event).get_hookimpls())
+
+    def notify(self, event: str, arguments: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """Call all that listen; arguments makes the event's arguments if any does."""
+        if self.listen(event):
+            getattr(self._hooks, event)(**arguments())
+
+    def reporter(self, model_id: str) -> "Report":
+        """The ``report`` of requests to loaders and executors: makes on_prepare events."""
+
+        def report(what: str, done: int, total: int) -> None:
+            given = {"model_id": model_id, "what": what, "done": done, "total": total}
+            self.notify("on_prepare", lambda: given)
+
+        return report
+
+    def tap(self, model_id: str) -> "Tap | None":
+        """A tap that makes on_tensor events; None if none listens, since a tap costs time."""
+        if not self.listen("on_tensor"):
+            return None
+
+        def tap(name: str, tensor: "Tensor") -> None:
+            given = {"model_id": model_id, "name": name, "tensor": tensor}
+            self.notify("on_tensor", lambda: given)
+
+        return tap
 
 
 # --- metadata -------------------------------------------------------------------------------------

@@ -10,42 +10,11 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import frozen
 
 from tilewright.errors import OutOfPagesError
-from tilewright.types import KvAllocator, Phase, SamplerRow, SamplingParams, StepBatch
-
-
-@define(eq=False)
-class Request:
-    """An unfinished request and its state."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    max_new_tokens: int
-    output_token_ids: list[int] = field(factory=list)
-    num_computed: int = 0
-    """Number of leading tokens with keys and values in the KV cache."""
-
-    @property
-    def max_cached_tokens(self) -> int:
-        """Tokens in the KV cache at the end: all but the last one generated, which is not run."""
-        return len(self.prompt_token_ids) + self.max_new_tokens - 1
-
-    def tokens(self, start: int, stop: int) -> list[int]:
-        """The token ids of positions start to stop."""
-        n = len(self.prompt_token_ids)
-        prompt = self.prompt_token_ids[start : min(stop, n)]
-        return [*prompt, *self.output_token_ids[max(start - n, 0) : max(stop - n, 0)]]
-
-    def sampler_row(self) -> SamplerRow:
-        return SamplerRow(
-            request_id=self.request_id,
-            params=self.params,
-            prompt_token_ids=self.prompt_token_ids,
-            output_token_ids=self.output_token_ids,
-        )
+from tilewright.request import Request
+from tilewright.types import KvAllocator, Phase, StepBatch
 
 
 @frozen(eq=False)

@@ -4,7 +4,7 @@ import pytest
 
 from acme_tilewright import loader
 from tilewright.errors import ModelError
-from tilewright.formats import InstalledFormats
+from tilewright.loading import InstalledFormats
 from tilewright.plugins import new_manager
 from tilewright.types import LoadRequest
 from tilewright_testing import LoaderSuite

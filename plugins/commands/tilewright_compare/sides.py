@@ -10,9 +10,11 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from tilewright import plugins
-from tilewright.engine import LLMEngine, ServedModel
+from tilewright.engine import LLMEngine
 from tilewright.errors import ConfigError, ExecutorError, TilewrightError
-from tilewright.scheduler import Request, Scheduler, Step
+from tilewright.loading import ServedModel
+from tilewright.request import Request
+from tilewright.scheduler import Scheduler, Step
 from tilewright.types import KvLayer, Phase, RuntimeConfig, SamplingParams, Tap
 
 MODEL_ID = "compared"

@@ -14,7 +14,7 @@ from attrs import fields
 
 from tilewright import plugins
 from tilewright.errors import TilewrightError
-from tilewright.formats import InstalledFormats
+from tilewright.loading import InstalledFormats
 from tilewright.types import (
     DTYPES,
     GenerateConfig,

@@ -1,0 +1,372 @@
+"""From a source to a model that is ready to run: loader, weights, executor and KV cache."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import define, evolve
+from pluggy import PluginManager
+
+from tilewright import plugins
+from tilewright.errors import ConfigError, ModelError, PluginError, nearest
+from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
+from tilewright.text import Text
+from tilewright.types import (
+    BUILTIN_GENERATE,
+    Executor,
+    ExecutorRequest,
+    GenerateConfig,
+    KvAllocator,
+    KvAllocatorRequest,
+    LoadedModel,
+    LoadRequest,
+    PackedTensor,
+    PackedWeights,
+    Packing,
+    RuntimeConfig,
+    TensorSource,
+)
+from tilewright.weights import (
+    MeteredSource,
+    check_packed,
+    check_packing,
+    check_tensors,
+    typed_tensors,
+)
+
+
+@define(eq=False)
+class ServedModel:
+    """A model that is loaded and ready to run."""
+
+    model_id: str
+    loaded: LoadedModel
+    """What its loader returned; the weights are closed."""
+    runtime: RuntimeConfig
+    """The effective settings, with dtypes, lengths and pages filled in."""
+    max_seq_len: int
+    executor: Executor
+    device: str
+    """The device that computes, as named by the executor."""
+    allocator: KvAllocator
+    text: Text
+    load_seconds: float
+
+    @property
+    def generation_defaults(self) -> GenerateConfig:
+        """Settings for what a request leaves unset; every field but the optional ones is filled."""
+        return self.loaded.generation_defaults.over(BUILTIN_GENERATE)
+
+
+def load(
+    selection: Selection,
+    observers: Observers,
+    model_id: str,
+    source: str,
+    weight_format: str | None,
+    loader_options: Mapping[str, Any],
+) -> LoadedModel:
+    """Load a model's configuration and tokenizer, and open its weights, which are not read."""
+    given = selection.arguments["options"]
+    loader = selection.plugins.get("loader") or choose_loader(selection.manager, source)
+    request = LoadRequest(
+        source=source,
+        options=loader.read_options(given, **loader_options),
+        weight_format=weight_format,
+        formats=InstalledFormats(selection.manager, given),
+        report=observers.reporter(model_id),
+    )
+    loaded: LoadedModel = loader.call("load_model", request=request)
+    if not isinstance(loaded, LoadedModel):
+        raise PluginError(
+            f"{loader.plugin}: load_model() must return a LoadedModel, found {loaded!r:.80}"
+        )
+    return loaded
+
+
+def make_ready(
+    selection: Selection,
+    observers: Observers,
+    model_id: str,
+    loaded: LoadedModel,
+    asked: RuntimeConfig,
+    started: float,
+) -> ServedModel:
+    """Check a model's weights, create its executor and KV cache, and close the weights.
+
+    started: when loading began, on time.perf_counter's clock.
+    """
+    try:
+        runtime = _resolved(asked, loaded)
+        _check_weights(selection, loaded, runtime)
+        executor = _create_executor(selection, observers, model_id, loaded, runtime)
+    finally:
+        loaded.weights.close()
+    try:
+        return _with_cache(selection, model_id, loaded, runtime, executor, started)
+    except BaseException:
+        executor.close()
+        raise
+
+
+def pack(
+    selection: Selection, loaded: LoadedModel, asked: RuntimeConfig
+) -> tuple[Packing, list[PackedTensor]]:
+    """A loaded model's weights in the executor's layout; none is read yet."""
+    if loaded.packing:
+        raise ConfigError(
+            f"{loaded.source} is packed already, for executor {loaded.packing.executor}: "
+            "expected the model that it was converted from"
+        )
+    runtime = _resolved(asked, loaded)
+    check_tensors(loaded.weights, loaded.config, loaded.source)
+    return _packed(selection, _executor_request(selection, loaded, runtime))
+
+
+def _resolved(runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConfig:
+    """The runtime with dtypes and max_seq_len filled in from the model."""
+    config = loaded.config
+    longest = config.max_position_embeddings
+    if runtime.max_seq_len is not None and runtime.max_seq_len > longest:
+        raise ConfigError(
+            f"max_seq_len = {runtime.max_seq_len} is above the {longest} positions that "
+            f"{loaded.source} was made for (max_position_embeddings): lower it"
+        )
+    stored = loaded.packing.weight_dtype if loaded.packing else config.dtype
+    weight_dtype = runtime.weight_dtype or stored
+    return evolve(
+        runtime,
+        weight_dtype=weight_dtype,
+        kv_dtype=runtime.kv_dtype or weight_dtype,
+        max_seq_len=runtime.max_seq_len or longest,
+    )
+
+
+# --- the executor and its weights -----------------------------------------------------------------
+
+
+def _check_weights(selection: Selection, loaded: LoadedModel, runtime: RuntimeConfig) -> None:
+    if loaded.packing is None:
+        check_tensors(loaded.weights, loaded.config, loaded.source)
+        return
+    executor = selection.plugins["executor"].plugin.qualified
+    if loaded.packing.executor == executor:  # others may not understand it
+        expected, tensors = _packed(selection, _executor_request(selection, loaded, runtime))
+    else:
+        expected, tensors = evolve(loaded.packing, executor=executor), []
+    check_packing(loaded.packing, expected, loaded.source)
+    check_packed(loaded.weights, tensors, loaded.source)
+
+
+def _packed(selection: Selection, request: ExecutorRequest) -> tuple[Packing, list[PackedTensor]]:
+    executor = selection.plugins["executor"]
+    made: PackedWeights = executor.call("pack_weights", request=request)
+    if made is None:
+        made = PackedWeights(version=0, tensors=typed_tensors(request))
+    assert request.runtime_config.weight_dtype is not None
+    packing = Packing(
+        executor=executor.plugin.qualified,
+        version=made.version,
+        weight_dtype=request.runtime_config.weight_dtype,
+    )
+    return packing, list(made.tensors)
+
+
+def _executor_request(
+    selection: Selection, loaded: LoadedModel, runtime: RuntimeConfig
+) -> ExecutorRequest:
+    return ExecutorRequest(
+        model_config=loaded.config,
+        runtime_config=runtime,
+        weights=loaded.weights,
+        options=selection.options["executor"],
+        packed=loaded.packing is not None,
+    )
+
+
+def _create_executor(
+    selection: Selection,
+    observers: Observers,
+    model_id: str,
+    loaded: LoadedModel,
+    runtime: RuntimeConfig,
+) -> Executor:
+    weights: TensorSource = loaded.weights
+    if observers.listen("on_load_progress"):
+
+        def on_read(tensor: str, done: int, total: int) -> None:
+            read = {"tensor": tensor, "bytes_read": done, "bytes_total": total}
+            observers.notify("on_load_progress", lambda: {"model_id": model_id, **read})
+
+        weights = MeteredSource(weights, on_read)
+    request = evolve(
+        _executor_request(selection, loaded, runtime),
+        weights=weights,
+        report=observers.reporter(model_id),
+    )
+    executor: Executor = selection.plugins["executor"].call("create_executor", request=request)
+    return executor
+
+
+def _with_cache(
+    selection: Selection,
+    model_id: str,
+    loaded: LoadedModel,
+    runtime: RuntimeConfig,
+    executor: Executor,
+    started: float,
+) -> ServedModel:
+    limits, spec = executor.limits, executor.kv_cache_spec
+    if not spec.page_size or not getattr(executor, "device", ""):
+        raise PluginError(
+            f"{selection.plugins['executor'].plugin} must choose a page size where the runtime's "
+            "page_size is None, and name what computes as device: update it for this version"
+        )
+    assert runtime.max_seq_len is not None
+    max_seq_len = _least(runtime.max_seq_len, limits.max_seq_len)
+    max_batch_size = _least(runtime.max_batch_size, limits.max_batch_size)
+    allocator: KvAllocator = selection.plugins["kv_allocator"].call(
+        "create_kv_allocator",
+        request=KvAllocatorRequest(
+            spec=spec,
+            total_pages=runtime.total_pages,
+            max_sequences=max_batch_size,
+            max_seq_len=max_seq_len,
+            options=selection.options["kv_allocator"],
+        ),
+    )
+    executor.bind_kv_cache(allocator.layers())
+    return ServedModel(
+        model_id=model_id,
+        loaded=loaded,
+        runtime=evolve(
+            runtime,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=_least(runtime.max_batch_tokens, limits.max_batch_tokens),
+            page_size=spec.page_size,
+            total_pages=allocator.total_pages,
+        ),
+        max_seq_len=max_seq_len,
+        executor=executor,
+        device=executor.device,
+        allocator=allocator,
+        text=Text(loaded.text),
+        load_seconds=time.perf_counter() - started,
+    )
+
+
+def _least(wanted: int, limit: int | None) -> int:
+    return wanted if limit is None else min(wanted, limit)
+
+
+# --- which loader, and which weight format --------------------------------------------------------
+
+
+def choose_loader(manager: PluginManager, source: str) -> Selected:
+    """The one installed loader whose ``can_load`` returns true.
+
+    Imports all of them. Raises ModelError, which lists those that could not be asked, when none or
+    more than one claims the source.
+    """
+    installed = plugins.installed("loader")
+    claims, unusable = claimants(installed, "can_load", source=source)
+    if len(claims) == 1:
+        return select(manager, "loader", claims[0].qualified)
+    also = f"; not asked: {'; '.join(unusable.values())}" if unusable else ""
+    if claims:
+        names = " and ".join(p.qualified for p in claims)
+        raise ModelError(
+            f"{_shown(source)} is claimed by the loaders {names}{also}; name one of them, "
+            "with --loader or in Python as loader"
+        )
+    asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
+    raise ModelError(f"{_found(source)} (loaders asked: {asked}){also}")
+
+
+def _found(source: str) -> str:
+    """A message: what was found at a source that no loader accepts, and what to do."""
+    path = os.path.expanduser(source)
+    try:
+        os.stat(path)
+        names = sorted(os.listdir(path)) if os.path.isdir(path) else None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        return (
+            f"no model directory or file {_shown(source)}: {why}; no loader takes it as a name"
+            f"{_nearest_name(source)}"
+        )
+    if names is None:
+        found = "a file"
+    else:
+        some = ", ".join(ascii(name) for name in names[:5])
+        more = " and more" if len(names) > 5 else ""
+        found = f"a directory with {some}{more}" if names else "an empty directory"
+    return (
+        f"no loader takes {_shown(source)}, {found}; name a loader, with --loader or in Python as "
+        "loader, and it says what it lacks"
+    )
+
+
+def _nearest_name(source: str) -> str:
+    from tilewright.models import is_name, registered
+
+    if not is_name(source):
+        return ""
+    try:
+        return f", nor does a models file have it{nearest(source, registered())}"
+    except ConfigError:  # it may concern another model
+        return ""
+
+
+def _shown(source: str) -> str:
+    return repr(source if len(source) <= 200 else f"{source[:197]}...")
+
+
+PREFERRED = "safetensors"
+"""Asked first when no format is named: many directories hold a second copy in another format."""
+
+
+class InstalledFormats:
+    """A ``WeightFormats`` (see tilewright.types) over the installed plugins.
+
+    A named format is the only one imported. With none named, the preferred one is asked first, and
+    the others only when it finds nothing.
+    """
+
+    def __init__(self, manager: PluginManager, options: Options):
+        """options: the engine's options; only its ``weight_format`` entry is used here."""
+        self._manager = manager
+        self._options = options
+
+    def open(self, directory: Path, name: str | None = None) -> TensorSource:
+        chosen = select(self._manager, "weight_format", name or self._detect(directory))
+        source: TensorSource = chosen.call(
+            "open_weights", directory=directory, options=chosen.read_options(self._options)
+        )
+        return source
+
+    def _detect(self, directory: Path) -> str:
+        installed = plugins.installed("weight_format")
+        preferred = [p for p in installed if p.name == PREFERRED]
+        others = [p for p in installed if p.name != PREFERRED]
+        unusable: dict[plugins.Plugin, str] = {}
+        for group in (preferred, others):
+            claims, broken = claimants(group, "can_open", directory=directory)
+            unusable |= broken
+            if len(claims) == 1:
+                return claims[0].qualified
+            if claims:
+                names = ", ".join(p.qualified for p in claims)
+                raise ModelError(
+                    f"{directory}: more than one weight format finds files: {names}; "
+                    "name one as model_format"
+                )
+        tried = ", ".join(p.name for p in installed) or "none installed"
+        also = f"; not asked: {'; '.join(unusable.values())}" if unusable else ""
+        raise ModelError(
+            f"{directory}: no weights found in any known format ({tried}){also}; is the download "
+            "complete?"
+        )

@@ -1,0 +1,193 @@
+"""One request: what was asked for, and all that has come of it."""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
+from typing import TYPE_CHECKING
+
+from attrs import define, evolve, field, fields
+
+from tilewright.errors import RequestError
+from tilewright.text import TextStream
+from tilewright.types import (
+    FinishReason,
+    GenerateConfig,
+    GenerateResult,
+    SampledToken,
+    SamplerRow,
+    SamplingParams,
+    Timings,
+    TokenLogprobs,
+)
+
+if TYPE_CHECKING:
+    from tilewright.loading import ServedModel
+
+
+@define(eq=False)
+class Request:
+    """A request and its state. It is over once it has a result or an error."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_new_tokens: int
+    eos_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
+    stream: TextStream | None = None
+    """Turns the output into text and finds stop strings; None: the text is not needed."""
+    started: float = field(factory=time.perf_counter)
+    prefilled: float = 0.0
+    """Time of the first token, on time.perf_counter's clock, as is ``started``."""
+
+    num_computed: int = 0
+    """Number of leading tokens with keys and values in the KV cache."""
+    output_token_ids: list[int] = field(factory=list)
+    logprobs: list[TokenLogprobs] = field(factory=list)
+    sanitized_steps: int = 0
+    pieces: list[str] = field(factory=list)
+    """The text so far."""
+    unread: deque[str] = field(factory=deque)
+    """The pieces of text that no stream has taken yet."""
+    finish_reason: FinishReason | None = None
+    result: GenerateResult | None = None
+    error: Exception | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.result is not None or self.error is not None
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens in the KV cache at the end: all but the last one generated, which is not run."""
+        return len(self.prompt_token_ids) + self.max_new_tokens - 1
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """The token ids of positions start to stop."""
+        n = len(self.prompt_token_ids)
+        prompt = self.prompt_token_ids[start : min(stop, n)]
+        return [*prompt, *self.output_token_ids[max(start - n, 0) : max(stop - n, 0)]]
+
+    def sampler_row(self) -> SamplerRow:
+        return SamplerRow(
+            request_id=self.request_id,
+            params=self.params,
+            prompt_token_ids=self.prompt_token_ids,
+            output_token_ids=self.output_token_ids,
+        )
+
+    def accept(self, sampled: SampledToken) -> None:
+        """Add the next token; sets finish_reason when it is the last one."""
+        if self.finish_reason:
+            return
+        token = sampled.token_id
+        if not self.output_token_ids:
+            self.prefilled = time.perf_counter()
+        self.output_token_ids.append(token)
+        if sampled.logprobs is not None:
+            self.logprobs.append(sampled.logprobs)
+        self.sanitized_steps += sampled.sanitized > 0
+        stream = self.stream
+        if token in self.eos_ids:
+            self.finish_reason = "eos"
+        elif token in self.stop_ids:
+            self.finish_reason = "stop"
+        else:
+            self._emit(stream.push(token) if stream else "")
+            if stream and stream.stopped:
+                self.finish_reason = "stop"
+            elif len(self.output_token_ids) == self.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason and stream:
+            self._emit(stream.finish())
+            # Text that was held back may complete a stop string only now.
+            if stream.stopped:
+                self.finish_reason = "stop"
+
+    def _emit(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+            self.unread.append(piece)
+
+    def finish(self, model: "ServedModel") -> GenerateResult:
+        """Make the result of a request that has a finish reason; the model is the one it ran on."""
+        assert self.finish_reason is not None
+        self.result = GenerateResult(
+            model_id=model.model_id,
+            request_id=self.request_id,
+            text="".join(self.pieces),
+            token_ids=tuple(self.output_token_ids),
+            finish_reason=self.finish_reason,
+            prompt_token_ids=self.prompt_token_ids,
+            seed=self.params.seed,
+            logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
+            timings=Timings(
+                load_seconds=model.load_seconds,
+                prefill_seconds=self.prefilled - self.started,
+                decode_seconds=time.perf_counter() - self.prefilled,
+                prompt_tokens=len(self.prompt_token_ids),
+                new_tokens=len(self.output_token_ids),
+            ),
+            device=model.device,
+            sanitized_steps=self.sanitized_steps,
+        )
+        return self.result
+
+
+def new_request(
+    request_id: str, model: "ServedModel", prompt: str | Sequence[int], settings: GenerateConfig
+) -> Request:
+    """A request for a model. settings: every field but the optional ones is filled.
+
+    Raises RequestError for a prompt or settings that the model cannot serve.
+    """
+    ids = tuple(model.text.encode(prompt) if isinstance(prompt, str) else prompt)
+    _check_prompt(model, ids)
+    _check_bias(model, settings.logit_bias or {})
+    _check_ids(model, settings.stop_token_ids or (), "stop_token_ids")
+    assert settings.max_new_tokens is not None
+    seed = secrets.randbits(63) if settings.seed is None else settings.seed
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=ids,
+        params=_sampling_params(evolve(settings, seed=seed)),
+        max_new_tokens=min(settings.max_new_tokens, model.max_seq_len - len(ids)),
+        eos_ids=frozenset(() if settings.ignore_eos else model.loaded.config.eos_token_ids),
+        stop_ids=frozenset(settings.stop_token_ids or ()),
+        stream=TextStream(model.text, settings.stop or ()),
+    )
+
+
+def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:
+    limit = model.max_seq_len
+    if not ids:
+        raise RequestError("the prompt is empty: expected at least one token")
+    if len(ids) >= limit:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens, which leaves no room for a new one within "
+            f"max_seq_len = {limit} of model {model.model_id!r}: shorten it, or raise "
+            f"max_seq_len if it is below {model.loaded.config.max_position_embeddings}"
+        )
+    _check_ids(model, ids, "the prompt")
+
+
+def _check_bias(model: "ServedModel", bias: Mapping[int, float]) -> None:
+    _check_ids(model, bias, "logit_bias")
+    if list(bias.values()).count(-inf) == model.loaded.config.vocab_size:
+        raise RequestError("logit_bias forbids every token: allow one")
+
+
+def _check_ids(model: "ServedModel", ids: Iterable[int], where: str) -> None:
+    vocab_size = model.loaded.config.vocab_size
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise RequestError(
+            f"token id {bad} in {where} is outside of the vocabulary of model "
+            f"{model.model_id!r} (0 to {vocab_size - 1})"
+        )
+
+
+def _sampling_params(settings: GenerateConfig) -> SamplingParams:
+    return SamplingParams(**{a.name: getattr(settings, a.name) for a in fields(SamplingParams)})
