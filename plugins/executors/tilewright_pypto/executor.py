@@ -1,8 +1,9 @@
 """A Qwen3 model composed from single-layer kernels: embeddings on the host, one kernel call per
 layer, then the head kernel.
 
-Activations pass from layer to layer through host memory, so every layer's output can be observed;
-weights and KV cache stay on the device.
+Activations pass from layer to layer through host memory, so every layer's output can be observed.
+The KV cache stays on the device, and so do the weights, unless option ``weights_on_device`` is
+false: then they stay in host memory and are copied to the device for each call.
 """
 
 from collections.abc import Callable, Mapping, Sequence

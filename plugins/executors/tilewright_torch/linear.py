@@ -1,17 +1,20 @@
 """Matrix products with a model's weights. The path depends on dtype, rows and CPU.
 
-On every path, operands have the weights' dtype, products are accumulated in float32, the bias is
-added to the sum, and the result is rounded once, to the weights' dtype. Weights keep their stored
-layout, [out, in], and are neither copied nor repacked.
+On every path, operands have one dtype, the weights' or the one that ``converted`` is given;
+products are accumulated in float32, the bias is added to the sum, and the result is rounded once,
+to that dtype. Weights keep their stored layout, [out, in], and are not repacked. They are used
+without a copy, except that ``widened`` and ``converted`` copy one block at a time.
 
-=========  =================  ====================================================
-rows       dtype              path
-=========  =================  ====================================================
-1          float32            ``split_matrix_vector``
-1          16 bits            ``matrix_vector``
-more       native on the CPU  ``onednn``
-more       16 bits otherwise  ``widened``
-=========  =================  ====================================================
+====  =======================  =======================
+rows  weight                   path
+====  =======================  =======================
+0, 1  float32                  ``split_matrix_vector``
+0, 1  16 bits                  ``matrix_vector``
+more  native on the CPU        ``onednn``
+more  float32 otherwise        ``F.linear``
+more  16 bits otherwise        ``widened``
+any   stored in another dtype  ``converted``
+====  =======================  =======================
 """
 
 from collections.abc import Callable
