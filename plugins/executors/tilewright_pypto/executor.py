@@ -15,6 +15,7 @@ from attrs import frozen
 from torch import Tensor
 
 from tilewright.errors import ExecutorError
+from tilewright.layerwise import LayerwiseBase
 from tilewright.rope import frequencies
 from tilewright.types import (
     ExecutorLimits,
@@ -131,20 +132,30 @@ def rope_tables(config: ModelConfig, positions: int) -> dict[str, Tensor]:
     }
 
 
-class PyptoExecutor:
+@frozen(eq=False)
+class _Step:
+    """What all layers of a step share."""
+
+    kernel: str
+    """Kernel of the layers: decode_layer where each sequence has one token, else prefill_layer."""
+    tensors: dict[str, Tensor]
+    """Parameters of the kernel that are the same in all layers."""
+
+
+class PyptoExecutor(LayerwiseBase[Model, _Step]):
     """A ``LayerwiseExecutor`` (see tilewright.types) over tilewright_kernels.qwen3_14b."""
+
+    plugin = "pypto-npu"
 
     def __init__(
         self, model: Model, device: Device, kv_cache_spec: KvCacheSpec, limits: ExecutorLimits
     ):
-        self.kv_cache_spec = kv_cache_spec
+        super().__init__(model, kv_cache_spec)
         self.limits = limits
         self.device = device.name
         self._device = device
-        self._model: Model | None = model
         self._kv: list[tuple[Any, Any]] = []
-        self._steps = 0
-        self._step: _Step | None = None
+        self._num_steps = 0
 
     def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
         """Raises ExecutorError for storage that does not match kv_cache_spec."""
@@ -156,15 +167,8 @@ class PyptoExecutor:
             )
         self._kv = [(self._rows(layer.key), self._rows(layer.value)) for layer in layers]
 
-    def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        return self._run(batch, tap)
-
-    def decode(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        return self._run(batch, tap)
-
     def close(self) -> None:
-        self._model = None
-        self._step = None
+        super().close()
         self._kv = []
         self._device.close()
 
@@ -191,7 +195,7 @@ class PyptoExecutor:
     def run_layer(
         self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
     ) -> Tensor:
-        model, step = self._opened(), self._prepared(batch)
+        model, step = self._opened(), self._step(batch)
         keys, values = self._kv[layer]
         out = torch.empty_like(hidden)
         tensors = step.tensors | model.rope | model.layers[layer]
@@ -227,37 +231,22 @@ class PyptoExecutor:
             return model.embedding
         return unpack(name, model.layers, model.head, self._device.read)
 
-    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
-        hidden = self.embed(batch, tap)
-        for layer in range(self.kv_cache_spec.num_layers):
-            hidden = self.run_layer(layer, hidden, batch, tap)
-        return self.run_head(hidden[batch.logits_rows], tap)
-
-    def _opened(self) -> Model:
-        if self._model is None:
-            raise ExecutorError("executor pypto-npu is closed: load the model again")
-        return self._model
-
-    def _prepared(self, batch: StepBatch) -> "_Step":
-        """Data of a step for the kernels of all layers, prepared when the first layer runs."""
-        if self._step is None or self._step.batch is not batch:
-            self._check(batch)
-            tensors = {
-                "context_lens": batch.context_lens,
-                "block_table": batch.block_table.flatten(),
-                "slot_mapping": batch.slot_mapping,
-            }
-            kernel = "decode_layer"
-            if len(batch.token_ids) != len(batch.context_lens):
-                kernel = "prefill_layer"
-                starts = batch.query_starts
-                tensors |= {"query_starts": starts[:-1].contiguous(), "query_lens": starts.diff()}
-            self._step = _Step(self._steps, batch, kernel, tensors)
-            self._steps += 1
-        return self._step
+    def _begin(self, batch: StepBatch) -> _Step:
+        self._check(batch)
+        self._num_steps += 1
+        tensors = {
+            "context_lens": batch.context_lens,
+            "block_table": batch.block_table.flatten(),
+            "slot_mapping": batch.slot_mapping,
+        }
+        if len(batch.token_ids) == len(batch.context_lens):
+            return _Step("decode_layer", tensors)
+        starts = batch.query_starts
+        tensors |= {"query_starts": starts[:-1].contiguous(), "query_lens": starts.diff()}
+        return _Step("prefill_layer", tensors)
 
     def _call(self, kernel: str, where: str, tensors: Mapping[str, Any]) -> None:
-        self._device.place = f"step {self._steps - 1}, {where}"
+        self._device.place = f"step {self._num_steps - 1}, {where}"
         try:
             with torch.inference_mode():
                 self._opened().kernels[kernel](**tensors)
@@ -276,14 +265,3 @@ class PyptoExecutor:
                     f"the kernels are compiled for steps of at most {most} {what}, found {found}: "
                     "keep to the executor's limits"
                 )
-
-
-@frozen(eq=False)
-class _Step:
-    number: int
-    """Index of the step, from 0."""
-    batch: StepBatch
-    kernel: str
-    """Kernel of the layers: decode_layer where each sequence has one token, else prefill_layer."""
-    tensors: dict[str, Tensor]
-    """Parameters of the kernel that are the same in all layers."""

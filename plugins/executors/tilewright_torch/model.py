@@ -15,6 +15,7 @@ from attrs import frozen
 from torch import Tensor
 
 from tilewright.errors import ExecutorError
+from tilewright.layerwise import LayerwiseBase
 from tilewright.types import (
     ExecutorLimits,
     KvCacheSpec,
@@ -139,18 +140,28 @@ class _Streamed(Sequence[Layer]):
         return self._last[1]
 
 
-class TorchExecutor:
+@frozen(kw_only=True, eq=False)
+class _Step:
+    """What all layers of a step share."""
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    attention: dict[int | None, Attend]
+    """Attention functions, keyed by sliding window."""
+
+
+class TorchExecutor(LayerwiseBase[Model, _Step]):
     """A ``LayerwiseExecutor`` (see tilewright.types) on the CPU."""
 
+    plugin = "torch"
     device = "cpu"
     limits = ExecutorLimits()
 
     def __init__(self, model: Model, kv_cache_spec: KvCacheSpec):
-        self.kv_cache_spec = kv_cache_spec
-        self._model: Model | None = model
+        super().__init__(model, kv_cache_spec)
         self._rotary = rotary(model.config)
         self._kv: list[tuple[Tensor, Tensor]] = []
-        self._step: _Step | None = None
 
     def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
         """Raises ExecutorError for storage that does not match kv_cache_spec."""
@@ -167,17 +178,11 @@ class TorchExecutor:
             )
         self._kv = [(layer.key.flatten(0, 1), layer.value.flatten(0, 1)) for layer in layers]
 
-    def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        return self._run(batch, tap)
-
-    def decode(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        return self._run(batch, tap)
-
     def close(self) -> None:
-        self._model = None
-        self._step = None
+        super().close()
         self._kv = []
 
+    @torch.no_grad()
     def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
         model = self._opened()
         x = F.embedding(batch.token_ids, model.embedding).to(model.dtype)
@@ -189,7 +194,7 @@ class TorchExecutor:
     def run_layer(
         self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
     ) -> Tensor:
-        model, step = self._opened(), self._prepared(batch)
+        model, step = self._opened(), self._step(batch)
         config, weights = model.config, model.layers[layer]
         layer_tap = _of_layer(tap, layer) if tap else None
         x = hidden + _attention(
@@ -233,43 +238,17 @@ class TorchExecutor:
         model = self._opened()
         return model.weights[name].to(model.dtype)
 
-    @torch.inference_mode()
-    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
-        x = self.embed(batch, tap)
-        for layer in range(self.kv_cache_spec.num_layers):
-            x = self.run_layer(layer, x, batch, tap)
-        return self.run_head(x[batch.logits_rows], tap)
-
-    def _opened(self) -> Model:
-        if self._model is None:
-            raise ExecutorError("executor torch is closed: load the model again")
-        return self._model
-
-    def _prepared(self, batch: StepBatch) -> "_Step":
-        """Data of a step that all layers share, prepared when the first layer runs."""
-        if self._step is None or self._step.batch is not batch:
-            model, page_size = self._opened(), self.kv_cache_spec.page_size
-            compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
-            windows = {model.config.window(i) for i in range(model.config.num_layers)}
-            cos, sin = self._rotary(batch)
-            self._step = _Step(
-                batch=batch,
-                cos=cos,
-                sin=sin,
-                slots=batch.slot_mapping.long(),
-                attention={w: paged_attention(batch, page_size, w, compute) for w in windows},
-            )
-        return self._step
-
-
-@frozen(kw_only=True, eq=False)
-class _Step:
-    batch: StepBatch
-    cos: Tensor
-    sin: Tensor
-    slots: Tensor
-    attention: dict[int | None, Attend]
-    """Attention functions, keyed by sliding window."""
+    def _begin(self, batch: StepBatch) -> _Step:
+        model, page_size = self._opened(), self.kv_cache_spec.page_size
+        compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
+        windows = {model.config.window(i) for i in range(model.config.num_layers)}
+        cos, sin = self._rotary(batch)
+        return _Step(
+            cos=cos,
+            sin=sin,
+            slots=batch.slot_mapping.long(),
+            attention={w: paged_attention(batch, page_size, w, compute) for w in windows},
+        )
 
 
 def _of_layer(tap: Tap, layer: int) -> Tap:
