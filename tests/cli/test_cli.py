@@ -1,0 +1,398 @@
+"""The command line, as its users and their shells see it."""
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkout import ROOT
+from terminal import TILEWRIGHT, Terminal
+
+from tilewright import GenerateConfig, LLMEngine, __version__, plugins
+from tilewright.cli import add_arguments, main
+from tilewright.cli.flags import flag_name
+from tilewright.cli.parser import Parser, option_strings
+from tilewright.settings import DEMO_MODEL, DEMO_PROMPT, keys
+from tilewright_tools.reference import reference
+from tilewright_torch.model import TorchExecutor
+
+COMMANDS = [plugin.name for plugin in plugins.installed("command")]
+GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
+SIXTEEN = ["--max-new-tokens", "16"]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("TILEWRIGHT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def continuation() -> str:
+    """The sixteen tokens that the demo model says after its own prompt, through the engine."""
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("demo", DEMO_MODEL)
+        return engine.generate_result("demo", DEMO_PROMPT, GenerateConfig(max_new_tokens=16)).text
+
+
+def printed(capsys, *argv: str) -> tuple[str, str]:
+    """Standard output and standard error of a command that ends well."""
+    code = main(argv)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out, err
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generat"], []])
+def test_the_overview_imports_no_more_than_it_prints(argv):
+    code = (
+        f"import sys; from tilewright.cli import main; main({argv});"
+        "heavy = {'torch', 'rich', 'attr', 'attrs', 'cattrs', 'pluggy', 'importlib.metadata'};"
+        "print(); print([m for m in sys.modules if m in heavy or m.startswith("
+        "('tilewright_', 'tilewright.cli.', 'tilewright.types')) and m != 'tilewright.cli.parser'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_imports_no_torch(command):
+    code = (
+        "import sys; from tilewright.cli import main; main([sys.argv[1], '--help']);"
+        "others = 'tilewright_torch tilewright_pypto tilewright_hf tilewright_testing'.split();"
+        "sys.exit(any(m.startswith(('torch', 'rich', *others)) for m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_overview_has_a_line_for_each_command(capsys):
+    out, _ = printed(capsys, "--help")
+    lines = [line.split(maxsplit=1) for line in out.partition("  COMMAND\n")[2].splitlines()]
+    assert [name for name, _ in lines] == COMMANDS
+    assert dict(lines)["generate"] == "Continue a prompt"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_in_40_columns(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "40")
+    out, _ = printed(capsys, *command.split(), "--help")
+    body = [line for line in out.splitlines() if not line.startswith("usage:")]
+    assert max(map(len, body)) <= 40
+
+
+@pytest.mark.parametrize("command", ["generate", "run", "chat"])
+def test_every_setting_of_a_generation_and_of_the_runtime_is_a_flag(command):
+    parser = Parser()
+    add_arguments(parser, plugins.load(plugins.find("command", command)))
+    flags = set(option_strings(parser))
+    for section in ("runtime", "generate"):
+        assert {flag_name(section, key) for key in keys(section)} <= flags
+
+
+def test_the_reference_is_up_to_date():
+    page = (ROOT / "docs/cli.md").read_text()
+    assert page == reference(), "run: python -m tilewright_tools.reference > docs/cli.md"
+
+
+def test_version(capsys):
+    assert printed(capsys, "--version") == (f"tilewright {__version__}\n", "")
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def test_nothing_but_the_text_is_printed(capsys, continuation):
+    out, err = printed(capsys, "generate", *SIXTEEN)
+    assert out == continuation + "\n"
+    assert err == f"prompt: {DEMO_PROMPT}\n"
+    assert continuation.startswith(" that all men are created equal")
+
+
+def test_speeds_are_told_when_asked_for(capsys):
+    out, err = printed(capsys, "generate", "Congress shall make", *GREEDY, "--stats")
+    assert err.count("\n") == 1
+    assert "8 new tokens (" in err
+    assert "ended by length" in err
+    assert out.startswith(" no law")
+
+
+def test_json_is_an_object_a_result(capsys, continuation):
+    argv = [DEMO_PROMPT, "--json", "--logprobs", "2", "--seed", "5", *SIXTEEN]
+    out, _ = printed(capsys, "generate", *argv)
+    assert out.count("\n") == 1
+    record = json.loads(out)
+    timings = record.pop("timings")
+    assert record["text"] == continuation
+    assert record["prompt"] == DEMO_PROMPT
+    assert record["seed"] == 5
+    assert record["finish_reason"] == "length"
+    assert timings["new_tokens"] == len(record["token_ids"]) == len(record["logprobs"])
+    assert timings["prompt_tokens"] == len(record["prompt_token_ids"])
+    assert all(len(token["top"]) == 2 for token in record["logprobs"])
+    assert [token["token_id"] for token in record["logprobs"]] == record["token_ids"]
+    assert "sanitized_steps" not in record
+
+
+def test_prompts_come_from_files_in_their_order(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("We the People of the United States,\n")
+    (tmp_path / "b.jsonl").write_text('"Congress shall make no law"\n\n{"prompt": "No person"}\n')
+    files = [f"--prompt-file={tmp_path / name}" for name in ("a.txt", "b.jsonl")]
+    out, _ = printed(capsys, "generate", *GREEDY, *files, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["prompt"] for record in records] == [
+        "We the People of the United States,",
+        "Congress shall make no law",
+        "No person",
+    ]
+    out, _ = printed(capsys, "generate", *GREEDY, *files)
+    assert out == "\n".join(record["text"] + "\n" for record in records)
+
+
+def test_an_output_file_appears_complete(capsys, tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    out, _ = printed(capsys, "generate", "Congress shall make", *GREEDY, "--output", str(path))
+    assert out == ""
+    assert path.read_text().startswith(" no law")
+    assert os.listdir(tmp_path) == ["out.txt"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+def test_an_output_file_survives_a_run_that_fails(capsys, tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    argv = ["generate", "x", "--output", str(path), "--model", str(tmp_path)]
+    assert main(argv) == 2
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.txt"]
+
+
+def test_a_link_to_an_output_file_stays_a_link(capsys, tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    printed(capsys, "generate", "No person", *GREEDY, "--output", str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text()
+
+
+def test_an_output_device_is_written_to_and_stays(capsys):
+    printed(capsys, "generate", "No person", *GREEDY, "--output", "/dev/null")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_standard_output_may_be_named(capsys, name):
+    out, _ = printed(capsys, "generate", "Congress shall make", *GREEDY, "--output", name)
+    assert out.startswith(" no law")
+
+
+def test_settings_come_from_the_environment_too(capsys, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_GENERATE_MAX_NEW_TOKENS", "3")
+    out, _ = printed(capsys, "generate", "--json")
+    assert len(json.loads(out)["token_ids"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-o", "sampler.no_such_option=1"], "error: -o sampler.no_such_option: sampler 'top-p'"),
+        (["--max-seq-len", "4"], "max_seq_len = 4"),
+        (["--model", "no/such/folder", "x"], "no/such/folder"),
+    ],
+)
+def test_what_the_engine_refuses_is_told_in_one_line(capsys, argv, message):
+    assert main(["generate", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_tensor_that_is_not_finite_is_named_though_the_logits_are_fine(capsys, monkeypatch):
+    run_layer = TorchExecutor.run_layer
+
+    def wrong(self, layer, hidden, batch, tap=None):
+        if tap and layer == 1:
+            bad = torch.zeros(2, 3)
+            bad[1, 2] = -math.inf
+            tap("layers.1.attn_norm", bad)
+        return run_layer(self, layer, hidden, batch, tap)
+
+    monkeypatch.setattr(TorchExecutor, "run_layer", wrong)
+    printed(capsys, "generate", *GREEDY)
+    assert main(["generate", *GREEDY, "--trace-nonfinite"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step 0, layers.1.attn_norm [2, 3]: 1 of 6 elements" in error
+    assert "[1, 2]: -inf" in error
+
+
+def test_a_trace_leaves_a_sound_run_as_it_is(capsys, continuation):
+    out, _ = printed(capsys, "generate", *SIXTEEN, "--trace-nonfinite")
+    assert out == continuation + "\n"
+
+
+# --- run ------------------------------------------------------------------------------------------
+
+
+def test_the_example_run_file(capsys):
+    out, _ = printed(capsys, "run", str(ROOT / "examples/demo.toml"), "--max-new-tokens", "8")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["prompt"].split()[0] for record in records] == ["When", "We", "Congress"]
+    assert records[2]["text"].startswith(" respecting an establishment")
+    assert all(len(record["token_ids"]) == 8 for record in records)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)
+def test_example_run_files_are_well_formed(capsys, path):
+    out, err = printed(capsys, "run", str(path), "--show")
+    assert "[generate]" in out
+    assert err == ""
+
+
+def test_a_single_prompt_streams_as_generate_does(capsys, tmp_path, continuation):
+    (tmp_path / "run.toml").write_text("")
+    out, _ = printed(capsys, "run", str(tmp_path / "run.toml"), *SIXTEEN)
+    assert out == continuation + "\n"
+
+
+def test_flags_replace_what_the_file_says(capsys, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[prompts]\ntext = "x"\n[generate]\nmax_new_tokens = 4\n')
+    out, _ = printed(
+        capsys, "run", str(path), "--prompt", "No person", "--max-new-tokens", "2", "--json"
+    )
+    record = json.loads(out)
+    assert record["prompt"] == "No person"
+    assert len(record["token_ids"]) == 2
+
+
+def test_from_config_reads_the_same_file(tmp_path, continuation):
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\nid = "it"\n[runtime]\npage_size = 4\n')
+    with LLMEngine.from_config(path) as engine:
+        assert engine.model("it").runtime.page_size == 4
+        assert engine.generate("it", DEMO_PROMPT, GenerateConfig(max_new_tokens=16)) == continuation
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+
+def chat(text: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TILEWRIGHT, "chat", *argv], input=text, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_chat_answers_a_message_a_line():
+    question = "How does the Declaration begin?"
+    done = chat(f"{question}\n\n/reset\n{question}\n/quit\n{question}\n", *GREEDY)
+    assert done.returncode == 0, done.stderr
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("demo", DEMO_MODEL)
+        message = {"role": "user", "content": question}
+        answer = engine.chat("demo", [message], GenerateConfig(max_new_tokens=8))
+    assert isinstance(answer, str)
+    first, second = done.stdout.splitlines()
+    assert first
+    assert first == second
+    assert first == answer
+
+
+# --- bench ----------------------------------------------------------------------------------------
+
+BENCH = ["bench", "--new-tokens", "3", "--repeat", "2", "--warmup", "0"]
+
+
+def test_bench_measures_every_combination(capsys):
+    out, _ = printed(capsys, *BENCH, "--batch", "1", "3", "--prompt-tokens", "4", "20", "--json")
+    report = json.loads(out)
+    assert [(r["batch"], r["prompt_tokens"]) for r in report["results"]] == [
+        (1, 4),
+        (1, 20),
+        (3, 4),
+        (3, 20),
+    ]
+    for result in report["results"]:
+        for phase in ("prefill", "decode"):
+            rounds = result[f"{phase}_rounds"]
+            assert len(rounds) == 2
+            assert min(rounds) > 0
+            assert min(rounds) <= result[f"{phase}_tokens_per_second"] <= max(rounds)
+
+
+def test_bench_prints_a_table(capsys):
+    out, _ = printed(capsys, *BENCH, "--batch", "2", "--prompt-tokens", "5")
+    title, row, _ = out.splitlines()
+    assert title.split() == ["batch", "prompt", "new", "prefill", "decode"]
+    assert row.split()[:3] == ["2", "5", "3"]
+    assert max(map(len, out.splitlines())) <= 40
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch", "17"], "--batch 17 is above max_batch_size = 16"),
+        (["--prompt-tokens", "9999999"], "above max_seq_len"),
+    ],
+)
+def test_bench_refuses_what_it_could_not_measure(capsys, argv, message):
+    assert main([*BENCH, *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+# --- shells and terminals -------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    command = f"{' '.join(TILEWRIGHT)} run examples/demo.toml --show; echo code $? >&2"
+    done = subprocess.run(
+        ["bash", "-c", f"({command}) | true"], capture_output=True, text=True, cwd=ROOT
+    )
+    # `true` may end before or after the settings are written.
+    assert done.stderr in ("code 141\n", "code 0\n")
+
+
+@pytest.mark.parametrize("argv", [["generate", "Ü"], ["generate", "Ü", "--json"]])
+def test_a_locale_without_unicode_is_no_reason_to_fail(argv):
+    environ = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    # A token that is no ASCII: whatever byte follows, it is printed in some form.
+    done = subprocess.run(
+        [*TILEWRIGHT, *argv, "--max-new-tokens", "2"], capture_output=True, env=environ
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    out = done.stdout.decode("ascii")
+    if "--json" in argv:
+        assert json.loads(out)["prompt"] == "Ü"
+
+
+def test_ctrl_c_ends_a_generation_without_a_traceback():
+    terminal = Terminal("generate", "--ignore-eos", "--max-new-tokens", "100000")
+    terminal.wait_for(b"created equal")
+    terminal.interrupt()
+    assert terminal.end() == 130
+    assert b"Traceback" not in terminal.screen
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_only():
+    terminal = Terminal("chat", "--ignore-eos", "--max-new-tokens", "100000")
+    terminal.wait_for(b"> ")
+    terminal.type(b"How does the Declaration begin?\n")
+    terminal.wait_for(b"When in the")
+    terminal.interrupt()
+    terminal.wait_for(b"> ")
+    terminal.type(b"/hepl\n")
+    terminal.wait_for(b"did you mean '/help'")
+    terminal.wait_for(b"> ")
+    terminal.type(b"\x04")
+    assert terminal.end() == 0
+    assert b"Traceback" not in terminal.screen

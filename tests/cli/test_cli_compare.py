@@ -1,0 +1,486 @@
+"""``tilewright compare``, its reports, and what its exit codes say."""
+
+import io
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from attrs import evolve
+from checkout import ROOT
+from PIL import Image, ImageColor
+from plugin_distributions import documented, on_path
+from terminal import Terminal
+
+from tilewright.cli import main
+from tilewright_compare import picture
+from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place
+from tilewright_compare.metrics import difference
+from tilewright_compare.page import html
+from tilewright_compare.report import grouped, record, text
+from tilewright_compare.run import Comparison, WeightFinding
+from tilewright_compare.shades import LIGHT, PASSING
+from tilewright_torch.model import TorchExecutor
+
+SHORT = ["--prompt", "We the People", "--new-tokens", "2"]
+SEVEN = ["-o", "candidate.runtime.page_size=7"]
+EMULATED = ["--candidate", "pypto-npu", "-o", "candidate.platform=emulated"]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("TILEWRIGHT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def wrong_layer(monkeypatch):
+    """Layer 1 of the candidate, which is the side with pages of 7, puts out a tenth too much."""
+    run_layer = TorchExecutor.run_layer
+
+    def wrong(self, layer, hidden, batch, tap=None):
+        output = run_layer(self, layer, hidden, batch, tap)
+        if layer == 1 and self.kv_cache_spec.page_size == 7:
+            output = output * 1.1
+            if tap:
+                tap("layers.1.output", output)
+        return output
+
+    monkeypatch.setattr(TorchExecutor, "run_layer", wrong)
+
+
+def compared(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(["compare", *argv])
+    return code, *capsys.readouterr()
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def test_another_page_size_changes_nothing(capsys):
+    code, out, _ = compared(capsys, *SHORT, *SEVEN)
+    assert code == 0
+    assert out.startswith("equal: ")
+    assert "!" not in out.replace("! is too large", "")
+
+
+def test_the_npu_kernels_are_as_near_as_rounding_allows(capsys):
+    code, out, _ = compared(capsys, *SHORT, *EMULATED, "--json")
+    report = json.loads(out)
+    assert (code, report["verdict"]) == (0, "equal")
+    assert report["candidate"] == "pypto-npu"
+    tensors = {f["tensor"] for f in report["findings"]}
+    assert {"embed", "layers.2.output", "layers.0.k_cache", "logits"} <= tensors
+    assert {f["phase"] for f in report["findings"]} == {"prefill", "decode"}
+    assert {"q_proj", "attention", "down_proj"} <= set(report["not_compared"])
+    assert {"output", "logits"}.isdisjoint(report["not_compared"])
+
+
+def test_what_the_candidate_has_no_tensor_for_is_told(capsys, tmp_path):
+    page = str(tmp_path / "page.html")
+    _, out, _ = compared(capsys, *SHORT, *EMULATED, "--html", page)
+    told = "not compared, for pypto-npu taps no such tensors: attn_norm, q_proj, k_proj, v_proj"
+    assert told in out
+    assert told in Path(page).read_text()
+    _, out, _ = compared(capsys, *SHORT, *SEVEN)
+    assert "not compared" not in out
+
+
+def test_layers_are_tried_alone_when_asked_for(capsys):
+    code, out, _ = compared(capsys, *SHORT, *SEVEN, "--isolate", "--json")
+    report = json.loads(out)
+    assert (code, report["verdict"]) == (0, "equal")
+    assert {f["mode"] for f in report["findings"]} == {"chained", "isolated"}
+
+
+def test_float32_is_what_the_truth_is_in(capsys):
+    argv = [*SHORT, "-o", "candidate.runtime.weight_dtype=float32", "--json"]
+    code, out, _ = compared(capsys, *argv)
+    report = json.loads(out)
+    assert (code, report["dtype"]) == (0, "float32")
+    assert all(f["candidate"]["relative_rms"] == 0 for f in report["findings"])
+
+
+def test_a_wrong_layer_is_named_and_ends_with_code_1(capsys, wrong_layer):
+    code, out, _ = compared(capsys, *SHORT, *SEVEN)
+    assert code == 1
+    first = out.splitlines()[0]
+    assert "layers.1.output" in first
+    assert "prefill step 0" in first
+    assert "next: check the second residual" in out
+
+
+def test_the_reports_of_a_wrong_layer_agree(capsys, wrong_layer, tmp_path):
+    page, file, heat = (tmp_path / f"report.{kind}" for kind in ("html", "json", "png"))
+    argv = [*SHORT, *SEVEN, "--json", "--html", str(page), "--output", str(file)]
+    code, out, _ = compared(capsys, *argv, "--png", str(heat))
+    assert (code, out) == (1, "")
+    report = json.loads(file.read_text())
+    assert report["divergence"]["tensor"] == "layers.1.output"
+    assert report["divergence"]["mode"] == "isolated"
+    assert "layers.1.output" in report["sentence"]
+    assert report["sentence"].split(";")[0] in page.read_text().replace("&#x27;", "'")
+    assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json", "report.png"]
+    with Image.open(heat) as image:
+        assert (image.format, image.width) == ("PNG", picture.WIDTH)
+    alone = [f for f in report["findings"] if f["mode"] == "isolated" and not f["passed"]]
+    assert {f["tensor"] for f in alone} == {"layers.1.output"}
+
+
+def test_a_tolerance_of_the_user_decides(capsys, wrong_layer):
+    wide = ["--tolerance", "*:relative_rms=0.3", "--tolerance", "*:max_abs=0"]
+    assert compared(capsys, *SHORT, *SEVEN, *wide)[0] == 0
+    code, out, _ = compared(
+        capsys, *SHORT, *SEVEN, "--json", "--tolerance", "layers.1.output:cosine=0.9"
+    )
+    report = json.loads(out)
+    assert code == 1, "what comes of the output has limits still"
+    given = {f["tolerance"] for f in report["findings"] if f["tensor"] == "layers.1.output"}
+    assert given == {"layers.1.output: cosine >= 0.9"}
+
+
+def test_an_executor_that_fails_leaves_a_report_and_ends_with_code_2(capsys, tmp_path, monkeypatch):
+    run_head = TorchExecutor.run_head
+
+    def fails(self, hidden, tap=None):
+        if self.kv_cache_spec.page_size == 7:
+            raise RuntimeError("out of\nmemory")
+        return run_head(self, hidden, tap)
+
+    monkeypatch.setattr(TorchExecutor, "run_head", fails)
+    page = tmp_path / "page.html"
+    code, out, err = compared(capsys, *SHORT, *SEVEN, "--json", "--html", str(page))
+    assert code == 2
+    assert err.startswith("tilewright: error: candidate failed in prefill, head: RuntimeError: out")
+    assert err.count("\n") == 1
+    report = json.loads(out)
+    assert (report["verdict"], report["finished"]) == ("unfinished", False)
+    assert report["failure"] in err
+    assert len(report["findings"]) > 40
+    assert "out of memory" in page.read_text()
+
+
+def test_a_run_file_is_the_candidate(capsys, tmp_path, wrong_layer):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[runtime]\npage_size = 7\n[prompts]\ntext = ["No person", "We"]\n'
+        f'[output]\nfile = "{tmp_path / "results.jsonl"}"\n'
+    )
+    code, out, _ = compared(capsys, str(path), "--new-tokens", "1", "--json")
+    report = json.loads(out)
+    assert (code, report["divergence"]["layer"]) == (1, 1)
+    assert {row["request"] for row in report["logits"]} == {0, 1}
+    assert os.listdir(tmp_path) == ["run.toml"], "a run's results are no place for a report"
+
+
+def test_the_demo_model_has_a_prompt_of_its_own(capsys):
+    code, _, err = compared(capsys, *SEVEN, "--new-tokens", "1")
+    assert code == 0
+    assert err.startswith("prompt: We hold these truths")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "candidate and reference are one"),
+        (["--candidate", "torhc"], "--candidate: no executor is named 'torhc'"),
+        (["--reference", "torhc"], "--reference: no executor is named 'torhc'"),
+        (["-o", "page_size=7"], "-o page_size: expected candidate.KEY=VALUE"),
+        (["-o", "candidat.threads=1"], "did you mean 'candidate'?"),
+        (["-o", "candidate.theads=1"], "-o candidate.theads: executor 'torch': unknown option"),
+        (["-o", "reference.theads=1"], "-o reference.theads: executor 'torch': unknown option"),
+        (["-o", "candidate.runtime.pagesize=7"], "did you mean 'page_size'?"),
+        (["-o", "candidate.runtime.max_seq_len=7"], "--new-tokens and --chunk: set those"),
+        (["-o", "reference.runtime.kv_dtype=float32"], "set candidate.runtime.kv_dtype"),
+        (["-o", "candidate"], "-o: expected SIDE.KEY=VALUE"),
+        (["--new-tokens", "0"], "expected an integer of at least 1"),
+        ([*SEVEN, "--new-tokens", "5000"], "at most the 2048 positions"),
+        ([*SEVEN, "--html", "no/such/page.html"], "no/such/page.html"),
+        ([*SEVEN, "--png", "no/such/map.png"], "'no/such/map.png' cannot be written: No such file"),
+        ([*SEVEN, "--png", "-"], "'-': expected the name of a file"),
+        ([*SEVEN, "--model", "no/such/folder"], "no/such/folder"),
+        ([*SEVEN, "--prompt", ""], "--prompt: the prompt is empty"),
+        (["no/such/run.toml"], "no/such/run.toml"),
+        ([*SEVEN, "--tolerance", "max_abs=1"], "expected PATTERN:METRIC=BOUND"),
+        (["--tolerance", "nonsense"], "expected PATTERN:METRIC=BOUND, found 'nonsense'"),
+        ([*SEVEN, "--tolerance", "*:max_abs=-1"], "expected a bound from 0 to inf on max_abs"),
+        ([*SEVEN, "--tolerance", "*:cosine=1.5"], "expected a bound from 0 to 1 on cosine"),
+        ([*SEVEN, "--html", "x", "--output", "./x"], "name one file: give each its own"),
+        ([*SEVEN, "--tolerance", "*:maxabs=1"], "did you mean 'max_abs'?"),
+        ([*SEVEN, "--tolerance", "layer.*:nmse=1"], "'layer.*' is for no tensor that is compared"),
+        ([*EMULATED, "-o", "candidate.runtime.weight_dtype=float32"], "kernels in bfloat16"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_in_one_line(capsys, argv, message):
+    prompt = [] if "--prompt" in argv else SHORT[:2]
+    code, out, err = compared(capsys, *prompt, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("tilewright: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+# --- reports --------------------------------------------------------------------------------------
+
+
+def made(layers: int, steps: int, wrong: int | None = None) -> Comparison:
+    """A comparison of a deep model, in which everything is wrong from a layer on."""
+    near = torch.tensor([[1.0, 2.0]])
+    truth = near + 0.001
+    off = difference(near, truth)
+    comparison = Comparison(
+        model="m", reference="torch", candidate="mine", dtype="bfloat16", finished=True
+    )
+    for step in range(steps):
+        for layer in range(layers):
+            for stage in ("attn_norm", "attention", "attn_residual", "activation", "output"):
+                passed = wrong is None or layer < wrong
+                place = Place(
+                    mode="chained",
+                    phase="decode" if step else "prefill",
+                    step=step,
+                    tensor=f"layers.{layer}.{stage}",
+                )
+                most = off.relative_rms * (2 if passed else 1e-4)
+                limits = Limits(relative_rms=most, worst_row=1.0, gain=1.0)
+                comparison.findings.append(
+                    Finding(
+                        place=place,
+                        passed=passed,
+                        why="" if passed else "<too> large",
+                        candidate=off,
+                        baseline=off,
+                        limits=limits,
+                        excess=limits.excess(off, 0.0),
+                    )
+                )
+        comparison.logits.append(
+            LogitsAgreement(
+                step=step,
+                request=0,
+                same_argmax=step != 3,
+                top_5=1.0,
+                top_50=1.0,
+                kl=1e-9,
+                margin=1.0,
+                error=0.01,
+                noise=0.01,
+            )
+        )
+    return comparison
+
+
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("wrong", [None, 23])
+def test_forty_layers_fit_a_screen_and_its_width(width, wrong):
+    lines = text(made(40, 30, wrong), width, wrapped=True)
+    assert max(map(len, lines)) <= width
+    assert len(lines) < 90
+
+
+def test_layers_are_grouped_around_the_one_that_matters():
+    assert grouped([0, 1, 2], 1) == [[0], [1], [2]]
+    groups = grouped(list(range(40)), 23)
+    assert [23] in groups
+    assert [layer for group in groups for layer in group] == list(range(40))
+    assert len(groups) <= 18
+
+
+def test_a_piped_sentence_is_one_line():
+    comparison = made(2, 1, wrong=1)
+    lines = text(comparison, 40, wrapped=False)
+    assert lines[0] == comparison.sentence
+
+
+def test_the_step_with_another_token_is_marked_even_among_many():
+    lines = text(made(2, 30), 80, wrapped=True)
+    assert any(re.match(r" *3 +0/1!", line) for line in lines)
+    assert "and 18 more steps that agree better" in lines
+
+
+def test_a_wrong_weight_comes_before_any_tensor():
+    comparison = made(2, 1, wrong=1)
+    comparison.weights = [WeightFinding(name="model.norm.weight", passed=False, why="flipped")]
+    lines = text(comparison, 80, wrapped=False)
+    assert lines[0] == "weight model.norm.weight is packed wrongly: flipped"
+    assert record(comparison)["verdict"] == "diverged"
+
+
+def test_numbers_that_json_has_no_word_for_are_null():
+    comparison = made(1, 1)
+    nan, zero = torch.tensor([[math.nan, 1.0]]), torch.tensor([[0.0, 0.0]])
+    place = Place(mode="chained", phase="prefill", step=0, tensor="logits")
+    comparison.findings += [
+        Finding(place=place, passed=False, why="off", candidate=difference(nan, zero)),
+        Finding(place=place, passed=False, why="the candidate has no such tensor"),
+    ]
+    written = json.dumps(record(comparison), allow_nan=False)
+    assert json.loads(written)["findings"][-1]["excess"] is None
+    assert html(comparison)
+
+
+def test_an_unfinished_comparison_is_not_called_equal():
+    comparison = made(1, 1)
+    comparison.finished = False
+    assert record(comparison)["verdict"] == "unfinished"
+    assert not comparison.sentence.startswith("equal")
+
+
+class _Page(HTMLParser):
+    """Fails on what a well-formed page without a network does not have."""
+
+    void = ("meta", "br", "hr")
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ("script", "link", "img", "iframe", "object", "use")
+        assert not {"src", "href", "xlink:href", "srcset", "onload"} & dict(attrs).keys()
+        self.tags.append(tag)
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("wrong", [None, 23])
+def test_the_page_is_whole_and_asks_nobody_for_anything(wrong):
+    page = html(made(40, 30, wrong))
+    parser = _Page()
+    parser.feed(page)
+    assert parser.open == []
+    assert "url(" not in page
+    assert "://" not in page
+    assert "@import" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport"' in page
+    assert "<too>" not in page
+    assert len(page) < 2_000_000
+    # Nothing is told by colour alone: each cell that failed has a cross.
+    failed = len(re.findall(r"<rect class='l[4-7]' [^>]*><title>", page))
+    assert len(re.findall(r"</rect><path class='cross", page)) == failed
+    assert bool(failed) == (wrong is not None)
+
+
+def test_every_step_has_a_picture_unless_there_are_many():
+    assert html(made(2, 5)).count("<figcaption>step") == 5 + 2
+    page = html(made(2, 30))
+    assert page.count("<figcaption>step") == 12 + 2
+    assert "18 more steps" in page
+
+
+def opened(comparison: Comparison) -> Image.Image:
+    with Image.open(io.BytesIO(picture.png(comparison))) as image:
+        return image.convert("RGB")
+
+
+def pixels(image: Image.Image, colour: str) -> int:
+    counts = {c: n for n, c in image.getcolors(image.width * image.height)}
+    return counts.get(ImageColor.getrgb(colour), 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "wrong"), [(2, 1, None), (2, 1, 1), (40, 30, 23), (94, 3, 60)]
+)
+def test_the_picture_is_as_wide_as_ever_and_small_enough_to_send(layers, steps, wrong):
+    file = picture.png(made(layers, steps, wrong))
+    with Image.open(io.BytesIO(file)) as image:
+        assert (image.format, image.width) == ("PNG", picture.WIDTH)
+        assert image.height < 2.5 * image.width
+    assert len(file) < 500_000
+
+
+def test_the_picture_is_in_the_colours_of_the_page():
+    right, wrong = opened(made(40, 2)), opened(made(40, 2, wrong=23))
+    page = html(made(40, 2))
+    for shade, colour in enumerate(LIGHT.shades):
+        assert f"--l{shade}: {colour};" in page
+        assert pixels(right, colour) > 0, "each shade is in the legend"
+    failed = LIGHT.shades[PASSING + 1 :]
+    assert sum(pixels(wrong, c) for c in failed) > 3 * sum(pixels(right, c) for c in failed)
+
+
+def test_each_cell_that_failed_has_a_cross_in_the_picture(monkeypatch):
+    grey = evolve(LIGHT, shades=("#888888",) * 8, crosses=("#ff00ff",) * 4)
+    monkeypatch.setattr(picture, "LIGHT", grey)
+    legend = pixels(opened(made(40, 1)), "#ff00ff")
+    one, two = (pixels(opened(made(40, 1, wrong)), "#ff00ff") for wrong in (39, 38))
+    assert one - legend >= 5 * 8
+    assert two - legend == 2 * (one - legend)
+
+
+def test_the_picture_shows_what_is_there():
+    comparison = made(1, 1)
+    comparison.findings = []
+    comparison.finished = False
+    assert 0 < opened(comparison).height < opened(made(1, 1)).height
+    comparison.model = "m" * 500
+    comparison.weights = [WeightFinding(name="w" * 500, passed=False, why="flipped")]
+    comparison.findings = [
+        Finding(
+            place=Place(mode="chained", phase="prefill", step=0, tensor=tensor),
+            passed=False,
+            why="the candidate has no such tensor",
+        )
+        for tensor in ("embed", "layers.7.output")
+    ]
+    assert opened(comparison).width == picture.WIDTH
+
+
+# --- terminals ------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_what_was_compared_so_far(tmp_path):
+    page, heat = tmp_path / "page.html", tmp_path / "map.png"
+    argv = ["--new-tokens", "2000", "--prompt", "We", "--html", str(page), *SEVEN]
+    terminal = Terminal("compare", *argv, "--png", str(heat))
+    terminal.wait_for(b"chained, decode")
+    terminal.interrupt()
+    assert terminal.end() == 130
+    assert b"Traceback" not in terminal.screen
+    assert b"not finished" in terminal.screen
+    assert "unfinished" in page.read_text()
+    with Image.open(heat) as image:
+        assert image.width == picture.WIDTH
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/numerics.md").read_text()
+
+
+def test_the_worked_case_of_the_documentation(capsys, tmp_path):
+    with on_path(tmp_path / "site") as install:
+        install(documented(PAGE))
+        argv = ["--candidate", "acme-fast", "--new-tokens", "2"]
+        code, out, _ = compared(capsys, *argv)
+        assert code == 1
+        assert out.splitlines()[0] in PAGE.splitlines()
+        _, out, _ = compared(capsys, *argv, "--json")
+    report = json.loads(out)
+    assert [w["why"] for w in report["weights"] if not w["passed"]] == ["it is transposed"] * 3
+    alone = [f for f in report["findings"] if f["mode"] == "isolated"]
+    assert {f["passed"] for f in alone if f["stage"] == "v_proj"} == {False}
+    before = ("attn_norm", "q_proj", "k_proj", "q_norm", "k_norm", "q_rope", "k_rope", "k_cache")
+    assert {f["passed"] for f in alone if f["stage"] in before} == {True}
+
+
+def test_the_documentation_names_every_key_of_the_report():
+    comparison = made(1, 1, wrong=0)
+    report = record(comparison)
+    finding = report["findings"][0]
+    for keys in (report, finding, finding["candidate"], report["logits"][0]):
+        for key in keys.keys() - {"elements"}:
+            assert f"`{key}`" in PAGE, key

@@ -1,0 +1,135 @@
+"""What examples/ holds, run as its readers would: with the bundled model, and no NPU."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import task_submit
+from checkout import ROOT
+
+from tilewright import plugins
+from tilewright.cli import add_arguments, main
+from tilewright.cli.parser import Parser
+from tilewright.config import resolve
+from tilewright.options import options_of
+from tilewright.settings import DEMO_MODEL, DEMO_PROMPT
+from tilewright_pypto.options import Options
+
+SCRIPT = ROOT / "examples/qwen3_14b_local_generate.py"
+RUN_FILE = ROOT / "examples/qwen3-14b.toml"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("TILEWRIGHT_") or name == "TASK_DEVICE":
+            monkeypatch.delenv(name)
+
+
+def example(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--model-dir", str(DEMO_MODEL), *argv]
+    # One thread: tests that run at the same time need the other cores.
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environ)
+
+
+def test_the_script_tells_its_flags():
+    done = example("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for flag in ("--prompt-file", "--executor", "--device", "--platform", "--pypto-root"):
+        assert flag in done.stdout
+
+
+def test_the_script_runs_on_any_executor():
+    argv = ["--prompt", DEMO_PROMPT, "--max-new-tokens=8"]
+    done = example("--executor=torch", *argv)
+    assert done.stderr == ""
+    text, token_ids, finish_reason, device = done.stdout.splitlines()
+    assert text.startswith("text:  that all men are created equal")
+    assert len(ast.literal_eval(token_ids.removeprefix("token_ids: "))) == 8
+    assert finish_reason == "finish_reason: length"
+    assert device == "device: cpu"
+    emulated = example("--platform=emulated", *argv)
+    assert emulated.stderr == ""
+    assert emulated.stdout == done.stdout.replace("device: cpu", "device: emulated")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "platform a2a3 needs a card, and none was named: give --device N"),
+        (["--platform=a5"], "platform a5 needs a card"),
+        (["--platform=a6"], "'a6'"),
+        (["--executor=torch", "--platform=a5"], "'platform'"),
+    ],
+)
+def test_what_the_script_is_refused_is_told_in_one_line(argv, message):
+    done = example("--prompt", "x", *argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_the_run_file_is_for_one_card_and_a_cache_of_its_longest_sequence():
+    config = resolve(RUN_FILE, environ={}).config
+    assert config.plugins.executor == "pypto-npu"
+    assert config.options["executor"] == {"platform": "a2a3"}
+    runtime = config.runtime
+    assert runtime.page_size * runtime.total_pages == runtime.max_seq_len * runtime.max_batch_size
+    assert [Path(file).name for file in config.prompts.file] == ["prompts.jsonl"]
+
+
+def test_the_run_file_runs_on_another_model_and_without_a_card(capsys):
+    argv = ["--model", str(DEMO_MODEL), "--max-seq-len=2048", "--max-new-tokens=6"]
+    assert main(["run", str(RUN_FILE), *argv, "-o", "platform=emulated"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in printed] == ["Huawei is", "The capital of France is"]
+    assert {record["device"] for record in printed} == {"emulated"}
+    assert all(record["text"] and record["token_ids"] for record in printed)
+
+
+PAGES = [
+    "README.md",
+    "docs/npu.md",
+    "examples/qwen3-14b.toml",
+    "examples/qwen3_14b_local_generate.py",
+]
+
+
+def submitted() -> list[str]:
+    """The commands that the pages give to task-submit. One may go over several lines."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    return [
+        " ".join(command.replace("\\", "").split())
+        for command in re.findall(r'task-submit .*?--run "(.+?)"', text, re.S)
+    ]
+
+
+def test_documented_commands_get_their_card_from_task_submit():
+    commands = submitted()
+    assert len(commands) > 3
+    for command in commands:
+        assert task_submit.rejection(command) is None
+        runs = task_submit.with_card(command, "5")
+        # Of several commands, which task-submit leaves alone, the last; it reads TASK_DEVICE.
+        words = shlex.split(runs.rstrip(";").rpartition("&&")[2])
+        assert runs.endswith(" --device 5") != ("&&" in command or ";" in command), command
+        if words[0].endswith("tilewright"):
+            parser = Parser()
+            add_arguments(parser, plugins.load(plugins.find("command", words[1])))
+            parser.parse_args(words[2:])
+        else:
+            assert words[:2] == ["python", "examples/qwen3_14b_local_generate.py"]
+
+
+def test_the_npu_page_lists_every_option():
+    page = (ROOT / "docs/npu.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert listed == [option.name for option in options_of(Options)]

@@ -1,0 +1,199 @@
+"""``tilewright plugins new``: what it writes installs, is found, and passes its own checks."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import plugin_distributions as dists
+import pytest
+from checkout import ROOT
+
+from tilewright import plugins
+from tilewright.cli import main
+from tilewright_testing import LoaderSuite
+
+KINDS = list(plugins.KINDS)
+QUICK, SLOW = ["loader"], [kind for kind in KINDS if kind != "loader"]
+
+
+def name(kind: str) -> str:
+    return f"acme-{kind.replace('_', '-')}"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a distribution of each kind."""
+    folder = tmp_path_factory.mktemp("new")
+    for kind in KINDS:
+        assert main(["plugins", "new", kind, name(kind), "--out", str(folder / kind)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where they are installed."""
+    site = tmp_path_factory.mktemp("site") / "packages"
+    folders = [str(written / kind) for kind in KINDS]
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*pip, "--target", str(site), *folders], check=True, capture_output=True)
+    return site
+
+
+def test_all_kinds_are_found_and_fit(site: Path) -> None:
+    done = dists.run("-m", "tilewright", "plugins", "check", "--json", site=site)
+    assert done.code == 0, done.err
+    found = {p["name"]: p for p in json.loads(done.out) if p["name"].startswith("acme-")}
+    for kind in KINDS:
+        plugin = found.pop(name(kind))
+        assert (plugin["kind"], plugin["state"]) == (kind, "ok")
+        assert plugin["distribution"] == f"tilewright-{name(kind)}"
+        assert plugin["where"] == str(site)
+        assert (site / f"tilewright_{name(kind).replace('-', '_')}" / "py.typed").exists()
+    assert not found
+
+
+def passes_its_tests(written: Path, site: Path, kinds: Sequence[str]) -> None:
+    folders = [str(written / kind / "tests") for kind in kinds]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(written)]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = dists.run("-m", "pytest", *options, *folders, site=site, **environment)
+    assert done.code == 0, done.out[-5000:]
+    assert "passed" in done.out
+    assert "failed" not in done.out
+
+
+def passes_its_type_check(written: Path, site: Path, kinds: Sequence[str]) -> None:
+    config = written / kinds[0] / "pyproject.toml"
+    assert tomllib.loads(config.read_text())["tool"]["mypy"]["strict"] is True
+    parts = [str(written / kind / part) for kind in kinds for part in ("src", "tests")]
+    options = ["--config-file", str(config), "--cache-dir", str(written / "mypy")]
+    done = dists.run("-m", "mypy", *options, *parts, site=site)
+    assert done.code == 0, done.out + done.err
+
+
+def test_a_new_loader_passes_its_tests(written: Path, site: Path) -> None:
+    passes_its_tests(written, site, QUICK)
+
+
+def test_a_new_loader_passes_its_type_check(written: Path, site: Path) -> None:
+    passes_its_type_check(written, site, QUICK)
+
+
+@pytest.mark.slow
+def test_new_plugins_of_all_other_kinds_pass_their_tests(written: Path, site: Path) -> None:
+    passes_its_tests(written, site, SLOW)
+
+
+@pytest.mark.slow
+def test_new_plugins_of_all_other_kinds_pass_their_type_check(written: Path, site: Path) -> None:
+    passes_its_type_check(written, site, SLOW)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_word_of_the_template_is_left(written: Path, kind: str) -> None:
+    files = {p: p.read_text() for p in (written / kind).rglob("*") if p.is_file()}
+    assert len(files) == 6
+    for path, text in files.items():
+        for word in ("my-plugin", "my_plugin", "MY_", "0.0.0"):
+            assert word not in text + str(path.relative_to(written)), path
+
+
+def test_pyproject_says_what_is_published(written: Path) -> None:
+    project = tomllib.loads((written / "sampler" / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "tilewright-acme-sampler"
+    assert project["entry-points"] == {
+        "tilewright.samplers": {"acme-sampler": "tilewright_acme_sampler.sampler"}
+    }
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sampler", "My_Sampler"], "found 'My_Sampler'; 'my-sampler' would do"),
+        (["sampler", "9lives"], "found '9lives'; 'lives' would do"),
+        (["sampler", "a--b"], "found 'a--b'; 'a-b' would do"),
+        (["sampler", "../evil"], "found '../evil'; 'evil' would do"),
+        (["sampler", ""], "found ''"),
+        (["sampler", "a" * 61], "60 at most"),
+        (["sampler", "émile"], "'mile' would do"),
+        (["sampler", "top-p"], "sampler 'top-p' of tilewright"),
+        (["sampler", "hf"], "a package tilewright_hf is installed already, in "),
+        (["samplr", "acme"], "unknown 'samplr'; did you mean 'sampler'?"),
+        (["sampler", "acme", "--out", "no/such/acme"], "there is no folder 'no/such'"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plugins", "new", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "dangling link"])
+def test_what_exists_is_left_as_it_is(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "tilewright-acme"
+    if what == "folder":
+        there.mkdir()
+    elif what == "file":
+        there.write_text("mine")
+    else:
+        there.symlink_to("nowhere")
+    assert main(["plugins", "new", "observer", "acme"]) == 2
+    assert "exists and is left as it is" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [there]
+    assert not there.is_dir() or not list(there.iterdir())
+
+
+def test_a_write_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text = Path.write_text
+
+    def full(path: Path, *arguments: object, **named: object) -> int:
+        if path.name == "README.md":
+            raise OSError(28, "No space left on device")
+        return write_text(path, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["plugins", "new", "observer", "acme", "--out", str(tmp_path / "acme")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --- what the documentation shows -----------------------------------------------------------------
+
+
+def test_the_tutorial_shows_what_is_written_and_tests_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/writing-plugins.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert main(["plugins", "new", "loader", "acme"]) == 0
+    said = capsys.readouterr().out
+    shown = "".join(f"    {line}\n" for line in said.splitlines())
+    assert f"    $ tilewright plugins new loader acme\n{shown}" in page
+
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == set(re.findall(r"^    (tilewright-acme/\S+)", page, re.MULTILINE))
+
+    tests = {name.removeprefix("test_").replace("_", " ") for name in dir(LoaderSuite)}
+    lines = re.findall(r"^      (?:passed|failed|not run)  +(.*)$", page, re.MULTILINE)
+    assert len(lines) > 10
+    assert set(lines) <= tests

@@ -1,0 +1,917 @@
+"""The suite of executors finds each of these broken ones, by the test that is meant for it."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from attrs import evolve
+from conformance import Fault, missed, own_tests, run
+from planted import MISTAKES, PlantedExecutor
+from planted import Options as Planted
+from torch import Tensor
+
+from tilewright import hookimpl
+from tilewright.errors import ExecutorError
+from tilewright.types import (
+    ExecutorLimits,
+    ExecutorRequest,
+    KvCacheSpec,
+    KvLayer,
+    PackedTensor,
+    PackedWeights,
+    PluginInfo,
+    StepBatch,
+    Tap,
+)
+from tilewright.weights import expected_tensors, typed_tensors
+from tilewright_testing import ExecutorSuite
+from tilewright_testing.executor import MODELS
+from tilewright_testing.models import MemorySource
+from tilewright_torch import plugin as shipped
+from tilewright_torch.model import Model, TorchExecutor
+
+
+class Executors:
+    """A plugin that makes executors in some way."""
+
+    tilewright_api = 1
+
+    def __init__(self, make: Callable[[ExecutorRequest], Any]):
+        self.make = make
+
+    @hookimpl
+    def plugin_info(self) -> PluginInfo:
+        return PluginInfo(summary="computes on the CPU")
+
+    @hookimpl
+    def create_executor(self, request: ExecutorRequest) -> Any:
+        return self.make(request)
+
+
+def of(cls: type[TorchExecutor], **changed: Any) -> Executors:
+    """A plugin of executors of a class, with fields of their kv_cache_spec changed."""
+
+    def make(request: ExecutorRequest) -> Any:
+        made = shipped.create_executor(request)
+        return cls(made._opened(), evolve(made.kv_cache_spec, **changed))
+
+    return Executors(make)
+
+
+def planted(mistake: str, layer: int = 0, phase: str = "both") -> Executors:
+    """A plugin of executors that compute one thing wrongly."""
+
+    def make(request: ExecutorRequest) -> Any:
+        made = shipped.create_executor(request)
+        return PlantedExecutor(made._opened(), made.kv_cache_spec, Planted(mistake, layer, phase))
+
+    return Executors(make)
+
+
+Logits = Callable[[Tensor, StepBatch], Tensor]
+
+
+def with_logits(change: Logits) -> type[TorchExecutor]:
+    """Executors whose steps return something else."""
+
+    class Changed(TorchExecutor):
+        def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+            return change(super()._run(batch, tap), batch)
+
+    return Changed
+
+
+def with_batch(change: Callable[[StepBatch, KvCacheSpec], StepBatch]) -> type[TorchExecutor]:
+    """Executors that run another step than they are given."""
+
+    class Changed(TorchExecutor):
+        def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+            return super()._run(change(batch, self.kv_cache_spec), tap)
+
+    return Changed
+
+
+# --- rows, chunks, pages --------------------------------------------------------------------------
+
+
+def last_rows(batch: StepBatch, spec: KvCacheSpec) -> StepBatch:
+    count = len(batch.logits_rows)
+    return evolve(batch, logits_rows=torch.arange(len(batch.token_ids))[-count:][:count])
+
+
+def some_row(batch: StepBatch, spec: KvCacheSpec) -> StepBatch:
+    return batch if len(batch.logits_rows) else evolve(batch, logits_rows=torch.tensor([0]))
+
+
+def pages_in_a_row(batch: StepBatch, spec: KvCacheSpec) -> StepBatch:
+    """As if a sequence's pages followed each other in memory."""
+    first = batch.block_table[:, :1]
+    table = first + torch.arange(batch.block_table.shape[1], dtype=torch.int32)
+    return evolve(batch, block_table=table % 40)
+
+
+def of_equal_lengths(batch: StepBatch, spec: KvCacheSpec) -> StepBatch:
+    """As if all sequences were padded to the longest one."""
+    longest = batch.context_lens.max().expand(len(batch.context_lens)).clone()
+    pages = -(-longest // spec.page_size)
+    held = (batch.block_table >= 0).sum(1)
+    return evolve(batch, context_lens=torch.where(held >= pages, longest, batch.context_lens))
+
+
+def chunk_alone(batch: StepBatch, spec: KvCacheSpec) -> StepBatch:
+    """As if nothing came before a chunk."""
+    new = batch.query_starts.diff()
+    if (new == 1).all():
+        return batch
+    start = (batch.context_lens - new) // spec.page_size
+    table = batch.block_table.clone()
+    for row, first in enumerate(start.tolist()):
+        table[row] = table[row].roll(-first)
+    return evolve(
+        batch, context_lens=batch.context_lens - start * spec.page_size, block_table=table
+    )
+
+
+def wraps_at(limit: int) -> Any:
+    def change(batch: StepBatch, spec: KvCacheSpec) -> StepBatch:
+        return evolve(batch, positions=batch.positions % limit)
+
+    return change
+
+
+class RemembersPages(TorchExecutor):
+    """Writes to a slot once, and takes what is there for written after that."""
+
+    def __init__(self, model: Model, spec: KvCacheSpec):
+        super().__init__(model, spec)
+        self._written: set[int] = set()
+        self._kept: dict[int, list[Tensor]] = {}
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        slots = batch.slot_mapping.tolist()
+        logits = super()._run(batch, tap)
+        for slot in slots:
+            now = [t[slot] for layer in self._kv for t in layer]
+            if slot in self._kept:
+                for tensor, old in zip(now, self._kept[slot], strict=True):
+                    tensor.copy_(old)
+            else:
+                self._kept[slot] = [t.clone() for t in now]
+        return logits
+
+
+class DecodesByItself(TorchExecutor):
+    """Its decode has another way to compute, which rounds coarsely."""
+
+    def decode(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        return super().decode(batch, tap) * 1.01
+
+
+class PrefillsSingleTokensWrongly(TorchExecutor):
+    def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        if len(batch.token_ids) == len(batch.context_lens) and int(batch.positions.min()) > 0:
+            batch = evolve(batch, positions=batch.positions - 1)
+        return super().prefill(batch, tap)
+
+
+# --- what it states of itself ---------------------------------------------------------------------
+
+
+class RunsFewer(TorchExecutor):
+    limits = ExecutorLimits(max_batch_size=64)
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        if len(batch.context_lens) > 5:
+            raise ExecutorError("at most 5 sequences")
+        return super()._run(batch, tap)
+
+
+class NoLimit(TorchExecutor):
+    limits = ExecutorLimits(max_batch_size=0)
+
+
+class NoDevice(TorchExecutor):
+    device = ""
+
+
+class OtherSpecEachTime(TorchExecutor):
+    @property
+    def kv_cache_spec(self) -> KvCacheSpec:
+        self._memory = getattr(self, "_memory", 10**9) - 1
+        return evolve(self._spec, memory_limit=self._memory)
+
+    @kv_cache_spec.setter
+    def kv_cache_spec(self, spec: KvCacheSpec) -> None:
+        self._spec = spec
+
+
+class Turned(TorchExecutor):
+    """Says HND, and lays rows out as NHD."""
+
+    def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
+        spec = self.kv_cache_spec
+        page = (-1, spec.page_size, spec.num_kv_heads, spec.head_dim)
+        self._kv = [
+            (layer.key.view(page).flatten(0, 1), layer.value.view(page).flatten(0, 1))
+            for layer in layers
+        ]
+
+    def read_kv(self, layer: int) -> KvLayer:
+        spec = self.kv_cache_spec
+        page = (-1, spec.num_kv_heads, spec.page_size, spec.head_dim)
+        return KvLayer(*(rows.view(page) for rows in self._kv[layer]))
+
+
+# --- what it leaves alone -------------------------------------------------------------------------
+
+
+class WritesOnePast(TorchExecutor):
+    """Writes in blocks of two tokens."""
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        logits = super()._run(batch, tap)
+        past = int(batch.slot_mapping[-1]) + 1
+        for keys, values in self._kv:
+            keys[past] = values[past] = 0
+        return logits
+
+
+class WritesTheFirstSlot(TorchExecutor):
+    """Sends the padding of its block table to slot 0."""
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        logits = super()._run(batch, tap)
+        if (batch.block_table < 0).any():
+            for keys, values in self._kv:
+                keys[0] = values[0] = 0
+        return logits
+
+
+class LeavesOutTheLastValue(TorchExecutor):
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        _, values = self._kv[-1]
+        before = values[int(batch.slot_mapping[-1])].clone()
+        logits = super()._run(batch, tap)
+        values[int(batch.slot_mapping[-1])] = before
+        return logits
+
+
+class MultipliesStaleValues(TorchExecutor):
+    """Weights of 0 for all that is in the cache: NaN times 0 is NaN."""
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        pages = batch.block_table[batch.block_table >= 0].long()
+        size = self.kv_cache_spec.page_size
+        slots = (pages.unsqueeze(1) * size + torch.arange(size)).flatten()
+        logits = super()._run(batch, tap)
+        return logits + 0 * self._kv[0][1][slots].float().sum()
+
+
+class WritesToTheBatch(TorchExecutor):
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        batch.block_table.clamp_(min=0)
+        return super()._run(batch, tap)
+
+
+class ScalesWeights(TorchExecutor):
+    def __init__(self, model: Model, spec: KvCacheSpec):
+        super().__init__(model, spec)
+        for name, tensor in model.weights.items():
+            if name.endswith("q_proj.weight"):
+                tensor.mul_(2).div_(2).add_(1e-3)
+
+
+def read_late(request: ExecutorRequest) -> Any:
+    """Its weights are read when they are used first."""
+
+    class Late(TorchExecutor):
+        def _opened(self) -> Model:
+            request.weights.get("model.norm.weight")
+            return super()._opened()
+
+    made = shipped.create_executor(request)
+    return Late(made._opened(), made.kv_cache_spec)
+
+
+def changing(change: Callable[[], object]) -> Executors:
+    """One that changes something in its process when it is made."""
+
+    def make(request: ExecutorRequest) -> Any:
+        made = shipped.create_executor(request)
+        change()
+        return made
+
+    return Executors(make)
+
+
+class TurnsGradientsOff(TorchExecutor):
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        torch.set_grad_enabled(False)
+        return super()._run(batch, tap)
+
+
+# --- taps -----------------------------------------------------------------------------------------
+
+
+def with_tap(change: Callable[[str, Tensor, Tap], None]) -> type[TorchExecutor]:
+    """Executors that hand something else to their taps."""
+
+    class Changed(TorchExecutor):
+        def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+            return super()._run(batch, tap and (lambda name, x: change(name, x, tap)))
+
+    return Changed
+
+
+class RemembersTheTap(TorchExecutor):
+    _last: "Tap | None" = None
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        self._last = tap or self._last
+        return super()._run(batch, self._last)
+
+
+class ComputesOtherwiseForTaps(TorchExecutor):
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        logits = super()._run(batch, tap)
+        return logits.bfloat16().float() if tap else logits
+
+
+# --- again, and side by side ----------------------------------------------------------------------
+
+
+class Noisy(TorchExecutor):
+    """Adds up in another order each time."""
+
+    def __init__(self, model: Model, spec: KvCacheSpec):
+        super().__init__(model, spec)
+        self._random = torch.Generator().manual_seed(0)
+
+    def run_head(self, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
+        logits = super().run_head(hidden, tap)
+        return logits * (1 + 1e-7 * torch.randn(logits.shape, generator=self._random))
+
+
+class Averages(TorchExecutor):
+    """Carries something on from step to step."""
+
+    mean = 0.0
+
+    def run_head(self, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
+        logits = super().run_head(hidden + 1e-6 * self.mean, tap)
+        self.mean = 0.5 * self.mean + float(hidden.float().mean() if len(hidden) else 0)
+        return logits
+
+
+class OneForAll(TorchExecutor):
+    """Its cache is that of the executor that was bound last."""
+
+    shared: ClassVar[list[Any]] = []
+
+    def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
+        super().bind_kv_cache(layers)
+        OneForAll.shared[:] = self._kv
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        self._kv = list(OneForAll.shared)
+        return super()._run(batch, tap)
+
+
+class ClosesAll(TorchExecutor):
+    """Frees what another one of its class works with."""
+
+    made: ClassVar[list["ClosesAll"]] = []
+
+    def __init__(self, model: Model, spec: KvCacheSpec):
+        super().__init__(model, spec)
+        ClosesAll.made.append(self)
+
+    def close(self) -> None:
+        for one in ClosesAll.made:
+            TorchExecutor.close(one)
+        ClosesAll.made.clear()
+
+
+class ClosesOnce(TorchExecutor):
+    def close(self) -> None:
+        self._opened()
+        super().close()
+
+
+class StaysOpen(TorchExecutor):
+    def close(self) -> None:
+        pass
+
+
+class Crashes(TorchExecutor):
+    def _opened(self) -> Model:
+        assert self._model is not None, "the model is gone"
+        return self._model
+
+
+CONVERTED: dict[str, Tensor] = {}
+
+
+def cached_by_name(request: ExecutorRequest) -> Any:
+    """Keeps converted weights for all models, by their names."""
+    made = shipped.create_executor(request)
+    model = made._opened()
+    key = f"{model.final_norm.shape}{model.dtype}"
+    norm = CONVERTED.setdefault(key, model.final_norm.clone())
+    return TorchExecutor(evolve(model, final_norm=norm), made.kv_cache_spec)
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+def any_device(request: ExecutorRequest) -> Any:
+    return shipped.create_executor(
+        evolve(request, runtime_config=evolve(request.runtime_config, device=None))
+    )
+
+
+def refuses_late(request: ExecutorRequest) -> Any:
+    for name in request.weights.names():
+        request.weights.get(name)
+    return shipped.create_executor(request)
+
+
+def refuses_with(error: Callable[[ExecutorError], Exception]) -> Executors:
+    def make(request: ExecutorRequest) -> Any:
+        try:
+            return shipped.create_executor(request)
+        except ExecutorError as refused:
+            raise error(refused) from refused
+
+    return Executors(make)
+
+
+def reads_before_it_refuses_biases(request: ExecutorRequest) -> Any:
+    made = shipped.create_executor(request)
+    if request.model_config.mlp_bias:
+        raise ExecutorError("no biases")
+    return made
+
+
+def runs_any_heads(request: ExecutorRequest) -> Any:
+    config = request.model_config
+    if config.num_heads % config.num_kv_heads:
+        config = evolve(config, num_kv_heads=1)
+    return shipped.create_executor(evolve(request, model_config=config))
+
+
+def counts_down(request: ExecutorRequest) -> Any:
+    request.report("kernels", 3, 2)
+    return shipped.create_executor(request)
+
+
+def ignores_page_size(request: ExecutorRequest) -> Any:
+    runtime = evolve(request.runtime_config, page_size=8)
+    return shipped.create_executor(evolve(request, runtime_config=runtime))
+
+
+def no_page_size(request: ExecutorRequest) -> Any:
+    made = shipped.create_executor(request)
+    if request.runtime_config.page_size is None:
+        made.kv_cache_spec = evolve(made.kv_cache_spec, page_size=0)
+    return made
+
+
+# --- packed weights -------------------------------------------------------------------------------
+
+
+class Packing(Executors):
+    """Packs weights under names of its own, those of the checkpoint behind ``packed.``."""
+
+    version = 1
+
+    def __init__(self) -> None:
+        super().__init__(self.unpacked)
+
+    def unpacked(self, request: ExecutorRequest) -> Any:
+        if request.packed:
+            names = (f"packed.{name}" for name in expected_tensors(request.model_config))
+            tensors = {n.removeprefix("packed."): request.weights.get(n) for n in names}
+            request = evolve(request, weights=MemorySource(tensors), packed=False)
+        return shipped.create_executor(request)
+
+    @hookimpl
+    def pack_weights(self, request: ExecutorRequest) -> PackedWeights:
+        return PackedWeights(version=self.version, tensors=map(self.change, typed_tensors(request)))
+
+    def change(self, tensor: PackedTensor) -> PackedTensor:
+        return evolve(tensor, name=f"packed.{tensor.name}")
+
+
+class PacksFlat(Packing):
+    def change(self, tensor: PackedTensor) -> PackedTensor:
+        return evolve(super().change(tensor), read=lambda: tensor.read().flatten())
+
+
+class PacksOther(Packing):
+    def change(self, tensor: PackedTensor) -> PackedTensor:
+        return evolve(super().change(tensor), read=lambda: tensor.read() + 1e-3)
+
+
+class PacksAtOnce(Packing):
+    def change(self, tensor: PackedTensor) -> PackedTensor:
+        made = tensor.read()
+        return evolve(super().change(tensor), read=lambda: made)
+
+
+class PacksBackwards(Packing):
+    @hookimpl
+    def pack_weights(self, request: ExecutorRequest) -> PackedWeights:
+        tensors = list(map(self.change, typed_tensors(request)))
+        return PackedWeights(version=self.version, tensors=tensors[::-1])
+
+
+class PacksUnversioned(Packing):
+    version = 0
+
+
+class CoarseCache(TorchExecutor):
+    """Writes keys and values of any dtype in bfloat16."""
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        slots, logits = batch.slot_mapping.long(), super()._run(batch, tap)
+        for keys, values in self._kv if self._kv[0][0].dtype == torch.float16 else ():
+            for rows in (keys, values):
+                rows[slots] = rows[slots].bfloat16().half()
+        return logits
+
+
+# --- layer by layer -------------------------------------------------------------------------------
+
+
+class NormsInPlace(TorchExecutor):
+    def run_layer(
+        self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
+    ) -> Tensor:
+        return hidden.copy_(super().run_layer(layer, hidden, batch, tap))
+
+
+class OwnLayers(TorchExecutor):
+    """Its layers alone are not those of its steps."""
+
+    in_step = False
+
+    def _run(self, batch: StepBatch, tap: "Tap | None") -> Tensor:
+        self.in_step = True
+        try:
+            return super()._run(batch, tap)
+        finally:
+            self.in_step = False
+
+    def run_layer(
+        self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
+    ) -> Tensor:
+        out = super().run_layer(layer, hidden, batch, tap)
+        return out if self.in_step else out * (1 + 2e-7)
+
+
+class ReadsValuesAsKeys(TorchExecutor):
+    def read_kv(self, layer: int) -> KvLayer:
+        cache = super().read_kv(layer)
+        return KvLayer(cache.value, cache.key)
+
+    def write_kv(self, layer: int, cache: KvLayer) -> None:
+        super().write_kv(layer, KvLayer(cache.value, cache.key))
+
+
+class WritesNoCache(TorchExecutor):
+    def write_kv(self, layer: int, cache: KvLayer) -> None:
+        pass
+
+
+class WritesTheFirstLayersCache(TorchExecutor):
+    def write_kv(self, layer: int, cache: KvLayer) -> None:
+        super().write_kv(0, cache)
+        super().write_kv(layer, cache)
+
+
+class AsPacked(TorchExecutor):
+    def weight(self, name: str) -> Tensor:
+        found = super().weight(name)
+        return found.T.reshape(found.shape) if name.endswith("o_proj.weight") else found
+
+
+class AnyWeight(TorchExecutor):
+    def weight(self, name: str) -> Tensor:
+        return self._opened().weights.get(name, torch.zeros(1))
+
+
+def rewrite(name: str, x: Tensor, tap: Tap) -> None:
+    """Flattens heads."""
+    tap(name, x.flatten(1))
+
+
+def rename(name: str, x: Tensor, tap: Tap) -> None:
+    tap(name.replace("q_proj", "query"), x)
+
+
+def twice(name: str, x: Tensor, tap: Tap) -> None:
+    tap(name, x)
+    if name == "embed":
+        tap(name, x)
+
+
+def unrotated(name: str, x: Tensor, tap: Tap) -> None:
+    """Gives the name of one tensor to another."""
+    tap(name, x.flip(0) if name.endswith("k_rope") else x)
+
+
+def with_graph(logits: Tensor, batch: StepBatch) -> Tensor:
+    return logits.clone().requires_grad_()
+
+
+ALL = "prompts_that_end_about_a_page_and_go_on"
+ROWS = "logits_are_of_the_wanted_rows_and_float32"
+REFUSED = "a_device_that_is_none_is_refused"
+PROCESS = "the_process_is_left_as_it_was"
+
+# name, plugin or class of its executors, test that fails, words of the failure
+_FAULTS: list[tuple[str, Any, str, str]] = [
+    # of itself
+    (
+        "ignores the page size",
+        Executors(ignores_page_size),
+        "it_has_the_page_size",
+        "page_size = 4 was set",
+    ),
+    (
+        "ignores the KV dtype",
+        of(TorchExecutor, dtype="float16"),
+        "it_declares_the_cache",
+        "kv_cache_spec",
+    ),
+    ("another spec each time", OtherSpecEachTime, "it_declares_the_cache", "must stay as it is"),
+    ("names no device", NoDevice, "it_names_its_device", "device"),
+    ("chooses no page size", Executors(no_page_size), "it_names_its_device", "page_size"),
+    ("a limit of 0", NoLimit, "limits_are_positive", "max_batch_size = 0"),
+    ("runs fewer sequences than it says", RunsFewer, "batches_as_large_as_its_limits", "at most 5"),
+    ("reports 3 of 2", Executors(counts_down), "reports_of_getting_ready", "3 of 2"),
+    # what it computes
+    (
+        "pages in a row",
+        with_batch(pages_in_a_row),
+        "pages_in_any_order",
+        "rounding explains|finite",
+    ),
+    (
+        "forgets what came before a chunk",
+        with_batch(chunk_alone),
+        "chunks_give_the_logits_of_the_whole",
+        "rounding explains",
+    ),
+    ("takes pages for written", RemembersPages, "pages_that_were_freed_serve", "k_cache"),
+    ("decodes more loudly", DecodesByItself, "a_sequence_alone", "decode .* logits"),
+    (
+        "runs single tokens one place early",
+        PrefillsSingleTokensWrongly,
+        "prefill_of_one_token_each",
+        "prefill",
+    ),
+    (
+        "wraps positions at 255",
+        with_batch(wraps_at(255)),
+        "a_sequence_as_long_as_its_limit",
+        "decode",
+    ),
+    (
+        "wraps positions at 16",
+        with_batch(wraps_at(16)),
+        "batches_as_large_as_its_limits",
+        "k_cache",
+    ),
+    ("says HND, does NHD", of(Turned, row_order="HND"), ALL, "cache"),
+    ("gives the last rows", with_batch(last_rows), ROWS, "rounding explains"),
+    ("gives a row when none is wanted", with_batch(some_row), ROWS, "expected .0, 131"),
+    ("gives rows backwards", with_logits(lambda x, batch: x.flip(0)), ROWS, "rounding explains"),
+    ("gives float64", with_logits(lambda x, batch: x.double()), ROWS, "float64"),
+    ("gives a gradient's graph", with_logits(with_graph), ROWS, "graph"),
+    ("rounds keys to another dtype", CoarseCache, "a_kv_cache_of_another_dtype", "k_cache"),
+    # packed weights
+    ("packs other shapes", PacksFlat(), "packed_weights_are_as_they_are_announced", "announced as"),
+    ("packs at once", PacksAtOnce(), "packed_weights_are_as_they_are_announced", "read alone"),
+    (
+        "packs in version 0",
+        PacksUnversioned(),
+        "packed_weights_are_as_they_are_announced",
+        "from 1",
+    ),
+    ("packs other weights", PacksOther(), "packed_weights_give_the_same_bits", "other logits"),
+    ("packs backwards", PacksBackwards(), "packed_weights_give_the_same_bits", "in the order"),
+    # what it leaves alone
+    (
+        "writes one slot past its own",
+        WritesOnePast,
+        "a_step_writes_to_its_own_slots",
+        "not the step's",
+    ),
+    (
+        "writes padding to slot 0",
+        WritesTheFirstSlot,
+        "a_step_writes_to_its_own_slots",
+        "not the step's",
+    ),
+    (
+        "leaves out the last value",
+        LeavesOutTheLastValue,
+        "a_step_writes_to_its_own_slots",
+        "left out a value",
+    ),
+    ("multiplies stale values by 0", MultipliesStaleValues, "what_other_slots_hold", "NaN"),
+    ("writes to the batch", WritesToTheBatch, "the_batch_is_not_changed", "batch.block_table"),
+    ("scales the source's weights", ScalesWeights, "weights_are_left_as_they_were", "q_proj"),
+    ("reads weights late", Executors(read_late), "the_source_may_be_closed", "closed"),
+    (
+        "sets the default dtype",
+        changing(lambda: torch.set_default_dtype(torch.bfloat16)),
+        PROCESS,
+        "default dtype",
+    ),
+    ("seeds torch", changing(lambda: torch.manual_seed(1)), PROCESS, "random state"),
+    (
+        "sets an environment variable",
+        changing(lambda: os.environ.update(ACME_DEVICE="1")),
+        PROCESS,
+        "ACME_DEVICE",
+    ),
+    ("turns gradients off", TurnsGradientsOff, PROCESS, "gradient mode"),
+    # taps
+    ("taps by names of its own", with_tap(rename), "taps_are_those_of_the_docs", "layers.0.query"),
+    ("taps flat heads", with_tap(rewrite), "taps_are_those_of_the_docs", "q_proj"),
+    ("taps a name twice", with_tap(twice), "taps_are_those_of_the_docs", "came twice"),
+    ("taps another tensor", with_tap(unrotated), "taps_hold_what_their_names_say", "k_rope"),
+    (
+        "computes otherwise for taps",
+        ComputesOtherwiseForTaps,
+        "a_tap_changes_no_bit",
+        "other logits",
+    ),
+    ("remembers the tap", RemembersTheTap, "a_tap_is_for_its_step_alone", "without one"),
+    # again, and side by side
+    ("differs each time", Noisy, "the_same_step_twice", "other logits"),
+    ("carries a mean on", Averages, "nothing_is_kept_from_step_to_step", "in between"),
+    ("one cache for all", OneForAll, "two_side_by_side_are_independent", "rounding explains"),
+    (
+        "one set of weights for all",
+        Executors(cached_by_name),
+        "two_side_by_side_are_independent",
+        "rounding explains",
+    ),
+    ("closes all of them", ClosesAll, "two_side_by_side_are_independent", "is closed"),
+    ("closes once", ClosesOnce, "it_is_closed_twice", "is closed"),
+    ("stays open", StaysOpen, "a_closed_one_says_so", "ExecutorError"),
+    ("crashes when it is closed", Crashes, "a_closed_one_says_so", "the model is gone"),
+    # what it refuses
+    ("takes any device", Executors(any_device), REFUSED, "no-such-device"),
+    ("refuses with ValueError", refuses_with(lambda e: ValueError(str(e))), REFUSED, "ValueError"),
+    (
+        "refuses in two lines",
+        refuses_with(lambda e: ExecutorError(f"no:\n{e}")),
+        REFUSED,
+        "one line",
+    ),
+    ("refuses when all is read", Executors(refuses_late), REFUSED, "weights were read"),
+    (
+        "takes any number of heads",
+        Executors(runs_any_heads),
+        "a_shape_that_is_none",
+        "num_kv_heads",
+    ),
+    (
+        "refuses biases late",
+        Executors(reads_before_it_refuses_biases),
+        "what_it_cannot_run",
+        "were read",
+    ),
+    # layer by layer
+    ("writes to its input", NormsInPlace, "a_step_is_its_embedding", "changed its input"),
+    ("has layers of its own", OwnLayers, "a_step_is_its_embedding", "other logits"),
+    ("reads values as keys", ReadsValuesAsKeys, "a_layers_cache_is_read", "left the cache alone"),
+    ("replaces nothing", WritesNoCache, "a_layers_cache_is_read", "other keys"),
+    ("replaces two layers", WritesTheFirstLayersCache, "a_layers_cache_is_read", "another layer"),
+    ("shows weights as packed", AsPacked, "weights_are_those", "o_proj"),
+    ("shows a weight of any name", AnyWeight, "weights_are_those", "KeyError"),
+]
+
+_TESTS = own_tests(ExecutorSuite)
+_SMALL = {"models": {"grouped": MODELS["grouped"]}, "dtypes": ["float32"]}
+_BIASED = {"models": {n: MODELS[n] for n in ("grouped", "all-biases")}, "dtypes": ["float32"]}
+
+OF_CONTRACTS = [
+    Fault(
+        name,
+        of(plugin) if isinstance(plugin, type) else plugin,
+        next(name for name in _TESTS if name.startswith(f"test_{test}")),
+        _BIASED if "biases" in name else _SMALL,
+        why,
+    )
+    for name, plugin, test, why in _FAULTS
+]
+
+
+def arithmetic() -> Iterator[Fault]:
+    """Each mistake of planted.py, in a model in which it can show, in its second layer."""
+    for name, mistake in MISTAKES.items():
+        model, dtype = next(
+            (model, dtype)
+            for dtype in ("float32", "bfloat16")
+            for model, config in MODELS.items()
+            if config.num_layers > 1 and mistake.shows(config, dtype)
+        )
+        phase = "both" if "both" in mistake.phases else mistake.phases[0]
+        alone = not mistake.head and phase == "both"
+        yield Fault(
+            name,
+            planted(name, 1, phase),
+            "test_layers_alone" if alone else f"test_{ALL}",
+            {"models": {model: MODELS[model]}, "dtypes": [dtype]},
+            "rounding explains|finite|shape|times as large",
+        )
+
+
+OF_ARITHMETIC = list(arithmetic())
+FAULTS = OF_CONTRACTS + OF_ARITHMETIC
+SUITE = ExecutorSuite
+
+
+def test_the_suite_fails_each_breach_of_a_contract() -> None:
+    assert not missed(SUITE, OF_CONTRACTS)
+
+
+def test_the_suite_fails_each_mistake_in_what_is_computed() -> None:
+    assert not missed(SUITE, OF_ARITHMETIC)
+
+
+SOME = {
+    "models": {name: MODELS[name] for name in ("qk-norm", "sliding-window")},
+    "dtypes": ["float32", "bfloat16"],
+}
+
+
+def test_the_suite_passes_another_way_to_compute() -> None:
+    outcome = run(SUITE, planted("none"), own_tests(SUITE), **SOME)
+    # It taps norm and rotation of the queries, then those of the keys.
+    assert outcome.failed == ["test_taps_are_those_of_the_docs"], outcome.why
+    assert "in the order of" in outcome.why["test_taps_are_those_of_the_docs"]
+    skipped = [name for name, found in outcome.found.items() if found == "skipped"]
+    assert all("packed_weights" in name for name in skipped)
+    right = run(SUITE, Packing(), own_tests(SUITE), **_SMALL)
+    assert set(right.found.values()) == {"passed"}, right.why
+
+
+class OneAtATime:
+    """One sequence and five tokens in a step, no layers alone, and a cache that torch knows not."""
+
+    limits = ExecutorLimits(max_batch_size=1, max_batch_tokens=5, max_seq_len=60)
+    device = "acme card 0"
+
+    def __init__(self, request: ExecutorRequest):
+        made = shipped.create_executor(request)
+        self._made: Any = made
+        self._spec = made.kv_cache_spec
+        self.kv_cache_spec = evolve(self._spec, allocate=lambda shape, dtype: (shape, dtype))
+
+    def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
+        pairs = ((layer.key, layer.value) for layer in layers)
+        self._made.bind_kv_cache(
+            [KvLayer(*(torch.zeros(shape, dtype=dtype) for shape, dtype in pair)) for pair in pairs]
+        )
+
+    def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        if len(batch.context_lens) > 1 or len(batch.token_ids) > 5 or batch.context_lens[0] > 60:
+            raise ExecutorError("too much for a step")
+        return self._made.prefill(batch)
+
+    decode = prefill
+
+    def close(self) -> None:
+        self._made.close()
+
+
+def test_the_suite_keeps_to_an_executors_limits_and_looks_at_no_cache_that_it_cannot_see() -> None:
+    outcome = run(SUITE, Executors(OneAtATime), own_tests(SUITE), **_SMALL)
+    assert not outcome.failed, outcome.why
+    assert {name for name, found in outcome.found.items() if found == "skipped"} == {
+        "test_a_layers_cache_is_read_and_replaced",
+        "test_a_step_is_its_embedding_its_layers_and_its_head",
+        "test_a_step_writes_to_its_own_slots_and_to_no_other",
+        "test_layers_alone",
+        "test_packed_weights_are_as_they_are_announced",
+        "test_packed_weights_give_the_same_bits",
+        "test_weights_are_those_of_the_checkpoint",
+        "test_what_other_slots_hold_changes_nothing",
+    }
+
+
+def test_an_executor_that_refuses_all_is_told_so() -> None:
+    def refuse(request: ExecutorRequest) -> Any:
+        raise ExecutorError("no card")
+
+    outcome = run(SUITE, Executors(refuse), [f"test_{ALL}"])
+    assert "refused all of" in outcome.why[f"test_{ALL}"]
+    assert "no card" in outcome.why[f"test_{ALL}"]

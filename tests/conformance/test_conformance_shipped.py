@@ -1,0 +1,129 @@
+"""What is shipped passes its suite, and so do the plugins that the documentation shows."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import ROOT
+
+from tilewright import plugins
+from tilewright.types import DType, ModelConfig
+from tilewright_testing import (
+    CommandSuite,
+    ExecutorSuite,
+    KvAllocatorSuite,
+    LoaderSuite,
+    ObserverSuite,
+    SamplerSuite,
+    WeightFormatSuite,
+)
+from tilewright_testing.executor import MODELS
+from tilewright_testing.models import Model, make_model, write_hf_directory
+
+
+class TestHfLocal(LoaderSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "hf-local"
+
+    @pytest.fixture
+    def expected(self) -> Model:
+        return make_model("qk-norm-tied-gqa-5", dtype="bfloat16")
+
+    @pytest.fixture
+    def source(self, expected: Model, tmp_path: Path) -> Path:
+        return write_hf_directory(expected, tmp_path / "model")
+
+
+class TestLoaders(LoaderSuite):
+    @pytest.fixture(params=["gguf", "packed"])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+class TestWeightFormats(WeightFormatSuite):
+    @pytest.fixture(params=["safetensors", "pytorch-bin"])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+class TestTorch(ExecutorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "torch"
+
+
+class TestTorchInOtherWays(ExecutorSuite):
+    """In bfloat16 alone, and with layers that are converted each time they run."""
+
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "torch"
+
+    @pytest.fixture
+    def options(self) -> dict[str, Any]:
+        return {"stream_weights": True}
+
+    @pytest.fixture
+    def models(self) -> dict[str, ModelConfig]:
+        return {name: MODELS[name] for name in ("all-biases", "sliding-window")}
+
+    @pytest.fixture
+    def dtypes(self) -> list[DType]:
+        return ["bfloat16"]
+
+
+class TestPyptoNpu(ExecutorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "pypto-npu"
+
+    @pytest.fixture
+    def options(self) -> dict[str, Any]:
+        return {"platform": "emulated"}
+
+
+class TestPaged(KvAllocatorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "paged"
+
+
+class TestSamplers(SamplerSuite):
+    @pytest.fixture(params=["greedy", "top-p"])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+class TestCommands(CommandSuite):
+    @pytest.fixture(params=[plugin.name for plugin in plugins.installed("command")])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+def documented(page: str, module: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module that a page shows whole."""
+    text = (ROOT / page).read_text()
+    found = re.search(rf"```python\n# {module}\.py\n(.*?)```", text, re.DOTALL)
+    assert found, f"{page} shows no {module}.py"
+    (folder / f"{module}.py").write_text(found[1])
+    monkeypatch.syspath_prepend(folder)
+    return import_module(module)
+
+
+class TestTheDocumentedSampler(SamplerSuite):
+    @pytest.fixture
+    def plugin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        return documented("docs/writing-plugins.md", "acme_top_a", tmp_path, monkeypatch)
+
+    @pytest.fixture
+    def options(self) -> dict[str, Any]:
+        return {"a": "0.3"}
+
+
+class TestTheDocumentedObserver(ObserverSuite):
+    @pytest.fixture
+    def plugin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        return documented("README.md", "acme_step_times", tmp_path, monkeypatch)

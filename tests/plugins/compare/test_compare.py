@@ -1,0 +1,429 @@
+"""A comparison finds what is wrong where it is wrong, and nothing where nothing is.
+
+Mistakes are planted in an executor that is right without them, and that adds up and rounds in
+another order than the reference: planted.py, which run as a program prints what is found of each.
+"""
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from attrs import evolve
+from planted import MISTAKES, Plant, Way, installed, plants
+from reference_models import CONFIGS, prompts, write_model
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tilewright import hookimpl
+from tilewright.errors import ConfigError
+from tilewright.settings import DEMO_MODEL
+from tilewright.types import RuntimeConfig
+from tilewright_compare import Choice, Comparison, Tolerance, compare
+from tilewright_compare.layer import Case, Operations
+
+TORCH = Choice(executor="torch")
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [7, 8, 9], [30, 20, 10, 90]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where models are written; ``planted`` is installed meanwhile, and torch has one thread."""
+    transformers.logging.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("models")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    with installed(folder):
+        yield folder
+    torch.set_num_threads(threads)
+
+
+def by_mistake() -> dict[str, list[Plant]]:
+    """All but those in the bundled model."""
+    found = defaultdict(list)
+    for model in ("qwen3-square", "qwen3-tied", "qwen2-tied", "llama-llama3", "mistral-slides"):
+        for plant in plants(model):
+            found[plant.mistake].append(plant)
+    return found
+
+
+ONE_EACH = [p[i % len(p)] for i, p in enumerate(by_mistake().values())]
+IN_THE_DEMO = list(plants("demo"))[::5]
+
+
+def test_every_mistake_is_planted():
+    assert {p.mistake for p in ONE_EACH} == set(MISTAKES)
+
+
+@pytest.mark.parametrize("plant", ONE_EACH + IN_THE_DEMO, ids=str)
+def test_a_planted_mistake_is_found_in_its_layer_phase_and_stage_and_named(
+    plant: Plant, models: Path
+):
+    found = plant.compare(models)
+    assert not found.equal
+    assert found.divergence is not None
+    assert plant.located(found), found.sentence
+    assert plant.staged(found), found.sentence
+    assert found.reason is not None
+    assert found.reason.broken == ()
+    assert plant.explained(found) == bool(MISTAKES[plant.mistake].cause), found.reason.best[:3]
+    wrong = [w.name for w in found.weights if not w.passed]
+    packed = MISTAKES[plant.mistake].weight
+    if packed and plant.phase == "both":
+        assert wrong[0].startswith(f"model.layers.{plant.layer}.")
+        assert wrong[0].endswith(packed)
+        assert found.sentence.startswith(f"weight {wrong[0]} is packed wrongly: ")
+    else:
+        assert wrong == []
+        place = found.divergence.place
+        assert f"in {place.phase} step {place.step}, {place.tensor}" in found.sentence
+        if place.stage in ("k_cache", "v_cache"):
+            whose = r"\(prompt-\d, token \d+, KV head \d+, slot \d+\)"
+            assert re.search(whose, found.sentence), found.sentence
+
+
+@pytest.mark.slow
+def test_all_mistakes_in_all_models(models: Path):
+    """The table of ``python tests/support/planted.py`` in figures."""
+    from planted import MODELS
+
+    all_plants = [plant for model in MODELS for plant in plants(model)]
+    found = [(plant, plant.compare(models)) for plant in all_plants]
+    assert [str(p) for p, comparison in found if not p.located(comparison)] == []
+    unstaged = [str(p) for p, comparison in found if not p.staged(comparison)]
+    assert len(unstaged) <= len(found) // 12, unstaged
+    unexplained = [str(p) for p, comparison in found if not p.explained(comparison)]
+    assert len(unexplained) <= len(found) // 6, unexplained
+
+
+def a_model(seed: int) -> PreTrainedConfig:
+    """A small model of some family: any grouping of heads, tied or not, wide heads or narrow."""
+    choose = random.Random(seed)
+    make = choose.choice([Qwen3Config, Qwen2Config, LlamaConfig, MistralConfig])
+    kv_heads, group = choose.choice([1, 2, 3]), choose.choice([1, 2, 5])
+    heads = kv_heads * group
+    head_dim = choose.choice([8, 16, 24])
+    more: dict[str, Any] = {} if make is Qwen2Config else {"head_dim": head_dim}
+    hidden = heads * choose.choice([4, 8, 12])
+    hidden *= -(-32 // hidden)  # wide enough that the errors of a row differ
+    if make is MistralConfig:
+        more["sliding_window"] = choose.choice([None, 5])
+    return make(
+        vocab_size=choose.choice([97, 131, 256]),
+        hidden_size=hidden,
+        intermediate_size=choose.choice([56, 83, 144]),
+        num_hidden_layers=choose.choice([1, 2, 3, 4]),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=choose.choice([1e-5, 1e-6]),
+        tie_word_embeddings=choose.random() < 0.5,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": choose.choice([1e4, 1e6])},
+        bos_token_id=1,
+        eos_token_id=2,
+        **more,
+    )
+
+
+def compared(
+    config: PreTrainedConfig, directory: Path, executor: str, seed: int, **runtime: Any
+) -> Comparison:
+    choose = random.Random(-seed)
+    write_model(config, directory, seed=seed)
+    lengths = [choose.randint(1, 14) for _ in range(choose.randint(1, 4))]
+    return compare(
+        directory,
+        TORCH,
+        Choice(executor=executor, runtime=RuntimeConfig(**runtime)),
+        list(prompts(config, lengths, seed)),
+        new_tokens=choose.randint(2, 4),
+        chunk=choose.choice([3, 8, 64]),
+        isolate=True,
+    )
+
+
+def unfounded(found: Comparison) -> list[str]:
+    """What is said to be wrong, of a candidate that is right."""
+    assert found.finished
+    wrong = [f"{w.name}: {w.why}" for w in found.weights if not w.passed]
+    return wrong + [f"{f.place}: {f.why}" for f in found.findings if not f.passed]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("seed", range(25))
+def test_another_order_of_arithmetic_is_no_mistake(seed: int, dtype: str, models: Path):
+    page_size = (1, 3, 4, 16)[seed % 4]
+    directory = models / f"right-{seed}-{dtype}"
+    found = compared(
+        a_model(seed), directory, "planted", seed, weight_dtype=dtype, page_size=page_size
+    )
+    assert unfounded(found) == []
+    assert found.equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("seed", range(25, 225))
+def test_nor_is_it_in_many_more_models(seed: int, dtype: str, models: Path):
+    test_another_order_of_arithmetic_is_no_mistake(seed, dtype, models)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("qwen3-tied", 40), pytest.param("llama-mha", 80, marks=pytest.mark.slow)]
+)
+def test_rounding_that_grows_over_many_layers_is_no_mistake(name: str, layers: int, models: Path):
+    config = CONFIGS[name]
+    deep = type(config)(**config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    found = compared(deep, models / f"deep-{layers}", "planted", layers, weight_dtype="bfloat16")
+    assert unfounded(found) == []
+    outputs = {
+        f.place.layer: f.baseline.relative_rms
+        for f in found.findings
+        if f.place.mode == "chained" and f.place.stage == "output" and f.baseline
+    }
+    assert outputs[layers - 1] > 2 * outputs[0], "the baseline's own error does not grow"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_executor_is_equal_to_itself_in_pages_of_another_size(dtype: str):
+    candidate = Choice(executor="torch", runtime=RuntimeConfig(weight_dtype=dtype, page_size=3))
+    found = compare(DEMO_MODEL, TORCH, candidate, PROMPTS, new_tokens=4, chunk=8, isolate=True)
+    assert unfounded(found) == []
+    assert found.dtype == dtype
+    assert max(f.excess for f in found.findings) < 1
+    assert len(found.weights) > 30
+
+
+@pytest.mark.parametrize("model", ["demo", "small"])
+def test_pypto_npu_emulated_is_equal_to_torch(model: str, models: Path):
+    directory = DEMO_MODEL
+    if model == "small":
+        directory = models / "small"
+        config = Qwen3Config(
+            vocab_size=131,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        write_model(config, directory, dtype="bfloat16")
+    candidate = Choice(executor="pypto-npu", options={"platform": "emulated"})
+    found = compare(directory, TORCH, candidate, PROMPTS, new_tokens=4, chunk=8, isolate=True)
+    assert unfounded(found) == []
+    assert found.weights
+    assert {f.place.mode for f in found.findings} == {"chained", "isolated"}
+    stages = {f.place.stage for f in found.findings}
+    assert stages == {"embed", "k_cache", "v_cache", "output", "logits"}
+
+
+def plant(mistake: str, **place: Any) -> Plant:
+    where = {"model": "qwen3-tied", "dtype": "float32", "phase": "both", "layer": 1} | place
+    return Plant(mistake=mistake, **where)
+
+
+def test_steps_stay_comparable_after_a_disagreement(models: Path):
+    """Both sides get the truth's tokens: what is not wrong itself is right in later steps too."""
+    found = plant("head tied by mistake", model="qwen3-square").compare(models)
+    assert not all(row.same_argmax for row in found.logits)
+    assert {f.place.stage for f in found.findings if not f.passed} == {"logits"}
+    assert {f.place.phase for f in found.findings} == {"prefill", "decode"}
+
+
+def test_alone_only_the_layer_that_is_wrong_is_wrong(models: Path):
+    found = plant("scale missing", model="qwen3-six-layers", layer=2).compare(models)
+    wrong = {f.place.mode: set() for f in found.findings}
+    for finding in found.findings:
+        if not finding.passed:
+            wrong[finding.place.mode].add(finding.place.layer)
+    assert wrong["isolated"] == {2}
+    assert wrong["chained"] > {2, 3, 4, 5}
+
+
+def test_logits_of_a_padded_vocabulary_are_of_another_shape(models: Path):
+    found = plant("padded vocabulary wins").compare(models)
+    assert "its shape is [2, 144], expected [2, 131]" in found.sentence
+    assert found.logits == []
+
+
+def test_what_no_known_mistake_explains_is_said_to_be_so(models: Path):
+    reason = plant("activation overflows").compare(models).reason
+    assert reason is not None
+    assert (reason.named, reason.sureness) == ((), "none")
+    assert reason.tried > 100
+
+
+def test_a_plugin_adds_mistakes_of_its_own_to_those_that_are_tried(models: Path, monkeypatch):
+    def scaled(case: Case) -> Iterator[tuple[str, Operations]]:
+        if case.layer is not None:
+            yield "the MLP is halved", Operations(activation=lambda g, u: F.silu(g) * u / 2)
+
+    def unable(case: Case) -> Iterator[tuple[str, Operations]]:
+        raise RuntimeError("no such case")
+
+    halved = evolve(MISTAKES["gelu for silu"], way=Way(activation=lambda g, u: F.silu(g) * u / 2))
+    monkeypatch.setitem(MISTAKES, "gelu for silu", halved)
+    reason = plant("gelu for silu").compare(models).reason
+    assert reason is not None
+    assert reason.named == ()
+    monkeypatch.setattr(
+        planted, "hypotheses", hookimpl(lambda: [scaled, unable], specname="hypotheses"), False
+    )
+    reason = plant("gelu for silu").compare(models).reason
+    assert reason is not None
+    assert [e.mistake for e in reason.named] == ["the MLP is halved"]
+    assert reason.sureness == "sure"
+    (broken,) = reason.broken
+    assert broken.startswith("hypothesis unable failed: RuntimeError: no such case")
+
+
+def test_a_hook_that_fails_is_named_and_loses_nothing(models: Path, monkeypatch):
+    def fails() -> None:
+        raise RuntimeError("no file")
+
+    monkeypatch.setattr(planted, "hypotheses", hookimpl(fails, specname="hypotheses"), False)
+    reason = plant("scale missing").compare(models).reason
+    assert reason is not None
+    assert reason.broken[0].startswith("hypotheses of executor 'planted' of acme-planted")
+    assert "RuntimeError: no file" in reason.broken[0]
+    assert [e.mistake for e in reason.named] == ["the attention scale is missing"]
+
+
+def test_a_weight_that_cannot_be_given_back_is_wrong(models: Path, monkeypatch):
+    def weight(self, name):
+        raise KeyError(name)
+
+    monkeypatch.setattr(planted.PlantedExecutor, "weight", weight)
+    found = plant("none").compare(models)
+    assert "weight() failed: KeyError" in found.weights[0].why
+    assert not found.equal
+
+
+def test_a_reason_that_does_not_hold_in_later_steps_is_not_named(models: Path, monkeypatch):
+    def changing(positions):
+        return positions * 0 if bool((positions == 0).any()) else positions + 1
+
+    way = Way(angles=planted.at(changing))
+    monkeypatch.setitem(MISTAKES, "RoPE missing", evolve(MISTAKES["RoPE missing"], way=way))
+    found = plant("RoPE missing").compare(models)
+    assert found.reason is not None
+    assert found.reason.best[0].mistake == "RoPE is missing"
+    assert found.reason.refuted[0] == "RoPE is missing"
+    assert found.reason.named == ()
+
+
+def test_no_mistake_is_named_where_rounding_explains_the_layer(models: Path):
+    candidate = plant("none", dtype="bfloat16")
+    candidate.compare(models)
+    choice = Choice(executor="planted", runtime=RuntimeConfig(weight_dtype="bfloat16"))
+    strict = [Tolerance("*", "max_abs", 0.0)]
+    found = compare(models / candidate.model, TORCH, choice, PROMPTS, tolerances=strict)
+    assert found.divergence is not None
+    assert found.reason is not None
+    assert found.reason.unexplained < 1
+    assert found.reason.named == ()
+
+
+def tolerated(models: Path, *tolerances: Tolerance) -> Comparison:
+    """Of a model whose layer 1 has an RMSNorm with too large an eps."""
+    candidate = plant("eps too large")
+    directory = models / candidate.model
+    candidate.compare(models)
+    options = {"mistake": candidate.mistake, "layer": 1}
+    choice = Choice(executor="planted", options=options)
+    return compare(directory, TORCH, choice, PROMPTS, new_tokens=2, tolerances=tolerances)
+
+
+def test_a_tolerance_decides_in_place_of_what_rounding_explains(models: Path):
+    assert not tolerated(models).equal
+    assert tolerated(models, Tolerance("*", "relative_rms", 0.5)).equal
+    assert tolerated(models, Tolerance("*", "cosine", 0.5)).equal
+    strict = tolerated(models, Tolerance("layers.0.o_proj", "max_abs", 0.0))
+    wrong = {f.place.tensor: f for f in strict.findings if not f.passed}
+    assert "its max_abs is " in wrong["layers.0.o_proj"].why
+    assert "where at most 0 is tolerated" in wrong["layers.0.o_proj"].why
+    assert "layers.1.attn_norm" in wrong, "other tensors keep their limits"
+
+
+def test_the_first_tolerance_that_fits_a_name_counts(models: Path):
+    wide = Tolerance("layers.1.*", "relative_rms", 0.9)
+    assert tolerated(models, wide, Tolerance("*", "relative_rms", 0.5)).equal
+    assert not tolerated(models, Tolerance("*attn_norm", "max_abs", 0.0), wide).equal
+
+
+def test_a_tolerance_for_no_tensor_or_figure_is_an_error(models: Path):
+    with pytest.raises(ConfigError, match=r"'layers.*.atention' is for no tensor.*did you mean"):
+        tolerated(models, Tolerance("layers.*.atention", "nmse", 1.0))
+    with pytest.raises(ConfigError, match="no figure is named 'rms'"):
+        Tolerance("*", "rms", 1.0)
+
+
+def test_an_executor_that_fails_in_a_step_ends_the_comparison_with_what_there_is(
+    models: Path, monkeypatch
+):
+    run_layer = planted.PlantedExecutor.run_layer
+
+    def fails(self, layer, hidden, batch, tap=None):
+        if layer == 1 and len(hidden) == len(batch.context_lens):
+            raise ValueError("the queue is full")
+        return run_layer(self, layer, hidden, batch, tap)
+
+    monkeypatch.setattr(planted.PlantedExecutor, "run_layer", fails)
+    found = plant("none").compare(models)
+    assert not found.finished
+    assert not found.equal
+    assert found.sentence.startswith(
+        "candidate failed in decode, layer 1: ValueError: the queue is"
+    )
+    assert len(found.findings) > 40
+    assert "test_compare.py" in found.failure, "the place in the plugin's code"
+
+
+def test_a_stage_that_is_tapped_in_some_layers_only_is_wrong(models: Path, monkeypatch):
+    run_layer = planted.PlantedExecutor.run_layer
+
+    def uneven(self, layer, hidden, batch, tap=None):
+        stages = ("attention",) if layer == 0 else ("o_proj",)
+        kept = lambda name, x: None if name.endswith(stages) else tap(name, x)  # noqa: E731
+        return run_layer(self, layer, hidden, batch, tap and kept)
+
+    monkeypatch.setattr(planted.PlantedExecutor, "run_layer", uneven)
+    found = plant("none").compare(models)
+    wrong = {f.place.tensor: f.why for f in found.findings if not f.passed}
+    assert wrong["layers.1.o_proj"] == "the candidate has no such tensor"
+    assert "has not had it everywhere before" in wrong["layers.1.attention"]
+
+
+def test_a_chunk_of_one_token_is_run_as_decode_and_called_so(models: Path):
+    candidate = plant("none")
+    candidate.compare(models)
+    found = compare(
+        models / candidate.model, TORCH, Choice(executor="planted"), [[5, 6, 7]], chunk=2
+    )
+    assert [f.place.phase for f in found.findings if f.place.tensor == "embed"][:3] == [
+        "prefill",
+        "decode",
+        "decode",
+    ]
+
+
+def test_what_is_not_finite_is_said_to_be(models: Path):
+    found = plant("activation overflows").compare(models)
+    assert found.divergence is not None
+    assert "elements are not finite" in found.divergence.why

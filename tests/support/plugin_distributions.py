@@ -1,0 +1,467 @@
+"""Small third-party distributions, built as wheels and installed with real ``*.dist-info``."""
+
+import base64
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import invalidate_caches
+from pathlib import Path
+from textwrap import dedent as dedent
+
+from attrs import frozen
+
+from tilewright.plugins import KINDS, normalized
+
+
+@frozen
+class Distribution:
+    """What a plugin author publishes."""
+
+    name: str
+    files: Mapping[str, str]
+    """Path in the wheel -> source."""
+    plugins: Mapping[str, Mapping[str, str]]
+    """Kind of plugin -> name -> target."""
+    version: str = "1.0"
+
+
+def build_wheel(distribution: Distribution, folder: Path) -> Path:
+    """Write the distribution's wheel into a folder (PyPA "Binary distribution format")."""
+    escaped = distribution.name.replace("-", "_")
+    info = f"{escaped}-{distribution.version}.dist-info"
+    entry_points = "\n".join(
+        line
+        for kind, targets in distribution.plugins.items()
+        for line in (f"[{KINDS[kind].group}]", *(f"{n} = {t}" for n, t in targets.items()), "")
+    )
+    files = dict(distribution.files) | {
+        f"{info}/METADATA": (
+            f"Metadata-Version: 2.1\nName: {distribution.name}\nVersion: {distribution.version}\n"
+        ),
+        f"{info}/WHEEL": (
+            "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
+        f"{info}/entry_points.txt": entry_points,
+    }
+    record = "".join(f"{path},{_digest(text)},{len(text)}\n" for path, text in files.items())
+    wheel = folder / f"{escaped}-{distribution.version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+        archive.writestr(f"{info}/RECORD", f"{record}{info}/RECORD,,\n")
+    return wheel
+
+
+def install(site: Path, *distributions: Distribution) -> Path:
+    """Unpack the distributions' wheels into a site folder, as installers do; returns the folder."""
+    site.mkdir(parents=True, exist_ok=True)
+    for distribution in distributions:
+        wheel = build_wheel(distribution, site)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        wheel.unlink()
+    return site
+
+
+Install = Callable[..., Path]
+
+
+@contextmanager
+def on_path(site: Path) -> Iterator[Install]:
+    """Put a site folder first on sys.path; yields what installs distributions into it.
+
+    Afterwards the path is as before, and what was imported from the folder is forgotten.
+    """
+    site.mkdir()
+    before = set(sys.modules)
+    path = sys.path[:]
+    sys.path.insert(0, str(site))
+    invalidate_caches()
+    try:
+        yield lambda *distributions: install(site, *distributions)
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - before:
+            if str(site) in (getattr(sys.modules[name], "__file__", None) or ""):
+                del sys.modules[name]
+
+
+def run(*arguments: str, site: Path | None = None, **environment: str) -> "Completed":
+    """Run Python in a child process with the site folder on its path, outside the checkout."""
+    paths = [str(site)] if site else []
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COLUMNS"))}
+    child = subprocess.run(
+        [sys.executable, *arguments],
+        env=kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"} | environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+    return Completed(child.returncode, child.stdout, child.stderr)
+
+
+@frozen
+class Completed:
+    code: int
+    out: str
+    err: str
+
+
+def sampler(distribution: str, name: str, source: str, version: str = "1.0") -> Distribution:
+    """A distribution of one sampler in one module, which is named after the distribution."""
+    module = normalized(distribution).replace("-", "_")
+    return Distribution(
+        name=distribution,
+        version=version,
+        files={f"{module}.py": dedent(source)},
+        plugins={"sampler": {name: module}},
+    )
+
+
+def documented(page: str) -> Distribution:
+    """The distribution whose module and pyproject.toml a page shows."""
+    blocks = re.findall(r"```(?:python|toml)\n# (\S+\.(?:py|toml))\n(.*?)```", page, re.DOTALL)
+    files = dict(blocks)
+    project = tomllib.loads(files.pop("pyproject.toml"))["project"]
+    kinds = {kind.group: name for name, kind in KINDS.items()}
+    named = {kinds[group]: names for group, names in project["entry-points"].items()}
+    modules = {path: text for path, text in files.items() if path.startswith("acme")}
+    return Distribution(project["name"], modules, named, project["version"])
+
+
+def _digest(text: str) -> str:
+    raw = hashlib.sha256(text.encode()).digest()
+    return f"sha256={base64.urlsafe_b64encode(raw).rstrip(b'=').decode()}"
+
+
+LIKELIEST = """
+    from tilewright import hookimpl
+    from tilewright.types import SampledToken
+
+    tilewright_api = 1
+
+    class Likeliest:
+        def sample(self, logits, rows):
+            return [SampledToken(token_id=int(row.argmax())) for row in logits]
+
+    @hookimpl
+    def create_sampler(request):
+        return Likeliest()
+"""
+"""The least that a sampler can be."""
+
+BROKEN_IMPORT = sampler("acme-broken", "broken", "import a_library_that_is_not_installed")
+EXITS = sampler("acme-exits", "exits", "raise SystemExit(3)")
+SYNTAX = sampler("acme-syntax", "syntax", "def f(:")
+MISSPELT_HOOK = sampler(
+    "acme-misspelt", "misspelt", LIKELIEST.replace("create_sampler", "create_samplr")
+)
+WRONG_ARGUMENT = sampler("acme-argument", "argument", LIKELIEST.replace("(request)", "(reqest)"))
+OTHER_API = sampler("acme-api", "future", LIKELIEST.replace("api = 1", "api = 999"))
+OLD_API = sampler("acme-old", "past", LIKELIEST.replace("api = 1", "api = 0"))
+UNMARKED = sampler("acme-unmarked", "unmarked", LIKELIEST.replace("@hookimpl", ""))
+RIVALS = (
+    sampler("acme-one", "rival", LIKELIEST, version="1.5"),
+    sampler("Acme.Two", "rival", LIKELIEST.replace("argmax", "argmin"), version="2.0"),
+)
+STALE = Distribution("acme-stale", {}, {"sampler": {"stale": "acme_stale_package.plugin"}})
+
+GOOD = Distribution(
+    name="acme-bag",
+    version="0.3",
+    plugins={
+        "loader": {"bag-random": "acme_bag.loader"},
+        "executor": {"bag": "acme_bag.executor:plugin"},
+        "kv_allocator": {"slab": "acme_bag.slab"},
+        "sampler": {"likeliest": "acme_bag.likeliest"},
+        "observer": {"tally": "acme_bag.tally"},
+    },
+    files={
+        "acme_bag/__init__.py": "",
+        "acme_bag/likeliest.py": dedent(LIKELIEST),
+        "acme_bag/loader.py": dedent('''
+            """Random weights and a tokenizer of one word a token, made in memory."""
+
+            import attrs
+            import torch
+            from tokenizers import Tokenizer, models, pre_tokenizers
+
+            from tilewright import hookimpl
+            from tilewright.types import (
+                GenerateConfig,
+                LoadedModel,
+                ModelConfig,
+                PluginInfo,
+                RopeConfig,
+                TensorInfo,
+                TextAssets,
+            )
+            from tilewright.weights import expected_tensors
+
+            tilewright_api = 1
+
+            @attrs.frozen
+            class Options:
+                seed: int = attrs.field(default=0, metadata={"help": "seed of the weights"})
+                words: int = attrs.field(
+                    default=32,
+                    validator=attrs.validators.ge(2),
+                    metadata={"help": "words in the vocabulary"},
+                )
+
+            class RandomTensors:
+                def __init__(self, shapes, seed):
+                    self.shapes = shapes
+                    self.seed = seed
+
+                def names(self):
+                    return self.shapes.keys()
+
+                def info(self, name):
+                    shape = self.shapes[name]
+                    size = 4 * torch.Size(shape).numel()
+                    return TensorInfo(shape=shape, dtype="float32", nbytes=size, location="memory")
+
+                def get(self, name):
+                    seed = self.seed + list(self.shapes).index(name)
+                    made = torch.Generator().manual_seed(seed)
+                    return torch.randn(self.shapes[name], generator=made)
+
+                def close(self):
+                    pass
+
+            @hookimpl
+            def plugin_info():
+                return PluginInfo(summary="random weights", options=Options)
+
+            @hookimpl
+            def can_load(source):
+                return source.startswith("random:")
+
+            @hookimpl
+            def load_model(request):
+                words = request.options.words
+                config = ModelConfig(
+                    architecture="Bag",
+                    vocab_size=words,
+                    hidden_size=8,
+                    intermediate_size=8,
+                    num_layers=1,
+                    num_heads=1,
+                    num_kv_heads=1,
+                    head_dim=8,
+                    norm_eps=1e-6,
+                    rope=RopeConfig(),
+                    max_position_embeddings=64,
+                    dtype="float32",
+                )
+                vocabulary = {f"w{i}": i for i in range(words)}
+                tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+                tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+                return LoadedModel(
+                    config=config,
+                    weights=RandomTensors(expected_tensors(config), request.options.seed),
+                    text=TextAssets(tokenizer=tokenizer),
+                    generation_defaults=GenerateConfig(max_new_tokens=4),
+                    source=request.source,
+                )
+        '''),
+        "acme_bag/executor.py": dedent('''
+            """A bag of words: logits are the mean embedding of the context, times the head.
+
+            It keeps the embeddings as keys, and reads them back through the block table.
+            """
+
+            import torch
+
+            from tilewright import hookimpl
+            from tilewright.types import Check, ExecutorLimits, KvCacheSpec, PluginInfo
+
+            class Bag:
+                device = "cpu"
+                limits = ExecutorLimits(max_batch_size=4)
+
+                def __init__(self, request):
+                    config, runtime = request.model_config, request.runtime_config
+                    self.embed = request.weights.get("model.embed_tokens.weight")
+                    self.head = request.weights.get("lm_head.weight")
+                    self.kv_cache_spec = KvCacheSpec(
+                        num_layers=1,
+                        num_kv_heads=1,
+                        head_dim=config.head_dim,
+                        page_size=runtime.page_size or 4,
+                        dtype="float32",
+                    )
+
+                def bind_kv_cache(self, layers):
+                    (self.layer,) = layers
+
+                def prefill(self, batch, tap=None):
+                    rows = self.layer.key.view(-1, self.kv_cache_spec.head_dim)
+                    rows[batch.slot_mapping.long()] = self.embed[batch.token_ids]
+                    size = self.kv_cache_spec.page_size
+                    means = []
+                    for i, table in enumerate(batch.block_table.tolist()):
+                        start, stop = batch.query_starts[i : i + 2].tolist()
+                        for row in range(start, stop):
+                            seen = range(int(batch.positions[row]) + 1)
+                            slots = [table[p // size] * size + p % size for p in seen]
+                            means.append(rows[slots].mean(0))
+                    return torch.stack(means)[batch.logits_rows] @ self.head.T
+
+                decode = prefill
+
+                def close(self):
+                    pass
+
+            class Plugin:
+                tilewright_api = 1
+
+                @hookimpl
+                def plugin_info(self):
+                    return PluginInfo(summary="bag of words", limits={"batch": "up to 4"})
+
+                @hookimpl
+                def doctor_checks(self):
+                    return [Check(name="bags", status="warning", found="1", advice="buy more")]
+
+                @hookimpl
+                def create_executor(self, request):
+                    return Bag(request)
+
+            plugin = Plugin()
+        '''),
+        "acme_bag/slab.py": dedent('''
+            """Each request gets one slab of consecutive pages, as long as a sequence may be."""
+
+            import torch
+
+            from tilewright import hookimpl
+            from tilewright.errors import OutOfPagesError
+            from tilewright.types import KvLayer
+
+            tilewright_api = 1
+
+            @hookimpl
+            def create_kv_allocator(request):
+                return Slabs(request.spec, request.max_sequences, request.max_seq_len)
+
+            class Slabs:
+                def __init__(self, spec, count, length):
+                    self.spec = spec
+                    self.pages_per_slab = self.pages_for(length)
+                    self.free_slabs = list(range(count))
+                    self.total_pages = count * self.pages_per_slab
+                    self.held = {}
+                    shape = (self.total_pages, spec.page_size, spec.num_kv_heads, spec.head_dim)
+                    self.storage = [
+                        KvLayer(torch.zeros(shape), torch.zeros(shape))
+                        for _ in range(spec.num_layers)
+                    ]
+
+                @property
+                def free_pages(self):
+                    return len(self.free_slabs) * self.pages_per_slab
+
+                def pages_for(self, num_tokens):
+                    return -(-num_tokens // self.spec.page_size)
+
+                def allocate(self, request_id, num_tokens):
+                    if request_id in self.held or num_tokens < 1:
+                        raise ValueError(request_id)
+                    if not self.free_slabs or self.pages_for(num_tokens) > self.pages_per_slab:
+                        raise OutOfPagesError(f"no slab holds {num_tokens} tokens")
+                    self.held[request_id] = [self.free_slabs.pop(), num_tokens]
+
+                def extend(self, request_id, num_tokens=1):
+                    held = self.held[request_id]
+                    if self.pages_for(held[1] + num_tokens) > self.pages_per_slab:
+                        raise OutOfPagesError(f"the slab of {request_id} is full")
+                    held[1] += num_tokens
+
+                def num_tokens(self, request_id):
+                    return self.held[request_id][1]
+
+                def slots(self, request_id, start, stop):
+                    slab, num_tokens = self.held[request_id]
+                    if not 0 <= start <= stop <= num_tokens:
+                        raise IndexError(request_id)
+                    first = slab * self.pages_per_slab * self.spec.page_size
+                    return torch.arange(first + start, first + stop, dtype=torch.int32)
+
+                def block_table(self, request_ids):
+                    held = [self.held[r] for r in request_ids]
+                    width = max((self.pages_for(n) for _, n in held), default=0)
+                    table = torch.full((len(held), width), -1, dtype=torch.int32)
+                    for row, (slab, num_tokens) in zip(table, held, strict=True):
+                        pages = self.pages_for(num_tokens)
+                        row[:pages] = slab * self.pages_per_slab + torch.arange(pages)
+                    return table
+
+                def fork(self, parent_id, child_id):
+                    raise NotImplementedError("slabs are not shared")
+
+                def free(self, request_id):
+                    self.free_slabs.append(self.held.pop(request_id)[0])
+
+                def layers(self):
+                    return self.storage
+
+                def check_integrity(self):
+                    slabs = self.free_slabs + [slab for slab, _ in self.held.values()]
+                    assert sorted(slabs) == list(range(self.total_pages // self.pages_per_slab))
+        '''),
+        "acme_bag/tally.py": dedent('''
+            """Writes what it was told of, one line an event, when the engine closes."""
+
+            from pathlib import Path
+
+            import attrs
+
+            from tilewright import hookimpl
+            from tilewright.types import PluginInfo
+
+            tilewright_api = 1
+
+            @attrs.frozen
+            class Options:
+                path: Path = attrs.field(metadata={"help": "file to write"})
+
+            @hookimpl
+            def plugin_info():
+                return PluginInfo(summary="a line an event", options=Options)
+
+            @hookimpl
+            def create_observer(options):
+                return Tally(options.path)
+
+            class Tally:
+                def __init__(self, path):
+                    self.path = path
+                    self.lines = []
+
+                @hookimpl
+                def on_model_loaded(self, model_id, model_config):
+                    self.lines.append(f"loaded {model_id} {model_config.architecture}")
+
+                @hookimpl
+                def on_step(self, event):
+                    self.lines.append(f"{event.phase} {event.num_tokens}")
+
+                @hookimpl
+                def on_request_finished(self, result):
+                    self.lines.append(f"finished {result.finish_reason}")
+
+                @hookimpl
+                def on_close(self):
+                    self.path.write_text("".join(f"{line}\\n" for line in self.lines))
+        '''),
+    },
+)
+"""One good plugin of each kind that an engine selects by name."""
