@@ -1,4 +1,4 @@
-"""What plugins rely on, as data: ``python tests/support/api_record.py`` records it, a test compares.
+"""What plugins rely on, as data: ``python tests/support/api_record.py`` records it for a test.
 
 The record of API version N is ``tests/data/api_N.json``. A change that breaks nobody (an optional
 hook, an argument that hooks may leave out, a field with a default) is recorded by running this
