@@ -35,8 +35,9 @@ from tilewright.settings import (
 ENVIRONMENT_PREFIX = "TILEWRIGHT_"
 DEFAULT = "default"
 
-GRANTED_DEVICE = "TASK_DEVICE"
-"""The variable in which the queue of a shared host names the device granted to this process."""
+DEVICE_VARIABLES = "tilewright.device_variables"
+"""A group of entry points whose names are environment variables: in one of them, the queue of a
+shared host names the device that it granted to this process. Only the names are read."""
 
 
 @frozen
@@ -156,8 +157,10 @@ def _granted_device(environ: Mapping[str, str]) -> Layer:
     A device in a file or the environment was set before the grant, and any device but the granted
     one is somebody else's.
     """
-    granted = environ.get(GRANTED_DEVICE)
-    return {("runtime", "device"): Given(None, f"{GRANTED_DEVICE} = {granted}")} if granted else {}
+    for variable in plugins.entry_points({DEVICE_VARIABLES}):
+        if granted := environ.get(variable.name):
+            return {("runtime", "device"): Given(None, f"{variable.name} = {granted}")}
+    return {}
 
 
 # --- the environment ------------------------------------------------------------------------------

@@ -335,3 +335,16 @@ def test_a_key_is_on_the_line_where_it_is_written(statements):
     lines = key_lines(text)
     for i in range(len(statements)):
         assert text.split("\n")[lines[f"k{i}",] - 1].startswith(f"k{i} = ")
+
+
+def test_an_installed_distribution_declares_the_variable_of_its_queue(tmp_path, monkeypatch):
+    info = tmp_path / "acme_queue-1.dist-info"
+    info.mkdir()
+    (info / "entry_points.txt").write_text("[tilewright.device_variables]\nACME_CARD = no_module\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    file = {"TILEWRIGHT_RUNTIME_DEVICE": "1"}
+    assert resolve(environ=file).config.runtime.device == "1"
+    granted = resolve(environ=file | {"ACME_CARD": "7"})
+    assert granted.config.runtime.device is None
+    assert granted.origin("runtime", "device") == "ACME_CARD = 7"
+    assert resolve(environ=file | {"ACME_CARD": ""}).config.runtime.device == "1"

@@ -8,6 +8,10 @@ from attrs import field, frozen, validators
 Platform = Literal["a2a3", "a5", "a2a3sim", "a5sim", "emulated"]
 HARDWARE: tuple[Platform, ...] = ("a2a3", "a5")
 
+GRANTED_DEVICE = "TASK_DEVICE"
+"""The variable in which task-submit names the card that it granted. An entry point in the group
+``tilewright.device_variables`` declares it, so that it overrides run files."""
+
 
 def power_of_two(least: int) -> Callable[[Any, Any, int], None]:
     """An attrs validator for powers of two of at least ``least``."""

@@ -4,7 +4,6 @@ import os
 from typing import TYPE_CHECKING
 
 from tilewright import hookimpl
-from tilewright.config import GRANTED_DEVICE
 from tilewright.errors import ConfigError, ExecutorError
 from tilewright.types import (
     Check,
@@ -14,7 +13,7 @@ from tilewright.types import (
     PluginInfo,
     RuntimeConfig,
 )
-from tilewright_pypto.options import HARDWARE, Options
+from tilewright_pypto.options import GRANTED_DEVICE, HARDWARE, Options
 
 if TYPE_CHECKING:
     from tilewright_pypto.device import Device
