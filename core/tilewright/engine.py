@@ -32,7 +32,8 @@ class GenerationStream(Iterator[str]):
     """The text of one generation, in pieces. The pieces join to exactly ``result.text``.
 
     ``result`` is None until the stream is exhausted. Closing it, leaving its ``with`` block, or an
-    exception in it (Ctrl-C included) ends the request and frees its pages.
+    exception in it (Ctrl-C included) ends the request and frees its pages. A stream that did not
+    end by itself, because its engine was closed or its model unloaded, raises RequestError.
     """
 
     def __init__(self, runner: Runner, request: Request):
@@ -149,12 +150,16 @@ class LLMEngine:
         return engine
 
     def close(self) -> None:
-        """End all requests and free all models. A closed engine cannot be used again."""
+        """End all requests with a RequestError, and free all models.
+
+        A closed engine cannot be used again. Closing it in a step, as an observer may, lets the
+        step end first.
+        """
         if self._closed:
             return
         self._closed = True
         for runner in self._runners.values():
-            runner.close()
+            runner.close(RequestError("the engine was closed before this request had finished"))
         self._runners.clear()
         self._observers.notify("on_close")
 
@@ -199,8 +204,8 @@ class LLMEngine:
             runtime_config or RuntimeConfig(),
             started,
         )
-        sampler = str(self._selection.plugins["sampler"].plugin)
-        self._runners[model_id] = Runner(model, self._sampler, sampler, self._observers)
+        names = (str(self._selection.plugins[kind].plugin) for kind in ("executor", "sampler"))
+        self._runners[model_id] = Runner(model, self._sampler, self._observers, *names)
         self._observers.notify(
             "on_model_loaded",
             lambda: {
@@ -210,6 +215,17 @@ class LLMEngine:
             },
         )
         return loaded
+
+    def unload(self, model_id: str) -> None:
+        """End a model's requests with a RequestError, free it, and make its name free to be used.
+
+        Raises RequestError for an unknown name.
+        """
+        runner = self._runner(model_id)
+        del self._runners[model_id]
+        runner.close(
+            RequestError(f"model {model_id!r} was unloaded before this request had finished")
+        )
 
     def model(self, model_id: str) -> ServedModel:
         """A loaded model. Raises RequestError, listing the known ones, for an unknown name."""
@@ -280,11 +296,17 @@ class LLMEngine:
         Raises RequestError for a prompt or settings that cannot be served, OutOfPagesError when
         the KV cache is too small for them, NonFiniteLogitsError, and ExecutorError.
         """
+        if (config or GenerateConfig()).over(self.default_config(model_id)).stream:
+            return self.stream(model_id, prompt, config)
+        return self.generate_result(model_id, prompt, config).text
+
+    def stream(
+        self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
+    ) -> GenerationStream:
+        """Like ``generate`` with ``config.stream`` set: the text in pieces, as it is generated."""
         runner = self._runner(model_id)
         settings = (config or GenerateConfig()).over(runner.model.generation_defaults)
-        if settings.stream:
-            return GenerationStream(runner, self._submit(runner, prompt, settings))
-        return self.generate_result(model_id, prompt, config).text
+        return GenerationStream(runner, self._submit(runner, prompt, settings))
 
     def generate_result(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None

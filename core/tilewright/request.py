@@ -136,6 +136,10 @@ class Request:
         return self.result
 
 
+_SEED_BITS = 53
+"""Bits of a seed that is drawn: JavaScript and jq read larger integers as other numbers."""
+
+
 def new_request(
     request_id: str, model: "ServedModel", prompt: str | Sequence[int], settings: GenerateConfig
 ) -> Request:
@@ -148,7 +152,7 @@ def new_request(
     _check_bias(model, settings.logit_bias or {})
     _check_ids(model, settings.stop_token_ids or (), "stop_token_ids")
     assert settings.max_new_tokens is not None
-    seed = secrets.randbits(63) if settings.seed is None else settings.seed
+    seed = secrets.randbits(_SEED_BITS) if settings.seed is None else settings.seed
     return Request(
         request_id=request_id,
         prompt_token_ids=ids,

@@ -5,9 +5,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tilewright.errors import NonFiniteLogitsError, PluginError
+from tilewright.errors import (
+    NonFiniteLogitsError,
+    PluginError,
+    RequestError,
+    TilewrightError,
+)
 from tilewright.loading import ServedModel
-from tilewright.plugins import Observers
+from tilewright.plugins import Observers, cause
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
 from tilewright.types import SampledToken, Sampler, SamplerRow, StepEvent
@@ -20,13 +25,22 @@ class Runner:
     """Runs a model's steps. A request leaves ``requests`` when it is over or aborted."""
 
     def __init__(
-        self, model: ServedModel, sampler: Sampler, sampler_name: str, observers: Observers
+        self,
+        model: ServedModel,
+        sampler: Sampler,
+        observers: Observers,
+        executor_name: str,
+        sampler_name: str,
     ):
-        """sampler_name: the sampler's plugin, for error messages."""
+        """The names are those of the plugins, for error messages."""
         self.model = model
         self.requests: dict[str, Request] = {}
         self.num_steps = 0
+        self._closed = False
+        self._depth = 0
+        """Steps that are running: an observer may run one in a step's events."""
         self._sampler = sampler
+        self._executor_name = executor_name
         self._sampler_name = sampler_name
         self._observers = observers
         runtime = model.runtime
@@ -44,22 +58,35 @@ class Runner:
         if request.request_id in self.requests:
             self._drop(request)
 
-    def close(self) -> None:
-        """End all requests, and free the model."""
+    def close(self, reason: RequestError) -> None:
+        """End all requests with an error, and free the model: at once, or when a step has ended."""
         for request in list(self.requests.values()):
-            self.abort(request)
-        self.model.executor.close()
+            self._fail(request, reason)
+        self._closed = True
+        if not self._depth:
+            self.model.executor.close()
 
     def step(self) -> None:
         """Run the next step for every request that is in it."""
+        self._depth += 1
+        try:
+            self._step()
+        finally:
+            self._depth -= 1
+            if self._closed and not self._depth:
+                self.model.executor.close()
+
+    def _step(self) -> None:
         self._finish_ended()  # left over if Ctrl-C or an observer interrupted a step
         step = self._scheduler.schedule()
         if step is None:
             return
         executor, started = self.model.executor, time.perf_counter()
         run = executor.prefill if step.phase == "prefill" else executor.decode
+        plugin = self._executor_name
         try:
             logits = run(step.batch, self._observers.tap(self.model.model_id))
+            plugin = self._sampler_name
             rows = [request.sampler_row() for request in step.sampled]
             tokens = self._sample(logits, rows) if rows else []
         except NonFiniteLogitsError as error:
@@ -68,8 +95,9 @@ class Runner:
             self._fail(request, _traced(error, step, request, run))
             return
         except Exception as error:
+            failure = _failure_of(plugin, error)
             for request in step.requests:
-                self._fail(request, error)
+                self._fail(request, failure)
             return
         # Accept tokens, then commit: if Ctrl-C falls between the two, a token is computed twice.
         for request, token in zip(step.sampled, tokens, strict=True):
@@ -81,10 +109,12 @@ class Runner:
     def _sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> Sequence[SampledToken]:
         tokens = self._sampler.sample(logits, rows)
         vocab_size = logits.shape[1]
-        if len(tokens) != len(rows) or not all(0 <= t.token_id < vocab_size for t in tokens):
+        if len(tokens) != len(rows) or not all(
+            isinstance(token, SampledToken) and 0 <= token.token_id < vocab_size for token in tokens
+        ):
             raise PluginError(
-                f"{self._sampler_name} must return one token from 0 to {vocab_size - 1} for each "
-                f"of {len(rows)} rows, found {tokens!r:.100}"
+                f"{self._sampler_name} must return one token from 0 to {vocab_size - 1}, as a "
+                f"SampledToken, for each of {len(rows)} rows, found {tokens!r:.100}"
             )
         return tokens
 
@@ -115,12 +145,22 @@ class Runner:
         self._observers.notify("on_request_finished", lambda: {"result": result})
 
     def _fail(self, request: Request, error: Exception) -> None:
-        request.error = error
-        self._drop(request)
+        if request.request_id in self.requests:  # an observer may have ended it
+            request.error = error
+            self._drop(request)
 
     def _drop(self, request: Request) -> None:
         del self.requests[request.request_id]
         self._scheduler.remove(request)
+
+
+def _failure_of(plugin: str, error: Exception) -> Exception:
+    """The error that requests get: a plugin's own bug is named as such, with its cause."""
+    if isinstance(error, (TilewrightError, MemoryError)):
+        return error
+    failure = PluginError(f"{plugin} failed in a step: {cause(error)}")
+    failure.__cause__ = error
+    return failure
 
 
 def _traced(

@@ -396,3 +396,16 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only():
     terminal.type(b"\x04")
     assert terminal.end() == 0
     assert b"Traceback" not in terminal.screen
+
+
+def test_a_bug_of_a_plugin_is_one_line_and_code_2(capsys, monkeypatch):
+    def broken(*arguments):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(TorchExecutor, "prefill", broken)
+    assert main(["generate", "We", *GREEDY]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tilewright: error: executor 'torch' of tilewright")
+    assert "ZeroDivisionError: a bug" in err
+    assert err.count("\n") == 1

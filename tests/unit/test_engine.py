@@ -277,6 +277,33 @@ def test_a_sampler_that_breaks_its_contract_is_named(engine, monkeypatch, token_
     assert engine.generate("demo", TRUTHS, config(5))
 
 
+def test_a_sampler_that_returns_integers_breaks_its_contract(engine, monkeypatch):
+    class Integers:
+        def sample(self, logits, rows):
+            return [int(row.argmax()) for row in logits]
+
+    monkeypatch.setattr(engine._runner("demo"), "_sampler", Integers())
+    with pytest.raises(PluginError, match=r"'top-p' .* as a SampledToken, .* found \[\d+\]"):
+        engine.generate("demo", TRUTHS, config(5))
+
+
+@pytest.mark.parametrize("part", ["executor", "sampler"])
+def test_a_bug_of_a_plugin_is_an_error_that_names_it_and_the_line(engine, monkeypatch, part):
+    def broken(*arguments):
+        raise ZeroDivisionError("a bug")
+
+    if part == "executor":
+        monkeypatch.setattr(engine.model("demo").executor, "decode", broken)
+    else:
+        monkeypatch.setattr(engine._runner("demo")._sampler, "sample", broken)
+    name = {"executor": "executor 'torch'", "sampler": "sampler 'top-p'"}[part]
+    with pytest.raises(PluginError, match=name) as caught:
+        engine.generate("demo", TRUTHS, config(5))
+    assert "failed in a step: ZeroDivisionError: a bug" in str(caught.value)
+    assert "test_engine.py, line" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
 def test_a_batch_keeps_its_order_and_agrees_with_single_prompts(engine):
     prompts = [TRUTHS, "He", WHEN, PEOPLE, TRUTHS + CONTINUED, "Congress shall make no law"]
     results = engine.generate_batch("demo", prompts, config(15))  # more prompts than max_batch_size
@@ -499,11 +526,8 @@ def test_the_same_engine_can_be_made_again_from_its_selection(engine):
 
 
 def test_a_closed_engine_says_so(engine):
-    stream = engine.generate("demo", TRUTHS, config(20, stream=True))
-    next(stream)
     engine.close()
     engine.close()
-    assert list(stream) == []
     with pytest.raises(RequestError, match="closed"):
         engine.generate("demo", TRUTHS)
 
@@ -524,3 +548,76 @@ def test_no_gradients_are_kept(engine):
     engine.generate("demo", TRUTHS, config(2))
     assert torch.is_grad_enabled()
     assert not engine.model("demo").allocator.layers()[0].key.requires_grad
+
+
+def test_closing_an_engine_ends_its_streams_with_an_error():
+    engine = LLMEngine.from_plugins()
+    engine.init_model("demo", DEMO_MODEL)
+    stream = engine.stream("demo", TRUTHS, config(20))
+    read = [next(stream)]
+    engine.close()
+    with pytest.raises(RequestError, match="engine was closed before this request had finished"):
+        read.extend(stream)
+    assert stream.result is None
+    assert CONTINUED.startswith("".join(read))
+
+
+class Closing:
+    """Closes the engine in one of its events."""
+
+    def __init__(self, event):
+        self.event, self.engine, self.executors = event, None, []
+
+    def close(self):
+        executor = self.engine._runners and self.engine.model("demo").executor
+        if executor:
+            self.executors.append(executor)
+        self.engine.close()
+
+    @hookimpl
+    def on_tensor(self, name):
+        if (self.event, name) == ("on_tensor", "layers.1.attention"):
+            self.close()
+
+    @hookimpl
+    def on_step(self):
+        if self.event == "on_step":
+            self.close()
+
+
+@pytest.mark.parametrize("event", ["on_tensor", "on_step"])
+@pytest.mark.parametrize("way", ["stream", "batch"])
+def test_an_observer_may_close_the_engine(event, way):
+    observer = Closing(event)
+    engine = observer.engine = LLMEngine.from_plugins(observers=[observer])
+    engine.init_model("demo", DEMO_MODEL)
+    ways = {
+        "stream": lambda: list(engine.stream("demo", TRUTHS, config(20))),
+        "batch": lambda: engine.generate_batch("demo", [TRUTHS, WHEN], config(20)),
+    }
+    with pytest.raises(RequestError, match="engine was closed"):
+        ways[way]()
+    (executor,) = observer.executors
+    with pytest.raises(ExecutorError, match="is closed"):
+        executor.embed(None)
+
+
+def test_an_unloaded_model_is_gone_and_its_name_is_free(engine):
+    expected = engine.generate("demo", TRUTHS, config(5))
+    stream = engine.stream("demo", TRUTHS, config(20))
+    next(stream)
+    engine.init_model("other", DEMO_MODEL, RuntimeConfig(total_pages=8))
+    engine.unload("demo")
+    with pytest.raises(RequestError, match="model 'demo' was unloaded"):
+        list(stream)
+    with pytest.raises(RequestError, match="no model is named 'demo'"):
+        engine.generate("demo", TRUTHS)
+    assert engine.generate("other", TRUTHS, config(5)) == expected
+    engine.init_model("demo", DEMO_MODEL, RuntimeConfig(page_size=8, total_pages=64))
+    assert engine.generate("demo", TRUTHS, config(5)) == expected
+
+
+def test_a_seed_that_is_drawn_is_exact_in_json_of_other_languages(engine):
+    seeds = [engine.generate_result("demo", [5], config(1)).seed for _ in range(20)]
+    assert len(set(seeds)) == 20
+    assert all(0 <= seed == int(float(seed)) < 2**53 for seed in seeds)
