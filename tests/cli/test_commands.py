@@ -28,6 +28,7 @@ CASES = {
     "broken": '"""Never runs."""\nimport a_library_that_is_not_installed\n',
     "wordless": "tilewright_api = 1\n",
     "doctor": SHOUT,
+    "half": '"""Use 50% (of it)s."""\n' + dists.dedent(SHOUT).partition("capitals.")[2][4:],
     "stale": None,
 }
 
@@ -75,6 +76,7 @@ def test_the_overview_lists_all_and_imports_none(site: Path) -> None:
     listed = dict([*line.split(maxsplit=1), ""][:2] for line in overview if line[:4] == "    ")
     assert listed["shout"] == "Print a word in capitals"
     assert listed["broken"] == "Never runs"
+    assert listed["half"] == "Use 50% (of it)s"
     assert listed["wordless"] == listed["stale"] == ""
     # Neither of the two is called by the bare name.
     assert {"acme-commands:doctor", "tilewright:doctor"} <= set(listed)
@@ -113,6 +115,7 @@ def test_plugins_list_and_check_know_commands(site: Path) -> None:
     listed = json.loads(tilewright(site, "plugins", "list", "--kind", "command", "--json").out)
     states = {p["name"]: p["state"] for p in listed if p["distribution"] == "acme-commands"}
     assert states == {
+        "half": "ok",
         "shout": "ok",
         "broken": "ok",
         "wordless": "ok",
@@ -122,6 +125,7 @@ def test_plugins_list_and_check_know_commands(site: Path) -> None:
     checked = json.loads(tilewright(site, "plugins", "check", "--json").out)
     states = {p["name"]: p["state"] for p in checked if p["distribution"] == "acme-commands"}
     assert states == {
+        "half": "ok",
         "shout": "ok",
         "broken": "broken",
         "wordless": "broken",

@@ -56,7 +56,9 @@ def _run(argv: Sequence[str]) -> int:
         unique = plugins.state(plugin, commands)[0] != "clash"
         name = called or (plugin.name if unique else plugin.qualified)
         summary = plugins.summary(plugin)
-        command = parsers.add_parser(name, help=summary, description=f"{summary}.")
+        command = parsers.add_parser(
+            name, help=summary.replace("%", "%%"), description=f"{summary}."
+        )
         if called:
             implementation: Command = plugins.load(plugin)
             add_arguments(command, implementation)
