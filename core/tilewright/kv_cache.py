@@ -6,13 +6,15 @@ common prefix can share full pages; a partly full page has one holder, so no slo
 for two requests.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import partial
 from math import prod
 from mmap import mmap
 
+import numpy as np
 import torch
-from attrs import define, field
+from attrs import define
 from torch import Tensor
 
 from tilewright.errors import OutOfPagesError
@@ -61,7 +63,8 @@ class _Holding:
     """The pages of one request, and how many of their slots are in use."""
 
     num_tokens: int
-    pages: list[int] = field(factory=list)
+    pages: "array[int]"
+    """In order of position; 32-bit, as block tables are, so that a row is one copy."""
 
 
 class KvCacheManager:
@@ -125,10 +128,10 @@ class KvCacheManager:
 
     def block_table(self, request_ids: Sequence[str]) -> Tensor:
         rows = [self._held[r].pages for r in request_ids]
-        width = max(map(len, rows), default=0)
-        return torch.tensor(
-            [row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32
-        ).reshape(len(rows), width)
+        table = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int32)
+        for i, pages in enumerate(rows):
+            table[i, : len(pages)] = pages
+        return torch.from_numpy(table)
 
     def fork(self, parent_id: str, child_id: str) -> None:
         if child_id in self._held:
@@ -176,7 +179,7 @@ class KvCacheManager:
             "the free list differs from the pages that nobody holds"
         )
 
-    def _take(self, request_id: str, count: int, num_tokens: int) -> list[int]:
+    def _take(self, request_id: str, count: int, num_tokens: int) -> "array[int]":
         if count > len(self._free):
             raise OutOfPagesError(
                 f"request {request_id!r} needs {count} more KV cache pages of "
@@ -184,7 +187,7 @@ class KvCacheManager:
                 f"{self.total_pages} are free and {len(self._held)} requests hold the rest: "
                 "raise total_pages, or run fewer or shorter requests at once"
             )
-        taken = [self._free.pop() for _ in range(count)]
+        taken = array("i", (self._free.pop() for _ in range(count)))
         for page in taken:
             self._references[page] = 1
         return taken
