@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 
+import plugin_distributions as dists
 import pytest
 import torch
 from checkout import ROOT
@@ -409,3 +410,27 @@ def test_a_bug_of_a_plugin_is_one_line_and_code_2(capsys, monkeypatch):
     assert err.startswith("tilewright: error: executor 'torch' of tilewright")
     assert "ZeroDivisionError: a bug" in err
     assert err.count("\n") == 1
+
+
+CHATTY = f"""
+    print("at import")
+    {dists.LIKELIEST.replace("return [", 'print("in a step"); return [')}
+"""
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_what_plugins_print_is_no_part_of_the_results(tmp_path, command):
+    site = dists.install(tmp_path / "site", dists.sampler("acme-chatty", "chatty", CHATTY))
+    flags = {
+        "generate": ["We", "--max-new-tokens", "3"],
+        "bench": ["--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1", "--warmup", "0"],
+    }[command]
+    argv = ["-m", "tilewright", command, *flags, "--sampler", "chatty"]
+    done = dists.run(*argv, "--json", site=site)
+    assert done.code == 0, done.err
+    assert isinstance(json.loads(done.out), dict)
+    assert done.err.count("at import\n") == 1
+    assert "in a step\n" in done.err
+    if command == "generate":
+        plain = dists.run(*argv, site=site)
+        assert plain.out == json.loads(done.out)["text"] + "\n"

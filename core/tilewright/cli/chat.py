@@ -6,9 +6,9 @@ A conversation on a terminal, or one message per line from a pipe.
 import argparse
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from attrs import define, evolve, field
+from attrs import define, field
 
 from tilewright.cli import INTERRUPTED, flags
 from tilewright.cli.generate import print_stream
@@ -19,7 +19,7 @@ from tilewright.errors import RequestError, TilewrightError, nearest
 from tilewright.settings import RunConfig
 
 if TYPE_CHECKING:
-    from tilewright.engine import GenerationStream, LLMEngine
+    from tilewright.engine import LLMEngine
 
 tilewright_api = 1
 
@@ -69,15 +69,12 @@ class Conversation:
     def answer(self, text: str) -> None:
         """Print the answer to a message. An interrupted answer is kept as far as it came."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        stream = cast(
-            "GenerationStream",
-            self.engine.chat(
-                self.config.model.id, messages, evolve(self.config.generate, stream=True)
-            ),
-        )
+        model_id = self.config.model.id
+        prompt = self.engine.chat_tokens(model_id, messages)
+        stream = self.engine.stream(model_id, prompt, self.config.generate)
         said: list[str] = []
         try:
-            print_stream(stream, said)
+            print_stream(stream, said, sys.stdout)
         finally:
             if said:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]

@@ -5,9 +5,8 @@ Text goes to standard output, everything else to standard error.
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, cast
-
-from attrs import evolve
+from contextlib import ExitStack, redirect_stdout
+from typing import IO, TYPE_CHECKING
 
 from tilewright.cli import flags
 from tilewright.cli.output import (
@@ -22,10 +21,9 @@ from tilewright.cli.output import (
 from tilewright.cli.prompts import read_prompts
 from tilewright.cli.session import NonFiniteTrace, open_engine
 from tilewright.config import DEFAULT, Resolved, resolve
-from tilewright.types import GenerateConfig, GenerateResult
 
 if TYPE_CHECKING:
-    from tilewright.engine import GenerationStream, LLMEngine
+    from tilewright.engine import GenerationStream
 
 tilewright_api = 1
 
@@ -53,7 +51,12 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> None:
     config = resolved.config
     prompts = read_prompts(resolved)
     observers = [NonFiniteTrace()] if args.trace_nonfinite else []
-    with opened(config.output.file) as file, open_engine(resolved, observers) as engine:
+    with ExitStack() as stack:
+        file = stack.enter_context(opened(config.output.file))
+        streamed = len(prompts) == 1 and file is sys.stdout
+        # What plugins print is no part of the results.
+        stack.enter_context(redirect_stdout(sys.stderr))
+        engine = stack.enter_context(open_engine(resolved, observers))
         if resolved.origin("prompts", "text") == DEFAULT and not config.prompts.file:
             note(f"prompt: {prompts[0]}")
         elif len(prompts) == 1 and file.isatty() and sys.stderr.isatty():
@@ -64,8 +67,11 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> None:
             source = engine.model(model_id).loaded.source
             for result, prompt in zip(results, prompts, strict=True):
                 write_json(result_record(result, prompt, source), file)
-        elif len(prompts) == 1 and file is sys.stdout:
-            results = [_stream(engine, model_id, prompts[0], config.generate)]
+        elif streamed:
+            stream = engine.stream(model_id, prompts[0], config.generate)
+            print_stream(stream, [], file)
+            assert stream.result is not None
+            results = [stream.result]
         else:
             results = engine.generate_batch(model_id, prompts, config.generate)
             write_text(results, file)
@@ -74,26 +80,15 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> None:
             note(stats_line(results))
 
 
-def print_stream(stream: "GenerationStream", printed: list[str]) -> None:
-    """Print the pieces as they come, adding them to printed, and end with a newline."""
+def print_stream(stream: "GenerationStream", printed: list[str], file: IO[str]) -> None:
+    """Write the pieces as they come, adding them to printed, and end with a newline."""
     with stream:
         try:
             for piece in stream:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                file.write(piece)
+                file.flush()
                 printed.append(piece)
         finally:
             if printed or stream.result:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
-
-
-def _stream(
-    engine: "LLMEngine", model_id: str, prompt: str, config: GenerateConfig
-) -> GenerateResult:
-    stream = cast(
-        "GenerationStream", engine.generate(model_id, prompt, evolve(config, stream=True))
-    )
-    print_stream(stream, [])
-    assert stream.result is not None
-    return stream.result
+                file.write("\n")
+                file.flush()

@@ -8,6 +8,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -54,16 +55,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     resolved = resolve(flags=flags.layer(args))
     config = resolved.config
-    with open_engine(resolved) as engine:
+    out = sys.stdout
+    # What plugins print is no part of the report.
+    with redirect_stdout(sys.stderr), open_engine(resolved) as engine:
         model = engine.model(config.model.id)
         _check_lengths(args, model.runtime.max_batch_size, model.max_seq_len)
         figures = []
         if not args.json:
-            print(_ROW.format("batch", "prompt", "new", "prefill", "decode"))
+            print(_ROW.format("batch", "prompt", "new", "prefill", "decode"), file=out)
         for figure in _measure(engine, config.model.id, args):
             figures.append(figure)
             if not args.json:
-                print(_row(figure), flush=True)
+                print(_row(figure), file=out, flush=True)
         if args.json:
             report = {
                 "tilewright": __version__,
@@ -75,10 +78,9 @@ def run(args: argparse.Namespace) -> int:
                 "load_seconds": model.load_seconds,
                 "results": [asdict(figure) for figure in figures],
             }
-            json.dump(report, sys.stdout, default=str)
-            print()
+            print(json.dumps(report, default=str), file=out)
         else:
-            print("prefill and decode in tokens/s, medians")
+            print("prefill and decode in tokens/s, medians", file=out)
     return 0
 
 
