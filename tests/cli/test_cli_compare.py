@@ -124,7 +124,7 @@ def test_the_reports_of_a_wrong_layer_agree(capsys, wrong_layer, tmp_path):
     assert report["divergence"]["tensor"] == "layers.1.output"
     assert report["divergence"]["mode"] == "isolated"
     assert "layers.1.output" in report["sentence"]
-    assert report["sentence"].split(";")[0] in page.read_text().replace("&#x27;", "'")
+    assert report["sentence"].split(";")[0] in page.read_text().replace("&#39;", "'")
     assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json", "report.png"]
     with Image.open(heat) as image:
         assert (image.format, image.width) == ("PNG", picture.WIDTH)
@@ -372,6 +372,21 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(wrong):
     failed = len(re.findall(r"<rect class='l[4-7]' [^>]*><title>", page))
     assert len(re.findall(r"</rect><path class='cross", page)) == failed
     assert bool(failed) == (wrong is not None)
+
+
+def test_names_with_markup_are_text_in_the_page():
+    name = "<script>alert(\"1\")</script> & 'x'"
+    comparison = evolve(made(2, 1, wrong=1), candidate=name, reference=name, model=name)
+    comparison.not_compared = [name]
+    comparison.weights = [WeightFinding(name=name, passed=False, why=name)]
+    first = comparison.findings[-1]
+    odd = evolve(first, where=name, place=evolve(first.place, tensor=f"layers.1.{name}"))
+    comparison.findings.insert(0, odd)
+    page = html(comparison)
+    parser = _Page()
+    parser.feed(page)
+    assert parser.open == []
+    assert page.count("&lt;script&gt;") > 10
 
 
 def test_every_step_has_a_picture_unless_there_are_many():

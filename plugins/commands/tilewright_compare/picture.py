@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from textwrap import wrap
@@ -11,7 +11,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tilewright import __version__
 from tilewright_compare.judge import Finding, Mode
-from tilewright_compare.report import MODES, facts, missing_line, reason_line, verdict, worst
+from tilewright_compare.report import (
+    MODES,
+    Cells,
+    axes,
+    facts,
+    missing_line,
+    reason_line,
+    verdict,
+    worst,
+)
 from tilewright_compare.run import Comparison
 from tilewright_compare.shades import LIGHT, PASSING, ends, level
 
@@ -36,8 +45,6 @@ _SWATCH = 80, 56
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom."""
-Cells = Mapping[tuple[int | None, str], Finding]
-"""Findings, keyed by layer and stage."""
 
 
 def png(comparison: Comparison) -> bytes:
@@ -181,9 +188,7 @@ def _steps(found: Sequence[Finding]) -> str:
 
 
 def _heat_map(cells: Cells, first: Finding | None) -> Image.Image:
-    layers = sorted({layer for layer, _ in cells if layer is not None})
-    stages = list(dict.fromkeys(stage for layer, stage in cells if layer is not None))
-    outside = [stage for layer, stage in cells if layer is None]
+    layers, stages, outside = axes(cells)
     font = _font(_SMALL)
     names = [_slanted(stage) for stage in stages]
     width = _even(min((_INSIDE - _LEFT - _LEAN) / max(len(stages), 1), _WIDEST))

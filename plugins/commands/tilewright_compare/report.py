@@ -1,7 +1,7 @@
 """A comparison as text for a terminal, and as a record for programs."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -78,8 +78,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
 def verdict(comparison: Comparison) -> str:
     if comparison.equal:
         return "equal"
-    diverged = comparison.divergence or not all(w.passed for w in comparison.weights)
-    return "diverged" if diverged else "unfinished"
+    return "diverged" if comparison.divergence or comparison.wrong_weights else "unfinished"
 
 
 def finding_record(finding: Finding) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def _times(excess: float) -> str:
 
 
 def weights_line(comparison: Comparison) -> str:
-    wrong = [w for w in comparison.weights if not w.passed]
+    wrong = comparison.wrong_weights
     if not comparison.weights:
         return "weights: not compared, for not both executors give them back"
     if not wrong:
@@ -250,10 +249,20 @@ def _badness(finding: Finding) -> tuple[bool, float]:
     return not finding.passed, finding.excess
 
 
-def _table(comparison: Comparison, mode: Mode, width: int) -> list[str]:
-    cells = worst(f for f in comparison.findings if f.place.mode == mode)
+Cells = Mapping[tuple[int | None, str], Finding]
+"""Findings, keyed by layer and stage."""
+
+
+def axes(cells: Cells) -> tuple[list[int], list[str], list[str]]:
+    """Layers, their stages, and the stages outside layers, as rows and columns of a table."""
     layers = sorted({layer for layer, _ in cells if layer is not None})
     stages = list(dict.fromkeys(stage for layer, stage in cells if layer is not None))
+    return layers, stages, [stage for layer, stage in cells if layer is None]
+
+
+def _table(comparison: Comparison, mode: Mode, width: int) -> list[str]:
+    cells = worst(f for f in comparison.findings if f.place.mode == mode)
+    layers, stages, outside = axes(cells)
     groups = grouped(layers, comparison.divergence.place.layer if comparison.divergence else None)
     rows = []
     for group in groups:
@@ -261,8 +270,8 @@ def _table(comparison: Comparison, mode: Mode, width: int) -> list[str]:
         found = [[cells[n, s] for n in group if (n, s) in cells] for s in stages]
         rows.append([name, *(cell(max(f, key=_badness)) if f else "" for f in found)])
     lines = _blocks([["layer"], *([_short(s)] for s in stages)], rows, width) if rows else []
-    outside = [f"{s} {cell(f)}" for (layer, s), f in cells.items() if layer is None]
-    return [*lines, "  ".join(outside)] if outside else lines
+    alone = [f"{s} {cell(cells[None, s])}" for s in outside]
+    return [*lines, "  ".join(alone)] if alone else lines
 
 
 def grouped(layers: Sequence[int], special: int | None) -> list[Sequence[int]]:
@@ -353,8 +362,7 @@ def _logits(comparison: Comparison) -> Iterator[str]:
 
 def advice(comparison: Comparison) -> list[str]:
     """What to check, and what to run, when the two differ."""
-    wrong = [w for w in comparison.weights if not w.passed]
-    if wrong:
+    if wrong := comparison.wrong_weights:
         return [f"look at how {comparison.candidate} loads and packs {wrong[0].name}"]
     first = comparison.divergence
     if first is None:

@@ -84,7 +84,11 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        return self.finished and self.divergence is None and all(w.passed for w in self.weights)
+        return self.finished and self.divergence is None and not self.wrong_weights
+
+    @property
+    def wrong_weights(self) -> list[WeightFinding]:
+        return [w for w in self.weights if not w.passed]
 
     @property
     def divergence(self) -> Finding | None:
@@ -95,8 +99,7 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        wrong = [w for w in self.weights if not w.passed]
-        if wrong:
+        if wrong := self.wrong_weights:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             return f"weight {wrong[0].name} is packed wrongly: {wrong[0].why}{more}"
         first = self.divergence
