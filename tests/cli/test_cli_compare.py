@@ -17,12 +17,12 @@ from plugin_distributions import documented, on_path
 from terminal import Terminal
 
 from tilewright.cli import main
-from tilewright_compare import picture
+from tilewright_compare import Comparison, picture
 from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place
 from tilewright_compare.metrics import difference
+from tilewright_compare.packing import WeightFinding
 from tilewright_compare.page import html
 from tilewright_compare.report import grouped, record, text
-from tilewright_compare.run import Comparison, WeightFinding
 from tilewright_compare.shades import LIGHT, PASSING
 from tilewright_torch.model import TorchExecutor
 

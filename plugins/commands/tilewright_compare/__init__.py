@@ -6,14 +6,14 @@ Names are imported when they are first used, so the command's ``--help`` imports
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilewright_compare.comparison import Comparison as Comparison
     from tilewright_compare.judge import Tolerance as Tolerance
-    from tilewright_compare.run import Comparison as Comparison
     from tilewright_compare.run import compare as compare
     from tilewright_compare.sides import Choice as Choice
 
 _HOMES = {
     "Choice": "tilewright_compare.sides",
-    "Comparison": "tilewright_compare.run",
+    "Comparison": "tilewright_compare.comparison",
     "Tolerance": "tilewright_compare.judge",
     "compare": "tilewright_compare.run",
 }

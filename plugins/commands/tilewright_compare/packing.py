@@ -1,9 +1,54 @@
-"""Describes in words how a packed weight differs from the checkpoint's."""
+"""Compares weights as a candidate packed them with the checkpoint's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from attrs import frozen
 from torch import Tensor
+
+from tilewright import plugins
+from tilewright.weights import expected_tensors, torch_dtype
+from tilewright_compare.metrics import difference
+from tilewright_compare.sides import Side
+
+
+@frozen(kw_only=True)
+class WeightFinding:
+    """A weight of the candidate, against the checkpoint's in the candidate's dtype."""
+
+    name: str
+    passed: bool
+    why: str
+
+
+def compared_weights(candidate: Side, baseline: Side) -> Iterator[WeightFinding]:
+    """Each weight, if both executors can return weights."""
+    if not all(hasattr(side.executor, "weight") for side in (candidate, baseline)):
+        return
+    shapes = expected_tensors(candidate.model.loaded.config)
+    for name, shape in shapes.items():
+        source = baseline.executor.weight(name)
+        try:
+            packed = candidate.executor.weight(name)
+        except Exception as error:
+            why = f"weight() failed: {plugins.cause(error)}"
+            yield WeightFinding(name=name, passed=False, why=why)
+            continue
+        why = ""
+        if tuple(packed.shape) != shape:
+            why = f"its shape is {list(packed.shape)}, expected {list(shape)}"
+        elif not torch.equal(packed.to(torch_dtype(candidate.weight_dtype)), source):
+            d = difference(packed, source)
+            others = (
+                (other, baseline.executor.weight(other))
+                for other in shapes
+                if other != name and shapes[other] == shape
+            )
+            why = how_packed(packed.to(source.dtype), source, others) or (
+                f"relative error {d.relative_rms:.2g}, worst at {list(d.worst)}: "
+                f"{d.candidate_at_worst:.6g}, expected {d.reference_at_worst:.6g}"
+            )
+        yield WeightFinding(name=name, passed=not why, why=why)
 
 
 def how_packed(packed: Tensor, source: Tensor, others: Iterable[tuple[str, Tensor]]) -> str:

@@ -11,6 +11,7 @@ from attrs import frozen
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tilewright import __version__
+from tilewright_compare.comparison import Comparison
 from tilewright_compare.hypotheses import OUT_OF_QUESTION, Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode
 from tilewright_compare.metrics import Difference
@@ -26,7 +27,6 @@ from tilewright_compare.report import (
     weights_line,
     worst,
 )
-from tilewright_compare.run import Comparison
 from tilewright_compare.shades import DARK, LIGHT, PASSING, Palette, ends, level
 
 _MOST_STEPS = 12

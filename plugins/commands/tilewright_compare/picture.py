@@ -10,6 +10,7 @@ from textwrap import wrap
 from PIL import Image, ImageDraw, ImageFont
 
 from tilewright import __version__
+from tilewright_compare.comparison import Comparison
 from tilewright_compare.judge import Finding, Mode
 from tilewright_compare.report import (
     MODES,
@@ -21,7 +22,6 @@ from tilewright_compare.report import (
     verdict,
     worst,
 )
-from tilewright_compare.run import Comparison
 from tilewright_compare.shades import LIGHT, PASSING, ends, level
 
 WIDTH = 1000

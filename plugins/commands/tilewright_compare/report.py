@@ -8,10 +8,10 @@ from typing import Any
 from attrs import asdict
 
 from tilewright import __version__
+from tilewright_compare.comparison import Comparison
 from tilewright_compare.hypotheses import OUT_OF_QUESTION, Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode
 from tilewright_compare.metrics import Difference
-from tilewright_compare.run import Comparison
 
 CHECKS = {
     "embed": "the embedding table, and the token ids that the step was given",

@@ -15,7 +15,7 @@ from tilewright.errors import ConfigError, ExecutorError, TilewrightError
 from tilewright.loading import ServedModel
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
-from tilewright.types import KvLayer, Phase, RuntimeConfig, SamplingParams, Tap
+from tilewright.types import DType, KvLayer, Phase, RuntimeConfig, SamplingParams, Tap
 
 MODEL_ID = "compared"
 
@@ -28,6 +28,15 @@ Tensors = dict[str, Tensor]
 
 class StepError(ExecutorError):
     """An executor could not run a step, or a part of it."""
+
+
+def recorder(seen: Tensors) -> Tap:
+    """A tap that copies tensors to seen, since the executor may reuse their memory."""
+
+    def tap(name: str, tensor: Tensor) -> None:
+        seen[name] = tensor.clone()
+
+    return tap
 
 
 @frozen(kw_only=True)
@@ -92,6 +101,12 @@ class Side:
         return self.model.executor
 
     @property
+    def weight_dtype(self) -> DType:
+        dtype = self.model.runtime.weight_dtype
+        assert dtype is not None
+        return dtype
+
+    @property
     def layerwise(self) -> bool:
         return hasattr(self.executor, "run_layer")
 
@@ -122,15 +137,9 @@ class Side:
             return logits
 
     def parts(self, step: Step) -> Iterator[Tensors]:
-        """Run a step; yields its taps before, in each layer, and after.
-
-        Tapped tensors are copied, since the executor may reuse the memory.
-        """
+        """Run a step; yields its taps before, in each layer, and after."""
         seen: Tensors = {}
-
-        def tap(name: str, tensor: Tensor) -> None:
-            seen[name] = tensor.clone()
-
+        tap = recorder(seen)
         executor, batch = self.executor, step.batch
         layers = executor.kv_cache_spec.num_layers
         if not self.layerwise:
