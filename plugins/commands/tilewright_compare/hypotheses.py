@@ -166,10 +166,10 @@ def _excess(case: Case, how: Operations, enough: float) -> float:
 def right_excess(case: Case, stage: str) -> float:
     """Excess of the candidate over the right stage; 0 if no stage of that shape is tapped."""
     if stage not in case.kept:
-        found, right = case.found.get(stage), case.right[stage]
-        fits = found is not None and found.shape == right.shape
         case.kept[stage] = (
-            stage_excess(case, stage, found, right) if found is not None and fits else 0.0
+            stage_excess(case, stage, case.found[stage], case.right[stage])
+            if case.comparable(stage)
+            else 0.0
         )
     return case.kept[stage]
 

@@ -56,7 +56,7 @@ class Limits:
 
     def excess(self, found: Difference, worst_row: float) -> float:
         """The error over its limit: above 1 it is too large."""
-        if found.candidate_nonfinite > found.reference_nonfinite:
+        if found.more_nonfinite:
             return math.inf
         errors = (found.relative_rms, worst_row, abs(found.gain - 1))
         limits = (self.relative_rms, self.worst_row, self.gain)
@@ -64,8 +64,8 @@ class Limits:
 
     def why(self, found: Difference, worst_row: float) -> str:
         """What is wrong with an error that is too large, in words."""
-        if found.candidate_nonfinite > found.reference_nonfinite:
-            return f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
+        if found.more_nonfinite:
+            return _not_finite(found)
         if found.relative_rms > self.relative_rms:
             return (
                 f"its error is {found.relative_rms:.2g}, where rounding explains "
@@ -74,6 +74,10 @@ class Limits:
         if abs(found.gain - 1) > self.gain:
             return f"it is {found.gain:.5f} times as large as it should be"
         return f"a row's error is {worst_row:.2g}, where rounding explains {self.worst_row:.2g}"
+
+
+def _not_finite(found: Difference) -> str:
+    return f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
 
 
 HIGHER_IS_BETTER = ("cosine",)
@@ -113,7 +117,7 @@ class Tolerance:
 
     def excess(self, found: Difference) -> float:
         """The figure over its bound (for ``cosine``, of the distances from 1): above 1 it fails."""
-        if found.candidate_nonfinite > found.reference_nonfinite:
+        if found.more_nonfinite:
             return math.inf
         value, bound = getattr(found, self.metric), self.bound
         if self.metric in HIGHER_IS_BETTER:
@@ -121,8 +125,8 @@ class Tolerance:
         return float(value / bound if bound > 0 else math.inf if value > bound else 0.0)
 
     def why(self, found: Difference) -> str:
-        if found.candidate_nonfinite > found.reference_nonfinite:
-            return f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
+        if found.more_nonfinite:
+            return _not_finite(found)
         least = "at least" if self.metric in HIGHER_IS_BETTER else "at most"
         value = getattr(found, self.metric)
         return f"its {self.metric} is {value:.6g}, where {least} {self.bound:g} is tolerated"

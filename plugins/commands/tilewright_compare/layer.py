@@ -92,6 +92,11 @@ class Case:
         """Every stage, without a mistake."""
         return dict(compute(self, RIGHT))
 
+    def comparable(self, stage: str) -> bool:
+        """Whether the candidate taps the stage, and in the right shape."""
+        right, found = self.right.get(stage), self.found.get(stage)
+        return right is not None and found is not None and found.shape == right.shape
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight

@@ -43,6 +43,11 @@ class Difference:
         """Mean squared error over the reference's mean square."""
         return self.relative_rms**2
 
+    @property
+    def more_nonfinite(self) -> bool:
+        """Whether the candidate has more non-finite elements than the reference."""
+        return self.candidate_nonfinite > self.reference_nonfinite
+
 
 METRICS = ("max_abs", "max_rel", "relative_rms", "nmse", "cosine", "beyond", "max_ulps")
 """Figures of a Difference that a tolerance can limit."""

@@ -173,10 +173,10 @@ def parts_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
     """Sums over some columns of a weight that are not counted exactly once. Only the first wrong
     product is examined, since what follows it is wrong too."""
     for name, (before, after) in PRODUCTS.items():
-        right, found = case.right.get(after), case.found.get(after)
-        if right is None or found is None or found.shape != right.shape:
+        if not case.comparable(after) or right_excess(case, after) <= 1:
             continue
-        if right_excess(case, after) <= 1 or not found.isfinite().all():
+        right, found = case.right[after], case.found[after]
+        if not found.isfinite().all():
             continue
         weight = case.weights[name]
         columns = weight.shape[1]
@@ -280,7 +280,7 @@ def norms(case: Case) -> Iterator[tuple[str, Operations]]:
 def _eps(case: Case, stage: str) -> list[float]:
     """The best-fitting eps where the stage is tapped, else those that models have."""
     config = case.config
-    if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
+    if not case.comparable(stage):
         return [eps for eps in (0.0, 1e-8, 1e-6, 1e-5, 1e-3) if eps != config.norm_eps]
     if right_excess(case, stage) <= 1:
         return []
@@ -396,7 +396,7 @@ def _theta(case: Case) -> float | None:
     """The best-fitting theta, if the candidate taps rotated queries or keys."""
     config = case.config
     stage = "q_rope" if "q_rope" in case.found else "k_rope"
-    if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
+    if not case.comparable(stage):
         return None
     before = case.right[f"{stage[0]}_{'norm' if config.qk_norm else 'proj'}"]
     scale = rope_scale(config)
@@ -413,7 +413,7 @@ def _theta(case: Case) -> float | None:
 def _end_of_table(case: Case) -> int | None:
     """The first position with wrong rotated heads, if it is above 1."""
     stage = "q_rope" if "q_rope" in case.found else "k_rope"
-    if stage not in case.found or case.found[stage].shape != case.right[stage].shape:
+    if not case.comparable(stage):
         return None
     found, right = case.found[stage].float().flatten(1), case.right[stage].flatten(1)
     limit = case.limits[stage].worst_row * right.norm(dim=1).pow(2).mean().sqrt()
