@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from math import isnan, nan
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from attrs import define, evolve
 
@@ -31,6 +31,8 @@ _OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")
 """Runtime settings that follow from the prompts, --new-tokens and --chunk."""
 _TWO_DTYPES = ("weight_dtype", "kv_dtype")
 """Settings in which the reference runs twice: in float32, and in the candidate's dtype."""
+_READERS = ("loader", "weight_format")
+"""Kinds of the plugins that both sides read the model with."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +48,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="a run file: its model and prompts, with its executor and settings as the candidate",
     )
+    _add_sides(parser)
+    _add_runs(parser)
+    report = parser.add_argument_group("report")
+    report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
+    report.add_argument("--html", metavar="FILE", help="write a page with pictures, too")
+    report.add_argument("--png", metavar="FILE", help="write the heat map as one picture, too")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="file to write, complete or not at all; default: standard output",
+    )
+    flags.add(parser.add_argument_group("model"), "model", {"path", "format"})
+    flags.add(parser.add_argument_group("plugins"), "plugins", {"loader"})
+
+
+def _add_sides(parser: argparse.ArgumentParser) -> None:
     sides = parser.add_argument_group("sides")
     sides.add_argument("--candidate", metavar="NAME", help="the executor to judge (torch)")
     sides.add_argument(
@@ -62,6 +80,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "weight_format.NAME.KEY: an option of what both sides read the model with",
     )
     flags.add(sides, "runtime", {"device"})
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_argument_group("what is run")
     flags.add(prompts, "prompts", {"text", "file"})
     prompts.add_argument(
@@ -92,17 +113,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a limit of your own for tensors of such names, in place of what rounding explains: "
         "'layers.*.attention:relative_rms=0.03'; the first that fits a name counts",
     )
-    report = parser.add_argument_group("report")
-    report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
-    report.add_argument("--html", metavar="FILE", help="write a page with pictures, too")
-    report.add_argument("--png", metavar="FILE", help="write the heat map as one picture, too")
-    report.add_argument(
-        "--output",
-        metavar="FILE",
-        help="file to write, complete or not at all; default: standard output",
-    )
-    flags.add(parser.add_argument_group("model"), "model", {"path", "format"})
-    flags.add(parser.add_argument_group("plugins"), "plugins", {"loader"})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,7 +158,7 @@ def resolved_sides(args: argparse.Namespace) -> tuple[Resolved, Resolved]:
         if side in SIDES and rest:
             layers[side][_place(side, rest)] = Given(value, f"-o {key}")
             continue
-        if side not in ("loader", "weight_format"):
+        if side not in _READERS:
             raise ConfigError(
                 f"-o {key}: expected candidate.KEY=VALUE or reference.KEY=VALUE, an option of that "
                 f"side's executor{nearest(side, SIDES)}"
@@ -230,14 +240,13 @@ def choices(config: RunConfig, reference: RunConfig) -> "tuple[Choice, Choice]":
     """Candidate and reference. Raises ConfigError when they are identical."""
     from tilewright_compare import Choice
 
-    shared = {k: v for k, v in config.options.items() if k in ("loader", "weight_format")}
     trusted = Choice(
         executor=reference.plugins.executor,
         options=reference.options.get("executor", {}),
         runtime=reference.runtime,
         loader=config.plugins.loader,
         model_format=config.model.format,
-        other_options=shared,
+        other_options=_reader_options(config),
     )
     others = {k: v for k, v in config.options.items() if k != "executor"}
     tried = evolve(
@@ -254,6 +263,10 @@ def choices(config: RunConfig, reference: RunConfig) -> "tuple[Choice, Choice]":
             "name another with --candidate, or set one with -o candidate.KEY=VALUE"
         )
     return evolve(tried, observers=config.plugins.observers), trusted
+
+
+def _reader_options(config: RunConfig) -> dict[str, Mapping[str, Any]]:
+    return {kind: given for kind, given in config.options.items() if kind in _READERS}
 
 
 def tolerance(text: str) -> "Tolerance":
@@ -279,8 +292,8 @@ def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> li
     from tilewright.engine import LLMEngine
     from tilewright.text import Text
 
-    options = {k: v for k, v in config.options.items() if k in ("loader", "weight_format")}
-    with LLMEngine.from_plugins(loader=config.plugins.loader, options=options) as engine:
+    loader, options = config.plugins.loader, _reader_options(config)
+    with LLMEngine.from_plugins(loader=loader, options=options) as engine:
         loaded = engine.load(config.model.path, config.model.format)
         loaded.weights.close()
     text = Text(loaded.text)
