@@ -724,7 +724,7 @@ class Plant:
         """Whether it names the mistake, alone or with others that look the same."""
         cause = MISTAKES[self.mistake].cause
         named = found.reason.named if found.reason else ()
-        return cause is not None and any(re.search(cause, e.mistake) for e in named)
+        return cause is not None and any(re.search(cause, e.bug) for e in named)
 
 
 def plants(model: str) -> Iterator[Plant]:
@@ -774,7 +774,7 @@ def main() -> None:
                 }
                 count.update(planted=1, **right)
                 marks = "".join(" !"[not ok] for ok in right.values())
-                why = " or ".join(e.mistake for e in found.reason.named) if found.reason else ""
+                why = " or ".join(e.bug for e in found.reason.named) if found.reason else ""
                 print(f"{marks} {plant!s:75} {where:40} {why:60} {packed}", flush=True)
     print(dict(count))
 

@@ -1,6 +1,7 @@
 """Compares two executors on one model, tensor by tensor, to find where they first differ.
 
-Names are imported when they are first used, so the command's ``--help`` imports no torch.
+Names are imported when they are first used, so that ``tilewright compare --help`` does not import
+torch.
 """
 
 from typing import TYPE_CHECKING, Any

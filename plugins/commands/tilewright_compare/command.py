@@ -32,7 +32,7 @@ _OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")
 _TWO_DTYPES = ("weight_dtype", "kv_dtype")
 """Settings in which the reference runs twice: in float32, and in the candidate's dtype."""
 _READERS = ("loader", "weight_format")
-"""Kinds of the plugins that both sides read the model with."""
+"""Kinds of plugins that read the model for both sides."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -146,9 +146,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resolved_sides(args: argparse.Namespace) -> tuple[Resolved, Resolved]:
-    """Candidate, with model and prompts, and reference.
+    """Settings of the candidate, with model and prompts, and of the reference.
 
-    A run file and the environment apply to the candidate: they say how the model is run.
+    A run file and the environment apply to the candidate only.
     """
     shared: dict[Place, Given] = dict(flags.layer(args))
     layers: dict[str, dict[Place, Given]] = {side: {} for side in SIDES}
@@ -175,7 +175,7 @@ def resolved_sides(args: argparse.Namespace) -> tuple[Resolved, Resolved]:
 
 
 def _place(side: str, key: str) -> Place:
-    """The place of ``runtime.page_size``, or of an executor's option."""
+    """The place of a runtime setting (``runtime.page_size``) or of an executor's option."""
     section, dot, name = key.partition(".")
     if not dot:
         return ("options", "executor", key)
@@ -332,7 +332,7 @@ class Watch:
 
 
 def write(comparison: "Comparison", file: IO[str], as_json: bool) -> None:
-    """The report, as text as wide as the terminal, or as JSON."""
+    """Write the report, as JSON or as text that fits the terminal."""
     from tilewright_compare.report import record, text
 
     if as_json:

@@ -1,4 +1,4 @@
-"""Finds out why a layer is wrong by itself, from the first step in which it is."""
+"""Diagnoses the first layer that is wrong by itself."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,17 +6,17 @@ from attrs import define, evolve
 
 from tilewright import plugins
 from tilewright.types import Hypothesis
-from tilewright_compare.hypotheses import Reason, explain, hold
+from tilewright_compare.bugs import HYPOTHESES
+from tilewright_compare.hypotheses import Reason, explain, retest
 from tilewright_compare.layer import Case
-from tilewright_compare.mistakes import HYPOTHESES
 
-HELD_AGAINST = 2
-"""Number of later steps in which a reason is tested again."""
+RETESTS = 2
+"""Number of later steps in which the reason is tested again."""
 
 
 @define(eq=False)
 class Diagnosis:
-    """Explains the first layer that is wrong, or the head."""
+    """Explains one layer, or the head, over several steps."""
 
     hypotheses: Sequence[Hypothesis]
     broken: tuple[str, ...]
@@ -25,11 +25,11 @@ class Diagnosis:
     layer: int | None = None
     """The layer that ``reason`` explains; None: the head."""
     steps: int = 0
-    """Number of steps in which a reason was searched or tested."""
+    """Number of steps examined."""
 
     @classmethod
     def of_plugins(cls, *executors: str) -> "Diagnosis":
-        """With the known mistakes, and those that the executors' plugins add."""
+        """With the known bugs, and those that the executors' plugins add."""
         found, broken = list(HYPOTHESES), []
         for name in dict.fromkeys(executors):
             plugin = plugins.find("executor", name)
@@ -40,14 +40,14 @@ class Diagnosis:
         return cls(found, tuple(broken))
 
     def wants(self, layer: int | None) -> bool:
-        """Whether the layer is to be examined if it is wrong. None: the head."""
-        return self.reason is None or (layer == self.layer and self.steps <= HELD_AGAINST)
+        """Whether to examine the layer if it is wrong. None: the head."""
+        return self.reason is None or (layer == self.layer and self.steps <= RETESTS)
 
     def examine(self, case: Case) -> Iterator[int]:
-        """Explain the case, or test the reason on it; yields how many mistakes were tried."""
+        """Explain the case, or retest the reason on it; yields how many bugs were tried."""
         self.steps += 1
         if self.reason is not None:
-            self.reason = hold(self.reason, case, self.hypotheses)
+            self.reason = retest(self.reason, case, self.hypotheses)
             return
         self.layer = case.layer
         reason = yield from explain(case, self.hypotheses)

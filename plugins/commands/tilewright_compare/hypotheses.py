@@ -1,8 +1,8 @@
-"""Diagnoses a wrong layer: recomputes it under each known mistake, and names the mistake that
-reproduces the candidate's result.
+"""Explains a wrong layer: recomputes it with each known bug, and names the bug that reproduces the
+candidate's result.
 
-A hypothesis is a function that yields the mistakes which a case may have: the name of each, and
-the operations that reproduce it. An executor's plugin adds its own through the hook ``hypotheses``.
+A hypothesis is a function that yields the bugs which a case may have: the name of each, and the
+operations that reproduce it. An executor's plugin adds its own through the hook ``hypotheses``.
 """
 
 import math
@@ -19,25 +19,25 @@ from tilewright_compare.layer import RIGHT, Case, Operations, compute
 from tilewright_compare.metrics import difference
 
 EXPLAINED = 5.0
-"""Largest excess that may remain of an error which a mistake explains: the mistake may amplify the
-rounding that follows it. Above 1, all other guesses must leave STANDS_OUT times as much."""
+"""Largest excess that a bug may leave and still explain an error, since it may amplify the rounding
+that follows it. If it leaves more than 1, all other bugs must leave STANDS_OUT times as much."""
 STANDS_OUT = 3.0
-OUT_OF_QUESTION = EXPLAINED * STANDS_OUT
-"""A mistake with a larger excess, at a stage which is right in the candidate, is given up."""
+RULED_OUT = EXPLAINED * STANDS_OUT
+"""A bug with a larger excess, at a stage which is right in the candidate, is ruled out."""
 AS_GOOD = 1.5
-"""Mistakes within this factor of the best one's excess cannot be told from it."""
+"""Bugs within this factor of the best one's excess cannot be told from it."""
 
-Sureness = Literal["sure", "likely", "perhaps", "either", "none"]
+Confidence = Literal["sure", "likely", "perhaps", "either", "none"]
 
 
 @frozen(kw_only=True)
 class Explanation:
-    """A mistake, and how well it explains what a candidate gave."""
+    """A bug, and how well it explains a candidate's result."""
 
-    mistake: str
+    bug: str
     excess: float
-    """Excess of the candidate over a layer with that mistake: at 1 or less, rounding explains the
-    rest. A lower bound where the mistake was given up as OUT_OF_QUESTION."""
+    """Excess of the candidate over a layer with that bug: at 1 or less, rounding explains the rest.
+    A lower bound if the bug was RULED_OUT."""
 
 
 @frozen(kw_only=True)
@@ -45,19 +45,19 @@ class Reason:
     """What explains a layer's errors in a step."""
 
     unexplained: float
-    """The excess over the layer without a mistake."""
+    """The excess over the layer without a bug."""
     tried: int
     broken: tuple[str, ...] = ()
     """Hypotheses that failed, and why."""
     best: tuple[Explanation, ...]
     """Best first, without those that explain nothing."""
     refuted: tuple[str, ...] = ()
-    """Mistakes that explain this step, but not a later one in which the layer is wrong."""
+    """Bugs that explain this step, but not a later one in which the layer is wrong."""
 
     @property
     def named(self) -> tuple[Explanation, ...]:
         """The best one, and those that are as good; none if it does not explain the errors."""
-        left = [e for e in self.best if e.mistake not in self.refuted]
+        left = [e for e in self.best if e.bug not in self.refuted]
         if not left or left[0].excess * AS_GOOD >= self.unexplained or self.unexplained <= 1:
             return ()
         named = [e for e in left if e.excess <= AS_GOOD * left[0].excess]
@@ -70,14 +70,14 @@ class Reason:
 
     @property
     def next_best(self) -> float:
-        """Excess of the best mistake that is not named, or without any mistake."""
-        named = [e.mistake for e in self.named]
-        others = (e.excess for e in self.best if e.mistake not in named)
+        """Excess of the best bug that is not named, or without any bug."""
+        named = [e.bug for e in self.named]
+        others = (e.excess for e in self.best if e.bug not in named)
         return next(others, self.unexplained)
 
     @property
-    def sureness(self) -> Sureness:
-        """Confidence, from how much larger ``next_best`` is."""
+    def confidence(self) -> Confidence:
+        """How much larger ``next_best`` is, in words."""
         if not self.named:
             return "none"
         if len(self.named) > 1:
@@ -87,21 +87,21 @@ class Reason:
 
 
 def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None, Reason]:
-    """Try all hypotheses; yields how many mistakes were tried so far.
+    """Try all hypotheses; yields how many bugs were tried so far.
 
-    A hypothesis that raises is listed in ``broken``, and its remaining mistakes are skipped.
+    A hypothesis that raises is listed in ``broken``, and its remaining bugs are skipped.
     """
     nothing = _excess(case, RIGHT, math.inf)
     found, broken = [], []
     tried = 0
     for hypothesis in hypotheses:
         try:
-            for mistake, how in hypothesis(case):
+            for bug, how in hypothesis(case):
                 yield tried
                 tried += 1
                 excess = _excess(case, how, nothing)
                 if excess < nothing:
-                    found.append(Explanation(mistake=mistake, excess=excess))
+                    found.append(Explanation(bug=bug, excess=excess))
         except Exception as error:
             name = getattr(hypothesis, "__name__", str(hypothesis))
             broken.append(f"hypothesis {name} failed: {plugins.cause(error)}")
@@ -109,22 +109,22 @@ def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None
     return Reason(unexplained=nothing, tried=tried, broken=tuple(broken), best=tuple(best))
 
 
-def hold(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reason:
-    """Try the named mistakes in another step in which the layer is wrong, and refute those that do
-    not explain it."""
-    names = {e.mistake for e in reason.named}
+def retest(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reason:
+    """Try the named bugs in another step in which the layer is wrong, and refute those that do not
+    explain it."""
+    names = {e.bug for e in reason.named}
     nothing = _excess(case, RIGHT, math.inf)
     if not names or nothing <= 1:
         return reason
     refuted = [
-        mistake
-        for mistake, how in _of(hypotheses, case, names)
+        bug
+        for bug, how in _named(hypotheses, case, names)
         if _excess(case, how, nothing) > max(EXPLAINED, AS_GOOD * reason.named[0].excess)
     ]
     return evolve(reason, refuted=(*reason.refuted, *refuted))
 
 
-def _of(
+def _named(
     hypotheses: Sequence[Hypothesis], case: Case, names: Container[str]
 ) -> Iterable[tuple[str, Operations]]:
     for hypothesis in hypotheses:
@@ -136,7 +136,7 @@ def _of(
 
 def _excess(case: Case, how: Operations, enough: float) -> float:
     """Largest excess of all stages that the candidate taps; infinity once it reaches enough, and
-    the largest so far once the mistake is out of question."""
+    the largest so far once the bug is ruled out."""
     most = 0.0
     for stage, expected in compute(case, how, case.right):
         found = case.found.get(stage)
@@ -158,13 +158,13 @@ def _excess(case: Case, how: Operations, enough: float) -> float:
         most = max(most, excess)
         if most >= enough:
             return math.inf
-        if excess > OUT_OF_QUESTION and right_excess(case, stage) <= 1:
+        if excess > RULED_OUT and right_excess(case, stage) <= 1:
             return most
     return most
 
 
 def right_excess(case: Case, stage: str) -> float:
-    """Excess of the candidate over the right stage; 0 if no stage of that shape is tapped."""
+    """Excess of the candidate over the right stage; 0 if the two are not comparable."""
     if stage not in case.kept:
         case.kept[stage] = (
             stage_excess(case, stage, case.found[stage], case.right[stage])

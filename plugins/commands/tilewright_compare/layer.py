@@ -1,7 +1,7 @@
 """A layer, or the head, in plain float32 arithmetic.
 
-Each operation can be replaced, to compute a layer as some mistake would, from the same input and
-KV cache that a candidate had.
+Each operation can be replaced, to compute a layer with a bug, from the same input and KV cache that
+a candidate had.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -89,7 +89,7 @@ class Case:
 
     @cached_property
     def right(self) -> Tensors:
-        """Every stage, without a mistake."""
+        """Every stage, without a bug."""
         return dict(compute(self, RIGHT))
 
     def comparable(self, stage: str) -> bool:
@@ -145,7 +145,8 @@ class Operations:
     norm_after_rope: bool = False
     angles: Callable[[Case], Tensor] = angles
     rotate: Callable[[Tensor, Tensor], Tensor] = rotate_halves
-    turned: Sequence[str] = ("q_rope", "k_rope")
+    rotated: Sequence[str] = ("q_rope", "k_rope")
+    """Stages that are rotated."""
     rope_scale: float | None = None
     """Factor on cosine and sine; None: the model's."""
     cached: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
@@ -184,7 +185,7 @@ def compute(
 ) -> Iterator[tuple[str, Tensor]]:
     """Stages as docs/tensors.md names them, and ``k_cache`` and ``v_cache``, in order, float32.
 
-    right: the stages without a mistake; stages that how does not change are taken from it.
+    right: the stages without a bug; stages that how does not change are taken from it.
     """
     run = _Run(case, how, how.weights(case.weights), right or {})
     return run.head() if case.layer is None else run.layer()
@@ -254,10 +255,10 @@ class _Run:
         yield self.norm("attn_norm")
         for name in ("q_proj", "k_proj", "v_proj"):
             yield self.project(name, "attn_norm", name)
-        turned, unturned = {}, {}
+        before_rope, rotated = {}, {}
         for head in "qk":
-            unturned[head], turned[head] = yield from self.turned(head)
-        yield from self.cached(unturned["k"], turned)
+            before_rope[head], rotated[head] = yield from self.norm_and_rope(head)
+        yield from self.cached(before_rope["k"], rotated)
         yield self.project("o_proj", "attention", "o_proj")
         yield self.stage(
             "attn_residual",
@@ -283,46 +284,46 @@ class _Run:
             by=["mlp_residual"],
         )
 
-    def turned(self, head: str) -> Generator[tuple[str, Tensor], None, tuple[str, str]]:
+    def norm_and_rope(self, head: str) -> Generator[tuple[str, Tensor], None, tuple[str, str]]:
         """Norm and RoPE of queries or keys; returns the names of the stages before RoPE and
         of the last one."""
         projected, normed, rotated = f"{head}_proj", f"{head}_norm", f"{head}_rope"
         if not self.case.config.qk_norm:
-            yield self.rotated(rotated, projected)
+            yield self.rope(rotated, projected)
             return projected, rotated
         if self.how.norm_after_rope:
-            yield self.rotated(rotated, projected)
+            yield self.rope(rotated, projected)
             yield self.norm(normed, rotated)
             return rotated, normed
         yield self.norm(normed, projected)
-        yield self.rotated(rotated, normed)
+        yield self.rope(rotated, normed)
         return normed, rotated
 
-    def rotated(self, name: str, before: str) -> tuple[str, Tensor]:
+    def rope(self, name: str, before: str) -> tuple[str, Tensor]:
         case, how = self.case, self.how
 
         def make() -> Tensor:
-            if name not in how.turned:
+            if name not in how.rotated:
                 return self.made[before]
             scale = rope_scale(case.config) if how.rope_scale is None else how.rope_scale
             return how.cast(how.rotate(self.made[before], how.angles(case)) * scale)
 
-        by = ["angles", "rotate", "turned", "rope_scale", "norm_after_rope"]
+        by = ["angles", "rotate", "rotated", "rope_scale", "norm_after_rope"]
         return self.stage(name, make, [before], by=by)
 
-    def cached(self, unturned: str, turned: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    def cached(self, before_rope: str, rotated: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         """The cache after keys and values are written, and attention."""
         case, how, made = self.case, self.how, self.made
         stages = ("k_cache", "v_cache", "attention")
-        inputs = [unturned, *turned.values(), "v_proj"]
+        inputs = [before_rope, *rotated.values(), "v_proj"]
         if self.same("attention", inputs, [], CACHE_OPERATIONS):
             made |= {stage: self.right[stage] for stage in stages}
         else:
             cache = _Cache.of(case, how)
-            key, value = how.cached(made[unturned], made[turned["k"]], made["v_proj"])
+            key, value = how.cached(made[before_rope], made[rotated["k"]], made["v_proj"])
             if how.written == "before attention":
                 cache.write(how.write_slots(case), key, value)
-            made["attention"] = how.cast(_attend(case, how, made[turned["q"]], cache))
+            made["attention"] = how.cast(_attend(case, how, made[rotated["q"]], cache))
             if how.written == "after attention":
                 cache.write(how.write_slots(case), key, value)
             made["k_cache"], made["v_cache"] = cache.key[case.cached], cache.value[case.cached]

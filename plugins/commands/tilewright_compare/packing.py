@@ -52,7 +52,7 @@ def compared_weights(candidate: Side, baseline: Side) -> Iterator[WeightFinding]
 
 
 def how_packed(packed: Tensor, source: Tensor, others: Iterable[tuple[str, Tensor]]) -> str:
-    """How packed was made from source (same shape and dtype); empty when no known mistake fits.
+    """How packed was made from source (same shape and dtype); empty when no known bug fits.
 
     others: the model's other weights of that shape, by name; they are read only if needed.
     """
@@ -74,8 +74,10 @@ def how_packed(packed: Tensor, source: Tensor, others: Iterable[tuple[str, Tenso
 
 
 def _order(what: str, packed: Tensor, source: Tensor) -> str:
-    """Describes rows that are source's in another order; else empty. Both are sorted by a random
-    projection of their rows, and then compared in full."""
+    """Describes how source's rows are reordered in packed; empty if they are other rows.
+
+    Both are sorted by a random projection of their rows, and then compared in full.
+    """
     chance = torch.Generator().manual_seed(0)
     onto = torch.randn(source.shape[1], generator=chance, dtype=torch.float64)
     ours, theirs = (torch.argsort(t.double() @ onto, stable=True) for t in (packed, source))

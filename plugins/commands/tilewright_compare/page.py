@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tilewright import __version__
 from tilewright_compare.comparison import Comparison
-from tilewright_compare.hypotheses import OUT_OF_QUESTION, Reason
+from tilewright_compare.hypotheses import RULED_OUT, Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode
 from tilewright_compare.metrics import Difference
 from tilewright_compare.report import (
@@ -87,7 +87,7 @@ def _guesses(reason: Reason) -> list[tuple[str, str]]:
     if not reason.best:
         return []
     rows = [
-        (e.mistake, _number(e.excess) + " or more" * (e.excess > OUT_OF_QUESTION))
+        (e.bug, _number(e.excess) + " or more" * (e.excess > RULED_OUT))
         for e in reason.best[:_MOST_GUESSES]
     ]
     return [*rows, ("no mistake", _number(reason.unexplained))]

@@ -9,7 +9,7 @@ from attrs import asdict
 
 from tilewright import __version__
 from tilewright_compare.comparison import Comparison
-from tilewright_compare.hypotheses import OUT_OF_QUESTION, Reason
+from tilewright_compare.hypotheses import RULED_OUT, Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode
 from tilewright_compare.metrics import Difference
 
@@ -107,13 +107,13 @@ def finding_record(finding: Finding) -> dict[str, Any]:
 
 def _reason_record(reason: Reason) -> dict[str, Any]:
     return {
-        "sureness": reason.sureness,
-        "mistakes": [e.mistake for e in reason.named],
+        "sureness": reason.confidence,
+        "mistakes": [e.bug for e in reason.named],
         "unexplained": _finite(reason.unexplained),
         "tried": reason.tried,
         "broken": list(reason.broken),
         "refuted": list(reason.refuted),
-        "guesses": [asdict(e) for e in reason.best[:_MOST_GUESSES]],
+        "guesses": [{"mistake": e.bug, "excess": e.excess} for e in reason.best[:_MOST_GUESSES]],
     }
 
 
@@ -184,7 +184,7 @@ def facts(comparison: Comparison) -> str:
 
 
 def reason_line(reason: Reason) -> str:
-    """The known mistake that explains the first divergence, and the confidence in it."""
+    """The bug that explains the first divergence, and the confidence in it."""
     left, best = _times(reason.unexplained), reason.best[:1]
     broken = "".join(f"; {why}" for why in reason.broken)
     if reason.unexplained <= 1:
@@ -196,21 +196,21 @@ def reason_line(reason: Reason) -> str:
         said = f"none of {reason.tried} known mistakes explains it"
         if reason.refuted:
             said += f" (not {' nor '.join(reason.refuted[:3])}, which a later step refutes)"
-        elif best and best[0].excess < min(reason.unexplained / 2, OUT_OF_QUESTION):
-            said += f"; the nearest, {best[0].mistake}, leaves {_times(best[0].excess)} of {left}"
+        elif best and best[0].excess < min(reason.unexplained / 2, RULED_OUT):
+            said += f"; the nearest, {best[0].bug}, leaves {_times(best[0].excess)} of {left}"
         return said + broken
-    told = " or ".join(e.mistake for e in reason.named[:3])
+    told = " or ".join(e.bug for e in reason.named[:3])
     if len(reason.named) > 3:
         told += f" or {len(reason.named) - 3} more that would look the same"
     return (
-        f"{SURENESS[reason.sureness]}{told} (with that mistake a layer is at "
+        f"{CONFIDENCE[reason.confidence]}{told} (with that mistake a layer is at "
         f"{_times(reason.named[0].excess)} of the limits from the candidate, with another of "
         f"{reason.tried} guesses at {_times(reason.next_best)} or more, without one at {left})"
         f"{broken}"
     )
 
 
-SURENESS = {"sure": "", "likely": "probably ", "perhaps": "perhaps ", "either": "either "}
+CONFIDENCE = {"sure": "", "likely": "probably ", "perhaps": "perhaps ", "either": "either "}
 
 
 def _times(excess: float) -> str:

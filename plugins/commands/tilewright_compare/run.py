@@ -154,7 +154,7 @@ class _Sides:
 
         Yields what was compared, and the number of finished steps.
         """
-        self.candidate.spoil()
+        self.candidate.poison()
         number = 0
         while (steps := self._next()) is not None:
             step = steps[0]
@@ -217,7 +217,7 @@ class _Sides:
         steps: tuple[Step, Step, Step],
         diagnosis: Diagnosis | None,
     ) -> Iterator[str]:
-        """Yields what was compared. diagnosis: None where right weights are not available."""
+        """Yields what was compared. diagnosis: None if the truth cannot return weights."""
         ours, near, true = steps
         taps: list[Tensors] = [{}, {}, {}]
         record = [recorder(seen) for seen in taps]
@@ -242,7 +242,7 @@ class _Sides:
                     f"layers.{layer}.v_cache": kv[0].value,
                 }
                 case = self._case(ours, layer, hidden, before, taps[0], found)
-                yield from _diagnosed(result, diagnosis, case, f"layer {layer}")
+                yield from _diagnose(result, diagnosis, case, f"layer {layer}")
             hidden = output
             for seen in taps:
                 seen.clear()
@@ -256,7 +256,7 @@ class _Sides:
             result.findings += found
             if diagnosis and diagnosis.wants(None) and not all(f.passed for f in found):
                 case = self._case(ours, None, rows, None, taps[0], found)
-                yield from _diagnosed(result, diagnosis, case, "head")
+                yield from _diagnose(result, diagnosis, case, "head")
 
     def _next(self) -> tuple[Step, Step, Step] | None:
         """The same step on each side."""
@@ -363,7 +363,7 @@ class _Sides:
         raise AssertionError("the caches hold the tokens of these requests")
 
 
-def _diagnosed(result: Comparison, diagnosis: Diagnosis, case: Case, where: str) -> Iterator[str]:
+def _diagnose(result: Comparison, diagnosis: Diagnosis, case: Case, where: str) -> Iterator[str]:
     for tried in diagnosis.examine(case):
         yield f"{where}, trying known mistake {tried + 1}"
     result.reason = diagnosis.reason

@@ -5,7 +5,7 @@ from attrs import frozen
 from tilewright_compare.judge import Finding
 
 LEVELS = (0.25, 0.5, 0.75, 1.0, 2.0, 10.0, 100.0)
-"""Upper ends of the shades, as error over limit. The last shade has no end."""
+"""Upper ends of the shades, as error over limit. The last shade has none."""
 PASSING = LEVELS.index(1.0)
 """The last passing shade."""
 

@@ -1,4 +1,4 @@
-"""The executors of a comparison: each with its own engine, KV cache and page tables."""
+"""The sides of a comparison: each an executor with its own engine, KV cache and page tables."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +63,8 @@ class Side:
     engine: LLMEngine
     scheduler: Scheduler
     requests: Sequence[Request]
-    surprise: Tensor = field(factory=lambda: torch.zeros(2, dtype=torch.float64))
+    nll: Tensor = field(factory=lambda: torch.zeros(2, dtype=torch.float64))
+    """Negative log-likelihood of the prompt tokens in nats, and their number; [2], float64."""
 
     def next_step(self) -> Step | None:
         return self.scheduler.schedule()
@@ -85,12 +86,12 @@ class Side:
         for request in self.requests:
             self.scheduler.add(request)
 
-    def spoil(self) -> None:
+    def poison(self) -> None:
         """Fill the cache: if it were zero, reads of another sequence's slots would go unnoticed."""
         for i in range(self.executor.kv_cache_spec.num_layers if self.layerwise else 0):
             cache = self.executor.read_kv(i)
-            spoilt = (torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value))
-            self.executor.write_kv(i, KvLayer(*spoilt))
+            poisoned = (torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value))
+            self.executor.write_kv(i, KvLayer(*poisoned))
 
     @property
     def model(self) -> ServedModel:
@@ -160,26 +161,26 @@ class Side:
         seen.clear()
         self.run_head(hidden[batch.logits_rows], step, tap)
         if step.phase == "prefill":
-            self.surprise += self._surprise(step, self.run_head(hidden, step))
+            self.nll += self._nll(step, self.run_head(hidden, step))
         yield seen
 
-    def _surprise(self, step: Step, logits: Tensor) -> Tensor:
-        """Total nats and number of the prompt tokens that follow a chunk's tokens."""
+    def _nll(self, step: Step, logits: Tensor) -> Tensor:
+        """As ``nll``, of the prompt tokens that follow a chunk's tokens."""
         starts = step.batch.query_starts.tolist()
-        nats = torch.zeros(2, dtype=torch.float64)
+        nll = torch.zeros(2, dtype=torch.float64)
         for request, start, stop in zip(step.requests, starts, starts[1:], strict=False):
             first = request.num_computed + 1
             following = torch.tensor(request.prompt_token_ids[first : first + stop - start])
             rows = logits[start : start + len(following)].double().log_softmax(-1)
-            nats[0] -= rows.gather(1, following.unsqueeze(1)).sum() if len(following) else 0.0
-            nats[1] += len(following)
-        return nats
+            nll[0] -= rows.gather(1, following.unsqueeze(1)).sum() if len(following) else 0.0
+            nll[1] += len(following)
+        return nll
 
     @property
     def perplexity(self) -> float | None:
-        """Perplexity of all prompts together; None where layers cannot be run alone, or no prompt
-        token follows another."""
-        nats, tokens = self.surprise.tolist()
+        """Perplexity of all prompts together; None if layers cannot be run alone, or if no prompt
+        has a second token."""
+        nats, tokens = self.nll.tolist()
         return math.exp(nats / tokens) if tokens else None
 
     def kv(self, layer: int) -> KvLayer:

@@ -265,7 +265,7 @@ def test_logits_of_a_padded_vocabulary_are_of_another_shape(models: Path):
 def test_what_no_known_mistake_explains_is_said_to_be_so(models: Path):
     reason = plant("activation overflows").compare(models).reason
     assert reason is not None
-    assert (reason.named, reason.sureness) == ((), "none")
+    assert (reason.named, reason.confidence) == ((), "none")
     assert reason.tried > 100
 
 
@@ -287,8 +287,8 @@ def test_a_plugin_adds_mistakes_of_its_own_to_those_that_are_tried(models: Path,
     )
     reason = plant("gelu for silu").compare(models).reason
     assert reason is not None
-    assert [e.mistake for e in reason.named] == ["the MLP is halved"]
-    assert reason.sureness == "sure"
+    assert [e.bug for e in reason.named] == ["the MLP is halved"]
+    assert reason.confidence == "sure"
     (broken,) = reason.broken
     assert broken.startswith("hypothesis unable failed: RuntimeError: no such case")
 
@@ -302,7 +302,7 @@ def test_a_hook_that_fails_is_named_and_loses_nothing(models: Path, monkeypatch)
     assert reason is not None
     assert reason.broken[0].startswith("hypotheses of executor 'planted' of acme-planted")
     assert "RuntimeError: no file" in reason.broken[0]
-    assert [e.mistake for e in reason.named] == ["the attention scale is missing"]
+    assert [e.bug for e in reason.named] == ["the attention scale is missing"]
 
 
 def test_a_weight_that_cannot_be_given_back_is_wrong(models: Path, monkeypatch):
@@ -323,7 +323,7 @@ def test_a_reason_that_does_not_hold_in_later_steps_is_not_named(models: Path, m
     monkeypatch.setitem(MISTAKES, "RoPE missing", evolve(MISTAKES["RoPE missing"], way=way))
     found = plant("RoPE missing").compare(models)
     assert found.reason is not None
-    assert found.reason.best[0].mistake == "RoPE is missing"
+    assert found.reason.best[0].bug == "RoPE is missing"
     assert found.reason.refuted[0] == "RoPE is missing"
     assert found.reason.named == ()
 

@@ -89,7 +89,7 @@ def test_a_mistake_in_a_kernel_is_found_and_named(mistake, model, kernels):
     assert place.layer == (None if stages == ("logits",) else 0)
     assert all(w.passed for w in found.weights)
     assert found.reason is not None
-    assert [e.mistake for e in found.reason.named] == ([why] if why else [])
+    assert [e.bug for e in found.reason.named] == ([why] if why else [])
 
 
 def test_the_copies_themselves_are_right(model, kernels):

@@ -1,4 +1,4 @@
-"""Known mistakes of kernels and loaders, as hypotheses."""
+"""Known bugs of kernels and loaders, as hypotheses."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -318,11 +318,11 @@ def rotate_neighbours(x: Tensor, angle: Tensor) -> Tensor:
 def _at(change: Change) -> Callable[[Case], Tensor]:
     """Angles for changed positions."""
 
-    def turned(case: Case) -> Tensor:
+    def moved(case: Case) -> Tensor:
         positions = change(case.batch.positions.long()).to(case.batch.positions.dtype)
         return angles(evolve(case, batch=evolve(case.batch, positions=positions)))
 
-    return turned
+    return moved
 
 
 def _moved(by: int) -> Change:
@@ -337,11 +337,11 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
     if case.layer is None:
         return
     yield "RoPE turns neighbouring dimensions, not halves", Operations(rotate=rotate_neighbours)
-    yield "RoPE is missing", Operations(turned=())
+    yield "RoPE is missing", Operations(rotated=())
     for stage in ("q_rope", "k_rope"):
         yield (
             f"RoPE of {'keys' if stage[0] == 'q' else 'queries'} is missing",
-            Operations(turned=(stage,)),
+            Operations(rotated=(stage,)),
         )
     yield (
         "RoPE turns the other way",
@@ -402,8 +402,8 @@ def _theta(case: Case) -> float | None:
     scale = rope_scale(config)
 
     def error(log_theta: float) -> float:
-        turned = _with_rope(evolve(config.rope, theta=math.exp(log_theta)))(case)
-        made = rotate_halves(before, turned) * scale
+        angle = _with_rope(evolve(config.rope, theta=math.exp(log_theta)))(case)
+        made = rotate_halves(before, angle) * scale
         return float((case.found[stage].float() - made).norm())
 
     best = _least(error, math.log(100.0), math.log(1e8))
