@@ -84,7 +84,7 @@ def test_the_npu_kernels_are_as_near_as_rounding_allows(capsys):
 def test_what_the_candidate_has_no_tensor_for_is_told(capsys, tmp_path):
     page = str(tmp_path / "page.html")
     _, out, _ = compared(capsys, *SHORT, *EMULATED, "--html", page)
-    told = "not compared, for pypto-npu taps no such tensors: attn_norm, q_proj, k_proj, v_proj"
+    told = "not compared, because pypto-npu does not tap them: attn_norm, q_proj, k_proj, v_proj"
     assert told in out
     assert told in Path(page).read_text()
     _, out, _ = compared(capsys, *SHORT, *SEVEN)
@@ -187,7 +187,7 @@ def test_the_demo_model_has_a_prompt_of_its_own(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "candidate and reference are one"),
+        ([], "candidate and reference are identical"),
         (["--candidate", "torhc"], "--candidate: no executor is named 'torhc'"),
         (["--reference", "torhc"], "--reference: no executor is named 'torhc'"),
         (["-o", "page_size=7"], "-o page_size: expected candidate.KEY=VALUE"),
@@ -210,9 +210,9 @@ def test_the_demo_model_has_a_prompt_of_its_own(capsys):
         (["--tolerance", "nonsense"], "expected PATTERN:METRIC=BOUND, found 'nonsense'"),
         ([*SEVEN, "--tolerance", "*:max_abs=-1"], "expected a bound from 0 to inf on max_abs"),
         ([*SEVEN, "--tolerance", "*:cosine=1.5"], "expected a bound from 0 to 1 on cosine"),
-        ([*SEVEN, "--html", "x", "--output", "./x"], "name one file: give each its own"),
+        ([*SEVEN, "--html", "x", "--output", "./x"], "name the same file: give each its own"),
         ([*SEVEN, "--tolerance", "*:maxabs=1"], "did you mean 'max_abs'?"),
-        ([*SEVEN, "--tolerance", "layer.*:nmse=1"], "'layer.*' is for no tensor that is compared"),
+        ([*SEVEN, "--tolerance", "layer.*:nmse=1"], "'layer.*' matches no tensor that is compared"),
         ([*EMULATED, "-o", "candidate.runtime.weight_dtype=float32"], "kernels in bfloat16"),
     ],
 )

@@ -242,7 +242,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "k in interleaved order": Mistake(
         way=Way(weights=interleaved_rows),
-        cause="rows of k_proj are reordered for RoPE that turns neighbours",
+        cause="rows of k_proj are reordered for RoPE that rotates neighbours",
         stage=("k_proj",),
         weight="k_proj.weight",
     ),
@@ -317,7 +317,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     # RoPE
     "RoPE interleaved": Mistake(
-        way=Way(rotate=neighbours), cause="RoPE turns neighbouring dimensions", stage=("q_rope",)
+        way=Way(rotate=neighbours), cause="RoPE rotates neighbouring dimensions", stage=("q_rope",)
     ),
     "RoPE with another theta": Mistake(
         way=Way(angles=with_rope(theta=2e4)),
@@ -429,7 +429,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "casts truncate": Mistake(
         way=Way(cast=truncated),
-        cause="casts cut digits off",
+        cause="casts truncate instead of rounding",
         stage=("attn_norm", "q_proj"),
         phases=("prefill", "both"),  # a decode step of three rows has too few errors to tell
         shows=in_16_bits,

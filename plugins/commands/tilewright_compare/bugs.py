@@ -88,8 +88,8 @@ def in_another_order(case: Case) -> Iterator[tuple[str, Operations]]:
     group = config.num_heads // kv_heads
     for names in (("q_proj",), ("k_proj",), ("q_proj", "k_proj")):
         for what, change in (
-            ("for RoPE that turns neighbours", _regrouped_in_heads(2, pairs)),
-            ("as if they came for RoPE that turns neighbours", _regrouped_in_heads(pairs, 2)),
+            ("for RoPE that rotates neighbours", _regrouped_in_heads(2, pairs)),
+            ("as if stored for RoPE that rotates neighbours", _regrouped_in_heads(pairs, 2)),
         ):
             changes = {n: change for name in names for n in (name, f"{name}.bias")}
             who = " and ".join(names)
@@ -196,7 +196,7 @@ def parts_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
         elif wrong.max() <= 0:
             what = f"{some} are added more than once"
         else:
-            what = f"{some} are added another number of times than once"
+            what = f"{some} are not added exactly once"
         yield what, _with({name: _scaled(scale)})
         return
 
@@ -272,7 +272,7 @@ def norms(case: Case) -> Iterator[tuple[str, Operations]]:
         yield "q_norm and k_norm come after RoPE", Operations(norm_after_rope=True)
         for what, norm in NORMS.items():
             yield (
-                what.format("of q_norm and k_norm, each"),
+                what.format("each of q_norm and k_norm"),
                 Operations(norms=dict.fromkeys(per_head, norm)),
             )
 
@@ -336,7 +336,7 @@ def _with_rope(rope: RopeConfig) -> Callable[[Case], Tensor]:
 def rope(case: Case) -> Iterator[tuple[str, Operations]]:
     if case.layer is None:
         return
-    yield "RoPE turns neighbouring dimensions, not halves", Operations(rotate=rotate_neighbours)
+    yield "RoPE rotates neighbouring dimensions, not halves", Operations(rotate=rotate_neighbours)
     yield "RoPE is missing", Operations(rotated=())
     for stage in ("q_rope", "k_rope"):
         yield (
@@ -344,7 +344,7 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
             Operations(rotated=(stage,)),
         )
     yield (
-        "RoPE turns the other way",
+        "RoPE rotates the other way",
         Operations(rotate=lambda x, angle: rotate_halves(x, -angle)),
     )
     for whose, heads in (("queries", case.config.num_heads), ("keys", case.config.num_kv_heads)):
@@ -353,7 +353,7 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
             def back(x: Tensor, angle: Tensor, heads: int = heads) -> Tensor:
                 return rotate_halves(x, -angle if x.shape[1] == heads else angle)
 
-            yield f"RoPE of {whose} turns the other way", Operations(rotate=back)
+            yield f"RoPE of {whose} rotates the other way", Operations(rotate=back)
     for by in (1, -1):
         yield (
             f"RoPE's positions are {'ahead' if by > 0 else 'behind'} by one",
@@ -383,11 +383,11 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
         )
     if (end := _end_of_table(case)) is not None:
         yield (
-            f"RoPE's table ends at position {end - 1}, which stands for all after it",
+            f"RoPE's table ends at position {end - 1}, which is used for all after it",
             Operations(angles=_at(lambda p: p.clamp(max=end - 1))),
         )
         yield (
-            f"RoPE's table has {end} positions, and begins again after them",
+            f"RoPE's table has {end} positions, and wraps around after them",
             Operations(angles=_at(lambda p: p % end)),
         )
 
@@ -458,7 +458,7 @@ def attention(case: Case) -> Iterator[tuple[str, Operations]]:
         Operations(visible=lambda q, k: k <= q + 1, read_to=lambda case, length: length + 1),
     )
     yield "the causal mask is missing", Operations(visible=lambda q, k: k >= 0)
-    yield "the causal mask is the wrong way round", Operations(visible=lambda q, k: k >= q)
+    yield "the causal mask is inverted", Operations(visible=lambda q, k: k >= q)
 
     def whole_pages(case: Case, length: int) -> int:
         return -(-length // case.spec.page_size) * case.spec.page_size
@@ -639,7 +639,7 @@ def rounding(case: Case) -> Iterator[tuple[str, Operations]]:
 
     if dtype is not torch.float32:
         yield (
-            "casts cut digits off instead of rounding",
+            "casts truncate instead of rounding",
             Operations(weights=weights, cast=lambda x: truncated(x, dtype)),
         )
     for low in dict.fromkeys((torch.bfloat16, dtype)):
@@ -668,7 +668,7 @@ def head(case: Case) -> Iterator[tuple[str, Operations]]:
     vocab_size = case.config.vocab_size
     if not case.config.tie_word_embeddings:
         yield (
-            "the head is tied to the embedding, though the model has one of its own",
+            "the head is tied to the embedding, but the model has its own head",
             Operations(
                 weights=lambda w: {**w, "lm_head": case.weight("model.embed_tokens.weight")}
             ),

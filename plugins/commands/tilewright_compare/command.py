@@ -40,20 +40,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Find where a candidate executor first differs from a reference on a model, tensor by "
         "tensor. Exit code 0: equal; 1: they diverge; 2: they could not be compared. "
-        "docs/numerics.md tells how to read the report."
+        "docs/numerics.md explains the report."
     )
     parser.add_argument(
         "config",
         nargs="?",
         metavar="CONFIG",
-        help="a run file: its model and prompts, with its executor and settings as the candidate",
+        help="a run file: it gives the model and the prompts, and the candidate's executor and "
+        "settings",
     )
     _add_sides(parser)
     _add_runs(parser)
     report = parser.add_argument_group("report")
     report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
-    report.add_argument("--html", metavar="FILE", help="write a page with pictures, too")
-    report.add_argument("--png", metavar="FILE", help="write the heat map as one picture, too")
+    report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
+    report.add_argument("--png", metavar="FILE", help="also write the heat map as a picture")
     report.add_argument(
         "--output",
         metavar="FILE",
@@ -65,9 +66,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _add_sides(parser: argparse.ArgumentParser) -> None:
     sides = parser.add_argument_group("sides")
-    sides.add_argument("--candidate", metavar="NAME", help="the executor to judge (torch)")
+    sides.add_argument("--candidate", metavar="NAME", help="the executor under test (torch)")
     sides.add_argument(
-        "--reference", metavar="NAME", default="torch", help="the executor to trust (torch)"
+        "--reference", metavar="NAME", default="torch", help="the trusted executor (torch)"
     )
     sides.add_argument(
         "-o",
@@ -75,9 +76,10 @@ def _add_sides(parser: argparse.ArgumentParser) -> None:
         dest="side_options",
         action="append",
         metavar="KEY=VALUE",
-        help="candidate.KEY or reference.KEY: an executor option of that side; with .runtime "
-        "before KEY, its runtime setting, such as page_size; loader.KEY or "
-        "weight_format.NAME.KEY: an option of what both sides read the model with",
+        help="candidate.KEY or reference.KEY: an option of that side's executor; "
+        "candidate.runtime.KEY or reference.runtime.KEY: a runtime setting of that side, such as "
+        "page_size; loader.KEY or weight_format.NAME.KEY: an option of a plugin that reads the "
+        "model for both sides",
     )
     flags.add(sides, "runtime", {"device"})
 
@@ -90,19 +92,19 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
         type=flags.positive,
         default=8,
         metavar="N",
-        help="tokens after each prompt, the reference's on both sides (8)",
+        help="tokens after each prompt; both sides get the reference's (8)",
     )
     prompts.add_argument(
         "--chunk",
         type=flags.positive,
         default=512,
         metavar="N",
-        help="tokens in a prefill step at most (512)",
+        help="largest number of tokens in a prefill step (512)",
     )
     prompts.add_argument(
         "--isolate",
         action="store_true",
-        help="run each layer alone even where the whole runs agree",
+        help="run each layer alone even if the whole runs agree",
     )
     prompts.add_argument(
         "--tolerance",
@@ -110,8 +112,8 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN:METRIC=BOUND",
-        help="a limit of your own for tensors of such names, in place of what rounding explains: "
-        "'layers.*.attention:relative_rms=0.03'; the first that fits a name counts",
+        help="a limit for tensors whose names match, instead of what rounding explains: "
+        "'layers.*.attention:relative_rms=0.03'; the first that matches a name applies",
     )
 
 
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     tolerances = [tolerance(text) for text in args.tolerances]
     outputs = [Path(name).absolute() for name in (args.output, args.html, args.png) if name]
     if len(set(outputs)) < len(outputs):
-        raise ConfigError("--output, --html and --png name one file: give each its own")
+        raise ConfigError("--output, --html and --png name the same file: give each its own")
     candidate, reference = resolved_sides(args)
     prompts = read_prompts(candidate)
     if candidate.origin("prompts", "text") == DEFAULT and not candidate.config.prompts.file:
@@ -259,8 +261,8 @@ def choices(config: RunConfig, reference: RunConfig) -> "tuple[Choice, Choice]":
     )
     if tried == trusted:
         raise ConfigError(
-            f"candidate and reference are one, executor {tried.executor!r} with the same settings: "
-            "name another with --candidate, or set one with -o candidate.KEY=VALUE"
+            f"candidate and reference are identical: executor {tried.executor!r} with the same "
+            "settings; name another with --candidate, or set one with -o candidate.KEY=VALUE"
         )
     return evolve(tried, observers=config.plugins.observers), trusted
 

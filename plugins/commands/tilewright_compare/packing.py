@@ -60,7 +60,7 @@ def how_packed(packed: Tensor, source: Tensor, others: Iterable[tuple[str, Tenso
         return "it is all zero"
     if packed.dim() == 2 and torch.equal(packed, source.T.reshape(source.shape)):
         square = source.shape[0] == source.shape[1]
-        return "it is transposed" if square else "its transpose is read as if it had its shape"
+        return "it is transposed" if square else "its transpose is read with the original shape"
     if torch.equal(packed, -source):
         return "its sign is flipped"
     if torch.equal(packed, source + 1):

@@ -90,7 +90,7 @@ def _guesses(reason: Reason) -> list[tuple[str, str]]:
         (e.bug, _number(e.excess) + " or more" * (e.excess > RULED_OUT))
         for e in reason.best[:_MOST_GUESSES]
     ]
-    return [*rows, ("no mistake", _number(reason.unexplained))]
+    return [*rows, ("no bug", _number(reason.unexplained))]
 
 
 def _figures(finding: Finding) -> list[tuple[object, ...]]:

@@ -21,8 +21,8 @@ CHECKS = {
     "v_proj": "the value projection: its weight's transposition and order of rows, its bias",
     "q_norm": "the RMSNorm of query heads: its weight, its eps, per head and before RoPE",
     "k_norm": "the RMSNorm of key heads: its weight, its eps, per head and before RoPE",
-    "q_rope": "RoPE of queries: positions, theta, scaling, which dimensions turn together",
-    "k_rope": "RoPE of keys: positions, theta, scaling, which dimensions turn together",
+    "q_rope": "RoPE of queries: positions, theta, scaling, which dimensions rotate together",
+    "k_rope": "RoPE of keys: positions, theta, scaling, which dimensions rotate together",
     "k_cache": "how keys are stored: slots, row order, page size, dtype",
     "v_cache": "how values are stored: slots, row order, page size, dtype",
     "attention": "attention: the scale, the causal mask, which KV head a query head reads, and "
@@ -155,7 +155,7 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
     if comparison.logits:
         lines += ["", *prose("logits, candidate against truth"), *_logits(comparison)]
         if any(row.near_tie for row in comparison.logits):
-            lines += prose("(~ near-tie: rounding could turn the truth's two likeliest tokens)")
+            lines += prose("(~ near-tie: rounding could swap the truth's two likeliest tokens)")
     lines += ["", *prose(weights_line(comparison))]
     if comparison.not_compared:
         lines += prose(missing_line(comparison))
@@ -189,24 +189,24 @@ def reason_line(reason: Reason) -> str:
     broken = "".join(f"; {why}" for why in reason.broken)
     if reason.unexplained <= 1:
         return (
-            "rounding explains what this layer computes: it is only a tolerance that is not met, "
-            f"or a tensor that is missing or of another shape{broken}"
+            "rounding explains what this layer computes: only a tolerance is not met, or a tensor "
+            f"is missing or has another shape{broken}"
         )
     if not reason.named:
-        said = f"none of {reason.tried} known mistakes explains it"
+        said = f"none of {reason.tried} bug hypotheses explains it"
         if reason.refuted:
-            said += f" (not {' nor '.join(reason.refuted[:3])}, which a later step refutes)"
+            said += f" (refuted by a later step: {', '.join(reason.refuted[:3])})"
         elif best and best[0].excess < min(reason.unexplained / 2, RULED_OUT):
             said += f"; the nearest, {best[0].bug}, leaves {_times(best[0].excess)} of {left}"
         return said + broken
     told = " or ".join(e.bug for e in reason.named[:3])
     if len(reason.named) > 3:
-        told += f" or {len(reason.named) - 3} more that would look the same"
+        told += f" or {len(reason.named) - 3} more with the same effect"
     return (
-        f"{CONFIDENCE[reason.confidence]}{told} (with that mistake a layer is at "
-        f"{_times(reason.named[0].excess)} of the limits from the candidate, with another of "
-        f"{reason.tried} guesses at {_times(reason.next_best)} or more, without one at {left})"
-        f"{broken}"
+        f"{CONFIDENCE[reason.confidence]}{told} (error over its limit: "
+        f"{_times(reason.named[0].excess)} against a layer with this bug, at least "
+        f"{_times(reason.next_best)} with another of {reason.tried} hypotheses, {left} without "
+        f"a bug){broken}"
     )
 
 
@@ -222,7 +222,7 @@ def _times(excess: float) -> str:
 def weights_line(comparison: Comparison) -> str:
     wrong = comparison.wrong_weights
     if not comparison.weights:
-        return "weights: not compared, for not both executors give them back"
+        return "weights: not compared, because one of the executors does not return them"
     if not wrong:
         return f"weights: all {len(comparison.weights)} are the checkpoint's"
     shown = "; ".join(f"{w.name}! {w.why}" for w in wrong[:3])
@@ -232,7 +232,7 @@ def weights_line(comparison: Comparison) -> str:
 
 def missing_line(comparison: Comparison) -> str:
     stages = ", ".join(comparison.not_compared)
-    return f"not compared, for {comparison.candidate} taps no such tensors: {stages}"
+    return f"not compared, because {comparison.candidate} does not tap them: {stages}"
 
 
 def worst(findings: Iterable[Finding]) -> dict[tuple[int | None, str], Finding]:

@@ -310,7 +310,7 @@ class _Sides:
                 continue
             if not known and tensor is not None and place.stage in result.not_compared:
                 result.not_compared.remove(place.stage)
-                why = "the candidate has this tensor here, but has not had it everywhere before"
+                why = "the candidate taps this tensor here, but not everywhere before"
                 found.append(Finding(place=place, passed=False, why=why))
             elif expected.numel():
                 found.append(self._finding(place, tensor, near[name], expected))
@@ -328,7 +328,7 @@ class _Sides:
         for tolerance in self.tolerances:
             if not any(fnmatchcase(name, tolerance.pattern) for name in names):
                 raise ConfigError(
-                    f"tolerance {tolerance.pattern!r} is for no tensor that is compared"
+                    f"tolerance {tolerance.pattern!r} matches no tensor that is compared"
                     f"{nearest(tolerance.pattern, names)} (such as {', '.join(names[:3])})"
                 )
 
@@ -365,7 +365,7 @@ class _Sides:
 
 def _diagnose(result: Comparison, diagnosis: Diagnosis, case: Case, where: str) -> Iterator[str]:
     for tried in diagnosis.examine(case):
-        yield f"{where}, trying known mistake {tried + 1}"
+        yield f"{where}, trying bug hypothesis {tried + 1}"
     result.reason = diagnosis.reason
 
 

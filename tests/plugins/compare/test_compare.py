@@ -262,14 +262,14 @@ def test_logits_of_a_padded_vocabulary_are_of_another_shape(models: Path):
     assert found.logits == []
 
 
-def test_what_no_known_mistake_explains_is_said_to_be_so(models: Path):
+def test_what_no_known_bug_explains_is_said_to_be_so(models: Path):
     reason = plant("activation overflows").compare(models).reason
     assert reason is not None
     assert (reason.named, reason.confidence) == ((), "none")
     assert reason.tried > 100
 
 
-def test_a_plugin_adds_mistakes_of_its_own_to_those_that_are_tried(models: Path, monkeypatch):
+def test_a_plugin_adds_bug_hypotheses(models: Path, monkeypatch):
     def scaled(case: Case) -> Iterator[tuple[str, Operations]]:
         if case.layer is not None:
             yield "the MLP is halved", Operations(activation=lambda g, u: F.silu(g) * u / 2)
@@ -328,7 +328,7 @@ def test_a_reason_that_does_not_hold_in_later_steps_is_not_named(models: Path, m
     assert found.reason.named == ()
 
 
-def test_no_mistake_is_named_where_rounding_explains_the_layer(models: Path):
+def test_no_bug_is_named_where_rounding_explains_the_layer(models: Path):
     candidate = plant("none", dtype="bfloat16")
     candidate.compare(models)
     choice = Choice(executor="planted", runtime=RuntimeConfig(weight_dtype="bfloat16"))
@@ -368,7 +368,7 @@ def test_the_first_tolerance_that_fits_a_name_counts(models: Path):
 
 
 def test_a_tolerance_for_no_tensor_or_figure_is_an_error(models: Path):
-    with pytest.raises(ConfigError, match=r"'layers.*.atention' is for no tensor.*did you mean"):
+    with pytest.raises(ConfigError, match=r"'layers.*.atention' matches no tensor.*did you mean"):
         tolerated(models, Tolerance("layers.*.atention", "nmse", 1.0))
     with pytest.raises(ConfigError, match="no figure is named 'rms'"):
         Tolerance("*", "rms", 1.0)
@@ -407,7 +407,7 @@ def test_a_stage_that_is_tapped_in_some_layers_only_is_wrong(models: Path, monke
     found = plant("none").compare(models)
     wrong = {f.place.tensor: f.why for f in found.findings if not f.passed}
     assert wrong["layers.1.o_proj"] == "the candidate has no such tensor"
-    assert "has not had it everywhere before" in wrong["layers.1.attention"]
+    assert "but not everywhere before" in wrong["layers.1.attention"]
 
 
 def test_a_chunk_of_one_token_is_run_as_decode_and_called_so(models: Path):

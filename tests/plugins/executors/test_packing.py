@@ -15,7 +15,7 @@ NORM = torch.tensor([0.5, 2.0, 1.0])
     ("packed", "source", "told"),
     [
         (SQUARE.T, SQUARE, "it is transposed"),
-        (GATE.T.reshape(4, 6), GATE, "its transpose is read as if it had its shape"),
+        (GATE.T.reshape(4, 6), GATE, "its transpose is read with the original shape"),
         (-GATE, GATE, "its sign is flipped"),
         (torch.zeros(4, 6), GATE, "it is all zero"),
         (NORM + 1, NORM, "1 is added to it"),
