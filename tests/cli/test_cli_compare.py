@@ -18,6 +18,7 @@ from terminal import Terminal
 
 from tilewright.cli import main
 from tilewright_compare import Comparison, picture
+from tilewright_compare.hypotheses import Explanation, Reason
 from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place
 from tilewright_compare.metrics import difference
 from tilewright_compare.packing import WeightFinding
@@ -494,8 +495,11 @@ def test_the_worked_case_of_the_documentation(capsys, tmp_path):
 
 def test_the_documentation_names_every_key_of_the_report():
     comparison = made(1, 1, wrong=0)
+    best = (Explanation(bug="RoPE is missing", excess=1.0),)
+    comparison.reason = Reason(unexplained=9.0, tried=180, best=best)
     report = record(comparison)
-    finding = report["findings"][0]
-    for keys in (report, finding, finding["candidate"], report["logits"][0]):
+    finding, reason = report["findings"][0], report["reason"]
+    parts = (finding, finding["candidate"], report["logits"][0], reason, reason["guesses"][0])
+    for keys in (report, *parts):
         for key in keys.keys() - {"elements"}:
             assert f"`{key}`" in PAGE, key

@@ -107,13 +107,13 @@ def finding_record(finding: Finding) -> dict[str, Any]:
 
 def _reason_record(reason: Reason) -> dict[str, Any]:
     return {
-        "sureness": reason.confidence,
-        "mistakes": [e.bug for e in reason.named],
+        "confidence": reason.confidence,
+        "bugs": [e.bug for e in reason.named],
         "unexplained": _finite(reason.unexplained),
         "tried": reason.tried,
         "broken": list(reason.broken),
         "refuted": list(reason.refuted),
-        "guesses": [{"mistake": e.bug, "excess": e.excess} for e in reason.best[:_MOST_GUESSES]],
+        "guesses": [asdict(e) for e in reason.best[:_MOST_GUESSES]],
     }
 
 
