@@ -82,7 +82,7 @@ def test_the_npu_kernels_are_as_near_as_rounding_allows(capsys):
     assert {"output", "logits"}.isdisjoint(report["not_compared"])
 
 
-def test_what_the_candidate_has_no_tensor_for_is_told(capsys, tmp_path):
+def test_stages_that_the_candidate_does_not_tap_are_listed(capsys, tmp_path):
     page = str(tmp_path / "page.html")
     _, out, _ = compared(capsys, *SHORT, *EMULATED, "--html", page)
     told = "not compared, because pypto-npu does not tap them: attn_norm, q_proj, k_proj, v_proj"
@@ -99,7 +99,7 @@ def test_layers_are_tried_alone_when_asked_for(capsys):
     assert {f["mode"] for f in report["findings"]} == {"chained", "isolated"}
 
 
-def test_float32_is_what_the_truth_is_in(capsys):
+def test_the_truth_is_in_float32(capsys):
     argv = [*SHORT, "-o", "candidate.runtime.weight_dtype=float32", "--json"]
     code, out, _ = compared(capsys, *argv)
     report = json.loads(out)
@@ -357,7 +357,7 @@ class _Page(HTMLParser):
 
 
 @pytest.mark.parametrize("wrong", [None, 23])
-def test_the_page_is_whole_and_asks_nobody_for_anything(wrong):
+def test_the_page_is_well_formed_and_needs_no_network(wrong):
     page = html(made(40, 30, wrong))
     parser = _Page()
     parser.feed(page)

@@ -155,7 +155,7 @@ def compared(
 
 
 def unfounded(found: Comparison) -> list[str]:
-    """What is said to be wrong, of a candidate that is right."""
+    """What a comparison finds wrong with a correct candidate."""
     assert found.finished
     wrong = [f"{w.name}: {w.why}" for w in found.weights if not w.passed]
     return wrong + [f"{f.place}: {f.why}" for f in found.findings if not f.passed]
@@ -176,7 +176,7 @@ def test_another_order_of_arithmetic_is_no_mistake(seed: int, dtype: str, models
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("seed", range(25, 225))
-def test_nor_is_it_in_many_more_models(seed: int, dtype: str, models: Path):
+def test_another_order_of_arithmetic_in_many_more_models(seed: int, dtype: str, models: Path):
     test_another_order_of_arithmetic_is_no_mistake(seed, dtype, models)
 
 
@@ -305,7 +305,7 @@ def test_a_hook_that_fails_is_named_and_loses_nothing(models: Path, monkeypatch)
     assert [e.bug for e in reason.named] == ["the attention scale is missing"]
 
 
-def test_a_weight_that_cannot_be_given_back_is_wrong(models: Path, monkeypatch):
+def test_a_weight_that_cannot_be_returned_is_wrong(models: Path, monkeypatch):
     def weight(self, name):
         raise KeyError(name)
 
@@ -341,7 +341,7 @@ def test_no_bug_is_named_where_rounding_explains_the_layer(models: Path):
 
 
 def tolerated(models: Path, *tolerances: Tolerance) -> Comparison:
-    """Of a model whose layer 1 has an RMSNorm with too large an eps."""
+    """A comparison of a model whose layer 1 has an RMSNorm with too large an eps."""
     candidate = plant("eps too large")
     directory = models / candidate.model
     candidate.compare(models)
@@ -367,7 +367,7 @@ def test_the_first_tolerance_that_fits_a_name_counts(models: Path):
     assert not tolerated(models, Tolerance("*attn_norm", "max_abs", 0.0), wide).equal
 
 
-def test_a_tolerance_for_no_tensor_or_figure_is_an_error(models: Path):
+def test_a_tolerance_that_matches_nothing_is_an_error(models: Path):
     with pytest.raises(ConfigError, match=r"'layers.*.atention' matches no tensor.*did you mean"):
         tolerated(models, Tolerance("layers.*.atention", "nmse", 1.0))
     with pytest.raises(ConfigError, match="no figure is named 'rms'"):

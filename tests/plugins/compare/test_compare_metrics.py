@@ -146,7 +146,7 @@ def test_other_shapes_and_nothing_at_all_are_refused(shapes):
         difference(*(torch.zeros(shape) for shape in shapes))
 
 
-def test_a_near_tie_is_one_that_rounding_could_turn_however_wrong_the_candidate_is():
+def test_a_near_tie_is_one_that_rounding_could_swap_however_wrong_the_candidate_is():
     truth = torch.tensor([[1.0, 3.0, 2.9], [1.0, 3.0, 0.0]])
     baseline = truth + torch.tensor([[0.0, -0.06, 0.0], [0.0, -0.06, 0.0]])
     candidate = torch.zeros(2, 3)
