@@ -77,6 +77,20 @@ def test_the_core_imports_no_plugin():
     assert found == set()
 
 
+def test_what_runs_models_imports_neither_the_kit_nor_the_tools():
+    tools = {"tilewright_testing", "tilewright_tools", "tilewright_compare"}
+    runs = {name.partition(".")[0] for name in ours()} - tools
+    assert {"tilewright", "tilewright_hf", "tilewright_torch", "tilewright_kernels"} <= runs
+    found = {
+        f"{name} imports {other}"
+        for name, others in ours().items()
+        if name.partition(".")[0] in runs
+        for other in others
+        if other.partition(".")[0] in tools
+    }
+    assert found == set()
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -28,6 +28,7 @@ from tilewright.types import (
 from tilewright.weights import check_tensors
 from tilewright_testing.files import files_of
 from tilewright_testing.models import Model, read_some, same_bits
+from tilewright_testing.samples import WRITERS, Sample
 from tilewright_testing.state import left_alone
 from tilewright_testing.suite import Implementation, in_fresh_process, target_of
 from tilewright_testing.tensor_source import Open, TensorSourceSuite, refused
@@ -51,22 +52,30 @@ class LoaderSuite(TensorSourceSuite):
     kind: ClassVar[str] = "loader"
 
     @pytest.fixture
-    def source(self, implementation: Implementation, tmp_path: Path) -> str | Path:
+    def sample(self, implementation: Implementation, tmp_path: Path) -> Sample | None:
+        """A sample of a shipped loader; None for the loaders of others."""
+        write = WRITERS.get(getattr(implementation.plugin, "__name__", ""))
+        return write(_folder(tmp_path)) if write else None
+
+    @pytest.fixture
+    def source(
+        self, implementation: Implementation, sample: Sample | None, tmp_path: Path
+    ) -> str | Path:
         """A model that the plugin loads, as a user would name it. It is not changed."""
+        if sample:
+            return sample.source
         if not implementation.implements("write_sample"):
             pytest.skip(
                 "no model to load: give the suite a fixture 'source', implement write_sample, or "
                 "verify with --source"
             )
-        folder = tmp_path / "sample"
-        folder.mkdir()
-        written: str = implementation.call("write_sample", directory=folder)
+        written: str = implementation.call("write_sample", directory=_folder(tmp_path))
         return written
 
     @pytest.fixture
-    def expected(self) -> Model | None:
+    def expected(self, source: str | Path, sample: Sample | None) -> Model | None:
         """The model, in all its parts, that the source's files were made from; None: not known."""
-        return None
+        return sample.model if sample and sample.source == source else None
 
     @pytest.fixture
     def copied(self, source: str | Path, tmp_path: Path) -> str | Path:
@@ -362,3 +371,9 @@ class LoaderSuite(TensorSourceSuite):
                 partial(implementation.call, "load_model", request=request), f"with {what}"
             )
             assert model is None, f"load_model() of {what} must raise ModelError"
+
+
+def _folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "sample"
+    folder.mkdir()
+    return folder

@@ -94,13 +94,6 @@ def load_model(request: LoadRequest) -> LoadedModel:
     )
 
 
-@hookimpl
-def write_sample(directory: Path) -> str:
-    from tilewright_gguf import sample
-
-    return str(sample.write_sample(directory))
-
-
 def _file(source: str) -> Path:
     """The file that a source names. Raises ModelError with what was found instead."""
     from tilewright_hf.files import local_path

@@ -81,13 +81,6 @@ def load_model(request: LoadRequest) -> LoadedModel:
     )
 
 
-@hookimpl
-def write_sample(directory: Path) -> str:
-    from tilewright_testing.models import make_model, write_hf_directory
-
-    return str(write_hf_directory(make_model(), directory))
-
-
 def _directory(source: str) -> Path:
     """The directory that a source names. Raises ModelError with what was found instead."""
     takes = "hf-local loads a local directory that holds config.json"

@@ -8,13 +8,9 @@ from attrs import field, frozen
 from tilewright import hookimpl
 from tilewright.errors import ModelError
 from tilewright.types import (
-    ExecutorRequest,
-    GenerateConfig,
     LoadedModel,
     LoadRequest,
-    Packing,
     PluginInfo,
-    RuntimeConfig,
 )
 from tilewright_packed.format import MANIFEST, is_packed, load
 
@@ -60,29 +56,3 @@ def load_model(request: LoadRequest) -> LoadedModel:
         )
     options = request.options or Options()
     return load(directory, request.formats, request.weight_format, options.verify)
-
-
-@hookimpl
-def write_sample(directory: Path) -> str:
-    """Write a sample that is packed for executor torch."""
-    from tilewright.weights import typed_tensors
-    from tilewright_packed.writer import convert, plan
-    from tilewright_testing.models import make_model
-
-    model = make_model()
-    loaded = LoadedModel(
-        config=model.config,
-        weights=model.source(),
-        text=model.text,
-        generation_defaults=GenerateConfig(),
-        source="sample",
-    )
-    request = ExecutorRequest(
-        model_config=model.config,
-        runtime_config=RuntimeConfig(weight_dtype=model.config.dtype),
-        weights=loaded.weights,
-        options=None,
-    )
-    packing = Packing(executor="tilewright:torch", version=0, weight_dtype=model.config.dtype)
-    convert(plan(loaded, packing, list(typed_tensors(request)), 2**15), directory / "packed")
-    return str(directory / "packed")

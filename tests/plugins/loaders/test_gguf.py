@@ -49,6 +49,7 @@ from tilewright_gguf.loader import can_load
 from tilewright_gguf.tokenizer import SPLITTINGS
 from tilewright_gguf.weights import QUANTISED, SUPPORTED
 from tilewright_testing import LoaderSuite
+from tilewright_testing.samples import write_gguf
 
 TOLERANCE = 1e-4
 
@@ -645,8 +646,8 @@ def test_it_conforms(tmp_path: Path) -> None:
     }
 
 
-def test_it_writes_a_sample_that_it_loads(tmp_path: Path) -> None:
-    loaded = load_checked(tilewright_gguf.loader.write_sample(tmp_path))
+def test_the_sample_of_the_suite_can_be_loaded_and_run(tmp_path: Path) -> None:
+    loaded = load_checked(str(write_gguf(tmp_path).source))
     assert logits(loaded, loaded.text.tokenizer.encode("hello world").ids).isfinite().all()
 
 
