@@ -459,6 +459,17 @@ def train(
     return model.eval()
 
 
+def padded(
+    rows: list[tuple[list[int], list[int]]], endoftext: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of rows, padded to the longest."""
+    longest = max(len(ids) for ids, _ in rows)
+    return (
+        torch.tensor([ids + [endoftext] * (longest - len(ids)) for ids, _ in rows]),
+        torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]),
+    )
+
+
 def batches(
     directory: Path, documents: list[str], conversations: list[tuple[str, str]], seed: int
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -506,21 +517,14 @@ def batches(
             labels += [IGNORED] * (len(asked) - len(labels)) + ids[len(asked) : -1] + [IGNORED]
         return ids, labels
 
-    def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(len(ids) for ids, _ in rows)
-        return (
-            torch.tensor([ids + [endoftext] * (longest - len(ids)) for ids, _ in rows]),
-            torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]),
-        )
-
     for step in itertools.count():
         starts = [words] * 3 + [clauses] * 3 + [paragraphs] * 4
         groups = [
-            padded([passage(where, WINDOW) for where in starts]),
-            padded([conversation() for _ in range(5)]),
+            padded([passage(where, WINDOW) for where in starts], endoftext),
+            padded([conversation() for _ in range(5)], endoftext),
         ]
         if step % 6 == 5:
-            groups.append(padded([passage(far_from_the_end, LONG_WINDOW)]))
+            groups.append(padded([passage(far_from_the_end, LONG_WINDOW)], endoftext))
         yield groups
 
 

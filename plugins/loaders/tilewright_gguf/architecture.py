@@ -13,7 +13,7 @@ from tilewright.types import DType, ModelConfig, RopeConfig
 from tilewright_gguf.header import GgufFile
 from tilewright_gguf.rope import from_factors
 from tilewright_gguf.weights import ROPE_FACTORS, hf_name, read
-from tilewright_hf.architecture import FAMILIES, MAX_LAYERS
+from tilewright_hf.architecture import FAMILIES, MAX_LAYERS, head_size
 from tilewright_hf.files import MAX_INT, JsonObject, shown
 
 _T = TypeVar("_T")
@@ -105,36 +105,25 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
     """
     architecture = _architecture(header)
     keys = Keys(header, architecture)
-    for key, what in _REFUSED.items():
-        if keys.has(key):
-            keys.refuse(key, what)
+    _check_supported(keys)
     vocab_size = keys.integer("vocab_size", None) or _tokens(header)
     hidden_size = keys.required("embedding_length")
     num_layers = keys.required("block_count", MAX_LAYERS)
     num_heads = keys.required("attention.head_count")
     num_kv_heads = keys.integer("attention.head_count_kv", num_heads, maximum=num_heads)
-    if num_heads % num_kv_heads:
-        raise ModelError(
-            f"{header.where}: {architecture}.attention.head_count must be a multiple of "
-            f"{architecture}.attention.head_count_kv, found {num_heads} and {num_kv_heads}"
-        )
-    head_dim = keys.integer("attention.key_length", None)
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise ModelError(
-                f"{header.where}: {architecture}.embedding_length must be a multiple of "
-                f"{architecture}.attention.head_count when {architecture}.attention.key_length is "
-                f"not given, found {hidden_size} and {num_heads}"
-            )
-        head_dim = hidden_size // num_heads
-    if head_dim % 2:
-        raise ModelError(f"{header.where}: the size of a head must be even, found {head_dim}")
+    head_dim = head_size(
+        header.where,
+        hidden=(f"{architecture}.embedding_length", hidden_size),
+        heads=(f"{architecture}.attention.head_count", num_heads),
+        kv_heads=(f"{architecture}.attention.head_count_kv", num_kv_heads),
+        given=(
+            f"{architecture}.attention.key_length",
+            keys.integer("attention.key_length", None),
+        ),
+    )
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.integer(key, head_dim) != head_dim:
             keys.fail(key, f"{head_dim}, the size of a query's head")
-    eps = keys.number("attention.layer_norm_rms_epsilon", None, least=0.0, most=1.0)
-    if eps is None:
-        keys.fail("attention.layer_norm_rms_epsilon", "a number from 0 to 1")
     max_positions = keys.required("context_length")
     window = None
     if keys.has("attention.sliding_window"):
@@ -151,7 +140,7 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=eps,
+        norm_eps=_norm_eps(keys),
         rope=_rope(keys, max_positions),
         max_position_embeddings=max_positions,
         dtype=dtype,
@@ -166,6 +155,20 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
         ),
     )
     return _with_factors(config, files)
+
+
+def _check_supported(keys: Keys) -> None:
+    for key, what in _REFUSED.items():
+        if keys.has(key):
+            keys.refuse(key, what)
+
+
+def _norm_eps(keys: Keys) -> float:
+    key = "attention.layer_norm_rms_epsilon"
+    eps = keys.number(key, None, least=0.0, most=1.0)
+    if eps is None:
+        keys.fail(key, "a number from 0 to 1")
+    return eps
 
 
 def _architecture(header: JsonObject) -> str:

@@ -128,14 +128,7 @@ def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
     Raises ModelError for missing, out-of-range or unsupported values.
     """
     family = _family(config)
-    for key, what in _REFUSED.items():
-        if config.values.get(key):
-            raise ModelError(
-                f"{config.where}: {key!r} is set, but {what} are not supported by hf-local; "
-                "use another checkpoint of the model, or a loader plugin that reads this one"
-            )
-    if config.string("hidden_act", "silu") != "silu":
-        config.fail("hidden_act", "silu, the activation of the supported families")
+    _check_supported(config)
     vocab_size = config.integer("vocab_size", family.vocab_size)
     hidden_size = config.integer("hidden_size", 4096)
     num_layers = config.integer("num_hidden_layers", 32, maximum=MAX_LAYERS)
@@ -144,21 +137,13 @@ def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
         config.optional_integer("num_key_value_heads", family.num_kv_heads, maximum=num_heads)
         or num_heads
     )
-    if num_heads % num_kv_heads:
-        raise ModelError(
-            f"{config.where}: 'num_attention_heads' must be a multiple of 'num_key_value_heads', "
-            f"found {num_heads} and {num_kv_heads}"
-        )
-    head_dim = config.optional_integer("head_dim", family.head_dim)
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise ModelError(
-                f"{config.where}: 'hidden_size' must be a multiple of 'num_attention_heads' when "
-                f"'head_dim' is not given, found {hidden_size} and {num_heads}"
-            )
-        head_dim = hidden_size // num_heads
-    if head_dim % 2:
-        raise ModelError(f"{config.where}: the size of a head must be even, found {head_dim}")
+    head_dim = head_size(
+        config.where,
+        hidden=("'hidden_size'", hidden_size),
+        heads=("'num_attention_heads'", num_heads),
+        kv_heads=("'num_key_value_heads'", num_kv_heads),
+        given=("'head_dim'", config.optional_integer("head_dim", family.head_dim)),
+    )
     max_positions = config.integer("max_position_embeddings", family.max_position_embeddings)
     bias = family.attention_bias_key and config.boolean("attention_bias", False)
     rope, warnings = _rope(config, max_positions, head_dim)
@@ -191,6 +176,47 @@ def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
         ),
         eos_token_ids=eos_token_ids,
     ), warnings
+
+
+def _check_supported(config: JsonObject) -> None:
+    for key, what in _REFUSED.items():
+        if config.values.get(key):
+            raise ModelError(
+                f"{config.where}: {key!r} is set, but {what} are not supported by hf-local; "
+                "use another checkpoint of the model, or a loader plugin that reads this one"
+            )
+    if config.string("hidden_act", "silu") != "silu":
+        config.fail("hidden_act", "silu, the activation of the supported families")
+
+
+def head_size(
+    where: str,
+    hidden: tuple[str, int],
+    heads: tuple[str, int],
+    kv_heads: tuple[str, int],
+    given: tuple[str, int | None],
+) -> int:
+    """The size of an attention head: as given, or hidden size / heads.
+
+    Each argument is a key, as messages show it, and its value. Raises ModelError for sizes that do
+    not fit each other.
+    """
+    if heads[1] % kv_heads[1]:
+        raise ModelError(
+            f"{where}: {heads[0]} must be a multiple of {kv_heads[0]}, found {heads[1]} and "
+            f"{kv_heads[1]}"
+        )
+    size = given[1]
+    if size is None:
+        if hidden[1] % heads[1]:
+            raise ModelError(
+                f"{where}: {hidden[0]} must be a multiple of {heads[0]} when {given[0]} is not "
+                f"given, found {hidden[1]} and {heads[1]}"
+            )
+        size = hidden[1] // heads[1]
+    if size % 2:
+        raise ModelError(f"{where}: the size of a head must be even, found {size}")
+    return size
 
 
 def declared_dtype(config: JsonObject) -> DType | None:
