@@ -23,6 +23,7 @@ from tilewright.types import (
     Sampler,
     SamplerRequest,
 )
+from tilewright.values import shown
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -190,6 +191,7 @@ class LLMEngine:
         for a KV cache that is too small, and PluginError for a plugin that fails.
         """
         self._check_open()
+        _check_type(runtime_config, RuntimeConfig, "runtime_config")
         if model_id in self._runners:
             raise ConfigError(
                 f"a model named {model_id!r} is already loaded; choose another model_id"
@@ -254,6 +256,7 @@ class LLMEngine:
         for one that is packed already.
         """
         self._check_open()
+        _check_type(runtime_config, RuntimeConfig, "runtime_config")
         return loading.pack(self._selection, loaded, runtime_config or RuntimeConfig())
 
     def _load(
@@ -296,7 +299,7 @@ class LLMEngine:
         Raises RequestError for a prompt or settings that cannot be served, OutOfPagesError when
         the KV cache is too small for them, NonFiniteLogitsError, and ExecutorError.
         """
-        if (config or GenerateConfig()).over(self.default_config(model_id)).stream:
+        if _settings(self._runner(model_id), config).stream:
             return self.stream(model_id, prompt, config)
         return self.generate_result(model_id, prompt, config).text
 
@@ -305,7 +308,7 @@ class LLMEngine:
     ) -> GenerationStream:
         """Like ``generate`` with ``config.stream`` set: the text in pieces, as it is generated."""
         runner = self._runner(model_id)
-        settings = (config or GenerateConfig()).over(runner.model.generation_defaults)
+        settings = _settings(runner, config)
         return GenerationStream(runner, self._submit(runner, prompt, settings))
 
     def generate_result(
@@ -325,7 +328,7 @@ class LLMEngine:
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: generate() takes one")
         runner = self._runner(model_id)
-        settings = (config or GenerateConfig()).over(runner.model.generation_defaults)
+        settings = _settings(runner, config)
         requests: list[Request] = []
         try:
             for i, prompt in enumerate(prompts):
@@ -363,3 +366,14 @@ class LLMEngine:
         self._num_requests += 1
         runner.add(request)
         return request
+
+
+def _settings(runner: Runner, config: GenerateConfig | None) -> GenerateConfig:
+    """A request's settings, with the model's defaults for what is not set."""
+    _check_type(config, GenerateConfig, "config")
+    return (config or GenerateConfig()).over(runner.model.generation_defaults)
+
+
+def _check_type(value: object, type_: type, name: str) -> None:
+    if value is not None and not isinstance(value, type_):
+        raise ConfigError(f"{name} must be a {type_.__name__} or None, found {shown(value)}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tilewright.types import PluginInfo, Report, Tap
+    from tilewright.values import Option
 
 Options = Mapping[str, Mapping[str, Any]]
 """An engine's options, by kind of plugin."""
@@ -428,6 +429,43 @@ def info(obj: Any) -> "PluginInfo":
     return said
 
 
+def read_options(who: str, info: "PluginInfo", given: Mapping[str, Any]) -> Any:
+    """An instance of a plugin's options class, or None when it has none.
+
+    who is the plugin in words, such as ``sampler 'top-p'``. Raises ConfigError as
+    ``values.structure`` does, also when options are given to a plugin that has none; PluginError
+    as plugin_options does.
+    """
+    from tilewright.values import structure
+
+    plugin_options(who, info)
+    if info.options is not None:
+        return structure(info.options, given, who)
+    if given:
+        raise ConfigError(f"{who} has no options, found {', '.join(map(repr, given))}")
+    return None
+
+
+def plugin_options(who: str, info: "PluginInfo") -> "list[Option]":
+    """The options that a plugin takes. Raises PluginError when they are not in an attrs class."""
+    import attrs
+
+    from tilewright.values import options_of
+
+    if info.options is None:
+        return []
+    if not attrs.has(info.options):
+        raise PluginError(
+            f"{who}: the options in its plugin_info must be an attrs class, found {info.options!r}"
+        )
+    try:
+        return options_of(info.options)
+    except NameError as error:
+        raise PluginError(
+            f"{who}: a type in {info.options.__name__} cannot be resolved: {error}"
+        ) from error
+
+
 def claimants(
     plugins: Sequence[Plugin], hook: str, **arguments: Any
 ) -> tuple[list[Plugin], dict[Plugin, str]]:
@@ -468,8 +506,6 @@ class Selected(NamedTuple):
 
     def read_options(self, options: Options, **more: Any) -> Any:
         """This plugin's part of an engine's options, overridden by more, as its options class."""
-        from tilewright.options import read_options
-
         given = options.get(self.plugin.kind, {})
         if KINDS[self.plugin.kind].several:
             given = given.get(self.plugin.qualified, given.get(self.plugin.name, {}))

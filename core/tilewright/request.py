@@ -21,6 +21,7 @@ from tilewright.types import (
     Timings,
     TokenLogprobs,
 )
+from tilewright.values import converted, shown
 
 if TYPE_CHECKING:
     from tilewright.loading import ServedModel
@@ -147,7 +148,7 @@ def new_request(
 
     Raises RequestError for a prompt or settings that the model cannot serve.
     """
-    ids = tuple(model.text.encode(prompt) if isinstance(prompt, str) else prompt)
+    ids = tuple(model.text.encode(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
     _check_prompt(model, ids)
     _check_bias(model, settings.logit_bias or {})
     _check_ids(model, settings.stop_token_ids or (), "stop_token_ids")
@@ -162,6 +163,20 @@ def new_request(
         stop_ids=frozenset(settings.stop_token_ids or ()),
         stream=TextStream(model.text, settings.stop or ()),
     )
+
+
+def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
+    try:
+        ids: tuple[int, ...] = converted(prompt, tuple[int, ...])
+    except Exception as error:
+        raise RequestError(
+            f"a prompt must be text or a list of token ids, found {shown(prompt)}"
+        ) from error
+    if isinstance(prompt, (bytes, bytearray)):  # sequences of integers, but not of tokens
+        raise RequestError(
+            f"a prompt must be text or a list of token ids, found {shown(prompt)}: decode it"
+        )
+    return ids
 
 
 def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:

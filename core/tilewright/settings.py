@@ -11,8 +11,8 @@ from typing import Any, Literal
 from attrs import fields, frozen
 
 from tilewright.errors import ConfigError
-from tilewright.options import structure
 from tilewright.types import GenerateConfig, RuntimeConfig, described
+from tilewright.values import structure
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_PROMPT = "We hold these truths to be self-evident,"

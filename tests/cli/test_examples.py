@@ -17,8 +17,8 @@ from tilewright import plugins
 from tilewright.cli import add_arguments, main
 from tilewright.cli.parser import Parser
 from tilewright.config import resolve
-from tilewright.options import options_of
 from tilewright.settings import DEMO_MODEL, DEMO_PROMPT
+from tilewright.values import options_of
 from tilewright_pypto.options import Options
 
 SCRIPT = ROOT / "examples/qwen3_14b_local_generate.py"

@@ -13,8 +13,8 @@ import pytest
 
 from tilewright.cli import main
 from tilewright.cli.flags import flag_name
-from tilewright.options import options_of
 from tilewright.settings import SECTIONS, keys
+from tilewright.values import options_of
 
 GOOD = """\
 # A run file that says something in every section.

@@ -3,6 +3,7 @@
 import gc
 from math import inf
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,9 +92,69 @@ def test_a_stop_string_is_cut_from_the_text_wherever_it_occurs(engine):
         assert result.finish_reason == "stop"
 
 
-def test_one_string_is_no_list_of_stop_strings():
-    with pytest.raises(TypeError, match="'stop' must be"):
-        GenerateConfig(stop="END")
+WRONG_SETTINGS = [
+    ({"top_k": 1.5}, "'top_k' must be an integer or none, found 1.5"),
+    ({"logprobs": True}, "'logprobs' must be an integer or none, found True"),
+    ({"seed": 1.5}, "'seed' must be an integer or none, found 1.5"),
+    ({"seed": 2**63}, "'seed' must be < 9223372036854775808"),
+    ({"max_new_tokens": 2.5}, "'max_new_tokens' must be an integer or none, found 2.5"),
+    ({"max_new_tokens": "5"}, "'max_new_tokens' must be an integer or none, found '5'"),
+    ({"max_new_tokens": 0}, "'max_new_tokens' must be >= 1: 0"),
+    ({"temperature": "hot"}, "'temperature' must be a number or none, found 'hot'"),
+    ({"temperature": float("nan")}, "'temperature' must be >= 0.0: nan"),
+    ({"logit_bias": {"5": 100}}, "'logit_bias' must be a table from integers to numbers or none"),
+    ({"stop_token_ids": 5}, "'stop_token_ids' must be a list of integers or none, found 5"),
+    ({"stop": "END"}, "'stop' must be a list of strings or none, found 'END'"),
+    ({"stop": ["a", 5]}, "'stop' must be a list of strings or none"),
+    ({"ignore_eos": 1}, "'ignore_eos' must be true, false or none, found 1"),
+]
+WRONG_RUNTIMES = [
+    ({"weight_dtype": "int8"}, "'weight_dtype' must be float32, bfloat16, float16 or none"),
+    ({"weight_dtype": torch.float32}, "'weight_dtype' must be .*, found torch.float32"),
+    ({"page_size": "16"}, "'page_size' must be an integer or none, found '16'"),
+    ({"max_batch_size": 0}, "'max_batch_size' must be >= 1: 0"),
+    ({"max_seq_len": True}, "'max_seq_len' must be an integer or none, found True"),
+    ({"device": 1.5}, "'device' must be a string, an integer or none, found 1.5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        *((GenerateConfig, *case) for case in WRONG_SETTINGS),
+        *((RuntimeConfig, *case) for case in WRONG_RUNTIMES),
+    ],
+)
+def test_a_wrong_setting_is_an_error_when_the_config_is_made(cls, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**settings)
+
+
+def test_integers_of_numpy_and_torch_are_taken(engine):
+    settings = GenerateConfig(
+        max_new_tokens=torch.tensor(3), seed=np.int64(4), temperature=np.float32(0.5), stop=["x"]
+    )
+    assert settings == GenerateConfig(max_new_tokens=3, seed=4, temperature=0.5, stop=("x",))
+    assert type(settings.seed) is int
+    ids = engine.model("demo").text.encode(TRUTHS)
+    expected = engine.generate("demo", ids, config(5))
+    assert engine.generate("demo", [np.int32(i) for i in ids], config(5)) == expected
+    assert engine.generate("demo", list(torch.tensor(ids)), config(5)) == expected
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, b"text", bytearray(b"text"), 5, [1.0, 2.0], ["a"], [True]]
+)
+def test_what_is_neither_text_nor_token_ids_is_not_a_prompt(engine, prompt):
+    with pytest.raises(RequestError, match="must be text or a list of token ids, found"):
+        engine.generate("demo", prompt)
+
+
+def test_a_config_of_another_type_is_an_error(engine):
+    with pytest.raises(ConfigError, match="config must be a GenerateConfig or None, found"):
+        engine.generate("demo", TRUTHS, {"max_new_tokens": 5})
+    with pytest.raises(ConfigError, match="runtime_config must be a RuntimeConfig or None"):
+        engine.init_model("other", DEMO_MODEL, {"page_size": 5})
 
 
 def test_a_stop_token_ends_the_text(engine):

@@ -8,8 +8,8 @@ from typing import Any, Union, get_args, get_origin
 from tilewright import plugins
 from tilewright.cli.parser import TakesArguments
 from tilewright.errors import ConfigError, nearest
-from tilewright.options import Option, options_of
 from tilewright.settings import SECTIONS, Given, Layer, Place, keys
+from tilewright.values import Option, options_of
 
 _NAMES = {
     ("model", "path"): "--model",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 from attrs import frozen, validators
 from attrs.converters import optional
 
-from tilewright.types.fields import described, if_set
+from tilewright.types.fields import checked, described, if_set
 from tilewright.types.kv_cache import KvCacheSpec, KvLayer
 from tilewright.types.model import DTYPES, DType
 
@@ -18,7 +18,7 @@ Tap: TypeAlias = "Callable[[str, Tensor], None]"
 """Called by an executor with a tensor's name and the tensor; see docs/tensors.md for the names."""
 
 
-@frozen
+@frozen(field_transformer=checked)
 class RuntimeConfig:
     """How this machine runs a model. None means: decided when the model is loaded."""
 

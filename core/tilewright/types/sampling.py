@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from attrs import field, fields, frozen, validators
 
-from tilewright.types.fields import described, if_set
+from tilewright.types.fields import checked, described, if_set
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class SamplingParams:
     logprobs: int | None = None
 
 
-@frozen
+@frozen(field_transformer=checked)
 class GenerateConfig:
     """A user's settings for one generation. None: as the model's files recommend, else built-in."""
 
@@ -79,11 +79,7 @@ class GenerateConfig:
         "return log-probabilities: of the chosen token (0) and of the n likeliest (n)",
         validator=if_set(validators.ge(0)),
     )
-    stop: tuple[str, ...] | None = described(
-        "end before any of these strings, cut from the text",
-        # A string is a sequence of strings too: each of its characters would end the text.
-        validator=if_set(validators.instance_of((tuple, list))),
-    )
+    stop: tuple[str, ...] | None = described("end before any of these strings, cut from the text")
     stop_token_ids: tuple[int, ...] | None = described("end at any of these token ids")
     ignore_eos: bool | None = described("go on after an end-of-sequence token (false)")
     stream: bool | None = described("generate() yields text as it comes (false)")

@@ -12,7 +12,7 @@ from attrs import frozen
 
 from tilewright import plugins
 from tilewright.errors import ConfigError, TilewrightError
-from tilewright.options import plugin_options, read_options
+from tilewright.plugins import plugin_options, read_options
 from tilewright.types import Check, PluginInfo
 
 

@@ -14,8 +14,8 @@ from tilewright.cli.tables import print_columns, print_json, table_width, termin
 from tilewright.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:
-    from tilewright.options import Option
     from tilewright.types import PluginInfo
+    from tilewright.values import Option
 
 tilewright_api = 1
 
@@ -169,7 +169,7 @@ def check(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     from tilewright.cli.flags import split
-    from tilewright.options import read_options
+    from tilewright.plugins import read_options
     from tilewright_testing import verify as suites
 
     chosen = _named(args)
@@ -238,7 +238,7 @@ def examine(plugin: plugins.Plugin) -> "tuple[list[str], PluginInfo, list[Option
 
     from attrs import evolve
 
-    from tilewright.options import plugin_options
+    from tilewright.plugins import plugin_options
 
     with redirect_stdout(sys.stderr):
         obj = plugins.load(plugin)

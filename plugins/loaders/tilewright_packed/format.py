@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 from attrs import asdict, fields, frozen
 
 from tilewright.errors import ConfigError, ModelError
-from tilewright.options import structure
 from tilewright.types import (
     GenerateConfig,
     LoadedModel,
@@ -34,6 +33,7 @@ from tilewright.types import (
     TextAssets,
     WeightFormats,
 )
+from tilewright.values import structure
 from tilewright.weights import printable
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tilewright import plugins
 from tilewright.errors import ConfigError, ModelError
-from tilewright.options import read_options
+from tilewright.plugins import read_options
 from tilewright.types import TensorSource
 
 BACKENDS = ("mmap", "pread")

@@ -12,8 +12,9 @@ import torch
 from attrs import field, frozen, validators
 
 from tilewright.errors import ConfigError, PluginError
-from tilewright.options import expected, options_of, read_options, structure
+from tilewright.plugins import read_options
 from tilewright.types import GenerateConfig, PluginInfo, RuntimeConfig
+from tilewright.values import expected, options_of, structure
 
 
 class Colour(Enum):

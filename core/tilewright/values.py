@@ -1,21 +1,32 @@
-"""Reads settings from run files, flags, environment and plugin options into attrs classes."""
+"""Values against their types: settings of files, flags and the environment, and of Python code."""
 
 import json
 import operator
 import types
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from contextlib import suppress
 from enum import Enum
 from functools import cache
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+)
 
 import attrs
-import cattrs
 
-from tilewright.errors import ConfigError, PluginError, nearest
-from tilewright.types import PluginInfo
+from tilewright.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import cattrs
 
 T = TypeVar("T")
 
@@ -66,12 +77,12 @@ def structure(cls: type[T], values: Mapping[str, Any], where: str) -> T:
                 f"{where}: unknown option {name!r}{nearest(str(name), options)} ({known})"
             )
         try:
-            found[name] = _converter().structure(value, options[name].type or Any)
+            found[name] = converted(value, options[name].type or Any, text=True)
         except ConfigError as error:
             raise ConfigError(f"{where}: in {name!r}: {error}") from error
         except Exception as error:
             raise ConfigError(
-                f"{where}: {name!r} must be {options[name].expected}, found {_shown(value)}"
+                f"{where}: {name!r} must be {options[name].expected}, found {shown(value)}"
             ) from error
     for option in options.values():
         if option.default is attrs.NOTHING and option.name not in found:
@@ -84,34 +95,12 @@ def structure(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"{where}: {' '.join(sentence.split())}") from error
 
 
-def read_options(who: str, info: PluginInfo, given: Mapping[str, Any]) -> Any:
-    """An instance of a plugin's options class, or None when it has none.
+def converted(value: Any, type_: Any, text: bool = False) -> Any:
+    """A value as a value of its type: an integer of numpy or torch as int, a list as a tuple.
 
-    who is the plugin in words, such as ``sampler 'top-p'``. Raises ConfigError as structure does,
-    also when options are given to a plugin that has none; PluginError as plugin_options does.
+    text: strings are read too, as ``structure`` does. Raises an exception for another type.
     """
-    plugin_options(who, info)
-    if info.options is not None:
-        return structure(info.options, given, who)
-    if given:
-        raise ConfigError(f"{who} has no options, found {', '.join(map(repr, given))}")
-    return None
-
-
-def plugin_options(who: str, info: PluginInfo) -> list[Option]:
-    """The options that a plugin takes. Raises PluginError when they are not in an attrs class."""
-    if info.options is None:
-        return []
-    if not attrs.has(info.options):
-        raise PluginError(
-            f"{who}: the options in its plugin_info must be an attrs class, found {info.options!r}"
-        )
-    try:
-        return options_of(info.options)
-    except NameError as error:
-        raise PluginError(
-            f"{who}: a type in {info.options.__name__} cannot be resolved: {error}"
-        ) from error
+    return _converter(text).structure(value, type_)
 
 
 def expected(type_: Any) -> str:
@@ -156,8 +145,10 @@ _WORDS: dict[Any, tuple[str, str]] = {
 
 
 @cache
-def _converter() -> cattrs.Converter:
+def _converter(text: bool) -> "cattrs.Converter":
     """cattrs' dispatch by type, with hooks that refuse what cattrs would coerce (2.5 to 2)."""
+    import cattrs  # imported when a value is read: it takes as long as importing attrs
+
     converter = cattrs.Converter(
         detailed_validation=False, structure_fallback_factory=lambda _: _instance
     )
@@ -183,21 +174,30 @@ def _converter() -> cattrs.Converter:
         value = json.loads(value) if isinstance(value, str) else value
         return {read(k, key_type): read(v, value_type) for k, v in dict(value).items()}
 
-    converter.register_structure_hook(bool, _bool)
-    converter.register_structure_hook(int, _int)
-    converter.register_structure_hook(float, _float)
+    def unless_text(hook: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        return hook if text else lambda value, type_: hook(_no_text(value), type_)
+
+    converter.register_structure_hook(bool, unless_text(_bool))
+    converter.register_structure_hook(int, unless_text(_int))
+    converter.register_structure_hook(float, unless_text(_float))
     converter.register_structure_hook(str, _instance)
     converter.register_structure_hook(Path, lambda value, _: Path(value).expanduser())
-    converter.register_structure_hook_func(lambda t: t in (None, type(None)), _none)
+    converter.register_structure_hook_func(lambda t: t in (None, type(None)), unless_text(_none))
     converter.register_structure_hook_func(_is_union, union)
     converter.register_structure_hook_func(_is_literal, _literal)
-    converter.register_structure_hook_func(_is_sequence, sequence)
-    converter.register_structure_hook_func(_is_table, table)
+    converter.register_structure_hook_func(_is_sequence, unless_text(sequence))
+    converter.register_structure_hook_func(_is_table, unless_text(table))
     converter.register_structure_hook_func(
         lambda t: isinstance(t, type) and attrs.has(t),
         lambda value, t: value if isinstance(value, t) else structure(t, value, t.__name__),
     )
     return converter
+
+
+def _no_text(value: Any) -> Any:
+    if isinstance(value, str):
+        raise TypeError(value)
+    return value
 
 
 def _bool(value: Any, _: Any) -> bool:
@@ -283,6 +283,7 @@ def _default(default: Any) -> Any:
     return default.factory() if takes_no_self else default
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in one line, for messages."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
