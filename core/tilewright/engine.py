@@ -8,10 +8,10 @@ from typing import Any
 from attrs import evolve
 
 from tilewright import loading
-from tilewright.errors import ConfigError, RequestError, nearest
+from tilewright.errors import ConfigError, OutOfPagesError, RequestError, nearest
 from tilewright.loading import ServedModel
 from tilewright.plugins import Observers, Selection, select_all
-from tilewright.request import Request, new_request
+from tilewright.request import Request, check_settings, new_request, refused
 from tilewright.runner import Runner
 from tilewright.types import (
     GenerateConfig,
@@ -309,13 +309,17 @@ class LLMEngine:
         """Like ``generate`` with ``config.stream`` set: the text in pieces, as it is generated."""
         runner = self._runner(model_id)
         settings = _settings(runner, config)
+        check_settings(runner.model, settings)
         return GenerationStream(runner, self._submit(runner, prompt, settings))
 
     def generate_result(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> GenerateResult:
         """Like ``generate``; the result has tokens, finish reason, logprobs and timings too."""
-        return self.generate_batch(model_id, [prompt], config)[0]
+        (result,) = self.generate_batch(model_id, [prompt], config)
+        if result.error:
+            raise result.error
+        return result
 
     def generate_batch(
         self, model_id: str, prompts: Sequence[Prompt], config: GenerateConfig | None = None
@@ -323,17 +327,25 @@ class LLMEngine:
         """Like ``generate_result`` for many prompts at once; results are in prompt order.
 
         With a seed, prompt i is sampled with seed + i, so equal prompts may give different
-        texts. When one fails, the others are ended too and its error is raised.
+        texts. A prompt that cannot be served, for example since it is too long, has the reason in
+        its result's ``error``. When a step fails, all are ended and the error is raised.
         """
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: generate() takes one")
         runner = self._runner(model_id)
         settings = _settings(runner, config)
+        check_settings(runner.model, settings)
         requests: list[Request] = []
+        results: list[GenerateResult | Request] = []
         try:
             for i, prompt in enumerate(prompts):
                 seed = None if settings.seed is None else (settings.seed + i) % 2**63
-                requests.append(self._submit(runner, prompt, evolve(settings, seed=seed)))
+                mine = evolve(settings, seed=seed)
+                try:
+                    requests.append(self._submit(runner, prompt, mine))
+                    results.append(requests[-1])
+                except (RequestError, OutOfPagesError) as error:
+                    results.append(refused(self._next_id(runner), runner.model, mine, error))
             while not all(request.over for request in requests):
                 runner.step()
                 for request in requests:
@@ -342,7 +354,7 @@ class LLMEngine:
         finally:
             for request in requests:
                 runner.abort(request)
-        return [request.result for request in requests if request.result]
+        return [r.result if isinstance(r, Request) else r for r in results]  # type: ignore[misc]
 
     def chat(
         self, model_id: str, messages: Sequence[Message], config: GenerateConfig | None = None
@@ -361,11 +373,13 @@ class LLMEngine:
         return text.encode(text.render_chat(messages), add_special_tokens=False)
 
     def _submit(self, runner: Runner, prompt: Prompt, settings: GenerateConfig) -> Request:
-        model = runner.model
-        request = new_request(f"{model.model_id}-{self._num_requests + 1}", model, prompt, settings)
-        self._num_requests += 1
+        request = new_request(self._next_id(runner), runner.model, prompt, settings)
         runner.add(request)
         return request
+
+    def _next_id(self, runner: Runner) -> str:
+        self._num_requests += 1
+        return f"{runner.model.model_id}-{self._num_requests}"
 
 
 def _settings(runner: Runner, config: GenerateConfig | None) -> GenerateConfig:

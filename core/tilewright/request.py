@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, fields
 
-from tilewright.errors import RequestError
+from tilewright.errors import RequestError, TilewrightError
 from tilewright.text import TextStream
 from tilewright.types import (
     FinishReason,
@@ -146,12 +146,10 @@ def new_request(
 ) -> Request:
     """A request for a model. settings: every field but the optional ones is filled.
 
-    Raises RequestError for a prompt or settings that the model cannot serve.
+    Raises RequestError for a prompt that the model cannot serve.
     """
     ids = tuple(model.text.encode(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
     _check_prompt(model, ids)
-    _check_bias(model, settings.logit_bias or {})
-    _check_ids(model, settings.stop_token_ids or (), "stop_token_ids")
     assert settings.max_new_tokens is not None
     seed = secrets.randbits(_SEED_BITS) if settings.seed is None else settings.seed
     return Request(
@@ -162,6 +160,37 @@ def new_request(
         eos_ids=frozenset(() if settings.ignore_eos else model.loaded.config.eos_token_ids),
         stop_ids=frozenset(settings.stop_token_ids or ()),
         stream=TextStream(model.text, settings.stop or ()),
+    )
+
+
+def check_settings(model: "ServedModel", settings: GenerateConfig) -> None:
+    """Raise RequestError for settings that the model cannot serve, whatever the prompt."""
+    _check_bias(model, settings.logit_bias or {})
+    _check_ids(model, settings.stop_token_ids or (), "stop_token_ids")
+
+
+def refused(
+    request_id: str, model: "ServedModel", settings: GenerateConfig, error: TilewrightError
+) -> GenerateResult:
+    """The result of a prompt that was refused."""
+    return GenerateResult(
+        model_id=model.model_id,
+        request_id=request_id,
+        text="",
+        token_ids=(),
+        finish_reason="error",
+        prompt_token_ids=(),
+        seed=settings.seed or 0,
+        logprobs=None,
+        timings=Timings(
+            load_seconds=model.load_seconds,
+            prefill_seconds=0.0,
+            decode_seconds=0.0,
+            prompt_tokens=0,
+            new_tokens=0,
+        ),
+        device=model.device,
+        error=error,
     )
 
 

@@ -434,3 +434,21 @@ def test_what_plugins_print_is_no_part_of_the_results(tmp_path, command):
     if command == "generate":
         plain = dists.run(*argv, site=site)
         assert plain.out == json.loads(done.out)["text"] + "\n"
+
+
+def test_a_refused_prompt_leaves_the_others_their_results(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps("We the People") + "\n" + json.dumps("a " * 3000) + "\n")
+    argv = ["generate", "--prompt-file", str(prompts), *GREEDY]
+    assert main([*argv, "--json"]) == 2
+    out, err = capsys.readouterr()
+    first, second = map(json.loads, out.splitlines())
+    assert first["finish_reason"] == "length"
+    assert "error" not in first
+    assert (second["text"], second["finish_reason"]) == ("", "error")
+    assert "tokens, which leaves no room" in second["error"]
+    assert err == f"tilewright: error: prompt 2 of 2: {second['error']}\n"
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{first['text']}\n\n\n"
+    assert err.startswith("tilewright: error: prompt 2 of 2: ")

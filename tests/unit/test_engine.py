@@ -427,8 +427,6 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(engine):
         engine.generate("demo", [3, size])
     with pytest.raises(RequestError, match=r"has 256 tokens.*max_seq_len = 256"):
         engine.generate("demo", [3] * 256)
-    with pytest.raises(RequestError, match="prompt is empty"):
-        engine.generate_batch("demo", [TRUTHS, ""])
     with pytest.raises(RequestError, match=rf"token id {size} in logit_bias"):
         engine.generate("demo", TRUTHS, config(logit_bias={size: 1.0}))
     with pytest.raises(RequestError, match=rf"token id {size} in stop_token_ids"):
@@ -682,3 +680,31 @@ def test_a_seed_that_is_drawn_is_exact_in_json_of_other_languages(engine):
     seeds = [engine.generate_result("demo", [5], config(1)).seed for _ in range(20)]
     assert len(set(seeds)) == 20
     assert all(0 <= seed == int(float(seed)) < 2**53 for seed in seeds)
+
+
+def test_a_refused_prompt_of_a_batch_fails_alone(engine):
+    size = engine.model("demo").loaded.config.vocab_size
+    prompts = [TRUTHS, "", [3] * 256, WHEN, [size], None]
+    results = engine.generate_batch("demo", prompts, config(9))
+    assert [result.finish_reason for result in results] == [
+        "length", "error", "error", "length", "error", "error"
+    ]  # fmt: skip
+    assert [results[i].text for i in (0, 3)] == [
+        engine.generate("demo", prompts[i], config(9)) for i in (0, 3)
+    ]
+    assert all(results[i].error is None for i in (0, 3))
+    words = {1: "is empty", 2: "has 256 tokens", 4: f"token id {size}", 5: "must be text or"}
+    for i, message in words.items():
+        assert isinstance(results[i].error, RequestError)
+        assert message in str(results[i].error)
+        assert (results[i].text, results[i].token_ids) == ("", ())
+    assert len({result.request_id for result in results}) == len(prompts)
+    assert engine.generate_batch("demo", [""])[0].error
+
+
+def test_a_prompt_that_the_cache_cannot_hold_fails_alone():
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("demo", DEMO_MODEL, RuntimeConfig(page_size=8, total_pages=4))
+        results = engine.generate_batch("demo", [[3] * 5, [3] * 40], config(4))
+        assert isinstance(results[1].error, OutOfPagesError)
+        assert results[0].token_ids == engine.generate_result("demo", [3] * 5, config(4)).token_ids

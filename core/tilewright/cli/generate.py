@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack, redirect_stdout
 from typing import IO, TYPE_CHECKING
 
-from tilewright.cli import flags
+from tilewright.cli import USER_ERROR, flags
 from tilewright.cli.output import (
     note,
     opened,
@@ -42,12 +42,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    produce(resolve(flags=flags.layer(args)), args)
-    return 0
+    return produce(resolve(flags=flags.layer(args)), args)
 
 
-def produce(resolved: Resolved, args: argparse.Namespace) -> None:
-    """Generate and write as the settings say. args: those of ``add_output_flags``."""
+def produce(resolved: Resolved, args: argparse.Namespace) -> int:
+    """Generate and write as the settings say. args: those of ``add_output_flags``.
+
+    Returns the exit code: 2 if one of several prompts was refused; the others have their results.
+    """
     config = resolved.config
     prompts = read_prompts(resolved)
     observers = [NonFiniteTrace()] if args.trace_nonfinite else []
@@ -76,8 +78,12 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> None:
             results = engine.generate_batch(model_id, prompts, config.generate)
             write_text(results, file)
         warn_sanitized(results)
-        if args.stats or sys.stderr.isatty():
-            note(stats_line(results))
+        refused = {i: result.error for i, result in enumerate(results, 1) if result.error}
+        for i, error in refused.items():
+            note(f"tilewright: error: prompt {i} of {len(results)}: {error}")
+        if (args.stats or sys.stderr.isatty()) and len(refused) < len(results):
+            note(stats_line([result for result in results if not result.error]))
+    return USER_ERROR if refused else 0
 
 
 def print_stream(stream: "GenerationStream", printed: list[str], file: IO[str]) -> None:

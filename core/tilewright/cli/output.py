@@ -109,6 +109,8 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
             "decode_tokens_per_second": timings.decode_tokens_per_second,
         },
     }
+    if result.error is not None:
+        record["error"] = str(result.error)
     if result.logprobs is not None:
         record["logprobs"] = [_logprobs_record(token) for token in result.logprobs]
     if result.sanitized_steps:

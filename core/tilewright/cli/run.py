@@ -38,9 +38,8 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(Path(args.config), flags.layer(args))
     if args.show:
         sys.stdout.write(show(resolved))
-    else:
-        produce(resolved, args)
-    return 0
+        return 0
+    return produce(resolved, args)
 
 
 def show(resolved: Resolved) -> str:

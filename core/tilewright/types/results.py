@@ -4,10 +4,12 @@ from typing import Literal
 
 from attrs import frozen
 
+from tilewright.errors import TilewrightError
 from tilewright.types.executor import Phase
 from tilewright.types.sampling import TokenLogprobs
 
-FinishReason = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length", "error"]
+"""What ended a text; ``error``: it was not begun, since the prompt was refused."""
 
 
 @frozen(kw_only=True)
@@ -49,6 +51,8 @@ class GenerateResult:
     """The device that computed it, as named by the executor."""
     sanitized_steps: int = 0
     """Steps whose logits were not finite and were sanitised; such text proves nothing."""
+    error: TilewrightError | None = None
+    """Why a prompt of a batch was refused; its text and tokens are empty."""
 
 
 @frozen(kw_only=True)
