@@ -35,10 +35,6 @@ from tilewright.settings import (
 ENVIRONMENT_PREFIX = "TILEWRIGHT_"
 DEFAULT = "default"
 
-DEVICE_VARIABLES = "tilewright.device_variables"
-"""A group of entry points whose names are environment variables: in one of them, the queue of a
-shared host names the device that it granted to this process. Only the names are read."""
-
 
 @frozen
 class Resolved:
@@ -157,7 +153,7 @@ def _granted_device(environ: Mapping[str, str]) -> Layer:
     A device in a file or the environment was set before the grant, and any device but the granted
     one is somebody else's.
     """
-    for variable in plugins.entry_points({DEVICE_VARIABLES}):
+    for variable in plugins.entry_points({plugins.DEVICE_VARIABLES}):
         if granted := environ.get(variable.name):
             return {("runtime", "device"): Given(None, f"{variable.name} = {granted}")}
     return {}

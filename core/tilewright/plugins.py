@@ -8,6 +8,7 @@ name imports that plugin and no other.
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tilewright.errors import ConfigError, PluginError, TilewrightError, nearest
@@ -74,6 +75,10 @@ COMMAND = Kind("command", ("configure", "run"))
 
 KINDS = {**ENGINE_KINDS, COMMAND.name: COMMAND}
 
+
+DEVICE_VARIABLES = "tilewright.device_variables"
+"""A group of entry points whose names are environment variables: in one of them, the queue of a
+shared host names the device that it granted to this process. Only the names are read."""
 
 # --- what is installed ----------------------------------------------------------------------------
 
@@ -345,6 +350,20 @@ def check_hooks(obj: Any, who: str) -> set[str]:
         why = " ".join(str(error).split())
         raise PluginError(f"{who} does not fit its hook spec: {why}") from error
     return implemented
+
+
+def unmarked_events(obj: Any) -> list[str]:
+    """Methods in an observer plugin's module that are named like events and lack ``@hookimpl``."""
+    module = obj if isinstance(obj, ModuleType) else sys.modules[type(obj).__module__]
+    manager = new_manager()
+    events = [hook for hook in known_hooks() if hook.startswith("on_")]
+    return [
+        f"{cls.__name__}.{event}"
+        for cls in vars(module).values()
+        if isinstance(cls, type) and cls.__module__ == module.__name__
+        for event in events
+        if callable(vars(cls).get(event)) and manager.parse_hookimpl_opts(cls, event) is None
+    ]
 
 
 def register(manager: "PluginManager", plugin: Plugin) -> Any:
@@ -645,6 +664,25 @@ def entry_points(groups: Collection[str]) -> Iterator[EntryPoint]:
     The first of two copies of a distribution counts, as for imports. Only ``*.dist-info`` is read,
     which every installer writes, not the ``*.egg-info`` of older tools.
     """
+    return (entry for entry in _all_entry_points() if entry.group in groups)
+
+
+def in_unknown_groups() -> list[tuple[EntryPoint, str]]:
+    """Entry points in groups of tilewright that do not exist, each with what is wrong."""
+    known = [*(kind.group for kind in KINDS.values()), DEVICE_VARIABLES]
+    return [
+        (
+            entry,
+            f"{entry.distribution} {entry.version} has {entry.name!r} in the entry-point group "
+            f"{entry.group!r}, which does not exist{nearest(entry.group, known)} "
+            f"(groups: {', '.join(known)})",
+        )
+        for entry in _all_entry_points()
+        if entry.group.startswith("tilewright.") and entry.group not in known
+    ]
+
+
+def _all_entry_points() -> Iterator[EntryPoint]:
     seen: set[str] = set()
     for where in dict.fromkeys(path for path in sys.path if isinstance(path, str)):
         for folder, text in _metadata(where or "."):
@@ -654,8 +692,7 @@ def entry_points(groups: Collection[str]) -> Iterator[EntryPoint]:
                 continue
             seen.add(distribution)
             for group, name, target in _parsed(text):
-                if group in groups:
-                    yield EntryPoint(group, name, target, distribution, version, where or ".")
+                yield EntryPoint(group, name, target, distribution, version, where or ".")
 
 
 def _metadata(where: str) -> Iterator[tuple[str, str]]:

@@ -333,6 +333,51 @@ def test_check_reads_what_plugins_say_of_themselves(
     assert problem in record["problem"]
 
 
+def test_check_reports_a_misspelt_entry_point_group(tilewright: Any, site: Install) -> None:
+    folder = site(dists.RIVALS[0])
+    file = folder / "acme_one-1.5.dist-info" / "entry_points.txt"
+    file.write_text(file.read_text().replace("[tilewright.samplers]", "[tilewright.sampler]"))
+    code, out, _ = tilewright("plugins", "check", "--json")
+    assert code == 1
+    (record,) = [r for r in json.loads(out) if r["distribution"] == "acme-one"]
+    assert (record["kind"], record["state"]) == ("tilewright.sampler", "broken")
+    assert "group 'tilewright.sampler', which does not exist; did you mean" in record["problem"]
+    code, out, _ = tilewright("plugins", "check")
+    assert code == 1
+    assert "broken: acme-one 1.5 has 'rival' in the entry-point group" in out
+
+
+UNMARKED = """
+    from tilewright import hookimpl
+
+    tilewright_api = 1
+
+    class Watch:
+        @hookimpl
+        def on_close(self):
+            pass
+
+        def on_step(self, event):
+            pass
+
+    @hookimpl
+    def create_observer(options):
+        return Watch()
+"""
+
+
+def test_check_reports_an_event_that_is_not_marked(tilewright: Any, site: Install) -> None:
+    files = {"acme_watch.py": dists.dedent(UNMARKED)}
+    site(dists.Distribution("acme-watch", files, {"observer": {"watch": "acme_watch"}}))
+    code, out, _ = tilewright("plugins", "check", "--json")
+    assert code == 1
+    (record,) = [r for r in json.loads(out) if r["distribution"] == "acme-watch"]
+    assert record["state"] == "broken"
+    assert record["problem"].endswith(
+        "Watch.on_step would never be called: mark each with @hookimpl"
+    )
+
+
 def test_the_shipped_plugins_are_in_order(tilewright: Any) -> None:
     _, out, _ = tilewright("plugins", "check", "--json")
     ours = [r for r in json.loads(out) if r["distribution"] == "tilewright"]

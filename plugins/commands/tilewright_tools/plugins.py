@@ -144,11 +144,15 @@ def check(args: argparse.Namespace) -> int:
         started = perf_counter()
         try:
             examine(plugin)
+            _check_events(plugin)
         except PluginError as broken:
             state, problem = "broken", str(broken)
         else:
             state, problem = plugins.state(plugin, installed)
         findings.append((plugin, state, perf_counter() - started, problem))
+    for e, problem in plugins.in_unknown_groups():
+        named = plugins.Plugin(e.group, e.name, e.distribution, e.version, e.target, e.where)
+        findings.append((named, "broken", 0.0, problem))
     if args.json:
         print_json(
             record(plugin)
@@ -165,6 +169,14 @@ def check(args: argparse.Namespace) -> int:
         )
         _print_problems((state, problem) for _, state, _, problem in findings)
     return int(any(state == "broken" for _, state, _, _ in findings))
+
+
+def _check_events(plugin: plugins.Plugin) -> None:
+    unmarked = plugins.unmarked_events(plugins.load(plugin)) if plugin.kind == "observer" else ()
+    if unmarked:
+        raise PluginError(
+            f"{plugin}: {', '.join(unmarked)} would never be called: mark each with @hookimpl"
+        )
 
 
 def verify(args: argparse.Namespace) -> int:
