@@ -186,12 +186,12 @@ def remove(name: str, file: Path) -> None:
                 f"{file}: no model is named {name!r}{nearest(name, document)} "
                 f"(there are: {', '.join(document) or 'none'})"
             )
-        left = _without(text, name)
-        del document[name]
-        if toml.parse(file, left)[0] != document:
+        try:
+            left = toml.without(text, name)
+        except ValueError as error:
             raise ConfigError(
                 f"{origin((name,))}: {name!r} cannot be cut out: edit the file by hand"
-            )
+            ) from error
         _write(file, left)
 
 
@@ -270,31 +270,6 @@ def _block(name: str, entry: Mapping[str, Any]) -> str:
         lines += ["", f"[{toml.written_key(name)}.{toml.written_key(key)}]"]
         lines += [toml.setting(inner, value) for inner, value in table.items()]
     return "\n".join(lines) + "\n"
-
-
-def _without(text: str, name: str) -> str:
-    kept: list[str] = []
-    before: list[str] = []
-    """Comments and empty lines, which belong to the next statement."""
-    table: Place = ()
-    for _, statement, parsed in toml.statements(text):
-        if parsed == {}:
-            before.append(statement)
-            continue
-        is_header = statement.lstrip().startswith("[")
-        if is_header:
-            table = toml.header(parsed)
-        if parsed is None or (table[0] if table else next(iter(parsed))) != name:
-            kept += [*before, statement]
-        elif is_header:
-            while before and before[-1].strip():
-                before.pop()
-            while before and not before[-1].strip():
-                before.pop()
-            kept += before
-        before = []
-    left = "".join(kept + before).strip("\n")
-    return f"{left}\n" if left else ""
 
 
 @contextmanager

@@ -1,13 +1,16 @@
-"""Reads TOML that users write, with the lines of its keys, and writes TOML."""
+"""Reads TOML that users write, with the lines of its keys; edits it with tomlkit; writes it."""
 
 import json
 import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewright.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tomlkit.items import Item, Key
 
 Place = tuple[str, ...]
 """The names of tables, and a key."""
@@ -36,7 +39,7 @@ def _syntax_error(path: Path, text: str, error: Exception) -> str:
     message, _, position = str(error).rpartition(" (at ")
     number = position.removeprefix("line ").partition(",")[0]
     if not number.isdecimal():  # "end of document", which is not where the error is
-        number = str(next((start for start, _, parsed in statements(text) if parsed is None), 1))
+        number = str(next((start for start, _, parsed in _statements(text) if parsed is None), 1))
     return f"{path}:{number}: no valid TOML: {message or error}"
 
 
@@ -44,11 +47,11 @@ def key_lines(text: str) -> dict[Place, int]:
     """The line, counted from 1, on which each table and key of a TOML document is first set."""
     found: dict[Place, int] = {}
     table: Place = ()
-    for start, statement, parsed in statements(text):
+    for start, statement, parsed in _statements(text):
         if parsed is None:
             break
         if statement.lstrip().startswith("["):
-            table = header(parsed)
+            table = _header(parsed)
             places: Iterator[Place] = (table[:n] for n in range(1, len(table) + 1))
         else:
             places = (table + place for place in _places(parsed))
@@ -57,7 +60,7 @@ def key_lines(text: str) -> dict[Place, int]:
     return found
 
 
-def statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
     """A document's headers and settings: line, text, and the text parsed on its own.
 
     tomllib reports no positions. But each statement of a document is itself a document, so the
@@ -90,7 +93,7 @@ _MOST_TRIED = 2**20
 lines are not reported."""
 
 
-def header(parsed: Any) -> Place:
+def _header(parsed: Any) -> Place:
     """``[a.b]`` and ``[[a.b]]`` parse to nested tables of one key each."""
     place: Place = ()
     while isinstance(parsed, dict) and parsed:
@@ -104,6 +107,57 @@ def _places(parsed: Any) -> Iterator[Place]:
         for key, value in parsed.items():
             yield (key,)
             yield from ((key, *place) for place in _places(value))
+
+
+def without(text: str, name: str) -> str:
+    """The document without a top-level key, and without the comments directly above it.
+
+    Raises ValueError if tomlkit cannot edit the text or would change anything else.
+    """
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+    from tomlkit.items import Comment, Whitespace
+
+    try:
+        document = tomlkit.parse(text)
+        if document.as_string() != text:
+            raise ValueError("tomlkit would change the layout")
+    except (TOMLKitError, RecursionError) as error:
+        raise ValueError(f"tomlkit cannot read it: {error}") from error
+    pieces = [piece for pair in document.body for piece in (pair, *_take_tail(pair[1]))]
+    kept: list[tuple[Key | None, Item]] = []
+    removed = False
+    for key, item in pieces:
+        after_gap = not kept or isinstance(kept[-1][1], Whitespace)
+        if key is not None and key.key == name:
+            while kept and isinstance(kept[-1][1], Comment):
+                kept.pop()
+            removed = True
+        elif not (removed and after_gap and isinstance(item, Whitespace)):
+            kept.append((key, item))
+            removed = False
+    while removed and kept and isinstance(kept[-1][1], Whitespace):
+        kept.pop()
+    document.body[:] = kept
+    left = document.as_string()
+    expected = {key: value for key, value in tomllib.loads(text).items() if key != name}
+    if tomllib.loads(left) != expected:
+        raise ValueError(f"tomlkit cannot remove {name!r} alone")
+    return left
+
+
+def _take_tail(item: "Item") -> "list[tuple[Key | None, Item]]":
+    """Take off the comments and empty lines at the end of a table; they belong to what follows."""
+    from tomlkit.items import AoT, Table
+
+    tables: list[Any] = item.body if isinstance(item, AoT) else [item]
+    if not tables or not isinstance(tables[-1], Table):
+        return []
+    body = tables[-1].value.body
+    tail: list[tuple[Key | None, Item]] = []
+    while body and body[-1][0] is None:
+        tail.insert(0, body.pop())
+    return (_take_tail(body[-1][1]) if body else []) + tail
 
 
 def setting(key: str, value: Any) -> str:

@@ -23,6 +23,7 @@ HEAVY = {
     "rich",
     "safetensors",
     "tokenizers",
+    "tomlkit",
     "tomllib",
     "torch",
     "transformers",
@@ -37,8 +38,8 @@ sys.exit(code)
 """
 
 
-def imported(*arguments: str, site: Path | None = None) -> set[str]:
-    done = dists.run(*arguments, site=site)
+def imported(*arguments: str, site: Path | None = None, **environment: str) -> set[str]:
+    done = dists.run(*arguments, site=site, **environment)
     assert done.code == 0, done.err
     return set(json.loads(done.err))
 
@@ -79,6 +80,18 @@ def test_a_name_imports_what_it_needs_and_no_plugin() -> None:
     )
     modules = imported("-c", source)
     assert modules & {"torch", "rich", "jinja2", "transformers", "tokenizers"} == set()
+
+
+def test_tomlkit_is_imported_to_write_and_not_to_read(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text('[m]\nsource = "x/y"\n')
+    run = tmp_path / "run.toml"
+    run.write_text('[model]\npath = "m"\n')
+    resolve = "import sys; from tilewright.config import resolve; resolve(sys.argv[1])"
+    tell = "import json; print(json.dumps(list(sys.modules)), file=sys.stderr)"
+    known = {"TILEWRIGHT_MODELS": str(tmp_path / "models.toml")}
+    assert "tomlkit" not in imported("-c", f"{resolve}; {tell}", str(run), **known)
+    assert "tomlkit" not in imported("-c", RUN, "models", "list", **known)
+    assert "tomlkit" in imported("-c", RUN, "models", "remove", "m", **known)
 
 
 @pytest.mark.parametrize("kind", ["loader", "weight_format"])

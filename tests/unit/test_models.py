@@ -328,6 +328,119 @@ def test_a_model_is_taken_out_however_it_is_written(text: str) -> None:
     assert {name: m.source for name, m in models.read(file).items()} == {"b": "t"}
 
 
+ENTRIES = {
+    "inline": """\
+# inline, above
+inline = { source = "s", runtime = { page_size = 8 } }  # beside
+""",
+    "dotted": """\
+# dotted, above
+dotted.source = "s"
+# dotted, within
+dotted.runtime.page_size = 8
+""",
+    "table": """\
+# table, above
+[table]  # beside
+# table, within
+source = "s"
+runtime.page_size = 8
+""",
+    "quo.ted": """\
+# quoted, above
+['quo.ted']
+"source" = '''
+[not a header]
+# not a comment'''
+""",
+    "sub-tables": """\
+# sub-tables, above
+[sub-tables.runtime]
+page_size = 8
+
+# sub-tables, within
+[sub-tables]
+source = "s"
+
+[[sub-tables.options.arrays]]
+x = 1
+
+  [[sub-tables.options.arrays]]
+  x = [
+    1,  # within
+    2,
+  ]
+""",
+}
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_removing_a_model_leaves_all_other_lines(folder: Path, name: str, newline: str) -> None:
+    def text(entries: list[str]) -> bytes:
+        return "\n".join(["# my models\n", *entries, "# the end\n"]).replace("\n", newline).encode()
+
+    file = folder / "m.toml"
+    file.write_bytes(text(list(ENTRIES.values())))
+    assert list(models.read(file)) == list(ENTRIES)
+    models.remove(name, file)
+    assert file.read_bytes() == text([entry for n, entry in ENTRIES.items() if n != name])
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_removing_and_adding_a_model_replaces_it_at_the_end(folder: Path, newline: str) -> None:
+    file = folder / "m.toml"
+    for name in ENTRIES:
+        entries = [entry for n, entry in ENTRIES.items() if n != name]
+        file.write_bytes("\n".join(ENTRIES.values()).replace("\n", newline).encode())
+        models.remove(name, file)
+        models.add(name, {"source": "t"}, file)
+        left = "\n".join(entries).replace("\n", newline).encode()
+        assert file.read_bytes().startswith(left)
+        assert list(models.read(file)) == [n for n in ENTRIES if n != name] + [name]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('a = { source = "s" }\nb = { source = "t" }', 'b = { source = "t" }'),
+        ('b = { source = "t" }\n# a\na = { source = "s" }', 'b = { source = "t" }\n'),
+        ('b = { source = "t" }\n\n# a\na.source = "s"', 'b = { source = "t" }\n'),
+        ('[a]\nsource = "s"\n# b\n[b]\nsource = "t"', '# b\n[b]\nsource = "t"'),
+        ('[b]\nsource = "t"\n\n[a]\nsource = "s"', '[b]\nsource = "t"\n'),
+        ('[b]\nsource = "t"\n[a]\nsource = "s"\n# end', '[b]\nsource = "t"\n# end'),
+        (
+            'z = { source = "z" }\n\n# a\na = { source = "s" }\nb = { source = "t" }\n',
+            'z = { source = "z" }\n\nb = { source = "t" }\n',
+        ),
+        (
+            '# a\n[a]\nsource = "s"\n# b\n[b]\nsource = "t"\n\n# more\n[a.options]\nx = 1\n',
+            '# b\n[b]\nsource = "t"\n',
+        ),
+        ('# a\n[a]\nsource = "s"', ""),
+    ],
+)
+def test_removing_a_model_from_a_file_of_any_layout(before: str, after: str) -> None:
+    file = user_wide(before)
+    models.remove("a", file)
+    assert file.read_text() == after
+
+
+@pytest.mark.parametrize("text", ['a = { source = "s" }', '[a]\nsource = "s"', "# none"])
+def test_adding_to_a_file_whose_last_line_is_open(text: str) -> None:
+    file = user_wide(text)
+    models.add("b", {"source": "t"}, file)
+    assert file.read_text() == f'{text}\n\n[b]\nsource = "t"\n'
+
+
+def test_a_model_that_cannot_be_removed_alone_leaves_the_file_as_it_was() -> None:
+    text = '[[x]]\n[a]\nsource = "s"\n[[x]]\n'
+    file = user_wide(text)
+    with pytest.raises(ConfigError, match=r"models.toml:2: 'a' cannot be cut out: edit the file"):
+        models.remove("a", file)
+    assert file.read_text() == text
+
+
 def test_a_wrong_entry_leaves_the_file_as_it_was() -> None:
     file = user_wide(FULL)
     for name, entry in (
@@ -335,6 +448,8 @@ def test_a_wrong_entry_leaves_the_file_as_it_was() -> None:
         ("a", {}),
         ("a", {"source": "s", "runtime": {"page_size": 0}}),
         ("a", {"source": "s", "nonsense": 1}),
+        ("a", {"source": Path("s")}),
+        ("a", {"source": "s", "runtime": {"page_size": None}}),
         ("qwen3-14b", {"source": "s"}),
     ):
         with pytest.raises(ConfigError):
