@@ -1,7 +1,6 @@
-"""Reads TOML that users write, with the lines of its keys; edits it with tomlkit; writes it."""
+"""Reads TOML that users write, with the lines of its keys; edits and writes TOML with tomlkit."""
 
 import json
-import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -166,22 +165,29 @@ def setting(key: str, value: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """A value in TOML, on one line."""
+    """A value in TOML, on one line. Raises ConfigError for a type that TOML does not have."""
+    import tomlkit
+
+    # tomlkit's own text, arrays and tables take time that is quadratic in their length.
     if isinstance(value, Mapping):
         return f"{{{', '.join(setting(str(k), v) for k, v in value.items())}}}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(written, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     if isinstance(value, str):
         # TOML's escapes are JSON's, except for DEL, which JSON does not escape.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value)
+    try:
+        scalar: str = tomlkit.item(value).as_string()
+    except ValueError as error:
+        raise ConfigError(
+            f"{value!r:.60} cannot be written in TOML: expected text, a number, a boolean, a date, "
+            "a list or a table"
+        ) from error
+    return scalar
 
 
 def written_key(key: str) -> str:
     """A key, in quotes where it needs them."""
-    bare = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
-    return key if bare else written(key)
+    import tomlkit
+
+    return tomlkit.key(key).as_string()

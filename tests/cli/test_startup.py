@@ -91,6 +91,7 @@ def test_tomlkit_is_imported_to_write_and_not_to_read(tmp_path: Path) -> None:
     known = {"TILEWRIGHT_MODELS": str(tmp_path / "models.toml")}
     assert "tomlkit" not in imported("-c", f"{resolve}; {tell}", str(run), **known)
     assert "tomlkit" not in imported("-c", RUN, "models", "list", **known)
+    assert "tomlkit" in imported("-c", RUN, "run", str(run), "--show", **known)
     assert "tomlkit" in imported("-c", RUN, "models", "remove", "m", **known)
 
 

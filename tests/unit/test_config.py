@@ -3,18 +3,14 @@
 import inspect
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tilewright.cli.run import show
 from tilewright.config import DEFAULT, resolve
 from tilewright.errors import ConfigError, PluginError
 from tilewright.settings import DEMO_MODEL, DEMO_PROMPT, SECTIONS, Given, keys
-from tilewright.toml import key_lines
 
 FLAG = {("runtime", "page_size"): Given("8", "--page-size")}
 ENVIRONMENT = {"TILEWRIGHT_RUNTIME_PAGE_SIZE": "32"}
@@ -274,67 +270,6 @@ def test_every_setting_is_shown_with_its_origin(tmp_path):
     assert "# top_k: as the model recommends, or else 0" in lines
     named = {line.removeprefix("# ").split(" ")[0].rstrip(":") for line in lines}
     assert {key for section in SECTIONS for key in keys(section)} <= named
-
-
-# --- line numbers ---------------------------------------------------------------------------------
-
-
-def test_lines_of_every_way_to_write_a_key():
-    text = """\
-top = 1
-
-# [comment]
-[a."b.c"]  # header
-x = '''
-[not.a.header]
-y = 1
-'''
-list = [
-  "]",  # not the end
-  [1,
-   2],
-]
-d.e.f = 2
-inline = { g = 1, h.i = 2 }
-[[arrays]]
-z = 3
-"""
-    table = ("a", "b.c")
-    expected = {
-        ("top",): 1,
-        ("a",): 4,
-        table: 4,
-        (*table, "x"): 5,
-        (*table, "list"): 9,
-        (*table, "d"): 14,
-        (*table, "d", "e"): 14,
-        (*table, "d", "e", "f"): 14,
-        (*table, "inline"): 15,
-        (*table, "inline", "g"): 15,
-        (*table, "inline", "h"): 15,
-        (*table, "inline", "h", "i"): 15,
-        ("arrays",): 16,
-        ("arrays", "z"): 17,
-    }
-    tomllib.loads(text)
-    assert key_lines(text) == expected
-
-
-def test_finding_lines_ends_early_in_a_huge_statement():
-    text = "a = 1\nx = [\n" + "[1],\n" * 50_000 + "]\nb = 1\n"
-    assert key_lines(text) == {("a",): 1}
-
-
-VALUES = ["1", '"s"', '[\n "]",\n 2 ]', '"""\n[x]\nk = 1\n"""', "'''a\n]\n}'''", "{ a = 1 }"]
-
-
-@given(st.lists(st.tuples(st.sampled_from(VALUES), st.sampled_from(["", "\n", "# c ]\n"]))))
-def test_a_key_is_on_the_line_where_it_is_written(statements):
-    text = "".join(f"{between}k{i} = {v}\n" for i, (v, between) in enumerate(statements))
-    tomllib.loads(text)
-    lines = key_lines(text)
-    for i in range(len(statements)):
-        assert text.split("\n")[lines[f"k{i}",] - 1].startswith(f"k{i} = ")
 
 
 def test_an_installed_distribution_declares_the_variable_of_its_queue(tmp_path, monkeypatch):
