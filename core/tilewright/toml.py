@@ -47,13 +47,10 @@ def key_lines(text: str) -> dict[Place, int]:
     found: dict[Place, int] = {}
     table: Place = ()
     for start, statement, parsed in _statements(text):
-        if parsed is None:
-            break
-        if statement.lstrip().startswith("["):
-            table = _header(parsed)
-            places: Iterator[Place] = (table[:n] for n in range(1, len(table) + 1))
-        else:
-            places = (table + place for place in _places(parsed))
+        is_header = bool(parsed) and statement.lstrip().startswith("[")
+        places = [place if is_header else (*table, *place) for place in _places(parsed)]
+        if is_header:
+            table = places[-1]
         for place in places:
             found.setdefault(place, start)
     return found
@@ -90,15 +87,6 @@ def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
 _MOST_TRIED = 2**20
 """Limit of characters parsed, over all tries, to find the ends of multi-line statements; beyond it,
 lines are not reported."""
-
-
-def _header(parsed: Any) -> Place:
-    """``[a.b]`` and ``[[a.b]]`` parse to nested tables of one key each."""
-    place: Place = ()
-    while isinstance(parsed, dict) and parsed:
-        [(key, parsed)] = parsed.items()
-        place += (key,)
-    return place
 
 
 def _places(parsed: Any) -> Iterator[Place]:
