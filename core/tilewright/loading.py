@@ -316,7 +316,7 @@ def _nearest_name(source: str) -> str:
     if not is_name(source):
         return ""
     try:
-        return f", nor does a models file have it{nearest(source, registered())}"
+        return f", and no models file defines it{nearest(source, registered())}"
     except ConfigError:  # it may concern another model
         return ""
 

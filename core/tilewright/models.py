@@ -28,12 +28,16 @@ from tilewright.settings import Given, Place, keys, located, read_setting, read_
 from tilewright.types import GenerateConfig, RuntimeConfig
 
 VARIABLE = "TILEWRIGHT_MODELS"
-"""The environment variable that names the only file to read."""
+"""Environment variable with the path of a models file. If set, no other models file is read."""
 
 PROJECT_FILE = Path("tilewright-models.toml")
-"""The file in the working folder; it overrides the user's own file."""
+"""The models file of the working folder. Its entries override those of the user's file."""
 
 _NAME = re.compile(r"\w[\w.:+-]*", re.ASCII)
+_EXPECTED_NAME = (
+    "expected a letter, a digit or '_', then letters, digits, '_', '-', '.', ':' or '+' "
+    "(a path or a hub id with a '/' is not a name)"
+)
 
 _PLACES: dict[str, Place] = {
     "source": ("model", "path"),
@@ -48,21 +52,22 @@ _TABLES: dict[str, Place] = {
     "generate": ("generate",),
 }
 KEYS = (*_PLACES, *_TABLES)
-"""Keys of a model's table; the last three are tables: loader options, and settings of a run."""
+"""Keys of a model's table. The last three are tables: options of the loader, and settings of the
+sections ``[runtime]`` and ``[generate]``."""
 
 
 @frozen
 class RegisteredModel:
-    """A model as a file defines it."""
+    """A model as defined in a models file."""
 
     name: str
     origin: str
     """File and line, such as ``models.toml:12``."""
     settings: Mapping[Place, Given]
-    """Settings, keyed by place; a source that is a path is relative to the working folder."""
+    """Settings by place. A source that is a path is relative to the working folder."""
 
     def entry(self) -> Iterator[tuple[str, str, Any, str]]:
-        """The file's entry: subtable (or ""), key, value and origin of each setting."""
+        """Yield subtable (or ""), key, value and origin of each setting."""
         for place, given in self.settings.items():
             if place in _KEYS_OF:
                 yield "", _KEYS_OF[place], given.value, given.origin
@@ -106,17 +111,17 @@ class RegisteredModel:
 
 
 def is_name(text: object) -> bool:
-    """Whether text may be a model's name: a single word, not a path with a folder or a hub id."""
+    """Whether text is a valid model name: a single word, not a path with a folder or a hub id."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
 def find(name: str, environ: Mapping[str, str] | None = None) -> RegisteredModel | None:
-    """A model by name. Raises ConfigError, which begins with file and line, for a bad file."""
+    """Look up a model by name. Raises ConfigError, which begins with file and line."""
     return registered(environ).get(name)
 
 
 def registered(environ: Mapping[str, str] | None = None) -> dict[str, RegisteredModel]:
-    """All models of the files in force, by name. Raises ConfigError for a bad file."""
+    """All defined models by name, sorted. Raises ConfigError, which begins with file and line."""
     models: dict[str, RegisteredModel] = {}
     if only := _only_file(environ):
         return dict(sorted(_parsed(only, read_text(only, f"{VARIABLE}: models file")).items()))
@@ -127,12 +132,12 @@ def registered(environ: Mapping[str, str] | None = None) -> dict[str, Registered
 
 
 def files(environ: Mapping[str, str] | None = None) -> list[Path]:
-    """The files that may exist, in order of precedence."""
+    """The models files that are read if they exist, highest precedence first."""
     return [only] if (only := _only_file(environ)) else [PROJECT_FILE, user_file(environ)]
 
 
 def user_file(environ: Mapping[str, str] | None = None) -> Path:
-    """The user's own file, in the folder that the XDG base directory specification defines."""
+    """The user's models file, in the XDG configuration folder."""
     folder = (os.environ if environ is None else environ).get("XDG_CONFIG_HOME", "")
     home = Path(folder) if os.path.isabs(folder) else Path("~/.config").expanduser()
     return home / "tilewright" / "models.toml"
@@ -144,21 +149,19 @@ def _only_file(environ: Mapping[str, str] | None) -> Path | None:
 
 
 def read(file: Path) -> dict[str, RegisteredModel]:
-    """A file's models. Raises ConfigError, which begins with file and line."""
+    """Read the models of a file. Raises ConfigError, which begins with file and line."""
     return _parsed(file, read_text(file, "models file"))
 
 
 def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
-    """Append a model to a file, which is created if needed. entry: its table, see KEYS.
+    """Append a model to a file, which is created if needed. entry: the model's table, see KEYS.
 
-    A source that is a path is relative to the working folder; it is written so that it is valid
-    from the file's folder. Raises ConfigError for a name that the file has, and for a wrong entry.
+    A source that is a path is relative to the working folder; it is converted to a path that is
+    valid from the file's folder. Raises ConfigError if the file defines the name or the entry is
+    invalid.
     """
     if not is_name(name):
-        raise ConfigError(
-            f"{name!r} cannot be a model's name: expected letters, digits, '_', '-', '.', ':' and "
-            "'+', which no path or hub id with a '/' is"
-        )
+        raise ConfigError(f"invalid model name {name!r}: {_EXPECTED_NAME}")
     values = {key: value for key, value in entry.items() if value not in (None, {})}
     if isinstance(source := values.get("source"), str):
         values["source"] = _from_folder(source, file.parent)
@@ -167,7 +170,7 @@ def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
         text = read_text(file, "models file") if file.exists() else ""
         if name in (known := _parsed(file, text)):
             raise ConfigError(
-                f"{known[name].origin}: a model is named {name!r} already; "
+                f"{known[name].origin}: model {name!r} is already defined; run "
                 f"`tilewright models remove {name}` first"
             )
         lead = "" if not text else "\n" if text.endswith("\n") else "\n\n"
@@ -177,20 +180,24 @@ def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
 
 
 def remove(name: str, file: Path) -> None:
-    """Remove a model from a file, with the comment right above it. Raises ConfigError."""
+    """Remove a model from a file, with the comments directly above it.
+
+    Raises ConfigError if the file does not define the name, or cannot be read or written.
+    """
     with _alone(file):
         text = read_text(file, "models file")
         document, origin = toml.parse(file, text)
         if name not in document:
             raise ConfigError(
                 f"{file}: no model is named {name!r}{nearest(name, document)} "
-                f"(there are: {', '.join(document) or 'none'})"
+                f"(defined: {', '.join(document) or 'none'})"
             )
         try:
             left = toml.without(text, name)
         except ValueError as error:
             raise ConfigError(
-                f"{origin((name,))}: {name!r} cannot be cut out: edit the file by hand"
+                f"{origin((name,))}: {name!r} cannot be removed without changing the rest of the "
+                "file: edit it by hand"
             ) from error
         _write(file, left)
 
@@ -204,7 +211,7 @@ def _parsed(file: Path, text: str) -> dict[str, RegisteredModel]:
     for name, table in document.items():
         where = origin((name,))
         if not is_name(name):
-            raise ConfigError(f"{where}: {name!r} cannot be a model's name: no '/' or space is")
+            raise ConfigError(f"{where}: invalid model name {name!r}: {_EXPECTED_NAME}")
         if not isinstance(table, dict):
             raise ConfigError(f"{where}: [{name}] must be a table, found {table!r:.60}")
         if not isinstance(table.get("source"), str) or not table["source"]:
@@ -216,7 +223,7 @@ def _parsed(file: Path, text: str) -> dict[str, RegisteredModel]:
         for place, given in _settings(name, table, origin):
             if place in settings:
                 raise ConfigError(
-                    f"{given.origin}: the revision is given twice: {settings[place].origin} too"
+                    f"{given.origin}: revision is given twice, also in {settings[place].origin}"
                 )
             if place[0] != "options":
                 read_setting(place, given)
@@ -254,7 +261,7 @@ def _settings(
 
 
 def _from_folder(source: str, folder: Path) -> str:
-    """Convert a source from the working folder to another; names and ``~`` stay as they are."""
+    """Make a path of the working folder valid from another folder; keep hub ids and ``~``."""
     if source.startswith("~") or not (source.startswith(".") or os.path.exists(source)):
         return source
     path, home = os.path.abspath(source), os.path.abspath(folder)
@@ -274,7 +281,7 @@ def _block(name: str, entry: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _alone(file: Path, make_folder: bool = False) -> Iterator[None]:
-    """Lock the file's folder, so that nobody else writes the file until the block ends."""
+    """Hold a lock on the file's folder, so that no other process writes the file meanwhile."""
     target = Path(os.path.realpath(file))
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise ConfigError(f"models file {str(file)!r}: expected a file, found a device or a pipe")
@@ -293,7 +300,7 @@ def _alone(file: Path, make_folder: bool = False) -> Iterator[None]:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a temporary file beside it, then rename; a link is followed."""
+    """Replace a file atomically: write a temporary file beside it, then rename. Follows links."""
     target = Path(os.path.realpath(file))
     beside = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
     try:

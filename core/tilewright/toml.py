@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from tomlkit.items import Item, Key
 
 Place = tuple[str, ...]
-"""The names of tables, and a key."""
+"""The names of the enclosing tables, then the key."""
 
 
 def parse(path: Path, text: str) -> tuple[dict[str, Any], Callable[[Place], str]]:
-    """A file's document, and a function that locates a place in it, such as ``run.toml:12``.
+    """Parse a file's text. Returns the document and a function from a place to ``run.toml:12``.
 
-    Raises ConfigError, which begins with file and line, for invalid TOML.
+    Raises ConfigError, which begins with file and line, if the TOML is invalid.
     """
     try:
         document = tomllib.loads(text)
@@ -37,13 +37,13 @@ def _syntax_error(path: Path, text: str, error: Exception) -> str:
         return f"{path}: arrays or tables are nested too deeply"
     message, _, position = str(error).rpartition(" (at ")
     number = position.removeprefix("line ").partition(",")[0]
-    if not number.isdecimal():  # "end of document", which is not where the error is
+    if not number.isdecimal():  # "end of document": point to the statement that does not end
         number = str(next((start for start, _, parsed in _statements(text) if parsed is None), 1))
-    return f"{path}:{number}: no valid TOML: {message or error}"
+    return f"{path}:{number}: invalid TOML: {message or error}"
 
 
 def key_lines(text: str) -> dict[Place, int]:
-    """The line, counted from 1, on which each table and key of a TOML document is first set."""
+    """The line, counted from 1, on which each table and key of a valid document is first set."""
     found: dict[Place, int] = {}
     table: Place = ()
     for start, statement, parsed in _statements(text):
@@ -57,10 +57,11 @@ def key_lines(text: str) -> dict[Place, int]:
 
 
 def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-    """A document's headers and settings: line, text, and the text parsed on its own.
+    """Split a document into headers and settings. Yields line number, text and parsed text.
 
-    tomllib reports no positions. But each statement of a document is itself a document, so the
-    shortest run of lines that parses is a statement. One that never ends comes last, with None.
+    tomllib reports no positions. However, each statement of a document is itself a valid document,
+    so a statement is the shortest run of lines that parses. If the last one does not parse, its
+    parsed text is None.
     """
     statement, start = "", 1
     tries = _MOST_TRIED
@@ -85,8 +86,8 @@ def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
 
 
 _MOST_TRIED = 2**20
-"""Limit of characters parsed, over all tries, to find the ends of multi-line statements; beyond it,
-lines are not reported."""
+"""Limit on the characters parsed in search of the ends of multi-line statements. Lines after that
+point are not reported."""
 
 
 def _places(parsed: Any) -> Iterator[Place]:
@@ -97,9 +98,9 @@ def _places(parsed: Any) -> Iterator[Place]:
 
 
 def without(text: str, name: str) -> str:
-    """The document without a top-level key, and without the comments directly above it.
+    """Remove a top-level key or table, with the comments directly above it. Returns the new text.
 
-    Raises ValueError if tomlkit cannot edit the text or would change anything else.
+    Raises ValueError if tomlkit cannot parse the text or would change anything else.
     """
     import tomlkit
     from tomlkit.exceptions import TOMLKitError
@@ -110,7 +111,7 @@ def without(text: str, name: str) -> str:
         if document.as_string() != text:
             raise ValueError("tomlkit would change the layout")
     except (TOMLKitError, RecursionError) as error:
-        raise ValueError(f"tomlkit cannot read it: {error}") from error
+        raise ValueError(f"tomlkit cannot parse it: {error}") from error
     pieces = [piece for pair in document.body for piece in (pair, *_take_tail(pair[1]))]
     kept: list[tuple[Key | None, Item]] = []
     removed = False
@@ -134,7 +135,7 @@ def without(text: str, name: str) -> str:
 
 
 def _take_tail(item: "Item") -> "list[tuple[Key | None, Item]]":
-    """Take off the comments and empty lines at the end of a table; they belong to what follows."""
+    """Remove and return the comments and blank lines that end a table; they precede the next."""
     from tomlkit.items import AoT, Table
 
     tables: list[Any] = item.body if isinstance(item, AoT) else [item]
@@ -153,29 +154,29 @@ def setting(key: str, value: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """A value in TOML, on one line. Raises ConfigError for a type that TOML does not have."""
+    """A value in TOML, on one line. Raises ConfigError for a type that TOML lacks."""
     import tomlkit
 
-    # tomlkit's own text, arrays and tables take time that is quadratic in their length.
+    # tomlkit takes quadratic time to write a string, an array or a table.
     if isinstance(value, Mapping):
         return f"{{{', '.join(setting(str(k), v) for k, v in value.items())}}}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(written, value))}]"
     if isinstance(value, str):
-        # TOML's escapes are JSON's, except for DEL, which JSON does not escape.
+        # TOML and JSON escape the same characters, except DEL, which only TOML escapes.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     try:
         scalar: str = tomlkit.item(value).as_string()
     except ValueError as error:
         raise ConfigError(
-            f"{value!r:.60} cannot be written in TOML: expected text, a number, a boolean, a date, "
-            "a list or a table"
+            f"{value!r:.60} cannot be written in TOML: expected a string, a number, a boolean, "
+            "a date, a list or a table"
         ) from error
     return scalar
 
 
 def written_key(key: str) -> str:
-    """A key, in quotes where it needs them."""
+    """A key in TOML, quoted if necessary."""
     import tomlkit
 
     return tomlkit.key(key).as_string()

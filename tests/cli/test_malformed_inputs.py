@@ -173,7 +173,7 @@ def test_a_line_that_is_no_toml(capsys, bad, after):
     if bad == "\ufeff" and after == 0:
         lines[0] = "\ufeff\ufeff\n"
     line = told(capsys, "run", run_file("".join(lines)))
-    assert f"run.toml:{after + 1}: no valid TOML: " in line
+    assert f"run.toml:{after + 1}: invalid TOML: " in line
 
 
 @pytest.mark.parametrize("byte", [b"\xff", b"\xc3", b"\xed\xa0\x80"])

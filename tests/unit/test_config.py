@@ -1,4 +1,4 @@
-"""Where the settings of a run come from, and what a mistake in one is answered with."""
+"""Where the settings of a run come from, and the errors for invalid ones."""
 
 import inspect
 import subprocess
@@ -35,7 +35,7 @@ def written(folder: Path, text: str) -> Path:
         ({}, {"TILEWRIGHT_RUNTIME_PAGE_SIZE": ""}, FILE, 64, "run.toml:3"),
     ],
 )
-def test_flags_win_over_environment_over_file_over_defaults(
+def test_precedence_is_flags_environment_file_defaults(
     tmp_path, monkeypatch, flags, environ, text, value, origin
 ):
     written(tmp_path, text)
@@ -50,7 +50,7 @@ def test_the_process_environment_is_the_default_one(monkeypatch):
     assert resolve().config.generate.temperature == 0.25
 
 
-def test_nothing_given_is_the_demo_model_with_its_prompt():
+def test_the_default_is_the_demo_model_with_its_prompt():
     config = resolve(environ={}).config
     assert config.model.path == str(DEMO_MODEL)
     assert config.model.id == DEMO_MODEL.name
@@ -89,7 +89,7 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path):
     assert config.output.file == str(tmp_path / "out.jsonl")
 
 
-def test_a_model_that_is_no_path_is_left_to_the_loader(tmp_path):
+def test_a_model_that_is_not_a_path_is_left_to_the_loader(tmp_path):
     path = written(tmp_path, '[model]\npath = "Qwen/Qwen3-14B"\n')
     assert resolve(path, environ={}).config.model.path == "Qwen/Qwen3-14B"
 
@@ -163,28 +163,28 @@ def test_a_prompt_that_looks_like_data_is_text(tmp_path, prompt):
         ("[plugins]\nexecutor = 'toch'\n", "run.toml:2: no executor is named 'toch'"),
         ("[plugins]\nobservers = ['nobody']\n", "run.toml:2: no observer is named 'nobody'"),
         ("[model]\nformat = 'safetensor'\n", "run.toml:2: no weight format is named 'safetensor'"),
-        ("[model\n", "run.toml:1: no valid TOML: Expected ']'"),
-        ("[model]\npath = 'a'\npath = 'b'\n", "run.toml:3: no valid TOML: Cannot overwrite"),
-        ("[model]\npath = 'a\n\n[runtime]\n", "run.toml:2: no valid TOML"),
+        ("[model\n", "run.toml:1: invalid TOML: Expected ']'"),
+        ("[model]\npath = 'a'\npath = 'b'\n", "run.toml:3: invalid TOML: Cannot overwrite"),
+        ("[model]\npath = 'a\n\n[runtime]\n", "run.toml:2: invalid TOML"),
         (f"x = {'[' * 5000}\n", "nested too deeply"),
-        (f"\nx = {'9' * 5000}\n", "run.toml:2: no valid TOML"),
+        (f"\nx = {'9' * 5000}\n", "run.toml:2: invalid TOML"),
     ],
 )
-def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, message):
+def test_an_error_in_a_file_names_its_line(tmp_path, text, message):
     with pytest.raises((ConfigError, PluginError)) as caught:
         resolve(written(tmp_path, text), environ={})
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path))
 
 
-def test_a_file_that_is_no_text_is_named_with_the_line(tmp_path):
+def test_a_file_that_is_not_utf8_is_reported_with_the_line(tmp_path):
     path = tmp_path / "run.toml"
     path.write_bytes(b"[model]\npath = '\xff'\n")
     with pytest.raises(ConfigError, match="line 2: expected UTF-8, found byte 0xff"):
         resolve(path, environ={})
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path):
+def test_a_byte_order_mark_is_accepted(tmp_path):
     path = tmp_path / "run.toml"
     path.write_bytes(b"\xef\xbb\xbf[runtime]\r\npage_size = 4\r\n")
     assert resolve(path, environ={}).config.runtime.page_size == 4
@@ -205,7 +205,7 @@ def test_an_unknown_variable_of_a_section_is_an_error(name, message):
     assert message in str(caught.value)
 
 
-def test_variables_outside_of_the_sections_are_not_ours():
+def test_variables_outside_of_the_sections_are_ignored():
     assert resolve(environ={"TILEWRIGHT": "1", "TILEWRIGHT_X": "1", "RUNTIME_X": "1"}).origins == {}
 
 

@@ -1,4 +1,4 @@
-"""Models by name: what files say of them, and how they get there."""
+"""Models files: how names are resolved, and how entries are added and removed."""
 
 import json
 import os
@@ -66,10 +66,10 @@ def flag(name: str) -> dict[tuple[str, ...], Given]:
     return {("model", "path"): Given(name, "--model")}
 
 
-# --- what a name stands for -----------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
-def test_a_name_stands_for_all_that_its_table_says() -> None:
+def test_a_name_sets_everything_in_its_table() -> None:
     file = user_wide(FULL)
     resolved = resolve(flags=flag("qwen3-14b"))
     config = resolved.config
@@ -89,7 +89,7 @@ def test_a_name_stands_for_all_that_its_table_says() -> None:
     assert resolved.origin("runtime", "max_batch_size") == DEFAULT
 
 
-def test_flags_environment_and_run_file_win_over_it(tmp_path: Path) -> None:
+def test_flags_environment_and_run_file_override_the_models_file(tmp_path: Path) -> None:
     file = user_wide(FULL)
     run = written(
         tmp_path / "run.toml",
@@ -110,7 +110,7 @@ def test_flags_environment_and_run_file_win_over_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["flag", "environment", "run file"])
-def test_a_name_may_stand_wherever_a_path_may(tmp_path: Path, how: str) -> None:
+def test_a_name_is_accepted_wherever_a_path_is(tmp_path: Path, how: str) -> None:
     user_wide(FULL)
     run = written(tmp_path / "run.toml", '[model]\npath = "qwen3-14b"\n')
     environ = dict(os.environ)
@@ -122,7 +122,7 @@ def test_a_name_may_stand_wherever_a_path_may(tmp_path: Path, how: str) -> None:
     assert resolved.config.model.path == "Qwen/Qwen3-14B"
 
 
-def test_the_project_wins_and_a_variable_names_the_only_file(
+def test_the_project_file_takes_precedence_and_a_variable_selects_the_only_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user_wide('[a]\nsource = "user/a"\n[b]\nsource = "user/b"\n')
@@ -137,8 +137,8 @@ def test_the_project_wins_and_a_variable_names_the_only_file(
     assert set(models.registered()) == {"a", "b", "c"}
 
 
-def test_the_variable_is_no_setting_of_a_section() -> None:
-    """TILEWRIGHT_MODEL_PATH is one; this is not read as one, nor is it refused."""
+def test_the_variable_is_not_read_as_a_setting() -> None:
+    """TILEWRIGHT_MODELS looks like a setting of [model], such as TILEWRIGHT_MODEL_PATH."""
     environ = os.environ | {models.VARIABLE: "/none", "TILEWRIGHT_MODEL_ID": "x"}
     assert resolve(environ=environ).config.model.id == "x"
     assert resolve(flags=flag("./path"), environ=environ).config.model.path == "./path"
@@ -148,7 +148,7 @@ def test_the_variable_is_no_setting_of_a_section() -> None:
         resolve(flags=flag("name"), environ=environ)
 
 
-def test_a_name_is_no_path_even_where_there_is_one(folder: Path, tmp_path: Path) -> None:
+def test_a_name_is_not_a_path_even_if_the_path_exists(folder: Path, tmp_path: Path) -> None:
     (folder / "qwen3-14b").mkdir()
     (folder / "other").mkdir()
     run = written(folder / "run.toml", '[model]\npath = "qwen3-14b"\n')
@@ -162,11 +162,11 @@ def test_a_name_is_no_path_even_where_there_is_one(folder: Path, tmp_path: Path)
     assert resolve(elsewhere).config.model.path == str(tmp_path / "runs" / "other")
 
 
-def test_a_broken_file_disturbs_no_model_that_is_given_as_a_path() -> None:
+def test_a_broken_file_does_not_affect_models_given_as_paths() -> None:
     user_wide("[")
     for path in (str(DEMO_MODEL), "./x", "org/name", "~/x", "x y"):
         assert resolve(flags=flag(path)).config.model.path == path
-    with pytest.raises(ConfigError, match=r"models\.toml:1: no valid TOML"):
+    with pytest.raises(ConfigError, match=r"models\.toml:1: invalid TOML"):
         resolve(flags=flag("x"))
 
 
@@ -177,7 +177,7 @@ def test_relative_sources_are_relative_to_their_file(tmp_path: Path) -> None:
     assert sources == [str(file.parent / "a"), str(file.parent / "b"), "org/c"]
 
 
-def test_a_device_from_elsewhere_replaces_that_of_the_models_file() -> None:
+def test_a_device_given_elsewhere_replaces_the_models_files_device() -> None:
     user_wide('[a]\nsource = "x/a"\nruntime = { device = "3" }\n')
     assert resolve(flags=flag("a")).config.runtime.device == "3"
     granted = resolve(flags=flag("a"), environ=os.environ | {"TASK_DEVICE": "5"})
@@ -189,7 +189,7 @@ def test_a_device_from_elsewhere_replaces_that_of_the_models_file() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[a\n", ":1: no valid TOML: "),
+        ("[a\n", ":1: invalid TOML: "),
         ('x = 1\n[a]\nsource = "s"\n', ":1: [x] must be a table, found 1"),
         ('[a]\nloader = "hf-hub"\n', ":1: model 'a' needs a source: a directory, a file or a hub "),
         ("[a]\nsource = 3\n", ":1: model 'a' needs a source"),
@@ -203,12 +203,12 @@ def test_a_device_from_elsewhere_replaces_that_of_the_models_file() -> None:
             '[a]\nsource = "s"\n\n[a.generate]\ntop_p = "x"\n',
             ":5: 'top_p' must be a number or none",
         ),
-        ('["a/b"]\nsource = "s"\n', ":1: 'a/b' cannot be a model's name"),
+        ('["a/b"]\nsource = "s"\n', ":1: invalid model name 'a/b'"),
         ('[a]\nsource = "s"\nrevision = "1"\noptions = { revision = "2" }\n', "given twice"),
-        ('[ok]\nsource = "s"\n\n[ok]\n', ":4: no valid TOML: "),
+        ('[ok]\nsource = "s"\n\n[ok]\n', ":4: invalid TOML: "),
     ],
 )
-def test_a_mistake_is_told_with_file_and_line(text: str, message: str) -> None:
+def test_an_error_names_file_and_line(text: str, message: str) -> None:
     file = user_wide(text)
     with pytest.raises(ConfigError) as raised:
         models.registered()
@@ -217,7 +217,7 @@ def test_a_mistake_is_told_with_file_and_line(text: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_loader_that_is_not_installed_is_told_with_its_line() -> None:
+def test_a_loader_that_is_not_installed_is_reported_with_its_line() -> None:
     user_wide('[a]\nsource = "s"\nloader = "hf-hubb"\n')
     done = tilewright("generate", "--model", "a", "hi")
     assert done.code == 2
@@ -227,7 +227,7 @@ def test_a_loader_that_is_not_installed_is_told_with_its_line() -> None:
 # --- from Python ----------------------------------------------------------------------------------
 
 
-def test_a_model_is_loaded_by_what_its_name_stands_for() -> None:
+def test_a_model_found_by_name_can_be_loaded() -> None:
     models.add(
         "demo",
         {"source": str(DEMO_MODEL), "runtime": {"page_size": 8}, "generate": {"max_new_tokens": 3}},
@@ -243,7 +243,7 @@ def test_a_model_is_loaded_by_what_its_name_stands_for() -> None:
         assert (len(result.token_ids), engine.model("demo").runtime.page_size) == (3, 8)
 
 
-def test_a_run_file_may_name_a_model(folder: Path) -> None:
+def test_a_run_file_can_select_a_model_by_name(folder: Path) -> None:
     project_wide(f'[demo]\nsource = "{DEMO_MODEL}"\nruntime = {{ page_size = 8 }}\n')
     run = written(folder / "run.toml", '[model]\npath = "demo"\n')
     with LLMEngine.from_config(run) as engine:
@@ -253,7 +253,7 @@ def test_a_run_file_may_name_a_model(folder: Path) -> None:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def test_what_is_added_is_what_is_found(folder: Path) -> None:
+def test_an_added_model_is_found_with_its_settings(folder: Path) -> None:
     entry = {
         "source": "org/name",
         "loader": "hf-hub",
@@ -270,7 +270,7 @@ def test_what_is_added_is_what_is_found(folder: Path) -> None:
     assert made.options == {"revision": "v1", "local_files_only": True}
 
 
-def test_adding_and_removing_leave_the_rest_as_it_was() -> None:
+def test_adding_and_removing_leave_the_rest_unchanged() -> None:
     before = (
         "# my models\n\n# the first\n[a] # here\nsource = 's/a'  # there\n\n[a.runtime]\n"
         "# small\npage_size = 8\n\n# the last\n[z]\nsource = 's/z'\n"
@@ -291,7 +291,7 @@ NAMES = st.sampled_from(["a", "b-1", "c.d", "e_f", "1"])
 
 
 @given(st.lists(st.tuples(st.booleans(), NAMES), max_size=12))
-def test_any_sequence_of_adding_and_removing_keeps_what_it_should(
+def test_any_sequence_of_adding_and_removing_keeps_the_other_models(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[bool, str]]
 ) -> None:
     file = tmp_path_factory.mktemp("models") / "m.toml"
@@ -321,7 +321,7 @@ def test_any_sequence_of_adding_and_removing_keeps_what_it_should(
         '["a"]\r\nsource = "s"\r\n[b]\r\nsource = "t"\r\n',
     ],
 )
-def test_a_model_is_taken_out_however_it_is_written(text: str) -> None:
+def test_a_model_is_removed_however_it_is_written(text: str) -> None:
     file = user_wide(text)
     assert set(models.read(file)) == {"a", "b"}
     models.remove("a", file)
@@ -427,21 +427,23 @@ def test_removing_a_model_from_a_file_of_any_layout(before: str, after: str) -> 
 
 
 @pytest.mark.parametrize("text", ['a = { source = "s" }', '[a]\nsource = "s"', "# none"])
-def test_adding_to_a_file_whose_last_line_is_open(text: str) -> None:
+def test_adding_to_a_file_that_does_not_end_with_a_newline(text: str) -> None:
     file = user_wide(text)
     models.add("b", {"source": "t"}, file)
     assert file.read_text() == f'{text}\n\n[b]\nsource = "t"\n'
 
 
-def test_a_model_that_cannot_be_removed_alone_leaves_the_file_as_it_was() -> None:
+def test_a_model_that_cannot_be_removed_alone_leaves_the_file_unchanged() -> None:
     text = '[[x]]\n[a]\nsource = "s"\n[[x]]\n'
     file = user_wide(text)
-    with pytest.raises(ConfigError, match=r"models.toml:2: 'a' cannot be cut out: edit the file"):
+    with pytest.raises(
+        ConfigError, match=r"models.toml:2: 'a' cannot be removed without changing the"
+    ):
         models.remove("a", file)
     assert file.read_text() == text
 
 
-def test_a_wrong_entry_leaves_the_file_as_it_was() -> None:
+def test_an_invalid_entry_leaves_the_file_unchanged() -> None:
     file = user_wide(FULL)
     for name, entry in (
         ("a b", {"source": "s"}),
@@ -458,7 +460,7 @@ def test_a_wrong_entry_leaves_the_file_as_it_was() -> None:
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_a_link_stays_one_and_a_mode_stays(tmp_path: Path) -> None:
+def test_symbolic_link_and_mode_are_preserved(tmp_path: Path) -> None:
     real = written(tmp_path / "dotfiles" / "m.toml", "")
     real.chmod(0o600)
     models.user_file().parent.mkdir(parents=True)
@@ -475,7 +477,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         models.add("a", {"source": "x/y"}, blocked)
 
 
-def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     pipe = tmp_path / "models.toml"
     os.mkfifo(pipe)
     for change in (
@@ -487,7 +489,7 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-def test_who_write_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     file = tmp_path / "new" / "models.toml"
     barrier = threading.Barrier(8)
 
@@ -502,7 +504,7 @@ def test_who_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_a_name_that_cannot_be_taken_out_makes_no_folder(tmp_path: Path) -> None:
+def test_a_failed_change_creates_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file or directory"):
         models.remove("a", tmp_path / "new" / "models.toml")
     with pytest.raises(ConfigError, match="needs a source"):
@@ -526,7 +528,7 @@ def test_the_command_adds_lists_shows_and_removes(
         told = capsys.readouterr()
         return told.out, told.err
 
-    assert run("list")[0].startswith("no model has a name (looked in tilewright-models.toml and ")
+    assert run("list")[0].startswith("no models are defined (looked in tilewright-models.toml and ")
     (folder / "weights").mkdir()
     added, _ = run(
         "add", "mine", "--source", "weights", "--page-size", "8", "--stop", "END", "--temperature",
@@ -541,13 +543,13 @@ def test_the_command_adds_lists_shows_and_removes(
         "add", "mine", "--source", "org/x", "--revision", "v1", "--loader", "hf-hub", "-o",
         "local_files_only=true",
     )  # fmt: skip
-    assert err == ("note: in this folder mine is still weights, in tilewright-models.toml:1\n")
+    assert err == ("note: in this folder mine is weights, defined in tilewright-models.toml:1\n")
     assert run("list")[0].splitlines()[1].split() == [
         "mine", "weights", "-", "tilewright-models.toml:1"
     ]  # fmt: skip
     out, err = run("remove", "mine")
     assert out == "mine is no longer in tilewright-models.toml\n"
-    assert err == f"note: mine is org/x@v1 now, in {models.user_file()}:1\n"
+    assert err == f"note: mine is now org/x@v1, defined in {models.user_file()}:1\n"
     (shown,) = json.loads(run("show", "mine", "--json")[0])
     assert shown == {
         "name": "mine",
@@ -564,13 +566,13 @@ def test_the_command_adds_lists_shows_and_removes(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "mien"], "no model is named 'mien'; did you mean 'mine'? (named are: mine)"),
+        (["show", "mien"], "no model is named 'mien'; did you mean 'mine'? (defined: mine)"),
         (["remove", "mien"], "no model is named 'mien'; did you mean 'mine'?"),
         (
             ["add", "mine", "--source", "x"],
-            "a model is named 'mine' already; `tilewright models re",
+            "model 'mine' is already defined; run `tilewright models re",
         ),
-        (["add", "a/b", "--source", "x"], "'a/b' cannot be a model's name: expected letters"),
+        (["add", "a/b", "--source", "x"], "invalid model name 'a/b': expected a letter"),
         (["add", "a"], "the following arguments are required: --source"),
         (
             ["add", "a", "--source", "x", "--page-size", "0"],
@@ -578,12 +580,12 @@ def test_the_command_adds_lists_shows_and_removes(
         ),
         (["add", "a", "--source", "x", "--loader", "hf-lokal"], "did you mean 'hf-local'?"),
         (["add", "a", "--source", "x", "-o", "y"], "-o: expected KEY=VALUE, found 'y'"),
-        (["add", "a", "--source", "x", "-o", "executor.y=1"], "options of its loader only"),
+        (["add", "a", "--source", "x", "-o", "executor.y=1"], "expected an option of the loader"),
         (["add", "a", "--source", ""], "needs a source"),
         (["lst"], "unknown 'lst'; did you mean 'list'?"),
     ],
 )
-def test_mistakes_on_the_command_line(
+def test_errors_on_the_command_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     before = user_wide('[mine]\nsource = "s"\n').read_text()
@@ -594,17 +596,17 @@ def test_mistakes_on_the_command_line(
     assert models.user_file().read_text() == before
 
 
-def test_a_mistake_in_the_other_file_is_told_after_writing(
+def test_an_error_in_the_other_file_is_noted_after_writing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     models.PROJECT_FILE.write_text("broken =\n")
     assert main(["models", "add", "mine", "--source", "x", "-o", "loader.revision=v1"]) == 0
     told = capsys.readouterr()
     assert told.out == f"mine: x@v1, in {models.user_file()}:1\n"
-    assert told.err.startswith(f"note: {models.PROJECT_FILE}:1: no valid TOML")
+    assert told.err.startswith(f"note: {models.PROJECT_FILE}:1: invalid TOML")
 
 
-def test_the_variable_says_where_to_write(
+def test_the_variable_selects_the_file_to_write(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "new" / "m.toml"
@@ -612,12 +614,12 @@ def test_the_variable_says_where_to_write(
     assert main(["models", "add", "a", "--source", "x/y"]) == 0
     assert set(models.read(file)) == {"a"}
     assert main(["models", "add", "b", "--source", "x/y", "--project"]) == 2
-    assert "TILEWRIGHT_MODELS names the only models file there is" in capsys.readouterr().err
+    assert "TILEWRIGHT_MODELS selects the only models file" in capsys.readouterr().err
     assert main(["models", "remove", "a"]) == 0
     assert models.read(file) == {}
 
 
-def test_a_name_is_a_model_to_every_command() -> None:
+def test_every_command_accepts_a_name() -> None:
     models.add(
         "demo",
         {"source": str(DEMO_MODEL), "generate": {"max_new_tokens": 2}},
@@ -629,13 +631,13 @@ def test_a_name_is_a_model_to_every_command() -> None:
     assert (record["model"], record["source"]) == ("demo", str(DEMO_MODEL))
     assert len(record["token_ids"]) == 2
     done = tilewright("generate", "--model", "demmo", "We", XDG_CONFIG_HOME=config)
-    assert "nor does a models file have it; did you mean 'demo'?" in done.err
+    assert "and no models file defines it; did you mean 'demo'?" in done.err
     shown = tilewright("doctor", "--json", XDG_CONFIG_HOME=config)
     (check,) = [c for c in json.loads(shown.out) if c["name"] == "models by name"]
     assert (check["status"], check["found"].split(",")[0]) == ("ok", "demo")
 
 
-def test_a_source_that_is_gone_is_told_with_the_line_that_names_it() -> None:
+def test_a_missing_source_is_reported_with_its_line() -> None:
     file = user_wide('[a]\nsource = "./gone"\n')
     done = tilewright("generate", "--model", "a", "hi")
     assert done.err.startswith(f"tilewright: error: {file}:2: no model directory or file '")

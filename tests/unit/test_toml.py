@@ -1,4 +1,4 @@
-"""Where keys of a TOML document are, and how values are written."""
+"""Line numbers of keys in TOML, and TOML that is written."""
 
 import datetime
 import math
@@ -18,7 +18,7 @@ from tilewright.toml import key_lines
 # --- line numbers ---------------------------------------------------------------------------------
 
 
-def test_lines_of_every_way_to_write_a_key():
+def test_lines_of_keys_however_they_are_written():
     text = """\
 top = 1
 
@@ -114,7 +114,7 @@ def test_a_value_is_written_on_one_line(value: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, Path("x"), [1, None], {"a": {1}}])
-def test_a_value_that_toml_does_not_have(value: Any) -> None:
+def test_a_type_that_toml_lacks(value: Any) -> None:
     with pytest.raises(ConfigError, match="cannot be written in TOML"):
         toml.written(value)
 

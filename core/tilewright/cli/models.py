@@ -1,6 +1,6 @@
-"""Give models names, and list them.
+"""Define names for models, and list them.
 
-The names are kept in the user's own file or in the working folder's.
+The names are kept in the user's models file or in that of the working folder.
 """
 
 import argparse
@@ -22,10 +22,10 @@ tilewright_api = 1
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for function, summary in (
-        (list_models, "the names, where each model comes from, and which file says so"),
-        (show, "what a name stands for"),
-        (add, "give a model a name"),
-        (remove, "take a name away; the model's files stay"),
+        (list_models, "list the names, with the source, the loader and the file of each"),
+        (show, "show the settings of a model, and where each is defined"),
+        (add, "define a name for a model"),
+        (remove, "remove a name; the model's files are kept"),
     ):
         name = function.__name__.removesuffix("_models")
         action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "--project",
                 action="store_true",
-                help=f"in {models.PROJECT_FILE} of the working folder, not in your own file",
+                help=f"write to {models.PROJECT_FILE} in the working folder, not to your own file",
             )
         if function is add:
             _configure_add(action)
@@ -47,9 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _configure_add(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--source", required=True, help="a directory, a file, a hub id: what its loader takes"
+        "--source", required=True, help="a directory, a file or a hub id that the loader accepts"
     )
-    model.add_argument("--revision", help="branch, tag or commit, for loaders that have revisions")
+    model.add_argument("--revision", help="branch, tag or commit, if the loader has revisions")
     flags.add(model, "plugins", {"loader"})
     flags.add(model, "model", {"format"})
     model.add_argument(
@@ -60,8 +60,8 @@ def _configure_add(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="set an option of the loader",
     )
-    flags.add(parser.add_argument_group("runtime, where nothing else is asked for"), "runtime")
-    flags.add(parser.add_argument_group("generation, where nothing else is asked for"), "generate")
+    flags.add(parser.add_argument_group("runtime defaults"), "runtime")
+    flags.add(parser.add_argument_group("generation defaults"), "generate")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +76,10 @@ def list_models(args: argparse.Namespace) -> None:
         return
     if not known:
         looked = " and ".join(map(str, models.files()))
-        print(f"no model has a name (looked in {looked}); tilewright models add NAME --source ...")
+        print(
+            f"no models are defined (looked in {looked}); "
+            "run `tilewright models add NAME --source ...`"
+        )
         return
     print_columns(
         ("NAME", "SOURCE", "LOADER", "WHERE"),
@@ -110,9 +113,12 @@ def add(args: argparse.Namespace) -> None:
     print(f"{made.name}: {_source(made)}, in {made.origin}")
     other = _in_force(made.name)
     if other is not None and other.origin != made.origin:
-        note(f"note: in this folder {made.name} is still {_source(other)}, in {other.origin}")
+        note(f"note: in this folder {made.name} is {_source(other)}, defined in {other.origin}")
     if os.path.lexists(made.name):
-        note(f"note: what is in this folder by that name is ./{made.name} from now on")
+        note(
+            f"note: {made.name} now selects this model; "
+            f"write ./{made.name} for the path in this folder"
+        )
 
 
 def remove(args: argparse.Namespace) -> None:
@@ -124,7 +130,7 @@ def remove(args: argparse.Namespace) -> None:
     models.remove(args.name, file)
     print(f"{args.name} is no longer in {file}")
     if (other := _in_force(args.name)) is not None:
-        note(f"note: {args.name} is {_source(other)} now, in {other.origin}")
+        note(f"note: {args.name} is now {_source(other)}, defined in {other.origin}")
 
 
 def _loader_option(item: str) -> tuple[str, str]:
@@ -132,12 +138,14 @@ def _loader_option(item: str) -> tuple[str, str]:
     key, value = flags.split(item, "-o", "KEY=VALUE")
     key = key.removeprefix("loader.")
     if "." in key:
-        raise ConfigError(f"-o {key}: a model's name has options of its loader only")
+        raise ConfigError(
+            f"-o {key}: expected an option of the loader; a models file holds no other options"
+        )
     return key, value
 
 
 def _in_force(name: str) -> models.RegisteredModel | None:
-    """What the name stands for after a file is written; errors in another file are only noted."""
+    """The model that a name selects after a write; an error in another file is only a note."""
     try:
         return models.find(name)
     except ConfigError as error:
@@ -151,8 +159,7 @@ def _file(args: argparse.Namespace) -> Path:
         return models.PROJECT_FILE if args.project else models.user_file()
     if args.project:
         raise ConfigError(
-            f"--project: {models.VARIABLE} names the only models file there is: unset it, or leave "
-            "the flag out"
+            f"--project: {models.VARIABLE} selects the only models file: unset it or omit the flag"
         )
     return models.files()[0]
 
@@ -162,7 +169,7 @@ def _known(name: str) -> models.RegisteredModel:
     if name not in known:
         raise ConfigError(
             f"no model is named {name!r}{nearest(name, known)} "
-            f"(named are: {', '.join(known) or 'none'})"
+            f"(defined: {', '.join(known) or 'none'})"
         )
     return known[name]
 
@@ -180,7 +187,7 @@ def _record(model: models.RegisteredModel) -> dict[str, Any]:
 
 
 def _lines(model: models.RegisteredModel) -> Iterator[str]:
-    """Lines as in a models file, with the origins in comments."""
+    """Lines of a models file, with the origin of each setting in a comment."""
     name = toml.written_key(model.name)
     yield f"[{name}]  # {model.origin}"
     current = ""
