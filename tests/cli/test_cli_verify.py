@@ -132,8 +132,9 @@ def test_a_plugin_that_ends_the_process(verify: Any, site: Install) -> None:
 
 def test_a_plugin_that_gives_nothing_to_read(verify: Any, site: Install) -> None:
     code, out, _ = verify("bare", "-o", "level=2")
-    assert code == 0
+    assert code == 3
     lines = out.splitlines()
+    assert lines[-1].endswith(" not run: what was not run is not proved")
     assert "  passed   each option has a line of help" in lines
     at = lines.index("  not run  info says of each tensor what get gives")
     assert "implement write_weights" in lines[at + 1]

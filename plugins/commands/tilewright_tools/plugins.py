@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 tilewright_api = 1
 
+NOT_PROVED = 3
+"""Exit code of ``verify`` when no test failed but some were not run."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -26,7 +29,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         (list_plugins, "what is installed and where; imports nothing"),
         (show, "a plugin's options, hooks and limits"),
         (check, "import all plugins and check their hooks; code 1 if one is broken"),
-        (verify, "run a plugin's conformance suite; code 1 if it fails a test"),
+        (
+            verify,
+            "run a plugin's conformance suite; code 1 if it fails a test, 3 if one was not run",
+        ),
     ):
         name = function.__name__.removesuffix("_plugins")
         action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
@@ -212,8 +218,10 @@ def verify(args: argparse.Namespace) -> int:
                 said = reason
             results = [s.result for s in statements]
             numbers = (f"{results.count(r)} {r}" for r in ("passed", "failed", "not run"))
-            print(f"{', '.join(numbers)}")
-    return int(any(s.result == "failed" for _, statements in found for s in statements))
+            unproved = ": what was not run is not proved" if "not run" in results else ""
+            print(f"{', '.join(numbers)}{unproved}")
+    all_results = {statement.result for _, statements in found for statement in statements}
+    return 1 if "failed" in all_results else NOT_PROVED if "not run" in all_results else 0
 
 
 def new(args: argparse.Namespace) -> int:

@@ -18,9 +18,15 @@ _HEAD = """\
 <!-- Made by `python -m tilewright_tools.reference > docs/cli.md`; do not edit. -->
 
 `python -m tilewright` is the same as `tilewright`. Results go to standard output, everything else
-to standard error. Exit codes: 0; 1 when `plugins check` or `doctor` finds something broken, or
-`compare` a difference; 2 for a mistake, told in one line (`--debug` shows the traceback); 130 after
-Ctrl-C; 141 when the reader of a pipe went away.
+to standard error. Exit codes:
+
+- 0: success
+- 1: `plugins check` or `doctor` found something broken, `plugins verify` a test that fails, or
+  `compare` a difference
+- 2: a mistake, reported in one line (`--debug` shows the traceback)
+- 3: no test of `plugins verify` failed, but some could not be run
+- 130: interrupted by Ctrl-C
+- 141: the reader of a pipe went away
 
 A setting is taken from its flag, else from the environment as `TILEWRIGHT_<SECTION>_<KEY>`
 (`TILEWRIGHT_RUNTIME_PAGE_SIZE`, `TILEWRIGHT_MODEL_PATH`, `TILEWRIGHT_OPTIONS_EXECUTOR_<OPTION>`),
