@@ -1,4 +1,4 @@
-"""What plugins rely on does not change under one API version, and documents say what it is."""
+"""The plugin API does not change within one API version, and the documentation matches it."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def now() -> Record:
     return api_record.record()
 
 
-def test_nothing_that_plugins_rely_on_has_changed(recorded: Record, now: Record) -> None:
+def test_the_api_has_no_breaking_change_within_its_version(recorded: Record, now: Record) -> None:
     broken = api_record.breaks(recorded, now)
     assert not broken, (
         "plugins written before would break, so API_VERSION in plugins.py must be raised (and "
@@ -36,18 +36,18 @@ def test_nothing_that_plugins_rely_on_has_changed(recorded: Record, now: Record)
     )
 
 
-def test_what_is_new_is_recorded(recorded: Record, now: Record) -> None:
+def test_additions_to_the_api_are_recorded(recorded: Record, now: Record) -> None:
     assert recorded == json.loads(json.dumps(now)), (
         "the API has grown: record it with `python tests/support/api_record.py`"
     )
 
 
-def test_each_version_has_its_record() -> None:
+def test_each_api_version_has_a_record() -> None:
     found = {p.name for p in api_record.DATA.glob("api_*.json")}
     assert found == {f"api_{n}.json" for n in range(1, plugins.API_VERSION + 1)}
 
 
-def test_the_reference_of_hooks_is_that_of_the_code() -> None:
+def test_the_hook_reference_matches_the_code() -> None:
     assert (DOCS / "hooks.md").read_text() == hook_reference.reference(), (
         "python -m tilewright_tools.hook_reference > docs/hooks.md"
     )
@@ -58,7 +58,7 @@ def test_the_documentation_names_the_version() -> None:
     assert f"`tilewright_api = {plugins.API_VERSION}`" in page
 
 
-# --- the judge ------------------------------------------------------------------------------------
+# --- comparing records ----------------------------------------------------------------------------
 
 Change = Callable[[Record], object]
 OPTIONAL = {"type": "int", "optional": True, "by position": False}
@@ -164,7 +164,7 @@ BREAKING: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("change", BREAKING)
-def test_what_breaks_plugins_is_told(now: Record, change: str) -> None:
+def test_breaking_changes_are_reported(now: Record, change: str) -> None:
     changed = copy.deepcopy(now)
     make, said = BREAKING[change]
     make(changed)
@@ -180,7 +180,7 @@ HARMLESS: dict[str, Change] = {
     ),
     "a new class": lambda r: r["classes"].update(Swap={"a": OPTIONAL}),
     "a new protocol": lambda r: r["protocols"].update(Swapper={"swap": METHOD, "(bases)": []}),
-    "more for loaders to use": lambda r: r["protocols"]["WeightFormats"].update(names=METHOD),
+    "a new method for loaders": lambda r: r["protocols"]["WeightFormats"].update(names=METHOD),
     "a new value": lambda r: r["values"]["RopeKind"].append("longrope"),
     "a new error": lambda r: r["errors"].update(SwapError=r["errors"]["ModelError"]),
     "a new kind": lambda r: r["kinds"].update(tracer=r["kinds"]["observer"]),
@@ -193,14 +193,14 @@ HARMLESS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", HARMLESS)
-def test_what_breaks_nobody_is_let_through(now: Record, change: str) -> None:
+def test_compatible_changes_are_accepted(now: Record, change: str) -> None:
     changed = copy.deepcopy(now)
     HARMLESS[change](changed)
     assert changed != now
     assert not api_record.breaks(now, changed)
 
 
-def test_a_break_is_not_recorded_under_the_same_version(
+def test_a_breaking_change_is_not_recorded_under_the_same_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(api_record, "DATA", tmp_path)

@@ -45,26 +45,26 @@ def test_precedence_is_flags_environment_file_defaults(
     assert resolved.origin("runtime", "page_size") == origin
 
 
-def test_the_process_environment_is_the_default_one(monkeypatch):
+def test_the_environment_defaults_to_that_of_the_process(monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_GENERATE_TEMPERATURE", "0.25")
     assert resolve().config.generate.temperature == 0.25
 
 
-def test_the_default_is_the_demo_model_with_its_prompt():
+def test_without_settings_the_demo_model_runs_its_own_prompt():
     config = resolve(environ={}).config
     assert config.model.path == str(DEMO_MODEL)
     assert config.model.id == DEMO_MODEL.name
     assert config.prompts.text == (DEMO_PROMPT,)
 
 
-def test_another_model_has_no_prompt_of_its_own(tmp_path):
+def test_other_models_have_no_default_prompt(tmp_path):
     path = written(tmp_path, '[model]\npath = "../models/Qwen3-14B"\n')
     config = resolve(path, environ={}).config
     assert config.prompts.text == ()
     assert config.model.id == "Qwen3-14B"
 
 
-def test_plugin_defaults_are_those_of_the_engine():
+def test_plugin_defaults_match_those_of_the_engine():
     from tilewright.engine import LLMEngine
 
     defaults = {
@@ -89,12 +89,12 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path):
     assert config.output.file == str(tmp_path / "out.jsonl")
 
 
-def test_a_model_that_is_not_a_path_is_left_to_the_loader(tmp_path):
+def test_a_model_that_is_not_a_path_is_passed_to_the_loader_unchanged(tmp_path):
     path = written(tmp_path, '[model]\npath = "Qwen/Qwen3-14B"\n')
     assert resolve(path, environ={}).config.model.path == "Qwen/Qwen3-14B"
 
 
-def test_home_is_expanded_where_no_shell_does_it(monkeypatch):
+def test_a_tilde_is_expanded_to_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     config = resolve(environ={"TILEWRIGHT_MODEL_PATH": "~/m"}).config
     assert config.model.path == "/home/ada/m"
@@ -126,14 +126,14 @@ def test_options_are_merged_key_by_key(tmp_path):
         ({("prompts", "text"): Given(["a"], "PROMPT")}, ("a",), ()),
     ],
 )
-def test_prompts_of_a_higher_layer_replace_those_below(tmp_path, layer, text, file):
+def test_prompts_of_a_higher_precedence_source_replace_the_others(tmp_path, layer, text, file):
     path = written(tmp_path, '[prompts]\ntext = "from the file"\n')
     prompts = resolve(path, layer, {}).config.prompts
     assert (prompts.text, prompts.file) == (text, file)
 
 
 @pytest.mark.parametrize("prompt", ["[1, 2]", '["a", "b"]', "[", "none", "1"])
-def test_a_prompt_that_looks_like_data_is_text(tmp_path, prompt):
+def test_a_prompt_that_looks_like_toml_stays_text(tmp_path, prompt):
     path = written(tmp_path, f"[prompts]\ntext = '{prompt}'\n")
     assert resolve(path, environ={}).config.prompts.text == (prompt,)
     environ = {"TILEWRIGHT_PROMPTS_TEXT": prompt}
@@ -170,14 +170,14 @@ def test_a_prompt_that_looks_like_data_is_text(tmp_path, prompt):
         (f"\nx = {'9' * 5000}\n", "run.toml:2: invalid TOML"),
     ],
 )
-def test_an_error_in_a_file_names_its_line(tmp_path, text, message):
+def test_an_error_in_a_run_file_names_its_line(tmp_path, text, message):
     with pytest.raises((ConfigError, PluginError)) as caught:
         resolve(written(tmp_path, text), environ={})
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path))
 
 
-def test_a_file_that_is_not_utf8_is_reported_with_the_line(tmp_path):
+def test_a_run_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
     path = tmp_path / "run.toml"
     path.write_bytes(b"[model]\npath = '\xff'\n")
     with pytest.raises(ConfigError, match="line 2: expected UTF-8, found byte 0xff"):
@@ -199,17 +199,17 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
         ("TILEWRIGHT_OPTIONS_X", "options of loader, executor, kv_allocator, sampler"),
     ],
 )
-def test_an_unknown_variable_of_a_section_is_an_error(name, message):
+def test_an_unknown_environment_variable_of_a_section_is_an_error(name, message):
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         resolve(environ={name: "1"})
     assert message in str(caught.value)
 
 
-def test_variables_outside_of_the_sections_are_ignored():
+def test_environment_variables_outside_the_sections_are_ignored():
     assert resolve(environ={"TILEWRIGHT": "1", "TILEWRIGHT_X": "1", "RUNTIME_X": "1"}).origins == {}
 
 
-def test_importing_and_resolving_needs_no_torch():
+def test_resolving_settings_does_not_import_torch():
     code = (
         "import sys; from tilewright.config import resolve; resolve();"
         "others = 'tilewright_torch tilewright_pypto tilewright_hf tilewright_testing'.split();"
@@ -251,7 +251,7 @@ file = "/tmp/out.jsonl"
 
 
 @pytest.mark.parametrize("text", ["", EVERYTHING])
-def test_what_is_shown_is_a_run_file_with_the_same_settings(tmp_path, text):
+def test_the_shown_settings_are_a_run_file_that_resolves_to_the_same_settings(tmp_path, text):
     resolved = resolve(written(tmp_path, text), environ={})
     shown = tmp_path / "shown.toml"
     shown.write_text(show(resolved))

@@ -36,12 +36,12 @@ def free_pages(engine):
     return engine.model("demo").allocator.free_pages
 
 
-def test_generate_returns_the_new_text_alone(engine):
+def test_generate_returns_only_the_new_text(engine):
     text = engine.generate("demo", TRUTHS, config(40))
     assert text.startswith(CONTINUED)
 
 
-def test_a_result_says_what_was_done(engine):
+def test_a_result_records_tokens_text_and_finish_reason(engine):
     result = engine.generate_result("demo", TRUTHS, config(12))
     text = engine.model("demo").text
     assert CONTINUED.startswith(result.text)
@@ -59,12 +59,12 @@ def test_a_result_says_what_was_done(engine):
     assert timings.decode_tokens_per_second == pytest.approx(11 / timings.decode_seconds)
 
 
-def test_token_ids_are_a_prompt_too(engine):
+def test_a_prompt_may_be_token_ids(engine):
     ids = engine.model("demo").text.encode(TRUTHS)
     assert engine.generate("demo", ids, config()) == engine.generate("demo", TRUTHS, config())
 
 
-def test_a_prompt_in_chunks_gives_the_same_tokens(engine):
+def test_chunked_prefill_gives_the_same_tokens(engine):
     prompt = engine.generate_result("demo", WHEN, config(40))
     ids = [*prompt.prompt_token_ids, *prompt.token_ids]  # longer than max_batch_tokens
     whole = LLMEngine.from_plugins()
@@ -166,7 +166,7 @@ def test_a_stop_token_ends_the_text(engine):
     assert result.finish_reason == "stop"
 
 
-def test_a_stream_joins_to_the_text(engine):
+def test_the_pieces_of_a_stream_join_to_the_text(engine):
     with engine.generate("demo", TRUTHS, config(60, stream=True, stop=("Happiness",))) as stream:
         pieces = list(stream)
     assert len(pieces) > 5
@@ -175,7 +175,7 @@ def test_a_stream_joins_to_the_text(engine):
     assert next(stream, None) is None
 
 
-def test_streams_read_in_turns_do_not_mix(engine):
+def test_interleaved_streams_do_not_mix(engine):
     one = engine.generate("demo", TRUTHS, config(20, stream=True))
     two = engine.generate("demo", WHEN, config(20, stream=True))
     read = ["", ""]
@@ -190,7 +190,7 @@ def test_streams_read_in_turns_do_not_mix(engine):
 
 
 @pytest.mark.parametrize("how", ["close", "with", "delete"])
-def test_a_stream_that_is_left_frees_its_pages(engine, how):
+def test_an_abandoned_stream_frees_its_pages(engine, how):
     before = free_pages(engine)
     stream = engine.generate("demo", TRUTHS, config(50, stream=True))
     next(stream)
@@ -232,7 +232,7 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_ctrl_c_in_a_stream_frees_its_pages_and_harms_no_other(engine, steps):
+def test_ctrl_c_in_a_stream_frees_its_pages_and_leaves_other_streams_intact(engine, steps):
     expected = [engine.generate("demo", p, config(20)) for p in (TRUTHS, WHEN)]
     model = engine.model("demo")
     other = engine.generate("demo", WHEN, config(20, stream=True))
@@ -279,7 +279,7 @@ class Poisoning(Interrupting):
         return logits
 
 
-def test_non_finite_logits_fail_the_request_that_has_them_and_no_other(engine):
+def test_non_finite_logits_fail_only_their_own_request(engine):
     expected = engine.generate("demo", WHEN, config(20))
     model = engine.model("demo")
     other = engine.generate("demo", WHEN, config(20, stream=True))
@@ -296,7 +296,7 @@ def test_non_finite_logits_fail_the_request_that_has_them_and_no_other(engine):
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_the_first_tensor_that_is_not_finite_is_named(engine, others):
+def test_the_first_non_finite_tensor_is_named(engine, others):
     streams = [engine.generate("demo", WHEN, config(20, stream=True)) for _ in range(others)]
     for stream in streams:
         next(stream)
@@ -349,7 +349,9 @@ def test_a_sampler_that_returns_integers_breaks_its_contract(engine, monkeypatch
 
 
 @pytest.mark.parametrize("part", ["executor", "sampler"])
-def test_a_bug_of_a_plugin_is_an_error_that_names_it_and_the_line(engine, monkeypatch, part):
+def test_a_bug_in_a_plugin_is_an_error_that_names_the_plugin_and_the_line(
+    engine, monkeypatch, part
+):
     def broken(*arguments):
         raise ZeroDivisionError("a bug")
 
@@ -386,7 +388,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine):
     other.close()
 
 
-def test_a_seed_that_was_drawn_repeats_the_result(engine):
+def test_a_randomly_drawn_seed_reproduces_the_result(engine):
     first = engine.generate_result("demo", TRUTHS, config(10, temperature=3.0))
     again = engine.generate_result("demo", TRUTHS, config(10, temperature=3.0, seed=first.seed))
     assert again.token_ids == first.token_ids
@@ -401,7 +403,7 @@ def test_logprobs_come_with_each_token(engine):
         assert entry.logprob <= 0
 
 
-def test_models_live_side_by_side_and_have_names_of_their_own(engine):
+def test_models_are_loaded_side_by_side_under_distinct_names(engine):
     engine.init_model("second", DEMO_MODEL, RuntimeConfig(weight_dtype="bfloat16", total_pages=9))
     assert engine.model("second").runtime.kv_dtype == "bfloat16"
     assert engine.generate("second", TRUTHS, config()) == engine.generate("demo", TRUTHS, config())
@@ -411,7 +413,7 @@ def test_models_live_side_by_side_and_have_names_of_their_own(engine):
         engine.generate("dmeo", TRUTHS)
 
 
-def test_the_runtime_in_force_leaves_nothing_open(engine):
+def test_the_effective_runtime_settings_have_no_unset_value(engine):
     engine.init_model("plain", DEMO_MODEL)
     runtime, loaded = engine.model("plain").runtime, engine.model("plain").loaded
     assert runtime.weight_dtype == runtime.kv_dtype == loaded.config.dtype == "bfloat16"
@@ -419,7 +421,7 @@ def test_the_runtime_in_force_leaves_nothing_open(engine):
     assert runtime.total_pages == 16 * runtime.max_seq_len // 16
 
 
-def test_what_cannot_be_served_is_refused_before_anything_runs(engine):
+def test_invalid_requests_are_refused_before_anything_runs(engine):
     size = engine.model("demo").loaded.config.vocab_size
     with pytest.raises(RequestError, match="prompt is empty"):
         engine.generate("demo", "")
@@ -447,7 +449,7 @@ def test_a_refused_request_leaves_nothing_behind(engine):
     assert CONTINUED.startswith(engine.generate("demo", TRUTHS, config()))
 
 
-def test_running_out_of_pages_is_said_before_any_work():
+def test_a_request_that_needs_too_many_pages_is_refused_before_any_work():
     with LLMEngine.from_plugins() as engine:
         engine.init_model("demo", DEMO_MODEL, RuntimeConfig(total_pages=3, page_size=8))
         with pytest.raises(OutOfPagesError, match=r"needs \d+ KV cache pages .* has 3 \(3 free\)"):
@@ -455,7 +457,7 @@ def test_running_out_of_pages_is_said_before_any_work():
         assert engine.generate("demo", "We hold", config(4))
 
 
-def test_settings_come_from_the_model_and_the_users_win(engine):
+def test_the_models_recommended_settings_apply_unless_the_user_sets_them(engine):
     defaults = engine.default_config("demo")
     assert defaults.temperature == 0.0
     assert defaults.max_new_tokens == 128
@@ -468,7 +470,7 @@ def test_settings_come_from_the_model_and_the_users_win(engine):
     assert len(engine.generate_result("demo", TRUTHS, config(5)).token_ids) == 5
 
 
-def test_chat_goes_through_the_template(engine):
+def test_chat_applies_the_chat_template(engine):
     messages = [{"role": "user", "content": "How does the Declaration begin?"}]
     ids = engine.chat_tokens("demo", messages)
     answer = engine.chat("demo", messages, config(20))
@@ -505,7 +507,7 @@ class Recorder:
         self.events.append(("close",))
 
 
-def test_observers_are_told_of_everything():
+def test_observers_receive_every_event():
     recorder = Recorder()
     with LLMEngine.from_plugins(observers=[recorder]) as engine:
         engine.init_model("demo", DEMO_MODEL)
@@ -538,7 +540,7 @@ class Breaking:
         raise RuntimeError("an observer's own mistake")
 
 
-def test_requests_that_ended_in_a_step_that_broke_off_are_finished_and_not_run_on():
+def test_requests_that_ended_in_an_interrupted_step_are_finished_and_not_run_again():
     runtime = RuntimeConfig(page_size=8, total_pages=3)
     with LLMEngine.from_plugins(observers=[Breaking()]) as engine:
         engine.init_model("demo", DEMO_MODEL, runtime)
@@ -549,7 +551,7 @@ def test_requests_that_ended_in_a_step_that_broke_off_are_finished_and_not_run_o
         for stream in streams[1:]:
             assert "".join(stream) == stream.result.text
             assert stream.result.finish_reason == "length"
-        assert engine._runner("demo").num_steps == 0  # none was run after the one that broke off
+        assert engine._runner("demo").num_steps == 0  # none ran after the interrupted one
         assert free_pages(engine) == 3
 
 
@@ -578,13 +580,13 @@ def test_unknown_options_and_kinds_are_errors():
         LLMEngine.from_plugins(options={"executors": {}})
 
 
-def test_the_same_engine_can_be_made_again_from_its_selection(engine):
+def test_an_engine_can_be_recreated_from_its_selection(engine):
     with LLMEngine.from_plugins(**engine.selection) as again:
         assert again.selection == engine.selection
         again.init_model("demo", DEMO_MODEL)
 
 
-def test_a_closed_engine_says_so(engine):
+def test_a_closed_engine_refuses_calls(engine):
     engine.close()
     engine.close()
     with pytest.raises(RequestError, match="closed"):
@@ -602,7 +604,7 @@ def test_a_run_file_makes_an_engine_with_its_model(tmp_path):
         assert engine.generate("m", TRUTHS, config(12)) in CONTINUED
 
 
-def test_no_gradients_are_kept(engine):
+def test_generation_keeps_no_gradients(engine):
     assert torch.is_grad_enabled()
     engine.generate("demo", TRUTHS, config(2))
     assert torch.is_grad_enabled()
@@ -661,7 +663,7 @@ def test_an_observer_may_close_the_engine(event, way):
         executor.embed(None)
 
 
-def test_an_unloaded_model_is_gone_and_its_name_is_free(engine):
+def test_unloading_a_model_removes_it_and_frees_its_name(engine):
     expected = engine.generate("demo", TRUTHS, config(5))
     stream = engine.stream("demo", TRUTHS, config(20))
     next(stream)
@@ -676,7 +678,7 @@ def test_an_unloaded_model_is_gone_and_its_name_is_free(engine):
     assert engine.generate("demo", TRUTHS, config(5)) == expected
 
 
-def test_a_seed_that_is_drawn_is_exact_in_json_of_other_languages(engine):
+def test_a_randomly_drawn_seed_is_exact_as_a_json_number(engine):
     seeds = [engine.generate_result("demo", [5], config(1)).seed for _ in range(20)]
     assert len(set(seeds)) == 20
     assert all(0 <= seed == int(float(seed)) < 2**53 for seed in seeds)

@@ -1,4 +1,4 @@
-"""Which module imports which: no circles, and a core that knows no plugin."""
+"""Which module imports which: no circular imports, and a core that imports no plugin."""
 
 import ast
 import tomllib
@@ -15,7 +15,7 @@ SOURCES = tuple(BUILD["dev-mode-dirs"])
 
 
 def modules(root: Path, sources: tuple[str, ...]) -> dict[str, Path]:
-    """Every module of the source roots by its full name; the templates are nobody's modules."""
+    """Every module of the source roots by its full name, without the templates."""
     found = {}
     for source in sources:
         for file in sorted((root / source).rglob("*.py")):
@@ -59,7 +59,7 @@ def test_each_source_root_is_read(source):
     assert modules(ROOT, (source,))
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_there_are_no_circular_imports():
     try:
         list(TopologicalSorter(ours()).static_order())
     except CycleError as error:
@@ -101,7 +101,7 @@ def test_what_runs_models_imports_neither_the_kit_nor_the_tools():
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pack.b import thing",
     ],
 )
-def test_a_circle_is_found_however_it_is_imported(tmp_path, line):
+def test_a_circular_import_is_found_in_every_form_of_import(tmp_path, line):
     package = tmp_path / "src" / "pack"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

@@ -1,4 +1,4 @@
-"""The paged KV cache: what it says and does beyond what every KV allocator must."""
+"""The paged KV cache: errors and behaviour beyond the contract of every KV allocator."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_random_calls_agree_with_a_dictionary():
     )
 
 
-def test_too_few_pages_are_an_error_with_numbers():
+def test_too_few_free_pages_are_an_error_that_gives_the_numbers():
     cache = KvCacheManager(spec(), total_pages=12)
     cache.allocate("a", 46)
     with pytest.raises(OutOfPagesError, match=r"'b' needs 3 more .* 2 of 12 are free"):
@@ -31,7 +31,7 @@ def test_too_few_pages_are_an_error_with_numbers():
 
 
 @pytest.mark.parametrize(("row_order", "shape"), [("NHD", (7, 5, 3, 4)), ("HND", (7, 3, 5, 4))])
-def test_layers_have_the_declared_row_order_and_start_as_zeros(row_order, shape):
+def test_layers_have_the_declared_row_order_and_are_zero_initialised(row_order, shape):
     layers = KvCacheManager(spec(row_order=row_order, dtype="bfloat16"), total_pages=7).layers()
     assert len(layers) == 2
     for layer in layers:
@@ -44,7 +44,7 @@ def test_layers_have_the_declared_row_order_and_start_as_zeros(row_order, shape)
     assert len(pointers) == 4
 
 
-def test_an_executors_own_storage_is_passed_on_untouched():
+def test_storage_that_an_executor_allocates_is_passed_on_unchanged():
     made = []
 
     def allocate(shape, dtype):
@@ -56,7 +56,7 @@ def test_an_executors_own_storage_is_passed_on_untouched():
     assert len({id(t) for layer in layers for t in (layer.key, layer.value)}) == 4
 
 
-def test_a_cache_that_is_too_large_says_how_large():
+def test_a_cache_too_large_to_allocate_is_an_error_that_gives_its_size():
     large = spec(num_kv_heads=2**20, head_dim=2**20, page_size=2**20)
     with pytest.raises(OutOfPagesError, match=r"2 pages takes \d+\.0 GiB, which cannot be had"):
         KvCacheManager(large, total_pages=2)
@@ -70,7 +70,7 @@ def request(**changes):
     return KvAllocatorRequest(**{"spec": spec()} | fields | changes)
 
 
-def test_budget_is_what_was_set_or_what_the_sequences_need_within_the_limit():
+def test_the_page_budget_is_as_set_or_as_the_sequences_need_within_the_memory_limit():
     assert budget(request(total_pages=2)) == 2
     assert budget(request()) == 3 * 3
     page = 2 * 2 * 3 * 4 * 5 * 4  # keys and values, layers, heads, head size, tokens, bytes
@@ -100,7 +100,7 @@ def test_misuse_is_refused():
     cache.check_integrity()
 
 
-def test_a_fork_that_would_copy_an_executors_own_storage_is_refused():
+def test_a_fork_that_would_copy_a_page_in_executor_storage_is_refused():
     cache = KvCacheManager(spec(allocate=lambda shape, dtype: object()), total_pages=4)
     cache.allocate("a", 7)
     with pytest.raises(ValueError, match="'a' cannot be forked at 7 tokens: its partly full page"):
@@ -112,7 +112,7 @@ def test_a_fork_that_would_copy_an_executors_own_storage_is_refused():
     cache.check_integrity()
 
 
-def test_the_integrity_check_sees_a_page_with_two_owners():
+def test_the_integrity_check_detects_a_page_with_two_owners():
     cache = KvCacheManager(spec(), total_pages=3)
     cache.allocate("a", 5)
     cache._free.append(cache.block_table(["a"])[0, 0].item())

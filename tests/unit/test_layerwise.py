@@ -56,7 +56,7 @@ class Recording(LayerwiseBase[str, str]):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_step_is_its_embedding_its_layers_and_the_head_of_the_wanted_rows(phase):
+def test_a_step_runs_the_embedding_each_layer_and_the_head_on_the_requested_rows(phase):
     executor, tapped = Recording(), []
     logits = getattr(executor, phase)(BATCH, lambda name, x: tapped.append(name))
     assert logits.tolist() == [25, 27]
@@ -64,7 +64,7 @@ def test_a_step_is_its_embedding_its_layers_and_the_head_of_the_wanted_rows(phas
     assert executor.calls == [f"{name} of weights" for name in tapped]
 
 
-def test_a_step_is_begun_once_for_all_of_its_layers_also_when_they_run_alone():
+def test_a_step_begins_once_even_when_its_layers_are_run_one_by_one():
     executor = Recording()
     executor.prefill(BATCH)
     executor.run_layer(0, BATCH.token_ids, BATCH)
@@ -77,7 +77,7 @@ def test_a_step_is_begun_once_for_all_of_its_layers_also_when_they_run_alone():
     assert executor.num_begun == 3
 
 
-def test_a_step_that_cannot_begin_leaves_the_one_before():
+def test_a_step_that_fails_to_begin_keeps_the_previous_step():
     executor = Recording()
     executor.prefill(BATCH)
     with pytest.raises(ExecutorError, match="at most 3 tokens"):
@@ -86,7 +86,7 @@ def test_a_step_that_cannot_begin_leaves_the_one_before():
     assert executor.num_begun == 1
 
 
-def test_a_closed_executor_says_so():
+def test_a_closed_executor_refuses_a_step():
     executor = Recording()
     executor.close()
     executor.close()

@@ -56,14 +56,14 @@ def refusal(source: str | Path) -> str:
     return str(raised.value)
 
 
-def test_the_loader_that_claims_a_source_is_asked_for_it(site: Install) -> None:
+def test_the_loader_that_claims_a_source_loads_it(site: Install) -> None:
     site(ACME, BROKEN, RAISING, EXITING)
     assert refusal("x.acme") == "acme was asked for x.acme with None"
     with LLMEngine.from_plugins() as engine:
         engine.load(DEMO_MODEL).weights.close()
 
 
-def test_two_that_claim_a_source_are_an_error_and_a_name_decides(site: Install) -> None:
+def test_two_loaders_that_claim_a_source_are_an_error_unless_one_is_named(site: Install) -> None:
     site(ACME, RIVAL)
     assert refusal("x.acme") == (
         "'x.acme' is claimed by the loaders acme-loader:acme-loader and rival-loader:rival-loader; "
@@ -76,13 +76,13 @@ def test_two_that_claim_a_source_are_an_error_and_a_name_decides(site: Install) 
         engine.load("x.acme")
 
 
-def test_one_name_of_two_distributions_is_no_obstacle_to_a_claim(site: Install) -> None:
+def test_a_loader_name_shared_by_two_distributions_does_not_prevent_a_claim(site: Install) -> None:
     site(ACME, Distribution("other", {"other_x.py": dedent(CLAIMS.replace(".acme", ".other"))},
                             {"loader": {"acme-loader": "other_x"}}))  # fmt: skip
     assert refusal("x.other").startswith("acme was asked for x.other")
 
 
-def test_none_that_claims_a_source_is_an_error_with_what_could_not_be_asked(
+def test_a_source_that_no_loader_claims_is_an_error_that_lists_the_loaders_that_failed(
     site: Install, tmp_path: Path
 ) -> None:
     site(ACME, BROKEN, RAISING)
@@ -105,7 +105,9 @@ def test_none_that_claims_a_source_is_an_error_with_what_could_not_be_asked(
         (str(DATA), "a directory with '"),
     ],
 )
-def test_what_is_there_is_said_where_no_loader_takes_it(source: str, found: str) -> None:
+def test_the_error_for_an_unclaimed_source_describes_what_was_found(
+    source: str, found: str
+) -> None:
     assert found in refusal(source)
 
 
@@ -116,7 +118,7 @@ def test_what_is_there_is_said_where_no_loader_takes_it(source: str, found: str)
         ("return 5", "load_model() must return a LoadedModel, found 5"),
     ],
 )
-def test_a_loader_that_breaks_its_contract_is_told_in_one_line(
+def test_a_loader_that_breaks_its_contract_is_a_one_line_error(
     does: str, why: str, site: Install
 ) -> None:
     broken = CLAIMS[: CLAIMS.index("raise ModelError")] + does + "\n"
@@ -149,7 +151,7 @@ def test_probing_imports_no_library_of_another_loader() -> None:
     assert dists.run("-c", source).out == "set()\n"
 
 
-def test_options_are_read_by_the_loader_that_is_chosen() -> None:
+def test_loader_options_are_checked_by_the_selected_loader() -> None:
     with LLMEngine.from_plugins(options={"loader": {"speed": 3}}) as engine:
         with pytest.raises(ConfigError, match="'hf-local' has no options, found 'speed'"):
             engine.load(DEMO_MODEL)
@@ -160,7 +162,7 @@ def test_options_are_read_by_the_loader_that_is_chosen() -> None:
     assert done.err.startswith("tilewright: error: -o loader.speed: loader 'hf-local' has no opt")
 
 
-def test_the_selection_makes_the_same_engine_again() -> None:
+def test_an_engine_without_a_named_loader_can_be_recreated_from_its_selection() -> None:
     with LLMEngine.from_plugins() as engine:
         selection = engine.selection
     assert selection["loader"] is None
@@ -169,7 +171,7 @@ def test_the_selection_makes_the_same_engine_again() -> None:
         assert again.selection == selection
 
 
-def test_the_loader_may_be_left_open_in_words(tmp_path: Path) -> None:
+def test_the_loader_can_be_set_to_none_in_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[plugins]\nloader = "hf-local"\n')
     assert resolve(file, environ={}).config.plugins.loader == "hf-local"

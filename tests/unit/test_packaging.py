@@ -37,7 +37,7 @@ def test_all_sources_compile():
         assert compileall.compile_dir(ROOT / folder, quiet=1, force=True)
 
 
-def test_the_readme_tests_by_the_command_that_ci_runs():
+def test_the_readme_gives_the_test_command_that_ci_runs():
     readme = (ROOT / "README.md").read_text()
     assert "\n    bash tests/run.sh\n" in readme
     assert re.search(r"^VENV=\S+ bash tests/run.sh$", (ROOT / ".ci/run").read_text(), re.M)

@@ -25,7 +25,7 @@ def site(tmp_path: Path) -> Iterator[Install]:
 
 
 def refusal(kind: str, name: str) -> str:
-    """The message with which a selection is refused, which is one line."""
+    """The message that refuses a selection, checked to be one line."""
     with pytest.raises(PluginError) as caught:
         plugins.load(plugins.find(kind, name))
     assert "\n" not in str(caught.value)
@@ -36,7 +36,7 @@ def module(source: str, name: str = "acme-x") -> dists.Distribution:
     return dists.sampler(name, "x", source)
 
 
-# --- what is installed ----------------------------------------------------------------------------
+# --- finding installed plugins -------------------------------------------------------------------
 
 
 def as_importlib_sees(folders: list[str]) -> set[tuple[str, ...]]:
@@ -47,7 +47,7 @@ def as_importlib_sees(folders: list[str]) -> set[tuple[str, ...]]:
             continue
         seen.add(name)
         for e in distribution.entry_points:
-            # What importlib.metadata takes from value, as it was written but for extras.
+            # What importlib.metadata parses from value: the target as written, without extras.
             target = f"{e.module}:{e.attr}" if e.attr else e.module
             found.add((e.group, e.name, target, name, distribution.version))
     return found
@@ -57,13 +57,13 @@ def as_tilewright_sees(groups: set[str]) -> set[tuple[str, ...]]:
     return {tuple(e[:5]) for e in plugins.entry_points(groups)}
 
 
-def test_all_entry_points_of_this_environment_are_read_as_importlib_metadata_reads_them() -> None:
+def test_the_entry_points_of_this_environment_match_importlib_metadata() -> None:
     expected = as_importlib_sees(sys.path)
     assert as_tilewright_sees({row[0] for row in expected}) == expected
     assert ("tilewright.samplers", "top-p") in {row[:2] for row in expected}
 
 
-def test_all_entry_points_of_a_crowded_site_are_read_as_importlib_metadata_reads_them(
+def test_unusual_entry_points_match_importlib_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
@@ -94,7 +94,7 @@ def test_all_entry_points_of_a_crowded_site_are_read_as_importlib_metadata_reads
     assert "shadowed" not in {row[1] for row in expected}
 
 
-def test_a_wheel_that_pip_installs_is_listed_as_one_that_the_tests_unpack(
+def test_a_wheel_installed_by_pip_is_listed_like_one_the_tests_unpack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = dists.build_wheel(dists.GOOD, tmp_path)
@@ -110,7 +110,7 @@ def test_a_wheel_that_pip_installs_is_listed_as_one_that_the_tests_unpack(
     assert [p.name for p in listed["pip"]] == ["bag-random", "bag", "slab", "likeliest", "tally"]
 
 
-def test_a_wheel_on_the_path_counts_and_other_files_and_absent_folders_do_not(
+def test_a_wheel_on_the_path_is_found_and_other_files_are_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = dists.build_wheel(dists.sampler("acme-zipped", "zipped", dists.LIKELIEST), tmp_path)
@@ -124,7 +124,7 @@ def test_a_wheel_on_the_path_counts_and_other_files_and_absent_folders_do_not(
     sys.modules.pop("acme_zipped")
 
 
-def test_what_an_interrupted_uninstall_left_behind_is_not_listed(site: Install) -> None:
+def test_remains_of_an_interrupted_uninstall_are_not_listed(site: Install) -> None:
     folder = site(dists.RIVALS[0])
     info = folder / "acme_one-1.5.dist-info"
     info.rename(folder / "~cme_one-1.5.dist-info")
@@ -137,7 +137,7 @@ def test_undecodable_metadata_does_not_hide_the_other_plugins(site: Install) -> 
     assert plugins.find("sampler", "rival").distribution == "acme-two"
 
 
-def test_listing_imports_nothing_and_finds_code_that_is_gone(site: Install) -> None:
+def test_listing_imports_no_plugin_and_reports_missing_code(site: Install) -> None:
     site(dists.GOOD, dists.BROKEN_IMPORT, dists.STALE)
     installed = {p.name: p for p in plugins.installed()}
     states = {name: plugins.state(p, installed.values())[0] for name, p in installed.items()}
@@ -145,14 +145,14 @@ def test_listing_imports_nothing_and_finds_code_that_is_gone(site: Install) -> N
     assert not {"acme_bag", "acme_broken"} & sys.modules.keys()
 
 
-def test_folders_that_remain_without_code_do_not_pass_for_a_plugin(site: Install) -> None:
+def test_a_leftover_folder_without_code_counts_as_missing_code(site: Install) -> None:
     (site(dists.STALE) / "acme_stale_package" / "__pycache__").mkdir(parents=True)
     why = plugins.missing_code(plugins.find("sampler", "stale"))
     assert why is not None
     assert "no module 'acme_stale_package.plugin'" in why
 
 
-def test_namespace_packages_are_found(site: Install) -> None:
+def test_plugins_in_namespace_packages_are_found(site: Install) -> None:
     source = dedent(dists.LIKELIEST)
     dist = dists.Distribution(
         "acme-ns", {"acme_ns/deep/er.py": source}, {"sampler": {"ns": "acme_ns.deep.er"}}
@@ -163,7 +163,7 @@ def test_namespace_packages_are_found(site: Install) -> None:
     plugins.load(plugin)
 
 
-# --- what a name means ----------------------------------------------------------------------------
+# --- selection by name ----------------------------------------------------------------------------
 
 
 def test_a_name_selects_its_plugin_and_imports_no_other(site: Install) -> None:
@@ -174,7 +174,7 @@ def test_a_name_selects_its_plugin_and_imports_no_other(site: Install) -> None:
     assert not {"acme_bag.executor", "acme_broken", "acme_one"} & sys.modules.keys()
 
 
-def test_an_unknown_name_lists_what_is_installed_what_is_broken_and_the_nearest(
+def test_an_unknown_name_is_an_error_that_lists_installed_and_broken_plugins(
     site: Install,
 ) -> None:
     site(dists.GOOD, dists.STALE)
@@ -186,18 +186,20 @@ def test_an_unknown_name_lists_what_is_installed_what_is_broken_and_the_nearest(
     assert refusal("observer", "x") == "no observer is named 'x' (installed: tally)"
 
 
-def test_a_kind_with_nothing_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_says_when_no_plugin_of_a_kind_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "path", [])
     assert refusal("loader", "hf-local") == "no loader is named 'hf-local' (none is installed)"
 
 
-def test_names_are_compared_exactly(site: Install) -> None:
+def test_plugin_names_are_case_sensitive_and_separate_for_each_kind(site: Install) -> None:
     site(dists.GOOD)
     assert "did you mean 'likeliest'?" in refusal("sampler", "Likeliest")
     assert "installed:" in refusal("executor", "likeliest")
 
 
-def test_a_name_that_two_distributions_claim_is_refused_and_the_distribution_chooses(
+def test_a_name_claimed_by_two_distributions_must_be_qualified(
     site: Install,
 ) -> None:
     site(*dists.RIVALS)
@@ -211,26 +213,24 @@ def test_a_name_that_two_distributions_claim_is_refused_and_the_distribution_cho
 
 
 @pytest.mark.parametrize("spelling", ["acme-two", "Acme.Two", "ACME__two"])
-def test_distributions_are_compared_as_installers_compare_them(
-    site: Install, spelling: str
-) -> None:
+def test_distribution_names_are_compared_in_normalized_form(site: Install, spelling: str) -> None:
     site(*dists.RIVALS)
     assert plugins.find("sampler", f"{spelling}:rival").distribution == "acme-two"
 
 
-def test_an_unknown_distribution_is_answered_with_the_qualified_names(site: Install) -> None:
+def test_an_unknown_distribution_is_an_error_that_lists_the_qualified_names(site: Install) -> None:
     site(*dists.RIVALS)
     message = refusal("sampler", "acme-tow:rival")
     assert "did you mean 'acme-two:rival'?" in message
     assert "tilewright:greedy, acme-one:rival, acme-two:rival, tilewright:top-p" in message
 
 
-def test_a_rival_whose_code_is_gone_is_named_as_such(site: Install) -> None:
+def test_a_name_conflict_says_which_plugin_has_missing_code(site: Install) -> None:
     (site(*dists.RIVALS) / "acme_one.py").unlink()
     assert "acme-one 1.5 (no module 'acme_one': its files are gone" in refusal("sampler", "rival")
 
 
-def test_a_distribution_that_lists_a_name_twice(site: Install) -> None:
+def test_a_distribution_that_lists_a_name_with_two_targets_is_refused(site: Install) -> None:
     listing = site(dists.RIVALS[0]) / "acme_one-1.5.dist-info" / "entry_points.txt"
     line = "rival = acme_one\n"
     listing.write_text(listing.read_text() + line)
@@ -377,9 +377,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_selected_plugin_that_cannot_be_used_is_refused_with_the_cause(
-    site: Install, what: str
-) -> None:
+def test_an_unusable_plugin_is_refused_with_the_cause(site: Install, what: str) -> None:
     distribution, expected = REFUSED[what]
     folder = site(distribution)
     ((kind, names),) = distribution.plugins.items()
@@ -387,13 +385,13 @@ def test_a_selected_plugin_that_cannot_be_used_is_refused_with_the_cause(
     assert refusal(kind, name) == expected.replace("SITE", str(folder))
 
 
-def test_ctrl_c_in_an_import_goes_through(site: Install) -> None:
+def test_ctrl_c_during_an_import_is_not_caught(site: Install) -> None:
     site(module("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
         plugins.load(plugins.find("sampler", "x"))
 
 
-def test_a_cause_is_kept_for_the_traceback(site: Install) -> None:
+def test_a_failed_import_is_kept_as_the_cause_of_the_error(site: Install) -> None:
     site(dists.BROKEN_IMPORT)
     with pytest.raises(PluginError) as caught:
         plugins.load(plugins.find("sampler", "broken"))
@@ -403,7 +401,7 @@ def test_a_cause_is_kept_for_the_traceback(site: Install) -> None:
 # --- plugins that are accepted --------------------------------------------------------------------
 
 
-def test_an_object_may_serve_two_kinds_and_is_registered_once(site: Install) -> None:
+def test_an_object_that_serves_two_kinds_is_registered_once(site: Install) -> None:
     source = """
         from tilewright import hookimpl
 
@@ -436,7 +434,7 @@ def test_an_object_may_serve_two_kinds_and_is_registered_once(site: Install) -> 
     assert plugins.call(sampler, "create_executor", request=None) == "executor"
 
 
-def test_every_hook_has_documentation_and_each_kind_its_required_hooks() -> None:
+def test_every_required_hook_is_known_and_documented() -> None:
     from tilewright import hookspecs
 
     known = plugins.known_hooks()
@@ -467,7 +465,7 @@ class Plugin:
         return self.says
 
 
-def test_info_is_what_the_plugin_says_of_itself() -> None:
+def test_info_returns_what_the_plugin_reports_about_itself() -> None:
     says = PluginInfo(summary="a plugin", options=Options)
     assert plugins.info(Plugin(says)) is says
     assert plugins.info(Plugin(None)) == PluginInfo(summary="")
@@ -475,7 +473,7 @@ def test_info_is_what_the_plugin_says_of_itself() -> None:
         plugins.info(Plugin("a plugin"))
 
 
-def test_a_hook_that_makes_nothing_is_an_error_of_the_plugin() -> None:
+def test_a_create_hook_that_returns_none_is_an_error_of_the_plugin() -> None:
     with pytest.raises(
         PluginError, match=r"create_sampler\(\) of a Plugin object returned nothing"
     ):

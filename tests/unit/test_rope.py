@@ -104,7 +104,7 @@ def rotated_by_transformers(hf: LlamaConfig, x: Tensor, positions: range) -> Ten
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_heads_turn_as_in_transformers(name: str) -> None:
+def test_rotated_heads_match_transformers(name: str) -> None:
     hf = config(SCALINGS[name])
     sequences = [range(5), range(LIMIT - 3, LIMIT), range(39_000, 39_002)]
     cos, sin = rotary(ours(SCALINGS[name]))(step(sequences))
@@ -118,7 +118,7 @@ def test_heads_turn_as_in_transformers(name: str) -> None:
         )
 
 
-def test_dynamic_scaling_follows_each_sequence_on_its_own() -> None:
+def test_dynamic_scaling_of_a_sequence_is_independent_of_the_batch() -> None:
     embedding = rotary(ours(SCALINGS["dynamic"]))
     long, short = range(3 * LIMIT, 3 * LIMIT + 4), range(7)
     together = embedding(step([long, short]))
@@ -127,7 +127,7 @@ def test_dynamic_scaling_follows_each_sequence_on_its_own() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_heads_turn_in_float32_and_are_rounded_once(dtype: torch.dtype) -> None:
+def test_16_bit_heads_are_rotated_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     cos, sin = rotary(ours(SCALINGS["qwen3-yarn"]))(step([range(1000, 1009)]))
     x = torch.randn(9, 3, HEAD_DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).to(dtype))

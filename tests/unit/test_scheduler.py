@@ -34,7 +34,7 @@ def finish(scheduler, step, token=7):
     scheduler.done(step)
 
 
-def test_prompts_share_a_step_and_long_ones_go_in_chunks():
+def test_prompts_share_a_prefill_step_and_long_ones_are_chunked():
     cache, scheduler = make()
     a, b = request("a", 3), request("b", 12)
     scheduler.add(a)
@@ -63,7 +63,7 @@ def test_prompts_share_a_step_and_long_ones_go_in_chunks():
     assert step.batch.block_table.tolist() == cache.block_table(["a", "b"]).tolist()
 
 
-def test_dtypes_are_those_of_the_contract():
+def test_batch_tensors_have_the_dtypes_of_the_contract():
     _, scheduler = make()
     scheduler.add(request("a", 3))
     batch = scheduler.schedule().batch
@@ -94,7 +94,7 @@ def test_decode_steps_advance_position_and_slot_across_pages():
     assert cache.num_tokens("a") == a.max_cached_tokens == 8
 
 
-def test_a_step_that_was_not_done_is_scheduled_again():
+def test_a_step_that_was_not_committed_is_scheduled_again():
     _, scheduler = make()
     scheduler.add(request("a", 3))
     first, again = scheduler.schedule(), scheduler.schedule()
@@ -105,7 +105,7 @@ def test_a_step_that_was_not_done_is_scheduled_again():
     assert first.batch.slot_mapping.tolist() == again.batch.slot_mapping.tolist()
 
 
-def test_tokens_taken_in_before_the_step_was_marked_done_cost_one_more_step():
+def test_a_token_added_before_its_step_was_committed_costs_one_more_step():
     _, scheduler = make()
     a = request("a", 3)
     scheduler.add(a)
@@ -119,7 +119,7 @@ def test_tokens_taken_in_before_the_step_was_marked_done_cost_one_more_step():
     assert (step.batch.token_ids.tolist(), step.sampled) == ([7], (a,))
 
 
-def test_a_request_waits_until_its_last_token_is_sure_to_fit():
+def test_a_request_waits_until_the_cache_can_hold_all_of_its_tokens():
     cache, scheduler = make(total_pages=4)
     a, b = request("a", 5, max_new_tokens=4), request("b", 5, max_new_tokens=5)
     scheduler.add(a)  # 8 tokens in the cache at the end: 2 pages
@@ -141,7 +141,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once():
         scheduler.add(request("a", 9, max_new_tokens=5))
 
 
-def test_no_more_requests_run_than_a_decode_step_holds():
+def test_running_requests_never_exceed_the_size_of_a_decode_step():
     _, scheduler = make(max_batch_size=8, max_batch_tokens=2)
     for name in "abc":
         scheduler.add(request(name, 1))
@@ -150,7 +150,7 @@ def test_no_more_requests_run_than_a_decode_step_holds():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_mixture_runs_each_token_once_in_order_and_ends_with_all_pages_free(seed):
+def test_random_requests_run_each_token_once_in_order_and_free_all_pages(seed):
     rng = random.Random(seed)
     cache, scheduler = make(
         total_pages=rng.randint(8, 30),

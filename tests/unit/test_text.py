@@ -1,4 +1,4 @@
-"""Text streams token by token to exactly what transformers decodes; chats render as it does."""
+"""Streamed text and rendered chats match transformers exactly."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -55,7 +55,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback(decoder: decoders.Decoder, normalizer: normalizers.Normalizer) -> Tokenizer:
-    """A vocabulary as sentencepiece makes it: few words, and the 256 bytes for all else."""
+    """A vocabulary as sentencepiece makes it: a few words, and 256 byte tokens for the rest."""
     pieces = ["<unk>", *(f"<0x{b:02X}>" for b in range(256))]
     pieces += [*"▁abcdefghijklmnopqrstuvwxyz.,\n数é\ufffd", "▁t", "he", "▁the", "▁▁", "fo", "fox"]
     tokenizer = Tokenizer(
@@ -144,7 +144,7 @@ def id_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 def stream(text: Text, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], bool]:
-    """What each token gives and, last, what finish gives; and whether a stop string was found."""
+    """The text of each push, then that of finish; and whether a stop string was found."""
     running = TextStream(text, stop)
     parts = [running.push(i) for i in ids]
     parts.append(running.finish())
@@ -178,7 +178,7 @@ relaxed = settings(
 
 
 @every_tokenizer
-def test_decode_is_that_of_transformers(make: Callable[[], Tokenizer]) -> None:
+def test_decode_matches_transformers(make: Callable[[], Tokenizer]) -> None:
     expected = transformers_of(make)
 
     @relaxed
@@ -192,7 +192,7 @@ def test_decode_is_that_of_transformers(make: Callable[[], Tokenizer]) -> None:
 
 
 @every_tokenizer
-def test_a_stream_is_the_decoded_text(make: Callable[[], Tokenizer]) -> None:
+def test_a_stream_joins_to_the_decoded_text(make: Callable[[], Tokenizer]) -> None:
     text = text_of(make)
 
     @relaxed
@@ -212,7 +212,7 @@ def test_a_stream_is_the_decoded_text(make: Callable[[], Tokenizer]) -> None:
 @example(b"\x80" * 100)
 @example(b"\xf0\x90\x80\x80\x80\x80\x80" * 10)
 @example("👩‍👩‍👧".encode() * 8)
-def test_long_runs_of_arbitrary_bytes(data: bytes) -> None:
+def test_long_runs_of_arbitrary_bytes_stream_to_the_decoded_text(data: bytes) -> None:
     for make in (byte_level, llama_2):
         text, ids = text_of(make), byte_ids(make, data)
         parts, _ = stream(text, ids)
@@ -222,7 +222,7 @@ def test_long_runs_of_arbitrary_bytes(data: bytes) -> None:
 
 
 def byte_ids(make: Callable[[], Tokenizer], data: bytes) -> list[int]:
-    """One token a byte."""
+    """One token per byte."""
     tokenizer = text_of(make).assets.tokenizer
     if make is byte_level:
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -234,13 +234,13 @@ def byte_ids(make: Callable[[], Tokenizer], data: bytes) -> list[int]:
     return [id_of(tokenizer, name) for name in names]
 
 
-def test_text_comes_as_soon_as_its_characters_are_complete() -> None:
+def test_text_is_emitted_as_soon_as_its_characters_are_complete() -> None:
     text = text_of(byte_level)
     ids = byte_ids(byte_level, "a👍b".encode())
     assert stream(text, ids)[0] == ["a", "", "", "", "👍", "b", ""]
 
 
-def test_a_character_that_never_completes_comes_at_the_end() -> None:
+def test_an_incomplete_character_is_emitted_at_the_end() -> None:
     parts, _ = stream(text_of(byte_level), byte_ids(byte_level, b"a\xf0\x9f"))
     assert parts == ["a", "", "", "\ufffd"]
 
@@ -253,7 +253,7 @@ def test_special_tokens_within_a_character_do_not_break_it() -> None:
         assert "".join(stream(text, ids)[0]) == "👍"
 
 
-def test_bytes_wait_for_the_end_of_their_run() -> None:
+def test_byte_fallback_tokens_are_held_back_until_their_run_ends() -> None:
     """One invalid byte turns a whole run into replacement characters, even complete ones."""
     text = text_of(llama_2)
     good = byte_ids(llama_2, "👍".encode())
@@ -262,8 +262,8 @@ def test_bytes_wait_for_the_end_of_their_run() -> None:
     assert stream(text, [*good, good[0], a])[0] == [""] * 5 + ["\ufffd" * 5 + "a", ""]
 
 
-def test_why_the_tokenizers_own_stream_does_not_do() -> None:
-    """When this fails, DecodeStream may have become good enough."""
+def test_decode_stream_of_tokenizers_loses_incomplete_characters() -> None:
+    """Shows why DecodeStream is not used; when this fails, it may be good enough."""
     a = id_of(text_of(llama_2).assets.tokenizer, "a")
     good = byte_ids(llama_2, "👍".encode())
     running = DecodeStream(skip_special_tokens=True)
@@ -272,11 +272,11 @@ def test_why_the_tokenizers_own_stream_does_not_do() -> None:
     running = DecodeStream(skip_special_tokens=True)
     ids = byte_ids(byte_level, b"a\xf0\x9f")
     parts = [running.step(text_of(byte_level).assets.tokenizer, i) for i in ids]
-    assert parts == ["a", None, None]  # and nothing gives the rest
+    assert parts == ["a", None, None]  # and no call returns the rest
 
 
 class CountingTokenizer:
-    """A tokenizer that notes how many tokens each decode is given."""
+    """A tokenizer that records how many tokens each decode is given."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -291,7 +291,7 @@ class CountingTokenizer:
 
 
 @pytest.mark.parametrize("data", [b"plain text ", b"\xff", b"\xf0", b"\x80", "👍".encode()])
-def test_the_work_for_a_token_does_not_grow(data: bytes) -> None:
+def test_the_work_per_token_is_constant(data: bytes) -> None:
     counting = CountingTokenizer(byte_level())
     running = TextStream(Text(TextAssets(tokenizer=counting)), ["\n\nQ:"])  # type: ignore[arg-type]
     for token_id in byte_ids(byte_level, data * (2000 // len(data))):
@@ -304,7 +304,7 @@ def test_the_work_for_a_token_does_not_grow(data: bytes) -> None:
 
 
 def cut(whole: str, stop: Sequence[str]) -> str:
-    """What the text must be: cut before the leftmost stop string."""
+    """The expected text: cut before the leftmost stop string."""
     return whole[: min((whole.find(s) for s in stop if s in whole), default=len(whole))]
 
 
@@ -334,7 +334,7 @@ def test_the_text_is_cut_before_the_leftmost_stop_string(make: Callable[[], Toke
     st.lists(st.text("ab", min_size=1, max_size=5), max_size=4),
     st.randoms(use_true_random=False),
 )
-def test_repetitive_text_and_overlapping_stop_strings(
+def test_repetitive_text_is_cut_before_overlapping_stop_strings(
     whole: str, stop: list[str], random: Any
 ) -> None:
     text = text_of(byte_level)
@@ -346,28 +346,28 @@ def test_repetitive_text_and_overlapping_stop_strings(
     assert stopped == any(s in whole for s in stop)
 
 
-def test_stop_strings_one_character_at_a_time() -> None:
+def test_only_a_possible_prefix_of_a_stop_string_is_held_back() -> None:
     text = text_of(byte_level)
 
     def parts(whole: str, *stop: str) -> list[str]:
         return stream(text, byte_ids(byte_level, whole.encode()), stop)[0]
 
-    # A prefix of a stop string is held back until it is decided.
+    # A prefix of a stop string is held back until it completes or cannot complete.
     assert parts("abxabc", "abc") == ["", "", "abx", "", "", "", ""]
     assert parts("abx", "abc") == ["", "", "abx", ""]
     assert parts("ab", "abc") == ["", "", "ab"]
-    # Of two that begin together the shorter one ends the text at once.
+    # If two begin at the same place, the shorter one ends the text at once.
     assert parts("xabc", "abc", "ab") == ["x", "", "", "", ""]
     # One inside another waits for the outer one, which begins before it.
     assert parts("xabcd.", "abcd", "c") == ["x", "", "", "", "", "", ""]
     assert parts("xabce.", "abcd", "c") == ["x", "", "", "", "ab", "", ""]
     assert parts("xabc", "abcd", "c") == ["x", "", "", "", "ab"]
-    # Overlaps with itself.
+    # A stop string that overlaps with itself.
     assert parts("aaab", "aab") == ["", "", "a", "", ""]
 
 
 @pytest.mark.parametrize("stop", [["bc"], ["bcx", "bc"]])
-def test_a_stream_says_as_soon_as_it_has_stopped(stop: list[str]) -> None:
+def test_a_stream_is_stopped_as_soon_as_a_stop_string_completes(stop: list[str]) -> None:
     running = TextStream(text_of(byte_level), stop)
     said = []
     for token_id in byte_ids(byte_level, b"abcd"):
@@ -376,7 +376,7 @@ def test_a_stream_says_as_soon_as_it_has_stopped(stop: list[str]) -> None:
     assert said == [False, False, True, True]
 
 
-def test_a_stop_string_in_what_finish_returns() -> None:
+def test_a_stop_string_is_found_in_the_text_of_finish() -> None:
     parts, stopped = stream(text_of(byte_level), byte_ids(byte_level, b"a\xf0"), ["\ufffd"])
     assert (parts, stopped) == (["a", "", ""], True)
 
@@ -390,12 +390,12 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 
 @every_tokenizer
-def test_encode_is_that_of_transformers(make: Callable[[], Tokenizer]) -> None:
+def test_encode_matches_transformers(make: Callable[[], Tokenizer]) -> None:
     for text in (SAMPLE, "", " <s> the fox", "数学<think>"):
         assert text_of(make).encode(text) == transformers_of(make).encode(text)
 
 
-def test_special_tokens_around_a_prompt_only_when_asked_for() -> None:
+def test_special_tokens_around_a_prompt_can_be_left_out() -> None:
     tokenizer = byte_level()
     bos = id_of(tokenizer, "<s>")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -407,7 +407,7 @@ def test_special_tokens_around_a_prompt_only_when_asked_for() -> None:
     assert text.decode([bos, *plain]) == "the fox"
 
 
-def test_truncation_and_padding_in_the_tokenizers_file_are_not_for_prompts() -> None:
+def test_truncation_and_padding_of_the_tokenizer_file_do_not_apply_to_prompts() -> None:
     tokenizer = byte_level()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=50)
@@ -416,7 +416,7 @@ def test_truncation_and_padding_in_the_tokenizers_file_are_not_for_prompts() -> 
 
 
 @pytest.mark.parametrize("bad", ["\ud800", "ok \udfff", "\ud83d \udc4d"])
-def test_lone_surrogates_are_refused(bad: str) -> None:
+def test_a_prompt_with_a_lone_surrogate_is_refused(bad: str) -> None:
     with pytest.raises(RequestError, match="lone surrogate") as caught:
         text_of(byte_level).encode(bad)
     str(caught.value).encode()
@@ -578,9 +578,7 @@ def chat(template: str | None) -> Text:
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_chats_render_as_transformers_renders_them(
-    template: str, add_generation_prompt: bool
-) -> None:
+def test_rendered_chats_match_transformers(template: str, add_generation_prompt: bool) -> None:
     expected = PreTrainedTokenizerFast(tokenizer_object=no_decoder(), **NAMED)
     text = chat(template)
     rendered = 0
@@ -625,7 +623,7 @@ def failure(template: str, messages: Any = None) -> Exception:
         ("\n{% include 'other' %}", RequestError, 2, "no loader"),
     ],
 )  # fmt: skip
-def test_a_failing_template_is_one_line_with_its_line_number(
+def test_a_failing_chat_template_is_a_one_line_error_with_the_template_line(
     template: str, error: type[Exception], line: int, what: str
 ) -> None:
     found = failure(template)
@@ -634,17 +632,17 @@ def test_a_failing_template_is_one_line_with_its_line_number(
     assert what in str(found)
 
 
-def test_a_model_without_a_template_says_what_to_do() -> None:
+def test_a_chat_without_a_template_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(RequestError, match=r"no chat template.*generate.*chat_template\.jinja"):
         chat(None).render_chat([{"role": "user", "content": "Hi"}])
 
 
-def test_messages_must_be_mappings() -> None:
+def test_chat_messages_must_be_mappings() -> None:
     with pytest.raises(RequestError, match=r"message 1: expected a mapping .* found str"):
         chat(CHATML).render_chat([{"role": "user", "content": "Hi"}, "Hello"])  # type: ignore[list-item]
 
 
-def test_rendering_leaves_the_messages_alone() -> None:
+def test_rendering_does_not_change_the_messages() -> None:
     messages = [{"role": "user", "content": "Hi"}]
     chat(LLAMA_3).render_chat(messages)
     assert messages == [{"role": "user", "content": "Hi"}]

@@ -1,4 +1,4 @@
-"""Settings from outside become attrs classes, or an error that names the option."""
+"""External settings become attrs instances, or an error that names the option."""
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -104,7 +104,7 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize(("name", "given", "value"), ACCEPTED)
-def test_values_and_text_in_place_of_them_are_accepted(name: str, given: Any, value: Any) -> None:
+def test_values_and_their_text_form_are_accepted(name: str, given: Any, value: Any) -> None:
     made = getattr(structure(Everything, {name: given}, "here"), name)
     assert made == value
     assert type(made) is type(value)
@@ -141,7 +141,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "given", "message"), REFUSED)
-def test_a_wrong_value_names_option_expected_type_and_found_value(
+def test_a_wrong_value_is_an_error_with_option_expected_type_and_value(
     name: str, given: Any, message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -156,7 +156,7 @@ def test_a_long_value_is_shortened_to_one_line() -> None:
     assert len(str(caught.value)) < 120
 
 
-def test_an_unknown_option_names_the_nearest_and_lists_all() -> None:
+def test_an_unknown_option_is_an_error_that_suggests_the_nearest_or_lists_all() -> None:
     with pytest.raises(ConfigError) as caught:
         structure(Inner, {"y": 1}, "here")
     assert str(caught.value) == "here: unknown option 'y' (options: x)"
@@ -173,7 +173,7 @@ def test_an_option_without_a_default_must_be_given() -> None:
         structure(Needs, {}, "here")
 
 
-def test_what_a_validator_says_is_one_line() -> None:
+def test_a_validator_error_is_shortened_to_one_line() -> None:
     @frozen
     class Checked:
         size: int = field(default=1, validator=validators.ge(1))
@@ -195,13 +195,13 @@ def test_what_a_validator_says_is_one_line() -> None:
         assert str(caught.value) == message
 
 
-def test_an_error_in_an_inner_table_names_both() -> None:
+def test_an_error_in_an_inner_table_names_the_table_and_the_key() -> None:
     with pytest.raises(ConfigError) as caught:
         structure(Everything, {"inner": {"x": "a"}}, "here")
     assert str(caught.value) == "here: in 'inner': Inner: 'x' must be an integer, found 'a'"
 
 
-def test_private_names_aliases_and_made_fields() -> None:
+def test_options_are_named_by_init_argument_and_exclude_computed_fields() -> None:
     @frozen
     class Odd:
         _hidden: int = 1
@@ -214,20 +214,20 @@ def test_private_names_aliases_and_made_fields() -> None:
 
 
 @pytest.mark.parametrize("cls", [RuntimeConfig, GenerateConfig])
-def test_every_setting_of_the_engine_is_read_and_has_help(cls: type) -> None:
+def test_every_engine_setting_is_an_option_with_help(cls: type) -> None:
     options = options_of(cls)
     assert {option.name for option in options} == {f.name for f in attrs.fields(cls)}
     assert all(option.help and option.expected for option in options)
     assert structure(cls, {}, "here") == cls()
 
 
-def test_types_in_words() -> None:
+def test_expected_types_are_described_in_words() -> None:
     assert expected(Literal["a"]) == "a"
     assert expected(tuple[int | str, ...]) == "a list of integers or strings"
     assert expected(dict[str, list[int]]) == "a table from strings to lists of integers"
 
 
-def test_a_plugin_without_options_refuses_any() -> None:
+def test_a_plugin_without_options_refuses_every_option() -> None:
     info = PluginInfo(summary="x")
     assert read_options("sampler 'x'", info, {}) is None
     with pytest.raises(ConfigError, match=r"^sampler 'x' has no options, found 'seed', 'size'$"):

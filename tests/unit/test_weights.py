@@ -1,4 +1,4 @@
-"""Which tensors a model needs, and what is said of a source that does not have them."""
+"""Which tensors a model needs, and the error for a source that does not have them."""
 
 from collections.abc import Collection
 
@@ -66,7 +66,7 @@ def problem(source: Dictionary, config: ModelConfig = CONFIG) -> str:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_expected_tensors_are_those_of_the_model_in_transformers(name: str) -> None:
+def test_the_expected_tensors_match_the_transformers_model(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS[name])
     config, _ = model_config(JsonObject("config.json", CONFIGS[name].to_dict()))
@@ -79,7 +79,7 @@ def test_exactly_the_expected_tensors_pass(dtype: torch.dtype) -> None:
     check_tensors(Dictionary(expected_tensors(CONFIG), dtype), CONFIG, "here")
 
 
-def test_each_missing_unexpected_and_wrong_tensor_is_named_with_its_shapes() -> None:
+def test_missing_unexpected_and_misshapen_tensors_are_named_with_their_shapes() -> None:
     shapes = expected_tensors(CONFIG)
     del shapes["model.layers.1.mlp.up_proj.weight"]
     shapes["model.layers.0.self_attn.k_proj.weight"] = (16, 8)
@@ -90,26 +90,26 @@ def test_each_missing_unexpected_and_wrong_tensor_is_named_with_its_shapes() -> 
     assert "unexpected: model.layers.2.mlp.up_proj.weight [6, 8]" in message
 
 
-def test_a_tensor_of_the_right_shape_and_a_wrong_dtype_is_named() -> None:
+def test_a_tensor_with_a_wrong_dtype_is_named() -> None:
     source = Dictionary(expected_tensors(CONFIG))
     source.tensors["model.norm.weight"] = torch.zeros(8, dtype=torch.int8)
     assert "model.norm.weight in a floating dtype, found int8 in memory" in problem(source)
 
 
-def test_a_long_list_is_cut_to_one_readable_line() -> None:
+def test_a_long_list_of_tensors_is_shortened_in_the_error() -> None:
     message = problem(Dictionary({}), evolve(CONFIG, num_layers=500))
     assert "and 4497 more" in message
     assert len(message) < 1000
 
 
-def test_a_missing_output_head_hints_at_tying() -> None:
+def test_a_missing_output_head_suggests_tie_word_embeddings() -> None:
     shapes = expected_tensors(CONFIG)
     del shapes["lm_head.weight"]
     assert "tie_word_embeddings = true" in problem(Dictionary(shapes))
     check_tensors(Dictionary(shapes), evolve(CONFIG, tie_word_embeddings=True), "here")
 
 
-def test_names_out_of_a_file_stay_on_one_line() -> None:
+def test_tensor_names_in_an_error_are_escaped_and_shortened() -> None:
     shapes = expected_tensors(CONFIG) | {"new\nline": (1,), "x" * 100_000: (2,)}
     message = problem(Dictionary(shapes))
     assert len(message) < 1000
@@ -117,7 +117,7 @@ def test_names_out_of_a_file_stay_on_one_line() -> None:
     assert printable("\ud800").isascii()
 
 
-def test_a_metered_source_tells_what_was_read_of_how_much() -> None:
+def test_a_metered_source_reports_bytes_read_and_total() -> None:
     source = Dictionary({"a": (2, 3), "b": (5,)})
     source.get = lambda name: source.tensors[name]  # type: ignore[method-assign]
     heard: list[tuple[str, int, int]] = []
