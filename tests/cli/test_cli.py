@@ -1,4 +1,4 @@
-"""The command line, as its users and their shells see it."""
+"""The command line: help, output, settings, shells and terminals."""
 
 import json
 import math
@@ -35,14 +35,14 @@ def _no_settings_from_outside(monkeypatch):
 
 @pytest.fixture(scope="module")
 def continuation() -> str:
-    """The sixteen tokens that the demo model says after its own prompt, through the engine."""
+    """The 16 tokens that the engine generates after the demo prompt."""
     with LLMEngine.from_plugins() as engine:
         engine.init_model("demo", DEMO_MODEL)
         return engine.generate_result("demo", DEMO_PROMPT, GenerateConfig(max_new_tokens=16)).text
 
 
 def printed(capsys, *argv: str) -> tuple[str, str]:
-    """Standard output and standard error of a command that ends well."""
+    """Standard output and standard error of a command that succeeds."""
     code = main(argv)
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -53,7 +53,7 @@ def printed(capsys, *argv: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generat"], []])
-def test_the_overview_imports_no_more_than_it_prints(argv):
+def test_the_overview_imports_no_command_and_no_heavy_library(argv):
     code = (
         f"import sys; from tilewright.cli import main; main({argv});"
         "heavy = {'torch', 'rich', 'attr', 'attrs', 'cattrs', 'pluggy', 'importlib.metadata'};"
@@ -65,7 +65,7 @@ def test_the_overview_imports_no_more_than_it_prints(argv):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_imports_no_torch(command):
+def test_the_help_of_a_command_does_not_import_torch(command):
     code = (
         "import sys; from tilewright.cli import main; main([sys.argv[1], '--help']);"
         "others = 'tilewright_torch tilewright_pypto tilewright_hf tilewright_testing'.split();"
@@ -91,7 +91,7 @@ def test_help_fits_in_40_columns(capsys, monkeypatch, command):
 
 
 @pytest.mark.parametrize("command", ["generate", "run", "chat"])
-def test_every_setting_of_a_generation_and_of_the_runtime_is_a_flag(command):
+def test_every_generate_and_runtime_setting_has_a_flag(command):
     parser = Parser()
     add_arguments(parser, plugins.load(plugins.find("command", command)))
     flags = set(option_strings(parser))
@@ -99,26 +99,26 @@ def test_every_setting_of_a_generation_and_of_the_runtime_is_a_flag(command):
         assert {flag_name(section, key) for key in keys(section)} <= flags
 
 
-def test_the_reference_is_up_to_date():
+def test_the_cli_reference_is_up_to_date():
     page = (ROOT / "docs/cli.md").read_text()
     assert page == reference(), "run: python -m tilewright_tools.reference > docs/cli.md"
 
 
-def test_version(capsys):
+def test_version_prints_the_name_and_version(capsys):
     assert printed(capsys, "--version") == (f"tilewright {__version__}\n", "")
 
 
 # --- generate -------------------------------------------------------------------------------------
 
 
-def test_nothing_but_the_text_is_printed(capsys, continuation):
+def test_generate_prints_only_the_text_to_stdout(capsys, continuation):
     out, err = printed(capsys, "generate", *SIXTEEN)
     assert out == continuation + "\n"
     assert err == f"prompt: {DEMO_PROMPT}\n"
     assert continuation.startswith(" that all men are created equal")
 
 
-def test_speeds_are_told_when_asked_for(capsys):
+def test_stats_are_printed_to_stderr_on_request(capsys):
     out, err = printed(capsys, "generate", "Congress shall make", *GREEDY, "--stats")
     assert err.count("\n") == 1
     assert "8 new tokens (" in err
@@ -126,7 +126,7 @@ def test_speeds_are_told_when_asked_for(capsys):
     assert out.startswith(" no law")
 
 
-def test_json_is_an_object_a_result(capsys, continuation):
+def test_json_output_is_one_object_per_result(capsys, continuation):
     argv = [DEMO_PROMPT, "--json", "--logprobs", "2", "--seed", "5", *SIXTEEN]
     out, _ = printed(capsys, "generate", *argv)
     assert out.count("\n") == 1
@@ -143,7 +143,7 @@ def test_json_is_an_object_a_result(capsys, continuation):
     assert "sanitized_steps" not in record
 
 
-def test_prompts_come_from_files_in_their_order(capsys, tmp_path):
+def test_prompts_are_read_from_files_in_order(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("We the People of the United States,\n")
     (tmp_path / "b.jsonl").write_text('"Congress shall make no law"\n\n{"prompt": "No person"}\n')
     files = [f"--prompt-file={tmp_path / name}" for name in ("a.txt", "b.jsonl")]
@@ -158,7 +158,7 @@ def test_prompts_come_from_files_in_their_order(capsys, tmp_path):
     assert out == "\n".join(record["text"] + "\n" for record in records)
 
 
-def test_an_output_file_appears_complete(capsys, tmp_path):
+def test_an_output_file_is_replaced_only_when_complete(capsys, tmp_path):
     path = tmp_path / "out.txt"
     path.write_text("old")
     out, _ = printed(capsys, "generate", "Congress shall make", *GREEDY, "--output", str(path))
@@ -170,7 +170,7 @@ def test_an_output_file_appears_complete(capsys, tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
 
-def test_an_output_file_survives_a_run_that_fails(capsys, tmp_path):
+def test_a_failed_run_keeps_the_old_output_file(capsys, tmp_path):
     path = tmp_path / "out.txt"
     path.write_text("old")
     argv = ["generate", "x", "--output", str(path), "--model", str(tmp_path)]
@@ -179,25 +179,25 @@ def test_an_output_file_survives_a_run_that_fails(capsys, tmp_path):
     assert os.listdir(tmp_path) == ["out.txt"]
 
 
-def test_a_link_to_an_output_file_stays_a_link(capsys, tmp_path):
+def test_writing_output_through_a_symlink_keeps_the_link(capsys, tmp_path):
     (tmp_path / "link").symlink_to("target")
     printed(capsys, "generate", "No person", *GREEDY, "--output", str(tmp_path / "link"))
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text()
 
 
-def test_an_output_device_is_written_to_and_stays(capsys):
+def test_an_output_device_is_written_to_and_not_replaced(capsys):
     printed(capsys, "generate", "No person", *GREEDY, "--output", "/dev/null")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdout"])
-def test_standard_output_may_be_named(capsys, name):
+def test_standard_output_can_be_the_output_file(capsys, name):
     out, _ = printed(capsys, "generate", "Congress shall make", *GREEDY, "--output", name)
     assert out.startswith(" no law")
 
 
-def test_settings_come_from_the_environment_too(capsys, monkeypatch):
+def test_settings_are_read_from_the_environment(capsys, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_GENERATE_MAX_NEW_TOKENS", "3")
     out, _ = printed(capsys, "generate", "--json")
     assert len(json.loads(out)["token_ids"]) == 3
@@ -211,7 +211,7 @@ def test_settings_come_from_the_environment_too(capsys, monkeypatch):
         (["--model", "no/such/folder", "x"], "no/such/folder"),
     ],
 )
-def test_what_the_engine_refuses_is_told_in_one_line(capsys, argv, message):
+def test_an_error_of_the_engine_is_printed_in_one_line(capsys, argv, message):
     assert main(["generate", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -219,7 +219,7 @@ def test_what_the_engine_refuses_is_told_in_one_line(capsys, argv, message):
     assert "Traceback" not in err
 
 
-def test_a_tensor_that_is_not_finite_is_named_though_the_logits_are_fine(capsys, monkeypatch):
+def test_trace_nonfinite_names_a_tensor_even_when_the_logits_are_finite(capsys, monkeypatch):
     run_layer = TorchExecutor.run_layer
 
     def wrong(self, layer, hidden, batch, tap=None):
@@ -237,7 +237,7 @@ def test_a_tensor_that_is_not_finite_is_named_though_the_logits_are_fine(capsys,
     assert "[1, 2]: -inf" in error
 
 
-def test_a_trace_leaves_a_sound_run_as_it_is(capsys, continuation):
+def test_trace_nonfinite_does_not_change_a_finite_run(capsys, continuation):
     out, _ = printed(capsys, "generate", *SIXTEEN, "--trace-nonfinite")
     assert out == continuation + "\n"
 
@@ -245,7 +245,7 @@ def test_a_trace_leaves_a_sound_run_as_it_is(capsys, continuation):
 # --- run ------------------------------------------------------------------------------------------
 
 
-def test_the_example_run_file(capsys):
+def test_the_demo_run_file_generates_each_prompt(capsys):
     out, _ = printed(capsys, "run", str(ROOT / "examples/demo.toml"), "--max-new-tokens", "8")
     records = [json.loads(line) for line in out.splitlines()]
     assert [record["prompt"].split()[0] for record in records] == ["When", "We", "Congress"]
@@ -254,19 +254,19 @@ def test_the_example_run_file(capsys):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)
-def test_example_run_files_are_well_formed(capsys, path):
+def test_example_run_files_are_valid(capsys, path):
     out, err = printed(capsys, "run", str(path), "--show")
     assert "[generate]" in out
     assert err == ""
 
 
-def test_a_single_prompt_streams_as_generate_does(capsys, tmp_path, continuation):
+def test_run_streams_a_single_prompt_like_generate(capsys, tmp_path, continuation):
     (tmp_path / "run.toml").write_text("")
     out, _ = printed(capsys, "run", str(tmp_path / "run.toml"), *SIXTEEN)
     assert out == continuation + "\n"
 
 
-def test_flags_replace_what_the_file_says(capsys, tmp_path):
+def test_flags_override_the_run_file(capsys, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('[prompts]\ntext = "x"\n[generate]\nmax_new_tokens = 4\n')
     out, _ = printed(
@@ -277,7 +277,7 @@ def test_flags_replace_what_the_file_says(capsys, tmp_path):
     assert len(record["token_ids"]) == 2
 
 
-def test_from_config_reads_the_same_file(tmp_path, continuation):
+def test_from_config_reads_a_run_file(tmp_path, continuation):
     path = tmp_path / "run.toml"
     path.write_text('[model]\nid = "it"\n[runtime]\npage_size = 4\n')
     with LLMEngine.from_config(path) as engine:
@@ -294,7 +294,7 @@ def chat(text: str, *argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_chat_answers_a_message_a_line():
+def test_chat_answers_each_line_as_one_message():
     question = "How does the Declaration begin?"
     done = chat(f"{question}\n\n/reset\n{question}\n/quit\n{question}\n", *GREEDY)
     assert done.returncode == 0, done.stderr
@@ -346,7 +346,7 @@ def test_bench_prints_a_table(capsys):
         (["--prompt-tokens", "9999999"], "above max_seq_len"),
     ],
 )
-def test_bench_refuses_what_it_could_not_measure(capsys, argv, message):
+def test_bench_refuses_sizes_above_the_runtime_limits(capsys, argv, message):
     assert main([*BENCH, *argv]) == 2
     assert message in capsys.readouterr().err
 
@@ -354,7 +354,7 @@ def test_bench_refuses_what_it_could_not_measure(capsys, argv, message):
 # --- shells and terminals -------------------------------------------------------------------------
 
 
-def test_a_reader_that_goes_away_ends_it_quietly():
+def test_a_closed_pipe_ends_the_command_without_a_message():
     command = f"{' '.join(TILEWRIGHT)} run examples/demo.toml --show; echo code $? >&2"
     done = subprocess.run(
         ["bash", "-c", f"({command}) | true"], capture_output=True, text=True, cwd=ROOT
@@ -364,9 +364,9 @@ def test_a_reader_that_goes_away_ends_it_quietly():
 
 
 @pytest.mark.parametrize("argv", [["generate", "Ü"], ["generate", "Ü", "--json"]])
-def test_a_locale_without_unicode_is_no_reason_to_fail(argv):
+def test_output_works_in_a_locale_without_unicode(argv):
     environ = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    # A token that is no ASCII: whatever byte follows, it is printed in some form.
+    # The next token is not ASCII and must be printed in some form.
     done = subprocess.run(
         [*TILEWRIGHT, *argv, "--max-new-tokens", "2"], capture_output=True, env=environ
     )
@@ -384,7 +384,7 @@ def test_ctrl_c_ends_a_generation_without_a_traceback():
     assert b"Traceback" not in terminal.screen
 
 
-def test_ctrl_c_in_a_chat_stops_the_answer_only():
+def test_ctrl_c_in_a_chat_stops_only_the_answer():
     terminal = Terminal("chat", "--ignore-eos", "--max-new-tokens", "100000")
     terminal.wait_for(b"> ")
     terminal.type(b"How does the Declaration begin?\n")
@@ -399,7 +399,7 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only():
     assert b"Traceback" not in terminal.screen
 
 
-def test_a_bug_of_a_plugin_is_one_line_and_code_2(capsys, monkeypatch):
+def test_a_bug_in_a_plugin_is_a_one_line_error_with_exit_code_2(capsys, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError("a bug")
 
@@ -419,7 +419,7 @@ CHATTY = f"""
 
 
 @pytest.mark.parametrize("command", ["generate", "bench"])
-def test_what_plugins_print_is_no_part_of_the_results(tmp_path, command):
+def test_output_printed_by_plugins_goes_to_stderr(tmp_path, command):
     site = dists.install(tmp_path / "site", dists.sampler("acme-chatty", "chatty", CHATTY))
     flags = {
         "generate": ["We", "--max-new-tokens", "3"],

@@ -49,7 +49,7 @@ def of_plugin(checks: list[dict[str, Any]], about: str) -> dict[str, dict[str, A
     return {check["name"]: check for check in checks if check["about"] == about}
 
 
-def test_a_sound_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_machine_without_problems_passes(capsys: pytest.CaptureFixture[str]) -> None:
     code, checks = examined(capsys)
     assert {check["name"] for check in checks if check["about"] == "machine"} == MACHINE
     assert [check for check in checks if check["status"] == "failed"] == []
@@ -57,7 +57,9 @@ def test_a_sound_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(check["advice"] for check in checks if check["status"] != "ok")
 
 
-def test_the_report_in_words(capsys: pytest.CaptureFixture[str], site: Install) -> None:
+def test_the_report_lists_each_check_with_its_advice(
+    capsys: pytest.CaptureFixture[str], site: Install
+) -> None:
     site(dists.GOOD, dists.BROKEN_IMPORT)
     assert main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -113,7 +115,9 @@ def test_the_exit_code_says_whether_a_check_failed(
     assert examined(capsys)[0] == code
 
 
-def test_rivals_are_a_warning(capsys: pytest.CaptureFixture[str], site: Install) -> None:
+def test_a_name_claimed_by_two_distributions_is_a_warning(
+    capsys: pytest.CaptureFixture[str], site: Install
+) -> None:
     site(*dists.RIVALS)
     code, checks = examined(capsys)
     assert code == 0
@@ -122,7 +126,7 @@ def test_rivals_are_a_warning(capsys: pytest.CaptureFixture[str], site: Install)
     assert "claimed by acme-one 1.5 and by acme-two 2.0" in found["found"]
 
 
-def test_without_torch_the_rest_is_still_checked(tmp_path: Path) -> None:
+def test_without_torch_the_other_checks_still_run(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(
         "raise OSError('libtorch_cpu.so: cannot open shared object')"
     )
@@ -145,7 +149,7 @@ def test_more_threads_than_cpus_is_a_warning(monkeypatch: pytest.MonkeyPatch) ->
     assert (check.status, check.advice[:17]) == ("warning", "set OMP_NUM_THREA")
 
 
-def test_little_memory_and_little_disk_are_warnings(
+def test_low_memory_and_low_disk_space_are_warnings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doctor, "LOW_MEMORY", 1 << 60)
@@ -156,14 +160,14 @@ def test_little_memory_and_little_disk_are_warnings(
 
 
 @pytest.mark.parametrize(("encoding", "status"), [("utf-8", "ok"), ("ascii", "warning")])
-def test_an_output_that_cannot_take_all_characters_is_a_warning(
+def test_an_output_encoding_without_unicode_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, encoding: str, status: str
 ) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert doctor.output_encoding().status == status
 
 
-def test_what_plugins_print_does_not_get_into_the_json(
+def test_output_printed_by_plugins_is_not_in_the_json(
     capsys: pytest.CaptureFixture[str], site: Install
 ) -> None:
     site(with_checks("print('checking')"))

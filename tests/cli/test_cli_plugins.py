@@ -39,10 +39,10 @@ def described(**parts: str) -> dists.Distribution:
 # --- list -----------------------------------------------------------------------------------------
 
 
-def test_list_says_name_kind_distribution_state_and_place(
+def test_list_prints_name_kind_distribution_state_and_place(
     tilewright: Any, site: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)  # as wide as it takes
+    monkeypatch.delenv("COLUMNS", raising=False)  # no limit on the width
     folder = site(dists.GOOD, dists.STALE, *dists.RIVALS)
     code, out, err = tilewright("plugins", "list")
     assert (code, err) == (0, "")
@@ -66,7 +66,7 @@ def test_list_says_name_kind_distribution_state_and_place(
     } <= {problem.strip() for problem in problems}
 
 
-def test_list_of_one_kind_as_json(tilewright: Any, site: Install) -> None:
+def test_list_as_json_can_be_limited_to_one_kind(tilewright: Any, site: Install) -> None:
     folder = site(dists.GOOD)
     code, out, _ = tilewright("plugins", "list", "--kind", "executor", "--json")
     assert code == 0
@@ -84,7 +84,7 @@ def test_list_of_one_kind_as_json(tilewright: Any, site: Install) -> None:
     } in records
 
 
-def test_list_as_json_says_what_is_wrong(tilewright: Any, site: Install) -> None:
+def test_list_as_json_includes_the_problem_of_a_plugin(tilewright: Any, site: Install) -> None:
     site(dists.STALE)
     _, out, _ = tilewright("plugins", "list", "--json")
     (stale,) = [record for record in json.loads(out) if record["name"] == "stale"]
@@ -92,7 +92,7 @@ def test_list_as_json_says_what_is_wrong(tilewright: Any, site: Install) -> None
     assert "its files are gone" in stale["problem"]
 
 
-def test_list_on_a_terminal_names_places_once(
+def test_list_on_a_terminal_prints_each_place_once(
     tilewright: Any, site: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = site(dists.GOOD)
@@ -104,7 +104,7 @@ def test_list_on_a_terminal_names_places_once(
     assert out.count(f"acme-bag 0.3 is in {folder}\n") == 1
 
 
-def test_list_on_a_narrow_terminal_is_a_block_a_plugin(
+def test_list_on_a_narrow_terminal_prints_one_block_per_plugin(
     tilewright: Any, site: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = site(dists.GOOD)
@@ -117,7 +117,7 @@ def test_list_on_a_narrow_terminal_is_a_block_a_plugin(
     assert f"acme-bag 0.3 is in {folder}\n" in places
 
 
-def test_a_child_process_lists_what_is_on_its_path(tmp_path: Any) -> None:
+def test_list_includes_plugins_on_the_path_of_a_child_process(tmp_path: Any) -> None:
     site = dists.install(tmp_path, dists.GOOD)
     done = dists.run("-m", "tilewright", "plugins", "list", "--json", site=site)
     assert (done.code, done.err) == (0, "")
@@ -139,7 +139,7 @@ def test_a_child_process_lists_what_is_on_its_path(tmp_path: Any) -> None:
         (["show", "misspelt"], "did you mean 'create_sampler'?"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_wrong_usage_is_a_one_line_error(
     tilewright: Any, site: Install, arguments: list[str], message: str
 ) -> None:
     site(dists.GOOD, dists.BROKEN_IMPORT, dists.MISSPELT_HOOK, *dists.RIVALS)
@@ -199,7 +199,7 @@ def test_show_prints_options_hooks_and_limits(tilewright: Any, site: Install) ->
     ]
 
 
-def test_show_as_json(tilewright: Any, site: Install) -> None:
+def test_show_prints_the_same_as_json(tilewright: Any, site: Install) -> None:
     site(described(more=DESCRIPTION))
     _, out, _ = tilewright("plugins", "show", "acme-x:x", "--json")
     (shown,) = json.loads(out)
@@ -225,7 +225,7 @@ def test_show_as_json(tilewright: Any, site: Install) -> None:
     ]
 
 
-def test_a_plugin_that_says_nothing_of_itself_is_shown(tilewright: Any, site: Install) -> None:
+def test_show_works_for_a_plugin_without_plugin_info(tilewright: Any, site: Install) -> None:
     site(dists.GOOD)
     code, out, _ = tilewright("plugins", "show", "likeliest")
     assert code == 0
@@ -239,7 +239,9 @@ def test_a_plugin_that_says_nothing_of_itself_is_shown(tilewright: Any, site: In
 TWINS = {"sampler": "likeliest", "observer": "tally"}
 
 
-def test_a_name_of_two_kinds_shows_both_and_kind_chooses(tilewright: Any, site: Install) -> None:
+def test_show_prints_both_plugins_of_a_name_unless_kind_is_given(
+    tilewright: Any, site: Install
+) -> None:
     targets = {kind: {"twin": f"acme_bag.{m}"} for kind, m in TWINS.items()}
     site(evolve(dists.GOOD, plugins=targets))
     _, out, _ = tilewright("plugins", "show", "twin", "--json")
@@ -250,7 +252,7 @@ def test_a_name_of_two_kinds_shows_both_and_kind_chooses(tilewright: Any, site: 
     assert "\n\nobserver 'twin' of acme-bag 0.3\n" in out
 
 
-def test_what_a_plugin_prints_does_not_get_into_the_json(tilewright: Any, site: Install) -> None:
+def test_output_printed_by_a_plugin_is_not_in_the_json(tilewright: Any, site: Install) -> None:
     site(described(more="\n    print('hello')\n"))
     _, out, err = tilewright("plugins", "show", "x", "--json")
     assert len(json.loads(out)) == 1
@@ -322,7 +324,7 @@ def test_check_reports_each_broken_plugin_and_fails(tilewright: Any, site: Insta
         (BAD_TYPES, "a type in Options cannot be resolved: name 'Nowhere' is not defined"),
     ],
 )
-def test_check_reads_what_plugins_say_of_themselves(
+def test_check_reports_a_wrong_plugin_info(
     tilewright: Any, site: Install, source: str, problem: str
 ) -> None:
     site(described(more=source))

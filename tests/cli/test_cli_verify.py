@@ -1,4 +1,4 @@
-"""``tilewright plugins verify``: the suites on whatever is installed, and what it prints."""
+"""``tilewright plugins verify``: runs the suites on an installed plugin and prints the results."""
 
 import json
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ def verify(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-def test_a_plugin_that_is_right(verify: Any) -> None:
+def test_a_conforming_plugin_passes_every_statement(verify: Any) -> None:
     code, out, err = verify("safetensors")
     assert (code, err) == (0, "")
     title, *lines, numbers = out.splitlines()
@@ -108,7 +108,9 @@ def test_a_plugin_that_is_right(verify: Any) -> None:
     assert len(lines) > 30
 
 
-def test_a_plugin_that_is_wrong(verify: Any, site: Install) -> None:
+def test_a_nonconforming_plugin_fails_with_the_statement_and_the_reason(
+    verify: Any, site: Install
+) -> None:
     code, out, _ = verify("acme-formats:eager", "--kind", "weight_format")
     assert code == 1
     lines = out.splitlines()
@@ -117,7 +119,9 @@ def test_a_plugin_that_is_wrong(verify: Any, site: Install) -> None:
     assert ", 1 failed, 0 not run" in lines[-1]
 
 
-def test_a_plugin_that_ends_the_process(verify: Any, site: Install) -> None:
+def test_a_plugin_that_kills_the_process_fails_the_statement_it_ran(
+    verify: Any, site: Install
+) -> None:
     code, out, _ = verify("dying", "--json")
     assert code == 1
     (record,) = json.loads(out)
@@ -130,7 +134,9 @@ def test_a_plugin_that_ends_the_process(verify: Any, site: Install) -> None:
     assert set(results[at + 1 :]) == {("not run", "the process had ended before")}
 
 
-def test_a_plugin_that_gives_nothing_to_read(verify: Any, site: Install) -> None:
+def test_statements_are_not_run_for_a_weight_format_that_cannot_write(
+    verify: Any, site: Install
+) -> None:
     code, out, _ = verify("bare", "-o", "level=2")
     assert code == 3
     lines = out.splitlines()
@@ -138,11 +144,11 @@ def test_a_plugin_that_gives_nothing_to_read(verify: Any, site: Install) -> None
     assert "  passed   each option has a line of help" in lines
     at = lines.index("  not run  info says of each tensor what get gives")
     assert "implement write_weights" in lines[at + 1]
-    # A reason that goes on is said once.
+    # A reason shared by successive statements is printed once.
     assert sum("implement write_weights" in line for line in lines) < 5
 
 
-def test_a_loader_reads_the_source_that_it_is_given(verify: Any, tmp_path: Path) -> None:
+def test_a_loader_is_verified_on_the_given_source(verify: Any, tmp_path: Path) -> None:
     write_hf_directory(make_model("one-kv-head"), tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").unlink()
     code, out, _ = verify("hf-local", "--source", str(tmp_path / "model"), "--json")
@@ -162,7 +168,7 @@ def test_a_loader_reads_the_source_that_it_is_given(verify: Any, tmp_path: Path)
         (["top-p", "--source", "/model"], "--source is for loaders"),
     ],
 )
-def test_a_mistake_is_said_in_a_line(
+def test_wrong_arguments_are_a_one_line_error(
     verify: Any, site: Install, arguments: list[str], message: str
 ) -> None:
     code, out, err = verify(*arguments)
@@ -171,7 +177,7 @@ def test_a_mistake_is_said_in_a_line(
     assert len(err.splitlines()) == 1
 
 
-def test_without_pytest_it_says_what_to_install(
+def test_without_pytest_the_error_says_what_to_install(
     verify: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tilewright_testing.verify.find_spec", lambda name: None)
@@ -182,7 +188,7 @@ def test_without_pytest_it_says_what_to_install(
     assert len(err.splitlines()) == 1
 
 
-def test_models_and_the_command_need_no_pytest() -> None:
+def test_the_test_models_and_the_command_do_not_import_pytest() -> None:
     code = (
         "import sys, tilewright_testing.models, tilewright_testing.verify\n"
         "import tilewright_tools.plugins\n"
@@ -191,7 +197,7 @@ def test_models_and_the_command_need_no_pytest() -> None:
     assert dists.run("-c", code).out.strip() == "[]"
 
 
-def test_the_package_offers_each_suite_by_name() -> None:
+def test_the_package_exports_each_suite_by_name() -> None:
     import tilewright_testing as testing
 
     for name in testing.__all__:

@@ -1,4 +1,4 @@
-"""Commands are plugins: listed without an import, imported one at a time, anybody's."""
+"""Commands are plugins: listed without an import, and imported only when called."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where commands of another distribution are installed; one has the name of a shipped one."""
+    """A folder with commands of another distribution; one has the name of a shipped command."""
     made = dists.Distribution(
         name="acme-commands",
         files={f"acme_{n}.py": dists.dedent(s) for n, s in CASES.items() if s is not None},
@@ -48,24 +48,24 @@ def tilewright(site: Path, *arguments: str) -> dists.Completed:
     return dists.run("-m", "tilewright", *arguments, site=site)
 
 
-def test_another_distributions_command_runs_as_a_shipped_one(site: Path) -> None:
+def test_a_command_of_another_distribution_runs_like_a_shipped_one(site: Path) -> None:
     done = tilewright(site, "shout", "hello")
     assert (done.code, done.out, done.err) == (3, "HELLO\n", "")
 
 
-def test_its_error_is_one_line_and_code_2(site: Path) -> None:
+def test_an_error_of_an_installed_command_is_one_line_with_exit_code_2(site: Path) -> None:
     done = tilewright(site, "shout", "h3")
     assert (done.code, done.out) == (2, "")
     assert done.err == "tilewright: error: expected letters, found 'h3'\n"
 
 
-def test_an_unknown_option_of_it_is_refused(site: Path) -> None:
+def test_an_unknown_option_of_an_installed_command_is_refused(site: Path) -> None:
     done = tilewright(site, "shout", "hello", "--loud")
     assert (done.code, done.out) == (2, "")
     assert "unknown option '--loud'" in done.err
 
 
-def test_the_overview_lists_all_and_imports_none(site: Path) -> None:
+def test_the_overview_lists_all_commands_and_imports_none(site: Path) -> None:
     code = (
         "import sys; from tilewright.cli import main; main(['--help']);"
         "print([m for m in sys.modules if m.startswith(('acme', 'tilewright_'))])"
@@ -78,13 +78,13 @@ def test_the_overview_lists_all_and_imports_none(site: Path) -> None:
     assert listed["broken"] == "Never runs"
     assert listed["half"] == "Use 50% (of it)s"
     assert listed["wordless"] == listed["stale"] == ""
-    # Neither of the two is called by the bare name.
+    # Both distributions claim the unqualified name.
     assert {"acme-commands:doctor", "tilewright:doctor"} <= set(listed)
     assert "doctor" not in listed
     assert imported == "[]"
 
 
-def test_a_name_that_two_claim_is_an_error_and_the_distribution_chooses(site: Path) -> None:
+def test_a_command_name_claimed_by_two_distributions_must_be_qualified(site: Path) -> None:
     done = tilewright(site, "doctor", "hello")
     assert done.code == 2
     assert "choose 'acme-commands:doctor' or 'tilewright:doctor'" in done.err
@@ -102,7 +102,9 @@ def test_a_name_that_two_claim_is_an_error_and_the_distribution_chooses(site: Pa
         ("wordless", "must have functions configure and run"),
     ],
 )
-def test_a_broken_command_says_why_and_others_work(site: Path, name: str, why: str) -> None:
+def test_a_broken_command_is_an_error_with_the_cause_and_other_commands_work(
+    site: Path, name: str, why: str
+) -> None:
     done = tilewright(site, name)
     assert (done.code, done.out) == (2, "")
     assert f"command '{name}' of acme-commands 1.0" in done.err
@@ -111,7 +113,7 @@ def test_a_broken_command_says_why_and_others_work(site: Path, name: str, why: s
     assert tilewright(site, "shout", "hello").out == "HELLO\n"
 
 
-def test_plugins_list_and_check_know_commands(site: Path) -> None:
+def test_plugins_list_and_check_include_commands(site: Path) -> None:
     listed = json.loads(tilewright(site, "plugins", "list", "--kind", "command", "--json").out)
     states = {p["name"]: p["state"] for p in listed if p["distribution"] == "acme-commands"}
     assert states == {
@@ -134,7 +136,7 @@ def test_plugins_list_and_check_know_commands(site: Path) -> None:
     }
 
 
-def test_show_prints_its_line(site: Path) -> None:
+def test_plugins_show_prints_the_summary_of_a_command(site: Path) -> None:
     done = tilewright(site, "plugins", "show", "shout")
     assert done.code == 0, done.err
     assert "  Print a word in capitals\n" in done.out

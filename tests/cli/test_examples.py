@@ -1,4 +1,4 @@
-"""What examples/ holds, run as its readers would: with the bundled model, and no NPU."""
+"""The files of examples/, run with the bundled model and without an NPU."""
 
 import ast
 import json
@@ -39,14 +39,14 @@ def example(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environ)
 
 
-def test_the_script_tells_its_flags():
+def test_the_help_of_the_script_lists_its_flags():
     done = example("--help")
     assert (done.returncode, done.stderr) == (0, "")
     for flag in ("--prompt-file", "--executor", "--device", "--platform", "--pypto-root"):
         assert flag in done.stdout
 
 
-def test_the_script_runs_on_any_executor():
+def test_the_script_runs_on_the_torch_and_the_emulated_executor():
     argv = ["--prompt", DEMO_PROMPT, "--max-new-tokens=8"]
     done = example("--executor=torch", *argv)
     assert done.stderr == ""
@@ -69,7 +69,7 @@ def test_the_script_runs_on_any_executor():
         (["--executor=torch", "--platform=a5"], "'platform'"),
     ],
 )
-def test_what_the_script_is_refused_is_told_in_one_line(argv, message):
+def test_an_error_of_the_script_is_printed_in_one_line(argv, message):
     done = example("--prompt", "x", *argv)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
@@ -77,7 +77,7 @@ def test_what_the_script_is_refused_is_told_in_one_line(argv, message):
     assert message in done.stderr
 
 
-def test_the_run_file_is_for_one_card_and_a_cache_of_its_longest_sequence():
+def test_the_run_file_sizes_the_kv_cache_for_its_longest_sequences():
     config = resolve(RUN_FILE, environ={}).config
     assert config.plugins.executor == "pypto-npu"
     assert config.options["executor"] == {"platform": "a2a3"}
@@ -86,7 +86,7 @@ def test_the_run_file_is_for_one_card_and_a_cache_of_its_longest_sequence():
     assert [Path(file).name for file in config.prompts.file] == ["prompts.jsonl"]
 
 
-def test_the_run_file_runs_on_another_model_and_without_a_card(capsys):
+def test_the_run_file_runs_with_another_model_and_without_a_card(capsys):
     argv = ["--model", str(DEMO_MODEL), "--max-seq-len=2048", "--max-new-tokens=6"]
     assert main(["run", str(RUN_FILE), *argv, "-o", "platform=emulated"]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -104,7 +104,7 @@ PAGES = [
 
 
 def submitted() -> list[str]:
-    """The commands that the pages give to task-submit. One may go over several lines."""
+    """The commands that the pages pass to task-submit, which may span several lines."""
     text = "\n".join((ROOT / page).read_text() for page in PAGES)
     return [
         " ".join(command.replace("\\", "").split())
@@ -112,13 +112,13 @@ def submitted() -> list[str]:
     ]
 
 
-def test_documented_commands_get_their_card_from_task_submit():
+def test_documented_commands_are_accepted_by_task_submit_and_get_its_card():
     commands = submitted()
     assert len(commands) > 3
     for command in commands:
         assert task_submit.rejection(command) is None
         runs = task_submit.with_card(command, "5")
-        # Of several commands, which task-submit leaves alone, the last; it reads TASK_DEVICE.
+        # task-submit does not change a list of commands; its last one reads TASK_DEVICE.
         words = shlex.split(runs.rstrip(";").rpartition("&&")[2])
         assert runs.endswith(" --device 5") != ("&&" in command or ";" in command), command
         if words[0].endswith("tilewright"):

@@ -1,7 +1,7 @@
 """Wrong run files, flags and environment variables: one line on stderr, exit code 2, no traceback.
 
-The cases are made from good ones: every setting with a wrong value and with a misspelt name, in
-each of the places where it can be given, and a good file that is damaged in many ways.
+The cases are derived from valid input: every setting with a wrong value and with a misspelt name,
+in each place where it can be given, and a valid file damaged in many ways.
 """
 
 import os
@@ -102,7 +102,7 @@ def _no_settings_from_outside(monkeypatch, tmp_path):
 
 
 def told(capsys, *argv: str) -> str:
-    """The one line that a mistake is answered with."""
+    """The error line for wrong input, checked to be the only output."""
     code = main(argv)
     out, err = capsys.readouterr()
     assert code == 2, (code, out, err)
@@ -123,7 +123,7 @@ def misspelt(name: str) -> str:
     return name + name[-1]
 
 
-def test_the_good_file_is_good(capsys):
+def test_the_undamaged_run_file_is_valid(capsys):
     assert main(["run", run_file(GOOD), "--show"]) == 0
     assert "page_size = 8  # run.toml:15" in capsys.readouterr().out
 
@@ -132,34 +132,34 @@ def test_the_good_file_is_good(capsys):
 
 
 @pytest.mark.parametrize(("section", "key"), SETTINGS)
-def test_a_value_of_a_wrong_type_in_a_file(capsys, section, key):
+def test_a_value_of_a_wrong_type_in_a_file_is_an_error_with_its_line(capsys, section, key):
     line = told(capsys, "run", run_file(f"\n[{section}]\n{key} = 1979-05-27\n"))
     assert f"run.toml:3: {key!r} must be " in line
     assert "1979" in line
 
 
 @pytest.mark.parametrize(("section", "key"), SETTINGS)
-def test_a_misspelt_key_in_a_file(capsys, section, key):
+def test_a_misspelt_key_in_a_file_is_an_error_with_a_suggestion(capsys, section, key):
     line = told(capsys, "run", run_file(f"[{section}]\n# \n{misspelt(key)} = 1\n"))
     assert f"run.toml:3: unknown key {misspelt(key)!r}" in line
     assert f"did you mean {key!r}" in line
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "options"])
-def test_a_misspelt_section_in_a_file(capsys, section):
+def test_a_misspelt_section_in_a_file_is_an_error_with_a_suggestion(capsys, section):
     line = told(capsys, "run", run_file(f"\n[{misspelt(section)}]\n"))
     assert f"run.toml:2: unknown section {misspelt(section)!r}; did you mean {section!r}" in line
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, "options"])
 @pytest.mark.parametrize("text", ["{} = 1\n", "[[{}]]\n", "{} = []\n", "{} = 'x'\n"])
-def test_a_section_that_is_no_table(capsys, section, text):
+def test_a_section_that_is_not_a_table_is_refused(capsys, section, text):
     line = told(capsys, "run", run_file(text.format(section)))
     assert f"run.toml:1: [{section}] must be a table" in line
 
 
 @pytest.mark.parametrize(("place", "value"), OUT_OF_RANGE.items(), ids=str)
-def test_a_value_out_of_range_in_a_file(capsys, place, value):
+def test_a_value_out_of_range_in_a_file_is_an_error_with_its_line(capsys, place, value):
     section, key = place
     line = told(capsys, "run", run_file(f'[{section}]\n{key} = "{value}"\n'))
     assert f"run.toml:2: {key!r} must be " in line
@@ -167,7 +167,7 @@ def test_a_value_out_of_range_in_a_file(capsys, place, value):
 
 @pytest.mark.parametrize("bad", ["\x00", "\ufeff", "= 1", "[", "]", '"', "x", "x = 'a", "é = 1"])
 @pytest.mark.parametrize("after", [0, 11, len(GOOD.splitlines())])
-def test_a_line_that_is_no_toml(capsys, bad, after):
+def test_invalid_toml_is_an_error_with_its_line(capsys, bad, after):
     lines = GOOD.splitlines(keepends=True)
     lines.insert(after, f"{bad}\n")
     if bad == "\ufeff" and after == 0:
@@ -177,20 +177,20 @@ def test_a_line_that_is_no_toml(capsys, bad, after):
 
 
 @pytest.mark.parametrize("byte", [b"\xff", b"\xc3", b"\xed\xa0\x80"])
-def test_a_file_that_is_no_utf_8(capsys, byte):
+def test_a_run_file_that_is_not_utf8_is_an_error_with_its_line(capsys, byte):
     data = GOOD.encode()
     line = told(capsys, "run", run_file(data.replace(b"one", byte)))
     assert "'run.toml', line 27: expected UTF-8" in line
 
 
 @pytest.mark.parametrize("path", ["nothing.toml", ".", "run.toml/x", "x" * 5000, "\0"])
-def test_a_run_file_that_cannot_be_read(capsys, path):
+def test_an_unreadable_run_file_is_a_one_line_error(capsys, path):
     run_file(GOOD)
     assert "run file" in told(capsys, "run", path)
 
 
-def test_damaged_files_are_told_in_one_line_or_are_still_good(capsys):
-    """Bytes are lost, doubled, changed and swapped in a good file, a few at a time."""
+def test_a_damaged_run_file_is_valid_or_a_one_line_error(capsys):
+    """Each file is the valid one with a few bytes deleted, duplicated, changed or swapped."""
     chance = random.Random(0)
     codes = []
     for _ in range(300):
@@ -223,7 +223,7 @@ def test_damaged_files_are_told_in_one_line_or_are_still_good(capsys):
 
 
 @pytest.mark.parametrize(("place", "value"), (BAD_TEXT | OUT_OF_RANGE).items(), ids=str)
-def test_a_bad_value_of_a_flag(capsys, place, value):
+def test_a_wrong_value_of_a_flag_is_an_error_that_names_the_flag(capsys, place, value):
     flag = flag_name(*place)
     assert flag in told(capsys, "generate", f"{flag}={value}")
 
@@ -278,13 +278,13 @@ def test_a_bad_value_of_a_flag(capsys, place, value):
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_wrong_usage(capsys, argv, message):
+def test_wrong_usage_is_a_one_line_error(capsys, argv, message):
     assert message in told(capsys, *argv)
 
 
 @pytest.mark.parametrize("flag", ["--temperature", "--page-size", "--executor", "--model"])
 @pytest.mark.parametrize("command", ["generate", "run", "chat"])
-def test_a_misspelt_flag_of_any_command(capsys, command, flag):
+def test_a_misspelt_flag_of_any_command_is_an_error_with_a_suggestion(capsys, command, flag):
     argv = [command, f"{misspelt(flag)}=1"] + ["run.toml"] * (command == "run")
     assert f"unknown option {misspelt(flag)!r}; did you mean {flag!r}" in told(capsys, *argv)
 
@@ -301,7 +301,7 @@ def test_a_misspelt_flag_of_any_command(capsys, command, flag):
     ],
     ids=range(6),
 )
-def test_a_bad_line_of_prompts(capsys, tmp_path, line, found):
+def test_a_malformed_line_of_a_prompt_file_is_an_error_with_its_line(capsys, tmp_path, line, found):
     (tmp_path / "p.jsonl").write_text(f'"good"\n\n{line}\n')
     assert f"p.jsonl:3: {found}" in told(capsys, "generate", "--prompt-file", "p.jsonl")
 
@@ -310,7 +310,7 @@ def test_a_bad_line_of_prompts(capsys, tmp_path, line, found):
     ("data", "found"),
     [(b"", "empty"), (b"\n", "empty"), (b"a\n\xff", "line 2: expected UTF-8, found byte 0xff")],
 )
-def test_a_bad_prompt_file(capsys, tmp_path, data, found):
+def test_an_empty_or_undecodable_prompt_file_is_refused(capsys, tmp_path, data, found):
     (tmp_path / "p.txt").write_bytes(data)
     assert found in told(capsys, "generate", "--prompt-file", "p.txt")
 
@@ -319,21 +319,23 @@ def test_a_bad_prompt_file(capsys, tmp_path, data, found):
 
 
 @pytest.mark.parametrize(("place", "value"), (BAD_TEXT | OUT_OF_RANGE).items(), ids=str)
-def test_a_bad_value_of_a_variable(capsys, monkeypatch, place, value):
+def test_a_wrong_value_of_a_variable_is_an_error_that_names_the_variable(
+    capsys, monkeypatch, place, value
+):
     name = "_".join(("TILEWRIGHT", *place)).upper()
     monkeypatch.setenv(name, value)
     assert f"error: {name}: " in told(capsys, "generate")
 
 
 @pytest.mark.parametrize(("section", "key"), SETTINGS)
-def test_a_misspelt_variable(capsys, monkeypatch, section, key):
+def test_a_misspelt_variable_is_an_error_with_a_suggestion(capsys, monkeypatch, section, key):
     name = f"TILEWRIGHT_{section}_{key}".upper()
     wrong = misspelt(name)
     monkeypatch.setenv(wrong, "1")
     assert f"error: {wrong}: no such setting; did you mean {name!r}" in told(capsys, "generate")
 
 
-# --- as a user sees it ----------------------------------------------------------------------------
+# --- in a new process -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_a_misspelt_variable(capsys, monkeypatch, section, key):
     ],
     ids=range(5),
 )
-def test_mistakes_from_outside(argv, stdin, message):
+def test_wrong_input_of_a_process_is_a_one_line_error(argv, stdin, message):
     command = [sys.executable, "-m", "tilewright", *argv]
     done = subprocess.run(command, input=stdin, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1), done.stderr
@@ -361,14 +363,14 @@ def test_mistakes_from_outside(argv, stdin, message):
         ("<&-", "standard input is closed"),
     ],
 )
-def test_closed_streams(redirection, message):
+def test_a_closed_standard_stream_is_a_one_line_error(redirection, message):
     command = f"exec '{sys.executable}' -m tilewright generate - {redirection}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
     assert message in done.stderr.decode()
 
 
-def test_debug_shows_where_an_error_came_from(capsys):
+def test_debug_prints_the_traceback_of_an_error(capsys):
     assert main(["generate", "--page-size", "x", "--debug"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("Traceback")

@@ -1,4 +1,4 @@
-"""``tilewright plugins new``: what it writes installs, is found, and passes its own checks."""
+"""``tilewright plugins new``: writes distributions that install and pass their own checks."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def name(kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a distribution of each kind."""
+    """A folder with a new distribution for each kind."""
     folder = tmp_path_factory.mktemp("new")
     for kind in KINDS:
         assert main(["plugins", "new", kind, name(kind), "--out", str(folder / kind)]) == 0
@@ -35,7 +35,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where they are installed."""
+    """The folder where the new distributions are installed."""
     site = tmp_path_factory.mktemp("site") / "packages"
     folders = [str(written / kind) for kind in KINDS]
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q"]
@@ -43,7 +43,7 @@ def site(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def test_all_kinds_are_found_and_fit(site: Path) -> None:
+def test_new_plugins_of_all_kinds_are_found_and_pass_check(site: Path) -> None:
     done = dists.run("-m", "tilewright", "plugins", "check", "--json", site=site)
     assert done.code == 0, done.err
     found = {p["name"]: p for p in json.loads(done.out) if p["name"].startswith("acme-")}
@@ -94,7 +94,7 @@ def test_new_plugins_of_all_other_kinds_pass_their_type_check(written: Path, sit
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_word_of_the_template_is_left(written: Path, kind: str) -> None:
+def test_no_placeholder_of_the_template_is_left(written: Path, kind: str) -> None:
     files = {p: p.read_text() for p in (written / kind).rglob("*") if p.is_file()}
     assert len(files) == 6
     for path, text in files.items():
@@ -102,7 +102,7 @@ def test_no_word_of_the_template_is_left(written: Path, kind: str) -> None:
             assert word not in text + str(path.relative_to(written)), path
 
 
-def test_pyproject_says_what_is_published(written: Path) -> None:
+def test_pyproject_declares_the_name_and_the_entry_point(written: Path) -> None:
     project = tomllib.loads((written / "sampler" / "pyproject.toml").read_text())["project"]
     assert project["name"] == "tilewright-acme-sampler"
     assert project["entry-points"] == {
@@ -110,7 +110,7 @@ def test_pyproject_says_what_is_published(written: Path) -> None:
     }
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_pyproject_says_what_is_published(written: Path) -> None:
         (["sampler", "acme", "--out", "no/such/acme"], "there is no folder 'no/such'"),
     ],
 )
-def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(
+def test_an_invalid_name_is_refused_and_nothing_is_written(
     words: list[str],
     message: str,
     tmp_path: Path,
@@ -144,7 +144,7 @@ def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "dangling link"])
-def test_what_exists_is_left_as_it_is(
+def test_existing_files_are_not_overwritten(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -161,7 +161,7 @@ def test_what_exists_is_left_as_it_is(
     assert not there.is_dir() or not list(there.iterdir())
 
 
-def test_a_write_that_fails_leaves_nothing_behind(
+def test_a_failed_write_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_text = Path.write_text
@@ -177,10 +177,10 @@ def test_a_write_that_fails_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-# --- what the documentation shows -----------------------------------------------------------------
+# --- documentation --------------------------------------------------------------------------------
 
 
-def test_the_tutorial_shows_what_is_written_and_tests_that_there_are(
+def test_the_tutorial_matches_the_written_files_and_the_loader_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "docs/writing-plugins.md").read_text()

@@ -1,4 +1,4 @@
-"""What the commands that need no model leave unimported, on which their speed rests.
+"""Commands that need no model import no heavy library and no plugin, so that they start fast.
 
 benchmarks/startup.py measures the times.
 """
@@ -55,7 +55,9 @@ def imported(*arguments: str, site: Path | None = None, **environment: str) -> s
     ],
     ids=" ".join,
 )
-def test_neither_libraries_nor_plugins_are_imported(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_command_without_a_model_imports_no_library_and_no_plugin(
+    tmp_path: Path, arguments: list[str]
+) -> None:
     site = dists.install(tmp_path, dists.GOOD, dists.BROKEN_IMPORT, dists.STALE, *dists.RIVALS)
     modules = imported("-c", RUN, *arguments, site=site)
     assert "tilewright.cli" in modules
@@ -66,14 +68,14 @@ def test_neither_libraries_nor_plugins_are_imported(tmp_path: Path, arguments: l
     assert {m for m in modules if m.startswith(("acme", "tilewright_"))} in (set(), TOOLS)
 
 
-def test_import_tilewright_costs_next_to_nothing() -> None:
+def test_importing_tilewright_imports_no_submodule_and_no_heavy_library() -> None:
     source = "import sys, json, tilewright; print(json.dumps(list(sys.modules)), file=sys.stderr)"
     modules = imported("-c", source)
     assert modules & HEAVY == set()
     assert {m for m in modules if m.startswith("tilewright")} == {"tilewright"}
 
 
-def test_a_name_imports_what_it_needs_and_no_plugin() -> None:
+def test_importing_a_public_name_imports_no_heavy_library() -> None:
     source = (
         "import sys, json; from tilewright import hookimpl, GenerateConfig; "
         "print(json.dumps(list(sys.modules)), file=sys.stderr)"
@@ -96,7 +98,7 @@ def test_tomlkit_is_imported_to_write_and_not_to_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["loader", "weight_format"])
-def test_a_shipped_loader_says_what_it_is_without_torch(kind: str) -> None:
+def test_showing_a_shipped_loader_does_not_import_torch(kind: str) -> None:
     for plugin in plugins.installed(kind):
         if plugin.distribution == "tilewright":
             arguments = ["plugins", "show", plugin.qualified, "--kind", kind]

@@ -1,7 +1,7 @@
-"""Runs on a host whose cards task-submit hands out: which card they take, and what comes back.
+"""Runs on a host whose cards task-submit allocates: which card they take, and what they return.
 
-tests/support/task_submit.py stands in for it. No card is here, so the runs that go to their end
-are on platform ``emulated``; those for a hardware platform end where the card would be opened.
+tests/support/task_submit.py stands in for it. The tests need no card: complete runs are on platform
+``emulated``, and runs for a hardware platform end where they would open the card.
 """
 
 import ast
@@ -48,7 +48,7 @@ def token_ids(text: str) -> list[int]:
 END_OF_TEXT = token_ids("<|endoftext|>")
 
 
-# --- the stand-in keeps to the documented rules ---------------------------------------------------
+# --- the stand-in follows the documented rules ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ END_OF_TEXT = token_ids("<|endoftext|>")
         ("run 'Roses; violets'", "run 'Roses; violets'"),
     ],
 )
-def test_a_command_gets_its_card_unless_it_looks_as_if_it_had_one(command, runs):
+def test_a_command_gets_a_device_flag_unless_it_seems_to_name_a_card(command, runs):
     assert with_card(command, "5") == runs
 
 
@@ -81,7 +81,7 @@ def test_a_command_gets_its_card_unless_it_looks_as_if_it_had_one(command, runs)
         (("--device", "3"), "echo", ""),
     ],
 )
-def test_a_task_is_told_its_card(argv, command, out):
+def test_a_task_gets_its_card_as_a_variable_or_a_flag(argv, command, out):
     done = submit(command, *argv)
     assert (done.returncode, done.stdout.strip()) == (0, out)
 
@@ -101,7 +101,7 @@ def test_a_task_is_told_its_card(argv, command, out):
         ((), "echo one\necho two", 126),
     ],
 )
-def test_the_exit_code_is_the_tasks_own_unless_it_was_not_let_run(argv, command, code):
+def test_the_exit_code_is_that_of_the_task_unless_it_was_rejected_or_timed_out(argv, command, code):
     done = submit(command, *argv)
     assert done.returncode == code
     assert code != 126 or done.stdout == ""
@@ -110,7 +110,7 @@ def test_the_exit_code_is_the_tasks_own_unless_it_was_not_let_run(argv, command,
 # --- whole runs, on platform emulated -------------------------------------------------------------
 
 
-def test_the_example_prints_text_token_ids_and_why_it_ended():
+def test_the_example_prints_text_token_ids_and_finish_reason():
     done = submit(f'{EXAMPLE} --platform emulated --prompt "{PLEDGE}"')
     assert done.returncode == 0, done.stderr
     assert "--device 5" in done.stderr
@@ -121,7 +121,7 @@ def test_the_example_prints_text_token_ids_and_why_it_ended():
     assert device == "device: emulated"
 
 
-def test_a_run_file_gives_the_same(tmp_path):
+def test_a_run_file_gives_the_same_result_as_the_example(tmp_path):
     (tmp_path / "run.toml").write_text(
         f"""\
         [plugins]
@@ -148,7 +148,7 @@ def test_a_run_file_gives_the_same(tmp_path):
     assert record["device"] == "emulated"
 
 
-def test_prompts_with_a_shells_characters_come_from_files(tmp_path):
+def test_prompts_with_shell_characters_can_be_read_from_files(tmp_path):
     prompts = [CLAUSE, "cat laws | grep press && echo found; reboot"]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     argv = f"{EMULATED} --max-new-tokens {len(token_ids(NEXT_CLAUSE))} --json"
@@ -159,14 +159,14 @@ def test_prompts_with_a_shells_characters_come_from_files(tmp_path):
     assert [record["prompt"] for record in records] == prompts
     assert records[0]["text"] == NEXT_CLAUSE
 
-    # On the command line, the semicolon costs the flag.
+    # With a semicolon on the command line, task-submit does not add the flag.
     done = submit(f"{TILEWRIGHT} generate {shlex.quote(CLAUSE)} {argv}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0].endswith("--json")
     assert json.loads(done.stdout)["text"] == NEXT_CLAUSE
 
 
-def test_bench_takes_a_card_too():
+def test_bench_takes_the_granted_card():
     argv = "--prompt-tokens 4 --new-tokens 2 --repeat 1 --warmup 0 --json"
     done = submit(f"{TILEWRIGHT} bench {EMULATED} {argv}")
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def test_bench_takes_a_card_too():
     assert len(report["results"]) == 1
 
 
-def test_a_run_that_is_killed_leaves_an_older_output_file_as_it_was(tmp_path):
+def test_a_killed_run_keeps_the_old_output_file(tmp_path):
     (tmp_path / "out.txt").write_text("old")
     command = f"{TILEWRIGHT} generate {EMULATED} --output out.txt --ignore-eos"
     done = submit(
@@ -189,8 +189,8 @@ def test_a_run_that_is_killed_leaves_an_older_output_file_as_it_was(tmp_path):
     ]
 
 
-def test_a_run_that_fails_says_why_and_gives_its_own_exit_code(tmp_path):
-    """Without --device on the command, so that it is TASK_DEVICE that gets it past the card."""
+def test_a_failed_run_returns_its_error_and_its_exit_code(tmp_path):
+    """The command gets no --device, so its card comes from TASK_DEVICE."""
     command = f"{TILEWRIGHT} generate 'a; b' --executor pypto-npu"
     done = submit(f"{command} -o pypto_root=nothing-here --output out.txt", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -206,7 +206,7 @@ def test_a_run_that_fails_says_why_and_gives_its_own_exit_code(tmp_path):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The cards that would be opened; opening one ends the run with code 2."""
+    """The cards that a run tries to open; each attempt ends the run with exit code 2."""
     cards: list[int | None] = []
 
     def open_none(options, card, request):
@@ -218,7 +218,7 @@ def opened(monkeypatch):
 
 
 def run_under_task_submit(monkeypatch, command: str, card: str = "5") -> int:
-    """The command as task-submit would change it, in this process."""
+    """Runs the command in this process, with the changes that task-submit makes to it."""
     monkeypatch.setenv("TASK_DEVICE", card)
     program, *argv = shlex.split(with_card(command, card))
     assert program == "tilewright"
@@ -253,14 +253,18 @@ def test_a_flag_wins_over_the_granted_card(monkeypatch, capsys, opened, command,
     ("flags", "card"),
     [("", 5), ("--prompt 'a; b'", 5), ("--device 3", 3), ("--prompt 'a; b' -o device=3", 3)],
 )
-def test_both_win_over_a_run_file(monkeypatch, capsys, tmp_path, opened, stale, flags, card):
+def test_flags_and_the_granted_card_win_over_a_run_file(
+    monkeypatch, capsys, tmp_path, opened, stale, flags, card
+):
     path = tmp_path / "run.toml"
     path.write_text(f'{stale}\n[plugins]\nexecutor = "pypto-npu"\n')
     assert run_under_task_submit(monkeypatch, f"tilewright run {path} {flags}") == 2
     assert opened == [card], capsys.readouterr().err
 
 
-def test_a_flag_displaces_a_files_card_by_either_name(monkeypatch, capsys, tmp_path, opened):
+def test_a_flag_overrides_the_card_of_a_run_file_in_either_section(
+    monkeypatch, capsys, tmp_path, opened
+):
     path = tmp_path / "run.toml"
     path.write_text('[runtime]\ndevice = "1"\n[plugins]\nexecutor = "pypto-npu"\n')
     assert main(["run", str(path), "-o", "device=3"]) == 2
@@ -269,15 +273,15 @@ def test_a_flag_displaces_a_files_card_by_either_name(monkeypatch, capsys, tmp_p
     assert opened == [3, 4], capsys.readouterr().err
 
 
-def test_a_card_in_the_options_that_task_submit_does_not_see_is_no_silent_choice(
-    monkeypatch, capsys, opened
-):
+def test_an_option_that_differs_from_the_granted_card_is_an_error(monkeypatch, capsys, opened):
     assert run_under_task_submit(monkeypatch, f"{GENERATE} -o device=3") == 2
     assert opened == []
     assert "device is 5 in the runtime's settings and 3 in the options" in capsys.readouterr().err
 
 
-def test_without_a_queue_the_run_file_says_which(monkeypatch, capsys, tmp_path, opened):
+def test_the_card_comes_from_the_run_file_unless_the_environment_names_one(
+    monkeypatch, capsys, tmp_path, opened
+):
     path = tmp_path / "run.toml"
     path.write_text('[runtime]\ndevice = "1"\n[plugins]\nexecutor = "pypto-npu"\n')
     assert main(["run", str(path)]) == 2
@@ -298,7 +302,7 @@ def test_from_config_takes_the_granted_card(monkeypatch, tmp_path, opened):
 
 
 @pytest.mark.parametrize("platform", ["a2a3", "a5"])
-def test_without_any_card_nothing_is_opened(capsys, opened, platform):
+def test_a_hardware_platform_without_a_card_is_refused(capsys, opened, platform):
     argv = ["generate", "--executor", "pypto-npu", "-o", f"platform={platform}"]
     assert main([*argv, "-o", "pypto_root=nothing-here"]) == 2
     out, err = capsys.readouterr()
@@ -320,7 +324,7 @@ def test_without_any_card_nothing_is_opened(capsys, opened, platform):
         (None, 0, "5", 0),
     ],
 )
-def test_in_python_settings_are_as_flags(monkeypatch, asked, option, granted, card):
+def test_in_python_the_card_follows_the_same_precedence(monkeypatch, asked, option, granted, card):
     if granted:
         monkeypatch.setenv("TASK_DEVICE", granted)
     runtime = RuntimeConfig(device=asked)
@@ -342,7 +346,9 @@ def test_in_python_settings_are_as_flags(monkeypatch, asked, option, granted, ca
         (None, None, "0,1", "the number of a card as TASK_DEVICE, found '0,1'"),
     ],
 )
-def test_what_names_no_card_is_refused(monkeypatch, asked, option, granted, message):
+def test_a_device_that_does_not_name_one_card_is_refused(
+    monkeypatch, asked, option, granted, message
+):
     if granted is not None:
         monkeypatch.setenv("TASK_DEVICE", granted)
     with pytest.raises((ExecutorError, ConfigError), match=message):
@@ -350,14 +356,14 @@ def test_what_names_no_card_is_refused(monkeypatch, asked, option, granted, mess
 
 
 @pytest.mark.parametrize("platform", ["a2a3sim", "emulated"])
-def test_where_there_are_no_cards_a_device_that_is_no_number_is_refused(platform):
+def test_a_platform_without_cards_refuses_other_device_names_than_cpu(platform):
     assert chosen_card(Options(platform=platform), RuntimeConfig(device="cpu")) is None
     with pytest.raises(ExecutorError, match=f"{platform} has no cards: .* found 'npu:3'"):
         chosen_card(Options(platform=platform), RuntimeConfig(device="npu:3"))
 
 
 @pytest.mark.parametrize("granted", [None, "", "5"])
-def test_a_granted_card_takes_the_run_files_card_out_of_the_settings(tmp_path, granted):
+def test_a_granted_card_removes_the_run_files_card_from_the_settings(tmp_path, granted):
     path = tmp_path / "run.toml"
     path.write_text(
         '[plugins]\nexecutor = "pypto-npu"\n'

@@ -36,7 +36,7 @@ def module(source: str, name: str = "acme-x") -> dists.Distribution:
     return dists.sampler(name, "x", source)
 
 
-# --- finding installed plugins -------------------------------------------------------------------
+# --- finding installed plugins --------------------------------------------------------------------
 
 
 def as_importlib_sees(folders: list[str]) -> set[tuple[str, ...]]:
