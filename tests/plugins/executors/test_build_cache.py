@@ -1,4 +1,4 @@
-"""What was compiled once is loaded again, whole or not at all, by however many processes."""
+"""The build cache: kernels are compiled once and loaded again, by one process or several."""
 
 import json
 import os
@@ -17,7 +17,7 @@ KEY = {"source": "def kernel(): ...", "platform": "a2a3sim"}
 
 
 class Compiler:
-    """Writes a file where it is told, and reads it again; counts how often."""
+    """Writes a file to the given folder and reads it again; records the messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -44,7 +44,7 @@ def home_in(folder: Path) -> Path:
     return home
 
 
-def test_the_second_time_it_is_loaded(tmp_path, compiler):
+def test_a_kernel_compiled_before_is_loaded_from_the_cache(tmp_path, compiler):
     assert compiler.cached(tmp_path) == ("compiled", None)
     made, seconds = compiler.cached(tmp_path)
     assert made == "compiled before"
@@ -52,7 +52,7 @@ def test_the_second_time_it_is_loaded(tmp_path, compiler):
     assert compiler.said == ["compiling kernel", "loading kernel"]
 
 
-def test_the_stamp_tells_what_was_compiled_and_when(tmp_path, compiler):
+def test_the_stamp_records_the_key_and_the_time(tmp_path, compiler):
     compiler.cached(tmp_path)
     stamp = json.loads((home_in(tmp_path) / STAMP).read_text())
     assert stamp["key"] == KEY
@@ -61,19 +61,19 @@ def test_the_stamp_tells_what_was_compiled_and_when(tmp_path, compiler):
 
 
 @pytest.mark.parametrize("part", KEY)
-def test_each_part_of_the_key_counts(tmp_path, compiler, part):
+def test_a_change_in_any_part_of_the_key_compiles_again(tmp_path, compiler, part):
     compiler.cached(tmp_path)
     assert compiler.cached(tmp_path, KEY | {part: "another"}) == ("compiled", None)
     assert compiler.cached(tmp_path)[0] == "compiled before"
 
 
-def test_the_order_of_the_key_does_not_count(tmp_path, compiler):
+def test_the_order_of_the_key_does_not_matter(tmp_path, compiler):
     compiler.cached(tmp_path)
     assert compiler.cached(tmp_path, dict(reversed(KEY.items())))[0] == "compiled before"
 
 
 def test_a_folder_that_was_moved_is_not_used(tmp_path, compiler):
-    # What PyPTO writes holds absolute paths.
+    # The files that PyPTO writes contain absolute paths.
     (tmp_path / "here").mkdir()
     compiler.cached(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
@@ -81,7 +81,7 @@ def test_a_folder_that_was_moved_is_not_used(tmp_path, compiler):
 
 
 @pytest.mark.parametrize("stamp", [None, "", "{}", "[]", '{"seconds": "x"}'])
-def test_a_folder_without_a_whole_stamp_is_compiled_anew(tmp_path, compiler, stamp):
+def test_a_folder_without_a_complete_stamp_is_compiled_again(tmp_path, compiler, stamp):
     compiler.cached(tmp_path)
     home = home_in(tmp_path)
     (home / "left behind").touch()
@@ -90,7 +90,7 @@ def test_a_folder_without_a_whole_stamp_is_compiled_anew(tmp_path, compiler, sta
     assert not (home / "left behind").exists()
 
 
-def test_a_folder_that_does_not_load_is_compiled_anew(tmp_path, compiler):
+def test_a_folder_that_does_not_load_is_compiled_again(tmp_path, compiler):
     compiler.cached(tmp_path)
     (home_in(tmp_path) / "kernel.bin").unlink()
     assert compiler.cached(tmp_path) == ("compiled", None)
@@ -106,7 +106,7 @@ def failing(error: BaseException):
     return compile
 
 
-def test_what_failed_is_left_to_be_looked_at_and_tried_again(tmp_path, compiler, monkeypatch):
+def test_a_failed_build_keeps_its_files_and_is_compiled_again(tmp_path, compiler, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "compile", failing(ExecutorError("no such operator")))
         with pytest.raises(ExecutorError, match="no such operator"):
@@ -115,7 +115,7 @@ def test_what_failed_is_left_to_be_looked_at_and_tried_again(tmp_path, compiler,
     assert compiler.cached(tmp_path) == ("compiled", None)
 
 
-def test_a_keypress_leaves_neither_stamp_nor_lock(tmp_path, compiler, monkeypatch):
+def test_ctrl_c_leaves_neither_stamp_nor_lock(tmp_path, compiler, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "compile", failing(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -188,7 +188,7 @@ def test_of_two_processes_one_compiles_and_the_other_waits(tmp_path, two):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_when_one_is_killed_the_other_compiles(tmp_path, two, how):
+def test_when_the_compiling_process_is_killed_the_waiting_one_compiles(tmp_path, two, how):
     first, second = two
     first.send_signal(how)
     assert second.stdout.readline() == "compiling kernel\n"
@@ -197,7 +197,7 @@ def test_when_one_is_killed_the_other_compiles(tmp_path, two, how):
     assert (home_in(tmp_path / "cache") / STAMP).exists()
 
 
-def test_one_that_waits_can_be_interrupted(tmp_path, two):
+def test_a_waiting_process_can_be_interrupted(tmp_path, two):
     first, second = two
     second.send_signal(signal.SIGINT)
     assert second.wait(60) != 0
@@ -205,15 +205,15 @@ def test_one_that_waits_can_be_interrupted(tmp_path, two):
     assert first.communicate()[0] == "compiled\n"
 
 
-# --- folders that take no files -------------------------------------------------------------------
+# --- folders that are not writable ----------------------------------------------------------------
 
 
-def test_the_folder_is_made(tmp_path, compiler):
+def test_a_missing_cache_folder_is_created(tmp_path, compiler):
     assert compiler.cached(tmp_path / "a" / "b") == ("compiled", None)
 
 
 @pytest.mark.parametrize("inside", ["", "below"])
-def test_a_file_in_its_place_is_refused(tmp_path, compiler, inside):
+def test_a_file_in_place_of_the_cache_folder_is_refused(tmp_path, compiler, inside):
     (tmp_path / "file").touch()
     with pytest.raises(ExecutorError) as error:
         compiler.cached(tmp_path / "file" / inside)
@@ -223,13 +223,13 @@ def test_a_file_in_its_place_is_refused(tmp_path, compiler, inside):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_of_somebody_else_is_refused(tmp_path, compiler):
+def test_a_folder_without_write_permission_is_refused(tmp_path, compiler):
     tmp_path.chmod(0o500)
     with pytest.raises(ExecutorError, match=r"Permission denied.*make it a writable folder"):
         compiler.cached(tmp_path)
 
 
-def test_a_disk_that_takes_no_more_is_refused(tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_no_stamp(tmp_path):
     code = textwrap.dedent("""
         import resource, sys
         from pathlib import Path
@@ -249,7 +249,7 @@ def test_a_disk_that_takes_no_more_is_refused(tmp_path):
     assert not list(tmp_path.rglob(STAMP))
 
 
-def test_the_default_is_in_the_users_cache(monkeypatch, tmp_path):
+def test_the_default_folder_is_in_the_cache_directory_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "tilewright" / "pypto"
     monkeypatch.delenv("XDG_CACHE_HOME")

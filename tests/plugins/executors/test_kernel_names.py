@@ -1,4 +1,4 @@
-"""Names that PyPTO's generated C++ would confuse: refused, and what PyPTO and g++ make of them."""
+"""Names that collide in PyPTO's generated C++ are refused; PyPTO and g++ confirm the rules."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -60,7 +60,7 @@ for i in pl.range(batch):
 
 
 def outer(name: str) -> str:
-    """A local that is read in a loop whose generated code may have another one of that name."""
+    """A local that is read in a loop whose generated code may define the same name again."""
     return f"""\
 {name} = pl.cast(pl.read(lens, [0]), pl.INDEX)
 for i in pl.range(batch):
@@ -72,7 +72,7 @@ for i in pl.range(batch):
 
 
 CONFUSED = {
-    # The body, the line of it and the name that are refused, and why.
+    # The body, the line in it, the name that is refused, and the reason in the error.
     "a parallel loop's temporary": (loop("t", "parallel"), 0, "t", "calls its temporaries t"),
     "a temporary": (loop("t"), 0, "t", "calls its temporaries t"),
     "a temporary before the loop": (
@@ -206,7 +206,7 @@ def written(folder: Path, body: str) -> Path:
 
 
 @pytest.mark.parametrize("what", CONFUSED)
-def test_a_name_that_pypto_confuses_is_refused_with_its_line(what, tmp_path):
+def test_a_name_that_collides_in_generated_code_is_refused_with_its_line(what, tmp_path):
     body, line, name, why = CONFUSED[what]
     file = written(tmp_path, body)
     with pytest.raises(ExecutorError) as error:
@@ -217,20 +217,20 @@ def test_a_name_that_pypto_confuses_is_refused_with_its_line(what, tmp_path):
 
 
 @pytest.mark.parametrize("what", KEPT_APART)
-def test_a_name_that_pypto_keeps_apart_is_not_refused(what, tmp_path):
+def test_a_name_that_stays_distinct_in_generated_code_is_accepted(what, tmp_path):
     check_file(written(tmp_path, KEPT_APART[what]))
 
 
 @pytest.mark.pypto
 @pytest.mark.parametrize("what", CONFUSED)
-def test_pypto_confuses_what_is_refused(what, tmp_path):
+def test_refused_names_collide_in_the_code_that_pypto_generates(what, tmp_path):
     body, *_ = CONFUSED[what]
     assert complaints_about(written(tmp_path, body), tmp_path)
 
 
 @pytest.mark.pypto
 @pytest.mark.parametrize("what", KEPT_APART)
-def test_pypto_keeps_apart_what_is_not_refused(what, tmp_path):
+def test_accepted_names_stay_distinct_in_the_code_that_pypto_generates(what, tmp_path):
     assert complaints_about(written(tmp_path, KEPT_APART[what]), tmp_path) == []
 
 
@@ -248,10 +248,10 @@ def defined_in(file: Path) -> Any:
     return module
 
 
-# --- where it is refused --------------------------------------------------------------------------
+# --- where names are refused ----------------------------------------------------------------------
 
 
-def test_the_emulation_refuses_it_where_the_kernel_is_defined():
+def test_the_emulation_refuses_a_colliding_name_when_the_kernel_is_defined():
     pl = language
 
     with pytest.raises(ExecutorError, match=rf"{__file__}:\d+: kernel: rename t: "):
@@ -266,7 +266,7 @@ def test_the_emulation_refuses_it_where_the_kernel_is_defined():
                     y[t : t + 1, 0:32] = pl.full([1, 32], dtype=pl.FP32, value=0.0)
 
 
-def test_the_emulation_knows_the_extents_of_a_kernels_parameters():
+def test_the_emulation_refuses_a_name_that_collides_with_a_dynamic_extent():
     pl = language
     rows = pl.dynamic("ROWS")
 
@@ -279,8 +279,8 @@ def test_the_emulation_knows_the_extents_of_a_kernels_parameters():
 
 
 @pytest.mark.parametrize("file", ["decode_layer", "blocks"])
-def test_a_kernel_is_refused_when_it_is_loaded_for_pypto(file, tmp_path, monkeypatch):
-    """The check comes before PyPTO, or a language in its place, sees the kernel."""
+def test_a_kernel_with_a_colliding_name_is_refused_when_it_is_loaded(file, tmp_path, monkeypatch):
+    """The check runs before PyPTO, or the language in its place, sees the kernel."""
     for name in ("blocks", "decode_layer"):
         text = source.path(name).read_text()
         if name == file:
@@ -294,5 +294,5 @@ def test_a_kernel_is_refused_when_it_is_loaded_for_pypto(file, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["blocks", *source.KERNELS])
-def test_the_shipped_kernels_have_no_such_name(name):
+def test_the_shipped_kernels_have_no_colliding_names(name):
     check_file(source.path(name))

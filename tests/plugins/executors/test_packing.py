@@ -1,4 +1,4 @@
-"""What a comparison says of a weight that is not as the checkpoint has it."""
+"""How a comparison describes a weight that differs from the checkpoint."""
 
 import pytest
 import torch
@@ -35,12 +35,12 @@ NORM = torch.tensor([0.5, 2.0, 1.0])
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_known_ways_to_pack_a_weight_wrongly_are_told_in_words(packed, source, told, dtype):
+def test_common_packing_errors_are_described_in_words(packed, source, told, dtype):
     others = [("up", UP.to(dtype))]
     assert how_packed(packed.to(dtype).contiguous(), source.to(dtype), others) == told
 
 
-def test_other_weights_are_read_only_if_need_be():
+def test_other_weights_are_read_only_if_needed():
     def others():
         raise AssertionError("read")
         yield

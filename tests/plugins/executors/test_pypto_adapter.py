@@ -1,4 +1,4 @@
-"""PyPTO behind the adapter: on a fake of ours, and the fake held to the real one."""
+"""The PyPTO adapter on a fake PyPTO, and the fake checked against the real one."""
 
 import inspect
 import json
@@ -42,7 +42,7 @@ SHAPE = LayerShape(
 
 @pytest.fixture
 def log(tmp_path):
-    """What the fake was asked for, line by line."""
+    """The calls that the fake received, one per line."""
 
     def lines(beginning: str = "") -> list[str]:
         file = tmp_path / "machine" / "log"
@@ -54,7 +54,7 @@ def log(tmp_path):
 
 @pytest.fixture
 def opened(pypto_root, monkeypatch, tmp_path):
-    """Opens devices of the fake, and closes them."""
+    """Opens devices of the fake, and closes them after the test."""
     monkeypatch.setattr(installation, "DEV", cards(tmp_path / "dev", 0, 3))
     devices = []
 
@@ -106,7 +106,7 @@ def test_a_layer_on_the_device_agrees_with_the_torch_executor(opened, kernel):
     news = [1, 1, 1] if kernel == "decode_layer" else [9, 20, 1]
 
     def on_device(tensors: dict[str, torch.Tensor]) -> None:
-        """Weights and caches on the device; what is new in each step comes from the host."""
+        """Weights and caches stay on the device; the other tensors are passed from the host."""
         stays = [n for n in tensors if n[:1] == "w" or "norm" in n or "cache" in n]
         kept = {n: device.keep(tensors[n]) for n in stays}
         run(**tensors | kept)
@@ -129,7 +129,7 @@ def test_only_outputs_come_back_to_the_host(opened):
     assert torch.equal(tensors["hidden"], before)
 
 
-def test_storage_of_the_cache_comes_as_rows(opened):
+def test_cache_storage_is_allocated_as_rows(opened):
     device = opened()
     rows = device.allocate((5, 2, 16, 32), torch.bfloat16)
     assert tuple(rows.shape) == (5 * 2 * 16, 32)
@@ -138,10 +138,10 @@ def test_storage_of_the_cache_comes_as_rows(opened):
     assert device.read(rows).shape == (160, 32)
 
 
-def test_what_is_written_is_read_again(opened):
+def test_tensors_written_to_the_device_are_read_back(opened):
     device = opened()
     kept = device.keep(torch.zeros(3, 4))
-    new = torch.arange(12.0).view(4, 3).T  # as no device has it
+    new = torch.arange(12.0).view(4, 3).T  # not contiguous
     device.write(kept, new)
     assert torch.equal(device.read(kept), new)
     rows = device.allocate((2, 2, 16, 32), torch.bfloat16)
@@ -149,7 +149,7 @@ def test_what_is_written_is_read_again(opened):
     assert device.read(rows).eq(1).all()
 
 
-def test_a_tensor_that_does_not_fit_is_refused_by_name(opened):
+def test_a_tensor_of_a_wrong_name_dtype_or_layout_is_refused(opened):
     device = opened()
     tensors = head_tensors(device)
     head = device.load(["head"], SHAPE)["head"]
@@ -165,7 +165,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(opened):
     ("platform", "card", "name", "number"),
     [("a2a3", 3, "a2a3 card 3", 3), ("a5", 0, "a5 card 0", 0), ("a5sim", None, "a5sim", 0)],
 )
-def test_a_call_goes_to_the_card_with_the_rings_as_asked(opened, log, platform, card, name, number):
+def test_a_call_uses_the_selected_card_and_ring_sizes(opened, log, platform, card, name, number):
     device = opened(platform, card, ring_task_window=131072, ring_dep_pool=5)
     assert device.name == name
     device.load(["head"], SHAPE)["head"](**head_tensors(device))
@@ -174,7 +174,7 @@ def test_a_call_goes_to_the_card_with_the_rings_as_asked(opened, log, platform, 
     assert with_rings == {"ring_task_window": 131072, "ring_heap": None, "ring_dep_pool": 5}
 
 
-def test_a_call_gets_rings_that_are_large_enough_for_it(opened, log, monkeypatch):
+def test_a_call_gets_rings_large_enough_for_its_kernel(opened, log, monkeypatch):
     monkeypatch.setitem(rings.STANDARD, "ring_heap", 1024)
     device = opened("a2a3sim", ring_task_window=131072)
     device.load(["head"], SHAPE)["head"](**head_tensors(device))
@@ -196,14 +196,14 @@ def test_a_call_gets_rings_that_are_large_enough_for_it(opened, log, monkeypatch
         ("ring_dep_pool", [3, 1 << 31], [4, 5, (1 << 31) - 1]),
     ],
 )
-def test_sizes_of_rings_are_those_that_pypto_takes(ring, wrong, right):
+def test_ring_sizes_that_pypto_does_not_accept_are_refused(ring, wrong, right):
     for size in wrong:
         with pytest.raises(ValueError, match=ring):
             Options(**{ring: size})
     assert [getattr(Options(**{ring: size}), ring) for size in right] == right
 
 
-def test_the_memory_limit_is_the_machines_or_a_cards(opened):
+def test_the_memory_limit_follows_the_card_or_the_machine(opened):
     assert opened("a2a3", 0).memory_limit == 16 << 30
     from tilewright.machine import total_memory
 
@@ -213,7 +213,7 @@ def test_the_memory_limit_is_the_machines_or_a_cards(opened):
 # --- compiling ------------------------------------------------------------------------------------
 
 
-def test_kernels_are_compiled_once_and_loaded_by_the_next(opened, log):
+def test_kernels_are_compiled_once_and_loaded_by_the_next_device(opened, log):
     said = []
     report = lambda *what: said.append(what)  # noqa: E731
     kernels = ["prefill_layer", "decode_layer", "head"]
@@ -235,7 +235,7 @@ def test_kernels_are_compiled_once_and_loaded_by_the_next(opened, log):
     assert tensors["logits"].isfinite().all()
 
 
-def test_what_matters_is_compiled_anew_and_nothing_else(opened, log, pypto_root, tmp_path):
+def test_only_changes_that_affect_the_code_compile_it_again(opened, log, pypto_root, tmp_path):
     def compiles(shape: LayerShape = SHAPE, **how: Any) -> bool:
         before = len(log("compile"))
         opened(**how).load(["head"], shape)
@@ -258,7 +258,7 @@ def test_what_matters_is_compiled_anew_and_nothing_else(opened, log, pypto_root,
 
 
 @pytest.mark.parametrize("changed", ["head.py", "blocks.py"])
-def test_a_kernel_whose_source_changed_is_compiled_anew(
+def test_a_kernel_whose_source_changed_is_compiled_again(
     opened, log, tmp_path, monkeypatch, changed
 ):
     opened().load(["head"], SHAPE)
@@ -272,7 +272,7 @@ def test_a_kernel_whose_source_changed_is_compiled_anew(
     assert len(log("compile")) == 2
 
 
-def test_a_folder_that_pypto_cannot_load_is_compiled_anew(opened, log):
+def test_a_build_that_pypto_cannot_load_is_compiled_again(opened, log):
     device = opened()
     device.load(["head"], SHAPE)
     (device.artifacts["head"] / "compiled_meta.json").write_text("{")
@@ -280,7 +280,7 @@ def test_a_folder_that_pypto_cannot_load_is_compiled_anew(opened, log):
     assert len(log("compile")) == 2
 
 
-def test_the_artifacts_are_where_the_device_says(opened, tmp_path):
+def test_the_device_reports_where_its_artifacts_are(opened, tmp_path):
     device = opened(build_dir=str(tmp_path / "builds"))
     assert device.artifacts == {}
     device.load(["head"], SHAPE)
@@ -291,7 +291,7 @@ def test_the_artifacts_are_where_the_device_says(opened, tmp_path):
 
 @pytest.mark.parametrize("before", [None, "7"])
 @pytest.mark.parametrize("jobs", [1, 3, None])
-def test_jobs_bound_assemblers_and_compilers(opened, monkeypatch, log, before, jobs):
+def test_compile_jobs_limits_assemblers_and_compilers(opened, monkeypatch, log, before, jobs):
     name, most = "PYPTO_CODEGEN_MAX_WORKERS", jobs or len(os.sched_getaffinity(0))
     monkeypatch.delenv(name, raising=False)
     if before:
@@ -315,7 +315,7 @@ def spying(function, then):
     return spied
 
 
-def test_parameters_that_pypto_made_up_are_refused(opened, monkeypatch):
+def test_parameters_that_are_not_in_the_source_are_refused(opened, monkeypatch):
     device = opened()
     program = sys.modules["pypto.ir"].CompiledProgram
     monkeypatch.setattr(program, "param_names", ["hidden", "final_norm", "lm_head", "logits_v1"])
@@ -324,7 +324,7 @@ def test_parameters_that_pypto_made_up_are_refused(opened, monkeypatch):
     assert str(device.artifacts["head"]) in one_line(error)
 
 
-def test_nothing_gets_to_stdout(opened, capfd):
+def test_pypto_output_does_not_reach_stdout(opened, capfd):
     device = opened()
     device.load(["head"], SHAPE)["head"](**head_tensors(device))
     opened().load(["head"], SHAPE)
@@ -381,7 +381,7 @@ def test_of_two_processes_one_compiles(pypto_root, log):
     ]
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 RINGS = "raise options ring_task_window, ring_dep_pool and ring_heap (131072, 131072 and 4294967296"
 NATIVE = "finalize_native_run failed with code {} run_id=4 dispatch=9\n\nC++ Traceback (most recent"
@@ -428,7 +428,7 @@ def test_a_failure_names_kernel_device_cause_artifacts_and_advice(
     assert "Traceback" not in line
 
 
-def test_a_simulator_is_not_looked_for_with_npu_smi(opened, monkeypatch):
+def test_errors_of_a_simulator_do_not_suggest_npu_smi(opened, monkeypatch):
     device = opened("a2a3sim")
     monkeypatch.setenv("FAKE_PYPTO", failing(run_head="the device was lost"))
     with pytest.raises(ExecutorError) as error:
@@ -436,7 +436,7 @@ def test_a_simulator_is_not_looked_for_with_npu_smi(opened, monkeypatch):
     assert "npu-smi" not in one_line(error)
 
 
-def test_after_a_failure_it_can_be_closed_and_opened_again(opened, monkeypatch, caplog):
+def test_a_device_can_be_closed_and_reopened_after_a_failure(opened, monkeypatch, caplog):
     device = opened("a2a3", 3)
     head = device.load(["head"], SHAPE)["head"]
     lost = failing(run_head="device 3 was lost", free="device lost", close="device lost")
@@ -453,7 +453,7 @@ def test_after_a_failure_it_can_be_closed_and_opened_again(opened, monkeypatch, 
     assert tensors["logits"].isfinite().all()
 
 
-def test_a_closed_device_says_so(opened):
+def test_a_closed_device_refuses_every_use(opened):
     device = opened()
     head, tensors = device.load(["head"], SHAPE)["head"], head_tensors(device)
     device.close()
@@ -469,7 +469,7 @@ def test_a_closed_device_says_so(opened):
             use()
 
 
-def test_a_keypress_goes_through(opened, monkeypatch):
+def test_ctrl_c_while_compiling_is_not_caught(opened, monkeypatch):
     device = opened()
     monkeypatch.setattr(source, "load", spying(source.load, interrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -480,14 +480,14 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def test_a_card_that_does_not_open_is_told(opened, monkeypatch):
+def test_a_card_that_does_not_open_is_an_error_with_advice(opened, monkeypatch):
     monkeypatch.setenv("FAKE_PYPTO", failing(open="simpler_init failed with code 507033"))
     with pytest.raises(ExecutorError, match="a2a3 card 3 cannot be opened: simpler_init") as error:
         opened("a2a3", 3)
     assert "`npu-smi info` whether card 3" in one_line(error)
 
 
-def test_weights_that_do_not_fit_are_told_with_what_is_kept(opened, monkeypatch):
+def test_weights_that_do_not_fit_are_an_error_with_the_memory_in_use(opened, monkeypatch):
     device = opened("a2a3", 3)
     monkeypatch.setenv("FAKE_PYPTO_MEMORY", str(3 << 20))
     device.keep(torch.zeros(1 << 19))
@@ -499,7 +499,7 @@ def test_weights_that_do_not_fit_are_told_with_what_is_kept(opened, monkeypatch)
     assert "weights_on_device=false" in line
 
 
-def test_a_cache_that_does_not_fit_is_out_of_pages(opened, monkeypatch):
+def test_a_cache_that_does_not_fit_is_an_out_of_pages_error(opened, monkeypatch):
     device = opened("a2a3", 3)
     monkeypatch.setenv("FAKE_PYPTO_MEMORY", "1000")
     with pytest.raises(OutOfPagesError, match="set total_pages"):
@@ -512,7 +512,7 @@ def test_a_cache_that_does_not_fit_is_out_of_pages(opened, monkeypatch):
 # --- which pypto ----------------------------------------------------------------------------------
 
 
-def test_another_pypto_that_is_imported_already_is_refused(opened, pypto_root, tmp_path):
+def test_a_second_pypto_in_one_process_is_refused(opened, pypto_root, tmp_path):
     opened()
     other = tmp_path / "other"
     pypto_root.rename(other)
@@ -523,7 +523,7 @@ def test_another_pypto_that_is_imported_already_is_refused(opened, pypto_root, t
     assert str(other) in line
 
 
-def test_what_a_broken_pypto_left_behind_is_not_mixed_with_another(opened, monkeypatch):
+def test_modules_of_a_partly_imported_pypto_are_not_mixed_with_another(opened, monkeypatch):
     left = ModuleType("pypto.events")
     left.__file__ = "/elsewhere/pypto/events.py"
     monkeypatch.setitem(sys.modules, "pypto.events", left)
@@ -531,13 +531,13 @@ def test_what_a_broken_pypto_left_behind_is_not_mixed_with_another(opened, monke
         opened()
 
 
-def test_the_other_architecture_is_refused(opened, monkeypatch):
+def test_a_second_architecture_in_one_process_is_refused(opened, monkeypatch):
     opened("a2a3sim").load(["head"], SHAPE)
     opened("a2a3", 3)
     with pytest.raises(ExecutorError, match="used PyPTO for a2a3, and a5sim is wanted") as error:
         opened("a5sim")
     assert "in a process of its own" in one_line(error)
-    # As PyPTO itself has it, if somebody else used it.
+    # PyPTO itself refuses if other code in the process has used it.
     monkeypatch.setattr(adapter, "_architecture", None)
     with pytest.raises(ExecutorError, match="already set to Ascend910B") as error:
         opened("a5sim").load(["head"], SHAPE)
@@ -558,7 +558,7 @@ def test_the_other_architecture_is_refused(opened, monkeypatch):
         ("runtime/__init__", "init", "runtime.ChipWorker.alloc_tensor(init)"),
     ],
 )
-def test_another_generation_is_refused_with_both_versions(opened, pypto_root, file, name, lacks):
+def test_an_incompatible_pypto_is_refused_with_both_versions(opened, pypto_root, file, name, lacks):
     module = pypto_root / "python" / "pypto" / f"{file}.py"
     text = module.read_text()
     renamed = re.sub(rf"\b{name}\b", f"old_{name}", text)
@@ -573,7 +573,7 @@ def test_another_generation_is_refused_with_both_versions(opened, pypto_root, fi
     assert sys.path == path
 
 
-def test_a_log_that_cannot_be_set_is_no_obstacle(opened, pypto_root):
+def test_a_failure_to_configure_the_log_is_ignored(opened, pypto_root):
     module = pypto_root / "python" / "pypto" / "runtime" / "__init__.py"
     text = module.read_text()
     told = 'events.note(f"runtime log {level}")'
@@ -582,15 +582,13 @@ def test_a_log_that_cannot_be_set_is_no_obstacle(opened, pypto_root):
     opened()
 
 
-def test_one_that_cannot_be_imported_is_told(opened, pypto_root):
+def test_a_pypto_that_cannot_be_imported_is_an_error_with_the_cause(opened, pypto_root):
     (pypto_root / "python" / "pypto" / "ir" / "__init__.py").write_text("import no_such_module")
     with pytest.raises(ExecutorError, match=r"cannot be imported \(ModuleNotFoundError: .*no_such"):
         opened()
 
 
-def test_what_the_platform_lacks_is_told_before_the_device_opens(
-    opened, pypto_root, monkeypatch, log
-):
+def test_missing_tools_are_reported_before_the_device_opens(opened, pypto_root, monkeypatch, log):
     monkeypatch.delenv("PTOAS_ROOT")
     monkeypatch.setenv("PATH", str(pypto_root))
     with pytest.raises(ExecutorError, match=r"lacks 2 .*ptoas.*g\+\+-15"):
@@ -604,7 +602,7 @@ RUNTIME = RuntimeConfig(max_seq_len=64, max_batch_size=1, max_batch_tokens=64)
 
 
 class Watching:
-    """An observer that taps."""
+    """An observer that records preparation and tensors."""
 
     def __init__(self) -> None:
         self.prepared: list[tuple[str, int, int]] = []
@@ -633,7 +631,7 @@ def generated(
         return engine.generate("demo", "When in the Course", config)
 
 
-def test_a_model_writes_what_torch_writes_and_can_be_watched(pypto_root, tmp_path, log):
+def test_a_model_generates_the_text_of_torch_and_notifies_observers(pypto_root, tmp_path, log):
     watching = Watching()
     options = {
         "platform": "a2a3sim",
@@ -654,7 +652,7 @@ def test_a_model_writes_what_torch_writes_and_can_be_watched(pypto_root, tmp_pat
 @pytest.mark.parametrize(
     ("memory", "pages", "what"), [(1 << 21, None, "a tensor of"), (6 << 20, 4096, "KV cache")]
 )
-def test_a_device_too_small_for_the_model_is_given_back(
+def test_a_device_too_small_for_the_model_is_closed(
     pypto_root, monkeypatch, log, memory, pages, what
 ):
     monkeypatch.setenv("FAKE_PYPTO_MEMORY", str(memory))
@@ -673,7 +671,7 @@ def test_a_device_too_small_for_the_model_is_given_back(
         ("build folder", "takes no files"),
     ],
 )
-def test_a_mistake_is_one_line_on_the_command_line(
+def test_an_unusable_pypto_is_a_one_line_error_on_the_command_line(
     pypto_root, tmp_path, monkeypatch, capsys, problem, said
 ):
     options = {"platform": "a2a3sim", "pypto_root": pypto_root, "build_dir": tmp_path / "builds"}
@@ -705,7 +703,7 @@ def test_a_mistake_is_one_line_on_the_command_line(
         ("compile_head", "SIGSEGV", "the process died compiling kernel head"),
     ],
 )
-def test_a_crash_leaves_a_line_that_names_kernel_step_and_artifacts(
+def test_a_crash_prints_a_line_with_kernel_step_and_artifacts(
     pypto_root, tmp_path, place, end, said
 ):
     argv = ["generate", "--executor", "pypto-npu", "-o", "platform=a2a3sim", "--max-seq-len", "64"]
@@ -729,7 +727,7 @@ def test_a_crash_leaves_a_line_that_names_kernel_step_and_artifacts(
     ("place", "said"),
     [("open", "opening a2a3sim"), ("malloc", r"copying \d+.\d MiB to a2a3sim")],
 )
-def test_a_crash_where_no_kernel_runs_leaves_a_line_too(pypto_root, place, said):
+def test_a_crash_outside_a_kernel_prints_a_line(pypto_root, place, said):
     argv = ["--executor", "pypto-npu", "-o", "platform=a2a3sim", "-o", f"pypto_root={pypto_root}"]
     done = subprocess.run(
         [sys.executable, "-m", "tilewright", "generate", *argv, "We"],
@@ -741,8 +739,8 @@ def test_a_crash_where_no_kernel_runs_leaves_a_line_too(pypto_root, place, said)
     assert re.search(rf"^tilewright: the process died {said}$", done.stderr, re.MULTILINE)
 
 
-def test_a_device_is_closed_though_a_child_of_the_process_goes_on():
-    """A child that was forked holds the pipe open whose end tells of the end of the process."""
+def test_a_device_closes_while_a_child_process_is_running():
+    """A forked child keeps the pipe open whose closing reports that the process ended."""
     note = CrashNote()
     with subprocess.Popen(["sleep", "60"], pass_fds=[note._shell.stdin.fileno()]) as child:
         note.close()
@@ -750,7 +748,7 @@ def test_a_device_is_closed_though_a_child_of_the_process_goes_on():
         child.kill()
 
 
-def test_a_crash_line_is_left_by_no_other_end(pypto_root, tmp_path):
+def test_no_crash_line_is_printed_without_a_crash(pypto_root, tmp_path):
     argv = ["--executor", "pypto-npu", "-o", "platform=a2a3sim", "-o", f"pypto_root={pypto_root}"]
     for failure, code in (({}, 0), ({"run_head": "no luck"}, 2)):
         done = subprocess.run(
@@ -791,7 +789,7 @@ def test_pypto_has_what_the_adapter_uses():
 
 @pytest.mark.pypto
 @pytest.mark.parametrize("ring", ["ring_task_window", "ring_heap", "ring_dep_pool"])
-def test_pypto_takes_the_sizes_of_rings_that_we_take(ring):
+def test_pypto_accepts_the_same_ring_sizes_as_the_options(ring):
     pypto_or_skip()
     config = sys.modules["pypto.runtime"].RunConfig
     for size in (1, 2, 3, 4, 5, 6, 8, 512, 1023, 1024, 1025, 131072, 1 << 30, 1 << 32):
@@ -813,13 +811,13 @@ def real() -> installation.Installation:
 
 
 @pytest.mark.pypto
-def test_pypto_is_found_where_it_is_imported_from(real):
+def test_pypto_is_found_where_python_imports_it(real):
     assert real.folders[0] == Path(sys.modules["pypto"].__file__).parent
     assert real.version == sys.modules["pypto"].__version__
 
 
 @pytest.mark.pypto
-def test_pypto_is_not_found_to_be_old_and_logs_nothing(real, monkeypatch):
+def test_the_installed_pypto_is_accepted_and_logs_nothing(real, monkeypatch):
     monkeypatch.delenv("PYPTO_RUNTIME_LOG", raising=False)
     assert adapter._import(real) is sys.modules["pypto"]
     for module in ("pypto.runtime.runtime_base", "pypto.backend.pto_backend"):
@@ -829,8 +827,8 @@ def test_pypto_is_not_found_to_be_old_and_logs_nothing(real, monkeypatch):
 
 @pytest.mark.pypto
 @pytest.mark.parametrize("kernel", source.KERNELS)
-def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel, monkeypatch):
-    """Without its assembler PyPTO stops before the device's code: one error, and artifacts."""
+def test_pypto_compiles_the_kernels_up_to_the_assembler(real, tmp_path, kernel, monkeypatch):
+    """Without its assembler PyPTO stops before device code: one error, and artifacts."""
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path))
     with (
         without_worker(real, tmp_path, monkeypatch) as device,
@@ -851,7 +849,7 @@ def test_pypto_compiles_the_kernels_as_far_as_it_can_here(real, tmp_path, kernel
 def without_worker(
     real: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> "closing[PyptoDevice]":
-    """A device that compiles, and has no card behind it."""
+    """A device that compiles without a card."""
     pypto = adapter._import(real)
     monkeypatch.setattr(pypto.runtime, "ChipWorker", lambda config: object())
     options = Options(platform="a2a3", compile_jobs=2, build_dir=str(folder))
@@ -859,7 +857,7 @@ def without_worker(
 
 
 @pytest.mark.pypto
-def test_pypto_says_where_a_kernel_is_wrong(real, tmp_path, monkeypatch):
+def test_pypto_reports_the_line_of_an_error_in_a_kernel(real, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in source.path("head").parent.glob("*.py"):

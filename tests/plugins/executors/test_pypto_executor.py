@@ -62,7 +62,7 @@ def qwen3(**changes: Any) -> Qwen3Config:
 
 
 def written(directory: Path, config: Any = None, dtype: str = "bfloat16") -> LoadedModel:
-    """A random model, with embeddings as large as what a few layers add to them."""
+    """A random model whose embeddings are as large as the outputs that a few layers add."""
     write_model(config or qwen3(), directory, dtype)
     embedding = load_checked(directory).weights.get("model.embed_tokens.weight").clone()
     name = "model.embed_tokens.weight"
@@ -85,7 +85,7 @@ def asked(loaded: LoadedModel, options: Any = EMULATED, **runtime: Any) -> Execu
 
 @define
 class Running:
-    """An executor with a KV cache of its own, and what its last step gave."""
+    """An executor with its own KV cache, and the tensors and logits of its last step."""
 
     executor: Executor
     pages: int
@@ -103,7 +103,7 @@ class Running:
         self.logits = step(batch, lambda name, tensor: self.seen.setdefault(name, tensor.clone()))
 
     def slots(self, layer: int) -> Iterator[Tensor]:
-        """Keys, then values: [slots, KV heads, head_dim], whatever the order of rows."""
+        """Keys, then values, as [slots, KV heads, head_dim] for either row order."""
         order = self.executor.kv_cache_spec.row_order
         for storage in (self.layers[layer].key, self.layers[layer].value):
             pages = storage.transpose(1, 2) if order == "HND" else storage
@@ -113,11 +113,12 @@ class Running:
 def compare(
     loaded: LoadedModel, ids: Sequence[Sequence[int]], new_tokens: int, pages: int, **runtime: Any
 ) -> tuple[int, int]:
-    """Generate greedily, with every step run by three executors; returns tokens checked and all.
+    """Generate greedily, with every step run by three executors.
 
-    Checks each layer's output, the KV cache slot by slot, and the logits: from the torch executor
-    in float32 at most 1.5 times as far as the one in bfloat16. That limit grows with depth as the
-    rounding does; where all have the same input, in the first layer, 1e-2 is one too.
+    Checks each layer's output, each slot of the KV cache and the logits: the error against the
+    torch executor in float32 is at most 1.5 times that of the torch executor in bfloat16, which
+    grows with depth as rounding does. The first layer, where all have the same input, also stays
+    within 1e-2. Returns the number of tokens that were checked, and of all tokens.
     """
     ours = Running(pypto.create_executor(asked(loaded, **runtime)), pages)
     near = Running(reference.create_executor(asked(loaded, None, **runtime)), pages)
@@ -160,7 +161,7 @@ def check_near(ours: Tensor, near: Tensor, true: Tensor) -> None:
 
 
 def check_logits(ours: Tensor, near: Tensor, true: Tensor) -> int:
-    """How many rows had a margin wide enough to expect the same token, and had it."""
+    """The number of rows whose margin is wide enough to require the same token; each has it."""
     if not len(ours):
         return 0
     check_near(ours, near, true)
@@ -172,7 +173,7 @@ def check_logits(ours: Tensor, near: Tensor, true: Tensor) -> int:
 
 
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
-    # changes of the model, of the runtime, and the prompts' lengths
+    # changes to the model, changes to the runtime, and prompt lengths
     "one": ({}, {"page_size": 64}, [45]),
     "gqa-5": (
         {"num_attention_heads": 10, "head_dim": 64, "hidden_size": 128},
@@ -223,7 +224,7 @@ def emulated() -> Iterator[LLMEngine]:
         yield engine
 
 
-def test_the_bundled_model_continues_as_it_is_known_to_and_says_that_it_is_emulated(emulated):
+def test_the_bundled_model_gives_its_known_text_and_reports_the_emulated_device(emulated):
     emulated.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=256))
     assert emulated.model("demo").device == "emulated"
     result = emulated.generate_result(
@@ -233,7 +234,7 @@ def test_the_bundled_model_continues_as_it_is_known_to_and_says_that_it_is_emula
     assert (len(result.token_ids), result.device) == (32, "emulated")
 
 
-def test_an_engine_is_closed_and_made_again(emulated):
+def test_a_closed_engine_can_be_recreated_from_its_selection(emulated):
     runtime = RuntimeConfig(max_seq_len=64)
     emulated.init_model("demo", DEMO_MODEL, runtime)
     executor = emulated.model("demo").executor
@@ -246,7 +247,7 @@ def test_an_engine_is_closed_and_made_again(emulated):
         assert again.generate("demo", "We hold", GenerateConfig(max_new_tokens=2))
 
 
-def test_a_failing_kernel_is_named_with_its_step_and_layer_and_the_engine_goes_on(
+def test_a_failing_kernel_is_named_with_step_and_layer_and_the_engine_stays_usable(
     emulated, monkeypatch
 ):
     emulated.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=64))
@@ -269,7 +270,7 @@ def test_a_failing_kernel_is_named_with_its_step_and_layer_and_the_engine_goes_o
     assert allocator.free_pages == allocator.total_pages
 
 
-def test_a_tap_gets_the_documented_tensors_that_the_kernels_have(tmp_path):
+def test_a_tap_receives_the_embedding_the_layer_outputs_and_the_logits(tmp_path):
     loaded = written(tmp_path)
     config = loaded.config
     running = Running(pypto.create_executor(asked(loaded, page_size=16)), 8)
@@ -288,7 +289,7 @@ def test_a_tap_gets_the_documented_tensors_that_the_kernels_have(tmp_path):
 
 
 @pytest.mark.parametrize("make", [pypto, reference], ids=["pypto", "torch"])
-def test_a_step_is_its_embedding_its_layers_and_its_head(make, tmp_path):
+def test_embedding_layers_and_head_run_one_by_one_equal_a_whole_step(make, tmp_path):
     loaded = written(tmp_path)
     options = EMULATED if make is pypto else None
     whole, parts = (
@@ -308,7 +309,7 @@ def test_a_step_is_its_embedding_its_layers_and_its_head(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", [pypto, reference], ids=["pypto", "torch"])
-def test_a_layers_cache_is_replaced(make, tmp_path):
+def test_the_cache_of_a_layer_can_be_replaced(make, tmp_path):
     loaded = written(tmp_path)
     options = EMULATED if make is pypto else None
     running = Running(make.create_executor(asked(loaded, options, page_size=16)), 3)
@@ -334,7 +335,7 @@ def test_a_layers_cache_is_replaced(make, tmp_path):
     ],
     ids=lambda rope: rope.kind,
 )
-def test_the_rope_table_is_that_of_the_torch_executor_up_to_the_last_position(rope, tmp_path):
+def test_the_rope_table_equals_that_of_the_torch_executor(rope, tmp_path):
     config = evolve(written(tmp_path).config, rope=rope)
     cos, sin = rope_tables(config, 300)
     tables = pypto_executor.rope_tables(config, 300)
@@ -343,7 +344,7 @@ def test_the_rope_table_is_that_of_the_torch_executor_up_to_the_last_position(ro
 
 
 class Elsewhere(EmulatedDevice):
-    """Memory that is not the host's: what is kept is copied; originals still alive are counted."""
+    """A device with memory of its own: it copies kept tensors and counts originals still alive."""
 
     def __init__(self) -> None:
         self.waiting: set[int] = set()
@@ -358,7 +359,7 @@ class Elsewhere(EmulatedDevice):
         return tensor.clone()
 
 
-def test_no_more_than_one_packed_layer_is_in_host_memory_at_a_time(tmp_path):
+def test_at_most_one_packed_layer_is_in_host_memory_at_a_time(tmp_path):
     loaded = written(tmp_path, qwen3(num_hidden_layers=8))
     request, device = asked(loaded), Elsewhere()
     shape = layer_shape(request.model_config, request.runtime_config)
@@ -368,7 +369,7 @@ def test_no_more_than_one_packed_layer_is_in_host_memory_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("make", [pypto, reference], ids=["pypto", "torch"])
-def test_every_weight_is_given_back_as_the_checkpoint_has_it(make, tmp_path, tied):
+def test_every_weight_is_returned_as_in_the_checkpoint(make, tmp_path, tied):
     loaded = written(tmp_path, qwen3(tie_word_embeddings=tied))
     executor = make.create_executor(asked(loaded, EMULATED if make is pypto else None))
     for name, shape in expected_tensors(loaded.config).items():
@@ -387,11 +388,11 @@ def test_weights_that_stay_on_the_host_are_not_kept_on_the_device(tmp_path):
     kept.close()
 
 
-# --- what it cannot run ---------------------------------------------------------------------------
+# --- unsupported models ---------------------------------------------------------------------------
 
 
 def refused(request: ExecutorRequest, kind: type[TilewrightError] = ExecutorError) -> str:
-    """The error's one line. No weight may have been read but for an error about one."""
+    """The error, checked to be one line. Only a ModelError may have read weights."""
     if kind is not ModelError:
         request = evolve(request, weights=Unread())
     with pytest.raises(kind) as error:
@@ -431,14 +432,14 @@ BAD: dict[str, tuple[Any, Mapping[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_the_kernels_cannot_run_is_refused_before_a_weight_is_read(name, tmp_path):
+def test_unsupported_models_are_refused_before_a_weight_is_read(name, tmp_path):
     config, runtime, message = BAD[name]
     import re
 
     assert re.search(message, refused(asked(written(tmp_path, config), **runtime)))
 
 
-def test_a_weight_that_is_not_finite_is_named(tmp_path):
+def test_a_non_finite_weight_is_named_in_the_error(tmp_path):
     loaded = written(tmp_path)
     name = "model.layers.2.mlp.up_proj.weight"
     bad = loaded.weights.get(name).clone()
@@ -449,9 +450,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     assert f"{name} in {tmp_path / 'model.safetensors'}: 2 of {bad.numel()} values are" in message
 
 
-def test_a_float32_checkpoint_is_refused_with_what_to_set_and_runs_when_it_is_set(
-    emulated, tmp_path
-):
+def test_a_float32_checkpoint_is_refused_unless_weight_dtype_is_bfloat16(emulated, tmp_path):
     written(tmp_path, dtype="float32")
     with pytest.raises(ExecutorError, match="found weight_dtype = float32: set weight_dtype = 'bf"):
         emulated.init_model("m", tmp_path)
@@ -459,7 +458,7 @@ def test_a_float32_checkpoint_is_refused_with_what_to_set_and_runs_when_it_is_se
     assert emulated.generate("m", [5, 6, 7], GenerateConfig(max_new_tokens=2))
 
 
-def test_a_step_beyond_what_the_kernels_are_compiled_for_is_an_error(tmp_path):
+def test_a_step_above_the_compiled_limits_is_an_error(tmp_path):
     limits = {"max_seq_len": 32, "max_batch_size": 2, "max_batch_tokens": 20}
     executor = pypto.create_executor(asked(written(tmp_path), page_size=16, **limits))
     executor.bind_kv_cache(KvCacheManager(executor.kv_cache_spec, 8).layers())
@@ -494,7 +493,7 @@ def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
-def test_a_kernel_with_another_order_of_rows_is_refused(monkeypatch, tmp_path, kernel):
+def test_a_kernel_with_another_cache_row_order_is_refused(monkeypatch, tmp_path, kernel):
     request = asked(written(tmp_path))
     other, path = tmp_path / "other.py", source.path
     text = path(kernel).read_text()
@@ -503,7 +502,7 @@ def test_a_kernel_with_another_order_of_rows_is_refused(monkeypatch, tmp_path, k
     assert f"kernel {kernel} declares KV_ROW_ORDER = 'NHD'" in refused(request)
 
 
-def test_qwen3_14b_runs_the_kernels_that_are_proved():
+def test_qwen3_14b_gets_the_layer_shape_that_the_kernel_tests_use():
     config = evolve(
         load_checked(DEMO_MODEL).config,
         hidden_size=5120,

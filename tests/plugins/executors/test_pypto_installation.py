@@ -1,4 +1,4 @@
-"""PyPTO is found by its files and told from its namesake, and what it lacks is said early."""
+"""PyPTO is found by its files, told apart from CANN's pypto, and its requirements are checked."""
 
 import re
 import subprocess
@@ -17,14 +17,14 @@ from tilewright_pypto.installation import checks, find, identity, needs, require
 
 @pytest.fixture(autouse=True)
 def dev(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without cards, whatever the one is that runs the tests."""
+    """The device directory of a machine without cards, in place of that of the test machine."""
     monkeypatch.setattr(installation, "DEV", cards(tmp_path / "dev"))
     return tmp_path / "dev"
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A folder that packages are imported from, on a machine without any PyPTO."""
+    """The folder that packages are imported from, on a machine without PyPTO."""
     site = tmp_path / "site"
     site.mkdir()
     with unimported():
@@ -58,24 +58,24 @@ def test_a_checkout_is_found_with_its_version_and_commit(pypto_root):
     ]
 
 
-def test_nothing_of_pypto_is_imported_to_find_it(pypto_root):
+def test_finding_pypto_does_not_import_it(pypto_root):
     before = set(sys.modules)
     require("a2a3sim", find(str(pypto_root)), None)
     assert not {m for m in set(sys.modules) - before if "pypto" in m or "simpler" in m}
 
 
-def test_the_folder_that_holds_the_package_is_a_root_too(pypto_root):
+def test_the_folder_that_holds_the_package_is_accepted_as_root(pypto_root):
     assert find(str(pypto_root / "python")).folders == (pypto_root / "python" / "pypto",)
 
 
 @pytest.mark.parametrize("head", [None, b"", b"\xff\xfe", b"ref: refs/heads/none\n"])
-def test_a_commit_that_cannot_be_read_is_none(pypto_root, head):
+def test_an_unreadable_commit_is_none(pypto_root, head):
     file = pypto_root / ".git" / "HEAD"
     file.unlink() if head is None else file.write_bytes(head)
     assert find(str(pypto_root)).commit is None
 
 
-def test_the_commit_of_a_work_tree_is_that_of_git(tmp_path):
+def test_the_commit_of_a_linked_worktree_matches_git(tmp_path):
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
         return subprocess.run(
@@ -99,7 +99,7 @@ def test_an_installed_package_is_found(site, tmp_path):
     assert found.commit is None
 
 
-def test_without_any_the_error_warns_of_the_namesake(site):
+def test_without_pypto_the_error_warns_of_the_pypto_on_pypi(site):
     with pytest.raises(ExecutorError) as error:
         find(None)
     line = one_line(error)
@@ -115,27 +115,27 @@ def cann_product(package: Path) -> None:
         (package / file).write_text('__version__ = "0.1.0"\n')
 
 
-def test_the_namesake_is_told_apart_by_its_files(site):
+def test_canns_pypto_is_recognised_by_its_files(site):
     cann_product(site / "pypto")
     with pytest.raises(ExecutorError, match=r"CANN's product of that name: uninstall it") as error:
         find(None)
     assert str(site / "pypto") in one_line(error)
 
 
-def test_the_namesake_is_no_checkout(tmp_path):
+def test_canns_pypto_is_not_accepted_as_a_checkout(tmp_path):
     cann_product(tmp_path / "root" / "python" / "pypto")
     with pytest.raises(ExecutorError, match="CANN's product"):
         find(str(tmp_path / "root"))
 
 
-def test_a_checkout_in_the_working_folder_is_no_package(site, tmp_path):
-    # A clone's folder is called pypto, and Python takes any folder for a namespace package.
+def test_a_checkout_in_the_working_folder_is_not_a_package(site, tmp_path):
+    # A clone is a folder named pypto, which Python takes for a namespace package.
     checkout(site / "pypto")
     with pytest.raises(ExecutorError, match=f"a mere folder: .*pypto_root={site / 'pypto'}"):
         find(None)
 
 
-def test_a_package_elsewhere_wins_over_a_mere_folder(site, tmp_path):
+def test_a_package_wins_over_a_namespace_folder(site, tmp_path):
     (tmp_path / "first" / "pypto").mkdir(parents=True)
     (checkout(tmp_path / "c") / "python" / "pypto").rename(site / "pypto")
     sys.path.insert(0, str(tmp_path / "first"))
@@ -149,15 +149,15 @@ def test_a_checkout_that_was_never_built_is_refused(pypto_root):
     assert f"pip install -e {pypto_root}" in one_line(error)
 
 
-def test_one_that_was_built_for_another_python_is_refused(pypto_root):
+def test_a_checkout_built_for_another_python_is_refused(pypto_root):
     package = pypto_root / "python" / "pypto"
     (package / BINARY).rename(package / "pypto_core.cpython-37m-x86_64-linux-gnu.so")
     with pytest.raises(ExecutorError, match=r"another Python \(pypto_core.cpython-37m"):
         find(str(pypto_root))
 
 
-def test_a_checkout_may_have_its_binary_where_pip_put_it(pypto_root, monkeypatch):
-    # As scikit-build-core installs an editable package: a finder that joins two folders.
+def test_an_editable_install_may_have_its_binary_in_site_packages(pypto_root, monkeypatch):
+    # scikit-build-core installs an editable package as a finder that joins two folders.
     package, site = pypto_root / "python" / "pypto", pypto_root / "site" / "pypto"
     site.mkdir(parents=True)
     (package / BINARY).rename(site / BINARY)
@@ -181,22 +181,22 @@ def test_a_checkout_may_have_its_binary_where_pip_put_it(pypto_root, monkeypatch
 
 
 @pytest.mark.parametrize("root", ["nowhere", "dev"])
-def test_a_root_that_is_no_checkout_is_refused(tmp_path, root):
+def test_a_root_that_is_not_a_checkout_is_refused(tmp_path, root):
     with pytest.raises(ExecutorError, match=f"pypto_root must be a checkout .*{tmp_path / root}"):
         find(str(tmp_path / root))
 
 
-# --- what a platform needs besides ----------------------------------------------------------------
+# --- requirements of a platform -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("platform", ["a2a3", "a5", "a2a3sim", "a5sim"])
-def test_a_machine_with_all_of_it_lacks_nothing(pypto_root, dev, platform):
+def test_a_complete_machine_meets_all_requirements(pypto_root, dev, platform):
     (dev / "davinci3").touch()
     require(platform, find(str(pypto_root)), 3)
     assert {c.status for c in needs(platform, find(str(pypto_root)), 3)} == {"ok"}
 
 
-def test_all_that_is_missing_stands_in_one_line(pypto_root, monkeypatch, tmp_path):
+def test_all_missing_requirements_are_listed_in_one_line(pypto_root, monkeypatch, tmp_path):
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "empty"))
     monkeypatch.delenv("ASCEND_HOME_PATH")
     (pypto_root / "runtime" / "python" / "simpler" / "__init__.py").unlink()
@@ -208,7 +208,7 @@ def test_all_that_is_missing_stands_in_one_line(pypto_root, monkeypatch, tmp_pat
     assert "g++" not in line
 
 
-def test_a_runtime_that_was_built_for_another_platform_is_told(pypto_root):
+def test_a_runtime_built_for_another_platform_is_an_error(pypto_root):
     built = pypto_root / "runtime" / "build" / "lib" / "a2a3" / "sim"
     built.rename(built.with_name("elsewhere"))
     assert "a2a3/sim" in failed("a2a3sim", pypto_root)["PyPTO's runtime"]
@@ -218,14 +218,14 @@ def test_a_runtime_that_was_built_for_another_platform_is_told(pypto_root):
 
 
 @pytest.mark.parametrize("place", ["ptoas", "ptoas.sh", "bin/ptoas"])
-def test_ptoas_is_looked_for_where_pypto_does(pypto_root, monkeypatch, tmp_path, place):
+def test_ptoas_is_searched_in_the_same_places_as_by_pypto(pypto_root, monkeypatch, tmp_path, place):
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "release"))
     assert "ptoas" in failed("a5sim", pypto_root)
     program(tmp_path / "release" / place, PTOAS)
     assert not failed("a5sim", pypto_root)
 
 
-def test_ptoas_on_the_path_counts_only_without_a_root(pypto_root, monkeypatch, tmp_path):
+def test_ptoas_on_the_path_is_used_only_without_ptoas_root(pypto_root, monkeypatch, tmp_path):
     program(tmp_path / "machine" / "bin" / "ptoas", PTOAS)
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path / "empty"))
     assert "ptoas" in failed("a5sim", pypto_root)
@@ -233,7 +233,7 @@ def test_ptoas_on_the_path_counts_only_without_a_root(pypto_root, monkeypatch, t
     assert not failed("a5sim", pypto_root)
 
 
-def test_a_ptoas_that_is_not_executable_is_told(pypto_root, tmp_path):
+def test_a_ptoas_that_is_not_executable_is_an_error(pypto_root, tmp_path):
     (tmp_path / "machine" / "ptoas" / "ptoas").chmod(0o644)
     assert "not executable" in failed("a5sim", pypto_root)["ptoas"]
 
@@ -246,7 +246,11 @@ LEAST = 'PTOAS_RELATIVE_PATHS = ()\nPTOAS_MIN_VERSION = "v0.61"\n'
     [
         (None, "0.57", None),
         (None, "0.56", "0.57"),
-        (None, "0.60", "0.57"),  # assembles e2d0f78's code, to kernels that compute wrong numbers
+        (
+            None,
+            "0.60",
+            "0.57",
+        ),  # assembles the code of e2d0f78 to kernels that compute wrong numbers
         (None, "0.57.1", "0.57"),
         (None, "0.57.0", None),
         (LEAST, "0.57", "0.61 or newer"),
@@ -257,10 +261,10 @@ LEAST = 'PTOAS_RELATIVE_PATHS = ()\nPTOAS_MIN_VERSION = "v0.61"\n'
         (LEAST, "0.61.0", None),
     ],
 )
-def test_ptoas_must_be_of_the_version_that_pypto_generates_code_for(
+def test_ptoas_must_have_the_version_that_pypto_requires(
     pypto_root, tmp_path, least, version, wanted
 ):
-    if least:  # as PyPTO has it since September 2026
+    if least:  # the layout of PyPTO since September 2026
         file = pypto_root / "python" / "pypto" / "backend" / "_ptoas_locate.py"
         file.parent.mkdir()
         file.write_text(least)
@@ -280,7 +284,7 @@ def test_ptoas_must_be_of_the_version_that_pypto_generates_code_for(
 @pytest.mark.parametrize(
     "said", ["ptoas 0.57", "ptoas version v0.57", "ptoas vmi 0.57 (dev)", "ptoas 0.57' >&2; echo '"]
 )
-def test_a_version_of_ptoas_is_read_from_what_it_prints(pypto_root, tmp_path, said):
+def test_the_version_of_ptoas_is_read_from_its_output(pypto_root, tmp_path, said):
     program(tmp_path / "machine" / "ptoas" / "ptoas", f"#!/bin/sh\necho '{said}'\n")
     assert not failed("a5sim", pypto_root)
 
@@ -294,19 +298,19 @@ def test_a_version_of_ptoas_is_read_from_what_it_prints(pypto_root, tmp_path, sa
         ("\x7fELF", "--version failed: .*Exec format error"),
     ],
 )
-def test_a_ptoas_that_does_not_tell_its_version_is_refused(pypto_root, tmp_path, text, told):
+def test_a_ptoas_of_unknown_version_is_refused(pypto_root, tmp_path, text, told):
     program(tmp_path / "machine" / "ptoas" / "ptoas", text)
     assert re.search(told, failed("a5sim", pypto_root)["ptoas"])
 
 
-def test_a_pypto_that_names_no_version_takes_any_ptoas(pypto_root, tmp_path):
+def test_a_pypto_without_a_required_version_accepts_any_ptoas(pypto_root, tmp_path):
     (pypto_root / "toolchain" / "versions.env").unlink()
     program(tmp_path / "machine" / "ptoas" / "ptoas", "#!/bin/sh\necho ptoas 0.1\n")
     (found,) = (c for c in needs("a5sim", find(str(pypto_root)), None) if c.name == "ptoas")
     assert (found.status, found.found.rpartition(", ")[2]) == ("ok", "version 0.1")
 
 
-def test_a_compiler_without_bf16_fails_the_simulators_only(pypto_root, tmp_path, dev):
+def test_a_compiler_without_bf16_fails_only_the_simulators(pypto_root, tmp_path, dev):
     program(tmp_path / "machine" / "bin" / "g++-15")
     (dev / "davinci0").touch()
     found = failed("a2a3sim", pypto_root)
@@ -314,25 +318,25 @@ def test_a_compiler_without_bf16_fails_the_simulators_only(pypto_root, tmp_path,
     assert not failed("a2a3", pypto_root, 0)
 
 
-def test_a_compiler_that_does_not_run_is_told(pypto_root, tmp_path):
+def test_a_compiler_that_does_not_run_is_an_error(pypto_root, tmp_path):
     program(tmp_path / "machine" / "bin" / "g++-15", "#!/bin/sh\nexit 3\n")
     found = failed("a2a3sim", pypto_root)
     assert "does not work" in found["g++-15 for the simulators"]
 
 
-def test_no_compiler_is_told(pypto_root, tmp_path, monkeypatch):
+def test_a_missing_compiler_is_an_error(pypto_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = failed("a2a3sim", pypto_root)
     assert "none on PATH" in found["g++-15 for the simulators"]
 
 
-def test_a_toolkit_without_its_compiler_is_told(pypto_root, tmp_path, dev):
+def test_a_toolkit_without_its_compiler_is_an_error(pypto_root, tmp_path, dev):
     (dev / "davinci0").touch()
     (tmp_path / "machine" / "cann" / "bin" / "ccec").unlink()
     assert "bin/ccec" in failed("a2a3", pypto_root, 0)["CANN toolkit"]
 
 
-def test_a_card_that_is_not_there_is_told_with_those_that_are(pypto_root, dev):
+def test_a_missing_card_is_an_error_that_lists_the_present_cards(pypto_root, dev):
     (dev / "davinci0").touch()
     (dev / "davinci12").touch()
     found = failed("a2a3", pypto_root, 3)
@@ -340,7 +344,7 @@ def test_a_card_that_is_not_there_is_told_with_those_that_are(pypto_root, dev):
 
 
 @pytest.mark.parametrize("change", ["gone", "another commit", "no pin"])
-def test_headers_that_pypto_will_clone_are_warned_of(pypto_root, change):
+def test_headers_that_pypto_will_clone_are_a_warning(pypto_root, change):
     runtime = pypto_root / "runtime"
     match change:
         case "gone":
@@ -358,20 +362,20 @@ def test_headers_that_pypto_will_clone_are_warned_of(pypto_root, change):
 # --- for the doctor -------------------------------------------------------------------------------
 
 
-def test_a_laptop_is_well_without_pypto(site):
+def test_doctor_passes_without_pypto_on_a_machine_without_cards(site):
     (found,) = checks()
     assert found.status == "ok"
     assert "platform=emulated" in found.found
 
 
-def test_a_host_with_cards_and_no_pypto_is_warned(site, dev):
+def test_doctor_warns_of_a_missing_pypto_on_a_host_with_cards(site, dev):
     (dev / "davinci0").touch()
     (found,) = checks()
     assert found.status == "warning"
     assert "build it from source" in found.advice
 
 
-def test_a_laptop_with_pypto_alone_is_warned_of_the_rest(pypto_root, monkeypatch):
+def test_doctor_warns_of_missing_tools_beside_pypto(pypto_root, monkeypatch):
     monkeypatch.setattr(sys, "path", [*map(str, find(str(pypto_root)).search_path), *sys.path])
     for name in ("PTOAS_ROOT", "ASCEND_HOME_PATH"):
         monkeypatch.delenv(name)
@@ -406,7 +410,7 @@ def test_the_identity_changes_with_the_package_and_its_tools(
     assert len({str(s) for s in seen}) == len(seen)
 
 
-def test_the_identity_does_not_change_by_importing(pypto_root):
+def test_the_identity_does_not_change_with_compiled_python_files(pypto_root):
     before = identity(find(str(pypto_root)), "a2a3sim")
     cache = pypto_root / "python" / "pypto" / "__pycache__"
     cache.mkdir()

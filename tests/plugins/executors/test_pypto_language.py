@@ -1,5 +1,5 @@
-"""The stand-in for ``pypto.language``: what it refuses, each with a kernel that does it, and how it
-computes."""
+"""The emulation of ``pypto.language``: errors, each with a kernel that causes it, and computed
+values."""
 
 import re
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_an_error_names_the_kernel_and_its_line():
     assert line.strip().startswith("y[to : to + 8")
 
 
-def test_an_element_outside_is_an_error():
+def test_an_element_outside_its_tensor_is_an_error():
     @pl.jit
     def kernel(x: pl.Tensor[[2], pl.INT32], y: pl.InOut[pl.Tensor[[1, N], pl.FP32]]):
         pl.read(x, [2])
@@ -97,21 +97,21 @@ def test_only_the_valid_part_of_a_window_is_read_and_stored():
     assert (y[5:] == 7).all()
 
 
-def test_a_valid_part_that_reaches_outside_is_an_error():
+def test_a_valid_part_that_reaches_outside_its_tensor_is_an_error():
     with fails(r"x\[0:6, 0:32\] reaches outside of \[5, 32\]"):
         tail(x=ones(5, N), count=torch.tensor([6], dtype=torch.int32), y=ones(16, N))
 
 
 @pytest.mark.parametrize("count", [0, 17])
-def test_a_valid_part_must_fit_its_window_and_hold_something(count):
+def test_a_valid_part_must_fit_its_window_and_not_be_empty(count):
     with fails(r"valid_shape \[.*\] must be from 1"):
         tail(x=ones(32, N), count=torch.tensor([count], dtype=torch.int32), y=ones(16, N))
 
 
-# --- memory that nobody wrote ---------------------------------------------------------------------
+# --- uninitialised memory -------------------------------------------------------------------------
 
 
-def test_scratch_that_nobody_wrote_cannot_be_read():
+def test_reading_unwritten_scratch_is_an_error():
     @pl.jit
     def kernel(x: pl.Tensor[[16, N], pl.FP32], y: pl.Out[pl.Tensor[[16, N], pl.FP32]]):
         scratch = pl.create_tensor([16, N], dtype=pl.FP32)
@@ -124,7 +124,7 @@ def test_scratch_that_nobody_wrote_cannot_be_read():
         kernel(x=ones(16, N), y=ones(16, N))
 
 
-def test_an_output_cannot_be_read_before_it_is_written_whatever_it_held():
+def test_reading_an_output_before_it_is_written_is_an_error():
     @pl.jit
     def kernel(y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
         with pl.at(level=CORE):
@@ -134,7 +134,7 @@ def test_an_output_cannot_be_read_before_it_is_written_whatever_it_held():
         kernel(y=ones(8, N))
 
 
-def test_what_is_tracked_is_who_wrote_and_not_whether_it_is_a_number():
+def test_written_nan_values_can_be_read():
     @pl.jit
     def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
         scratch = pl.create_tensor([8, N], dtype=pl.FP32)
@@ -148,7 +148,7 @@ def test_what_is_tracked_is_who_wrote_and_not_whether_it_is_a_number():
     assert y.isnan().all()
 
 
-def test_an_output_must_be_written_whole():
+def test_an_output_must_be_written_completely():
     @pl.jit
     def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[16, N], pl.FP32]]):
         with pl.at(level=CORE):
@@ -158,7 +158,7 @@ def test_an_output_must_be_written_whole():
         kernel(x=ones(8, N), y=ones(16, N))
 
 
-def test_giving_an_output_a_new_value_does_not_write_it():
+def test_rebinding_the_name_of_an_output_does_not_write_it():
     @pl.jit
     def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
         with pl.at(level=CORE):
@@ -168,7 +168,7 @@ def test_giving_an_output_a_new_value_does_not_write_it():
         kernel(x=ones(8, N), y=ones(8, N))
 
 
-def test_an_in_and_out_parameter_keeps_what_is_not_written():
+def test_an_inout_parameter_keeps_the_elements_that_are_not_written():
     y = torch.arange(16 * N).float().view(16, N)
     expected = y.clone()
     expected[2:10] = 1
@@ -201,7 +201,7 @@ def test_an_input_cannot_be_written_through_a_view():
 # --- padding --------------------------------------------------------------------------------------
 
 
-def test_a_reduction_over_padding_is_an_error_and_fillpad_mends_it():
+def test_a_reduction_over_padding_is_an_error_without_fillpad():
     @pl.jit
     def kernel(x: pl.Tensor[[8, 20], pl.FP32], y: pl.Out[pl.Tensor[[8, 1], pl.FP32]]):
         with pl.at(level=CORE):
@@ -221,7 +221,7 @@ def test_a_reduction_over_padding_is_an_error_and_fillpad_mends_it():
     assert (y == -3).all()
 
 
-def test_padding_cannot_reach_an_output_through_an_operator_that_loses_the_valid_shape():
+def test_padding_cannot_reach_an_output_through_an_operator():
     @pl.jit
     def kernel(
         a: pl.Tensor[[5, N], pl.FP32],
@@ -253,7 +253,7 @@ def ragged_product(
         y = pl.assemble(y, pl.slice(scratch, [16, 16], [0, 0], valid_shape=[n, 16]), [0, 0])
 
 
-def test_rows_of_a_product_that_come_from_padding_may_lie_in_scratch_and_not_be_used():
+def test_padding_rows_of_a_product_may_be_stored_in_scratch_but_not_read():
     a, b = torch.randn(5, N).bfloat16(), torch.randn(N, 16).bfloat16()
     y = torch.full((16, 16), 7.0)
     ragged_product(a=a, b=b, used=torch.tensor([5], dtype=torch.int32), y=y)
@@ -263,7 +263,7 @@ def test_rows_of_a_product_that_come_from_padding_may_lie_in_scratch_and_not_be_
         ragged_product(a=a, b=b, used=torch.tensor([6], dtype=torch.int32), y=y)
 
 
-def test_padding_cannot_be_added_up_in_a_product():
+def test_a_product_cannot_sum_over_padding():
     @pl.jit
     def kernel(
         a: pl.Tensor[[16, N], pl.BF16],
@@ -301,7 +301,7 @@ def hand_over(
         z[0:8, 0:N] = pl.mul(shared[row : row + 8, 0:N], 1.0)
 
 
-def test_a_task_that_writes_what_an_earlier_one_may_still_read_is_an_error():
+def test_a_task_that_writes_what_an_earlier_task_may_still_read_is_an_error():
     given = {"x": ones(8, N), "y": ones(8, N), "z": ones(8, N)}
     with fails("a task writes scratch where an earlier one reads it, and does not wait for it"):
         hand_over(at=torch.tensor([7], dtype=torch.int32), **given)
@@ -309,7 +309,7 @@ def test_a_task_that_writes_what_an_earlier_one_may_still_read_is_an_error():
     assert (given["z"] == 3).all()
 
 
-def test_a_task_waits_for_one_that_read_when_it_takes_what_that_one_made():
+def test_a_task_that_uses_the_output_of_a_reader_waits_for_it():
     @pl.jit
     def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
         shared = pl.create_tensor([8, N], dtype=pl.FP32)
@@ -343,7 +343,7 @@ def overlapping(
             y[i * by : i * by + 8, 0:N] = x[0:8, 0:N]
 
 
-def test_iterations_that_write_places_of_their_own_pass():
+def test_iterations_may_write_disjoint_places():
     y = torch.zeros(64, N)
     overlapping(x=ones(8, N), step=torch.tensor([8], dtype=torch.int32), y=y)
     assert (y[:32] == 1).all()
@@ -351,12 +351,12 @@ def test_iterations_that_write_places_of_their_own_pass():
 
 
 @pytest.mark.parametrize("step", [0, 7])
-def test_one_place_written_from_two_iterations_is_an_error(step):
+def test_two_iterations_that_write_one_place_are_an_error(step):
     with fails(r"iterations \d and \d of a pl.parallel write the same place of y"):
         overlapping(x=ones(8, N), step=torch.tensor([step], dtype=torch.int32), y=ones(64, N))
 
 
-def test_one_place_is_one_place_in_another_shape_too():
+def test_a_place_is_tracked_through_a_reshaped_view():
     @pl.jit
     def kernel(x: pl.Tensor[[1, N], pl.FP32], y: pl.InOut[pl.Tensor[[4, 64], pl.FP32]]):
         flat = pl.reshape(y, [8, N])
@@ -372,7 +372,7 @@ def test_one_place_is_one_place_in_another_shape_too():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_reading_what_another_iteration_writes_is_an_error_in_any_order(seed):
+def test_reading_what_another_iteration_writes_is_an_error_in_every_order(seed):
     @pl.jit
     def kernel(y: pl.InOut[pl.Tensor[[5, N], pl.FP32]]):
         for i in pl.parallel(4):
@@ -383,7 +383,7 @@ def test_reading_what_another_iteration_writes_is_an_error_in_any_order(seed):
         evolve(kernel, seed=seed)(y=ones(5, N))
 
 
-def test_an_outer_iteration_is_checked_for_what_its_inner_loop_does():
+def test_an_outer_iteration_is_checked_for_the_writes_of_its_inner_loop():
     @pl.jit
     def kernel(x: pl.Tensor[[1, N], pl.FP32], y: pl.InOut[pl.Tensor[[4, N], pl.FP32]]):
         for _i in pl.parallel(2):
@@ -395,7 +395,7 @@ def test_an_outer_iteration_is_checked_for_what_its_inner_loop_does():
         kernel(x=ones(1, N), y=ones(4, N))
 
 
-def test_scratch_that_an_iteration_makes_is_its_own():
+def test_scratch_created_in_an_iteration_is_private_to_it():
     @pl.jit
     def kernel(x: pl.Tensor[[4, N], pl.FP32], y: pl.Out[pl.Tensor[[4, N], pl.FP32]]):
         for i in pl.parallel(4):
@@ -410,7 +410,7 @@ def test_scratch_that_an_iteration_makes_is_its_own():
     assert torch.equal(x, y)
 
 
-def test_iterations_come_in_an_order_of_the_seed():
+def test_the_seed_determines_the_order_of_iterations():
     orders = []
 
     @pl.jit
@@ -425,7 +425,7 @@ def test_iterations_come_in_an_order_of_the_seed():
     assert sorted(first) == sorted(other) == list(range(2, 34, 2)) != first
 
 
-# --- where things may stand -----------------------------------------------------------------------
+# --- inside and outside a task --------------------------------------------------------------------
 
 
 def test_an_operator_outside_of_a_task_is_an_error():
@@ -449,7 +449,7 @@ def test_a_store_outside_of_a_task_is_an_error():
 
 
 @pytest.mark.parametrize("what", ["create_tensor", "parallel", "at"])
-def test_what_belongs_outside_of_a_task_is_refused_inside(what):
+def test_operations_of_the_outer_program_are_refused_inside_a_task(what):
     @pl.jit
     def create_tensor(y: pl.InOut[pl.Tensor[[8, N], pl.FP32]]):
         with pl.at(level=CORE):
@@ -471,10 +471,10 @@ def test_what_belongs_outside_of_a_task_is_refused_inside(what):
         kernels[what](y=ones(8, N))
 
 
-# --- what the parser refuses ----------------------------------------------------------------------
+# --- syntax that is refused -----------------------------------------------------------------------
 
 
-def test_augmented_assignment_is_refused_when_the_kernel_is_made():
+def test_augmented_assignment_is_refused_when_the_kernel_is_defined():
     with fails("augmented assignment"):
 
         @pl.jit
@@ -483,7 +483,7 @@ def test_augmented_assignment_is_refused_when_the_kernel_is_made():
             n += 1
 
 
-def test_a_loop_of_python_is_refused():
+def test_a_python_range_loop_is_refused():
     with fails(r"a loop over range\(4\): use pl.range or pl.parallel"):
 
         @pl.jit
@@ -500,7 +500,7 @@ def test_a_comprehension_is_refused():
             return [i for i in x]  # noqa: C416
 
 
-def test_conditions_that_python_would_cut_short_are_refused():
+def test_short_circuiting_conditions_are_refused():
     with fails("and / or"):
 
         @pl.jit
@@ -524,7 +524,7 @@ def test_a_name_that_is_not_emulated_is_refused_before_anything_runs():
 
 
 def run_one(operate, *tensors: torch.Tensor) -> torch.Tensor:
-    """Run an operator on whole tensors in a kernel of its own; the result goes to y."""
+    """Run an operator on whole tensors in a kernel of its own, and return its result."""
     names = {torch.float32: pl.FP32, torch.bfloat16: pl.BF16, torch.int32: pl.INT32}
     a, b = (*tensors, tensors[0])[:2]
     a_type = pl.Tensor[list(a.shape), names[a.dtype]]
@@ -593,7 +593,7 @@ HALF = torch.bfloat16
         (lambda a, b: pl.exp(a)[0:4, 0:N], [ones(8, N)], "a slice of a tile on chip"),
     ],
 )
-def test_operands_that_do_not_fit_are_errors(operate, tensors, message):
+def test_operands_of_wrong_dtypes_or_shapes_are_errors(operate, tensors, message):
     with fails(message):
         run_one(operate, *tensors)
 
@@ -620,7 +620,7 @@ def test_a_tile_must_have_the_shape_of_its_window():
 
 # --- values ---------------------------------------------------------------------------------------
 
-# Two bfloat16 neighbours near 1 are 2**-7 apart: these values lie in the middle, or just beside.
+# Adjacent bfloat16 values near 1 are 2**-7 apart: TIES lie half-way between two of them.
 STEP = 2.0**-7
 TIES = [1 + STEP / 2, 1 + 1.5 * STEP, -1 - STEP / 2, -1 - 1.5 * STEP]
 AWAY = [1 + STEP, 1 + 2 * STEP, -1 - STEP, -1 - 2 * STEP]
@@ -635,7 +635,7 @@ def test_a_cast_rounds_ties_away_from_zero_unless_told_to_round_to_even(mode, ex
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "rint"}])
-def test_a_cast_that_is_no_tie_goes_to_the_nearest_and_keeps_what_is_not_finite(mode):
+def test_a_cast_rounds_to_nearest_and_keeps_non_finite_values(mode):
     x = torch.randn(64, N) * 10.0 ** torch.randint(-30, 30, (64, N))
     x[0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
     found = run_one(lambda a, b: pl.cast(a, pl.BF16, **mode), x)
@@ -659,7 +659,7 @@ def test_a_cast_to_integers_rounds_by_its_mode():
 
 
 @pytest.mark.parametrize("b_trans", [False, True])
-def test_products_of_bf16_are_added_up_in_fp32(b_trans):
+def test_products_of_bf16_are_accumulated_in_fp32(b_trans):
     a, b = torch.randn(16, 256).bfloat16(), torch.randn(256, 32).bfloat16()
     stored = b.t().contiguous() if b_trans else b
     expected = a.double() @ b.double()
@@ -692,7 +692,7 @@ def test_products_of_bf16_are_added_up_in_fp32(b_trans):
         (lambda a, b: pl.reshape(a, [N, 8]), lambda a, b: a.reshape(N, 8)),
     ],
 )
-def test_operators_compute_what_they_are_called(operate, expected):
+def test_operators_match_their_torch_equivalents(operate, expected):
     a, b = torch.randn(8, N), torch.randn(8, N)
     torch.testing.assert_close(run_one(operate, a, b), expected(a, b))
 
@@ -713,7 +713,7 @@ def forgetful(x: pl.Tensor[[8, N], pl.FP32]):
         pl.add(x, x)
 
 
-def test_an_inline_function_takes_what_its_annotations_say_and_returns_something():
+def test_an_inline_function_must_match_its_annotations_and_return_a_tensor():
     @pl.jit
     def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
         y = double(x, y)
@@ -758,20 +758,20 @@ def symmetric(
         ({"y": ones(N, 3).t()}, r"y as .*, contiguous, found strides"),
     ],
 )
-def test_tensors_are_bound_by_name_and_must_fit(change, message):
+def test_tensors_are_bound_by_name_and_must_match_the_signature(change, message):
     tensors = {"x": ones(3, N), "lengths": ones(3, dtype=torch.int32), "y": ones(3, N)} | change
     with pytest.raises(ExecutorError, match=message):
         symmetric(**{n: t for n, t in tensors.items() if t is not None})
 
 
-def test_what_is_written_shares_no_memory_with_another_parameter():
+def test_a_written_parameter_must_not_share_memory_with_another():
     both = ones(4, N)
     with fails("x and y share memory, and one is written"):
         symmetric(x=both[:3], lengths=ones(3, dtype=torch.int32), y=both[1:])
 
 
 @pytest.mark.parametrize("kernel", source.KERNELS)
-def test_a_contract_read_from_source_is_the_one_that_the_language_sees(kernel):
+def test_a_contract_read_from_source_equals_that_of_the_loaded_kernel(kernel):
     read = read_contract(source.path(kernel), kernel, DEMO.constants(kernel))
     assert read == source.load(kernel, DEMO, pl).contract
     directions = {p.name: p.direction for p in read.parameters}

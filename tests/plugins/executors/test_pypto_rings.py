@@ -1,4 +1,4 @@
-"""What kernels need of the runtime's rings: counted from their source, checked before a run."""
+"""The ring sizes that kernels need: computed from their source, checked before a run."""
 
 import pytest
 from attrs import evolve
@@ -14,47 +14,47 @@ from tilewright_pypto.rings import check, counted, larger, needed
 MIB = 1 << 20
 
 
-def test_the_heap_holds_what_the_outermost_scope_of_prefill_takes():
+def test_the_heap_holds_the_tensors_of_the_outermost_scope_of_prefill():
     # band [16, 16 + 2 * 64] and zeros [1, ...] FP32, and queries [2048 + 16 * 16, 512] BF16.
     size = 16 * 144 * 4 + 1024 + (2048 + 16 * 16) * 512 * 2
     assert 2 * MIB < size < 4 * MIB
     assert needed("prefill_layer", DEMO, 256)["ring_heap"] == 4 * MIB
 
 
-def test_the_heap_and_the_window_hold_attention_to_all_heads_over_a_long_sequence():
-    """The deepest scopes share a ring, which gets all of that back at once."""
+def test_heap_and_window_hold_attention_of_all_heads_over_a_long_sequence():
+    """The deepest scopes share a ring, which frees all of their tensors at once."""
     tiles = 8192 // QWEN3_14B.kv_tile - 1
     # scores and weighted [64, 128] FP32, probabilities [64, 128] BF16, and scale [1, 64].
     size = QWEN3_14B.heads * tiles * (2 * 64 * 128 * 4 + 64 * 128 * 2 + 1024)
     found = needed("prefill_layer", QWEN3_14B, 8192)
     assert size < found["ring_heap"] <= 2 * size
-    # A tile is an allocation and four tasks.
+    # Each tile takes an allocation and four tasks.
     tasks = QWEN3_14B.heads * tiles * 5
     assert tasks < found["ring_task_window"] <= 2 * tasks
 
 
-def test_the_head_needs_little():
-    # x [16, 256] FP32 and normed BF16, in each iteration over rows.
+def test_the_head_needs_small_rings():
+    # x [16, 256] in FP32 and normed in BF16, in each iteration over rows.
     least = {"ring_heap": 32 << 10, "ring_task_window": 4, "ring_dep_pool": 16}
     assert needed("head", DEMO, 256) == least
 
 
-def test_what_is_counted_is_what_the_runtime_reported():
+def test_the_computed_use_matches_what_the_runtime_reported():
     """A run on a2a3sim with room for 63 tasks ended with 63 of them and 495616 bytes in ring 3."""
     taken = counted("prefill_layer", evolve(DEMO, page_size=128, kv_tile=128), 256)
     assert taken.most_bytes[3] == 495616
     assert taken.most_tasks[3] == 67
-    # A head's o, scores and weighted [16, 128] FP32, probabilities in BF16, stats and scale.
+    # Per head: o, scores and weighted [16, 128] FP32, probabilities in BF16, stats and scale.
     assert taken.most_unused == [0, 0, 0, 3 * 8192 + 4096 + 2 * 1024]
 
 
-def test_a_piece_that_does_not_fit_before_the_rings_end_may_leave_that_much_unused():
-    """Decode's scope over rows has 17 tensors: a piece of 16, and one of [16, 256] FP32."""
+def test_space_at_the_end_of_a_ring_may_stay_unused():
+    """The row scope of decode has 17 tensors: a piece of 16, and one of [16, 256] FP32."""
     taken = counted("decode_layer", DEMO, 256)
     assert taken.most_unused[2] == 16 * 256 * 4
 
 
-def test_a_call_gets_larger_rings_than_pyptos_own_only_where_it_needs_them():
+def test_a_call_gets_rings_above_pyptos_defaults_only_if_it_needs_them():
     options = Options(platform="a2a3sim")
     assert larger(options, "prefill_layer", QWEN3_14B, 2048) == {}
     assert larger(options, "decode_layer", QWEN3_14B, 8192) == {}
@@ -67,7 +67,7 @@ def test_a_call_gets_larger_rings_than_pyptos_own_only_where_it_needs_them():
     assert larger(options, "prefill_layer", many, 2048) == {"ring_heap": 1 << 30}
 
 
-def test_a_size_that_was_asked_for_is_kept():
+def test_a_ring_size_set_by_the_user_is_kept():
     asked = Options(platform="a2a3sim", ring_dep_pool=7, ring_heap=1 << 32)
     found = larger(asked, "prefill_layer", QWEN3_14B, 40960)
     assert found == {"ring_task_window": 1 << 17}
@@ -80,7 +80,7 @@ def test_a_size_that_was_asked_for_is_kept():
         ("ring_task_window", 64, 128, "prefill_layer"),
     ],
 )
-def test_a_size_that_is_too_small_is_refused_with_the_least_that_works(option, size, least, kernel):
+def test_a_ring_size_that_is_too_small_is_refused_with_the_minimum(option, size, least, kernel):
     asked = Options(platform="a2a3sim", **{option: size})
     with pytest.raises(ExecutorError) as error:
         check(asked, DEMO, 256)
@@ -90,7 +90,7 @@ def test_a_size_that_is_too_small_is_refused_with_the_least_that_works(option, s
     check(evolve(asked, **{option: least}), DEMO, 256)
 
 
-def test_it_is_refused_before_pypto_is_looked_for(capsys, tmp_path):
+def test_ring_sizes_are_checked_before_pypto_is_searched(capsys, tmp_path):
     argv = ["generate", "--executor", "pypto-npu", "-o", "platform=a2a3sim", "-o"]
     argv += [f"pypto_root={tmp_path / 'nowhere'}", "-o", "ring_heap=65536", "x"]
     assert main(argv) == 2
@@ -101,7 +101,7 @@ def test_it_is_refused_before_pypto_is_looked_for(capsys, tmp_path):
     assert "ring_heap must be at least" in line
 
 
-def test_the_emulation_has_no_rings():
+def test_the_emulation_ignores_ring_sizes():
     options = {"executor": {"platform": "emulated", "ring_heap": 1024}}
     with LLMEngine.from_plugins(executor="pypto-npu", options=options) as engine:
         engine.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=64))

@@ -1,4 +1,4 @@
-"""Whole models on PyPTO's simulator, run as a user runs them: engine, commands and the example."""
+"""Whole models on PyPTO's simulator, run by the engine, the commands and the example."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ CONTINUED = "When in the Course of human events,"
 
 @pytest.fixture(scope="module", autouse=True)
 def _simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """PyPTO's simulator, and a cache of compiled kernels that all tests of this file share."""
+    """Requires PyPTO's simulator; the tests of this file share a cache of compiled kernels."""
     simulator_or_skip()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -40,7 +40,7 @@ def generated(
 
 @pytest.fixture(scope="module")
 def declaration() -> list[int]:
-    """The first tokens of the text that the bundled model knows, as it goes on by itself."""
+    """The first tokens of the memorised text, as the bundled model continues it."""
     with LLMEngine.from_plugins() as engine:
         engine.init_model("demo", DEMO_MODEL, RuntimeConfig(weight_dtype="float32"))
         prompt = engine.model("demo").text.encode(CONTINUED)
@@ -49,7 +49,7 @@ def declaration() -> list[int]:
 
 
 @pytest.mark.parametrize("weights_on_device", [True, False])
-def test_ragged_prompts_get_the_tokens_of_torch(declaration, weights_on_device):
+def test_ragged_prompts_generate_the_tokens_of_torch(declaration, weights_on_device):
     prompts = [declaration[:length] for length in (4, 231, 55, 1)]
     runtime = RuntimeConfig(max_seq_len=256)
     options = {"platform": "a2a3sim", "weights_on_device": weights_on_device}
@@ -59,7 +59,7 @@ def test_ragged_prompts_get_the_tokens_of_torch(declaration, weights_on_device):
     assert found == generated(prompts, runtime, 10, "pypto-npu", platform="emulated")
 
 
-def test_seventeen_prompts_in_chunks_get_the_tokens_of_torch(declaration):
+def test_seventeen_chunked_prompts_generate_the_tokens_of_torch(declaration):
     lengths = [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 5, 80, 7, 35]
     prompts = [declaration[:length] for length in lengths]
     runtime = RuntimeConfig(
@@ -70,7 +70,7 @@ def test_seventeen_prompts_in_chunks_get_the_tokens_of_torch(declaration):
     assert found == generated(prompts, true, 6, "torch")
 
 
-def test_compare_finds_nothing_wrong(tmp_path):
+def test_compare_finds_the_simulator_equal(tmp_path):
     argv = ["compare", "--candidate", "pypto-npu", "-o", "candidate.platform=a2a3sim", "--isolate"]
     argv += ["--prompt", CONTINUED, "--prompt", "We hold"]
     report = tmp_path / "report.json"
@@ -80,7 +80,7 @@ def test_compare_finds_nothing_wrong(tmp_path):
 
 
 def test_the_example_runs_under_task_submit():
-    """The simulator takes no card, so the number that is granted is left unused."""
+    """The simulator has no cards, so the granted number is not used."""
     done = submit(f'{EXAMPLE} --platform a2a3sim --max-new-tokens 9 --prompt "{PLEDGE}"')
     assert done.returncode == 0, done.stderr
     text, ids, _, device = done.stdout.splitlines()
@@ -97,8 +97,8 @@ def test_a_command_runs_under_task_submit():
     assert "it becomes necessary" in done.stdout
 
 
-def test_compilers_are_bounded(tmp_path, monkeypatch):
-    """As many at a time as compile_jobs says, among the 36 or so that a kernel needs."""
+def test_compile_jobs_limits_the_running_compilers(tmp_path, monkeypatch):
+    """At most compile_jobs run at a time, of the 36 or so that a kernel needs."""
     from pypto.runtime import device_runner
 
     running, lock, most = 0, Lock(), []

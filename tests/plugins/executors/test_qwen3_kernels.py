@@ -1,8 +1,8 @@
 """Qwen3's kernels, emulated and by PyPTO itself, against the torch executor.
 
-A kernel must be as near to the torch executor in BF16 as rounding allows, and nearly as near to it
-in FP32 as its own BF16 is. ``compare_layer`` checks the KV cache and the memory around every buffer
-as well.
+A kernel must agree with the torch executor in BF16 up to rounding, and its error against FP32 must
+be close to that of the torch executor in BF16. ``compare_layer`` also checks the KV cache and the
+memory around every buffer.
 """
 
 import json
@@ -113,7 +113,7 @@ def test_decode_agrees_with_the_torch_executor(make, name, batch_size):
         compare_layer(run, "decode_layer", config, weights, 0, hidden, batch, cache).check()
 
 
-def test_twenty_decode_steps_write_twenty_slots_in_turn():
+def test_twenty_decode_steps_write_twenty_consecutive_slots():
     config, weights = config_of(SMALL), random_weights(config_of(SMALL))
     cache = Cache(SMALL, 8)
     cache.add(20, 31)
@@ -155,7 +155,7 @@ def test_prefill_agrees_with_the_torch_executor(make, name, what):
 
 
 @pytest.mark.parametrize("sizes", [[50], [16, 34], [1, 31, 18], [33, 17]])
-def test_a_prompt_in_chunks_has_the_outputs_of_the_prompt(sizes):
+def test_chunked_prefill_gives_the_outputs_of_the_whole_prompt(sizes):
     config, weights = config_of(SMALL), random_weights(config_of(SMALL))
     hidden = hidden_rows(SMALL, 50)
     whole = Cache(SMALL, 8)
@@ -172,7 +172,7 @@ def test_a_prompt_in_chunks_has_the_outputs_of_the_prompt(sizes):
 
 
 @pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
-def test_neither_the_order_of_iterations_nor_of_pages_changes_a_bit(kernel):
+def test_outputs_do_not_depend_on_the_order_of_iterations_or_pages(kernel):
     config, weights = config_of(SMALL), random_weights(config_of(SMALL))
     outputs = []
     for seed, pages in [(0, 30), (1, 30), (2, 41)]:
@@ -189,8 +189,8 @@ def test_neither_the_order_of_iterations_nor_of_pages_changes_a_bit(kernel):
 
 
 @pytest.mark.pypto
-def test_a_context_that_overflows_pyptos_own_rings_agrees_with_the_torch_executor():
-    """Some 20,000 tasks in one ring: the process ended with the rings that PyPTO has by itself."""
+def test_a_context_that_overflows_pyptos_default_rings_agrees_with_torch():
+    """About 20,000 tasks in one ring, which end the process with PyPTO's default ring sizes."""
     shape = shaped(
         hidden=64, intermediate=64, heads=32, head_dim=32, page_size=16, max_tokens=64, max_batch=1
     )
@@ -293,7 +293,7 @@ def test_the_head_agrees_with_the_torch_executor(make, name, rows, vocab):
 # --- limits ---------------------------------------------------------------------------------------
 
 
-def test_more_tokens_than_the_shape_allows_are_an_error_and_not_an_overrun():
+def test_more_tokens_than_the_shape_allows_are_an_error():
     shape = shaped(max_tokens=16, max_batch=1)
     config, weights = config_of(shape), kernel_weights(random_weights(config_of(shape)))
     cache = Cache(shape, 8)
@@ -305,7 +305,7 @@ def test_more_tokens_than_the_shape_allows_are_an_error_and_not_an_overrun():
 
 
 @pytest.mark.parametrize("broken", ["slot_mapping", "block_table", "context_lens"])
-def test_what_points_outside_of_the_cache_is_an_error_and_not_an_overrun(broken):
+def test_an_index_outside_the_cache_is_an_error(broken):
     config, weights = config_of(SMALL), kernel_weights(random_weights(config_of(SMALL)))
     cache = Cache(SMALL, 8)
     cache.add(40)
@@ -318,12 +318,12 @@ def test_what_points_outside_of_the_cache_is_an_error_and_not_an_overrun(broken)
         emulated("decode_layer", SMALL)(inputs)
 
 
-def test_the_kernels_order_of_cache_rows_is_declared_and_is_the_one_they_have():
+def test_the_kernels_declare_the_cache_row_order_that_they_use():
     for kernel in ("prefill_layer", "decode_layer"):
         assert read_contract(source.path(kernel), kernel, DEMO.constants(kernel)).kv_row_order == (
             "HND"
         )
-    rows = torch.arange(2 * 3 * 4).view(-1, 1)  # 2 pages, 3 KV heads, 4 slots a page
+    rows = torch.arange(2 * 3 * 4).view(-1, 1)  # 2 pages, 3 KV heads, 4 slots per page
     of_pages = pages_of(rows, torch.empty(2, 4, 3, 1))
     page, head, offset = 1, 2, 3
     assert of_pages[page, offset, head] == (page * 3 + head) * 4 + offset
@@ -344,14 +344,14 @@ def test_the_kernels_order_of_cache_rows_is_declared_and_is_the_one_they_have():
         ({"hidden": 512, "intermediate": 512, "head_dim": 128, "k_tile": 256}, "fit in 65536 byt"),
     ],
 )
-def test_a_shape_that_the_tiles_cannot_serve_is_refused_with_the_constraint(change, constraint):
+def test_a_shape_that_the_tiles_do_not_support_is_refused_with_the_constraint(change, constraint):
     with pytest.raises(
         ValueError, match=f"the kernels cannot serve this layer shape: .*{constraint}"
     ):
         shaped(**change)
 
 
-def test_the_shipped_shapes_are_those_of_the_models():
+def test_the_shipped_shapes_match_the_models():
     demo = shape_of(loaded_from(DEMO_MODEL).config)
     names = {"hidden", "intermediate", "heads", "kv_heads", "head_dim", "norm_eps"}
     assert names < {f.name for f in fields(LayerShape)}
@@ -365,7 +365,7 @@ def test_the_shipped_shapes_are_those_of_the_models():
 
 @everywhere
 @pytest.mark.slow
-def test_a_layer_of_the_width_of_qwen3_14b(make):
+def test_a_layer_of_qwen3_14b_agrees_with_the_torch_executor(make):
     shape = QWEN3_14B
     config, weights = config_of(shape), random_weights(config_of(shape))
     prefill, decode = make("prefill_layer", shape), make("decode_layer", shape)
@@ -387,9 +387,7 @@ def test_a_layer_of_the_width_of_qwen3_14b(make):
 @pytest.mark.pypto
 @pytest.mark.parametrize("kernel", source.KERNELS)
 @pytest.mark.parametrize("shape", [SMALL, DEMO, QWEN3_14B], ids=["small", "demo", "qwen3-14b"])
-def test_pypto_compiles_a_kernel_up_to_what_its_assembler_takes(
-    kernel, shape, tmp_path, monkeypatch
-):
+def test_pypto_compiles_a_kernel_to_assembler_input(kernel, shape, tmp_path, monkeypatch):
     pl = pypto_or_skip()
     from pypto.runtime import RunConfig
 
@@ -408,7 +406,7 @@ def test_pypto_compiles_a_kernel_up_to_what_its_assembler_takes(
 @pytest.mark.pypto
 @pytest.mark.parametrize("kernel", source.KERNELS)
 @pytest.mark.parametrize("name", [*SHAPES, "qwen3-14b"])
-def test_no_variable_of_the_generated_code_hides_another(kernel, name, tmp_path):
+def test_no_variable_of_the_generated_code_shadows_another(kernel, name, tmp_path):
     pl = pypto_or_skip()
     shape = SHAPES.get(name, QWEN3_14B)
     assert orchestration_complaints(source.load(kernel, shape, pl), tmp_path) == []
@@ -416,7 +414,7 @@ def test_no_variable_of_the_generated_code_hides_another(kernel, name, tmp_path)
 
 @pytest.mark.pypto
 @pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
-def test_the_emulation_and_pypto_compute_the_same(kernel):
+def test_the_emulation_computes_what_pypto_computes(kernel):
     config, weights = config_of(SMALL), random_weights(config_of(SMALL))
     outputs = []
     for make in (emulated, by_pypto):

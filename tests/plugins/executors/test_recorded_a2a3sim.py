@@ -1,7 +1,7 @@
 """The emulation against PyPTO's simulator, as ``record_a2a3sim`` recorded it.
 
-Both add up products in FP32, each in an order of its own, and round what a task stores: nearly all
-values are the same bits, the others neighbours.
+Both sum products in FP32, in different orders, and round what a task stores: nearly all values are
+identical, and the others differ by one unit in the last place.
 """
 
 import json
@@ -21,7 +21,7 @@ from tilewright_pypto.emulated import language
 CASES = (0, 1)
 
 LIMITS = {"out": 1e-3, "k_cache": 1e-4, "v_cache": 1e-4, "logits": 1e-6}
-"""Relative RMS of each output; when it was recorded the most was 3.4e-4, and 0 of all but out."""
+"""Relative RMS of each output; at recording, out was within 3.4e-4 and all others were 0."""
 
 
 def recorded(kernel: str) -> tuple[LayerShape, dict[str, Tensor]]:
@@ -41,7 +41,7 @@ def check_as_recorded(run: Run, kept: dict[str, Tensor], case: int) -> None:
     run(tensors)
     for name, value in expected.items():
         found = tensors[name]
-        assert torch.equal(found.isnan(), value.isnan()), name  # Slots that no token has.
+        assert torch.equal(found.isnan(), value.isnan()), name  # slots without a token
         found, value = found.nan_to_num(), value.nan_to_num()
         assert relative_rms(found, value) <= LIMITS[name], name
         if name.endswith("_cache"):
@@ -50,7 +50,7 @@ def check_as_recorded(run: Run, kept: dict[str, Tensor], case: int) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kernel", source.KERNELS)
-def test_the_emulation_computes_what_the_simulator_did(kernel, case):
+def test_the_emulation_matches_the_recorded_simulator(kernel, case):
     shape, kept = recorded(kernel)
     made = source.load(kernel, shape, language)
     check_as_recorded(lambda tensors: made(**tensors), kept, case)
@@ -58,7 +58,7 @@ def test_the_emulation_computes_what_the_simulator_did(kernel, case):
 
 @pytest.mark.pypto
 @pytest.mark.parametrize("kernel", source.KERNELS)
-def test_the_simulator_computes_what_was_recorded(kernel):
+def test_the_simulator_matches_its_recording(kernel):
     shape, kept = recorded(kernel)
     run = simulated(kernel, shape)
     for case in CASES:

@@ -1,5 +1,4 @@
-"""The ``torch`` executor against transformers, over a cache that holds NaN wherever nothing was
-written."""
+"""The ``torch`` executor against transformers, with NaN in every unwritten slot of the cache."""
 
 import re
 import subprocess
@@ -56,7 +55,7 @@ DTYPES: list[DType] = ["float32", "bfloat16", "float16"]
 
 @define
 class Served:
-    """An executor with its cache, all of it NaN to begin with, and the tokens it has seen."""
+    """An executor with its cache, initially all NaN, and the number of tokens of each sequence."""
 
     config: ModelConfig
     executor: Executor
@@ -110,7 +109,7 @@ class Served:
             layer.value[pages] = float("nan")
 
     def shuffle_pages(self) -> None:
-        """Make the free pages come in an order of no meaning."""
+        """Put the free pages into a random order."""
         pages = [f"filler-{i}" for i in range(self.kv.free_pages)]
         for name in pages:
             self.kv.allocate(name, 1)
@@ -159,7 +158,7 @@ def serve(directory: Path, **runtime: Any) -> Served:
 def oracle(
     model: PreTrainedModel, chunks: Sequence[Sequence[int]], steps: int = 0
 ) -> tuple[list[Tensor], list[int], Tensor]:
-    """What transformers computes for a prompt given in chunks and its greedy continuation.
+    """The logits of transformers for a prompt given in chunks and its greedy continuation.
 
     Returns each chunk's logits, the new tokens, and the logits of the step that each was fed to.
     """
@@ -194,7 +193,7 @@ def in_chunks(tokens: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
 # --- float32 against transformers -----------------------------------------------------------------
 
 
-def test_the_configurations_are_as_varied_as_they_should_be() -> None:
+def test_the_test_configurations_cover_all_model_variants() -> None:
     configs = CONFIGS.values()
     assert len(CONFIGS) >= 24
     assert {c.model_type for c in configs} == {"qwen3", "qwen2", "llama", "mistral"}
@@ -209,7 +208,7 @@ def test_the_configurations_are_as_varied_as_they_should_be() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prompt_and_continuation_have_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_of_prompt_and_continuation_match_transformers(name: str, tmp_path: Path) -> None:
     model = write_model(name, tmp_path)
     served = serve(tmp_path)
     (prompt,) = prompts(CONFIGS[name], [PROMPT_LENGTH])
@@ -221,7 +220,7 @@ def test_prompt_and_continuation_have_the_logits_of_transformers(name: str, tmp_
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ragged_batches_have_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_of_ragged_batches_match_transformers(name: str, tmp_path: Path) -> None:
     model = write_model(name, tmp_path)
     served = serve(tmp_path)
     served.shuffle_pages()
@@ -237,10 +236,10 @@ def test_ragged_batches_have_the_logits_of_transformers(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_prompt_in_chunks_has_the_logits_of_transformers(
+def test_logits_of_a_chunked_prompt_match_transformers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So that a chunk is more than one block of queries.
+    # A chunk then spans several blocks of queries.
     monkeypatch.setattr(tilewright_torch.attention, "QUERY_BLOCK", 4)
     model = write_model(name, tmp_path)
     served = serve(tmp_path)
@@ -253,7 +252,7 @@ def test_a_prompt_in_chunks_has_the_logits_of_transformers(
     assert_same(served.step({"a": [token]})[0], of_step)
 
 
-def test_a_step_may_mix_new_prompts_chunks_and_single_tokens(tmp_path: Path) -> None:
+def test_a_step_can_mix_new_prompts_chunks_and_single_tokens(tmp_path: Path) -> None:
     name = "mistral-slides"
     model = write_model(name, tmp_path)
     served = serve(tmp_path)
@@ -266,10 +265,10 @@ def test_a_step_may_mix_new_prompts_chunks_and_single_tokens(tmp_path: Path) -> 
 # --- 16 bits --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["as-the-cpu-has-it", "widened"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "widened"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", BF16_CONFIGS)
-def test_16_bits_are_as_near_to_the_truth_as_transformers(
+def test_the_16_bit_error_is_close_to_that_of_transformers(
     name: str, dtype: str, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
@@ -290,7 +289,7 @@ def test_16_bits_are_as_near_to_the_truth_as_transformers(
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("weight_dtype", DTYPES)
-def test_weights_and_kv_cache_may_have_any_dtypes(
+def test_weights_and_kv_cache_can_have_different_dtypes(
     weight_dtype: DType, kv_dtype: DType, tmp_path: Path
 ) -> None:
     name = "qwen3-odd-heads"
@@ -309,10 +308,10 @@ def test_weights_and_kv_cache_may_have_any_dtypes(
     assert float((logits - truth).abs().max()) < 64 * coarsest
 
 
-# --- what the cache may hold, and what is written to it -------------------------------------------
+# --- the KV cache ---------------------------------------------------------------------------------
 
 
-def test_pages_that_were_freed_serve_another_sequence(tmp_path: Path) -> None:
+def test_freed_pages_are_reused_by_another_sequence(tmp_path: Path) -> None:
     name = "llama-gqa-5"
     model = write_model(name, tmp_path)
     served = serve(tmp_path)
@@ -329,7 +328,7 @@ def test_pages_that_were_freed_serve_another_sequence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-some-layers-slide", "llama-dynamic-within"])
-def test_a_step_writes_to_its_own_slots_and_to_no_other(name: str, tmp_path: Path) -> None:
+def test_a_step_writes_only_to_its_own_slots(name: str, tmp_path: Path) -> None:
     write_model(name, tmp_path)
     served = serve(tmp_path)
     first, second = prompts(CONFIGS[name], [12, 7])
@@ -347,7 +346,9 @@ def test_a_step_writes_to_its_own_slots_and_to_no_other(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_order_of_pages_and_a_repetition_change_no_bit(dtype: DType, tmp_path: Path) -> None:
+def test_logits_are_bitwise_equal_when_repeated_or_with_other_pages(
+    dtype: DType, tmp_path: Path
+) -> None:
     name = "qwen3-some-layers-slide"
     write_model(name, tmp_path)
     ragged = list(prompts(CONFIGS[name], [14, 31]))
@@ -367,7 +368,7 @@ def test_the_order_of_pages_and_a_repetition_change_no_bit(dtype: DType, tmp_pat
         assert torch.equal(first, elsewhere)
 
 
-def test_a_step_may_want_no_logits(tmp_path: Path) -> None:
+def test_a_step_can_request_no_logits(tmp_path: Path) -> None:
     write_model("qwen3-tied", tmp_path)
     for dtype in DTYPES:
         served = serve(tmp_path, weight_dtype=dtype)
@@ -379,10 +380,10 @@ def test_a_step_may_want_no_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("native", [True, False], ids=["as-the-cpu-has-it", "widened"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "widened"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(37, 100), (300, 83), (65, 2111)], ids=str)
-def test_each_path_of_a_product_sums_in_float32_and_rounds_once(
+def test_every_matrix_product_path_sums_in_float32_and_rounds_once(
     shape: tuple[int, int],
     dtype: DType,
     native: bool,
@@ -403,13 +404,13 @@ def test_each_path_of_a_product_sums_in_float32_and_rounds_once(
         found = product(x)
         assert found.dtype == of
         assert found.is_contiguous()
-        # Half a unit in the last place, and what a float32 sum of this length may be off.
+        # Half a unit in the last place, and the error of a float32 sum of this length.
         rtol = torch.finfo(of).eps / 2 * 1.01
         torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=3e-4)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_product_leaves_onednn_as_it_was(enabled: bool) -> None:
+def test_a_matrix_product_restores_the_onednn_setting(enabled: bool) -> None:
     before = torch._C._get_mkldnn_enabled()
     product = tilewright_torch.linear.linear(torch.ones(300, 300).bfloat16())
     try:
@@ -429,7 +430,7 @@ _SHAPE_ROW = re.compile(r"^\| `(\S+)` \| \[(.+?)\] \| (\w+) \| (.*) \|$", re.MUL
 
 
 def documented(served: Served, tokens: int, rows: int) -> dict[str, tuple[list[int], torch.dtype]]:
-    """Shape and dtype of each tap of a step, in order, as docs/tensors.md has them."""
+    """Shape and dtype of each tap of a step, in order, as listed in docs/tensors.md."""
     table = _SHAPE_ROW.findall((ROOT / "docs/tensors.md").read_text())
     config = served.config
     sizes = {name: getattr(config, name) for name in config.__slots__ if name != "__weakref__"}
@@ -454,7 +455,7 @@ def documented(served: Served, tokens: int, rows: int) -> dict[str, tuple[list[i
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["qwen3-gqa-5", "llama-head-dim"])
-def test_taps_are_those_that_the_docs_list(name: str, dtype: DType, tmp_path: Path) -> None:
+def test_taps_match_the_documented_list(name: str, dtype: DType, tmp_path: Path) -> None:
     write_model(name, tmp_path)
     served = serve(tmp_path, weight_dtype=dtype)
     first, second = prompts(CONFIGS[name], [6, 9])
@@ -474,7 +475,7 @@ def test_taps_are_those_that_the_docs_list(name: str, dtype: DType, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_taps_change_no_bit(dtype: DType, tmp_path: Path) -> None:
+def test_taps_do_not_change_the_logits(dtype: DType, tmp_path: Path) -> None:
     write_model("qwen3-tied", tmp_path)
     (prompt,) = prompts(CONFIGS["qwen3-tied"], [9])
     plain, tapped = serve(tmp_path, weight_dtype=dtype), serve(tmp_path, weight_dtype=dtype)
@@ -486,7 +487,7 @@ def test_taps_change_no_bit(dtype: DType, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-mqa-biases", "llama-biases", "mistral-slides"])
-def test_taps_hold_what_transformers_has_at_that_place(name: str, tmp_path: Path) -> None:
+def test_tapped_tensors_match_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = write_model(name, tmp_path)
     (prompt,) = prompts(CONFIGS[name], [11])
     expected: dict[str, Tensor] = {}
@@ -535,7 +536,7 @@ def test_taps_hold_what_transformers_has_at_that_place(name: str, tmp_path: Path
 # --- loading, limits, closing ---------------------------------------------------------------------
 
 
-def test_loading_and_running_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+def test_loading_and_running_take_little_more_memory_than_the_weights(tmp_path: Path) -> None:
     config = deepcopy(CONFIGS["llama-biases"])
     config.hidden_size, config.intermediate_size, config.vocab_size = 1020, 4096, 8000
     config.num_hidden_layers = 8
@@ -571,7 +572,7 @@ print(stored, memory("VmHWM") - before)
 
 @pytest.mark.parametrize("name", ["qwen3-gqa-5", "qwen3-tied"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_streamed_weights_compute_the_same_and_one_layer_is_converted_at_a_time(
+def test_streamed_weights_give_the_same_logits_with_one_converted_layer_at_a_time(
     name: str, dtype: DType, tmp_path: Path
 ) -> None:
     write_model(name, tmp_path, "bfloat16")
@@ -592,7 +593,7 @@ def test_streamed_weights_compute_the_same_and_one_layer_is_converted_at_a_time(
     assert kept is None or kept() is None
 
 
-def test_the_cache_has_rows_by_token_and_at_most_half_of_the_memory(tmp_path: Path) -> None:
+def test_the_kv_cache_spec_is_nhd_and_limited_to_half_of_the_memory(tmp_path: Path) -> None:
     write_model("qwen3-gqa-8", tmp_path)
     spec = create_executor(request(load(tmp_path), kv_dtype="float16")).kv_cache_spec
     assert (spec.num_layers, spec.num_kv_heads, spec.head_dim) == (2, 2, 8)
@@ -612,7 +613,7 @@ def test_the_cache_has_rows_by_token_and_at_most_half_of_the_memory(tmp_path: Pa
     ],
     ids=["device", "odd-head", "heads"],
 )
-def test_what_cannot_run_is_refused_before_a_weight_is_read(
+def test_an_unsupported_model_or_device_is_refused_before_a_weight_is_read(
     model: dict[str, int], runtime: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_model("qwen3-tied", tmp_path)
@@ -623,7 +624,7 @@ def test_what_cannot_run_is_refused_before_a_weight_is_read(
     assert "\n" not in str(error.value)
 
 
-def test_storage_that_is_not_as_asked_for_is_refused(tmp_path: Path) -> None:
+def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path: Path) -> None:
     write_model("qwen3-tied", tmp_path)
     executor = create_executor(request(load(tmp_path)))
     kv = KvCacheManager(evolve(executor.kv_cache_spec, row_order="HND"), 3)
@@ -642,12 +643,12 @@ def test_the_number_of_threads_is_an_option(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    for threads in (0, 99999):  # so many cannot be started: the process would end there
+    for threads in (0, 99999):  # starting that many threads would end the process
         with pytest.raises(ValueError, match="'threads' must be"):
             Options(threads=threads)
 
 
-def test_a_closed_executor_says_so(tmp_path: Path) -> None:
+def test_a_closed_executor_refuses_a_step(tmp_path: Path) -> None:
     write_model("qwen3-tied", tmp_path)
     served = serve(tmp_path)
     served.step({"a": [3, 4]})

@@ -61,7 +61,7 @@ def random_logits(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tenso
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("penalty", [0.5, 1.1, 3.0])
-def test_repetition_penalty_is_that_of_transformers(vocab_size: int, penalty: float) -> None:
+def test_repetition_penalty_matches_transformers(vocab_size: int, penalty: float) -> None:
     logits = random_logits(vocab_size)
     ids = torch.randint(vocab_size, (40,), generator=torch.Generator().manual_seed(1))
     expected = oracle.RepetitionPenaltyLogitsProcessor(penalty)(ids[None], logits[None].clone())[0]
@@ -71,9 +71,7 @@ def test_repetition_penalty_is_that_of_transformers(vocab_size: int, penalty: fl
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_what_is_left_to_draw_from_is_that_of_transformers(
-    vocab_size: int, temperature: float
-) -> None:
+def test_filtered_probabilities_match_transformers(vocab_size: int, temperature: float) -> None:
     logits = random_logits(vocab_size, seed=vocab_size)
     for top_k, top_p, min_p in product(
         [0, 1, 5, 50, 10**6], [1.0, 0.999, 0.9, 0.5, 0.01], [0.0, 0.02, 0.5, 1.0]
@@ -86,14 +84,14 @@ def test_what_is_left_to_draw_from_is_that_of_transformers(
         torch.testing.assert_close(probabilities, expected.softmax(0), rtol=1e-4, atol=1e-6)
 
 
-def test_the_token_that_crosses_top_p_stays() -> None:
+def test_the_token_that_crosses_top_p_is_kept() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     for top_p, left in [(0.4, [0]), (0.6, [0, 1]), (0.85, [0, 1, 2]), (0.99, [0, 1, 2, 3])]:
         ids, _ = steps.shortlist(logits, SamplingParams(temperature=1.0, top_p=top_p))
         assert ids.tolist() == left
 
 
-def test_presence_and_frequency_penalties_count_the_output_only() -> None:
+def test_presence_and_frequency_penalties_count_only_the_output() -> None:
     row = make_row(
         prompt=[0, 0, 1], output=[1, 2, 2, 2], presence_penalty=0.5, frequency_penalty=0.25
     )
@@ -102,7 +100,7 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     )
 
 
-def test_repetition_comes_before_frequency_and_bias_comes_last() -> None:
+def test_penalties_apply_in_order_and_the_bias_last() -> None:
     row = make_row(
         output=[0], repetition_penalty=2.0, presence_penalty=1.0, logit_bias={0: 10.0, 1: -1.0}
     )
@@ -116,7 +114,7 @@ def test_repetition_comes_before_frequency_and_bias_comes_last() -> None:
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(1, 40), st.data())
 @settings(max_examples=100, deadline=None)
-def test_of_equal_logits_the_smaller_ids_stay(
+def test_ties_are_resolved_in_favour_of_the_smaller_token_ids(
     values: list[int], top_k: int, data: st.DataObject
 ) -> None:
     logits = torch.tensor(values).float()
@@ -135,7 +133,7 @@ def test_of_equal_logits_the_smaller_ids_stay(
     assert [i for i, _ in top.top] == order[:count]
 
 
-def test_ties_in_a_large_vocabulary() -> None:
+def test_ties_in_a_large_vocabulary_go_to_the_smaller_token_ids() -> None:
     logits = random_logits(152_000).round()
     order = sorted(range(len(logits)), key=lambda i: (-logits[i].item(), i))
     assert sample_one(logits).token_id == order[0]
@@ -148,7 +146,7 @@ def test_ties_in_a_large_vocabulary() -> None:
 # --- greedy and temperature -----------------------------------------------------------------------
 
 
-def test_greedy_heeds_penalties_and_bias_and_nothing_else() -> None:
+def test_greedy_applies_penalties_and_bias_and_ignores_other_settings() -> None:
     logits = random_logits(1000)
     best, second = logits.topk(2).indices.tolist()
     random: dict[str, Any] = {"temperature": 5.0, "top_k": 500, "top_p": 0.9, "min_p": 0.01}
@@ -160,14 +158,14 @@ def test_greedy_heeds_penalties_and_bias_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1e-6])
-def test_a_vanishing_temperature_takes_the_likeliest(temperature: float) -> None:
+def test_a_temperature_near_zero_selects_the_likeliest_token(temperature: float) -> None:
     logits = random_logits(1000)
     for seed in range(10):
         token = sample_one(logits, temperature=temperature, seed=seed)
         assert token.token_id == logits.argmax()
 
 
-def test_extreme_settings_still_give_a_token() -> None:
+def test_extreme_settings_give_a_valid_token() -> None:
     logits = torch.tensor([3e38, -3e38, 0.0, 1.0])
     extremes: list[dict[str, Any]] = [
         {"repetition_penalty": 1e-300},
@@ -184,7 +182,7 @@ def test_extreme_settings_still_give_a_token() -> None:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What runs within: the operations' names and how many elements they are given."""
+    """The torch operations run within the context, with their largest input in elements."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -200,7 +198,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize(
     "params", [{}, {"temperature": 0.8}, {"temperature": 0.8, "min_p": 0.1}, {"logprobs": 0}]
 )
-def test_nothing_is_sorted_unless_something_asks_for_it(params: dict[str, Any]) -> None:
+def test_logits_are_sorted_only_if_a_setting_needs_it(params: dict[str, Any]) -> None:
     with Operations() as operations:
         sample_one(random_logits(1000), **params)
     assert operations.sizes["sum"] == 1000
@@ -219,12 +217,12 @@ def test_top_p_sorts_only_the_likely_part_of_the_vocabulary() -> None:
 
 @pytest.mark.parametrize("token_id", [-1, 10, 10**9])
 @pytest.mark.parametrize("name", ["greedy", "top-p"])
-def test_a_bias_of_an_unknown_id_is_refused(name: str, token_id: int) -> None:
+def test_a_logit_bias_of_an_unknown_token_id_is_refused(name: str, token_id: int) -> None:
     with pytest.raises(RequestError, match=rf"'r'.*token id {token_id}.*0 to 9"):
         sample_one(torch.zeros(10), name, logit_bias={3: 1.0, token_id: 1.0})
 
 
-def test_a_bias_that_is_no_number_is_refused() -> None:
+def test_a_logit_bias_that_is_not_a_number_or_forbids_all_tokens_is_refused() -> None:
     for value in (math.nan, INF):
         with pytest.raises(RequestError, match=r"logit_bias of token id 3 is (nan|inf)"):
             sample_one(torch.zeros(10), logit_bias={3: value})
@@ -246,7 +244,7 @@ def test_a_forbidden_token_is_never_drawn(params: dict[str, Any]) -> None:
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """The statistic in standard deviations from its mean, for many categories about normal."""
+    """The chi-square statistic in standard deviations from its mean; near normal."""
     expected = probabilities * counts.sum()
     freedom = len(counts) - 1
     return (((counts - expected) ** 2 / expected).sum().item() - freedom) / math.sqrt(2 * freedom)
@@ -290,7 +288,7 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     assert abs(chi_square(counts[some], probabilities[some])) < 4
 
 
-def test_the_sampler_draws_what_its_steps_say() -> None:
+def test_the_sampler_draws_what_its_parts_draw() -> None:
     logits = random_logits(200)
     params: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
     ids, weights = steps.shortlist(logits, SamplingParams(**params))
@@ -309,7 +307,7 @@ def test_a_weight_of_zero_is_never_drawn(weights: list[float], u: float) -> None
     assert torch.tensor(weights)[position] > 0
 
 
-def test_draws_at_the_edges_of_the_distribution() -> None:
+def test_draws_at_the_edges_of_the_distribution_stay_in_range() -> None:
     ids, weights = torch.tensor([9, 4, 7, 2]), torch.tensor([0.0, 0.25, 0.75, 0.0])
     at = [0.0, 0.25 - 2**-53, 0.25, 1.0 - 2**-53, 1.0]
     assert [steps.draw(ids, weights, u) for u in at] == [4, 4, 7, 7, 7]
@@ -327,7 +325,7 @@ ROW_SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("vocab_size", [50, 32001])
-def test_a_row_gives_the_same_whatever_else_is_in_the_batch(vocab_size: int) -> None:
+def test_the_result_of_a_row_does_not_depend_on_the_batch(vocab_size: int) -> None:
     count = len(ROW_SETTINGS)
     logits = random_logits(count, vocab_size)
     rows = [
@@ -345,7 +343,7 @@ def test_a_row_gives_the_same_whatever_else_is_in_the_batch(vocab_size: int) -> 
 
 
 @pytest.mark.parametrize("params", ROW_SETTINGS[1:])
-def test_draws_do_not_depend_on_padding_of_the_vocabulary(params: dict[str, Any]) -> None:
+def test_draws_do_not_depend_on_vocabulary_padding(params: dict[str, Any]) -> None:
     logits = random_logits(1000)
     padded = torch.cat([logits, torch.full((24,), -1e9)])
     for step in range(20):
@@ -353,7 +351,7 @@ def test_draws_do_not_depend_on_padding_of_the_vocabulary(params: dict[str, Any]
         assert sample_one(logits, **row).token_id == sample_one(padded, **row).token_id
 
 
-def test_other_seeds_and_steps_give_other_tokens() -> None:
+def test_different_seeds_and_steps_give_different_tokens() -> None:
     logits = torch.zeros(1000)
     by_seed = {sample_one(logits, temperature=1.0, seed=s).token_id for s in range(50)}
     by_step = {
@@ -366,7 +364,7 @@ def test_other_seeds_and_steps_give_other_tokens() -> None:
 # --- log-probabilities ----------------------------------------------------------------------------
 
 
-def test_logprobs_are_of_the_raw_logits() -> None:
+def test_logprobs_are_computed_from_the_raw_logits() -> None:
     logits = random_logits(500)
     expected = logits.double().log_softmax(0)
     best = int(logits.argmax())
@@ -388,7 +386,9 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
 @pytest.mark.parametrize("name", ["greedy", "top-p"])
-def test_non_finite_logits_are_an_error_that_says_where(name: str, value: float) -> None:
+def test_non_finite_logits_are_an_error_that_names_request_and_tokens(
+    name: str, value: float
+) -> None:
     logits = random_logits(3, 40)
     logits[1, [7, 31]] = value
     logits[2, 0] = value
@@ -406,11 +406,11 @@ def test_a_bias_does_not_hide_non_finite_logits() -> None:
         sample_one([0.0, math.nan], logit_bias={1: -INF})
 
 
-def test_large_logits_are_finite() -> None:
+def test_large_finite_logits_are_accepted() -> None:
     assert sample_one(torch.full((100,), 3.4e38), temperature=1.0).token_id in range(100)
 
 
-def test_sanitising_replaces_warns_once_and_marks() -> None:
+def test_sanitising_replaces_logits_warns_once_and_marks_the_tokens() -> None:
     sampler = make_sampler(on_nonfinite="sanitize")
     logits = torch.tensor([[1.0, 2.0, INF], [math.nan, 3.0, -INF], [0.0, 1.0, 2.0]])
     rows = [make_row(request_id=str(i), logprobs=3) for i in range(3)]
@@ -426,7 +426,7 @@ def test_sanitising_replaces_warns_once_and_marks() -> None:
         sampler.sample(logits, rows)
 
 
-def test_sanitised_values() -> None:
+def test_sanitising_uses_the_smallest_and_largest_finite_values() -> None:
     row = torch.tensor([math.nan, -1.0, INF, 5.0, -INF])
     assert steps.sanitise(row).tolist() == [-1.0, -1.0, 5.0, 5.0, -1.0]
     assert steps.sanitise(torch.tensor([math.nan, INF, -INF])).tolist() == [0.0, 0.0, 0.0]
@@ -436,7 +436,7 @@ def test_sanitised_values() -> None:
 
 
 @pytest.mark.parametrize("name", ["greedy", "top-p"])
-def test_options_and_their_help(name: str) -> None:
+def test_samplers_declare_and_validate_their_options(name: str) -> None:
     assert plugin(name).plugin_info().options is Options
     with pytest.raises(ValueError, match="on_nonfinite"):
         Options(on_nonfinite="ignore")  # type: ignore[arg-type]
