@@ -1,4 +1,4 @@
-"""Loader ``gguf`` against the models that files were written from, transformers and llama.cpp."""
+"""Loader ``gguf`` against the models that were written, transformers and llama.cpp."""
 
 import json
 import os
@@ -77,7 +77,9 @@ WRITTEN = [name for name in CONFIGS if name not in NOT_IN_GGUF]
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_model_is_what_it_was_before_it_was_written(name: str, tmp_path: Path) -> None:
+def test_a_written_model_is_read_back_and_has_the_logits_of_transformers(
+    name: str, tmp_path: Path
+) -> None:
     model = random_model(CONFIGS[name]).float()  # a model that was saved in 16 bits changes CONFIGS
     loaded = load_checked(write(model, tmp_path / "model.gguf"))
     expected = model.state_dict()
@@ -90,7 +92,7 @@ def test_a_model_is_what_it_was_before_it_was_written(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if name not in NOT_IN_LLAMA_CPP])
-def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
+def test_logits_match_llama_cpp(name: str, tmp_path: Path) -> None:
     from llama_cpp import LlamaCpp
 
     path = write(random_model(CONFIGS[name]), tmp_path / "model.gguf")
@@ -103,7 +105,7 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
 
 
 def small(make: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
-    """Of a shape that transformers reads from GGUF, with rows that are whole blocks."""
+    """A shape that transformers reads from GGUF, with rows of whole blocks."""
     return make(
         vocab_size=80,
         hidden_size=64,
@@ -126,7 +128,9 @@ WRITABLE = [kind for kind in SUPPORTED if not kind.name.endswith("_K")]
 
 @pytest.mark.parametrize("kind", WRITABLE, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_reads_the_same_file_alike(family: str, kind: Kind, tmp_path: Path) -> None:
+def test_weights_and_logits_match_transformers_on_the_same_file(
+    family: str, kind: Kind, tmp_path: Path
+) -> None:
     path = write(random_model(FAMILIES[family]), tmp_path / "model.gguf", kind)
     loaded = load_checked(path)
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -146,7 +150,7 @@ def test_transformers_reads_the_same_file_alike(family: str, kind: Kind, tmp_pat
 
 
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
-def test_any_block_is_dequantised_as_its_format_says(kind: Kind, tmp_path: Path) -> None:
+def test_random_blocks_are_dequantised_correctly(kind: Kind, tmp_path: Path) -> None:
     columns, rows = 512, 24
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(0).integers(0, 256, (rows, columns // block * block_bytes), "u1")
@@ -162,14 +166,14 @@ def test_any_block_is_dequantised_as_its_format_says(kind: Kind, tmp_path: Path)
     tensors["blk.0.ffn_down.weight"] = (raw, kind)
     write_file(path, header_of(model) | word_text(80), tensors)
     found = load_checked(path).weights.get("model.layers.0.mlp.down_proj.weight")
-    # A scale may be any bits, and some are not finite.
+    # A scale may be any bit pattern, so some are not finite.
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
     assert found.isfinite().float().mean() > 0.5
 
 
 def five_bits(raw: npt.NDArray[np.uint8], kind: Kind, columns: int) -> torch.Tensor:
-    """Scale, for Q5_1 the least value, 32 high bits, and 16 bytes of low halves: first those of
-    elements 0 to 15, then those of 16 to 31."""
+    """A block holds the scale, the minimum (Q5_1 only), 32 high bits, and 16 bytes of low nibbles:
+    those of elements 0 to 15, then those of 16 to 31."""
     values = []
     for block in raw.reshape(-1, 22 if kind is Kind.Q5_0 else 24):
         *head, scale_end = [2] if kind is Kind.Q5_0 else [2, 4]
@@ -190,14 +194,14 @@ def five_bits(raw: npt.NDArray[np.uint8], kind: Kind, columns: int) -> torch.Ten
     [(Kind.F16, "float16"), (Kind.BF16, "bfloat16"), (Kind.F32, "float32"), (Kind.Q8_0, "float32")],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_what_is_not_quantised_stays_as_it_is(kind: Kind, dtype: str, tmp_path: Path) -> None:
+def test_unquantised_tensors_keep_their_dtype(kind: Kind, dtype: str, tmp_path: Path) -> None:
     loaded = load_checked(write(random_model(FAMILIES["llama"]), tmp_path / "model.gguf", kind))
     assert loaded.config.dtype == dtype
     assert loaded.weights.info("lm_head.weight").dtype == dtype
     assert loaded.weights.info("model.norm.weight").dtype == "float32"
 
 
-def test_nothing_is_read_until_it_is_asked_for(tmp_path: Path) -> None:
+def test_tensors_are_read_only_on_request(tmp_path: Path) -> None:
     path = write(random_model(FAMILIES["llama"]), tmp_path / "model.gguf", Kind.Q8_0)
     loaded = load_checked(path)
     size = path.stat().st_size
@@ -244,7 +248,7 @@ def test_shards_are_found_beside_the_first(shards: int, tmp_path: Path) -> None:
         load(first)
 
 
-def test_shards_of_different_models(tmp_path: Path) -> None:
+def test_shards_of_different_models_are_refused(tmp_path: Path) -> None:
     first = write(random_model(FAMILIES["qwen3"]), tmp_path / "model.gguf", shards=2)
     other = tmp_path / "other"
     other.mkdir()
@@ -269,7 +273,7 @@ def test_shards_of_different_models(tmp_path: Path) -> None:
         (100, 2.0, 1.0, 1.5, 10000.0, 4),
     ],
 )
-def test_llama3_scaling_is_found_in_its_factors(
+def test_llama3_scaling_is_recovered_from_its_factors(
     original: int, factor: float, low: float, high: float, theta: float, head_dim: int,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -301,9 +305,11 @@ def test_llama3_scaling_is_found_in_its_factors(
 
 
 @pytest.mark.parametrize(
-    ("factors", "kind"), [([1.0] * 8, "default"), ([2.5] * 8, "linear")], ids=["ones", "alike"]
+    ("factors", "kind"), [([1.0] * 8, "default"), ([2.5] * 8, "linear")], ids=["ones", "equal"]
 )
-def test_factors_that_are_simpler(factors: list[float], kind: str, tmp_path: Path) -> None:
+def test_equal_rope_factors_are_read_as_default_or_linear_scaling(
+    factors: list[float], kind: str, tmp_path: Path
+) -> None:
     loaded = load(with_factors(tmp_path, factors))
     assert loaded.config.rope.kind == kind
     assert loaded.config.rope.factor == factors[0]
@@ -322,7 +328,9 @@ def test_factors_that_are_simpler(factors: list[float], kind: str, tmp_path: Pat
     ],
     ids=["not monotone", "not a line", "zero", "nan", "infinite", "negative", "too few"],
 )
-def test_factors_of_no_known_scaling(factors: list[float], tmp_path: Path) -> None:
+def test_rope_factors_of_an_unknown_scaling_are_refused(
+    factors: list[float], tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=r"model\.gguf: rope_freqs\.weight: expected"):
         load(with_factors(tmp_path, factors))
 
@@ -336,7 +344,7 @@ def with_factors(directory: Path, factors: list[float]) -> Path:
     return path
 
 
-def test_numbers_are_those_that_were_rounded_to_float32(tmp_path: Path) -> None:
+def test_float32_header_values_are_read_as_the_decimals_they_came_from(tmp_path: Path) -> None:
     config = small(
         LlamaConfig,
         rms_norm_eps=1e-6,
@@ -352,7 +360,7 @@ def test_numbers_are_those_that_were_rounded_to_float32(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def byte_level() -> Tokenizer:
-    """Trained on text that is hardly cut, so that another way to cut shows."""
+    """Trained on text with few splits, so that a different pre-tokenizer gives different tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
@@ -387,20 +395,20 @@ WITHOUT_MARKS = [text for text in TEXTS if "\u0301" not in text]
 
 
 @pytest.mark.parametrize("pre", SPLITTINGS)
-def test_text_is_cut_as_by_llama_cpp(pre: str, byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_token_ids_match_llama_cpp(pre: str, byte_level: Tokenizer, tmp_path: Path) -> None:
     from llama_cpp import LlamaCpp
 
     text = bpe_text(byte_level.to_str(), pre, bos_token_id=1, eos_token_id=2)
     path = with_tokenizer(tmp_path, text)
     tokenizer, theirs = load(path).text.tokenizer, LlamaCpp(path)
-    # It neither composes marks, as the tokenizer of Qwen2 does, nor counts them as letters, as
-    # that of Mistral does.
+    # llama.cpp does not compose marks, as the tokenizer of Qwen2 does, and does not count them as
+    # letters, as that of Mistral does.
     for text in WITHOUT_MARKS if pre in ("qwen2", "tekken") else TEXTS:
         assert tokenizer.encode(text).ids == theirs.tokenize(text), text
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken", "deepseek-r1-qwen", "gpt-2"])
-def test_text_is_cut_as_by_transformers(pre: str, byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_token_ids_match_transformers(pre: str, byte_level: Tokenizer, tmp_path: Path) -> None:
     text = bpe_text(byte_level.to_str(), pre, bos_token_id=1, eos_token_id=2)
     path = with_tokenizer(tmp_path, text)
     ours = load(path).text.tokenizer
@@ -411,7 +419,7 @@ def test_text_is_cut_as_by_transformers(pre: str, byte_level: Tokenizer, tmp_pat
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
 
 
-def test_qwen2_composes_marks_before_it_cuts(byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_the_qwen2_tokenizer_composes_marks(byte_level: Tokenizer, tmp_path: Path) -> None:
     path = with_tokenizer(tmp_path, bpe_text(byte_level.to_str(), "qwen2"))
     tokenizer = load(path).text.tokenizer
     assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
@@ -419,7 +427,7 @@ def test_qwen2_composes_marks_before_it_cuts(byte_level: Tokenizer, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def sentence_piece() -> dict[str, Any]:
-    """The keys of a SentencePiece BPE tokenizer: scores say which merge comes first."""
+    """The keys of a SentencePiece BPE tokenizer: scores give the order of merges."""
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False, max_token_length=16)
     lines = ["▁" + line.replace(" ", "▁") for line in training_lines() if line]
@@ -441,7 +449,7 @@ def sentence_piece() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentence_piece_as_by_llama_cpp(
+def test_sentencepiece_token_ids_match_llama_cpp(
     prefix: bool, sentence_piece: dict[str, Any], tmp_path: Path
 ) -> None:
     from llama_cpp import LlamaCpp
@@ -456,7 +464,9 @@ def test_sentence_piece_as_by_llama_cpp(
             assert tokenizer.decode(ids) == text
 
 
-def test_special_and_added_tokens(byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_special_and_added_tokens_are_read_and_unused_ones_dropped(
+    byte_level: Tokenizer, tmp_path: Path
+) -> None:
     text = bpe_text(byte_level.to_str(), "qwen2", bos_token_id=0, eos_token_id=2)
     unused = len(text["tokenizer.ggml.tokens"])
     text["tokenizer.ggml.tokens"] += ["[PAD1]", "[PAD2]"]
@@ -477,7 +487,7 @@ def test_special_and_added_tokens(byte_level: Tokenizer, tmp_path: Path) -> None
     }
 
 
-def test_every_token_that_ends_a_text(byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_all_end_tokens_are_found(byte_level: Tokenizer, tmp_path: Path) -> None:
     def ends(**ids: int) -> tuple[int, ...]:
         path = with_tokenizer(tmp_path, bpe_text(byte_level.to_str(), "qwen2", **ids))
         return load(path).config.eos_token_ids
@@ -498,7 +508,7 @@ def test_every_token_that_ends_a_text(byte_level: Tokenizer, tmp_path: Path) -> 
         ({"pre": "llama-bpe", "add_bos_token": False}, ([], [])),
     ],
 )
-def test_what_stands_around_a_prompt(
+def test_bos_and_eos_are_added_to_a_prompt_as_the_file_says(
     settings: dict[str, Any],
     around: tuple[list[int], list[int]],
     byte_level: Tokenizer,
@@ -512,7 +522,7 @@ def test_what_stands_around_a_prompt(
     assert tokenizer.encode("some text").ids == [*around[0], *plain, *around[1]]
 
 
-def test_what_a_tokenizer_lacks_is_a_warning(byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_missing_parts_of_a_tokenizer_are_a_warning(byte_level: Tokenizer, tmp_path: Path) -> None:
     text = bpe_text(byte_level.to_str(), "qwen2")
     assert load(with_tokenizer(tmp_path, text)).warnings == ()
     text["tokenizer.ggml.pre"] = None
@@ -522,7 +532,7 @@ def test_what_a_tokenizer_lacks_is_a_warning(byte_level: Tokenizer, tmp_path: Pa
     assert "lacks tokens for 254 of 256 bytes" in warning
 
 
-def test_recommended_sampling(tmp_path: Path) -> None:
+def test_recommended_sampling_settings_are_read(tmp_path: Path) -> None:
     model = random_model(FAMILIES["llama"])
     sampling = {"temp": 0.6, "top_k": 20, "top_p": 0.95}
     changed = {f"general.sampling.{key}": value for key, value in sampling.items()}
@@ -531,7 +541,7 @@ def test_recommended_sampling(tmp_path: Path) -> None:
     assert load(write(model, tmp_path / "none.gguf")).generation_defaults.temperature is None
 
 
-# --- what is asked of it --------------------------------------------------------------------------
+# --- the loader plugin ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -540,13 +550,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(random_model(FAMILIES["llama"]), directory / "model.gguf", Kind.Q8_0)
 
 
-def test_it_is_installed() -> None:
+def test_the_loader_is_installed_and_lists_its_tensor_types() -> None:
     plugin = plugins.load(plugins.find("loader", "gguf"))
     info = plugins.call(plugin, "plugin_info")
     assert "Q6_K" in info.limits["tensor types"]
 
 
-def test_can_load_looks_at_the_name_or_at_four_bytes(file: Path, tmp_path: Path) -> None:
+def test_can_load_checks_the_name_or_the_first_four_bytes(file: Path, tmp_path: Path) -> None:
     unnamed = tmp_path / "blob"
     unnamed.write_bytes(b"GGUF")
     other = tmp_path / "model.bin"
@@ -567,7 +577,7 @@ def test_a_home_directory_is_expanded(file: Path, monkeypatch: pytest.MonkeyPatc
     assert load("~/model.gguf").source == str(file)
 
 
-def test_sources_that_are_no_gguf_file(file: Path, tmp_path: Path) -> None:
+def test_sources_that_are_not_a_gguf_file_are_refused(file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.bin").write_bytes(b"PK\3\4 and more")
     (tmp_path / "pointer.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
@@ -593,17 +603,19 @@ def test_sources_that_are_no_gguf_file(file: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_it_takes_no_weight_format(file: Path) -> None:
+def test_a_weight_format_is_refused(file: Path) -> None:
     with pytest.raises(ModelError, match="takes no weight format: leave out 'safetensors'"):
         load(file, weight_format="safetensors")
 
 
-def test_hf_local_names_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hf_local_refuses_a_gguf_file_and_names_the_loader(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["generate", "--loader", "hf-local", "--model", str(file), "Hi"]) == 2
     assert "--loader gguf" in capsys.readouterr().err
 
 
-def test_generating_from_the_command_line(
+def test_the_command_line_generates_and_refuses_a_truncated_file(
     byte_level: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = bpe_text(byte_level.to_str(), "qwen2", eos_token_id=2)
@@ -622,7 +634,7 @@ def test_generating_from_the_command_line(
         capture_output=True,
         check=True,
     )
-    # As bytes, for a carriage return may be among the tokens.
+    # Compared as bytes, since the tokens may contain a carriage return.
     assert piped.stdout.decode().rstrip("\n") == result["text"].rstrip("\n")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:5000])
@@ -632,7 +644,7 @@ def test_generating_from_the_command_line(
     assert len(message.strip().splitlines()) == 1
 
 
-def test_it_conforms(tmp_path: Path) -> None:
+def test_the_loader_passes_the_conformance_suite(tmp_path: Path) -> None:
     path = write(
         random_model(FAMILIES["llama"]),
         tmp_path / "model.gguf",
@@ -646,12 +658,12 @@ def test_it_conforms(tmp_path: Path) -> None:
     }
 
 
-def test_the_sample_of_the_suite_can_be_loaded_and_run(tmp_path: Path) -> None:
-    loaded = load_checked(str(write_gguf(tmp_path).source))
+def test_the_sample_that_the_loader_writes_loads(tmp_path: Path) -> None:
+    loaded = load_checked(tilewright_gguf.loader.write_sample(tmp_path))
     assert logits(loaded, loaded.text.tokenizer.encode("hello world").ids).isfinite().all()
 
 
-def test_importing_the_loader_is_cheap() -> None:
+def test_importing_the_loader_imports_no_heavy_library() -> None:
     code = "import sys, tilewright_gguf.loader; print(sorted(HEAVY & {*sys.modules}))"
     code = code.replace("HEAVY", "{'torch', 'numpy', 'gguf', 'tokenizers'}")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""hf-hub through huggingface_hub itself, against a hub of this machine over HTTP."""
+"""hf-hub through huggingface_hub itself, against a local hub over HTTP."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that has the model under NAME, and an empty cache."""
+    """A hub that serves the model as NAME, and an empty cache."""
     with serving(Hub()) as hub:
         hub.add(NAME, files_of(model))
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
@@ -77,10 +77,10 @@ def cached(commit: str) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-# --- what is downloaded ---------------------------------------------------------------------------
+# --- downloaded files -----------------------------------------------------------------------------
 
 
-def test_a_repository_is_the_model_that_its_files_are(hub: Hub, model: Path) -> None:
+def test_a_repository_loads_like_a_directory_of_its_files(hub: Hub, model: Path) -> None:
     local = load_local(model)
     with LLMEngine.from_plugins() as engine:
         loaded = engine.load(NAME)
@@ -93,7 +93,7 @@ def test_a_repository_is_the_model_that_its_files_are(hub: Hub, model: Path) -> 
         assert torch.equal(loaded.weights.get(name), tensor)
 
 
-def test_only_what_is_needed_is_downloaded(hub: Hub, model: Path) -> None:
+def test_only_the_needed_files_are_downloaded(hub: Hub, model: Path) -> None:
     more = {
         "README.md": b"read me",
         "pytorch_model.bin": b"the same weights again",
@@ -110,14 +110,14 @@ def test_only_what_is_needed_is_downloaded(hub: Hub, model: Path) -> None:
     assert set(hub.downloads()) == NEEDED
 
 
-def test_what_is_in_the_cache_is_not_asked_for_again(hub: Hub) -> None:
+def test_cached_files_are_not_downloaded_again(hub: Hub) -> None:
     load()
     hub.requests.clear()
     load()
     assert hub.downloads() == []
 
 
-def test_of_shards_those_that_the_index_names(hub: Hub, tmp_path: Path) -> None:
+def test_only_the_shards_in_the_index_are_downloaded(hub: Hub, tmp_path: Path) -> None:
     directory = write_directory(tmp_path / "sharded")
     home = split_weights(directory)
     stray = {"model-00009-of-00009.safetensors": b"of another checkpoint"}
@@ -128,7 +128,9 @@ def test_of_shards_those_that_the_index_names(hub: Hub, tmp_path: Path) -> None:
     assert cached(commit) == NEEDED - {"model.safetensors"} | weights
 
 
-def test_pytorch_files_where_there_are_no_others_or_they_are_named(hub: Hub, model: Path) -> None:
+def test_pytorch_files_are_downloaded_if_selected_or_if_there_are_no_others(
+    hub: Hub, model: Path
+) -> None:
     files = files_of(model)
     stored = load_file(model / "model.safetensors")
     single = Path(constants.HF_HUB_CACHE).parent / "x.bin"
@@ -143,7 +145,7 @@ def test_pytorch_files_where_there_are_no_others_or_they_are_named(hub: Hub, mod
     assert cached(commit) == NEEDED - {"model.safetensors"} | {"pytorch_model.bin"}
 
 
-def test_a_repository_without_a_model_is_said_to_be_one(hub: Hub, model: Path) -> None:
+def test_a_repository_without_a_model_is_refused_before_any_download(hub: Hub, model: Path) -> None:
     hub.add("acme/gguf", {"a-Q4_0.gguf": b"", "README.md": b""})
     said = refusal("acme/gguf")
     assert said.startswith("acme/gguf has no config.json: expected a transformers model, found RE")
@@ -160,7 +162,7 @@ def test_a_repository_without_a_model_is_said_to_be_one(hub: Hub, model: Path) -
 # --- revisions ------------------------------------------------------------------------------------
 
 
-def test_a_revision_is_chosen_by_the_id_or_as_an_option(hub: Hub, model: Path) -> None:
+def test_a_revision_is_selected_in_the_id_or_by_an_option(hub: Hub, model: Path) -> None:
     main = load().source
     other = hub.add(NAME, files_of(model) | {"README.md": b"other"}, "refs/pr/1")
     assert main != f"{NAME}@{other}"
@@ -175,7 +177,7 @@ def test_a_revision_is_chosen_by_the_id_or_as_an_option(hub: Hub, model: Path) -
         load(f"{NAME}@refs/pr/1", revision="main")
 
 
-def test_a_branch_that_moved_is_followed(hub: Hub, model: Path) -> None:
+def test_a_branch_is_resolved_again_at_each_load(hub: Hub, model: Path) -> None:
     before = load().source
     commit = hub.add(NAME, files_of(model) | {"README.md": b"a new commit"})
     assert before != load().source == f"{NAME}@{commit}"
@@ -186,7 +188,7 @@ def test_a_branch_that_moved_is_followed(hub: Hub, model: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "local_files_only"])
-def test_offline_the_cache_is_taken_and_nothing_is_asked(
+def test_offline_the_cache_is_used_without_any_request(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     options = {"local_files_only": True} if how == "local_files_only" else {}
@@ -208,7 +210,7 @@ def test_offline_the_cache_is_taken_and_nothing_is_asked(
     assert hub.requests == []
 
 
-def test_offline_a_download_that_was_not_finished_is_said_to_be_one(hub: Hub) -> None:
+def test_offline_an_incomplete_download_is_an_error_that_mentions_the_cache(hub: Hub) -> None:
     source = load().source
     (snapshot(source.partition("@")[2]) / "model.safetensors").unlink()
     said = refusal(local_files_only=True)
@@ -216,7 +218,7 @@ def test_offline_a_download_that_was_not_finished_is_said_to_be_one(hub: Hub) ->
     assert said.endswith("is taken from the cache: local_files_only is set")
 
 
-def test_where_the_hub_cannot_be_reached_the_cache_is_taken(
+def test_an_unreachable_hub_falls_back_to_the_cache(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = load().source
@@ -233,7 +235,7 @@ def test_where_the_hub_cannot_be_reached_the_cache_is_taken(
     assert "check the connection and HF_ENDPOINT" in said
 
 
-def test_a_hub_that_is_out_of_order_counts_as_none(hub: Hub) -> None:
+def test_a_hub_with_server_errors_counts_as_unreachable(hub: Hub) -> None:
     hub.failing = 503
     assert "cannot be reached (" in refusal()
     hub.failing = 0
@@ -242,10 +244,10 @@ def test_a_hub_that_is_out_of_order_counts_as_none(hub: Hub) -> None:
     assert load().source == source
 
 
-# --- what the hub refuses -------------------------------------------------------------------------
+# --- errors of the hub ----------------------------------------------------------------------------
 
 
-def test_gated_missing_and_private_repositories(
+def test_gated_missing_and_private_repositories_are_errors_with_advice(
     hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("acme/gated", files_of(model))
@@ -268,7 +270,7 @@ def test_gated_missing_and_private_repositories(
     assert load("acme/private").source.startswith("acme/private@")
 
 
-def test_missing_revisions_and_impossible_names(hub: Hub) -> None:
+def test_missing_revisions_and_invalid_names_are_errors(hub: Hub) -> None:
     assert refusal(f"{NAME}@v9") == (
         f"{NAME} has no revision 'v9': {hub.endpoint}/{NAME}/refs lists its branches and tags"
     )
@@ -277,7 +279,7 @@ def test_missing_revisions_and_impossible_names(hub: Hub) -> None:
     assert refusal("a/b/c").startswith("'a/b/c' is no id")
 
 
-def test_a_cache_that_cannot_be_written(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_an_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/no/such")
     said = refusal()
     assert said.startswith(NAME)
@@ -307,7 +309,7 @@ def test_a_cache_that_cannot_be_written(hub: Hub, monkeypatch: pytest.MonkeyPatc
         ("here/model", False),
     ],
 )
-def test_an_id_is_claimed_and_no_path(
+def test_can_load_claims_repository_ids_and_not_paths(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, claims: bool
 ) -> None:
     (tmp_path / "here" / "model").mkdir(parents=True)
@@ -317,11 +319,11 @@ def test_an_id_is_claimed_and_no_path(
     assert hub.requests == []
 
 
-# --- downloads that take their time ---------------------------------------------------------------
+# --- long downloads -------------------------------------------------------------------------------
 
 
 class Told:
-    """An observer that keeps what it is told of the download."""
+    """An observer that records the progress of downloads."""
 
     def __init__(self) -> None:
         self.reports: list[tuple[str, int, int]] = []
@@ -334,13 +336,13 @@ class Told:
 
 
 def big(model: Path) -> Files:
-    """A model of 25 MB, most of it padding. huggingface_hub takes in 10 MiB at a time."""
+    """A model of 25 MB, mostly padding. huggingface_hub downloads in chunks of 10 MiB."""
     files = files_of(model)
     weights = files["model.safetensors"]
     size = int.from_bytes(weights[:8], "little")
     header = json.loads(weights[8 : 8 + size])
     end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-    # A frequency buffer, which a checkpoint may carry and hf-local leaves out.
+    # A frequency buffer, which a checkpoint may contain and hf-local ignores.
     header["model.layers.0.self_attn.rotary_emb.inv_freq"] = {
         "dtype": "U8", "shape": [25_000_000], "data_offsets": [end, end + 25_000_000]
     }  # fmt: skip
@@ -350,7 +352,7 @@ def big(model: Path) -> Files:
     return files | {"model.safetensors": new}
 
 
-def test_observers_are_told_of_the_download(hub: Hub, model: Path) -> None:
+def test_observers_receive_the_progress_of_a_download(hub: Hub, model: Path) -> None:
     hub.add(NAME, big(model))
     hub.stall = "model.safetensors", 15_000_000
     threading.Timer(1.0, hub.stalled.set).start()
@@ -369,7 +371,7 @@ def test_observers_are_told_of_the_download(hub: Hub, model: Path) -> None:
     assert told.reports == [], "nothing was downloaded the second time"
 
 
-def test_a_download_that_breaks_half_way_goes_on_where_it_was(hub: Hub, model: Path) -> None:
+def test_a_broken_download_resumes_where_it_stopped(hub: Hub, model: Path) -> None:
     commit = hub.add(NAME, big(model))
     hub.broken["model.safetensors"] = [15_000_000]
     load()
@@ -379,7 +381,7 @@ def test_a_download_that_breaks_half_way_goes_on_where_it_was(hub: Hub, model: P
     assert stored == hub.repositories[NAME]["main"]["model.safetensors"]
 
 
-def test_what_is_complete_is_kept_when_a_download_ends_for_good(
+def test_complete_files_are_kept_when_a_download_fails(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
@@ -409,7 +411,9 @@ def tilewright(
     )
 
 
-def test_a_run_says_which_commit_it_ran_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+def test_a_run_reports_the_commit_and_prints_no_progress_to_a_pipe(
+    hub: Hub, tmp_path: Path
+) -> None:
     process = tilewright(
         hub, tmp_path, "generate", "--json", "--max-new-tokens", "2", "--model", NAME, "hi"
     )
@@ -422,7 +426,7 @@ def test_a_run_says_which_commit_it_ran_and_nothing_else(hub: Hub, tmp_path: Pat
     assert [line for line in err.splitlines() if not line.startswith(("note: ", "warning: "))] == []
 
 
-def test_ctrl_c_ends_a_download_and_the_next_run_finishes_it(
+def test_ctrl_c_stops_a_download_and_the_next_run_completes_it(
     hub: Hub, model: Path, tmp_path: Path
 ) -> None:
     hub.add(NAME, big(model))
@@ -442,21 +446,23 @@ def test_ctrl_c_ends_a_download_and_the_next_run_finishes_it(
     assert "model.safetensors" in hub.downloads()
 
 
-def test_it_conforms(hub: Hub, tmp_path: Path) -> None:
+def test_the_loader_passes_the_conformance_suite(hub: Hub, tmp_path: Path) -> None:
     process = tilewright(hub, tmp_path, "plugins", "verify", "hf-hub", "--source", NAME, "--json")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     (report,) = json.loads(out)
     outcomes = [statement["result"] for statement in report["statements"]]
     assert "failed" not in outcomes
-    assert outcomes.count("passed") > 25  # those that damage files want a directory
+    assert outcomes.count("passed") > 25  # the tests that damage files need a directory
 
 
 SMALL_DISK = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=$0 none "$1"; shift; exec "$@"')
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["sizes known", "sizes wrong"])
-def test_a_full_disk(hub: Hub, model: Path, tmp_path: Path, told: bool) -> None:
+def test_a_full_disk_is_an_error_that_names_the_cache(
+    hub: Hub, model: Path, tmp_path: Path, told: bool
+) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     prefix = (*SMALL_DISK, "4m", str(cache))

@@ -1,4 +1,4 @@
-"""hf-local says of a directory what transformers says of it."""
+"""hf-local reads a directory as transformers does."""
 
 import json
 import random
@@ -292,18 +292,18 @@ def rope(oracle: Any) -> RopeConfig:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configurations_mean_what_transformers_makes_of_them(name: str) -> None:
+def test_published_configurations_are_read_as_by_transformers(name: str) -> None:
     expect_same(PUBLISHED[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_that_transformers_writes_are_read_back(name: str) -> None:
+def test_configurations_written_by_transformers_are_read_back(name: str) -> None:
     expect_same(json.loads(CONFIGS[name].to_json_string(use_diff=False)))
     expect_same(json.loads(CONFIGS[name].to_json_string()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_absent_keys_take_transformers_defaults(family: str) -> None:
+def test_missing_keys_get_the_defaults_of_transformers(family: str) -> None:
     expect_same({"model_type": family, "num_hidden_layers": 2})
     assert (
         ours({"model_type": family}).num_layers == theirs({"model_type": family}).num_hidden_layers
@@ -311,7 +311,9 @@ def test_absent_keys_take_transformers_defaults(family: str) -> None:
     for key in SMALL:
         values = {k: v for k, v in SMALL.items() if k != key}
         if key == "num_key_value_heads":
-            values["num_attention_heads"] = 32  # which the default numbers of KV heads divide
+            values["num_attention_heads"] = (
+                32  # a multiple of each family's default number of KV heads
+            )
         if key == "num_hidden_layers":
             values["intermediate_size"] = 8
         expect_same({"model_type": family, **values})
@@ -319,7 +321,9 @@ def test_absent_keys_take_transformers_defaults(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", ROPES, ids=lambda s: f"{s['rope_type']}-{len(s)}")
-def test_rope_settings_are_read_in_old_style_and_new(family: str, settings: dict[str, Any]) -> None:
+def test_rope_settings_are_read_in_the_old_and_the_new_style(
+    family: str, settings: dict[str, Any]
+) -> None:
     base = {"model_type": family, **SMALL}
     old_type = {"type" if k == "rope_type" else k: v for k, v in settings.items()}
     for theta in ({}, {"rope_theta": 50000}):
@@ -334,7 +338,7 @@ def test_rope_settings_are_read_in_old_style_and_new(family: str, settings: dict
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_configurations_agree(family: str) -> None:
+def test_random_configurations_are_read_as_by_transformers(family: str) -> None:
     draw = random.Random(family)
     for _ in range(60):
         heads_per_kv = draw.choice([1, 2, 3, 5])
@@ -369,7 +373,7 @@ def test_random_configurations_agree(family: str) -> None:
             values["layer_types"] = [draw.choice(kinds) for _ in range(layers)]
         if family == "llama" and values["hidden_size"] % heads == 0 and draw.random() < 0.3:
             values["num_key_value_heads"] = None
-        # Without head_dim, qwen3 has 128.
+        # The default head_dim of qwen3 is 128.
         optional = ["rms_norm_eps", "head_dim", "attention_bias", "mlp_bias", "sliding_window"]
         optional += ["tie_word_embeddings", "use_sliding_window", "dtype", "torch_dtype"]
         for key in optional:
@@ -378,7 +382,7 @@ def test_random_configurations_agree(family: str) -> None:
         expect_same(values)
 
 
-def test_a_family_is_told_by_model_type_or_by_architecture() -> None:
+def test_a_family_is_identified_by_model_type_or_architecture() -> None:
     for kind, family in FAMILIES.items():
         by_type = ours({"model_type": kind, **SMALL})
         assert by_type == ours({"architectures": [family.architecture], **SMALL})
@@ -397,7 +401,7 @@ def test_a_family_is_told_by_model_type_or_by_architecture() -> None:
     ],
     ids=str,
 )
-def test_another_family_is_refused_with_what_is_supported(values: dict[str, Any]) -> None:
+def test_an_unsupported_family_is_refused_with_the_supported_ones(values: dict[str, Any]) -> None:
     with pytest.raises(ModelError) as error:
         ours(values | SMALL)
     for name in (*FAMILIES, *(f.architecture for f in FAMILIES.values()), "kind loader"):
@@ -418,12 +422,12 @@ def test_another_family_is_refused_with_what_is_supported(values: dict[str, Any]
         ("vision_config", {"depth": 2}),
     ],
 )
-def test_what_the_executors_could_not_run_is_refused(key: str, value: Any) -> None:
+def test_settings_that_no_executor_supports_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ModelError, match=list(value)[-1] if key == "rope_parameters" else key):
         ours({"model_type": "llama", **SMALL, key: value})
 
 
-def test_settings_without_effect_are_warned_of() -> None:
+def test_settings_without_effect_are_a_warning() -> None:
     values = {"model_type": "mistral", **SMALL, "layer_types": ["full_attention"] * 3}
     values["rope_scaling"] = {"rope_type": "linear", "factor": 2.0, "finetuned": True}
     _, warnings = model_config(JsonObject("config.json", values))
@@ -454,7 +458,7 @@ def write_generation(directory: Path, **values: Any) -> None:
 
 @pytest.mark.parametrize("do_sample", [True, False, None])
 @pytest.mark.parametrize("given", [(), ("temperature",), ("top_p", "top_k"), tuple(SAMPLING)])
-def test_sampling_settings_count_only_when_the_model_samples(
+def test_sampling_settings_apply_only_if_do_sample_is_set(
     directory: Path, do_sample: bool | None, given: tuple[str, ...]
 ) -> None:
     values: dict[str, Any] = {key: SAMPLING[key] for key in given}
@@ -487,7 +491,7 @@ def test_without_a_generation_config_nothing_is_recommended(directory: Path) -> 
     ("in_generation", "expected"),
     [(7, (7,)), ([9, 7, 9], (9, 7)), (None, (5, 6)), ("absent", (5, 6)), ([], ())],
 )
-def test_end_tokens_of_the_generation_config_win(
+def test_eos_tokens_of_the_generation_config_take_precedence(
     directory: Path, in_generation: Any, expected: tuple[int, ...]
 ) -> None:
     change_json(directory / "config.json", eos_token_id=[5, 6])
@@ -496,7 +500,7 @@ def test_end_tokens_of_the_generation_config_win(
     assert load(directory).config.eos_token_ids == expected
 
 
-def test_generation_settings_that_tilewright_lacks_are_warned_of(directory: Path) -> None:
+def test_unsupported_generation_settings_are_a_warning(directory: Path) -> None:
     write_generation(directory, num_beams=4, no_repeat_ngram_size=0, bad_words_ids=[[3]])
     warnings = load(directory).warnings
     assert ["num_beams" in w or "bad_words_ids" in w for w in warnings] == [True, True]
@@ -518,7 +522,7 @@ def test_a_written_model_is_read_back(name: str, dtype: str, tmp_path: Path) -> 
         assert torch.equal(model.weights.get(key), tensor)
 
 
-def test_an_output_head_in_the_weights_wins_over_tie_word_embeddings(tmp_path: Path) -> None:
+def test_an_output_head_in_the_weights_overrides_tie_word_embeddings(tmp_path: Path) -> None:
     write_model("qwen3-tied", tmp_path)
     assert load_checked(tmp_path).config.tie_word_embeddings
     head = torch.randn(131, 48)
@@ -538,7 +542,7 @@ def test_a_missing_output_head_is_named(directory: Path) -> None:
         check_tensors(model.weights, model.config, model.source)
 
 
-def test_rotary_buffers_of_old_checkpoints_are_left_out(directory: Path) -> None:
+def test_rotary_buffers_of_old_checkpoints_are_ignored(directory: Path) -> None:
     change_weights(
         directory,
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8),
@@ -549,7 +553,7 @@ def test_rotary_buffers_of_old_checkpoints_are_left_out(directory: Path) -> None
     assert model.warnings == ()
 
 
-def test_without_a_declared_dtype_the_stored_one_counts(tmp_path: Path) -> None:
+def test_without_a_declared_dtype_the_stored_dtype_is_used(tmp_path: Path) -> None:
     write_model("llama-mha", tmp_path, "bfloat16")
     change_json(tmp_path / "config.json", "dtype")
     assert load(tmp_path).config.dtype == "bfloat16"
@@ -588,7 +592,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece_like() -> Tokenizer:
-    """As the converted tokenizers of Llama 2: spaces as ▁, unknown characters as bytes."""
+    """Like the converted tokenizers of Llama 2: spaces as ▁, unknown characters as bytes."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{i:02X}>": i + 3 for i in range(256)}
     for character in sorted(set(TRAINING_TEXT.replace(" ", "▁")) - set("世界🙃")):
         vocab[character] = len(vocab)
@@ -614,7 +618,7 @@ def sentencepiece_like() -> Tokenizer:
 
 
 def random_tokenizer(draw: random.Random) -> tuple[Tokenizer, dict[str, dict[str, Any]]]:
-    """A tokenizer and the JSON files beside it, with settings that checkpoints come with."""
+    """A tokenizer and the JSON files beside it, with settings found in published checkpoints."""
     if draw.random() < 0.5:
         tokenizer, bos, eos = byte_level(), "<|start|>", "<|end|>"
         tokenizer.post_processor = ByteLevel(trim_offsets=False)
@@ -663,7 +667,7 @@ def random_tokenizer(draw: random.Random) -> tuple[Tokenizer, dict[str, dict[str
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_tokenizers_encode_and_decode_as_transformers_does(seed: int, directory: Path) -> None:
+def test_tokenizers_encode_and_decode_as_in_transformers(seed: int, directory: Path) -> None:
     tokenizer, files = random_tokenizer(random.Random(seed))
     tokenizer.save(str(directory / "tokenizer.json"))
     for name, values in files.items():
@@ -686,7 +690,7 @@ def test_tokenizers_encode_and_decode_as_transformers_does(seed: int, directory:
     assert text.special_tokens == named
 
 
-def test_saved_truncation_and_padding_are_off(directory: Path) -> None:
+def test_saved_truncation_and_padding_are_disabled(directory: Path) -> None:
     path = str(directory / "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
     tokenizer.enable_truncation(2)
@@ -695,7 +699,7 @@ def test_saved_truncation_and_padding_are_off(directory: Path) -> None:
     assert len(load(directory).text.tokenizer.encode("t3 t4 t5 t6").ids) == 4
 
 
-def test_a_vocabulary_may_be_smaller_than_the_model_has_but_not_larger(directory: Path) -> None:
+def test_a_vocabulary_can_be_smaller_than_that_of_the_model_but_not_larger(directory: Path) -> None:
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     small = Tokenizer(models.WordLevel({f"t{i}": i for i in range(100)}, unk_token="t0"))
     small.save(str(directory / "tokenizer.json"))
@@ -706,7 +710,7 @@ def test_a_vocabulary_may_be_smaller_than_the_model_has_but_not_larger(directory
         load(directory)
 
 
-def test_a_special_token_without_room_is_left_out_with_a_warning(directory: Path) -> None:
+def test_a_special_token_beyond_the_vocabulary_is_ignored_with_a_warning(directory: Path) -> None:
     change_json(directory / "tokenizer_config.json", pad_token="[PAD]")
     model = load(directory)
     (warning,) = model.warnings
@@ -714,13 +718,15 @@ def test_a_special_token_without_room_is_left_out_with_a_warning(directory: Path
     assert model.text.tokenizer.token_to_id("[PAD]") is None
 
 
-def test_other_tokenizer_files_are_named_with_the_way_to_convert_them(directory: Path) -> None:
+def test_an_unsupported_tokenizer_file_is_an_error_that_says_how_to_convert_it(
+    directory: Path,
+) -> None:
     (directory / "tokenizer.json").rename(directory / "tokenizer.model")
     with pytest.raises(ModelError, match=r"tokenizer\.model can be converted.*save_pretrained"):
         load(directory)
 
 
-def test_chat_templates_are_found_in_order(directory: Path) -> None:
+def test_chat_templates_are_searched_in_order_of_precedence(directory: Path) -> None:
     config = directory / "tokenizer_config.json"
     assert load(directory).text.chat_template == "{{ messages }}"
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
@@ -732,7 +738,7 @@ def test_chat_templates_are_found_in_order(directory: Path) -> None:
     assert load(directory).text.chat_template == "jinja {{ 'ä' }}\n"
 
 
-def test_templates_without_a_default_are_warned_of(directory: Path) -> None:
+def test_chat_templates_without_a_default_are_a_warning(directory: Path) -> None:
     named = [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
     change_json(directory / "tokenizer_config.json", chat_template=named)
     model = load(directory)
@@ -741,7 +747,7 @@ def test_templates_without_a_default_are_warned_of(directory: Path) -> None:
     assert "tool_use" in warning
 
 
-def test_special_tokens_are_strings_or_objects(directory: Path) -> None:
+def test_special_tokens_can_be_strings_or_objects(directory: Path) -> None:
     change_json(
         directory / "tokenizer_config.json",
         bos_token={"content": "t7", "lstrip": False},
@@ -765,7 +771,9 @@ def test_a_home_directory_is_expanded(directory: Path, monkeypatch: pytest.Monke
     assert load("~/model").source == str(directory)
 
 
-def test_sources_that_are_no_model_directory(directory: Path, tmp_path: Path) -> None:
+def test_sources_that_are_not_a_model_directory_are_refused(
+    directory: Path, tmp_path: Path
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     other = tmp_path / "other"
@@ -792,7 +800,7 @@ def test_sources_that_are_no_model_directory(directory: Path, tmp_path: Path) ->
         assert "\n" not in str(error.value)
 
 
-def test_can_load_looks_and_does_not_touch(directory: Path) -> None:
+def test_can_load_changes_no_file(directory: Path) -> None:
     (directory / "config.json").write_text("not even JSON")
     before = sorted((p.name, p.stat().st_mtime_ns) for p in directory.iterdir())
     assert can_load(directory)
@@ -800,7 +808,7 @@ def test_can_load_looks_and_does_not_touch(directory: Path) -> None:
     assert sorted((p.name, p.stat().st_mtime_ns) for p in directory.iterdir()) == before
 
 
-def test_the_bundled_model_is_such_a_directory() -> None:
+def test_the_bundled_model_is_a_valid_directory() -> None:
     directory = files("tilewright") / "demo_model"
     model = load_checked(str(directory))
     expect_same(json.loads((directory / "config.json").read_text()))

@@ -1,7 +1,7 @@
-"""Damaged GGUF files, each made from a good one, end in one line that names the file.
+"""Each damaged GGUF file, made from a valid one, is a one-line error that names the file.
 
-A load is given half a gigabyte more than what the process has: what a damaged file claims to hold
-must not be allocated.
+Each load may use half a gigabyte more than the process already does: a damaged file must not cause
+an allocation of the size that it claims.
 """
 
 import random
@@ -79,7 +79,7 @@ def half_a_gigabyte() -> Iterator[None]:
 
 
 def attempt(path: Path) -> None:
-    """Load, and use everything of what was loaded."""
+    """Load, and use everything that was loaded."""
     with half_a_gigabyte():
         loaded = load_checked(path)
         for name in loaded.weights.names():
@@ -88,7 +88,7 @@ def attempt(path: Path) -> None:
 
 
 def refusal(path: Path) -> str:
-    """The message that loading ends in; it is one line and no other error."""
+    """The message of the error that loading raises, checked to be one line."""
     with pytest.raises(TilewrightError) as error:
         attempt(path)
     return one_line(error.value, path)
@@ -114,7 +114,7 @@ def put(at: int, form: str, *values: Any) -> Damage:
 
 
 def after(text: str, skip: int, form: str, *values: Any) -> Damage:
-    """Write over what stands so many bytes after a name in the header."""
+    """Overwrite the bytes at an offset after a name in the header."""
     return lambda data: put(data.index(text.encode()) + len(text) + skip, form, *values)(data)
 
 
@@ -208,18 +208,18 @@ CONTAINER: dict[str, Damage] = {
 }
 
 
-def test_a_file_that_was_not_downloaded(path: Path) -> None:
+def test_a_git_lfs_pointer_is_refused(path: Path) -> None:
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "a Git LFS pointer instead of the weights; run `git lfs pull`" in refusal(path)
 
 
 @pytest.mark.parametrize("damage", CONTAINER)
-def test_a_damaged_container(damage: str, good: bytes, path: Path) -> None:
+def test_a_damaged_container_is_refused(damage: str, good: bytes, path: Path) -> None:
     path.write_bytes(CONTAINER[damage](good))
     refusal(path)
 
 
-def test_a_big_endian_file(path: Path) -> None:
+def test_a_big_endian_file_is_refused(path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_block_count(2)
     writer.write_header_to_file()
@@ -228,7 +228,7 @@ def test_a_big_endian_file(path: Path) -> None:
     assert "big-endian" in refusal(path)
 
 
-def test_a_file_that_ends_anywhere(good: bytes, path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(good: bytes, path: Path) -> None:
     header = gguf_data_offset(good, path)
     chance = random.Random(0)
     ends = {*range(200), *(chance.randrange(200, header) for _ in range(300))}
@@ -239,9 +239,9 @@ def test_a_file_that_ends_anywhere(good: bytes, path: Path) -> None:
         assert end < 4 or "truncated" in message, (end, message)
 
 
-def test_a_byte_that_flipped_anywhere_in_the_header(good: bytes, path: Path) -> None:
-    """Refused in one line, or loaded: not each byte of a name or a number can be told from
-    another. What is loaded can be used."""
+def test_a_byte_flipped_in_the_header_is_refused_or_loads(good: bytes, path: Path) -> None:
+    """A flipped byte in a name or a number can be valid, so the file may also load, and then
+    everything in it can be used."""
     header = gguf_data_offset(good, path)
     chance = random.Random(1)
     refused = 0
@@ -262,7 +262,7 @@ def gguf_data_offset(data: bytes, path: Path) -> int:
     return int(gguf.GGUFReader(path).data_offset)
 
 
-def test_what_follows_the_data_has_no_effect(good: bytes, path: Path) -> None:
+def test_bytes_after_the_data_are_ignored(good: bytes, path: Path) -> None:
     path.write_bytes(good + b"more")
     attempt(path)
 
@@ -286,7 +286,7 @@ NO_COUNTS: list[Any] = [NAN, 4.0, -1, 0, "4", True, [4, 5], np.uint64(2**63), np
 
 @pytest.mark.parametrize("key", COUNTS)
 @pytest.mark.parametrize("value", NO_COUNTS, ids=str)
-def test_sizes_that_are_none(key: str, value: Any, path: Path) -> None:
+def test_invalid_sizes_are_refused(key: str, value: Any, path: Path) -> None:
     refusal(write(MODEL, path, changed={key: value}))
 
 
@@ -362,7 +362,7 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_values_that_are_wrong(case: str, path: Path) -> None:
+def test_invalid_header_values_are_refused(case: str, path: Path) -> None:
     changed, message = VALUES[case]
     assert re.search(message, refusal(write(MODEL, path, changed=changed)))
 
@@ -372,7 +372,7 @@ def test_values_that_are_wrong(case: str, path: Path) -> None:
     ["token_embd.weight", "output_norm.weight", "blk.0.attn_q.weight", "blk.1.ffn_up.weight"],
 )
 @pytest.mark.parametrize("how", ["missing", "transposed", "flat", "as integers"])
-def test_tensors_that_are_wrong(name: str, how: str, path: Path) -> None:
+def test_missing_or_misshapen_tensors_are_refused(name: str, how: str, path: Path) -> None:
     tensors = {n: stored(values) for n, values in tensors_of(MODEL).items()}
     values, kind = tensors.pop(name)
     if how == "as integers":
@@ -385,7 +385,7 @@ def test_tensors_that_are_wrong(name: str, how: str, path: Path) -> None:
     assert ("token_embd" if how == "as integers" else "model.") in message or name in message
 
 
-def test_scales_that_are_not_finite_are_for_the_executor_to_find(path: Path) -> None:
+def test_non_finite_scales_are_loaded_for_the_executor_to_detect(path: Path) -> None:
     tensors = {n: stored(values, Kind.Q8_0) for n, values in tensors_of(MODEL).items()}
     raw, kind = tensors["output.weight"]
     raw[0, :2] = 0xFF

@@ -1,4 +1,4 @@
-"""Malformed model directories, each made from a good one, end in one line that names the file."""
+"""A malformed model directory, made from a valid one, is a one-line error that names the file."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def directory(good: Path, tmp_path: Path) -> Path:
 
 
 def refusal(directory: Path) -> str:
-    """The message that loading ends in; it is one line and no other error."""
+    """The message of the error that loading raises, checked to be one line."""
     with pytest.raises(TilewrightError) as error:
         load_checked(directory)
     message = str(error.value)
@@ -52,7 +52,7 @@ def refusal(directory: Path) -> str:
     return message
 
 
-def test_the_directories_are_good_before_they_are_damaged(good: Path, sharded: Path) -> None:
+def test_the_undamaged_directories_load(good: Path, sharded: Path) -> None:
     assert load_checked(good).config == load_checked(sharded).config
 
 
@@ -102,7 +102,7 @@ WHOLE: dict[str, Damage] = {
 
 @pytest.mark.parametrize("file", JSON_FILES)
 @pytest.mark.parametrize("damage", WHOLE)
-def test_a_file_that_is_not_what_its_name_says(
+def test_a_file_with_wrong_content_is_named_in_the_error(
     file: str, damage: str, sharded: Path, tmp_path: Path
 ) -> None:
     directory = Path(shutil.copytree(sharded, tmp_path / "model"))
@@ -111,14 +111,14 @@ def test_a_file_that_is_not_what_its_name_says(
 
 
 @pytest.mark.parametrize("damage", ["UTF-16", "Latin-1", "a directory", "a dangling link"])
-def test_a_chat_template_that_is_no_text(damage: str, directory: Path) -> None:
+def test_a_chat_template_that_is_not_text_is_refused(damage: str, directory: Path) -> None:
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     WHOLE[damage](directory / "chat_template.jinja")
     assert "chat_template.jinja" in refusal(directory)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_file_that_is_absent(file: str, directory: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_the_directory(file: str, directory: Path) -> None:
     (directory / file).unlink()
     assert str(directory) in refusal(directory)
 
@@ -126,7 +126,7 @@ def test_a_file_that_is_absent(file: str, directory: Path) -> None:
 @pytest.mark.parametrize(
     "text", ['"hidden_size": 64', '"rope_theta": ' + "9" * 5000], ids=["key twice", "5000 digits"]
 )
-def test_json_that_readers_take_differently(text: str, directory: Path) -> None:
+def test_ambiguous_json_is_refused(text: str, directory: Path) -> None:
     path = directory / "config.json"
     path.write_text(path.read_text().rstrip().removesuffix("}") + ", " + text + "}")
     assert str(path) in refusal(directory)
@@ -149,7 +149,9 @@ NO_SIZES: list[Any] = ["64", -1, 0, 2.5, True, 10**30, [4], {"a": 4}]
 
 @pytest.mark.parametrize("key", SIZES)
 @pytest.mark.parametrize("value", NO_SIZES, ids=repr)
-def test_a_size_that_is_no_positive_integer(key: str, value: Any, directory: Path) -> None:
+def test_a_size_that_is_not_a_positive_integer_is_refused(
+    key: str, value: Any, directory: Path
+) -> None:
     change_json(directory / "config.json", **{key: value})
     message = refusal(directory)
     assert f"config.json: {key!r} must be an integer from 1 to" in message
@@ -160,7 +162,7 @@ LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_facto
 YARN = ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 32}
 
 CONFIGS: list[dict[str, Any]] = [
-    # sizes that are fine alone
+    # sizes that are valid one by one
     {"num_attention_heads": 6, "num_key_value_heads": 4},
     {"num_attention_heads": 2, "num_key_value_heads": 4},
     {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": None},
@@ -270,7 +272,7 @@ WINDOWS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("values", CONFIGS + WINDOWS, ids=lambda values: repr(values)[:80])
-def test_a_configuration_that_describes_no_model(values: dict[str, Any], directory: Path) -> None:
+def test_an_inconsistent_configuration_is_refused(values: dict[str, Any], directory: Path) -> None:
     change_json(directory / "config.json", **values)
     message = refusal(directory)
     assert str(directory) in message
@@ -309,7 +311,9 @@ GENERATION: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("values", GENERATION, ids=repr)
-def test_a_recommended_setting_out_of_range(values: dict[str, Any], directory: Path) -> None:
+def test_a_recommended_setting_out_of_range_is_refused(
+    values: dict[str, Any], directory: Path
+) -> None:
     change_json(directory / "generation_config.json", **values)
     (key,) = values
     assert f"generation_config.json: {key!r} must be " in refusal(directory)
@@ -319,14 +323,14 @@ def test_a_recommended_setting_out_of_range(values: dict[str, Any], directory: P
 
 
 def bpe(**model: Any) -> dict[str, Any]:
-    """A whole tokenizer.json with a small BPE model."""
+    """A complete tokenizer.json with a small BPE model."""
     vocab = {"a": 0, "b": 1, "é": 2, "ab": 3, "aé": 4}
     base = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"], ["a", "é"]], "unk_token": "a"}
     return {"version": "1.0", "added_tokens": [], "model": base | model}
 
 
 def template(token_id: int) -> dict[str, Any]:
-    """A post-processor that puts a token in front."""
+    """A post-processor that adds a token in front."""
     sequence = {"Sequence": {"id": "A", "type_id": 0}}
     special = {"SpecialToken": {"id": "a", "type_id": 0}}
     return {
@@ -386,7 +390,7 @@ TOKENIZERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_tokenizer_that_cannot_work(kind: str, directory: Path) -> None:
+def test_an_invalid_tokenizer_is_refused(kind: str, directory: Path) -> None:
     path = directory / "tokenizer.json"
     path.write_text(json.dumps(TOKENIZERS[kind]))
     assert str(path) in refusal(directory)
@@ -419,7 +423,7 @@ TOKENIZER_CONFIGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("values", TOKENIZER_CONFIGS, ids=repr)
-def test_a_tokenizer_configuration_that_contradicts(
+def test_an_invalid_tokenizer_configuration_is_refused(
     values: dict[str, Any], directory: Path
 ) -> None:
     change_json(directory / "tokenizer_config.json", **values)
@@ -466,14 +470,14 @@ WEIGHTS: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", WEIGHTS)
-def test_a_weight_file_that_is_damaged(damage: str, directory: Path) -> None:
+def test_a_damaged_weight_file_is_named_in_the_error(damage: str, directory: Path) -> None:
     path = directory / "model.safetensors"
     WEIGHTS[damage](path)
     assert str(path) in refusal(directory)
 
 
 @pytest.mark.parametrize("damage", WEIGHTS)
-def test_a_shard_that_is_damaged(damage: str, sharded: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named_in_the_error(damage: str, sharded: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(sharded, tmp_path / "model"))
     path = directory / "model-00002-of-00003.safetensors"
     WEIGHTS[damage](path)
@@ -501,7 +505,9 @@ TENSORS: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", TENSORS)
-def test_tensors_that_do_not_fit_the_configuration(damage: str, directory: Path) -> None:
+def test_tensors_that_do_not_match_the_configuration_are_refused(
+    damage: str, directory: Path
+) -> None:
     TENSORS[damage](directory)
     assert "the weights do not fit" in refusal(directory)
 
@@ -528,7 +534,7 @@ INDEXES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("damage", INDEXES)
-def test_an_index_that_is_wrong(damage: str, sharded: Path, tmp_path: Path) -> None:
+def test_an_invalid_index_is_refused(damage: str, sharded: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(sharded, tmp_path / "model"))
     path = directory / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -537,7 +543,7 @@ def test_an_index_that_is_wrong(damage: str, sharded: Path, tmp_path: Path) -> N
     assert str(directory) in refusal(directory)
 
 
-# --- by chance ------------------------------------------------------------------------------------
+# --- random changes -------------------------------------------------------------------------------
 
 ODD: list[Any] = [
     None,
@@ -559,7 +565,7 @@ ODD: list[Any] = [
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where the values inside a JSON value are; of long containers, the first 40."""
+    """The paths of the values inside a JSON value; for long containers, the first 40."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     found = []
     for key, inner in list(pairs)[:40]:
@@ -589,7 +595,7 @@ def changed_by_chance(document: Any, draw: random.Random) -> Any:
 
 
 @pytest.mark.parametrize("file", JSON_FILES)
-def test_random_changes_load_or_are_refused_in_one_line(
+def test_randomly_changed_json_loads_or_is_a_one_line_error(
     file: str, sharded: Path, tmp_path: Path
 ) -> None:
     directory = Path(shutil.copytree(sharded, tmp_path / "model"))

@@ -1,4 +1,4 @@
-"""Packed models: converted, loaded, verified; interrupted, damaged, and in the wrong hands."""
+"""Packed models: conversion, loading, verification, interruption, damage, and wrong executors."""
 
 import errno
 import fcntl
@@ -42,7 +42,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10], [11]]
 
 
 def qwen3(**changes: Any) -> Qwen3Config:
-    """That the kernels can run; the heads together are wider than the hidden state."""
+    """A configuration that the kernels support; the heads are wider than the hidden state."""
     sizes = {
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -58,7 +58,7 @@ def qwen3(**changes: Any) -> Qwen3Config:
 
 
 class Logits:
-    """An observer that keeps all logits."""
+    """An observer that records all logits."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
@@ -70,7 +70,7 @@ class Logits:
 
 
 def run(source: Path, selection: dict[str, Any], **runtime: Any) -> tuple[LoadedModel, Any, Any]:
-    """The loaded model, and the tokens and all logits of a generation."""
+    """The loaded model, and the tokens and logits of a generation."""
     logits = Logits()
     with LLMEngine.from_plugins(**selection, observers=[logits]) as engine:
         settings = {"max_seq_len": 64, "max_batch_size": 2, "max_batch_tokens": 32} | runtime
@@ -94,7 +94,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BF16 directory that both executors run, with everything that a directory may say."""
+    """A BF16 directory that both executors run, with every optional part of a directory."""
     directory = tmp_path_factory.mktemp("models") / "source"
     write_model(qwen3(), directory, "bfloat16")
     change_json(
@@ -111,13 +111,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(model: Path) -> Path:
-    """That model packed for pypto-npu, in shards of at most 16000 bytes of weights."""
+    """The model packed for pypto-npu, in shards of at most 16000 bytes of weights."""
     out = model.parent / "packed"
     convert(planned(model, EMULATED, 16_000), out)
     return out
 
 
-# --- what is written, and what comes of it --------------------------------------------------------
+# --- conversion -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,14 @@ def converted(model: Path) -> Path:
         (CONFIGS["qwen3-some-layers-slide"], "float32", TORCH, "bfloat16"),
     ],
 )
-def test_logits_are_those_of_the_source_bit_by_bit(config, stored, selection, dtype, tmp_path):
+def test_logits_are_bitwise_equal_to_those_of_the_source(
+    config, stored, selection, dtype, tmp_path
+):
     source, out = tmp_path / "source", tmp_path / "packed"
     write_model(config, source, stored)
     convert(planned(source, selection, 100_000, weight_dtype=dtype), out)
     _, tokens, logits = run(source, selection, weight_dtype=dtype)
-    loaded, same_tokens, same_logits = run(out, selection)  # the dtype is the packed one
+    loaded, same_tokens, same_logits = run(out, selection)  # with the dtype that was packed
     assert loaded.packing.weight_dtype == (dtype or stored)
     assert same_tokens == tokens
     assert len(same_logits) == len(logits) >= 3
@@ -147,7 +149,7 @@ def test_logits_are_those_of_the_source_bit_by_bit(config, stored, selection, dt
 
 
 @pytest.mark.parametrize(("selection", "dtype"), [(EMULATED, "bfloat16"), (TORCH, "float32")])
-def test_a_quantised_gguf_file_is_a_source_too(selection, dtype, tmp_path):
+def test_a_quantised_gguf_file_can_be_converted(selection, dtype, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64}
     model = random_model(qwen3(**sizes))
     source = write_gguf(model, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
@@ -161,7 +163,7 @@ def test_a_quantised_gguf_file_is_a_source_too(selection, dtype, tmp_path):
     assert all(map(torch.equal, same_logits, logits))
 
 
-def test_all_that_is_known_of_the_source_is_known_of_the_packed_model(model, converted):
+def test_config_defaults_and_tokenizer_of_the_source_are_kept(model, converted):
     with LLMEngine.from_plugins() as engine:
         source, packed_model = engine.load(model), engine.load(converted)
     assert packed_model.config == source.config
@@ -205,14 +207,14 @@ def test_converting_twice_gives_the_same_bytes(model, converted, tmp_path):
     assert files(tmp_path / "again") == files(converted)
 
 
-def test_the_fingerprint_tells_models_of_one_shape_apart(model, tmp_path):
+def test_the_fingerprint_differs_for_models_of_one_shape(model, tmp_path):
     other = shutil.copytree(model, tmp_path / "source")
     assert planned(other, TORCH).fingerprint == planned(model, TORCH).fingerprint
     change_weights(other, "model.norm.weight", model__norm__weight=torch.ones(48).bfloat16())
     assert planned(other, TORCH).fingerprint != planned(model, TORCH).fingerprint
 
 
-def test_one_tensor_at_a_time_is_in_memory(model, tmp_path):
+def test_conversion_holds_one_tensor_in_memory_at_a_time(model, tmp_path):
     alive: list[weakref.ref[Any]] = []
 
     def watched(read: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -230,8 +232,8 @@ def test_one_tensor_at_a_time_is_in_memory(model, tmp_path):
     assert len(alive) == len(tensors)
 
 
-def test_loaders_do_not_take_each_others_directories(model, converted):
-    with LLMEngine.from_plugins() as engine:  # each is claimed by one loader
+def test_only_the_packed_loader_loads_packed_models(model, converted):
+    with LLMEngine.from_plugins() as engine:  # exactly one loader claims each
         assert engine.load(model).packing is None
         assert engine.load(converted).packing.executor == "tilewright:pypto-npu"
     with pytest.raises(ModelError, match=r"expected a directory that holds config\.json"):
@@ -250,7 +252,7 @@ class TestAsALoader(LoaderSuite):
         return converted
 
 
-def test_the_commands(model, tmp_path, capsys):
+def test_a_converted_model_verifies_and_generates_the_same_text(model, tmp_path, capsys):
     out = str(tmp_path / "out")
     executor = ["--executor", "pypto-npu", "-o", "platform=emulated"]
     assert main(["convert", "--model", str(model), *executor, "--out", out]) == 0
@@ -267,7 +269,7 @@ def test_the_commands(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words", [["--out", "x"], ["--executor", "torch"]])
-def test_convert_asks_for_what_is_missing(words, capsys):
+def test_convert_names_missing_arguments(words, capsys):
     assert main(["convert", *words]) == 2
     assert " is missing: " in capsys.readouterr().err
 
@@ -275,7 +277,7 @@ def test_convert_asks_for_what_is_missing(words, capsys):
 @pytest.mark.parametrize(
     ("text", "found"), [("1", 1), ("500M", 500 << 20), ("2G", 2 << 30), ("3KiB", 3072)]
 )
-def test_sizes(text, found):
+def test_shard_sizes_are_parsed_with_units(text, found):
     from tilewright_tools.convert import size
 
     assert size(text) == found
@@ -284,7 +286,7 @@ def test_sizes(text, found):
             size(wrong)
 
 
-# --- interrupted, and continued -------------------------------------------------------------------
+# --- interruption ---------------------------------------------------------------------------------
 
 
 def stop_after(shard: str) -> Callable[[str, int], None]:
@@ -305,7 +307,9 @@ def interrupted(model: Path, out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def test_an_interrupted_conversion_goes_on_after_the_last_shard(model, converted, tmp_path):
+def test_an_interrupted_conversion_resumes_after_the_last_complete_shard(
+    model, converted, tmp_path
+):
     partial_folder = interrupted(model, tmp_path / "out")
     kept = {p.name: p.stat().st_mtime_ns for p in partial_folder.glob("model-*-of-?????.safe*")}
     kept = {name: time for name, time in kept.items() if not name.endswith(".writing")}
@@ -316,7 +320,7 @@ def test_an_interrupted_conversion_goes_on_after_the_last_shard(model, converted
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_killed_conversion_goes_on_too(model, converted, tmp_path):
+def test_a_killed_conversion_resumes(model, converted, tmp_path):
     code = f"""
         import os, signal, sys
         from pathlib import Path
@@ -346,7 +350,7 @@ def test_a_finished_shard_that_has_changed_is_written_again(model, converted, tm
     assert files(tmp_path / "out") == files(converted)
 
 
-def test_what_is_left_of_another_conversion_is_not_taken_for_this_one(model, tmp_path):
+def test_shards_of_another_unfinished_conversion_are_not_reused(model, tmp_path):
     partial_folder = interrupted(model, tmp_path / "out")
     before = files(partial_folder)
     other = shutil.copytree(model, tmp_path / "other")
@@ -368,7 +372,7 @@ def test_what_is_left_of_another_conversion_is_not_taken_for_this_one(model, tmp
     assert {k: v for k, v in before.items() if not k.endswith(".writing")} == after
 
 
-def test_two_processes_do_not_write_one_directory(model, tmp_path):
+def test_a_second_process_cannot_convert_to_the_same_directory(model, tmp_path):
     def on_bytes(name: str, count: int) -> None:
         with pytest.raises(ConfigError, match="is being written by another process"):
             convert(planned(model, TORCH), tmp_path / "out")
@@ -378,7 +382,7 @@ def test_two_processes_do_not_write_one_directory(model, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["rename", "rmdir"])
-def test_what_another_process_has_just_ended_is_not_gone_on_with(
+def test_a_conversion_that_another_process_just_finished_is_not_resumed(
     model, tmp_path, monkeypatch, ending
 ):
     flock = fcntl.flock
@@ -394,7 +398,7 @@ def test_what_another_process_has_just_ended_is_not_gone_on_with(
     assert os.listdir(tmp_path) == (["theirs"] if ending == "rename" else [])
 
 
-def test_a_disk_that_fills_up_keeps_the_shards_that_are_complete(model, tmp_path, monkeypatch):
+def test_complete_shards_are_kept_when_the_disk_fills_up(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("tilewright_packed.writer.os.replace", _full_at_third_shard)
         with pytest.raises(ConfigError, match=r"out\.partial cannot be written: No space left on"):
@@ -412,14 +416,14 @@ def _full_at_third_shard(source: str, target: Path, rename: Any = os.replace) ->
     rename(source, target)
 
 
-def test_what_lies_in_the_way_is_left_alone(model, tmp_path):
+def test_a_file_at_the_partial_path_is_not_overwritten(model, tmp_path):
     (tmp_path / "out.partial").write_text("mine")
     with pytest.raises(ConfigError, match=r"out\.partial is no directory: remove it"):
         convert(planned(model, TORCH), tmp_path / "out")
     assert (tmp_path / "out.partial").read_text() == "mine"
 
 
-def test_ctrl_c_says_how_to_go_on(model, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_prints_how_to_resume(model, tmp_path, capsys, monkeypatch):
     command = ["convert", "--model", str(model), "--executor", "torch", "--out"]
     command += [str(tmp_path / "out"), "--shard-size", "16K"]
     with monkeypatch.context() as patch:
@@ -437,10 +441,10 @@ def _interrupt_at_third_shard(source: str, target: Path, rename: Any = os.replac
     rename(source, target)
 
 
-# --- refused beforehand ---------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
-def test_nothing_that_exists_is_written_over(model, tmp_path, capsys):
+def test_existing_files_are_not_overwritten(model, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -455,7 +459,7 @@ def test_nothing_that_exists_is_written_over(model, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(model, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_anything_is_written(model, tmp_path, monkeypatch):
     needed = planned(model, TORCH).bytes
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(needed - 1))
@@ -466,7 +470,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(model, tmp_path, monk
     kept = sum(p.stat().st_size for p in partial_folder.glob("*.safetensors"))
     needed = planned(model, EMULATED, 16_000).bytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(needed - kept))
-    convert(planned(model, EMULATED, 16_000), tmp_path / "out")  # only the rest has to fit
+    convert(
+        planned(model, EMULATED, 16_000), tmp_path / "out"
+    )  # only the remaining shards need space
 
 
 def interrupted_with(monkeypatch: Any, model: Path, out: Path, usage: Any) -> Path:
@@ -474,7 +480,7 @@ def interrupted_with(monkeypatch: Any, model: Path, out: Path, usage: Any) -> Pa
     return interrupted(model, out)
 
 
-def test_a_source_that_turns_out_damaged_leaves_nothing(model, tmp_path):
+def test_a_damaged_source_leaves_no_files(model, tmp_path):
     source = shutil.copytree(model, tmp_path / "source")
     norm = torch.ones(48).bfloat16()
     norm[3] = float("nan")
@@ -484,7 +490,7 @@ def test_a_source_that_turns_out_damaged_leaves_nothing(model, tmp_path):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_a_model_that_the_executor_cannot_run_is_not_converted(tmp_path, capsys):
+def test_a_model_that_the_executor_does_not_support_is_not_converted(tmp_path, capsys):
     write_model("llama-biases", tmp_path / "source")
     command = ["convert", "--model", str(tmp_path / "source"), "--executor", "pypto-npu"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
@@ -492,14 +498,14 @@ def test_a_model_that_the_executor_cannot_run_is_not_converted(tmp_path, capsys)
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_a_packed_model_is_not_a_source(converted, tmp_path, capsys):
+def test_a_packed_model_cannot_be_converted_again(converted, tmp_path, capsys):
     command = ["convert", "--model", str(converted), "--executor", "pypto-npu"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "is packed already, for executor tilewright:pypto-npu" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
 
-# --- another party's executor ---------------------------------------------------------------------
+# --- third-party executors ------------------------------------------------------------------------
 
 BACKWARDS = """
     from attrs import evolve
@@ -560,7 +566,7 @@ def site(tmp_path: Path) -> Iterator[Install]:
         yield installer
 
 
-def test_anyones_executor_can_be_converted_for(site, model, tmp_path):
+def test_models_can_be_packed_for_a_third_party_executor(site, model, tmp_path):
     site(backwards(BACKWARDS))
     out = tmp_path / "out"
     selection = {"executor": "backwards"}
@@ -583,7 +589,7 @@ def test_anyones_executor_can_be_converted_for(site, model, tmp_path):
         ('"b." + name, shape', '"c." + name, shape', "embed_tokens.weight [6288, 1] float32, fo"),
     ],
 )
-def test_a_layout_that_has_changed_since_is_refused(site, model, tmp_path, old, new, said):
+def test_a_layout_that_changed_since_packing_is_refused(site, model, tmp_path, old, new, said):
     site(backwards(BACKWARDS))
     out = tmp_path / "out"
     convert(planned(model, {"executor": "backwards"}, weight_dtype="float32"), out)
@@ -607,14 +613,16 @@ def test_a_layout_that_has_changed_since_is_refused(site, model, tmp_path, old, 
         ("in shapes.items()", "in ()", "found none"),
     ],
 )
-def test_a_hook_that_gives_what_it_did_not_announce_is_named(site, model, tmp_path, old, new, said):
+def test_a_hook_that_packs_other_tensors_than_announced_is_an_error(
+    site, model, tmp_path, old, new, said
+):
     site(backwards(BACKWARDS.replace(old, new)))
     with pytest.raises(PluginError, match=said):
         convert(planned(model, {"executor": "backwards"}, weight_dtype="float32"), tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["site"]
 
 
-def test_an_executor_of_the_same_name_from_another_party_does_not_read_it(site, model, tmp_path):
+def test_an_executor_of_the_same_name_in_another_distribution_is_refused(site, model, tmp_path):
     site(backwards(BACKWARDS))
     convert(planned(model, {"executor": "backwards"}), tmp_path / "out")
     site(backwards(BACKWARDS, "other-backwards"))
@@ -622,7 +630,7 @@ def test_an_executor_of_the_same_name_from_another_party_does_not_read_it(site, 
         run(tmp_path / "out", {"executor": "other-backwards:backwards"})
 
 
-# --- damaged --------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 Damage = Callable[[Path], None]
 
@@ -634,7 +642,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def signed(directory: Path, **changed: Any) -> None:
-    """Change the manifest, and its digest with it, as only somebody with intent would."""
+    """Change the manifest and its digest, as a deliberate change would."""
     path = directory / packed.MANIFEST
     values = json.loads(path.read_text()) | changed
     del values["digest"]
@@ -663,7 +671,7 @@ def packing(**changed: Any) -> Damage:
 
 
 def rewritten(name: str, change: Callable[[bytes], bytes]) -> Damage:
-    """Another content of a file, with the sums that fit it."""
+    """Replace the content of a file, and update its size and checksum."""
 
     def damage(directory: Path) -> None:
         data = change((directory / name).read_bytes())
@@ -756,16 +764,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "manifest digest": (manifest(sub(b'digest": "', b'digest": "0')), "changed since it was"),
     "manifest no digest": (manifest(sub(b'"digest"', b'"tsegid"')), "changed since it was"),
     "manifest binary": (manifest(lambda data: bytes(range(256))), "not valid JSON"),
-    "manifest a list": (manifest(lambda data: b"[1]"), "expected a JSON object"),
-    "manifest deep": (manifest(lambda data: b'{"a":' * 10**5), "not valid JSON (nested too"),
+    "manifest is a list": (manifest(lambda data: b"[1]"), "expected a JSON object"),
+    "manifest nested too deeply": (
+        manifest(lambda data: b'{"a":' * 10**5),
+        "not valid JSON (nested too",
+    ),
     "manifest huge number": (manifest(lambda d: b'{"format": 1' + b"0" * 9999 + b"}"), "not valid"),
-    "manifest a link": (lambda d: linked(d / packed.MANIFEST), "and no link"),
+    "manifest is a link": (lambda d: linked(d / packed.MANIFEST), "and no link"),
     "newer format": (partial(signed, format=2), "format 2 of packed models, and this tilewright"),
     "older format": (partial(signed, format=0), "reads format 1: convert the model again"),
     "format in words": (partial(signed, format="1"), "'format' must be 1"),
     "unknown key": (partial(signed, extra=1), "unknown option 'extra'"),
-    "files a list": (partial(signed, files=[]), "model.json is not among its files"),
-    "files nothing": (partial(signed, files={}), "is not among its files"),
+    "files is a list": (partial(signed, files=[]), "model.json is not among its files"),
+    "files is empty": (partial(signed, files={}), "is not among its files"),
     "size in words": (entry(SHARD, bytes="many"), "'bytes' must be an integer"),
     "size negative": (entry(SHARD, bytes=-1), "is not one that tilewright writes"),
     "no sum": (entry(SHARD, "sha256"), "'sha256' is missing"),
@@ -779,7 +790,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no tokenizer listed": (without("tokenizer.json"), "tokenizer.json is not among its files"),
     "no shard listed": (without("model-"), "shards is not among its files"),
     "a shard not listed": (without(SHARD), f"{SHARD}, which does not belong to this packed"),
-    "packing nothing": (partial(signed, packing=None), "'packing' must be a table"),
+    "packing is null": (partial(signed, packing=None), "'packing' must be a table"),
     "newer layout": (packing(version=2), "reads version 1: upgrade that plugin, or convert it"),
     "older layout": (packing(version=0), "reads version 1: convert it for tilewright:pypto-npu"),
     "other executor": (
@@ -792,8 +803,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "shard extended": (shard(lambda p: p.write_bytes(p.read_bytes() + b"\0")), "bytes, found"),
     "shard empty": (shard(lambda p: os.truncate(p, 0)), f"bytes, found 0: {AGAIN}"),
     "shard missing": (shard(lambda p: p.unlink()), f"missing: {AGAIN}"),
-    "shard a link": (shard(linked), "found a link"),
-    "shard a directory": (shard(directory_instead), "found no file"),
+    "shard is a link": (shard(linked), "found a link"),
+    "shard is a directory": (shard(directory_instead), "found no file"),
     "header one byte": (shard(lambda p: flip(p, 40)), f"changed since it was written: {AGAIN}"),
     "header space": (shard(lambda p: p.write_bytes(sub(b"  ", b" \t")(p.read_bytes()))), "changed"),
     "header length": (shard(lambda p: flip(p, 0)), "changed since it was written"),
@@ -830,7 +841,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_one_line_and_leaves_nothing(name, converted, tmp_path, capsys):
+def test_damage_is_a_one_line_error_and_leaves_no_files(name, converted, tmp_path, capsys):
     damage, said = DAMAGES[name]
     directory = shutil.copytree(converted, tmp_path / "there" / "packed")
     damage(directory)
@@ -852,10 +863,10 @@ def test_damage_is_one_line_and_leaves_nothing(name, converted, tmp_path, capsys
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-def test_a_changed_weight_is_found_by_who_reads_all(converted, tmp_path, capsys):
+def test_a_changed_weight_is_found_only_by_verification(converted, tmp_path, capsys):
     directory = shutil.copytree(converted, tmp_path / "packed")
     flip(directory / SHARD, -1)
-    run(directory, EMULATED)  # loading maps the weights, and reads none
+    run(directory, EMULATED)  # loading maps the weights and does not read them
     careful = evolve_options(verify=True)
     with pytest.raises(ModelError, match=f"{SHARD}: changed since it was written: {AGAIN}"):
         run(directory, careful)
@@ -876,7 +887,7 @@ def evolve_options(**loader: Any) -> dict[str, Any]:
     return {**EMULATED, "options": {**EMULATED["options"], "loader": loader}}
 
 
-def test_verify_finds_each_change_of_a_byte(converted, tmp_path, capsys):
+def test_verify_finds_any_changed_byte(converted, tmp_path, capsys):
     for name, content in files(converted).items():
         for at in (0, len(content) // 2, len(content) - 1):
             directory = shutil.copytree(converted, tmp_path / "packed")
@@ -888,7 +899,7 @@ def test_verify_finds_each_change_of_a_byte(converted, tmp_path, capsys):
             shutil.rmtree(directory)
 
 
-def test_verify_takes_packed_models_only(model, tmp_path, capsys):
+def test_verify_accepts_only_packed_models(model, tmp_path, capsys):
     for directory in (model, tmp_path / "nothing"):
         assert main(["verify", str(directory)]) == 2
         assert "is no packed model" in capsys.readouterr().err

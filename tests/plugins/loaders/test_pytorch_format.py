@@ -1,4 +1,4 @@
-"""Weight format pytorch-bin: what torch.save wrote, and nothing that would run."""
+"""Weight format pytorch-bin: files of torch.save are read, and code in them does not run."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def test_every_tensor_is_as_it_was_saved(saved: Path) -> None:
+def test_every_tensor_is_read_as_it_was_saved(saved: Path) -> None:
     source = open_weights(saved)
     expected = tensors()
     assert set(source.names()) == set(expected)
@@ -78,7 +78,7 @@ def test_every_tensor_is_as_it_was_saved(saved: Path) -> None:
         assert info.location == str(saved / SINGLE)
 
 
-def test_closed_weights_refuse_and_tensors_stay_valid(saved: Path) -> None:
+def test_a_closed_source_refuses_reads_and_its_tensors_stay_valid(saved: Path) -> None:
     source = open_weights(saved)
     tensor = source.get("float32")
     source.close()
@@ -98,11 +98,11 @@ def test_opening_reads_no_tensor(tmp_path: Path) -> None:
 
 
 def _resident() -> int:
-    """Bytes of this process's memory, the pages of mapped files included."""
+    """Resident memory of this process in bytes, including pages of mapped files."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_tensor_does_not_write_to_the_file(tmp_path: Path) -> None:
+def test_changing_a_tensor_does_not_change_the_file(tmp_path: Path) -> None:
     torch.save(tensors(), tmp_path / SINGLE)
     before = (tmp_path / SINGLE).read_bytes()
     open_weights(tmp_path).get("float32").zero_()
@@ -131,7 +131,7 @@ def to_pytorch(directory: Path, shards: int = 1) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_model_has_the_logits_that_transformers_has(tmp_path: Path, shards: int) -> None:
+def test_logits_match_transformers(tmp_path: Path, shards: int) -> None:
     write_directory(tmp_path)
     to_pytorch(tmp_path, shards)
     ids = list(range(3, 20))
@@ -148,7 +148,7 @@ def test_a_model_has_the_logits_that_transformers_has(tmp_path: Path, shards: in
         assert logprob == pytest.approx(float(expected[token]), abs=1e-3)
 
 
-def test_safetensors_are_preferred_and_a_name_decides(tmp_path: Path) -> None:
+def test_safetensors_are_preferred_unless_a_format_is_named(tmp_path: Path) -> None:
     write_directory(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     torch.save({"only": torch.ones(1)}, tmp_path / SINGLE)
@@ -158,7 +158,9 @@ def test_safetensors_are_preferred_and_a_name_decides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("aliased", [True, False])
-def test_a_tied_head_is_left_out_where_it_is_the_embedding(tmp_path: Path, aliased: bool) -> None:
+def test_a_tied_head_is_dropped_only_if_it_shares_the_embedding(
+    tmp_path: Path, aliased: bool
+) -> None:
     write_directory(tmp_path)
     change_json(tmp_path / "config.json", tie_word_embeddings=True)
     stored = to_pytorch(tmp_path)
@@ -171,7 +173,7 @@ def test_a_tied_head_is_left_out_where_it_is_the_embedding(tmp_path: Path, alias
     assert any("lm_head.weight of their own" in w for w in model.warnings) is not aliased
 
 
-def test_an_untied_model_keeps_a_head_that_is_the_embedding(tmp_path: Path) -> None:
+def test_an_untied_model_keeps_a_head_that_shares_the_embedding(tmp_path: Path) -> None:
     write_directory(tmp_path)
     stored = to_pytorch(tmp_path)
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
@@ -179,11 +181,11 @@ def test_an_untied_model_keeps_a_head_that_is_the_embedding(tmp_path: Path) -> N
     assert "lm_head.weight" in load(tmp_path).weights.names()
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- refused files --------------------------------------------------------------------------------
 
 
 class Runs:
-    """What a pickle makes of it is a call."""
+    """An object that pickle restores by calling a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
         self.call = function, arguments
@@ -211,7 +213,7 @@ def test_a_pickle_that_would_run_code_does_not_run(
     assert victim.exists()
     assert "refused: it holds more than tensors" in said
     assert f"{function.__name__}, which may run code" in said
-    if function in (os.system, os.remove):  # the file is what it seems: pickle itself would run it
+    if function in (os.system, os.remove):  # pickle itself runs the call
         torch.load(SINGLE, weights_only=False)
         assert not victim.exists()
 
@@ -232,12 +234,14 @@ def test_a_pickle_that_would_run_code_does_not_run(
     ],
     ids=["nested", "number", "list", "key", "sparse", "meta", "module"],
 )
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, saved_object: Any, expected: str) -> None:
+def test_a_file_that_is_not_a_state_dict_is_refused(
+    tmp_path: Path, saved_object: Any, expected: str
+) -> None:
     torch.save(saved_object, tmp_path / SINGLE)
     assert expected in refusal(tmp_path)
 
 
-def test_a_state_dict_with_its_modules_versions_is_read(tmp_path: Path) -> None:
+def test_a_state_dict_with_version_metadata_is_read(tmp_path: Path) -> None:
     state = torch.nn.Linear(3, 2).state_dict()
     assert isinstance(state, OrderedDict)
     torch.save(state, tmp_path / SINGLE)
@@ -296,7 +300,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_one_line(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_file_is_a_one_line_error(tmp_path: Path, kind: str) -> None:
     file = tmp_path / SINGLE
     torch.save(tensors(), file)
     damage, expected = DAMAGED[kind]
@@ -309,8 +313,8 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, kind: str) -> None:
     assert len(said) < 600
 
 
-def test_repacked_without_a_change_it_is_read(tmp_path: Path) -> None:
-    """So it is what they changed that was refused above."""
+def test_a_repacked_unchanged_file_is_read(tmp_path: Path) -> None:
+    """Shows that the damage above, not the repacking, is what was refused."""
     file = tmp_path / SINGLE
     torch.save(tensors(), file)
     file.write_bytes(_rezipped(file.read_bytes(), lambda _, old: old))
@@ -319,7 +323,7 @@ def test_repacked_without_a_change_it_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_changed_bytes_are_one_line_or_other_numbers(saved: Path) -> None:
+def test_random_changes_are_a_one_line_error_or_change_only_values(saved: Path) -> None:
     file, random = saved / SINGLE, Random(5)
     original = file.read_bytes()
     outcomes = set()
@@ -338,12 +342,12 @@ def test_changed_bytes_are_one_line_or_other_numbers(saved: Path) -> None:
     assert outcomes == {"read", "refused"}
 
 
-def test_other_pickles_are_refused(tmp_path: Path) -> None:
+def test_pickles_of_other_protocols_are_refused(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(pickle.dumps({"a": 1}))
     assert "expected a zip file or a pickle of protocol 2, found bytes 80 04" in refusal(tmp_path)
 
 
-def test_what_is_absent_is_said(tmp_path: Path) -> None:
+def test_missing_weights_are_an_error_that_lists_what_was_found(tmp_path: Path) -> None:
     assert f"expected {SINGLE}, or {INDEX} and its shards; found no weights" in refusal(tmp_path)
     (tmp_path / "weights.pth").touch()
     assert "found weights.pth" in refusal(tmp_path)

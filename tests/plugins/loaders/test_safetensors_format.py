@@ -1,4 +1,4 @@
-"""Weight format safetensors: the tensors that safetensors itself reads, and checked headers."""
+"""Weight format safetensors: tensors as the safetensors library reads them, and checked headers."""
 
 import json
 import struct
@@ -67,7 +67,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sharded", [False, True])
-def test_every_tensor_is_read_as_safetensors_reads_it(
+def test_every_tensor_matches_the_safetensors_library(
     directory: Path, backend: str, sharded: bool
 ) -> None:
     expected = load_file(directory / "model.safetensors")
@@ -89,16 +89,14 @@ def test_every_tensor_is_read_as_safetensors_reads_it(
 
 
 def resident_kib(kind: str) -> int:
-    """Resident memory of this process: RssAnon is its own, RssFile is shared with files."""
+    """Resident memory of this process: RssAnon is private, RssFile is mapped from files."""
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith(kind))
     return int(line.split()[1])
 
 
 @pytest.mark.parametrize(("backend", "own"), [("mmap", False), ("pread", True)])
-def test_mapped_tensors_take_no_memory_of_their_own(
-    tmp_path: Path, backend: str, own: bool
-) -> None:
+def test_mapped_tensors_take_no_private_memory(tmp_path: Path, backend: str, own: bool) -> None:
     kib = 64 * 1024
     save_file({"a": torch.ones(kib * 256)}, tmp_path / "model.safetensors")
     before = resident_kib("RssAnon")
@@ -112,7 +110,7 @@ def test_mapped_tensors_take_no_memory_of_their_own(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_threads_may_read_at_once(directory: Path, backend: str) -> None:
+def test_threads_can_read_concurrently(directory: Path, backend: str) -> None:
     expected = load_file(directory / "model.safetensors")
     source = open_weights(directory, backend=backend)
     wrong: list[object] = []
@@ -135,7 +133,9 @@ def test_threads_may_read_at_once(directory: Path, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_after_closing_nothing_is_read_but_what_was_stays(directory: Path, backend: str) -> None:
+def test_a_closed_source_refuses_reads_and_its_tensors_stay_valid(
+    directory: Path, backend: str
+) -> None:
     source = open_weights(directory, backend=backend)
     tensor = source.get("float32")
     source.close()
@@ -156,7 +156,7 @@ def test_an_unknown_backend_is_refused(directory: Path) -> None:
         open_weights(directory, backend="mpread")
 
 
-# --- which files ----------------------------------------------------------------------------------
+# --- file names -----------------------------------------------------------------------------------
 
 
 def test_other_copies_of_the_weights_are_ignored(directory: Path) -> None:
@@ -172,7 +172,7 @@ def test_other_copies_of_the_weights_are_ignored(directory: Path) -> None:
 
 
 def test_links_are_followed(directory: Path, tmp_path: Path) -> None:
-    """As in the hub's cache, where files are links to blobs."""
+    """The hub's cache holds links to blobs."""
     blob = tmp_path / "blob"
     (directory / "model.safetensors").rename(blob)
     (directory / "model.safetensors").symlink_to("blob")
@@ -181,7 +181,7 @@ def test_links_are_followed(directory: Path, tmp_path: Path) -> None:
     assert "a link to 'blob', which does not exist" in refusal(directory)
 
 
-def test_can_open_goes_by_names_only(tmp_path: Path) -> None:
+def test_can_open_checks_only_file_names(tmp_path: Path) -> None:
     def can_open() -> bool:
         return bool(plugins.call(plugin(), "can_open", directory=tmp_path))
 
@@ -196,7 +196,7 @@ def test_can_open_goes_by_names_only(tmp_path: Path) -> None:
     assert "no weights" in refusal(tmp_path / "absent")
 
 
-def test_shards_without_an_index_are_named(directory: Path) -> None:
+def test_shards_without_an_index_are_named_in_the_error(directory: Path) -> None:
     split_weights(directory)
     (directory / "model.safetensors.index.json").unlink()
     assert "model-00001-of-00003.safetensors" in refusal(directory)
@@ -239,7 +239,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_named_with_what_is_wrong(kind: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_that_says_what_is_wrong(kind: str, tmp_path: Path) -> None:
     content, why = DAMAGED[kind]
     (tmp_path / "model.safetensors").write_bytes(content)
     message = refusal(tmp_path)
@@ -247,7 +247,7 @@ def test_a_damaged_file_is_named_with_what_is_wrong(kind: str, tmp_path: Path) -
     assert why in message
 
 
-def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
+def test_a_directory_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     assert "found a directory" in refusal(tmp_path)
 
@@ -265,7 +265,7 @@ def write_index(directory: Path, weight_map: object) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_absent_shards_are_all_named(directory: Path, weight_map: dict[str, str]) -> None:
+def test_all_missing_shards_are_named(directory: Path, weight_map: dict[str, str]) -> None:
     files = sorted(set(weight_map.values()))
     for file in files[1:]:
         (directory / file).unlink()
@@ -287,7 +287,7 @@ def test_a_truncated_shard_is_named(directory: Path, weight_map: dict[str, str])
     "file",
     ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "a\0b", "a\nb", 3],
 )
-def test_an_index_reaches_no_file_outside_its_directory(
+def test_an_index_cannot_name_a_file_outside_its_directory(
     directory: Path, weight_map: dict[str, str], file: object
 ) -> None:
     write_index(directory, weight_map | {"float32": file})
@@ -295,14 +295,14 @@ def test_an_index_reaches_no_file_outside_its_directory(
 
 
 @pytest.mark.parametrize("value", [{}, None, [], "model.safetensors"])
-def test_an_index_without_a_weight_map(
+def test_an_index_without_a_valid_weight_map_is_refused(
     directory: Path, weight_map: dict[str, str], value: object
 ) -> None:
     write_index(directory, value)
     assert "weight_map" in refusal(directory)
 
 
-def test_an_entry_that_is_in_another_shard_or_in_none(
+def test_an_index_entry_for_a_wrong_shard_or_a_missing_tensor_is_refused(
     directory: Path, weight_map: dict[str, str]
 ) -> None:
     file, other = weight_map["float32"], weight_map["bfloat16"]
@@ -313,7 +313,7 @@ def test_an_entry_that_is_in_another_shard_or_in_none(
     assert "for tensor absent, which is in none of the shards" in refusal(directory)
 
 
-def test_a_tensor_in_two_shards(directory: Path, weight_map: dict[str, str]) -> None:
+def test_a_tensor_in_two_shards_is_refused(directory: Path, weight_map: dict[str, str]) -> None:
     file, other = weight_map["float32"], weight_map["bfloat16"]
     save_file(load_file(directory / other) | {"float32": torch.zeros(2)}, directory / other)
     message = refusal(directory)

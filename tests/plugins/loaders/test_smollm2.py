@@ -1,4 +1,4 @@
-"""A real model from the package index: the same tokens as transformers and llama.cpp."""
+"""A published model from the package index: the tokens match transformers and llama.cpp."""
 
 import json
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def dequantised(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_smollm2_continues_as_with_transformers(
+def test_smollm2_generates_the_tokens_of_transformers(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -78,7 +78,7 @@ def test_smollm2_continues_as_with_transformers(
             assert result["text"].startswith(" 8 9 10 11 12")
 
 
-def test_its_gguf_file_is_the_same_model(
+def test_the_gguf_file_generates_the_text_of_the_directory(
     file: Path, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = []
@@ -90,7 +90,9 @@ def test_its_gguf_file_is_the_same_model(
     assert texts[1].startswith(" 8 9 10 11 12")
 
 
-def test_its_gguf_tokenizer_is_the_same(file: Path, directory: Path) -> None:
+def test_the_gguf_tokenizer_matches_the_directory_and_llama_cpp(
+    file: Path, directory: Path
+) -> None:
     from llama_cpp import LlamaCpp
 
     ours = gguf_files.load(file).text.tokenizer
@@ -104,7 +106,7 @@ def test_its_gguf_tokenizer_is_the_same(file: Path, directory: Path) -> None:
 
 def steps(path: Path) -> Iterator[tuple[str, int, torch.Tensor, dict[int, float]]]:
     """Each greedy step of llama.cpp: the prompt, its token, our log-probabilities for the same
-    context, and its own of the likeliest tokens."""
+    context, and those of llama.cpp for the likeliest tokens."""
     from llama_cpp import LlamaCpp
 
     reference, loaded = LlamaCpp(path, threads=2), gguf_files.load(path)
@@ -117,7 +119,7 @@ def steps(path: Path) -> Iterator[tuple[str, int, torch.Tensor, dict[int, float]
             yield prompt, step.token_id, row, step.top
 
 
-def test_each_token_is_that_of_llama_cpp_in_float32(dequantised: Path) -> None:
+def test_each_token_matches_llama_cpp_in_float32(dequantised: Path) -> None:
     """No margin is needed: the two differ by less than 0.001 in any log-probability."""
     count = 0
     for prompt, token, row, top in steps(dequantised):
@@ -128,7 +130,7 @@ def test_each_token_is_that_of_llama_cpp_in_float32(dequantised: Path) -> None:
     assert count > 9 * NEW_TOKENS
 
 
-def test_each_token_is_that_of_llama_cpp_on_the_quantised_file(file: Path) -> None:
+def test_each_token_matches_llama_cpp_on_the_quantised_file(file: Path) -> None:
     """llama.cpp rounds activations to 8 bits where weights are quantised, which moves its
     log-probabilities. A step whose two likeliest tokens are closer than that may differ."""
     differing, moved, count = [], [], 0
