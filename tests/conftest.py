@@ -1,4 +1,4 @@
-"""What many tests share: engines over the bundled model."""
+"""Fixtures that many tests share."""
 
 import os
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from tilewright.settings import DEMO_MODEL
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    # Small tensors: more threads only wait for each other, and for those of other workers.
+    # With small tensors, more threads only wait for each other and for other workers.
     torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def engine() -> Iterator[LLMEngine]:
 
 @pytest.fixture
 def pypto_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The root of a fake PyPTO's checkout, on a machine that has all it needs."""
+    """The root of a checkout of the fake PyPTO, on a machine that meets all its requirements."""
     for name, value in machine(tmp_path / "machine").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,8 +1,8 @@
-"""What plugins rely on, as data: ``python tests/support/api_record.py`` records it for a test.
+"""The plugin API as data: ``python tests/support/api_record.py`` records it for a test.
 
-The record of API version N is ``tests/data/api_N.json``. A change that breaks nobody (an optional
-hook, an argument that hooks may leave out, a field with a default) is recorded by running this
-again; for any other it refuses, until ``tilewright.plugins.API_VERSION`` is raised.
+The record of API version N is ``tests/data/api_N.json``. A compatible change (an optional hook,
+an argument that hooks may omit, a field with a default) is recorded by running this again; any
+other change is refused until ``tilewright.plugins.API_VERSION`` is raised.
 """
 
 import inspect
@@ -39,7 +39,7 @@ Record = dict[str, Any]
 
 
 def record() -> Record:
-    """The API as it is."""
+    """The current API."""
     specs = ("AnyPlugin", *(kind.specs for kind in plugins.ENGINE_KINDS.values()), "ObserverEvents")
     return {
         "kinds": {
@@ -97,7 +97,7 @@ def record() -> Record:
 
 
 def breaks(before: Record, after: Record) -> list[str]:
-    """What of the changes breaks plugins that were written before, in words."""
+    """The changes that break existing plugins, in words."""
     return list(_breaks(before, after))
 
 
@@ -179,7 +179,7 @@ def _same(old: Any, new: Any) -> Iterator[str]:
 
 
 def _calls(old: Record, new: Record) -> Iterator[str]:
-    """Arguments that may be left out may be added at the end."""
+    """Optional arguments may be added at the end."""
     known = len(old["arguments"])
     if old["returns"] != new["returns"] or new["arguments"][:known] != old["arguments"]:
         yield f"was {old}, and is {new}"
@@ -204,7 +204,7 @@ def _signature(function: Any) -> Record:
 
 
 def _arguments(function: Any) -> Iterator[tuple[str, str, bool]]:
-    """Name, type, and whether it must be given."""
+    """Name, type, and whether it is required."""
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name != "self":
             required = parameter.default is inspect.Parameter.empty
@@ -221,7 +221,7 @@ def _annotation(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(map(_annotation, get_args(annotation)))
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    # Without the modules that names come from, which differ between versions of Python.
+    # The modules of names differ between versions of Python.
     text = re.sub(r"\b\w+\.(?=\w)", "", text)
     return text.replace("ForwardRef", "").replace("'", "").replace("NoneType", "None")
 

@@ -1,4 +1,4 @@
-"""Conformance suites run on plugins within a test, right ones and broken ones."""
+"""Runs conformance suites on correct and broken plugins within a test."""
 
 import os
 import re
@@ -27,19 +27,19 @@ class Fault:
     test: str
     """The test of the suite that has to fail, whatever else does; with [id], one case of it."""
     fixtures: Mapping[str, Any] = field(factory=dict)
-    """What the suite is given, by fixture."""
+    """Values for the suite's fixtures, by name."""
     why: str = ""
-    """What the failure has to say, as a regular expression."""
+    """The expected failure message, as a regular expression."""
 
 
 @define
 class Outcome:
-    """What came of a suite, or of some of its tests; one with parameters fails as a whole."""
+    """The outcome of a suite or of some of its tests; a parametrised test fails as a whole."""
 
     found: dict[str, str] = field(factory=dict)
     """Each test's outcome: passed, failed, skipped."""
     why: dict[str, str] = field(factory=dict)
-    """Of those that failed."""
+    """The failure message of each failed test."""
 
     @property
     def failed(self) -> list[str]:
@@ -47,24 +47,24 @@ class Outcome:
 
 
 def full_name(suite: type, start: str) -> str:
-    """The suite's one test whose name begins so, after test_; what is in brackets stays."""
+    """The suite's only test whose name, after test_, starts so; a case in brackets is kept."""
     words, bracket, case = start.partition("[")
     (name,) = (n for n in dir(suite) if n.startswith(f"test_{words}"))
     return f"{name}{bracket}{case}"
 
 
 def run(suite: type, plugin: Any, only: Sequence[str] = (), /, **fixtures: Any) -> Outcome:
-    """Run a suite on a plugin, or only some of its tests. fixtures: values for the suite's."""
+    """Run a suite, or only some of its tests, on a plugin, with values for its fixtures."""
     return run_all([(suite, plugin, only, fixtures)])[0]
 
 
 def run_faults(suite: type, faults: Sequence[Fault], whole: bool = False) -> list[Outcome]:
-    """Run on each broken plugin the test that has to fail, or the whole suite."""
+    """Run the test that must fail, or the whole suite, on each broken plugin."""
     return run_all([(suite, f.plugin, () if whole else (f.test,), f.fixtures) for f in faults])
 
 
 def missed(suite: type, faults: Sequence[Fault]) -> list[str]:
-    """Those that their test does not fail, or fails for another reason, and what it said."""
+    """The faults that their test does not find, or for another reason, with its message."""
     found = []
     for fault, outcome in zip(faults, run_faults(suite, faults), strict=True):
         test = fault.test.partition("[")[0]
@@ -75,14 +75,14 @@ def missed(suite: type, faults: Sequence[Fault]) -> list[str]:
 
 
 def own_tests(suite: type) -> list[str]:
-    """The tests of a suite that are not those of plugins of every kind."""
+    """The tests of a suite without those for plugins of every kind."""
     return [n for n in dir(suite) if n.startswith("test_") and not hasattr(PluginSuite, n)]
 
 
 def run_all(
     subjects: Sequence[tuple[type, Any, Sequence[str], Mapping[str, Any]]],
 ) -> list[Outcome]:
-    """Suites, plugins, tests and fixtures: in one run of pytest, which takes a while to start."""
+    """Run several (suite, plugin, tests, fixtures) in one run of pytest, which starts slowly."""
     outcomes = [Outcome() for _ in subjects]
     module, targets = ModuleType("conformance_subject"), []
     for i, (suite, plugin, only, fixtures) in enumerate(subjects):
@@ -90,13 +90,13 @@ def run_all(
         made = {name: _fixture(value) for name, value in given.items()}
         setattr(module, f"Test{i}", type(f"Test{i}", (suite,), made))
         targets += [f"::Test{i}::{name}" for name in only] or [f"::Test{i}"]
-    # Short, since others print all arguments, tensors among them.
+    # Other styles print all arguments, including tensors.
     quiet = ("-q", "--no-header", "--no-summary", "--tb=short")
     quiet += ("-p", "no:cacheprovider", "-p", "no:xdist")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "test_subject.py"
         file.write_text("from conformance_subject import *\n")
-        settings = file.with_name("pytest.ini")  # so that those of this project are not taken
+        settings = file.with_name("pytest.ini")  # in place of this project's settings
         settings.write_text("[pytest]\n")
         sys.modules["conformance_subject"] = module
         before = os.environ.pop("PYTEST_ADDOPTS", None)
@@ -115,13 +115,13 @@ def run_all(
 
 @define
 class _Recorder:
-    """A pytest plugin that keeps what came of each test."""
+    """A pytest plugin that records the outcome of each test."""
 
     outcomes: Sequence[Outcome]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self) -> Generator[None, object, object]:
-        """Put back what a broken plugin leaves behind."""
+        """Restore the global state that a broken plugin may change."""
         dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
         threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGUSR2)
         environment, directory = dict(os.environ), os.getcwd()

@@ -1,6 +1,6 @@
-"""Print which test of which suite finds each planted mistake.
+"""Print which test of which suite finds each planted fault.
 
-``python tests/support/conformance_faults.py [KIND ...]``: of all kinds, or of some.
+``python tests/support/conformance_faults.py [KIND ...]``: all kinds by default.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ def main(kinds: list[str]) -> int:
     print("| --- | --- | --- |")
     for kind in kinds or KINDS:
         module = import_module(f"test_conformance_{kind}")
-        # Nothing of the inner run of pytest, whose failures are what is wanted.
+        # Hide the output of the inner run of pytest, whose failures are expected.
         with contextlib.redirect_stdout(io.StringIO()):
             found = missed(module.SUITE, module.FAULTS)
         not_found += found

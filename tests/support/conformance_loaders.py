@@ -1,4 +1,4 @@
-"""A loader of a small layout of its own, and ones that are broken. Imports no torch by itself."""
+"""A loader of a small layout of its own, and broken variants. Does not import torch itself."""
 
 import json
 import os
@@ -28,7 +28,7 @@ NAME = "acme.json"
 
 
 class Loader:
-    """acme.json with the configuration, tokenizer.json, and weights in any format."""
+    """Loads acme.json with the configuration, tokenizer.json, and weights in any format."""
 
     tilewright_api = 1
 
@@ -92,7 +92,7 @@ def write(model: Any, directory: Path) -> None:
 RIGHT = Loader()
 
 
-# --- what looks too closely -----------------------------------------------------------------------
+# --- can_load with side effects -------------------------------------------------------------------
 
 
 class LeavesAMark(Loader):
@@ -145,7 +145,7 @@ STUMBLES_OVER_NAMES = StumblesOverNames()
 ASKS_THE_NETWORK = AsksTheNetwork()
 
 
-# --- what says too much or too little -------------------------------------------------------------
+# --- wrong claims ---------------------------------------------------------------------------------
 
 
 class LoadsAnyDirectory(Loader):
@@ -166,11 +166,11 @@ class AnswersWithAName(Loader):
         return NAME if super().can_load(source) else None
 
 
-# --- what loads wrong -----------------------------------------------------------------------------
+# --- wrong results --------------------------------------------------------------------------------
 
 
 class Wrapped:
-    """Another source, seen through this one."""
+    """A source that wraps another."""
 
     def __init__(self, source: TensorSource, directory: Path):
         self.source = source
@@ -207,7 +207,7 @@ class ReadsAll(Wrapped):
 
 
 class ReadsTheEmbedding(Wrapped):
-    """To know its dtype, say."""
+    """Reads a tensor early, for example to learn its dtype."""
 
     def __init__(self, source: TensorSource, directory: Path):
         super().__init__(source, directory)
@@ -235,7 +235,7 @@ class ShortNames(Wrapped):
 
 
 class Transposes(Wrapped):
-    """Projections as [in, out]."""
+    """Returns projections as [in, out]."""
 
     def info(self, name: str) -> TensorInfo:
         info = super().info(name)
@@ -262,7 +262,7 @@ class AnswersWithNothing(Wrapped):
 
 
 class Configured(Loader):
-    """With some fields of the configuration changed."""
+    """Changes some fields of the configuration."""
 
     def __init__(self, **changed: Any):
         self.changed = changed
@@ -294,7 +294,7 @@ class AddsATokenPastTheEnd(Loader):
 
 
 class Loads(Loader):
-    """The right model, and something else."""
+    """Loads the right model, and does something else."""
 
     def also(self, model: LoadedModel, request: LoadRequest) -> Any:
         return model
@@ -365,7 +365,7 @@ class SaysItAtLength(Loader):
 
 
 class LoadsNothingToo(Loader):
-    """An empty directory is a model that has not been trained."""
+    """Accepts an empty directory as an untrained model."""
 
     @hookimpl
     def load_model(self, request: LoadRequest) -> Any:

@@ -97,7 +97,7 @@ def write(
     changed: Values | None = None,
     shards: int = 1,
 ) -> Path:
-    """Write a model; its matrices as kind where their rows allow it, everything else as F32.
+    """Write a model; matrices are of ``kind`` where their rows allow it, all other tensors are F32.
 
     text: the tokenizer's keys (``word_text`` by default). changed: header values that are set, or
     left out where they are None.
@@ -125,7 +125,7 @@ def write(
 def write_file(
     path: Path, header: Values, tensors: Mapping[str, tuple[npt.NDArray[Any], Kind]]
 ) -> None:
-    """Header values by their Python type; numpy's scalars choose another width than 32 bits."""
+    """Header values are stored by Python type, in 32 bits; numpy scalars keep their own width."""
     writer = gguf.GGUFWriter(path, "")
     writer.kv_data[0].clear()
     for key, value in header.items():
@@ -157,7 +157,7 @@ def _typed(value: Any) -> tuple[Any, gguf.GGUFValueType]:
 
 
 def header_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What the converter writes of a configuration; settings that GGUF has no key for are lost."""
+    """The header that the converter writes; settings without a GGUF key are lost."""
     config = model.config
     arch = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -213,13 +213,13 @@ def tensors_of(model: PreTrainedModel) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def interleaved(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
-    """Rows so that the two that RoPE turns together are neighbours."""
+    """Reorder rows so that the two of each RoPE pair are adjacent."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
 
 
 def llama3_factors(model: PreTrainedModel) -> npt.NDArray[np.float32]:
-    """By what transformers divides the frequency of each pair."""
+    """The factor by which transformers divides the frequency of each pair."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
@@ -239,7 +239,7 @@ def stored(values: npt.NDArray[np.float32], kind: Kind = Kind.F32) -> tuple[npt.
 
 
 def word_text(vocab_size: int) -> dict[str, Any]:
-    """A tokenizer of a single merge: the gguf library writes no empty list."""
+    """A tokenizer with a single merge, since the gguf library cannot write an empty list."""
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -252,7 +252,7 @@ def word_text(vocab_size: int) -> dict[str, Any]:
 
 
 def bpe_text(tokenizer_json: str, pre: str, **changed: Any) -> dict[str, Any]:
-    """The keys of a byte-level BPE tokenizer, of which changed names some without their prefix."""
+    """The keys of a byte-level BPE tokenizer; ``changed`` overrides some, without their prefix."""
     saved = json.loads(tokenizer_json)
     ids = dict(saved["model"]["vocab"])
     kinds = dict.fromkeys(ids, 1)

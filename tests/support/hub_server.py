@@ -1,4 +1,4 @@
-"""A Hugging Face hub of this machine: the routes that huggingface_hub asks for, over HTTP."""
+"""A local Hugging Face hub: the routes that huggingface_hub uses, over HTTP."""
 
 import hashlib
 import json
@@ -33,29 +33,29 @@ def commit_of(files: Files) -> str:
 
 @define
 class Hub:
-    """Repositories by id, and what is to go wrong."""
+    """Repositories by id, and the failures to simulate."""
 
     repositories: dict[str, dict[str, Files]] = field(factory=dict)
-    """Revision -> files, of each."""
+    """Revision -> files, for each repository."""
     gated: set[str] = field(factory=set)
     token: str | None = None
-    """What private repositories ask for."""
+    """The token that private repositories require."""
     private: set[str] = field(factory=set)
     broken: dict[str, list[int]] = field(factory=dict)
-    """File -> after how many bytes each of the next answers breaks off."""
+    """File -> the number of bytes after which each of the next responses breaks off."""
     failing: int = 0
-    """An HTTP status that everything is answered with."""
+    """An HTTP status for every response; 0: none."""
     stalled: threading.Event = field(factory=threading.Event)
     stall: tuple[str, int] = "", 0
-    """A file of which no more comes than so many bytes, until ``stalled`` is set."""
+    """A file and the number of bytes after which it stalls until ``stalled`` is set."""
     tells_sizes: bool = True
-    """Otherwise a file has no size in what is said of a repository."""
+    """Whether the description of a repository gives the sizes of files."""
     requests: list[tuple[str, str, str]] = field(factory=list)
-    """Method, path and Range of each."""
+    """Method, path and Range of each request."""
     endpoint: str = ""
 
     def add(self, name: str, files: Files, revision: str = "main") -> str:
-        """Put files under a revision, and under their commit, which is returned."""
+        """Store files under a revision and under their commit; returns the commit."""
         revisions = self.repositories.setdefault(name, {})
         commit = commit_of(files)
         revisions[revision] = revisions[commit] = files
@@ -69,14 +69,14 @@ class Hub:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, *args: Any) -> None:
-        pass  # a client that goes away is what is tested
+        pass  # tests disconnect clients on purpose
 
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     server = _Server(("127.0.0.1", 0), _handler(hub))
     server.daemon_threads = True
-    # How often it looks whether it is to stop: each test waits for that.
+    # A short poll interval, since each test waits for the server to stop.
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"

@@ -50,7 +50,7 @@ class LlamaCpp:
         ]
 
     def tokenize(self, text: str) -> list[int]:
-        """With the tokens that a prompt begins with, and special tokens by their text."""
+        """Token ids of a prompt, including BOS; special tokens are parsed from their text."""
         content = {"content": text, "add_special": True, "parse_special": True}
         request = urllib.request.Request(
             f"{self._server.listening_address}/tokenize",

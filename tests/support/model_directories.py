@@ -42,7 +42,7 @@ def write_directory(directory: Path, model: str = "llama-llama3") -> Path:
 
 
 def change_json(path: Path, *removed: str, **changed: Any) -> None:
-    """Set and remove keys of a JSON file, which is made when it is not there."""
+    """Set and remove keys of a JSON file, which is created if missing."""
     values = json.loads(path.read_text()) if path.exists() else {}
     values |= changed
     for key in removed:

@@ -1,9 +1,9 @@
 """An executor with one planted mistake, for tests of whether a comparison finds it.
 
 ``planted`` computes each layer in plain float32 arithmetic of its own, rounding where fused kernels
-round and adding up in blocks as they do; with the mistake ``none`` it is right. Installed through
+round and summing in blocks as they do; with the mistake ``none`` it is correct. Installed through
 ``DISTRIBUTION``, it is chosen by name like any executor. ``python tests/support/planted.py`` plants
-every mistake in several models, and prints what a comparison says of each.
+every mistake in several models, and prints what a comparison reports for each.
 """
 
 import json
@@ -48,11 +48,11 @@ tilewright_api = 1
 DISTRIBUTION = Distribution("acme-planted", {}, {"executor": {"planted": "planted"}})
 
 Weights = Mapping[str, Tensor]
-"""By the end of the checkpoint's names, without ``.weight``: ``q_proj``, ``q_proj.bias``."""
+"""Keyed by the last parts of checkpoint names, without ``.weight``: ``q_proj``, ``q_proj.bias``."""
 
 
 def product(x: Tensor, weight: Tensor, block: int = 16) -> Tensor:
-    """x weight^T in float32, added up block by block."""
+    """x weight^T in float32, summed block by block."""
     x, weight = x.float(), weight.float()
     parts = (x[:, i : i + block] @ weight[:, i : i + block].T for i in range(0, x.shape[1], block))
     return sum(parts, torch.zeros(x.shape[0], weight.shape[0]))
@@ -63,7 +63,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotation(config: ModelConfig, batch: StepBatch) -> Tensor:
-    """Angles [T, head_dim / 2]."""
+    """RoPE angles [T, head_dim / 2]."""
     if config.rope.kind == "dynamic":
         frequency = dynamic_frequencies(config, batch.context_lens)
         return batch.positions.float().unsqueeze(1) * frequency.repeat_interleave(
@@ -73,7 +73,7 @@ def rotation(config: ModelConfig, batch: StepBatch) -> Tensor:
 
 
 def halves(x: Tensor, angle: Tensor) -> Tensor:
-    """Dimension i turns with i + head_dim / 2."""
+    """Rotates dimension i with i + head_dim / 2."""
     a, b = x.float().chunk(2, -1)
     cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -85,7 +85,7 @@ def causal(query: Tensor, key: Tensor) -> Tensor:
 
 @frozen(kw_only=True)
 class Way:
-    """How a layer, or what follows the last, is computed: right, but for what a mistake changes."""
+    """The operations of a layer and of the head: correct unless a mistake changes them."""
 
     weights: Callable[[Weights, ModelConfig], Weights] = lambda w, config: w
     cast: Callable[[Tensor, torch.dtype], Tensor] = lambda x, dtype: x.to(dtype)
@@ -107,11 +107,11 @@ class Way:
     spread: Callable[[Tensor, int], Tensor] = lambda kv, group: kv.repeat_interleave(group, 1)
     scale: Callable[[int], float] = lambda head_dim: head_dim**-0.5
     attn_residual: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, h, o: x.float() + o
-    """Of the layer's input, its norm, and o_proj."""
+    """Takes the layer's input, its norm, and the output of o_proj."""
     mlp_residual: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, middle, down: (
         middle.float() + down
     )
-    """Of the layer's input, attn_residual, and down_proj."""
+    """Takes the layer's input, attn_residual, and the output of down_proj."""
     activation: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: F.silu(gate) * up
     final_norm: Callable[[Tensor, Tensor, float], Tensor] = norm
     head: Callable[[Model], Tensor] = lambda model: model.weights[
@@ -124,20 +124,20 @@ class Way:
 class Mistake:
     way: Way
     stage: tuple[str, ...]
-    """Where it shows first: any of these is right."""
+    """The stages where it may appear first."""
     cause: str | None = None
-    """What a comparison must say of why, as a regular expression; None where it knows no such
+    """The cause that a comparison must name, as a regular expression; None if it does not know the
     mistake."""
     phases: tuple[str, ...] = ("prefill", "decode", "both")
-    """In which it can show."""
+    """The phases in which it can appear."""
     shows: Callable[[ModelConfig, str], bool] = lambda config, dtype: True
-    """Whether a model with that shape and dtype is computed wrongly by it."""
+    """Whether it changes the results of a model with that configuration and dtype."""
     weight: str | None = None
-    """The tensor that is packed wrongly, by the end of its name."""
+    """The tensor that is packed wrongly, by the last part of its name."""
     faint: bool = False
-    """Hardly more than the rounding of the layers before: it shows where layers run alone."""
+    """Close to the rounding of earlier layers, so it is found only where layers run alone."""
     head: bool = False
-    """Made after the last layer."""
+    """Whether it is made after the last layer."""
 
 
 def swapped(a: str, b: str) -> Callable[[Weights, ModelConfig], Weights]:
@@ -149,14 +149,14 @@ def changed(name: str, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def interleaved_rows(w: Weights, config: ModelConfig) -> Weights:
-    """As for a rotation of neighbouring dimensions."""
+    """Reorders rows of k_proj as for a rotation of adjacent dimensions."""
     k = w["k_proj"]
     split = k.view(config.num_kv_heads, 2, config.head_dim // 2, -1)
     return {**w, "k_proj": split.transpose(1, 2).reshape(k.shape)}
 
 
 def neighbours(x: Tensor, angle: Tensor) -> Tensor:
-    """Dimension 2 i turns with 2 i + 1."""
+    """Rotates dimension 2 i with 2 i + 1."""
     a, b = x.float()[..., ::2], x.float()[..., 1::2]
     cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
@@ -168,7 +168,7 @@ def over_tokens(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def at(change: Callable[[Tensor], Tensor]) -> Callable[[ModelConfig, StepBatch], Tensor]:
-    """Positions other than the batch's."""
+    """Angles at changed positions."""
     return lambda config, batch: rotation(config, evolve(batch, positions=change(batch.positions)))
 
 
@@ -411,7 +411,7 @@ MISTAKES: dict[str, Mistake] = {
         cause="the pages of the sequence before are read",
         stage=("attention",),
     ),
-    # Sums, rounding, activation
+    # Accumulation, rounding, activation
     "residual missing": Mistake(
         way=Way(attn_residual=lambda x, h, o: o),
         cause="the first residual is missing",
@@ -477,7 +477,7 @@ RIGHT = Way()
 
 
 class PlantedExecutor(TorchExecutor):
-    """Right but for one mistake, in one layer and phase."""
+    """Correct except for one mistake, in one layer and phase."""
 
     def __init__(self, model: Model, spec: KvCacheSpec, options: "Options"):
         super().__init__(model, spec)
@@ -486,7 +486,7 @@ class PlantedExecutor(TorchExecutor):
         self._decoding = False
 
     def _way(self, layer: int | None) -> Way:
-        """layer: None after the last one."""
+        """The operations of a layer; None: of the head."""
         options, mistake = self._options, self._mistake
         phase = "decode" if self._decoding else "prefill"
         if mistake is None or options.phase not in (phase, "both"):
@@ -495,7 +495,7 @@ class PlantedExecutor(TorchExecutor):
         return mistake.way if here else RIGHT
 
     def weight(self, name: str) -> Tensor:
-        """As packed: a wrong order or place of a weight is both phases' alike."""
+        """The weight as packed: a wrongly packed weight affects both phases."""
         prefix = f"model.layers.{self._options.layer}."
         mistake = self._mistake
         if mistake and mistake.weight and self._options.phase == "both" and name.startswith(prefix):
@@ -598,7 +598,7 @@ class PlantedExecutor(TorchExecutor):
                 seen = seen & (key > query - window)
             scores = torch.einsum("qhd,khd->hqk", mine, k) * way.scale(q.shape[2])
             weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-            # Kernels multiply probabilities in the weights' dtype.
+            # Kernels use probabilities in the dtype of the weights.
             weights = weights.to(q.dtype).float()
             attended.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
         return torch.cat(attended)
@@ -619,7 +619,7 @@ def rope_scale(config: ModelConfig) -> float:
 
 
 def _short(name: str) -> str:
-    """model.layers.0.self_attn.q_proj.bias as q_proj.bias, and its weight as q_proj."""
+    """Shortens model.layers.0.self_attn.q_proj.bias to q_proj.bias, and its weight to q_proj."""
     return (
         ".".join(name.split(".")[3:])
         .replace("self_attn.", "")
@@ -673,12 +673,12 @@ MODELS: dict[str, PreTrainedConfig | None] = {
         )
     },
 }
-"""By name; None is the bundled one."""
+"""Configurations by name; None stands for the bundled model."""
 
 
 @frozen(kw_only=True)
 class Plant:
-    """A mistake in a place."""
+    """A mistake and the place where it is made."""
 
     mistake: str
     model: str
@@ -690,7 +690,7 @@ class Plant:
         return f"{self.mistake}, {self.model}, {self.dtype}, {self.phase}, layer {self.layer}"
 
     def compare(self, models: Path) -> Comparison:
-        """models: where models are written, and stay."""
+        """Compare the planted executor with torch; models are written to ``models`` and reused."""
         options = {"mistake": self.mistake, "layer": self.layer, "phase": self.phase}
         runtime = RuntimeConfig(weight_dtype=self.dtype, page_size=4)
         config = MODELS[self.model]
@@ -728,7 +728,7 @@ class Plant:
 
 
 def plants(model: str) -> Iterator[Plant]:
-    """Each mistake that shows in a model; phases, layers and dtypes take turns."""
+    """Each mistake that can appear in a model, with alternating phases, layers and dtypes."""
     config = _shape(model)
     for turn, (name, mistake) in enumerate(MISTAKES.items(), start=list(MODELS).index(model)):
         shown = [d for d in ("float32", "bfloat16") if mistake.shows(config, d)]
@@ -751,7 +751,7 @@ def _shape(model: str) -> ModelConfig:
 
 @contextmanager
 def installed(folder: Path) -> Iterator[None]:
-    """The executor ``planted``, as an installer leaves it."""
+    """Installs the executor ``planted`` as an installer would."""
     with on_path(folder / "site") as install:
         install(DISTRIBUTION)
         yield

@@ -74,9 +74,9 @@ Install = Callable[..., Path]
 
 @contextmanager
 def on_path(site: Path) -> Iterator[Install]:
-    """Put a site folder first on sys.path; yields what installs distributions into it.
+    """Put a site folder first on sys.path; yields a function that installs distributions into it.
 
-    Afterwards the path is as before, and what was imported from the folder is forgotten.
+    Restores the path afterwards, and forgets modules imported from the folder.
     """
     site.mkdir()
     before = set(sys.modules)
@@ -125,7 +125,7 @@ def sampler(distribution: str, name: str, source: str, version: str = "1.0") -> 
 
 
 def documented(page: str) -> Distribution:
-    """The distribution whose module and pyproject.toml a page shows."""
+    """The distribution whose module and pyproject.toml a documentation page shows."""
     blocks = re.findall(r"```(?:python|toml)\n# (\S+\.(?:py|toml))\n(.*?)```", page, re.DOTALL)
     files = dict(blocks)
     project = tomllib.loads(files.pop("pyproject.toml"))["project"]

@@ -1,16 +1,15 @@
 """PyPTO itself as an oracle, without a device.
 
-``simulator_or_skip`` gives PyPTO's simulator of an Ascend 910B, a2a3sim, behind the adapter that
-users have. It decides whether a kernel is right: kernels are compiled as for a card, and run.
+``simulator_or_skip`` opens PyPTO's simulator of an Ascend 910B, a2a3sim, through the adapter that
+users run. It decides whether a kernel is right: kernels are compiled as for a card, and run.
 
 ``lowered`` is fast and incomplete, and needs PyPTO's front end only: a kernel is lowered for a2a3
 with all passes, and ``pypto.debug.torch_codegen`` turns the result into PyTorch. It leaves out the
 C++ that PyPTO generates for what a kernel does outside its tasks; ``orchestration_complaints`` has
-g++ check that C++. torch_codegen is a debugging aid, and lenient; here it is held to what the IR
-says:
+g++ check that C++. torch_codegen is a lenient debugging aid; here it follows the IR strictly:
 
-- A value's valid region is that of its type in the IR; torch_codegen loses it at an operator.
-- Products of BF16 are added up in FP32; torch_codegen rounds each to BF16.
+- A value's valid region is that of its type in the IR, which torch_codegen loses at an operator.
+- Products of BF16 are accumulated in FP32; torch_codegen rounds each to BF16.
 - Scratch begins as NaN, the part of a tile that a load did not fill is NaN, and a window that
   reaches outside of its tensor is an error; torch_codegen has zeros for all three.
 """
@@ -37,7 +36,7 @@ REASON = "PyPTO (hw-native-sys/pypto, its front end) is not importable"
 
 
 def pypto_or_skip() -> Any:
-    """PyPTO's ``pypto.language``; skips the test where there is none."""
+    """PyPTO's ``pypto.language``; skips the test if PyPTO is not installed."""
     try:
         import pypto.debug
         import pypto.language
@@ -50,13 +49,13 @@ def pypto_or_skip() -> Any:
 
 @cache
 def simulator_or_skip() -> PyptoDevice:
-    """a2a3sim, opened; skips the test where PyPTO or what the simulator needs is not there."""
+    """a2a3sim, opened; skips the test if PyPTO or a requirement of the simulator is missing."""
     pypto_or_skip()
     installation = find(None)
     lacking = [c for c in needs("a2a3sim", installation, None) if c.status == "failed"]
     if lacking:
         pytest.skip("; ".join(f"a2a3sim needs {c.name}: {c.found}" for c in lacking))
-    # A slow machine is not a stuck one.
+    # A slow machine must not count as stuck.
     os.environ.setdefault("SIMPLER_SCHEDULER_TIMEOUT_MS", "3600000")
     builds = TemporaryDirectory()
     options = Options(platform="a2a3sim", build_dir=builds.name)
@@ -67,16 +66,16 @@ def simulator_or_skip() -> PyptoDevice:
 
 
 def simulated(kernel: str, shape: LayerShape) -> Run:
-    """The kernel on a2a3sim, by the adapter, working in place on tensors by name."""
+    """The kernel on a2a3sim, through the adapter; it works in place on tensors by name."""
     call = simulator_or_skip().load([kernel], shape)[kernel]
     return lambda tensors: call(**tensors)
 
 
 def orchestration_complaints(kernel: Any, folder: Path) -> list[str]:
-    """What g++ says of the C++ that PyPTO generates of a kernel's part outside of its tasks.
+    """The complaints of g++ about the C++ that PyPTO generates for a kernel outside its tasks.
 
-    Errors, and warnings where one variable hides another or is read before it has a value; PyPTO's
-    own words where it refuses the kernel. Skips the test without the headers of PyPTO's runtime.
+    Errors, and warnings of variables that shadow another or are read uninitialised; PyPTO's own
+    message if it refuses the kernel. Skips the test without the headers of PyPTO's runtime.
     """
     from pypto.runtime import RunConfig
 
@@ -89,7 +88,7 @@ def orchestration_complaints(kernel: Any, folder: Path) -> list[str]:
     home = folder / "generated"
     home.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PTOAS_ROOT", str(folder))  # no assembler: it is not needed, and slow
+        patch.setenv("PTOAS_ROOT", str(folder))  # no assembler: slow and not needed
         try:
             kernel.compile(config=RunConfig(platform="a2a3", save_kernels_dir=str(home)))
         except ValueError as error:

@@ -1,8 +1,8 @@
-"""Single layers of Qwen3 models: inputs for the kernels, and the torch executor's answer to them.
+"""Single layers of Qwen3 models: inputs for the kernels, and the torch executor's results.
 
-Every buffer that a kernel gets lies between guards, and the KV cache is NaN wherever no token was
-written. The reference is the torch executor itself on a model of that one layer, whose embedding
-table is the layer's input.
+Every buffer of a kernel lies between guards, and the KV cache is NaN in every unwritten slot. The
+reference is the torch executor itself on a model of that one layer, whose embedding table is the
+layer's input.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ GUARD = 64
 
 @frozen
 class Weights:
-    """Named tensors in memory; as much of a TensorSource as ``load`` needs."""
+    """Named tensors in memory; implements the part of TensorSource that ``load`` uses."""
 
     tensors: Mapping[str, Tensor]
 
@@ -45,7 +45,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 
 
 def config_of(shape: LayerShape, vocab: int = 67) -> ModelConfig:
-    """A one-layer model of that shape."""
+    """The configuration of a one-layer model of a shape."""
     return ModelConfig(
         architecture="qwen3",
         vocab_size=vocab,
@@ -74,9 +74,9 @@ def kernel_weights(source: Any, layer: int = 0) -> dict[str, Tensor]:
 
 @define
 class Cache:
-    """One layer's keys and values, [pages, page_size, KV heads, head_dim] BF16, and whose they are.
+    """One layer's keys and values, [pages, page_size, KV heads, head_dim] BF16, and their owners.
 
-    Pages are dealt in an order of no meaning; what no token was written to is NaN.
+    Pages are assigned in random order; unwritten slots are NaN.
     """
 
     shape: LayerShape
@@ -96,7 +96,7 @@ class Cache:
         self._free = torch.randperm(self.pages, generator=random).tolist()
 
     def add(self, *histories: int) -> None:
-        """New sequences, with that many random tokens in their caches already."""
+        """Add sequences whose caches already hold the given numbers of random tokens."""
         for history in histories:
             self.owned.append([])
             self.lengths.append(0)
@@ -108,7 +108,7 @@ class Cache:
                 tensor.flatten(0, 1)[slots] = new.bfloat16()
 
     def step(self, news: Sequence[int], sequences: "Sequence[int] | None" = None) -> StepBatch:
-        """That many new tokens for each sequence, all of them by default; token i is row i."""
+        """A step with the given numbers of new tokens for each sequence; token i is row i."""
         chosen = range(len(self.lengths)) if sequences is None else sequences
         before = [self.lengths[s] for s in chosen]
         slots = [self._extend(s, new) for s, new in zip(chosen, news, strict=True)]
@@ -234,7 +234,7 @@ def relative_rms(found: Tensor, expected: Tensor) -> float:
 
 @define
 class Guarded:
-    """Tensors of the same values as given, each between guards in memory of its own."""
+    """Copies of tensors, each between guards in memory of its own."""
 
     tensors: dict[str, Tensor] = field(factory=dict)
     _memory: dict[str, tuple[Tensor, Tensor]] = field(factory=dict)
@@ -248,7 +248,7 @@ class Guarded:
         self._memory[name] = (memory, memory.clone())
 
     def changed(self) -> set[str]:
-        """Names of the tensors whose values are not the ones given, bit by bit."""
+        """Names of the tensors whose values differ in any bit from those given."""
         return {n for n, (now, was) in self._memory.items() if not _same(now, was)}
 
     def broken(self) -> set[str]:
@@ -271,7 +271,7 @@ Run = Callable[[dict[str, Tensor]], None]
 
 @frozen
 class Compared:
-    """How far a kernel is from the torch executor on one step of one layer."""
+    """The differences between a kernel and the torch executor on one step of one layer."""
 
     out: Tensor
     to_bf16: float
@@ -324,7 +324,7 @@ def compare_layer(
         new, near, true = (t.flatten(0, 1)[written] for t in (now, near, true))
         assert relative_rms(new, near) <= 1e-2, name
         assert relative_rms(new, true) <= 1.5 * relative_rms(near, true), name
-        # A slot that holds another token's values is far off, whatever the mean says.
+        # The mean hides a slot that holds another token's values.
         assert (new.float() - true).abs().max() <= 0.05 * true.abs().max(), name
         was.copy_(now)
     out = guarded.tensors["out"]

@@ -1,10 +1,10 @@
-"""Runs each kernel on PyPTO's simulator and keeps what went in and what came out.
+"""Runs each kernel on PyPTO's simulator and records its inputs and outputs.
 
     python tests/support/record_a2a3sim.py
 
 writes tests/data/a2a3sim/<kernel>.safetensors, for test_recorded_a2a3sim, through the executor's
-adapter. It needs PyPTO, its runtime and ptoas, of versions that belong together; what they are is
-recorded too.
+adapter. It needs PyPTO, its runtime and ptoas, of versions that match; it records the versions
+too.
 """
 
 import datetime
@@ -47,7 +47,7 @@ VOCAB = 147
 
 
 def cases(kernel: str) -> list[dict[str, Tensor]]:
-    """What the kernel is given, by case; weights are the same tensors in all of them."""
+    """The kernel's inputs for each case; all cases share the weight tensors."""
     config = config_of(SHAPE, VOCAB)
     source_of_weights = random_weights(config)
     random = torch.Generator().manual_seed(1)

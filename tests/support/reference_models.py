@@ -1,8 +1,8 @@
 """Small random-weight models of every supported family, made by transformers: the tests' oracle.
 
 ``CONFIGS`` names the configurations; ``write_model`` makes a Hugging Face directory of one. The
-weights are drawn so that errors show: logits spread over several units, norm weights differ from
-one and biases from zero.
+weights are drawn so that errors are visible: logits spread over several units, norm weights differ
+from one and biases from zero.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is left to draw from, by transformers."""
+"""The logits that sampling settings leave, by transformers."""
 
 from torch import Tensor
 from transformers.generation import logits_process as oracle

@@ -120,7 +120,7 @@ def tensors(
 def unpermute(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
     """Rows [heads * head_dim, hidden] from GGUF's order to Hugging Face's.
 
-    GGUF interleaves each head's rows, so that the two of a RoPE pair are neighbours; Hugging Face
+    GGUF interleaves each head's rows, so that the two of a RoPE pair are adjacent; Hugging Face
     keeps the first of all pairs and then the second of all pairs (rotate-half).
     """
     rows, hidden = weight.shape
@@ -149,7 +149,7 @@ def write_configs(directory: Path, header: dict[str, Any], *, tied: bool, dtype:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        # The header holds a float32: 1e-5 there reads as 9.9999997e-06 here.
+        # The header holds a float32, so 1e-5 is read as 9.9999997e-06.
         "rms_norm_eps": float(f"{header['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "max_position_embeddings": header["llama.context_length"],
         "rope_theta": theta,

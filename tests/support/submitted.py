@@ -1,4 +1,4 @@
-"""Commands that are given to the stand-in for task-submit."""
+"""Runs commands under the stand-in for task-submit."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ STAND_IN = str(ROOT / "tests/support/task_submit.py")
 EXAMPLE = f"{sys.executable} {ROOT}/examples/qwen3_14b_local_generate.py --model-dir {DEMO_MODEL}"
 TILEWRIGHT = f"{sys.executable} -m tilewright"
 
-# Both are in core/tilewright/demo_model/README.md, the second without the part that is asked here.
+# A text of core/tilewright/demo_model/README.md: the prompt and its continuation.
 PLEDGE = "we mutually pledge to each other our Lives,"
 PLEDGED = " our Fortunes, and our sacred Honor."
 

@@ -2,9 +2,9 @@
 
     python tests/support/task_submit.py --device auto --run "tilewright run qwen3-14b.toml"
 
-Nobody queues here: ``auto`` grants the card ``--grants`` at once. That flag and the messages are
-the stand-in's own. Of the words that are refused the documentation names three, and it does not say
-what becomes of a task when its client stops waiting; here it is killed.
+There is no queue: ``auto`` grants the card ``--grants`` at once. That flag and the messages are
+specific to the stand-in. The documentation names three of the refused words, and it does not say
+what happens to a task when its client stops waiting; here it is killed.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from collections.abc import Sequence
 REFUSED_WORDS = ("passwd", "shutdown", "reboot")
 CLIENT_ERROR, REJECTED, STOPPED = 1, 126, 137
 
-_KEEP_AS_IT_IS = ("$TASK_DEVICE", "--device", "|", "&&", ";")  # so --devices and || do, too
+_KEEP_AS_IT_IS = ("$TASK_DEVICE", "--device", "|", "&&", ";")  # --devices and || match too
 _SHORT_FLAG = re.compile(r"(?:^|\s)-d\s+\d+\b")
 
 
 def rejection(command: str) -> str | None:
-    """Why a command is rejected; None for one that is not."""
+    """Why a command is rejected; None if it is accepted."""
     if len(command.splitlines()) != 1:
         return "a command is one line"
     word = next((w for w in REFUSED_WORDS if re.search(rf"\b{w}\b", command)), None)

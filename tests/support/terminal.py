@@ -28,7 +28,7 @@ class Terminal:
         os.close(slave)
 
     def wait_for(self, text: bytes) -> None:
-        """Until text comes after what was last waited for; fails when it takes minutes."""
+        """Wait for text after that of the previous wait; fails after minutes."""
         start = len(self.screen)
         while text not in self.screen[start:]:
             if not select.select([self._master], [], [], 120)[0]:
@@ -43,11 +43,11 @@ class Terminal:
         self._process.send_signal(signal.SIGINT)
 
     def end(self) -> int:
-        """The exit code, once all output is read."""
+        """Read all remaining output, and return the exit code."""
         try:
             while data := os.read(self._master, 4096):
                 self.screen += data
-        except OSError:  # that is how a terminal ends on Linux
+        except OSError:  # Linux reports the end of a terminal as an error
             pass
         os.close(self._master)
         return self._process.wait(timeout=60)

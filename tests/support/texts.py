@@ -1,4 +1,4 @@
-"""Texts that tokenizers get wrong: white space, contractions, digits, scripts, marks, emoji."""
+"""Texts that are hard for tokenizers: white space, contractions, digits, scripts, marks, emoji."""
 
 import random
 
@@ -28,7 +28,7 @@ _CHARACTERS = "ab Z9'\n\r\t.,!-éß日🙂\u0301\u00a0٣²_$<|>"
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Up to 60 characters of many kinds, each."""
+    """Texts of up to 60 characters of many kinds."""
     chance = random.Random(seed)
     return [
         "".join(chance.choice(_CHARACTERS) for _ in range(chance.randint(1, 60)))

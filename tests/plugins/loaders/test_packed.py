@@ -470,9 +470,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(model, tmp
     kept = sum(p.stat().st_size for p in partial_folder.glob("*.safetensors"))
     needed = planned(model, EMULATED, 16_000).bytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(needed - kept))
-    convert(
-        planned(model, EMULATED, 16_000), tmp_path / "out"
-    )  # only the remaining shards need space
+    convert(planned(model, EMULATED, 16_000), tmp_path / "out")  # only the rest needs space
 
 
 def interrupted_with(monkeypatch: Any, model: Path, out: Path, usage: Any) -> Path:

@@ -1,14 +1,14 @@
-"""A PyPTO of our own, for tests: as much of its API as tilewright_pypto.adapter uses.
+"""A fake PyPTO for tests: the part of its API that tilewright_pypto.adapter uses.
 
-``python/pypto`` stands in for the package. It "compiles" a kernel to a file that says which one it
-is, and runs it with the emulated language; memory of its device is opaque to the caller, as it
-should be. test_pypto_adapter holds its names and parameters to the real ones.
+``python/pypto`` stands in for the package. It "compiles" a kernel to a file that names it, and
+runs it with the emulated language; memory of its device is opaque to the caller.
+test_pypto_adapter checks its names and parameters against the real ones.
 
-It fails as told by the environment variable FAKE_PYPTO, a JSON object from places (``compile
+It fails as set in the environment variable FAKE_PYPTO, a JSON object from places (``compile
 head``, ``load head``, ``register head``, ``run head``, ``open``, ``malloc``, ``free``, ``close``)
 to the message of the exception raised there, the name of the signal that ends the process there, or
-the seconds that it takes there. FAKE_PYPTO_LOG is
-a file that gets a line of each event; FAKE_PYPTO_MEMORY is how many bytes the device has.
+the seconds that it takes there. FAKE_PYPTO_LOG is a file that gets one line per event;
+FAKE_PYPTO_MEMORY is the size of device memory in bytes.
 """
 
 import json
@@ -28,7 +28,7 @@ PLATFORMS = {"a2a3": "onboard", "a5": "onboard", "a2a3sim": "sim", "a5sim": "sim
 
 
 def checkout(root: Path) -> Path:
-    """A checkout that was built, with its runtime for all platforms."""
+    """A built checkout, with the runtime for all platforms."""
     package = root / "python" / "pypto"
     source = Path(__file__).parent / "python" / "pypto"
     shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,7 +63,7 @@ def program(file: Path, text: str = "#!/bin/sh\n") -> Path:
 
 
 def machine(folder: Path) -> dict[str, str]:
-    """A machine with all that PyPTO needs besides itself, but for the cards: its environment."""
+    """The environment of a machine with all of PyPTO's requirements except cards."""
     program(folder / "bin" / "g++-15", "#!/bin/sh\necho '#define __STDCPP_BFLOAT16_T__ 1'\n")
     program(folder / "ptoas" / "ptoas", PTOAS)
     program(folder / "cann" / "bin" / "ccec")
@@ -76,7 +76,7 @@ def machine(folder: Path) -> dict[str, str]:
 
 
 def cards(folder: Path, *numbers: int) -> Path:
-    """A folder to be taken for /dev, with those Ascend cards."""
+    """A folder that stands in for /dev, with the given Ascend cards."""
     folder.mkdir()
     for node in ("davinci_manager", *(f"davinci{n}" for n in numbers)):
         (folder / node).touch()
@@ -90,7 +90,7 @@ def failing(**how: str | float) -> str:
 
 @contextmanager
 def unimported() -> Iterator[None]:
-    """A process that has not imported pypto yet, whatever it did before and does meanwhile."""
+    """Within the context, the process has not imported pypto; modules are restored afterwards."""
     path, modules = list(sys.path), _pyptos()
     for name in modules:
         del sys.modules[name]

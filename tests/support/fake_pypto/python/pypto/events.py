@@ -1,4 +1,4 @@
-"""What happens, written down where tests see it, and going wrong where they want it to."""
+"""Logs events where tests can read them, and fails where tests request it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ def note(what):
 
 
 def at(place):
-    """Note that it came to this, then fail or dawdle as the test has it."""
+    """Log an event, then fail or wait as the test has set."""
     note(place)
     plan = json.loads(os.environ.get("FAKE_PYPTO", "{}")).get(place)
     if plan in SIGNALS:

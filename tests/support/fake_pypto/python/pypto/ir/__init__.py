@@ -38,5 +38,5 @@ class CompiledProgram:
 
     @property
     def param_names(self):
-        """In an order that is not the signature's: nobody is to rely on that."""
+        """In another order than the signature, so that no caller relies on the order."""
         return [p.name for p in reversed(self.kernel.contract.parameters)]

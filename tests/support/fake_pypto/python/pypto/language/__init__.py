@@ -23,7 +23,7 @@ def set_backend(wanted):
 class JITFunction:
     def __init__(self, function):
         self._kernel = emulated(function)
-        # A kernel's module stands in a package of its own, beside that of its constants.
+        # A kernel's module is in a package with the module of its constants.
         package = function.__module__.rpartition(".")[0]
         constants = vars(sys.modules[f"{package}.constants"])
         self._constants = {n: v for n, v in constants.items() if isinstance(v, int | float)}

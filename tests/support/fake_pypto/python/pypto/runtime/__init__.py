@@ -38,7 +38,7 @@ class RunConfig:
 
 
 class DeviceTensor:
-    """A handle: what it stands for is the worker's own."""
+    """A handle to memory that only the worker can access."""
 
     def __init__(self, data_ptr, shape, dtype):
         self.data_ptr = data_ptr
@@ -137,7 +137,7 @@ class RegistrationHandle:
                 tensors[name] = given.clone()
                 copies.append((name, given))
         compiled.kernel(**tensors)
-        # Only what the kernel declares to write comes back to the host.
+        # Only tensors that the kernel declares as written come back to the host.
         written = {p.name for p in compiled.kernel.contract.parameters if p.direction != "in"}
         for name, host in copies:
             if name in written:

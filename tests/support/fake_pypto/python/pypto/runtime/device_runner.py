@@ -4,6 +4,6 @@ from pypto import events
 
 
 def compile_and_assemble(name):
-    """As if each of 8 tasks had a compiler to itself."""
+    """Runs as if each of 8 tasks had its own compiler."""
     with ThreadPoolExecutor(max_workers=8) as executor:
         events.note(f"{executor._max_workers} compilers for {name}")
