@@ -658,8 +658,8 @@ def test_the_loader_passes_the_conformance_suite(tmp_path: Path) -> None:
     }
 
 
-def test_the_sample_that_the_loader_writes_loads(tmp_path: Path) -> None:
-    loaded = load_checked(tilewright_gguf.loader.write_sample(tmp_path))
+def test_the_sample_of_the_suite_loads_and_runs(tmp_path: Path) -> None:
+    loaded = load_checked(str(write_gguf(tmp_path).source))
     assert logits(loaded, loaded.text.tokenizer.encode("hello world").ids).isfinite().all()
 
 
