@@ -288,7 +288,7 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     assert abs(chi_square(counts[some], probabilities[some])) < 4
 
 
-def test_the_sampler_draws_what_its_parts_draw() -> None:
+def test_the_sampler_draws_with_the_numbers_of_its_seed_and_step() -> None:
     logits = random_logits(200)
     params: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
     ids, weights = steps.shortlist(logits, SamplingParams(**params))
