@@ -112,7 +112,7 @@ def _named_model(path: Any, environ: Mapping[str, str]) -> Layer | None:
 def _lay_over(given: dict[Place, Given], layer: Layer) -> None:
     if TEXT in layer and FILE in layer:
         raise ConfigError(
-            f"{layer[FILE].origin}: prompts are given in text already "
+            f"{layer[FILE].origin}: prompts are already given as text "
             f"({layer[TEXT].origin}): give text or files, not both"
         )
     if TEXT in layer or FILE in layer:
@@ -150,8 +150,8 @@ _SINGLE_KINDS = tuple(name for name, kind in ENGINE_KINDS.items() if not kind.se
 def _granted_device(environ: Mapping[str, str]) -> Layer:
     """Leave the device unset: the executor reads which one was granted.
 
-    A device in a file or the environment was set before the grant, and any device but the granted
-    one is somebody else's.
+    A device in a file or the environment was set before the grant, and any other device belongs to
+    another process.
     """
     for variable in plugins.entry_points({plugins.DEVICE_VARIABLES}):
         if granted := environ.get(variable.name):
@@ -173,7 +173,7 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
             kind = next((k for k in ENGINE_KINDS if key.startswith(f"{k}_")), None)
             if kind not in _SINGLE_KINDS:
                 raise ConfigError(
-                    f"{name}: the environment sets options of {', '.join(_SINGLE_KINDS)}, as "
+                    f"{name}: expected an option of {', '.join(_SINGLE_KINDS)}, such as "
                     f"{ENVIRONMENT_PREFIX}OPTIONS_EXECUTOR_<OPTION>; set others in a run file"
                 )
             layer["options", kind, key.removeprefix(f"{kind}_")] = Given(environ[name], name)

@@ -133,7 +133,7 @@ class LLMEngine:
     def from_config(cls, path: str | Path) -> "LLMEngine":
         """Make an engine from a run file, with the file's model loaded (see docs/run-files.md).
 
-        ``[generate]``, ``[prompts]`` and ``[output]`` are for ``tilewright run``; no effect here.
+        ``[generate]``, ``[prompts]`` and ``[output]`` affect only ``tilewright run``.
         The environment's TILEWRIGHT_ variables override the file. Raises ConfigError naming the
         file, line and key of an error, and what ``from_plugins`` and ``init_model`` raise.
         """
@@ -183,7 +183,7 @@ class LLMEngine:
         """Load a model and make it ready under a name of your choice.
 
         ``model_dir`` is what a loader accepts: a directory for ``hf-local``. ``model_format`` names
-        the weight format; by default the one that finds its files. ``loader_options`` are added to
+        the weight format; by default the one whose files are found. ``loader_options`` are added to
         the loader's options for this model. The returned model's weights are closed.
 
         Raises ConfigError when the name is taken or a setting does not suit the model, ModelError
@@ -331,7 +331,7 @@ class LLMEngine:
         its result's ``error``. When a step fails, all are ended and the error is raised.
         """
         if isinstance(prompts, str):
-            raise RequestError("expected a list of prompts, found a string: generate() takes one")
+            raise RequestError("expected a list of prompts, found a string: use generate() for one")
         runner = self._runner(model_id)
         settings = _settings(runner, config)
         check_settings(runner.model, settings)

@@ -61,11 +61,11 @@ class NonFiniteLogitsError(TilewrightError):
         self.first_tensor = first_tensor
         first = ", ".join(str(i) for i in self.token_ids[:8])
         more = ", ..." if len(self.token_ids) > 8 else ""
-        culprit = f"; the step's first such tensor is {first_tensor}" if first_tensor else ""
+        first_bad = f"; the first non-finite tensor is {first_tensor}" if first_tensor else ""
         super().__init__(
             f"request {request_id!r}, step {step}: {len(self.token_ids)} of {vocab_size} logits "
-            f"are not finite (token ids {first}{more}){culprit}; --trace-nonfinite looks at all "
-            "steps before it too; for a smoke run only, set the sampler option "
+            f"are not finite (token ids {first}{more}){first_bad}; --trace-nonfinite also checks "
+            "all earlier steps; for a smoke test only, set the sampler option "
             "on_nonfinite='sanitize'"
         )
 

@@ -105,7 +105,9 @@ class KvCacheManager:
     def extend(self, request_id: str, num_tokens: int = 1) -> None:
         held = self._held[request_id]
         if num_tokens < 0:
-            raise ValueError(f"request {request_id!r}: cannot extend by {num_tokens} tokens")
+            raise ValueError(
+                f"request {request_id!r}: num_tokens must be at least 0, found {num_tokens}"
+            )
         total = held.num_tokens + num_tokens
         held.pages += self._take(request_id, self.pages_for(total) - len(held.pages), total)
         held.num_tokens = total
@@ -171,12 +173,12 @@ class KvCacheManager:
                 counted[page] += 1
                 last_and_partial = (index + 1) * self.spec.page_size > held.num_tokens
                 assert not (last_and_partial and self._references[page] > 1), (
-                    f"page {page}, partly filled by request {request_id!r}, has another holder"
+                    f"page {page}, partly filled by request {request_id!r}, is held by another too"
                 )
         assert counted == self._references, "reference counts differ from the pages that are held"
         assert len(set(self._free)) == len(self._free), "a page is on the free list twice"
         assert set(self._free) == {p for p, n in enumerate(counted) if n == 0}, (
-            "the free list differs from the pages that nobody holds"
+            "the free list differs from the pages that no request holds"
         )
 
     def _take(self, request_id: str, count: int, num_tokens: int) -> "array[int]":
@@ -209,8 +211,8 @@ def _storage(spec: KvCacheSpec, total_pages: int) -> list[KvLayer]:
     except (MemoryError, OSError, OverflowError) as error:
         raise OutOfPagesError(
             f"a KV cache of {total_pages} pages takes "
-            f"{total_pages * spec.page_bytes / 2**30:.1f} GiB, which cannot be had "
-            f"here ({error}): lower total_pages, max_seq_len or max_batch_size"
+            f"{total_pages * spec.page_bytes / 2**30:.1f} GiB, which could not be "
+            f"allocated ({error}): lower total_pages, max_seq_len or max_batch_size"
         ) from error
 
 

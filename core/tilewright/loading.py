@@ -49,7 +49,7 @@ class ServedModel:
     max_seq_len: int
     executor: Executor
     device: str
-    """The device that computes, as named by the executor."""
+    """The device that it runs on, as named by the executor."""
     allocator: KvAllocator
     text: Text
     load_seconds: float
@@ -117,7 +117,7 @@ def pack(
     """A loaded model's weights in the executor's layout; none is read yet."""
     if loaded.packing:
         raise ConfigError(
-            f"{loaded.source} is packed already, for executor {loaded.packing.executor}: "
+            f"{loaded.source} is already packed, for executor {loaded.packing.executor}: "
             "expected the model that it was converted from"
         )
     runtime = _resolved(asked, loaded)
@@ -131,8 +131,8 @@ def _resolved(runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConfig:
     longest = config.max_position_embeddings
     if runtime.max_seq_len is not None and runtime.max_seq_len > longest:
         raise ConfigError(
-            f"max_seq_len = {runtime.max_seq_len} is above the {longest} positions that "
-            f"{loaded.source} was made for (max_position_embeddings): lower it"
+            f"max_seq_len = {runtime.max_seq_len} is above the limit of {loaded.source}, "
+            f"max_position_embeddings = {longest}: lower it"
         )
     stored = loaded.packing.weight_dtype if loaded.packing else config.dtype
     weight_dtype = runtime.weight_dtype or stored
@@ -221,8 +221,8 @@ def _with_cache(
     limits, spec = executor.limits, executor.kv_cache_spec
     if not spec.page_size or not getattr(executor, "device", ""):
         raise PluginError(
-            f"{selection.plugins['executor'].plugin} must choose a page size where the runtime's "
-            "page_size is None, and name what computes as device: update it for this version"
+            f"{selection.plugins['executor'].plugin} must choose a page size when the runtime's "
+            "page_size is None, and name its device: update the plugin for this version"
         )
     assert runtime.max_seq_len is not None
     max_seq_len = _least(runtime.max_seq_len, limits.max_seq_len)
@@ -279,8 +279,8 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
     if claims:
         names = " and ".join(p.qualified for p in claims)
         raise ModelError(
-            f"{_shown(source)} is claimed by the loaders {names}{also}; name one of them, "
-            "with --loader or in Python as loader"
+            f"{_shown(source)} is claimed by the loaders {names}{also}; select one with --loader "
+            "(in Python: loader=...)"
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
     raise ModelError(f"{_found(source)} (loaders asked: {asked}){also}")
@@ -295,7 +295,7 @@ def _found(source: str) -> str:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         return (
-            f"no model directory or file {_shown(source)}: {why}; no loader takes it as a name"
+            f"no model directory or file {_shown(source)}: {why}; no loader recognises it as a name"
             f"{_nearest_name(source)}"
         )
     if names is None:
@@ -305,8 +305,8 @@ def _found(source: str) -> str:
         more = " and more" if len(names) > 5 else ""
         found = f"a directory with {some}{more}" if names else "an empty directory"
     return (
-        f"no loader takes {_shown(source)}, {found}; name a loader, with --loader or in Python as "
-        "loader, and it says what it lacks"
+        f"no loader recognises {_shown(source)}, {found}; select a loader with --loader (in "
+        "Python: loader=...) to see what is missing"
     )
 
 
@@ -361,8 +361,8 @@ class InstalledFormats:
             if claims:
                 names = ", ".join(p.qualified for p in claims)
                 raise ModelError(
-                    f"{directory}: more than one weight format finds files: {names}; "
-                    "name one as model_format"
+                    f"{directory}: files of more than one weight format: {names}; "
+                    "select one with --format (in Python: model_format=...)"
                 )
         tried = ", ".join(p.name for p in installed) or "none installed"
         also = f"; not asked: {'; '.join(unusable.values())}" if unusable else ""

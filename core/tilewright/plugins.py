@@ -1,4 +1,4 @@
-"""The installed plugins: what is there, which one a name selects, whether it fits, and calling it.
+"""Finds the installed plugins, loads and checks them, selects them by name, and calls their hooks.
 
 Listing reads the metadata that installers leave in ``*.dist-info`` folders and imports nothing, not
 even importlib.metadata, whose import alone takes three times as long as starting Python. Loading a
@@ -80,7 +80,7 @@ DEVICE_VARIABLES = "tilewright.device_variables"
 """A group of entry points whose names are environment variables: in one of them, the queue of a
 shared host names the device that it granted to this process. Only the names are read."""
 
-# --- what is installed ----------------------------------------------------------------------------
+# --- installed plugins ----------------------------------------------------------------------------
 
 
 class Plugin(NamedTuple):
@@ -140,7 +140,7 @@ def matching(name: str, plugins: Iterable[Plugin]) -> list[Plugin]:
 
 
 def clash(name: str, rivals: Sequence[Plugin]) -> str:
-    """A message: plugins share a kind and a name, and how to choose one of them."""
+    """The message for plugins that share a kind and a name, with how to choose one of them."""
     sources = [
         f"{p.distribution} {p.version}{f' ({why})' if (why := missing_code(p)) else ''}"
         for p in rivals
@@ -230,7 +230,7 @@ def noun(kind: str) -> str:
     return kind.replace("_", " ")
 
 
-# --- loading one, and whether it fits -------------------------------------------------------------
+# --- loading and checking a plugin ----------------------------------------------------------------
 
 
 def load(plugin: Plugin) -> Any:
@@ -266,20 +266,21 @@ def check(obj: Any, kind: str, who: str) -> None:
 
     if isinstance(obj, type) or isroutine(obj):
         raise PluginError(
-            f"{who} must be a module or an object with hooks, found {_described(obj)}: nothing is "
-            "called to make a plugin, so let the entry point name a module or an instance"
+            f"{who} must be a module or an object with hooks, found {_described(obj)}: plugins are "
+            "not created by a call, so name a module or an instance in the entry point"
         )
     declared = getattr(obj, "tilewright_api", None)
     if type(declared) is not int:
         found = "nothing" if declared is None else repr(declared)
         raise PluginError(
-            f"{who} does not say which API it was written for: expected tilewright_api = "
+            f"{who} does not declare its API version: expected tilewright_api = "
             f"{API_VERSION} in {_described(obj)}, found {found}"
         )
     if declared != API_VERSION:
         cure = "upgrade tilewright" if declared > API_VERSION else "install a newer version of it"
         raise PluginError(
-            f"{who} is written for API {declared}; this tilewright has API {API_VERSION}: {cure}"
+            f"{who} is written for API version {declared}; this tilewright has API version "
+            f"{API_VERSION}: {cure}"
         )
     if kind == COMMAND.name:
         check_command(obj, who)
@@ -326,7 +327,8 @@ def check_hooks(obj: Any, who: str) -> set[str]:
         implemented.add(hook)
         if hook not in known:
             raise PluginError(
-                f"{who} implements {hook!r}, which is no hook of tilewright{nearest(hook, known)}"
+                f"{who} implements {hook!r}, which is not a hook of tilewright"
+                f"{nearest(hook, known)}"
             )
         for parameter in signature(getattr(obj, attribute)).parameters.values():
             if parameter.name not in known[hook]:
@@ -501,7 +503,7 @@ def claimants(
     return claims, unusable
 
 
-# --- what an engine has selected ------------------------------------------------------------------
+# --- the plugins of an engine ---------------------------------------------------------------------
 
 
 class Selected(NamedTuple):
@@ -543,7 +545,7 @@ def check_options(options: Options, observers: Sequence[Plugin]) -> None:
     for kind in options:
         if kind not in ENGINE_KINDS:
             raise ConfigError(
-                f"options are given for {kind!r}, which is no kind of plugin"
+                f"options are given for {kind!r}, which is not a kind of plugin"
                 f"{nearest(kind, ENGINE_KINDS)} (kinds: {', '.join(ENGINE_KINDS)})"
             )
     in_use = {"observer": observers, "weight_format": installed("weight_format")}
@@ -565,7 +567,7 @@ class Selection(NamedTuple):
     manager: "PluginManager"
     """Has these plugins and the observers, and no others."""
     plugins: Mapping[str, Selected]
-    """By kind; without a loader if each model's is chosen by asking them all."""
+    """By kind; without a loader if the loader is chosen for each model."""
     options: Mapping[str, Any]
     """By kind: an instance of the plugin's options class."""
     arguments: dict[str, Any]

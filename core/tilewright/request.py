@@ -1,4 +1,4 @@
-"""One request: what was asked for, and all that has come of it."""
+"""One request: its prompt and settings, its state, and its result."""
 
 import secrets
 import time
@@ -214,7 +214,7 @@ def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:
         raise RequestError("the prompt is empty: expected at least one token")
     if len(ids) >= limit:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens, which leaves no room for a new one within "
+            f"the prompt has {len(ids)} tokens, which leaves no room for a new token within "
             f"max_seq_len = {limit} of model {model.model_id!r}: shorten it, or raise "
             f"max_seq_len if it is below {model.loaded.config.max_position_embeddings}"
         )
@@ -224,7 +224,7 @@ def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:
 def _check_bias(model: "ServedModel", bias: Mapping[int, float]) -> None:
     _check_ids(model, bias, "logit_bias")
     if list(bias.values()).count(-inf) == model.loaded.config.vocab_size:
-        raise RequestError("logit_bias forbids every token: allow one")
+        raise RequestError("logit_bias forbids every token: allow at least one")
 
 
 def _check_ids(model: "ServedModel", ids: Iterable[int], where: str) -> None:
@@ -232,7 +232,7 @@ def _check_ids(model: "ServedModel", ids: Iterable[int], where: str) -> None:
     bad = next((i for i in ids if not 0 <= i < vocab_size), None)
     if bad is not None:
         raise RequestError(
-            f"token id {bad} in {where} is outside of the vocabulary of model "
+            f"token id {bad} in {where} is outside the vocabulary of model "
             f"{model.model_id!r} (0 to {vocab_size - 1})"
         )
 

@@ -1,4 +1,4 @@
-"""One loaded model and its requests: what runs in a step, and what comes of it."""
+"""One loaded model and its requests: runs their steps and ends them with a result or an error."""
 
 import time
 from collections.abc import Callable, Sequence

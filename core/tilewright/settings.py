@@ -41,25 +41,26 @@ class PluginSelection:
     """Which plugins make the engine: ``name`` or ``distribution:name`` of each kind."""
 
     loader: str | None = described(
-        "reads the model's configuration and tokenizer; default: the one that takes the model"
+        "plugin that reads the model's configuration and tokenizer; default: the loader that "
+        "recognises the model"
     )
-    executor: str = described("runs the forward pass", "torch")
-    kv_allocator: str = described("owns the KV cache", "paged")
-    sampler: str = described("chooses tokens", "top-p")
-    observers: tuple[str, ...] = described("are told of what happens", ())
+    executor: str = described("plugin that runs the forward pass", "torch")
+    kv_allocator: str = described("plugin that owns the KV cache", "paged")
+    sampler: str = described("plugin that chooses tokens", "top-p")
+    observers: tuple[str, ...] = described("plugins that receive events", ())
 
 
 @frozen
 class ModelChoice:
     """The model, and its name in results."""
 
-    id: str = described("the model's name in results; default: the last part of path", "")
+    id: str = described("name of the model in results; default: the last part of path", "")
     path: str = described(
-        "a registered name, the model's directory, or what else a loader takes; default: the "
-        "bundled demo model",
+        "registered name or directory of the model, or another source that a loader accepts; "
+        "default: the bundled demo model",
         str(DEMO_MODEL),
     )
-    format: str | None = described("weight format; default: the one that finds its files")
+    format: str | None = described("weight format; default: the format whose files are found")
 
 
 @frozen
@@ -68,7 +69,7 @@ class Prompts:
 
     text: tuple[str, ...] = described("text to continue", ())
     file: tuple[str, ...] = described(
-        "a file that holds a prompt, or with a name in .jsonl a prompt a line, as JSON", ()
+        "file that holds one prompt, or one JSON prompt per line if its name ends in .jsonl", ()
     )
 
 
@@ -76,8 +77,12 @@ class Prompts:
 class Output:
     """Where results go, and their format."""
 
-    format: Literal["text", "jsonl"] = described("text, or jsonl: a JSON object a result", "text")
-    file: str | None = described("file to write, complete or not at all; default: standard output")
+    format: Literal["text", "jsonl"] = described(
+        "text, or jsonl: one JSON object per result", "text"
+    )
+    file: str | None = described(
+        "file to write, only if the run succeeds; default: standard output"
+    )
 
 
 @frozen(kw_only=True)
@@ -166,7 +171,8 @@ def read_text(path: Path, what: str) -> str:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{what} {str(path)!r} cannot be read: {why}") from error
     if len(data) > _MOST_BYTES:
-        raise ConfigError(f"{what} {str(path)!r} is larger than {_MOST_BYTES >> 20} MiB")
+        limit = f"{_MOST_BYTES >> 20} MiB"
+        raise ConfigError(f"{what} {str(path)!r} is larger than {limit}: expected at most {limit}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -99,8 +99,8 @@ class Text:
     def _chat_template(self) -> "jinja2.Template":
         if self.assets.chat_template is None:
             raise RequestError(
-                "this model has no chat template: give the whole prompt as text to generate, or "
-                "put a chat_template.jinja beside its tokenizer.json"
+                "this model has no chat template: use generate with the whole prompt as text, or "
+                "add a chat_template.jinja beside its tokenizer.json"
             )
         try:
             return _compile(self.assets.chat_template)
@@ -237,7 +237,9 @@ def _template_error(error: Exception) -> TilewrightError:
     where = f"chat template, line {line}: " if line else "chat template: "
     what = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
-        return ModelError(f"{where}{what}; correct the model's template, or give it another")
+        return ModelError(f"{where}{what}; correct the template, or use another one")
     if isinstance(error, SecurityError):
-        return ModelError(f"{where}{what}; templates may not do this: use one that you trust")
+        return ModelError(
+            f"{where}{what}; templates may not do this: use a template that you trust"
+        )
     return RequestError(f"{where}{what}; the template does not accept these messages")

@@ -86,7 +86,9 @@ def structure(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             ) from error
     for option in options.values():
         if option.default is attrs.NOTHING and option.name not in found:
-            raise ConfigError(f"{where}: option {option.name!r} is missing: {option.expected}")
+            raise ConfigError(
+                f"{where}: option {option.name!r} is missing: expected {option.expected}"
+            )
     try:
         return cls(**found)
     except (ValueError, TypeError, ConfigError) as error:

@@ -116,7 +116,7 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         if tensors
     ]
     if missing == ["lm_head.weight"]:
-        problems.append("a model without it has tie_word_embeddings = true in its configuration")
+        problems.append("without it, the configuration needs tie_word_embeddings = true")
     if problems:
         raise ModelError(
             f"{where}: the weights do not fit the configuration ({config.architecture}): "
@@ -143,7 +143,7 @@ def _typed(source: TensorSource, name: str, dtype: DType) -> "Tensor":
 
 def check_packing(found: Packing, expected: Packing, where: str) -> None:
     """Raise ModelError unless weights were packed for this executor, dtype and layout version."""
-    again = f"convert it for {expected.executor} (`tilewright convert`) from its source"
+    again = f"convert the model for {expected.executor} (`tilewright convert`) from its source"
     if found.executor != expected.executor:
         raise ModelError(
             f"{where}: packed for executor {found.executor}, which {expected.executor} cannot "
@@ -151,8 +151,8 @@ def check_packing(found: Packing, expected: Packing, where: str) -> None:
         )
     if found.weight_dtype != expected.weight_dtype:
         raise ModelError(
-            f"{where}: packed in {found.weight_dtype}, found weight_dtype = "
-            f"{expected.weight_dtype}: leave it out, or {again} in that dtype"
+            f"{where}: packed in {found.weight_dtype}, found the setting weight_dtype = "
+            f"{expected.weight_dtype}: remove it, or {again} in that dtype"
         )
     if found.version != expected.version:
         upgrade = "upgrade that plugin, or " if found.version > expected.version else ""
@@ -176,8 +176,8 @@ def check_packed(source: TensorSource, expected: Iterable[PackedTensor], where: 
     problems += [f"no {printable(name)}" for name in sorted(names - wanted.keys())]
     if problems:
         raise ModelError(
-            f"{where}: the packed weights are not those that the executor packs: expected "
-            f"{listed(problems)}; convert it again from its source"
+            f"{where}: the packed weights do not match the executor's layout: expected "
+            f"{listed(problems)}; convert the model again from its source"
         )
 
 

@@ -203,7 +203,7 @@ def test_the_demo_model_has_a_prompt_of_its_own(capsys):
         ([*SEVEN, "--new-tokens", "5000"], "at most the 2048 positions"),
         ([*SEVEN, "--html", "no/such/page.html"], "no/such/page.html"),
         ([*SEVEN, "--png", "no/such/map.png"], "'no/such/map.png' cannot be written: No such file"),
-        ([*SEVEN, "--png", "-"], "'-': expected the name of a file"),
+        ([*SEVEN, "--png", "-"], "'-': expected a file name"),
         ([*SEVEN, "--model", "no/such/folder"], "no/such/folder"),
         ([*SEVEN, "--prompt", ""], "--prompt: the prompt is empty"),
         (["no/such/run.toml"], "no/such/run.toml"),

@@ -312,7 +312,7 @@ def test_check_reports_each_broken_plugin_and_fails(tilewright: Any, site: Insta
 
     code, out, _ = tilewright("plugins", "check")
     assert code == 1
-    assert "broken: sampler 'future' of acme-api 1.0 is written for API 999" in out
+    assert "broken: sampler 'future' of acme-api 1.0 is written for API version 999" in out
     assert "clash: sampler 'rival' is claimed by" in out
 
 

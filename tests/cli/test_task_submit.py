@@ -377,6 +377,6 @@ def test_a_granted_card_removes_the_run_files_card_from_the_settings(tmp_path, g
     assert config.runtime.device == (None if granted else "1")
     assert config.runtime.page_size == 64
     shown = show(resolved)
-    assert ("# device: as TASK_DEVICE = 5 says" in shown) == bool(granted)
+    assert ("# device: set by TASK_DEVICE = 5" in shown) == bool(granted)
     flag = {("runtime", "device"): Given("3", "--device")}
     assert resolve(path, flag, environ).origin("runtime", "device") == "--device"

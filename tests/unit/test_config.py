@@ -159,7 +159,7 @@ def test_a_prompt_that_looks_like_toml_stays_text(tmp_path, prompt):
         ("[options.weight_format]\nx = 1\n", "[options.weight_format.x] must be a table"),
         ("options.weight_format = 1\n", "must be a table by plugin name, found 1"),
         ("[options.weight_format.safetensor]\nx = 1\n", "did you mean 'safetensors'"),
-        ("[prompts]\ntext = 'a'\nfile = 'b'\n", "run.toml:3: prompts are given in text already ("),
+        ("[prompts]\ntext = 'a'\nfile = 'b'\n", "run.toml:3: prompts are already given as text ("),
         ("[plugins]\nexecutor = 'toch'\n", "run.toml:2: no executor is named 'toch'"),
         ("[plugins]\nobservers = ['nobody']\n", "run.toml:2: no observer is named 'nobody'"),
         ("[model]\nformat = 'safetensor'\n", "run.toml:2: no weight format is named 'safetensor'"),
@@ -196,7 +196,7 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
         ("TILEWRIGHT_RUNTIME_PAGESIZE", "did you mean 'TILEWRIGHT_RUNTIME_PAGE_SIZE'"),
         ("TILEWRIGHT_GENERATE_STREAM", "no such setting"),
         ("TILEWRIGHT_OPTIONS_OBSERVER_X", "set others in a run file"),
-        ("TILEWRIGHT_OPTIONS_X", "options of loader, executor, kv_allocator, sampler"),
+        ("TILEWRIGHT_OPTIONS_X", "option of loader, executor, kv_allocator, sampler"),
     ],
 )
 def test_an_unknown_environment_variable_of_a_section_is_an_error(name, message):

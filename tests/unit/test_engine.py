@@ -302,7 +302,9 @@ def test_the_first_non_finite_tensor_is_named(engine, others):
         next(stream)
     weights = engine.model("demo").executor.weight("model.layers.1.mlp.up_proj.weight")
     weights[3, 5] = float("nan")
-    with pytest.raises(NonFiniteLogitsError, match=r"first such tensor is layers\.1\.up_proj;"):
+    with pytest.raises(
+        NonFiniteLogitsError, match=r"first non-finite tensor is layers\.1\.up_proj;"
+    ):
         engine.generate("demo", TRUTHS, config(5))
     for stream in streams:
         stream.close()

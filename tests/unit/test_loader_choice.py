@@ -67,7 +67,7 @@ def test_two_loaders_that_claim_a_source_are_an_error_unless_one_is_named(site: 
     site(ACME, RIVAL)
     assert refusal("x.acme") == (
         "'x.acme' is claimed by the loaders acme-loader:acme-loader and rival-loader:rival-loader; "
-        "name one of them, with --loader or in Python as loader"
+        "select one with --loader (in Python: loader=...)"
     )
     with (
         LLMEngine.from_plugins(loader="rival-loader:rival-loader") as engine,
@@ -89,7 +89,9 @@ def test_a_source_that_no_loader_claims_is_an_error_that_lists_the_loaders_that_
     empty = tmp_path / "empty"
     empty.mkdir()
     said = refusal(empty)
-    assert said.startswith(f"no loader takes {str(empty)!r}, an empty directory; name a loader")
+    assert said.startswith(
+        f"no loader recognises {str(empty)!r}, an empty directory; select a loader"
+    )
     assert re.search(r"\(loaders asked: acme-loader, .*hf-local.*\)", said)
     assert "; not asked: loader 'broken-loader' of broken-loader 1.0 cannot be imported" in said
     assert "can_load() failed: TypeError" in said
@@ -101,7 +103,7 @@ def test_a_source_that_no_loader_claims_is_an_error_that_lists_the_loaders_that_
         ("no such model", "no model directory or file 'no such model': No such file or directory"),
         ("/dev/null/x", "no model directory or file '/dev/null/x': Not a directory"),
         ("a\0b", "no model directory or file 'a\\x00b': embedded null byte"),
-        (__file__, f"no loader takes {__file__!r}, a file; name a loader"),
+        (__file__, f"no loader recognises {__file__!r}, a file; select a loader"),
         (str(DATA), "a directory with '"),
     ],
 )

@@ -278,8 +278,8 @@ REFUSED = {
     ),
     "misspelt hook": (
         dists.MISSPELT_HOOK,
-        "sampler 'misspelt' of acme-misspelt 1.0 implements 'create_samplr', which is no hook of "
-        "tilewright; did you mean 'create_sampler'?",
+        "sampler 'misspelt' of acme-misspelt 1.0 implements 'create_samplr', which is not a hook "
+        "of tilewright; did you mean 'create_sampler'?",
     ),
     "wrong argument": (
         dists.WRONG_ARGUMENT,
@@ -308,22 +308,24 @@ REFUSED = {
     ),
     "newer API": (
         dists.OTHER_API,
-        "sampler 'future' of acme-api 1.0 is written for API 999; this tilewright has API 1: "
+        "sampler 'future' of acme-api 1.0 is written for API version 999; this tilewright has "
+        "API version 1: "
         "upgrade tilewright",
     ),
     "older API": (
         dists.OLD_API,
-        "sampler 'past' of acme-old 1.0 is written for API 0; this tilewright has API 1: "
+        "sampler 'past' of acme-old 1.0 is written for API version 0; this tilewright has "
+        "API version 1: "
         "install a newer version of it",
     ),
     "no API": (
         module(dists.LIKELIEST.replace("tilewright_api = 1", "")),
-        "sampler 'x' of acme-x 1.0 does not say which API it was written for: expected "
+        "sampler 'x' of acme-x 1.0 does not declare its API version: expected "
         "tilewright_api = 1 in module acme_x, found nothing",
     ),
     "API in words": (
         module(dists.LIKELIEST.replace("tilewright_api = 1", "tilewright_api = '1.0'")),
-        "sampler 'x' of acme-x 1.0 does not say which API it was written for: expected "
+        "sampler 'x' of acme-x 1.0 does not declare its API version: expected "
         "tilewright_api = 1 in module acme_x, found '1.0'",
     ),
     "unmarked hook": (
@@ -349,7 +351,7 @@ REFUSED = {
             {"sampler": {"x": "acme_x:Plugin"}},
         ),
         "sampler 'x' of acme-x 1.0 must be a module or an object with hooks, found class Plugin: "
-        "nothing is called to make a plugin, so let the entry point name a module or an instance",
+        "plugins are not created by a call, so name a module or an instance in the entry point",
     ),
     "attribute that raises": (
         dists.Distribution(
@@ -367,7 +369,7 @@ REFUSED = {
             "acme-x", {"acme_x.py": "def make(): pass\n"}, {"sampler": {"x": "acme_x:make"}}
         ),
         "sampler 'x' of acme-x 1.0 must be a module or an object with hooks, found function make: "
-        "nothing is called to make a plugin, so let the entry point name a module or an instance",
+        "plugins are not created by a call, so name a module or an instance in the entry point",
     ),
     "target that is no target": (
         dists.Distribution("acme-x", {}, {"sampler": {"x": ":"}}),

@@ -169,7 +169,7 @@ def test_an_option_without_a_default_must_be_given() -> None:
     class Needs:
         size: int
 
-    with pytest.raises(ConfigError, match=r"^here: option 'size' is missing: an integer$"):
+    with pytest.raises(ConfigError, match=r"^here: option 'size' is missing: expected an integer$"):
         structure(Needs, {}, "here")
 
 

@@ -68,7 +68,7 @@ def _run(argv: Sequence[str]) -> int:
         return int(end.code or 0)
     if not called:
         names = ", ".join(plugin.name for plugin in commands)
-        raise ConfigError(f"a command is missing: {names} (tilewright --help)")
+        raise ConfigError(f"expected a command, found none: {names} (see tilewright --help)")
     return int(implementation.run(args))
 
 

@@ -1,4 +1,4 @@
-"""Talk with a model.
+"""Chat with a model.
 
 A conversation on a terminal, or one message per line from a pipe.
 """
@@ -25,19 +25,19 @@ tilewright_api = 1
 
 _WORDS = {
     "/reset": "forget the conversation",
-    "/system TEXT": "forget the conversation and begin one with this system message",
-    "/quit": "end, as Ctrl-D does",
-    "/help": "show this",
+    "/system TEXT": "start a new conversation with this system message",
+    "/quit": "end the chat, like Ctrl-D",
+    "/help": "show this list",
 }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright chat [options]"
     parser.description = (
-        "Talk with a model. Ctrl-C stops an answer. Without a terminal, each line of standard "
+        "Chat with a model. Ctrl-C stops an answer. Without a terminal, each line of standard "
         f"input is a message. A line may also be {', '.join(_WORDS)}."
     )
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
     flags.add_generate_flags(parser)
     flags.add_engine_flags(parser)
 
@@ -67,7 +67,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str) -> None:
-        """Print the answer to a message. An interrupted answer is kept as far as it came."""
+        """Print the answer to a message. The text of an interrupted answer is kept."""
         messages = [*self.messages, {"role": "user", "content": text}]
         model_id = self.config.model.id
         prompt = self.engine.chat_tokens(model_id, messages)
@@ -83,14 +83,17 @@ class Conversation:
         warn_sanitized([stream.result])
         if stream.result.finish_reason == "length":
             tokens = len(stream.result.token_ids)
-            note(f"note: cut after {tokens} tokens; --max-new-tokens N allows more")
+            note(f"note: stopped after {tokens} tokens; --max-new-tokens N allows more")
 
 
 def _talk(conversation: Conversation) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and history
 
-    note(f"{conversation.config.model.id}: Ctrl-C stops an answer, Ctrl-D ends, /help tells more")
+    note(
+        f"{conversation.config.model.id}: Ctrl-C stops an answer, Ctrl-D ends the chat, /help "
+        "lists the commands"
+    )
     interrupted = False
     while True:
         try:

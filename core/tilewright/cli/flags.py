@@ -33,8 +33,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add(group, "plugins")
     add_option_flag(group)
     parser.epilog = (
-        "Settings also come from the environment, as TILEWRIGHT_RUNTIME_PAGE_SIZE=32 or "
-        "TILEWRIGHT_MODEL_PATH=DIR; flags win over it, and it wins over a run file."
+        "Environment variables also set these, such as TILEWRIGHT_RUNTIME_PAGE_SIZE=32 or "
+        "TILEWRIGHT_MODEL_PATH=DIR. They override a run file, and flags override them."
     )
 
 
@@ -46,8 +46,8 @@ def add_option_flag(group: TakesArguments) -> None:
         dest=_OPTIONS,
         action="append",
         metavar="KEY=VALUE",
-        help="set an executor option; KIND.KEY=VALUE (loader, kv_allocator, sampler) or "
-        "KIND.NAME.KEY=VALUE (weight_format, observer) that of another plugin",
+        help="set an executor option; for other plugins, KIND.KEY=VALUE (loader, kv_allocator, "
+        "sampler) or KIND.NAME.KEY=VALUE (weight_format, observer)",
     )
 
 
@@ -70,18 +70,18 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         dest="output.format",
         action="store_const",
         const="jsonl",
-        help="print a JSON object a result",
+        help="print one JSON object per result",
     )
     add(output, "output", {"file"})
     output.add_argument(
         "--stats",
         action="store_true",
-        help="print speeds on standard error; on a terminal that is done anyway",
+        help="print speeds on standard error (default on a terminal)",
     )
     output.add_argument(
         "--trace-nonfinite",
         action="store_true",
-        help="end at the first tensor that holds NaN or infinity, and name it; slower",
+        help="stop at the first tensor that holds NaN or infinity, and name it; slower",
     )
 
 
@@ -96,7 +96,7 @@ def layer(args: argparse.Namespace) -> Layer:
         del given["prompts", "text"]
         place = ("prompts", "file" if text == "-" else "text")
         if place in given:
-            raise ConfigError("PROMPT is - but there is also --prompt-file: give one of them")
+            raise ConfigError("expected either PROMPT - or --prompt-file, found both: give one")
         given[place] = Given([text], "PROMPT")
     if isinstance(bias := getattr(args, "generate.logit_bias", None), list):
         given["generate", "logit_bias"] = Given(

@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         flags.PROMPT,
         nargs="?",
         metavar="PROMPT",
-        help="text to continue; - reads it from standard input; the demo model has one of its own",
+        help="text to continue, or - to read it from standard input; optional for the demo model",
     )
     flags.add_output_flags(parser)
     flags.add_generate_flags(parser)

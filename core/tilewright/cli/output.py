@@ -20,7 +20,7 @@ def warn_sanitized(results: Sequence[GenerateResult]) -> None:
     """Print a warning if logits were sanitised for these results."""
     sanitized = sum(result.sanitized_steps for result in results)
     if sanitized:
-        note(f"warning: logits were sanitized in {sanitized} steps: this text proves nothing")
+        note(f"warning: logits were sanitized in {sanitized} steps: do not rely on this text")
 
 
 _STDOUT = (None, "-", "/dev/stdout")
@@ -45,7 +45,7 @@ def opened(path: str | None) -> Iterator[IO[str]]:
 def opened_binary(path: str) -> Iterator[IO[bytes]]:
     """A binary file, as ``opened``. Raises ConfigError for standard output, which is for text."""
     if path in _STDOUT:
-        raise ConfigError(f"output file {path!r}: expected the name of a file, for it is not text")
+        raise ConfigError(f"output file {path!r}: expected a file name, since the output is binary")
     with _replaced(path) as file:
         yield file
 

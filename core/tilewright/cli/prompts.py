@@ -31,7 +31,7 @@ def read_prompts(resolved: Resolved) -> list[str]:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise ConfigError(f"{origin}: {which} is no valid UTF-8") from error
+            raise ConfigError(f"{origin}: {which} is not valid UTF-8") from error
     return prompts
 
 
@@ -53,7 +53,7 @@ def _json_lines(file: str, text: str) -> Iterator[str]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{file}:{number}: no valid JSON: {error}") from error
+            raise ConfigError(f"{file}:{number}: invalid JSON: {error}") from error
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str):
             raise ConfigError(

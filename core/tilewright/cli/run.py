@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show",
         action="store_true",
-        help="print every setting and where it comes from, as a run file, and do nothing else",
+        help="print all settings and their origins, in the format of a run file, and exit",
     )
     flags.add_prompt_flag(parser)
     flags.add_output_flags(parser)
@@ -71,14 +71,14 @@ def _lines(resolved: Resolved, section: str) -> Iterator[str]:
             otherwise = "" if builtin is None else f", or else {toml.written(builtin)}"
             yield f"# {key}: as the model recommends{otherwise}"
         elif resolved.origin(section, key) != DEFAULT:
-            yield f"# {key}: as {resolved.origin(section, key)} says"
+            yield f"# {key}: set by {resolved.origin(section, key)}"
         else:
             yield f"# {key}: {_WHEN_OPEN[section]}"
 
 
 _WHEN_OPEN = {
-    "plugins": "the one that takes the model",
-    "model": "the one that finds its files",
+    "plugins": "the loader that recognises the model",
+    "model": "the format whose files are found",
     "runtime": "decided when the model is loaded",
     "prompts": "none",
     "output": "standard output",

@@ -47,11 +47,11 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
             if bar:
                 bar.stop()
         if (device := engine.model(config.model.id).device) != "cpu":
-            note(f"note: what follows is computed on: {device}")
+            note(f"note: the model runs on: {device}")
         for warning in loaded.warnings:
             note(f"warning: {warning}")
         if text := recommended(loaded, config.generate):
-            note(f"note: the model's own settings are in force: {text}")
+            note(f"note: using the model's recommended settings: {text}")
         yield engine
 
 
@@ -109,7 +109,7 @@ class NonFiniteTrace:
             raise ExecutorError(
                 f"step {self._steps}, {name} {list(tensor.shape)}: {int(bad.sum())} of "
                 f"{bad.numel()} elements are not finite, the first at {at}: {tensor[tuple(at)]}; "
-                "every tensor that was tapped before it is finite"
+                "all tensors tapped before it are finite"
             )
 
 

@@ -23,13 +23,13 @@ class RuntimeConfig:
     """How this machine runs a model. None means: decided when the model is loaded."""
 
     device: str | int | None = described(
-        "device that computes, as the executor names it: cpu, the number of a card; default: the "
-        "executor's choice",
+        "device to run on, as the executor names it, such as cpu or the number of a card; "
+        "default: the executor's choice",
         converter=optional(str),
     )
     """Always stored as a string."""
     weight_dtype: DType | None = described(
-        "float32, bfloat16 or float16; default: as the checkpoint has it",
+        "dtype of the weights: float32, bfloat16 or float16; default: the checkpoint's dtype",
         validator=if_set(validators.in_(DTYPES)),
     )
     kv_dtype: DType | None = described(
@@ -37,21 +37,21 @@ class RuntimeConfig:
         validator=if_set(validators.in_(DTYPES)),
     )
     page_size: int | None = described(
-        "tokens in a KV cache page; default: the executor's choice",
+        "tokens per KV cache page; default: the executor's choice",
         validator=if_set(validators.ge(1)),
     )
     total_pages: int | None = described(
-        "pages in the KV cache; default: enough for max_batch_size sequences of max_seq_len, "
-        "within half of the free memory",
+        "pages in the KV cache; default: enough for max_batch_size sequences of max_seq_len "
+        "tokens, within half of the free memory",
         validator=if_set(validators.ge(1)),
     )
     max_seq_len: int | None = described(
-        "longest prompt plus continuation in tokens; default: the model's own limit",
+        "maximum tokens per sequence, prompt and output together; default: the model's limit",
         validator=if_set(validators.ge(2)),
     )
-    max_batch_size: int = described("sequences in a step at most", 16, validator=validators.ge(1))
+    max_batch_size: int = described("maximum sequences per step", 16, validator=validators.ge(1))
     max_batch_tokens: int = described(
-        "tokens in a prefill step at most; longer prompts go in chunks",
+        "maximum tokens per prefill step; longer prompts are split into chunks",
         2048,
         validator=validators.ge(1),
     )
@@ -95,7 +95,7 @@ class Executor(Protocol):
 
     @property
     def device(self) -> str:
-        """The device that computes, as results name it: ``cpu``, ``a2a3 card 3``, ``emulated``."""
+        """The device it runs on, as results name it: ``cpu``, ``a2a3 card 3``, ``emulated``."""
         ...
 
     @property
@@ -121,7 +121,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Free weights and device. A closed executor is not used again; closing twice is fine."""
+        """Free weights and device; closing again does nothing. It cannot be used afterwards."""
         ...
 
 

@@ -48,9 +48,9 @@ class GenerateResult:
     logprobs: tuple[TokenLogprobs, ...] | None
     timings: Timings
     device: str
-    """The device that computed it, as named by the executor."""
+    """The device that it ran on, as named by the executor."""
     sanitized_steps: int = 0
-    """Steps whose logits were not finite and were sanitised; such text proves nothing."""
+    """Steps whose logits were not finite and were sanitised; do not rely on such text."""
     error: TilewrightError | None = None
     """Why a prompt of a batch was refused; its text and tokens are empty."""
 

@@ -16,8 +16,8 @@ class SamplingParams:
     """How one request's next token is chosen: the input of a sampler, with all values set.
 
     The fields of GenerateConfig explain them. They apply in this order: repetition
-    penalty; presence and frequency penalty; logit bias; at temperature 0 the likeliest token, else
-    temperature, top_k, top_p and min_p, each to what the one before it leaves.
+    penalty; presence and frequency penalty; logit bias; at temperature 0 the most likely token,
+    else temperature, top_k, top_p and min_p, each to what the one before it leaves.
     """
 
     temperature: float = 0.0
@@ -37,52 +37,52 @@ class GenerateConfig:
     """A user's settings for one generation. None: as the model's files recommend, else built-in."""
 
     max_new_tokens: int | None = described(
-        "tokens to generate at most (128)", validator=if_set(validators.ge(1))
+        "maximum number of tokens to generate (128)", validator=if_set(validators.ge(1))
     )
     temperature: float | None = described(
-        "0 takes the likeliest token; higher is more random (0)",
+        "randomness of sampling; 0: always the most likely token (0)",
         validator=if_set(validators.ge(0.0), validators.lt(float("inf"))),
     )
     top_k: int | None = described(
-        "sample among the k likeliest tokens; 0: all (0)", validator=if_set(validators.ge(0))
+        "sample among the k most likely tokens; 0: all (0)", validator=if_set(validators.ge(0))
     )
     top_p: float | None = described(
-        "sample among the fewest tokens whose probabilities reach p (1)",
+        "sample among the fewest tokens whose probabilities add up to at least p (1)",
         validator=if_set(validators.gt(0.0), validators.le(1.0)),
     )
     min_p: float | None = described(
-        "drop tokens less likely than min_p times the likeliest (0)",
+        "drop tokens less likely than min_p times the most likely one (0)",
         validator=if_set(validators.ge(0.0), validators.le(1.0)),
     )
     repetition_penalty: float | None = described(
-        "divide (or multiply, below 0) logits of tokens seen in prompt or output (1)",
+        "divide positive logits, and multiply negative ones, of tokens in the prompt or output (1)",
         validator=if_set(validators.gt(0.0), validators.lt(float("inf"))),
     )
     presence_penalty: float | None = described(
-        "subtract once from logits of tokens in the output (0)",
+        "subtract once from the logit of each token in the output (0)",
         validator=if_set(validators.gt(float("-inf")), validators.lt(float("inf"))),
     )
     frequency_penalty: float | None = described(
-        "subtract for each occurrence in the output (0)",
+        "subtract from the logit of a token for each of its occurrences in the output (0)",
         validator=if_set(validators.gt(float("-inf")), validators.lt(float("inf"))),
     )
     logit_bias: Mapping[int, float] | None = described(
-        "token id -> added to its logit; -inf forbids the token",
+        "add a value to the logit of a token id; -inf forbids the token",
         validator=if_set(validators.deep_mapping(validators.ge(0), validators.lt(float("inf")))),
     )
     seed: int | None = described(
-        "same seed, same tokens, whatever else is in the batch; of many prompts, number i from 0 "
-        "has seed + i (drawn anew)",
+        "random seed; equal seeds give equal tokens, whatever else is in the batch; with several "
+        "prompts, prompt i uses seed + i, counted from 0 (random)",
         validator=if_set(validators.ge(0), validators.lt(2**63)),
     )
     logprobs: int | None = described(
-        "return log-probabilities: of the chosen token (0) and of the n likeliest (n)",
+        "return log-probabilities of the chosen token and of the n most likely tokens",
         validator=if_set(validators.ge(0)),
     )
-    stop: tuple[str, ...] | None = described("end before any of these strings, cut from the text")
-    stop_token_ids: tuple[int, ...] | None = described("end at any of these token ids")
-    ignore_eos: bool | None = described("go on after an end-of-sequence token (false)")
-    stream: bool | None = described("generate() yields text as it comes (false)")
+    stop: tuple[str, ...] | None = described("end the text before any of these strings")
+    stop_token_ids: tuple[int, ...] | None = described("end generation at any of these token ids")
+    ignore_eos: bool | None = described("continue after an end-of-sequence token (false)")
+    stream: bool | None = described("make generate() return a stream of text (false)")
 
     def over(self, defaults: "GenerateConfig") -> "GenerateConfig":
         """This configuration, with unset fields taken from defaults."""
@@ -127,7 +127,7 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-    """(token id, log-probability), likeliest first."""
+    """(token id, log-probability), most likely first."""
 
 
 @frozen(kw_only=True)

@@ -499,7 +499,7 @@ def test_a_model_that_the_executor_does_not_support_is_not_converted(tmp_path, c
 def test_a_packed_model_cannot_be_converted_again(converted, tmp_path, capsys):
     command = ["convert", "--model", str(converted), "--executor", "pypto-npu"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
-    assert "is packed already, for executor tilewright:pypto-npu" in capsys.readouterr().err
+    assert "is already packed, for executor tilewright:pypto-npu" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
 
@@ -582,7 +582,7 @@ def test_models_can_be_packed_for_a_third_party_executor(site, model, tmp_path):
     ("old", "new", "said"),
     [
         ("VERSION = 1", "VERSION = 2", "version 1 of the layout of acme-backwards:backwards"),
-        ("(size, 1)", "(1, size)", "are not those that the executor packs: expected b.model"),
+        ("(size, 1)", "(1, size)", "do not match the executor's layout: expected b.model"),
         ('"float32"', '"float16"', "embed_tokens.weight [6288, 1] float16, found [6288, 1] float3"),
         ('"b." + name, shape', '"c." + name, shape', "embed_tokens.weight [6288, 1] float32, fo"),
     ],
@@ -789,8 +789,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no shard listed": (without("model-"), "shards is not among its files"),
     "a shard not listed": (without(SHARD), f"{SHARD}, which does not belong to this packed"),
     "packing is null": (partial(signed, packing=None), "'packing' must be a table"),
-    "newer layout": (packing(version=2), "reads version 1: upgrade that plugin, or convert it"),
-    "older layout": (packing(version=0), "reads version 1: convert it for tilewright:pypto-npu"),
+    "newer layout": (packing(version=2), "reads version 1: upgrade that plugin, or convert the"),
+    "older layout": (packing(version=0), "reads version 1: convert the model for tilewright:p"),
     "other executor": (
         packing(executor="tilewright:torch"),
         "packed for executor tilewright:torch",
@@ -821,7 +821,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config no layers": (config(num_layers=0), "no model has num_layers = 0"),
     "config layers in words": (config(num_layers="many"), "'num_layers' must be an integer"),
     "config many layers": (config(num_layers=10**9), "no model has num_layers = 1000000000"),
-    "config one layer less": (config(num_layers=1), "are not those that the executor packs"),
+    "config one layer less": (config(num_layers=1), "do not match the executor's layout"),
     "config windows": (config(sliding_windows=[3]), "no model has 1 sliding_windows"),
     "config unknown": (config(colour=1), "unknown option 'colour'"),
     "config no JSON": (rewritten("model.json", lambda data: b"\xff"), "not valid JSON"),
