@@ -574,7 +574,7 @@ def test_models_can_be_packed_for_a_third_party_executor(site, model, tmp_path):
     assert loaded.packing.executor == "acme-backwards:backwards"
     assert same_tokens == tokens
     assert all(map(torch.equal, same_logits, logits))
-    with pytest.raises(ModelError, match="packed in float32, found weight_dtype = bfloat16"):
+    with pytest.raises(ModelError, match="packed in float32, found the setting weight_dtype = bfloat16"):
         run(out, selection, weight_dtype="bfloat16")
 
 
@@ -597,7 +597,7 @@ def test_a_layout_that_changed_since_packing_is_refused(site, model, tmp_path, o
         with pytest.raises(ModelError) as error:
             run(out, {"executor": "backwards"})
     assert said in str(error.value)
-    assert "convert it" in str(error.value)
+    assert "convert the model" in str(error.value)
     assert "\n" not in str(error.value)
 
 
