@@ -116,17 +116,17 @@ def test_pyproject_declares_the_name_and_the_entry_point(written: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sampler", "My_Sampler"], "found 'My_Sampler'; 'my-sampler' would do"),
-        (["sampler", "9lives"], "found '9lives'; 'lives' would do"),
-        (["sampler", "a--b"], "found 'a--b'; 'a-b' would do"),
-        (["sampler", "../evil"], "found '../evil'; 'evil' would do"),
+        (["sampler", "My_Sampler"], "found 'My_Sampler'; 'my-sampler' would be valid"),
+        (["sampler", "9lives"], "found '9lives'; 'lives' would be valid"),
+        (["sampler", "a--b"], "found 'a--b'; 'a-b' would be valid"),
+        (["sampler", "../evil"], "found '../evil'; 'evil' would be valid"),
         (["sampler", ""], "found ''"),
-        (["sampler", "a" * 61], "60 at most"),
-        (["sampler", "émile"], "'mile' would do"),
+        (["sampler", "a" * 61], "at most 60"),
+        (["sampler", "émile"], "'mile' would be valid"),
         (["sampler", "top-p"], "sampler 'top-p' of tilewright"),
-        (["sampler", "hf"], "a package tilewright_hf is installed already, in "),
+        (["sampler", "hf"], "package tilewright_hf is already installed in "),
         (["samplr", "acme"], "unknown 'samplr'; did you mean 'sampler'?"),
-        (["sampler", "acme", "--out", "no/such/acme"], "there is no folder 'no/such'"),
+        (["sampler", "acme", "--out", "no/such/acme"], "folder 'no/such' does not exist"),
     ],
 )
 def test_an_invalid_name_is_refused_and_nothing_is_written(
@@ -156,7 +156,7 @@ def test_existing_files_are_not_overwritten(
     else:
         there.symlink_to("nowhere")
     assert main(["plugins", "new", "observer", "acme"]) == 2
-    assert "exists and is left as it is" in capsys.readouterr().err
+    assert "already exists: choose another folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [there]
     assert not there.is_dir() or not list(there.iterdir())
 

@@ -32,21 +32,29 @@ _SEED = 0
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright bench [options]"
     parser.description = (
-        "Measure prefill and decode in tokens a second: the median of several rounds, for every "
-        "combination of batch and prompt length. Prompts are random tokens."
+        "Measure prefill and decode in tokens per second: the median of several rounds, for every "
+        "combination of batch size and prompt length. Prompts are random tokens."
     )
     group = parser.add_argument_group("measurement")
     lists: dict[str, Any] = {"type": flags.positive, "nargs": "+", "metavar": "N"}
-    group.add_argument("--batch", default=[1], help="prompts at once (1)", **lists)
-    group.add_argument("--prompt-tokens", default=[128], help="their lengths (128)", **lists)
+    group.add_argument("--batch", default=[1], help="prompts per batch (1)", **lists)
+    group.add_argument("--prompt-tokens", default=[128], help="tokens per prompt (128)", **lists)
     group.add_argument(
-        "--new-tokens", type=flags.positive, default=64, metavar="N", help="tokens to generate (64)"
+        "--new-tokens",
+        type=flags.positive,
+        default=64,
+        metavar="N",
+        help="tokens to generate per prompt (64)",
     )
     group.add_argument(
-        "--repeat", type=flags.positive, default=5, metavar="N", help="rounds that count (5)"
+        "--repeat", type=flags.positive, default=5, metavar="N", help="measured rounds (5)"
     )
     group.add_argument(
-        "--warmup", type=flags.natural, default=1, metavar="N", help="rounds before them (1)"
+        "--warmup",
+        type=flags.natural,
+        default=1,
+        metavar="N",
+        help="rounds before the measured ones (1)",
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
     flags.add_engine_flags(parser)
@@ -156,8 +164,8 @@ def _round(
 def _check_lengths(args: argparse.Namespace, max_batch_size: int, max_seq_len: int) -> None:
     if max(args.batch) > max_batch_size:
         raise ConfigError(
-            f"--batch {max(args.batch)} is above max_batch_size = {max_batch_size}, so it would "
-            "run in parts: set --max-batch-size too, if the executor allows it"
+            f"--batch {max(args.batch)} is above max_batch_size = {max_batch_size}, so the batch "
+            "would run in parts: lower it, or raise --max-batch-size if the executor allows it"
         )
     longest = max(args.prompt_tokens) + args.new_tokens
     if longest > max_seq_len:

@@ -31,8 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=size,
         default="2G",
         metavar="SIZE",
-        help="bytes of a file of weights at most, as 500M or 2G (powers of 1024); when the "
-        "conversion is interrupted, it goes on after the last complete one (2G)",
+        help="maximum bytes per weight file, such as 500M or 2G (powers of 1024); an interrupted "
+        "conversion continues after the last complete file (2G)",
     )
     flags.add(parser.add_argument_group("model"), "model", {"path", "format"})
     flags.add(parser.add_argument_group("runtime"), "runtime", {"weight_dtype"})
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(flags=flags.layer(args))
     config = resolved.config
     if args.out is None:
-        raise ConfigError("--out is missing: the directory to write")
+        raise ConfigError("--out is required: the directory to write")
     if resolved.origin("plugins", "executor") == DEFAULT:
-        raise ConfigError("--executor is missing: whom the weights are for")
+        raise ConfigError("--executor is required: the executor whose layout is written")
     with naming_origins(resolved):
         engine = LLMEngine.from_plugins(**config.selection())
     with engine:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             with progress("converting", sum(s.bytes for s in planned.shards)) as on_bytes:
                 manifest = convert(planned, Path(args.out), on_bytes)
         except KeyboardInterrupt:
-            note("interrupted; the same command goes on after the last complete shard")
+            note("interrupted; the same command continues after the last complete shard")
             raise
         finally:
             loaded.weights.close()
@@ -94,5 +94,5 @@ def size(text: str) -> int:
     """Parse a size such as ``500M`` to bytes."""
     found = _SIZE.fullmatch(text)
     if not found or not int(found[1]):
-        raise argparse.ArgumentTypeError(f"expected bytes, as 500M or 2G, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected bytes, such as 500M or 2G, found {text!r}")
     return int(found[1]) << _UNITS[found[2]]

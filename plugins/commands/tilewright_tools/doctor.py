@@ -1,6 +1,6 @@
 """Check this machine.
 
-Reports what it offers, what is wrong, and how to fix it.
+Reports its resources and its faults, with advice on how to fix them.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def machine_checks() -> Iterator[tuple[str, Check]]:
                 name=name,
                 status="failed",
                 found=plugins.cause(error),
-                advice="this check could not run: repair what it names",
+                advice="this check could not run: fix the error that it reports",
             )
         yield "machine", found
 
@@ -98,7 +98,7 @@ def plugin_checks() -> Iterator[tuple[str, Check]]:
         if state == "ok":
             yield who, Check(name="loads", status="ok", found=f"version {plugin.version}")
         else:
-            advice = f"select it as {plugin.qualified}, or uninstall the other"
+            advice = f"select it as {plugin.qualified}, or uninstall the other one"
             yield who, Check(name="loads", status="warning", found=problem, advice=advice)
         try:
             with redirect_stdout(sys.stderr):
@@ -147,7 +147,7 @@ def cpu() -> Check:
 
     flags = cpu_flags()
     wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-    have = ", ".join(flag for flag in wanted if flag in flags) or "no vector extension known here"
+    have = ", ".join(flag for flag in wanted if flag in flags) or "no known vector extension"
     level = torch.backends.cpu.get_cpu_capability()
     found = f"{platform.machine()}: {have}; torch runs its {level} kernels"
     if "avx2" not in flags and platform.machine() in ("x86_64", "AMD64"):
@@ -206,7 +206,7 @@ def models_by_name() -> Check:
     try:
         known = models.registered()
     except ConfigError as error:
-        advice = "correct the file: until then no model can be named"
+        advice = "correct the file; until then no model can be selected by name"
         return Check(name=name, status="failed", found=str(error), advice=advice)
     where = dict.fromkeys(model.origin.rpartition(":")[0] for model in known.values())
     found = f"{listed(list(known))}, in {' and '.join(where)}" if known else "none"

@@ -20,12 +20,12 @@ _HEAD = """\
 
 <!-- Made by `python -m tilewright_tools.hook_reference > docs/hooks.md`; do not edit. -->
 
-What a plugin implements, and what passes between it and the engine: the contracts, as they stand in
-`tilewright/hookspecs.py` and `tilewright/types`, of API version {version}.
-[Writing plugins](writing-plugins.md) tells how to go about it.
+The hooks that a plugin implements, and the types that it exchanges with the engine: API version
+{version}, generated from `tilewright/hookspecs.py` and `tilewright/types`.
+[Writing plugins](writing-plugins.md) explains how to use them.
 
-An implementation takes those arguments of a hook that it needs, by their names and without
-defaults, and is marked with `@hookimpl`.
+An implementation is marked with `@hookimpl`. It takes the arguments of the hook that it needs, by
+their names and without defaults.
 """
 
 _COMMAND = """\
@@ -51,10 +51,10 @@ def reference() -> str:
     for name, node in (item for subject in SUBJECTS for item in _classes(subject).items()):
         is_protocol = any(ast.unparse(base) == "Protocol" for base in node.bases)
         (protocols if is_protocol else data).append((name, node))
-    lines += ["## Protocols\n", "What hooks make and take, called directly.\n"]
+    lines += ["## Protocols\n", "The objects that hooks create and receive.\n"]
     for name, node in protocols:
         bases = [b for b in map(ast.unparse, node.bases) if b != "Protocol"]
-        also = f"All of `{bases[0]}`, and more.\n\n" if bases else ""
+        also = f"Extends `{bases[0]}`.\n\n" if bases else ""
         lines += [f"### {name}\n", also + _documentation(node), *_methods(node), ""]
     lines += ["## Data\n", "Frozen attrs classes, and the values that some fields have.\n"]
     for name, text in _aliases():

@@ -26,7 +26,7 @@ _FILES = {
 """Template of each file that is written; None: an empty file."""
 
 _TEMPLATE_WORDS = {
-    "loader": ("Models in directories of a layout of their own", "generate --model DIR --loader"),
+    "loader": ("Models in directories with a layout of their own", "generate --model DIR --loader"),
     "weight_format": ("Weights in one file of a simple layout", "generate --model DIR --format"),
     "executor": ("A forward pass in float32, written out", "generate --executor"),
     "kv_allocator": (
@@ -40,7 +40,7 @@ _TEMPLATE_WORDS = {
     ),
     "command": ("The number of tokens in a text", ""),
 }
-"""What each kind's template is, and the words that use it, which come before its name."""
+"""The summary of each kind's template, and the command that uses it, without the plugin's name."""
 
 
 def write(kind: str, name: str, out: Path | None = None) -> Path:
@@ -52,9 +52,11 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
     _check_name(kind, name)
     folder = Path(f"tilewright-{name}") if out is None else out.expanduser()
     if os.path.lexists(folder):
-        raise ConfigError(f"{folder} exists and is left as it is: name another folder with --out")
+        raise ConfigError(f"{folder} already exists: choose another folder with --out")
     if not folder.parent.is_dir():
-        raise ConfigError(f"--out {str(folder)!r}: there is no folder {str(folder.parent)!r}")
+        raise ConfigError(
+            f"--out {str(folder)!r}: folder {str(folder.parent)!r} does not exist: create it first"
+        )
     module = name.replace("-", "_")
     summary, use = _TEMPLATE_WORDS[kind]
     words = {
@@ -87,21 +89,19 @@ def _check_name(kind: str, name: str) -> None:
     """Raise ConfigError for an invalid name, and for that of an installed plugin or package."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > 60:
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:60].rstrip("-")
-        hint = f"; {near!r} would do" if near and near != name else ""
+        hint = f"; {near!r} would be valid" if near and near != name else ""
         raise ConfigError(
-            f"the name of a plugin starts with a letter and has small letters, digits and single "
-            f"hyphens between them, 60 at most, found {name[:100]!r}{hint}"
+            f"expected a plugin name of at most 60 lower-case letters, digits and single hyphens, "
+            f"starting with a letter, found {name[:100]!r}{hint}"
         )
     rivals = plugins.matching(name, plugins.installed(kind))
     if rivals:
         raise ConfigError(
-            f"{rivals[0]} is installed in {rivals[0].where}: choose another name, since users "
-            f"could name neither of the two by {name!r} alone"
+            f"{rivals[0]} is already installed in {rivals[0].where}: choose another name, since "
+            f"{name!r} would be ambiguous"
         )
     module = f"tilewright_{name.replace('-', '_')}"
     found = find_spec(module)
     if found is not None:
         where = found.origin or next(iter(found.submodule_search_locations or ()), "")
-        raise ConfigError(
-            f"a package {module} is installed already, in {where}: choose another name"
-        )
+        raise ConfigError(f"package {module} is already installed in {where}: choose another name")

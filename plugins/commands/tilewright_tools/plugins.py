@@ -26,12 +26,12 @@ NOT_PROVED = 3
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for function, summary in (
-        (list_plugins, "what is installed and where; imports nothing"),
-        (show, "a plugin's options, hooks and limits"),
-        (check, "import all plugins and check their hooks; code 1 if one is broken"),
+        (list_plugins, "list installed plugins and their locations; imports nothing"),
+        (show, "show a plugin's options, hooks and limits"),
+        (check, "import all plugins and check their hooks; exit code 1 if one is broken"),
         (
             verify,
-            "run a plugin's conformance suite; code 1 if it fails a test, 3 if one was not run",
+            "run a plugin's conformance suite; exit code 1 if a test fails, 3 if one was not run",
         ),
     ):
         name = function.__name__.removesuffix("_plugins")
@@ -40,7 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         if function in (show, verify):
             action.add_argument("name", metavar="NAME", help="NAME or DISTRIBUTION:NAME")
         if function is not check:
-            action.add_argument("--kind", choices=list(plugins.KINDS), help="only of this kind")
+            action.add_argument(
+                "--kind", choices=list(plugins.KINDS), help="only plugins of this kind"
+            )
         if function is verify:
             action.add_argument(
                 "-o",
@@ -53,19 +55,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "--source",
                 metavar="SOURCE",
-                help="a model for a loader to load; by default the sample that it writes",
+                help="model that a loader loads; default: the sample that the loader writes",
             )
         action.add_argument("--json", action="store_true", help="print JSON")
-    summary = "write a new plugin, with its tests and what it takes to publish it"
+    summary = "create a new plugin, with tests and packaging"
     action = actions.add_parser("new", help=summary, description=f"{summary.capitalize()}.")
     action.set_defaults(function=new)
     action.add_argument(
         "kind", metavar="KIND", choices=list(plugins.KINDS), help=", ".join(plugins.KINDS)
     )
-    action.add_argument("name", metavar="NAME", help="what users are to write for it")
-    action.add_argument(
-        "--out", metavar="DIR", help="the folder to write; by default tilewright-NAME"
-    )
+    action.add_argument("name", metavar="NAME", help="name by which users select it")
+    action.add_argument("--out", metavar="DIR", help="folder to write; default: tilewright-NAME")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,7 +126,7 @@ def show(args: argparse.Namespace) -> int:
         if index:
             print()
         print(plugin)
-        print(f"  {info.summary or '(it says nothing of itself)'}")
+        print(f"  {info.summary or '(no summary)'}")
         print(f"  {plugin.target}, installed in {plugin.where}")
         print("options:" if options else "options: none")
         for option in options:
@@ -193,7 +193,7 @@ def verify(args: argparse.Namespace) -> int:
     chosen = _named(args)
     given = dict(split(item, "-o", "KEY=VALUE") for item in args.option)
     if args.source is not None and all(p.kind != "loader" for p in chosen):
-        raise ConfigError(f"--source is for loaders; {chosen[0]} loads no model: leave it out")
+        raise ConfigError(f"--source is for loaders only, found {chosen[0]}: remove it")
     found = []
     for plugin in chosen:
         _, info, _ = examine(plugin)
@@ -231,7 +231,7 @@ def new(args: argparse.Namespace) -> int:
     from tilewright_tools.new_plugin import write
 
     folder = write(args.kind, args.name, None if args.out is None else Path(args.out))
-    print(f"wrote {folder}; what comes next:")
+    print(f"wrote {folder}; next steps:")
     print(f"  pip install -e {quote(f'{folder}[test]')}")
     print(f"  tilewright plugins verify {args.name}")
     return 0
@@ -251,8 +251,8 @@ def _named(args: argparse.Namespace) -> list[plugins.Plugin]:
 def examine(plugin: plugins.Plugin) -> "tuple[list[str], PluginInfo, list[Option]]":
     """A plugin's hooks in the order of their specs, its PluginInfo, and its options.
 
-    Raises PluginError when it cannot be imported, does not fit, or fails to describe itself. Its
-    output meanwhile goes to stderr.
+    Raises PluginError when the plugin cannot be imported, does not match its specs, or fails to
+    describe itself. What it prints goes to stderr.
     """
     from contextlib import redirect_stdout
 

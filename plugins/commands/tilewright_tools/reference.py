@@ -1,7 +1,7 @@
 """Command-line reference, from the parsers: ``python -m tilewright_tools.reference``.
 
-Reads them from argparse's help, one line per argument, since nothing else of a parser that lists
-them is public.
+Reads them from argparse's help, one line per argument, since argparse has no public interface that
+lists them.
 """
 
 import re
@@ -30,8 +30,8 @@ to standard error. Exit codes:
 
 A setting is taken from its flag, else from the environment as `TILEWRIGHT_<SECTION>_<KEY>`
 (`TILEWRIGHT_RUNTIME_PAGE_SIZE`, `TILEWRIGHT_MODEL_PATH`, `TILEWRIGHT_OPTIONS_EXECUTOR_<OPTION>`),
-else from the [run file](run-files.md), else from the [models file](models.md) that has the model's
-name, else it is the default.
+else from the [run file](run-files.md), else from the [models file](models.md) that defines the
+model's name, else it is the default.
 """
 
 

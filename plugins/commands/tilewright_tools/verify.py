@@ -13,9 +13,11 @@ tilewright_api = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="what `tilewright convert` wrote")
+    parser.add_argument(
+        "directory", metavar="DIR", help="directory that `tilewright convert` wrote"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.epilog = "The exit code is 0 when all files are as written, and 1 when one is not."
+    parser.epilog = "The exit code is 0 when all files are intact, and 1 when one is not."
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     directory = Path(args.directory).expanduser()
     if not is_packed(directory):
         raise ConfigError(
-            f"{args.directory!r} is no packed model: expected a directory with {MANIFEST}, which "
-            "`tilewright convert` writes"
+            f"{args.directory!r} is not a packed model: expected a directory with {MANIFEST}, "
+            "which `tilewright convert` writes"
         )
     try:
         with progress("verifying", read_manifest(directory).bytes) as on_bytes:
@@ -39,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         rows = [(finding.name, finding.problem or "ok") for finding in findings]
         print_columns(("FILE", "STATE"), rows)
         print(
-            f"{wrong} of {len(findings)} files not as written"
+            f"{wrong} of {len(findings)} files are damaged"
             if wrong
-            else f"all {len(findings)} files are as they were written"
+            else f"all {len(findings)} files are intact"
         )
     return 1 if wrong else 0

@@ -260,7 +260,7 @@ def test_a_converted_model_verifies_and_generates_the_same_text(model, tmp_path,
     assert said.endswith("in 1 shard for executor tilewright:pypto-npu (layout 1, bfloat16)\n")
     assert told == ""
     assert main(["verify", out]) == 0
-    assert "all 5 files are as they were written" in capsys.readouterr().out
+    assert "all 5 files are intact" in capsys.readouterr().out
     generate = ["generate", *executor, "--temperature", "0", "--max-new-tokens", "4", "t5 t6"]
     assert main([*generate, "--model", str(model)]) == 0
     text = capsys.readouterr().out
@@ -271,7 +271,7 @@ def test_a_converted_model_verifies_and_generates_the_same_text(model, tmp_path,
 @pytest.mark.parametrize("words", [["--out", "x"], ["--executor", "torch"]])
 def test_convert_names_missing_arguments(words, capsys):
     assert main(["convert", *words]) == 2
-    assert " is missing: " in capsys.readouterr().err
+    assert " is required: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_shard_sizes_are_parsed_with_units(text, found):
 
     assert size(text) == found
     for wrong in ("", "0", "-1", "1.5G", "G", "2 G", "1P"):
-        with pytest.raises(Exception, match="expected bytes, as 500M or 2G"):
+        with pytest.raises(Exception, match="expected bytes, such as 500M or 2G"):
             size(wrong)
 
 
@@ -429,7 +429,7 @@ def test_ctrl_c_prints_how_to_resume(model, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("tilewright_packed.writer.os.replace", _interrupt_at_third_shard)
         assert main(command) == 130
-    assert "the same command goes on after the last complete shard" in capsys.readouterr().err
+    assert "the same command continues after the last complete shard" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["out.partial"]
     assert main(command) == 0
     assert os.listdir(tmp_path) == ["out"]
@@ -574,7 +574,9 @@ def test_models_can_be_packed_for_a_third_party_executor(site, model, tmp_path):
     assert loaded.packing.executor == "acme-backwards:backwards"
     assert same_tokens == tokens
     assert all(map(torch.equal, same_logits, logits))
-    with pytest.raises(ModelError, match="packed in float32, found the setting weight_dtype = bfloat16"):
+    with pytest.raises(
+        ModelError, match="packed in float32, found the setting weight_dtype = bfloat16"
+    ):
         run(out, selection, weight_dtype="bfloat16")
 
 
@@ -873,7 +875,7 @@ def test_a_changed_weight_is_found_only_by_verification(converted, tmp_path, cap
     out = capsys.readouterr().out
     assert f"{SHARD}  changed since it was written" in out
     assert out.count(" ok\n") == len(files(directory)) - 1
-    assert "1 of 16 files not as written" in out
+    assert "1 of 16 files are damaged" in out
     assert main(["verify", "--json", str(directory)]) == 1
     found = json.loads(capsys.readouterr().out)
     assert {row["name"]: row["problem"] for row in found if row["problem"]} == {
@@ -900,4 +902,4 @@ def test_verify_finds_any_changed_byte(converted, tmp_path, capsys):
 def test_verify_accepts_only_packed_models(model, tmp_path, capsys):
     for directory in (model, tmp_path / "nothing"):
         assert main(["verify", str(directory)]) == 2
-        assert "is no packed model" in capsys.readouterr().err
+        assert "is not a packed model" in capsys.readouterr().err

@@ -12,8 +12,8 @@ tilewright_api = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", metavar="TEXT", help="the text whose tokens are counted")
-    parser.add_argument("--ids", action="store_true", help="print the token ids, too")
+    parser.add_argument("text", metavar="TEXT", help="text whose tokens are counted")
+    parser.add_argument("--ids", action="store_true", help="print the token ids as well")
     flags.add(parser.add_argument_group("model"), "model", {"path", "format"})
     flags.add(parser.add_argument_group("plugins"), "plugins", {"loader"})
 

@@ -1,4 +1,4 @@
-"""A forward pass in float32, written out: slow, and short enough to be read and replaced."""
+"""A forward pass in plain float32 code: slow, and short enough to read and replace."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from tilewright.weights import expected_tensors
 tilewright_api = 1
 
 PAGE_SIZE = 16
-"""Tokens in a page of the KV cache, unless a user says otherwise."""
+"""Default number of tokens per KV cache page."""
 
 
 @hookimpl

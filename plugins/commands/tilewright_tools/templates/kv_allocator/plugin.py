@@ -1,6 +1,6 @@
 """A paged KV cache that hands out the lowest free page first.
 
-So the pages in use lie close together, and the cache's end is touched only when it fills.
+The pages in use thus lie close together, and the cache's end is touched only when it fills.
 """
 
 from collections import Counter
@@ -38,8 +38,8 @@ def create_kv_allocator(request: KvAllocatorRequest) -> KvAllocator:
             pages = min(pages, spec.memory_limit // spec.page_bytes)
     if pages < 1:
         raise OutOfPagesError(
-            f"the KV cache may take {spec.memory_limit} bytes, and a page of {spec.page_size} "
-            f"tokens takes {spec.page_bytes}: free memory, or set a smaller page_size"
+            f"the KV cache may take {spec.memory_limit} bytes, but one page of {spec.page_size} "
+            f"tokens takes {spec.page_bytes}: free memory or set a smaller page_size"
         )
     return LowestFirst(spec, pages)
 
@@ -68,13 +68,15 @@ class LowestFirst:
         self._check_new(request_id)
         if num_tokens < 1:
             raise ValueError(
-                f"request {request_id!r}: expected 1 token or more, found {num_tokens}"
+                f"request {request_id!r}: num_tokens must be at least 1, found {num_tokens}"
             )
         self._hold(request_id, [], num_tokens)
 
     def extend(self, request_id: str, num_tokens: int = 1) -> None:
         if num_tokens < 0:
-            raise ValueError(f"request {request_id!r} cannot be extended by {num_tokens} tokens")
+            raise ValueError(
+                f"request {request_id!r}: num_tokens must be at least 0, found {num_tokens}"
+            )
         pages, length = self.pages[request_id], self.lengths[request_id]
         self._hold(request_id, pages, length + num_tokens)
 
@@ -104,7 +106,7 @@ class LowestFirst:
         if full < len(pages) and self.spec.allocate:
             raise ValueError(
                 f"request {parent_id!r}: its last page is not full, and is in the executor's own "
-                "storage, which cannot be copied from here"
+                "storage, which the allocator cannot copy"
             )
         self._hold(child_id, pages[:full], length)
         for source, target in zip(pages[full:], self.pages[child_id][full:], strict=True):
@@ -126,7 +128,7 @@ class LowestFirst:
 
     def check_integrity(self) -> None:
         held = Counter(page for pages in self.pages.values() for page in pages)
-        assert held == +self.holders, "the holders of pages are not those that were counted"
+        assert held == +self.holders, "reference counts differ from the pages that are held"
         free = {p for p in range(self.total_pages) if p not in held}
         assert sorted(self.free_list) == sorted(free), "a page is neither free nor held, or both"
 
@@ -135,7 +137,7 @@ class LowestFirst:
             raise ValueError(f"request {request_id!r} already has pages: extend or free it")
 
     def _hold(self, request_id: str, pages: list[int], num_tokens: int) -> None:
-        """Let a request hold some pages that it has, and as many more as its tokens need."""
+        """Give a request these pages, and as many more as its tokens need."""
         wanted = self.pages_for(num_tokens) - len(pages)
         if wanted > self.free_pages:
             raise OutOfPagesError(
@@ -165,5 +167,5 @@ def _storage(spec: KvCacheSpec, total_pages: int) -> list[KvLayer]:
     except (RuntimeError, MemoryError) as error:
         raise OutOfPagesError(
             f"a KV cache of {total_pages} pages takes {total_pages * spec.page_bytes} bytes, which "
-            "cannot be had here: lower total_pages, max_seq_len or max_batch_size"
+            f"could not be allocated ({error}): lower total_pages, max_seq_len or max_batch_size"
         ) from error

@@ -1,4 +1,4 @@
-"""Models in directories of a layout of their own.
+"""Models in directories with a layout of their own.
 
 my-plugin.json    {"config": {...}, "chat_template": "..." or null, "special_tokens": {...}};
                   the fields of config are those of tilewright.types.ModelConfig
@@ -31,7 +31,7 @@ FILE = "my-plugin.json"
 
 @define
 class Description:
-    """What the file says."""
+    """The content of the file."""
 
     config: ModelConfig
     chat_template: str | None = None
@@ -48,7 +48,7 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    # All loaders are asked about all sources: look, and read nothing.
+    # Every installed loader may be asked about every source: check names only, and read nothing.
     return os.path.isfile(os.path.join(os.path.expanduser(source), FILE))
 
 
@@ -63,7 +63,7 @@ def load_model(request: LoadRequest) -> LoadedModel:
         chat_template=said.chat_template,
         special_tokens=said.special_tokens,
     )
-    # Any format will do, those that this loader has never heard of included.
+    # Any installed format will do, including formats unknown to this loader.
     weights = request.formats.open(directory / "weights", request.weight_format)
     return LoadedModel(
         config=said.config,
@@ -98,7 +98,7 @@ def _described(path: Path) -> Description:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{path}: no valid JSON: {_line(error)}") from error
+        raise ModelError(f"{path}: invalid JSON: {_line(error)}") from error
     except Exception as error:
         raise ModelError(f"{path}: {_line('; '.join(transform_error(error)))}") from error
 
@@ -110,8 +110,8 @@ def _tokenizer(path: Path) -> Any:
         return Tokenizer.from_file(str(path))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
-        raise ModelError(f"{path}: no tokenizer: {_line(error)}") from error
+    except BaseException as error:  # a panic of the library, in Rust, is not an Exception
+        raise ModelError(f"{path}: invalid tokenizer: {_line(error)}") from error
 
 
 def _line(error: object) -> str:

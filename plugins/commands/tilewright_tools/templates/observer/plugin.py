@@ -1,4 +1,4 @@
-"""Counts steps, tokens and seconds of each model, and writes them to a JSON file in the end."""
+"""Counts the steps, tokens and seconds of each model, and writes them to a JSON file at the end."""
 
 import json
 import os
@@ -17,7 +17,7 @@ class Options:
     path: str = field(
         default="my-plugin.json",
         validator=validators.min_len(1),
-        metadata={"help": "the file to write; an older one is replaced when the engine closes"},
+        metadata={"help": "file to write when the engine closes, replacing any existing one"},
     )
 
 
@@ -39,7 +39,7 @@ class Total:
 
 
 class Counter:
-    """Listens to the events that it needs; all others are not even made."""
+    """Listens to the events that it needs; events without a listener are not created."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,7 +58,7 @@ class Counter:
             model: {phase: asdict(total) for phase, total in phases.items()}
             for model, phases in self.totals.items()
         }
-        # Written beside and renamed: nobody ever sees half a file.
+        # Written to a temporary file and renamed, so that nobody ever sees half a file.
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         try:
             beside.write_text(json.dumps(counted, indent=2) + "\n", encoding="utf-8")

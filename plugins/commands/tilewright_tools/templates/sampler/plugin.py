@@ -1,7 +1,7 @@
 """Epsilon sampling (Hewitt et al. 2022, arXiv:2210.15191).
 
-Tokens less likely than epsilon are dropped; one of the others is drawn. The likeliest token always
-stays.
+Tokens less likely than epsilon are dropped, and one of the others is sampled. The most likely token
+is always kept.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ class Options:
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="epsilon sampling: drops what is unlikely, draws from the rest",
+        summary="epsilon sampling: drops unlikely tokens and samples from the rest",
         options=Options,
         limits={
-            "distribution": "the softmax at the temperature, over tokens of epsilon or more",
+            "distribution": "the softmax at the temperature, over tokens of at least epsilon",
             "no effect": "top_k, top_p, min_p, repetition_penalty, presence_penalty, "
             "frequency_penalty, logit_bias, logprobs",
         },
@@ -58,7 +58,7 @@ class EpsilonSampler:
         return [SampledToken(token_id=token) for token in chosen]
 
     def choose(self, logits: "Tensor", row: SamplerRow) -> int:
-        """From one row, [vocab_size] float32, to a token."""
+        """The token for one row of logits, [vocab_size] float32."""
         step, temperature = len(row.output_token_ids), row.params.temperature
         if not logits.isfinite().all():
             bad = (~logits.isfinite()).nonzero().flatten().tolist()
@@ -70,7 +70,7 @@ class EpsilonSampler:
         scaled = (logits.double() - logits[best].double()) / max(temperature, 1e-30)
         p = scaled.softmax(0)
         p[p < min(self.epsilon, p[best].item())] = 0
-        # What is drawn depends on the request's seed and on its step, and on nothing else.
+        # The choice depends on the request's seed and on its step, and on nothing else.
         u = Random(f"{row.params.seed},{step}").random()
         cumulative = p.cumsum(0)
         return int((cumulative > u * cumulative[-1]).nonzero()[0])

@@ -1,4 +1,4 @@
-"""A file ``weights.my-plugin``: a header in JSON, then the tensors' bytes in its order.
+"""The file ``weights.my-plugin``: a JSON header, then the bytes of the tensors in its order.
 
 8 bytes   length of the header in bytes, little-endian
 header    {"<tensor's name>": {"dtype": "bfloat16", "shape": [2, 3]}, ...}
@@ -57,20 +57,20 @@ def write_weights(directory: Path, tensors: "Mapping[str, Tensor]") -> None:
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in ITEM_BYTES:
-            raise TypeError(f"{name} is {dtype}; the format has {', '.join(ITEM_BYTES)}")
+            raise TypeError(f"{name}: expected {' or '.join(ITEM_BYTES)}, found {dtype}")
         header[name] = {"dtype": dtype, "shape": list(tensor.shape)}
     encoded = json.dumps(header).encode()
     beside = directory / f"{FILE}.partial"
     with beside.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
-            # numpy has no bfloat16; bytes are bytes.
+            # As bytes, since numpy has no bfloat16.
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     beside.replace(directory / FILE)
 
 
 class MyTensors:
-    """A ``TensorSource`` (see tilewright.types). Between two reads no file is open."""
+    """A ``TensorSource`` (see tilewright.types). No file is open between two reads."""
 
     def __init__(self, path: Path):
         """Reads the header. Raises ModelError when file and header do not agree; OSError."""
@@ -82,7 +82,8 @@ class MyTensors:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
                 raise ModelError(
-                    f"{path}: no {FILE}, or cut off: its header takes {length} of {size} bytes"
+                    f"{path}: not a {FILE} file, or cut off: its header takes {length} of {size} "
+                    "bytes"
                 )
             raw = file.read(length)
         start = 8 + length
