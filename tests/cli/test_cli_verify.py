@@ -103,7 +103,7 @@ def test_a_conforming_plugin_passes_every_statement(verify: Any) -> None:
     title, *lines, numbers = out.splitlines()
     assert title.startswith("weight format 'safetensors' of tilewright ")
     assert "  passed   closing closes the files" in lines
-    assert "  passed   a file that is cut is a model error (by a byte)" in lines
+    assert "  passed   a truncated file raises model error (by 1 byte)" in lines
     assert numbers == f"{len(lines)} passed, 0 failed, 0 not run"
     assert len(lines) > 30
 
@@ -114,8 +114,8 @@ def test_a_nonconforming_plugin_fails_with_the_statement_and_the_reason(
     code, out, _ = verify("acme-formats:eager", "--kind", "weight_format")
     assert code == 1
     lines = out.splitlines()
-    at = lines.index("  failed   weights are not read before they are asked for")
-    assert "4 of 4 tensors were in memory before get() asked for them" in lines[at + 1]
+    at = lines.index("  failed   weights are not read before get")
+    assert "4 of 4 tensors were in memory before get() requested them" in lines[at + 1]
     assert ", 1 failed, 0 not run" in lines[-1]
 
 
@@ -128,10 +128,10 @@ def test_a_plugin_that_kills_the_process_fails_the_statement_it_ran(
     assert (record["name"], record["distribution"]) == ("dying", "acme-formats")
     results = [(s["result"], s["reason"]) for s in record["statements"]]
     at = [result for result, _ in results].index("failed")
-    assert record["statements"][at]["statement"] == "info says of each tensor what get gives"
-    assert results[at] == ("failed", "the process ended in it: killed by SIGKILL")
+    assert record["statements"][at]["statement"] == "info matches the tensors that get returns"
+    assert results[at] == ("failed", "the process ended during this test: killed by SIGKILL")
     assert {result for result, _ in results[:at]} == {"passed"}
-    assert set(results[at + 1 :]) == {("not run", "the process had ended before")}
+    assert set(results[at + 1 :]) == {("not run", "the process ended before this test")}
 
 
 def test_statements_are_not_run_for_a_weight_format_that_cannot_write(
@@ -142,7 +142,7 @@ def test_statements_are_not_run_for_a_weight_format_that_cannot_write(
     lines = out.splitlines()
     assert lines[-1].endswith(" not run: what was not run is not proved")
     assert "  passed   each option has a line of help" in lines
-    at = lines.index("  not run  info says of each tensor what get gives")
+    at = lines.index("  not run  info matches the tensors that get returns")
     assert "implement write_weights" in lines[at + 1]
     # A reason shared by successive statements is printed once.
     assert sum("implement write_weights" in line for line in lines) < 5

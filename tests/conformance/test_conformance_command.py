@@ -64,7 +64,7 @@ FAULTS = [
         "an option that tilewright has",
         Command(debug),
         full_name(SUITE, "each_argument_has_a_line_of_help"),
-        why="tilewright's own",
+        why="which tilewright adds",
     ),
     Fault(
         "a name that no narrow terminal can show",
@@ -75,19 +75,19 @@ FAULTS = [
     Fault(
         "no function that runs it",
         WithoutRun(),
-        full_name(SUITE, "it_is_written_for_this_api_and_its_hooks_fit_their_specs"),
+        full_name(SUITE, "it_targets_this_api_version_and_its"),
         why="'run' is missing",
     ),
 ]
 
 MODULES = {
     "a module without a docstring": (
-        "it_says_in_a_line_what_it_is",
+        "it_describes_itself_in_one_line",
         "",
-        "must begin with a line",
+        "must begin with one line",
     ),
     "a module that imports torch": (
-        "its_help_imports_no_torch",
+        "its_help_does_not_import_torch",
         '"""Say something."""\nimport torch\n',
         "imports torch",
     ),
@@ -125,7 +125,7 @@ def test_a_right_command_passes() -> None:
     found = run(SUITE, Command(good)).found
     # It is of no module that a fresh process could import.
     assert [name for name, outcome in found.items() if outcome != "passed"] == [
-        "test_importing_it_leaves_the_process_as_it_was",
-        "test_its_help_imports_no_torch",
+        "test_importing_it_leaves_the_process_unchanged",
+        "test_its_help_does_not_import_torch",
     ]
     assert sys.modules[__name__].__doc__

@@ -223,7 +223,7 @@ class Turned(TorchExecutor):
         return KvLayer(*(rows.view(page) for rows in self._kv[layer]))
 
 
-# --- what it leaves alone -------------------------------------------------------------------------
+# --- side effects ---------------------------------------------------------------------------------
 
 
 class WritesOnePast(TorchExecutor):
@@ -338,7 +338,7 @@ class ComputesOtherwiseForTaps(TorchExecutor):
         return logits.bfloat16().float() if tap else logits
 
 
-# --- again, and side by side ----------------------------------------------------------------------
+# --- repetition, and several executors -----------------------------------------------------------
 
 
 class Noisy(TorchExecutor):
@@ -422,7 +422,7 @@ def cached_by_name(request: ExecutorRequest) -> Any:
     return TorchExecutor(evolve(model, final_norm=norm), made.kv_cache_spec)
 
 
-# --- what it refuses ------------------------------------------------------------------------------
+# --- invalid requests -----------------------------------------------------------------------------
 
 
 def any_device(request: ExecutorRequest) -> Any:
@@ -626,10 +626,10 @@ def with_graph(logits: Tensor, batch: StepBatch) -> Tensor:
     return logits.clone().requires_grad_()
 
 
-ALL = "prompts_that_end_about_a_page_and_go_on"
-ROWS = "logits_are_of_the_wanted_rows_and_float32"
-REFUSED = "a_device_that_is_none_is_refused"
-PROCESS = "the_process_is_left_as_it_was"
+ALL = "prompts_that_end_near_a_page_boundary_are_correct"
+ROWS = "logits_are_float32_and_of_the_requested_rows"
+REFUSED = "an_unknown_device_is_refused"
+PROCESS = "the_process_is_left_unchanged"
 
 # name, plugin or class of its executors, test that fails, words of the failure
 _FAULTS: list[tuple[str, Any, str, str]] = [
@@ -637,95 +637,130 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     (
         "ignores the page size",
         Executors(ignores_page_size),
-        "it_has_the_page_size",
-        "page_size = 4 was set",
+        "it_uses_the_requested_page_size",
+        "requested 4, found 8",
     ),
     (
         "ignores the KV dtype",
         of(TorchExecutor, dtype="float16"),
-        "it_declares_the_cache",
+        "kv_cache_spec_matches_the_model_and_the",
         "kv_cache_spec",
     ),
-    ("another spec each time", OtherSpecEachTime, "it_declares_the_cache", "must stay as it is"),
+    (
+        "another spec each time",
+        OtherSpecEachTime,
+        "kv_cache_spec_matches_the_model_and_the",
+        "must not change",
+    ),
     ("names no device", NoDevice, "it_names_its_device", "device"),
     ("chooses no page size", Executors(no_page_size), "it_names_its_device", "page_size"),
-    ("a limit of 0", NoLimit, "limits_are_positive", "max_batch_size = 0"),
-    ("runs fewer sequences than it says", RunsFewer, "batches_as_large_as_its_limits", "at most 5"),
-    ("reports 3 of 2", Executors(counts_down), "reports_of_getting_ready", "3 of 2"),
-    # what it computes
+    ("a limit of 0", NoLimit, "limits_are_positive", "max_batch_size must be"),
+    (
+        "runs fewer sequences than it says",
+        RunsFewer,
+        "batches_may_be_as_large_as_its_limits",
+        "at most 5",
+    ),
+    (
+        "reports 3 of 2",
+        Executors(counts_down),
+        "progress_reports_stay_within_their_total",
+        "3, 2. must have",
+    ),
+    # results
     (
         "pages in a row",
         with_batch(pages_in_a_row),
-        "pages_in_any_order",
+        "pages_may_be_in_any_order",
         "rounding explains|finite",
     ),
     (
         "forgets what came before a chunk",
         with_batch(chunk_alone),
-        "chunks_give_the_logits_of_the_whole",
+        "chunks_give_the_logits_of_the_whole_prompt",
         "rounding explains",
     ),
-    ("takes pages for written", RemembersPages, "pages_that_were_freed_serve", "k_cache"),
-    ("decodes more loudly", DecodesByItself, "a_sequence_alone", "decode .* logits"),
+    ("takes pages for written", RemembersPages, "freed_pages_may_be_reused_by_another", "k_cache"),
+    ("decodes more loudly", DecodesByItself, "a_single_sequence_is_correct", "decode .* logits"),
     (
         "runs single tokens one place early",
         PrefillsSingleTokensWrongly,
-        "prefill_of_one_token_each",
+        "prefill_may_run_one_token_per_sequence",
         "prefill",
     ),
     (
         "wraps positions at 255",
         with_batch(wraps_at(255)),
-        "a_sequence_as_long_as_its_limit",
+        "a_sequence_may_be_as_long_as_its_limit",
         "decode",
     ),
     (
         "wraps positions at 16",
         with_batch(wraps_at(16)),
-        "batches_as_large_as_its_limits",
+        "batches_may_be_as_large_as_its_limits",
         "k_cache",
     ),
     ("says HND, does NHD", of(Turned, row_order="HND"), ALL, "cache"),
     ("gives the last rows", with_batch(last_rows), ROWS, "rounding explains"),
-    ("gives a row when none is wanted", with_batch(some_row), ROWS, "expected .0, 131"),
+    ("gives a row when none is wanted", with_batch(some_row), ROWS, "the shape .0, 131"),
     ("gives rows backwards", with_logits(lambda x, batch: x.flip(0)), ROWS, "rounding explains"),
     ("gives float64", with_logits(lambda x, batch: x.double()), ROWS, "float64"),
-    ("gives a gradient's graph", with_logits(with_graph), ROWS, "graph"),
-    ("rounds keys to another dtype", CoarseCache, "a_kv_cache_of_another_dtype", "k_cache"),
+    ("gives a gradient's graph", with_logits(with_graph), ROWS, "require gradients"),
+    ("rounds keys to another dtype", CoarseCache, "the_kv_cache_may_have_another_dtype", "k_cache"),
     # packed weights
-    ("packs other shapes", PacksFlat(), "packed_weights_are_as_they_are_announced", "announced as"),
-    ("packs at once", PacksAtOnce(), "packed_weights_are_as_they_are_announced", "read alone"),
+    ("packs other shapes", PacksFlat(), "packed_weights_match_their_declaration", "as declared"),
+    (
+        "packs at once",
+        PacksAtOnce(),
+        "packed_weights_match_their_declaration",
+        "must not read weights",
+    ),
     (
         "packs in version 0",
         PacksUnversioned(),
-        "packed_weights_are_as_they_are_announced",
-        "from 1",
+        "packed_weights_match_their_declaration",
+        "at least 1",
     ),
-    ("packs other weights", PacksOther(), "packed_weights_give_the_same_bits", "other logits"),
-    ("packs backwards", PacksBackwards(), "packed_weights_give_the_same_bits", "in the order"),
-    # what it leaves alone
+    (
+        "packs other weights",
+        PacksOther(),
+        "packed_weights_give_identical_logits",
+        "must give the same logits",
+    ),
+    ("packs backwards", PacksBackwards(), "packed_weights_give_identical_logits", "in the order"),
+    # side effects
     (
         "writes one slot past its own",
         WritesOnePast,
-        "a_step_writes_to_its_own_slots",
-        "not the step's",
+        "a_step_writes_only_to_its_own_slots",
+        "only to the slots of its step",
     ),
     (
         "writes padding to slot 0",
         WritesTheFirstSlot,
-        "a_step_writes_to_its_own_slots",
-        "not the step's",
+        "a_step_writes_only_to_its_own_slots",
+        "only to the slots of its step",
     ),
     (
         "leaves out the last value",
         LeavesOutTheLastValue,
-        "a_step_writes_to_its_own_slots",
-        "left out a value",
+        "a_step_writes_only_to_its_own_slots",
+        "did not write a value",
     ),
-    ("multiplies stale values by 0", MultipliesStaleValues, "what_other_slots_hold", "NaN"),
+    (
+        "multiplies stale values by 0",
+        MultipliesStaleValues,
+        "the_content_of_other_slots_does_not_matter",
+        "NaN",
+    ),
     ("writes to the batch", WritesToTheBatch, "the_batch_is_not_changed", "batch.block_table"),
-    ("scales the source's weights", ScalesWeights, "weights_are_left_as_they_were", "q_proj"),
-    ("reads weights late", Executors(read_late), "the_source_may_be_closed", "closed"),
+    ("scales the source's weights", ScalesWeights, "weights_are_not_changed", "q_proj"),
+    (
+        "reads weights late",
+        Executors(read_late),
+        "weights_may_be_closed_once_the_executor",
+        "closed",
+    ),
     (
         "sets the default dtype",
         changing(lambda: torch.set_default_dtype(torch.bfloat16)),
@@ -741,32 +776,57 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ),
     ("turns gradients off", TurnsGradientsOff, PROCESS, "gradient mode"),
     # taps
-    ("taps by names of its own", with_tap(rename), "taps_are_those_of_the_docs", "layers.0.query"),
-    ("taps flat heads", with_tap(rewrite), "taps_are_those_of_the_docs", "q_proj"),
-    ("taps a name twice", with_tap(twice), "taps_are_those_of_the_docs", "came twice"),
-    ("taps another tensor", with_tap(unrotated), "taps_hold_what_their_names_say", "k_rope"),
+    (
+        "taps by names of its own",
+        with_tap(rename),
+        "taps_match_the_documentation",
+        "layers.0.query",
+    ),
+    ("taps flat heads", with_tap(rewrite), "taps_match_the_documentation", "q_proj"),
+    (
+        "taps a name twice",
+        with_tap(twice),
+        "taps_match_the_documentation",
+        "called twice for a name",
+    ),
+    ("taps another tensor", with_tap(unrotated), "taps_hold_the_tensors_that_they_name", "k_rope"),
     (
         "computes otherwise for taps",
         ComputesOtherwiseForTaps,
-        "a_tap_changes_no_bit",
-        "other logits",
+        "a_tap_does_not_change_the_results",
+        "must not change the logits",
     ),
-    ("remembers the tap", RemembersTheTap, "a_tap_is_for_its_step_alone", "without one"),
-    # again, and side by side
-    ("differs each time", Noisy, "the_same_step_twice", "other logits"),
-    ("carries a mean on", Averages, "nothing_is_kept_from_step_to_step", "in between"),
-    ("one cache for all", OneForAll, "two_side_by_side_are_independent", "rounding explains"),
+    (
+        "remembers the tap",
+        RemembersTheTap,
+        "a_tap_is_called_only_in_its_own_step",
+        "step without a tap",
+    ),
+    # repetition, and several executors
+    (
+        "differs each time",
+        Noisy,
+        "a_repeated_step_gives_identical_results",
+        "must give identical logits",
+    ),
+    ("carries a mean on", Averages, "no_state_is_kept_between_steps", "repeated after other steps"),
+    ("one cache for all", OneForAll, "two_executors_are_independent", "rounding explains"),
     (
         "one set of weights for all",
         Executors(cached_by_name),
-        "two_side_by_side_are_independent",
+        "two_executors_are_independent",
         "rounding explains",
     ),
-    ("closes all of them", ClosesAll, "two_side_by_side_are_independent", "is closed"),
-    ("closes once", ClosesOnce, "it_is_closed_twice", "is closed"),
-    ("stays open", StaysOpen, "a_closed_one_says_so", "ExecutorError"),
-    ("crashes when it is closed", Crashes, "a_closed_one_says_so", "the model is gone"),
-    # what it refuses
+    ("closes all of them", ClosesAll, "two_executors_are_independent", "is closed"),
+    ("closes once", ClosesOnce, "it_may_be_closed_twice_and_created_again", "is closed"),
+    ("stays open", StaysOpen, "a_closed_executor_raises_executor_error", "ExecutorError"),
+    (
+        "crashes when it is closed",
+        Crashes,
+        "a_closed_executor_raises_executor_error",
+        "the model is gone",
+    ),
+    # invalid requests
     ("takes any device", Executors(any_device), REFUSED, "no-such-device"),
     ("refuses with ValueError", refuses_with(lambda e: ValueError(str(e))), REFUSED, "ValueError"),
     (
@@ -775,27 +835,52 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         REFUSED,
         "one line",
     ),
-    ("refuses when all is read", Executors(refuses_late), REFUSED, "weights were read"),
+    ("refuses when all is read", Executors(refuses_late), REFUSED, "before weights are read"),
     (
         "takes any number of heads",
         Executors(runs_any_heads),
-        "a_shape_that_is_none",
+        "an_invalid_model_shape_is_refused",
         "num_kv_heads",
     ),
     (
         "refuses biases late",
         Executors(reads_before_it_refuses_biases),
-        "what_it_cannot_run",
+        "unsupported_models_are_refused_before",
         "were read",
     ),
     # layer by layer
-    ("writes to its input", NormsInPlace, "a_step_is_its_embedding", "changed its input"),
-    ("has layers of its own", OwnLayers, "a_step_is_its_embedding", "other logits"),
-    ("reads values as keys", ReadsValuesAsKeys, "a_layers_cache_is_read", "left the cache alone"),
-    ("replaces nothing", WritesNoCache, "a_layers_cache_is_read", "other keys"),
-    ("replaces two layers", WritesTheFirstLayersCache, "a_layers_cache_is_read", "another layer"),
-    ("shows weights as packed", AsPacked, "weights_are_those", "o_proj"),
-    ("shows a weight of any name", AnyWeight, "weights_are_those", "KeyError"),
+    (
+        "writes to its input",
+        NormsInPlace,
+        "embedding_layers_and_head_give_the",
+        "must not change its input",
+    ),
+    (
+        "has layers of its own",
+        OwnLayers,
+        "embedding_layers_and_head_give_the",
+        "logits of the whole step",
+    ),
+    (
+        "reads values as keys",
+        ReadsValuesAsKeys,
+        "a_layers_cache_can_be_read_and_replaced",
+        "must write to the KV cache",
+    ),
+    (
+        "replaces nothing",
+        WritesNoCache,
+        "a_layers_cache_can_be_read_and_replaced",
+        "must return the keys",
+    ),
+    (
+        "replaces two layers",
+        WritesTheFirstLayersCache,
+        "a_layers_cache_can_be_read_and_replaced",
+        "to its layer only",
+    ),
+    ("shows weights as packed", AsPacked, "weights_match_the_checkpoint", "o_proj"),
+    ("shows a weight of any name", AnyWeight, "weights_match_the_checkpoint", "KeyError"),
 ]
 
 _TESTS = own_tests(ExecutorSuite)
@@ -828,7 +913,7 @@ def arithmetic() -> Iterator[Fault]:
         yield Fault(
             name,
             planted(name, 1, phase),
-            "test_layers_alone" if alone else f"test_{ALL}",
+            "test_layers_run_alone_are_correct" if alone else f"test_{ALL}",
             {"models": {model: MODELS[model]}, "dtypes": [dtype]},
             "rounding explains|finite|shape|times as large",
         )
@@ -856,8 +941,8 @@ SOME = {
 def test_the_suite_passes_another_way_to_compute() -> None:
     outcome = run(SUITE, planted("none"), own_tests(SUITE), **SOME)
     # It taps norm and rotation of the queries, then those of the keys.
-    assert outcome.failed == ["test_taps_are_those_of_the_docs"], outcome.why
-    assert "in the order of" in outcome.why["test_taps_are_those_of_the_docs"]
+    assert outcome.failed == ["test_taps_match_the_documentation"], outcome.why
+    assert "in the order of" in outcome.why["test_taps_match_the_documentation"]
     skipped = [name for name, found in outcome.found.items() if found == "skipped"]
     assert all("packed_weights" in name for name in skipped)
     right = run(SUITE, Packing(), own_tests(SUITE), **_SMALL)
@@ -897,14 +982,14 @@ def test_the_suite_keeps_to_an_executors_limits_and_looks_at_no_cache_that_it_ca
     outcome = run(SUITE, Executors(OneAtATime), own_tests(SUITE), **_SMALL)
     assert not outcome.failed, outcome.why
     assert {name for name, found in outcome.found.items() if found == "skipped"} == {
-        "test_a_layers_cache_is_read_and_replaced",
-        "test_a_step_is_its_embedding_its_layers_and_its_head",
-        "test_a_step_writes_to_its_own_slots_and_to_no_other",
-        "test_layers_alone",
-        "test_packed_weights_are_as_they_are_announced",
-        "test_packed_weights_give_the_same_bits",
-        "test_weights_are_those_of_the_checkpoint",
-        "test_what_other_slots_hold_changes_nothing",
+        "test_a_layers_cache_can_be_read_and_replaced",
+        "test_embedding_layers_and_head_give_the_logits_of_a_step",
+        "test_a_step_writes_only_to_its_own_slots",
+        "test_layers_run_alone_are_correct",
+        "test_packed_weights_match_their_declaration",
+        "test_packed_weights_give_identical_logits",
+        "test_weights_match_the_checkpoint",
+        "test_the_content_of_other_slots_does_not_matter",
     }
 
 

@@ -13,19 +13,59 @@ from tilewright_testing.models import make_model
 
 # name, plugin, test that fails, words of the failure
 _FAULTS: list[tuple[str, Any, str, str]] = [
-    ("leaves a mark", loaders.LEAVES_A_MARK, "can_load_only_looks", r"side effect.*\.seen"),
-    ("imports torch", loaders.IMPORTS_TORCH, "can_load_only_looks", "may import torch"),
-    ("reads the weights", loaders.READS_THE_WEIGHTS, "can_load_only_looks", "read no weights"),
-    ("stumbles over names", loaders.STUMBLES_OVER_NAMES, "can_load_only_looks", "NotADirectory"),
-    ("asks the network", loaders.ASKS_THE_NETWORK, "can_load_only_looks", "socket.connect"),
-    ("takes any directory", loaders.LoadsAnyDirectory(), "can_load_is_false", "empty directory"),
-    ("takes plain names only", loaders.LoadsPlainNames(), "can_load_is_true", "found False"),
-    ("answers with a name", loaders.AnswersWithAName(), "can_load_is_true", "acme.json"),
-    ("reads all", Through(loaders.ReadsAll), "weights_are_not_read_before", "30 of 30"),
+    (
+        "leaves a mark",
+        loaders.LEAVES_A_MARK,
+        "can_load_is_cheap_and_has_no_side_effects",
+        r"side effect.*\.seen",
+    ),
+    (
+        "imports torch",
+        loaders.IMPORTS_TORCH,
+        "can_load_is_cheap_and_has_no_side_effects",
+        "must not import torch",
+    ),
+    (
+        "reads the weights",
+        loaders.READS_THE_WEIGHTS,
+        "can_load_is_cheap_and_has_no_side_effects",
+        "must not read weights",
+    ),
+    (
+        "stumbles over names",
+        loaders.STUMBLES_OVER_NAMES,
+        "can_load_is_cheap_and_has_no_side_effects",
+        "NotADirectory",
+    ),
+    (
+        "asks the network",
+        loaders.ASKS_THE_NETWORK,
+        "can_load_is_cheap_and_has_no_side_effects",
+        "socket.connect",
+    ),
+    (
+        "takes any directory",
+        loaders.LoadsAnyDirectory(),
+        "can_load_is_false_for_other_sources",
+        "empty directory",
+    ),
+    (
+        "takes plain names only",
+        loaders.LoadsPlainNames(),
+        "can_load_is_true_for_its_source",
+        "found False",
+    ),
+    (
+        "answers with a name",
+        loaders.AnswersWithAName(),
+        "can_load_is_true_for_its_source",
+        "acme.json",
+    ),
+    ("reads all", Through(loaders.ReadsAll), "weights_are_not_read_before_get", "30 of 30"),
     (
         "reads the embedding",
         Through(loaders.ReadsTheEmbedding),
-        "weights_are_not_read_before",
+        "weights_are_not_read_before_get",
         "embed_tokens",
     ),
     ("stays open", Through(loaders.StaysOpen), "closing_closes_the_files", "acme.json stayed open"),
@@ -36,21 +76,36 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "missing: model.embed_tokens",
     ),
     ("transposes", Through(loaders.Transposes), "the_weights_have_the_names", "wrong, expected"),
-    ("widens", Through(loaders.Widens), "info_says_of_each_tensor", "float64"),
-    ("writes an index", Through(loaders.WritesAnIndex), "opening_and_reading_change", "index.json"),
+    ("widens", Through(loaders.Widens), "info_matches_the_tensors_that_get_returns", "float64"),
+    (
+        "writes an index",
+        Through(loaders.WritesAnIndex),
+        "opening_and_reading_do_not_change_files",
+        "index.json",
+    ),
     (
         "answers an unknown name with nothing",
         Through(loaders.AnswersWithNothing),
-        "an_unknown_name_is_a_key_error",
+        "an_unknown_name_raises_key_error",
         "must raise KeyError",
     ),
-    ("gives a table", loaders.GivesATable(), "it_gives_a_loaded_model", "expected a LoadedModel"),
-    ("warns at length", loaders.WarnsAtLength(), "it_gives_a_loaded_model", "must be one line"),
-    ("has no heads", Configured(num_kv_heads=0), "the_configuration_makes_sense", "num_kv_heads"),
+    (
+        "gives a table",
+        loaders.GivesATable(),
+        "it_returns_a_loaded_model_with_fields_of",
+        "must return a LoadedModel",
+    ),
+    (
+        "warns at length",
+        loaders.WarnsAtLength(),
+        "it_returns_a_loaded_model_with_fields_of",
+        "must be one line",
+    ),
+    ("has no heads", Configured(num_kv_heads=0), "the_configuration_is_consistent", "num_kv_heads"),
     (
         "groups heads unevenly",
         Configured(num_kv_heads=4),
-        "the_configuration_makes_sense",
+        "the_configuration_is_consistent",
         "multiple of num_kv_heads",
     ),
     (
@@ -67,47 +122,72 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "token_ids_are_within",
         "below vocab_size = 131, found 131",
     ),
-    ("cuts prompts", loaders.Cuts(), "the_tokenizer_neither_cuts", "truncation must be off"),
-    ("has a broken template", loaders.HasABrokenTemplate(), "the_chat_template", "must be Jinja"),
+    (
+        "cuts prompts",
+        loaders.Cuts(),
+        "the_tokenizer_does_not_truncate_or_pad",
+        "truncation must be off",
+    ),
+    (
+        "has a broken template",
+        loaders.HasABrokenTemplate(),
+        "the_chat_template_is_valid_jinja",
+        "must be valid Jinja",
+    ),
     (
         "sets the default dtype",
         loaders.SetsTheDefaultDtype(),
-        "loading_leaves_the_process",
+        "loading_leaves_the_process_unchanged",
         "default dtype",
     ),
     (
         "changes directory",
         loaders.GoesThere(),
-        "loading_leaves_the_process",
+        "loading_leaves_the_process_unchanged",
         "the working directory",
     ),
-    ("remembers models", loaders.Remembers(), "loading_twice_gives", "weights of its own"),
+    (
+        "remembers models",
+        loaders.Remembers(),
+        "loading_twice_gives_equal_models",
+        "its own weights",
+    ),
     (
         "finds the format itself",
         loaders.FindsTheFormatItself(),
-        "a_named_weight_format",
+        "a_named_weight_format_opens_the_weights",
         "must be passed",
     ),
     (
         "wants one format",
         loaders.WantsOneFormat(),
-        "a_named_weight_format",
-        "must be left to find it",
+        "a_named_weight_format_opens_the_weights",
+        "without a name, found",
     ),
     (
         "fails as Python does",
         loaders.FailsAsPythonDoes(),
-        "a_file_that_is_cut[in half]",
+        "a_truncated_file_raises_model_error[to half its size]",
         "not JSONDecodeError",
     ),
     (
         "fails for what is not there",
         loaders.FailsAsPythonDoes(),
-        "a_source_that_is_none",
+        "an_invalid_source_raises_model_error",
         "not FileNotFoundError",
     ),
-    ("says it at length", loaders.SaysItAtLength(), "a_source_that_is_none", "one line"),
-    ("loads nothing too", loaders.LoadsNothingToo(), "a_source_that_is_none", "must raise Model"),
+    (
+        "says it at length",
+        loaders.SaysItAtLength(),
+        "an_invalid_source_raises_model_error",
+        "one line",
+    ),
+    (
+        "loads nothing too",
+        loaders.LoadsNothingToo(),
+        "an_invalid_source_raises_model_error",
+        "must raise Model",
+    ),
 ]
 
 FAULTS = [
@@ -127,7 +207,7 @@ def test_a_right_loader_passes(tmp_path: Path) -> None:
     found = run(SUITE, loaders.RIGHT, source=tmp_path, expected=model).found
     # The model has no chat template.
     assert [name for name, outcome in found.items() if outcome != "passed"] == [
-        "test_the_chat_template_is_jinja"
+        "test_the_chat_template_is_valid_jinja"
     ]
 
 
@@ -135,11 +215,11 @@ def test_a_loader_that_reads_its_files_wrong_is_found(tmp_path: Path) -> None:
     model = make_model("grouped", rope=RopeConfig(theta=5e5))
     loaders.write(model, tmp_path)
     given = {"source": tmp_path, "expected": model}
-    test = full_name(SUITE, "the_files_give_what_they_were_made_of")
+    test = full_name(SUITE, "the_loaded_model_matches_the_expected_one")
     faults = [
         Fault("loses the RoPE", loaders.LosesTheRope(), test, given, "configuration"),
         Fault("has another epsilon", Configured(norm_eps=1e-6), test, given, "configuration"),
-        Fault("widens", Through(loaders.Widens), test, given, "must have the values"),
+        Fault("widens", Through(loaders.Widens), test, given, "must equal that of"),
     ]
     assert missed(SUITE, faults) == []
 
@@ -148,5 +228,5 @@ def test_a_loader_without_a_sample_is_hardly_tested() -> None:
     class Bare(loaders.Loader):
         write_sample = None  # type: ignore[assignment]
 
-    test = full_name(SUITE, "can_load_is_true")
+    test = full_name(SUITE, "can_load_is_true_for_its_source")
     assert run(SUITE, Bare(), [test]).found == {test: "skipped"}

@@ -286,41 +286,101 @@ THE_ONE = Journal()
 
 # name, plugin or the class of its observers, test that fails, words of the failure
 _FAULTS: list[tuple[str, Any, str, str]] = [
-    ("listens to nothing", Deaf, "it_listens_to_events", "must implement one of"),
-    ("misspells an event", Misspelt, "it_listens_to_events", "did you mean 'on_step'"),
-    ("misnames an argument", Misnames, "it_listens_to_events", "'step'"),
-    ("is one for all", Observers(lambda: THE_ONE), "each_engine_gets", "an object each time"),
-    ("has one list for all", OneListForAll, "each_engine_gets", r"OneListForAll\.all_lines"),
-    ("has one list a module", OneListForTheModule, "each_engine_gets", r"STEPS"),
-    ("clamps tensors", Clamps, "tensors_are_not_written_to", "must not write"),
-    ("changes what is generated", Clamps, "a_generation_is_the_same", "must be the same"),
-    ("keeps tensors", Keeps, "tensors_are_not_kept", "must copy"),
-    ("keeps views of tensors", KeepsRows, "tensors_are_not_kept", "must copy"),
-    ("keeps arrays of tensors", KeepsArrays, "tensors_are_not_kept", "must copy"),
-    ("raises when it is full", Refuses, "a_generation_is_the_same", "the journal is full"),
-    ("knows one model", KnowsOneModel, "it_takes_the_events_of_two_models", "AssertionError"),
+    (
+        "listens to nothing",
+        Deaf,
+        "its_hooks_match_the_specs_of_the_events",
+        "must implement at least one of",
+    ),
+    (
+        "misspells an event",
+        Misspelt,
+        "its_hooks_match_the_specs_of_the_events",
+        "did you mean 'on_step'",
+    ),
+    ("misnames an argument", Misnames, "its_hooks_match_the_specs_of_the_events", "'step'"),
+    (
+        "is one for all",
+        Observers(lambda: THE_ONE),
+        "each_engine_gets_its_own_observer",
+        "a new object for each engine",
+    ),
+    (
+        "has one list for all",
+        OneListForAll,
+        "each_engine_gets_its_own_observer",
+        r"OneListForAll\.all_lines",
+    ),
+    ("has one list a module", OneListForTheModule, "each_engine_gets_its_own_observer", r"STEPS"),
+    ("clamps tensors", Clamps, "tensors_are_not_changed", "must not write"),
+    (
+        "changes what is generated",
+        Clamps,
+        "results_are_the_same_with_and_without_it",
+        "must be the same",
+    ),
+    ("keeps tensors", Keeps, "tensors_are_not_kept_after_the_event", "must copy"),
+    ("keeps views of tensors", KeepsRows, "tensors_are_not_kept_after_the_event", "must copy"),
+    ("keeps arrays of tensors", KeepsArrays, "tensors_are_not_kept_after_the_event", "must copy"),
+    (
+        "raises when it is full",
+        Refuses,
+        "results_are_the_same_with_and_without_it",
+        "the journal is full",
+    ),
+    ("knows one model", KnowsOneModel, "it_handles_events_of_two_models_at_once", "AssertionError"),
     (
         "names files after models",
         NamesFilesAfterModels,
-        "it_takes_the_events_of_two_models",
+        "it_handles_events_of_two_models_at_once",
         "FileNotFoundError",
     ),
-    ("cannot take bfloat16", ToNumpy, "it_takes_tensors_of_every", "bfloat16"),
-    ("cannot take what is empty", TakesTheLargest, "it_takes_tensors_of_every", "no elements"),
-    ("cannot take infinity", Rounds, "it_takes_tensors_of_every", "not finite"),
-    ("wants contiguous memory", Flattens, "it_takes_tensors_of_every", "not contiguous"),
-    ("divides by time", DividesByTime, "it_takes_events_at_their", "ZeroDivisionError"),
-    ("divides by bytes", DividesByBytes, "it_takes_events_at_their", "empty checkpoint"),
-    ("writes ASCII", WritesAscii, "it_takes_events_at_their", "text beyond ASCII"),
+    ("cannot take bfloat16", ToNumpy, "it_handles_tensors_of_every_dtype_and_shape", "bfloat16"),
+    (
+        "cannot take what is empty",
+        TakesTheLargest,
+        "it_handles_tensors_of_every_dtype_and_shape",
+        "no elements",
+    ),
+    ("cannot take infinity", Rounds, "it_handles_tensors_of_every_dtype_and_shape", "not finite"),
+    (
+        "wants contiguous memory",
+        Flattens,
+        "it_handles_tensors_of_every_dtype_and_shape",
+        "not contiguous",
+    ),
+    (
+        "divides by time",
+        DividesByTime,
+        "it_handles_events_with_extreme_values",
+        "ZeroDivisionError",
+    ),
+    (
+        "divides by bytes",
+        DividesByBytes,
+        "it_handles_events_with_extreme_values",
+        "empty checkpoint",
+    ),
+    ("writes ASCII", WritesAscii, "it_handles_events_with_extreme_values", "text beyond ASCII"),
     ("sums up nothing", SumsUp, "an_engine_that_did_nothing", "ZeroDivisionError"),
     ("expects a model", ExpectsAModel, "an_engine_whose_model_did_not", "AttributeError"),
     ("never closes its file", NeverCloses, "it_leaves_no_file_open", "journal.txt stayed open"),
-    ("has one file for all", OneFile, "two_engines_may_run_in_turns", "closed file"),
-    ("sets torch's threads", Threads, "generating_with_it_leaves", "number of threads"),
-    ("draws from torch", Samples, "generating_with_it_leaves", "torch's random state"),
-    ("works on in a thread", Works, "making_one_leaves", "running threads"),
-    ("catches signals", CatchesSignals, "making_one_leaves", "signal handlers"),
-    ("sets the environment", SetsTheEnvironment, "making_one_leaves", "variables JOURNAL"),
+    ("has one file for all", OneFile, "two_engines_may_take_turns", "closed file"),
+    ("sets torch's threads", Threads, "generating_with_it_leaves_the_process", "number of threads"),
+    ("draws from torch", Samples, "generating_with_it_leaves_the_process", "torch's random state"),
+    ("works on in a thread", Works, "creating_one_leaves_the_process_unchanged", "running threads"),
+    (
+        "catches signals",
+        CatchesSignals,
+        "creating_one_leaves_the_process_unchanged",
+        "signal handlers",
+    ),
+    (
+        "sets the environment",
+        SetsTheEnvironment,
+        "creating_one_leaves_the_process_unchanged",
+        "variables JOURNAL",
+    ),
 ]
 
 FAULTS = [
@@ -352,7 +412,7 @@ def test_a_right_observer_passes() -> None:
     found = run(SUITE, Observers(Journal)).found
     # It is of no module that a fresh process could import.
     assert [name for name, outcome in found.items() if outcome != "passed"] == [
-        "test_importing_it_leaves_the_process_as_it_was"
+        "test_importing_it_leaves_the_process_unchanged"
     ]
 
 
@@ -384,7 +444,7 @@ def test_modules_whose_import_does_something_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    test = full_name(SUITE, "importing_it_leaves_the_process_as_it_was")
+    test = full_name(SUITE, "importing_it_leaves_the_process_unchanged")
     faults = []
     for i, (what, (code, said)) in enumerate(IMPORTING.items()):
         path = tmp_path / f"acme_watcher_{i}.py"

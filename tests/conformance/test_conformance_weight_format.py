@@ -388,54 +388,99 @@ class FailsWithoutFiles(Raw):
 
 # name, plugin or the class of its sources, test that fails, words of the failure
 _FAULTS: list[tuple[str, Any, str, str]] = [
-    ("reads all while it opens", Eager, "weights_are_not_read_before", "4 of 4 tensors"),
-    ("reads one while it opens", EagerForOne, "weights_are_not_read_before", "1 of 4 tensors"),
+    ("reads all while it opens", Eager, "weights_are_not_read_before_get", "4 of 4 tensors"),
+    ("reads one while it opens", EagerForOne, "weights_are_not_read_before_get", "1 of 4 tensors"),
     ("reads the file to check it", ReadsTheFileToCheckIt, "opening_reads_headers", "headers only"),
-    ("shares a file position", SharesAPosition, "threads_read_what", "share a file position"),
+    (
+        "shares a file position",
+        SharesAPosition,
+        "several_threads_read_the_same_as_one",
+        "share a file position",
+    ),
     ("stays open", StaysOpen, "closing_closes_the_files", "stayed open"),
-    ("wipes what it gave", WipesWhatItGave, "tensors_stay_valid", "must outlive close"),
-    ("hands out one buffer", OneBuffer, "tensors_stay_valid", "must outlive close"),
-    ("reads in turn", ReadsInTurn, "reading_a_tensor_twice", "in any order"),
+    ("wipes what it gave", WipesWhatItGave, "tensors_stay_valid", "must stay valid after close"),
+    ("hands out one buffer", OneBuffer, "tensors_stay_valid", "must stay valid after close"),
+    ("reads in turn", ReadsInTurn, "reading_a_tensor_twice_gives_the_same_values", "in any order"),
     (
         "answers an unknown name with ModelError",
         NoSuchTensorIsAModelError,
-        "an_unknown_name_is_a_key_error",
+        "an_unknown_name_raises_key_error",
         "must raise KeyError",
     ),
     (
         "answers an unknown name with nothing",
         NoSuchTensorIsEmpty,
-        "an_unknown_name_is_a_key_error",
+        "an_unknown_name_raises_key_error",
         "must raise KeyError",
     ),
-    ("counts elements for bytes", CountsElements, "info_says_of_each_tensor", "nbytes"),
-    ("names dtypes as torch does", SaysTorch, "info_says_of_each_tensor", r"torch\.float32"),
+    (
+        "counts elements for bytes",
+        CountsElements,
+        "info_matches_the_tensors_that_get_returns",
+        "nbytes",
+    ),
+    (
+        "names dtypes as torch does",
+        SaysTorch,
+        "info_matches_the_tensors_that_get_returns",
+        r"torch\.float32",
+    ),
     (
         "gives shapes that are no tuples",
         ShapesAreLists,
-        "info_says_of_each_tensor",
-        "must say the shape",
+        "info_matches_the_tensors_that_get_returns",
+        "must give the shape",
     ),
-    ("gives its names once", NamesRunOut, "info_says_of_each_tensor", "len()"),
+    ("gives its names once", NamesRunOut, "info_matches_the_tensors_that_get_returns", "len()"),
     ("names no place", SaysNoPlace, "the_location_names_the_file", "must be the path"),
-    ("widens to float32", Widens, "every_bit_is_read_as_it_was_written[bfloat16]", "bfloat16"),
-    ("repairs NaN", RepairsNaN, "every_bit_is_read_as_it_was_written[float32]", "every bit"),
-    ("loses -0", LosesMinusZero, "every_bit_is_read_as_it_was_written[float16]", "every bit"),
+    ("widens to float32", Widens, "tensors_are_read_bit_for_bit[bfloat16]", "bfloat16"),
+    ("repairs NaN", RepairsNaN, "tensors_are_read_bit_for_bit[float32]", "bit for bit"),
+    ("loses -0", LosesMinusZero, "tensors_are_read_bit_for_bit[float16]", "bit for bit"),
     ("gives scalars an axis", ScalarsGetAnAxis, "tensors_of_any_shape[scalars]", r"\(1,\)"),
     ("has no empty tensors", RefusesNothing, "tensors_of_any_shape[empty tensors]", "ValueError"),
-    ("pads with zeros", PadsWithZeros, "a_file_that_is_cut[in half]", "other tensors"),
-    ("fails as Python does", FailsAsPythonDoes, "a_file_that_is_cut[to nothing]", "JSONDecode"),
-    ("says it at length", FailsAtLength, "a_file_that_is_cut[in half]", "one line"),
-    ("takes text for weights", FailsAsPythonDoes, "a_file_of_other_bytes", "UnicodeDecode|JSON"),
-    ("believes its header", BelievesItsHeader, "a_changed_byte_raises", "AttributeError|TypeError"),
-    ("fails where no file is", FailsWithoutFiles(), "a_file_that_is_not_there", "FileNotFound"),
+    (
+        "pads with zeros",
+        PadsWithZeros,
+        "a_truncated_file_raises_model_error[to half its size]",
+        "different tensors",
+    ),
+    (
+        "fails as Python does",
+        FailsAsPythonDoes,
+        "a_truncated_file_raises_model_error[to 0 bytes]",
+        "JSONDecode",
+    ),
+    (
+        "says it at length",
+        FailsAtLength,
+        "a_truncated_file_raises_model_error[to half its size]",
+        "one line",
+    ),
+    (
+        "takes text for weights",
+        FailsAsPythonDoes,
+        "a_file_with_other_content_raises_model_error",
+        "UnicodeDecode|JSON",
+    ),
+    (
+        "believes its header",
+        BelievesItsHeader,
+        "a_changed_byte_raises_only_model_error",
+        "AttributeError|TypeError",
+    ),
+    (
+        "fails where no file is",
+        FailsWithoutFiles(),
+        "a_missing_file_raises_model_error",
+        "FileNotFound",
+    ),
     (
         "fails where no directory is",
         FailsWithoutFiles(),
-        "a_directory_without_weights",
+        "a_directory_without_weights_raises_model",
         "FileNotFound",
     ),
-    ("writes an index", WritesAnIndex, "opening_and_reading_change_no_file", "weights.index"),
+    ("writes an index", WritesAnIndex, "opening_and_reading_do_not_change_files", "weights.index"),
     (
         "sets the default dtype",
         SetsTheDefaultDtype,
@@ -445,9 +490,19 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ("draws from torch", SeedsTorch, "opening_and_reading_leave_the_process", "random state"),
     ("has one file for all", OneFileForAll, "closing_one_source_leaves_another", "closed file"),
     ("looks inside", LooksInside(), "can_open_looks_at_names_only", "names only"),
-    ("opens anything", OpensAnything(), "can_open_is_false_of_other", "an empty directory"),
+    (
+        "opens anything",
+        OpensAnything(),
+        "can_open_is_false_for_other_directories",
+        "an empty directory",
+    ),
     ("opens nothing that has more", OpensNothingElse(), "can_open_finds_its_own", "other files"),
-    ("asks only directories", NeedsADirectory(), "can_open_is_false_of_other", "FileNotFound"),
+    (
+        "asks only directories",
+        NeedsADirectory(),
+        "can_open_is_false_for_other_directories",
+        "FileNotFound",
+    ),
     ("answers with files", AnswersWithFiles(), "can_open_finds_its_own", "True or False"),
 ]
 
@@ -471,7 +526,7 @@ def test_a_right_format_passes() -> None:
     found = run(SUITE, Raw()).found
     # It is of no module that a fresh process could import.
     assert [name for name, outcome in found.items() if outcome != "passed"] == [
-        "test_importing_it_leaves_the_process_as_it_was"
+        "test_importing_it_leaves_the_process_unchanged"
     ]
 
 
@@ -490,7 +545,7 @@ def test_what_a_format_does_not_have_is_left_out() -> None:
     tests = [
         full_name(SUITE, name)
         for name in (
-            "every_bit_is_read_as_it_was_written[bfloat16]",
+            "tensors_are_read_bit_for_bit[bfloat16]",
             "tensors_of_any_shape[scalars]",
             "can_open_finds_its_own",
         )

@@ -12,7 +12,7 @@ from tilewright_testing.kv_allocator import AllocatorMachine
 from tilewright_testing.kv_allocator import small_spec as spec
 
 
-def test_random_calls_agree_with_a_dictionary():
+def test_random_calls_agree_with_a_reference_model():
     def make(total_pages, **changes):
         changes = {"num_kv_heads": 2, "head_dim": 1} | changes
         return KvCacheManager(spec(**changes), total_pages)

@@ -9,10 +9,10 @@ A suite is a pytest class. Subclass the one for your plugin's kind and name the 
     class TestTopA(SamplerSuite):
         @pytest.fixture
         def plugin(self):
-            return acme_top_a  # what the entry point names, or an installed plugin's name
+            return acme_top_a  # the entry point's object, or an installed plugin's name
 
         @pytest.fixture
-        def options(self):  # if not the defaults
+        def options(self):  # only where the defaults do not suffice
             return {"a": 0.3}
 
 ``tilewright plugins verify NAME`` runs the same suites on installed plugins. They need

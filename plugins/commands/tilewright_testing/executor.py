@@ -1,7 +1,7 @@
-"""What every executor must do: ``ExecutorSuite``.
+"""The conformance suite of executors.
 
-Its results are judged against the executor ``torch``: in float32 that is the truth, and in the
-candidate's dtype it shows what rounding costs (``tilewright_compare.judge``).
+Results are judged against the executor ``torch``: in float32 it is the truth, and in the
+candidate's dtype it shows the error of rounding (``tilewright_compare.judge``).
 """
 
 from collections import defaultdict
@@ -74,7 +74,7 @@ MODELS: dict[str, ModelConfig] = {
         rope=RopeConfig(kind="dynamic", factor=3.0),
         max_position_embeddings=256,
     ),
-    # Sizes for tiled kernels, which may be all that an executor runs.
+    # Sizes for tiled kernels: some executors run no others.
     "in-16s": evolve(CONFIGS["qk-norm"], head_dim=32, hidden_size=96, intermediate_size=160),
     "in-16s-tied-gqa-5": evolve(
         CONFIGS["qk-norm-tied-gqa-5"], head_dim=32, hidden_size=64, intermediate_size=96
@@ -88,7 +88,7 @@ MODELS: dict[str, ModelConfig] = {
         vocab_size=256,
     ),
 }
-"""Shapes that differ where executors go wrong. Those that an executor refuses are left out."""
+"""Shapes that differ where executors go wrong. Shapes that an executor refuses are left out."""
 
 PAGE_SIZES = (4, 16, 32, 64, 128, None)
 """The first size that an executor accepts is tested; None: the executor chooses."""
@@ -99,12 +99,12 @@ MAX_BATCH_SIZE = 6
 NAN = float("nan")
 
 
-# --- what is run ----------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 @frozen(kw_only=True, eq=False)
 class Case:
-    """A model that the executor runs, and how."""
+    """A model that the executor runs, and its settings."""
 
     name: str
     model: Model = field(repr=False)
@@ -267,8 +267,8 @@ class Trio:
     def judge(self, phase: Phase, name: str, ours: Tensor, near: Tensor, true: Tensor) -> None:
         __tracebackhide__ = True
         assert ours.shape == true.shape, (
-            f"{self.case}, {phase} step {self.step_number}: the shape of {name} is "
-            f"{list(ours.shape)}, expected {list(true.shape)}"
+            f"{self.case}, {phase} step {self.step_number}: {name} must have the shape "
+            f"{list(true.shape)}, found {list(ours.shape)}"
         )
         if not true.numel() or same_bits(ours, near):
             return
@@ -289,14 +289,14 @@ class Tried:
 
     cases: list[Case]
     changed: list[str]
-    """What that changed in the process; recorded since some things change only the first time."""
+    """Process state that this changed; recorded since some changes happen only the first time."""
 
 
 _TRIED = pytest.StashKey[dict[str, Tried]]()
 
 
 class ExecutorSuite(PluginSuite):
-    """Tests of what ``create_executor`` and ``tilewright.types.Executor`` state.
+    """Checks one executor against ``create_executor`` and ``tilewright.types.Executor``.
 
     Fixtures that may be given: ``models`` and ``dtypes``, of which the executor must run at least
     one, and ``unsupported_device``.
@@ -324,7 +324,7 @@ class ExecutorSuite(PluginSuite):
 
     @pytest.fixture
     def unsupported_device(self) -> str | None:
-        """A device that the executor must refuse; None when it takes any name."""
+        """A device that the executor must refuse; None when it accepts any name."""
         return "no-such-device"
 
     @pytest.fixture
@@ -354,12 +354,13 @@ class ExecutorSuite(PluginSuite):
 
     @pytest.fixture
     def cases(self, tried: Tried) -> list[Case]:
-        """What the executor runs: all models in the first dtype that it accepts, two in others."""
+        """Cases that the executor runs: all models in the first dtype that it accepts, two in
+        others."""
         return tried.cases
 
     @pytest.fixture
     def case(self, cases: list[Case]) -> Case:
-        """The first one, where one is enough."""
+        """The first case, for tests that need only one."""
         return cases[0]
 
     @pytest.fixture
@@ -390,9 +391,11 @@ class ExecutorSuite(PluginSuite):
 
         return trio
 
-    # --- what it says of itself ------------------------------------------------------------------
+    # --- what it declares ------------------------------------------------------------------------
 
-    def test_it_declares_the_cache_that_it_needs(self, create: Make, cases: list[Case]) -> None:
+    def test_kv_cache_spec_matches_the_model_and_the_settings(
+        self, create: Make, cases: list[Case]
+    ) -> None:
         for case in cases:
             executor = create(case)
             spec, config = executor.kv_cache_spec, case.model.config
@@ -403,14 +406,21 @@ class ExecutorSuite(PluginSuite):
                 config.head_dim,
                 case.page_size,
                 case.runtime.kv_dtype,
-            ), f"{case}: kv_cache_spec differs from the model's shape or the runtime's settings"
-            assert spec.row_order in ("NHD", "HND"), f"row_order is {spec.row_order!r}"
+            ), (
+                f"{case}: kv_cache_spec must match the model's shape and the runtime settings, "
+                f"found {spec}"
+            )
+            assert spec.row_order in ("NHD", "HND"), (
+                f"row_order must be 'NHD' or 'HND', found {spec.row_order!r}"
+            )
             limit = spec.memory_limit
-            assert limit is None or limit >= 0, f"memory_limit is {limit}"
-            assert executor.kv_cache_spec == spec, "kv_cache_spec must stay as it is"
+            assert limit is None or limit >= 0, (
+                f"memory_limit must be None or at least 0, found {limit}"
+            )
+            assert executor.kv_cache_spec == spec, "kv_cache_spec must not change"
             executor.close()
 
-    def test_it_has_the_page_size_that_was_set(self, create: Make, case: Case) -> None:
+    def test_it_uses_the_requested_page_size(self, create: Make, case: Case) -> None:
         for size in filter(None, PAGE_SIZES):
             try:
                 executor = create(case, runtime_config=evolve(case.runtime, page_size=size))
@@ -418,35 +428,41 @@ class ExecutorSuite(PluginSuite):
                 continue
             found = executor.kv_cache_spec.page_size
             executor.close()
-            assert found == size, f"page_size = {size} was set, and the cache needs {found}"
+            assert found == size, f"page_size must be the requested {size}, found {found}"
 
     def test_it_names_its_device_and_chooses_a_page_size(self, create: Make, case: Case) -> None:
         executor = create(case, runtime_config=evolve(case.runtime, page_size=None))
         device, page_size = executor.device, executor.kv_cache_spec.page_size
         executor.close()
-        assert isinstance(device, str), f"device must be text, found {device!r}"
-        assert device.strip(), "device must name what computes, as results show it"
-        assert type(page_size) is int, f"page_size must be chosen, found {page_size!r}"
-        assert page_size >= 1, f"page_size must be chosen where None was set, found {page_size}"
+        assert isinstance(device, str), f"device must be a string, found {device!r}"
+        assert device.strip(), "device must name the device that computes: results show it"
+        assert type(page_size) is int, f"page_size must be an int, found {page_size!r}"
+        assert page_size >= 1, f"page_size must be at least 1, found {page_size}"
 
     def test_limits_are_positive_or_none(self, create: Make, case: Case) -> None:
         executor = create(case)
         limits = executor.limits
         for name in ("max_batch_size", "max_batch_tokens", "max_seq_len"):
             limit = getattr(limits, name)
-            assert limit is None or (type(limit) is int and limit >= 1), f"{name} = {limit!r}"
+            assert limit is None or (type(limit) is int and limit >= 1), (
+                f"limits.{name} must be None or a positive int, found {limit!r}"
+            )
         executor.close()
 
-    def test_reports_of_getting_ready_count_up(self, create: Make, case: Case) -> None:
+    def test_progress_reports_stay_within_their_total(self, create: Make, case: Case) -> None:
         said: list[tuple[str, int, int]] = []
         create(case, report=lambda what, done, total: said.append((what, done, total))).close()
         for what, done, total in said:
-            assert isinstance(what, str)
-            assert 0 <= done <= total, f"reported {done} of {total} done of {what}"
+            assert isinstance(what, str), f"report() must be given a description, found {what!r}"
+            assert 0 <= done <= total, (
+                f"report({what!r}, {done}, {total}) must have 0 <= done <= total"
+            )
 
-    # --- what it computes ------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------
 
-    def test_prompts_that_end_about_a_page_and_go_on(self, trio: Any, cases: list[Case]) -> None:
+    def test_prompts_that_end_near_a_page_boundary_are_correct(
+        self, trio: Any, cases: list[Case]
+    ) -> None:
         for case in cases:
             size = case.page_size
             prompts = case.tokens(size - 1, size, size + 1, 1, 2 * size + 3)
@@ -455,7 +471,7 @@ class ExecutorSuite(PluginSuite):
                 for step in range(2):
                     three.run({str(i): [9 + step + i] for i in range(len(prompts))})
 
-    def test_a_sequence_alone(self, trio: Any, cases: list[Case]) -> None:
+    def test_a_single_sequence_is_correct(self, trio: Any, cases: list[Case]) -> None:
         for case in cases:
             (prompt,) = case.tokens(case.page_size + 2)
             with trio(case) as three:
@@ -463,7 +479,7 @@ class ExecutorSuite(PluginSuite):
                 for token in range(3, 3 + min(case.page_size, 16)):
                     three.run({"a": [token]})
 
-    def test_a_prompt_in_chunks(self, trio: Any, cases: list[Case]) -> None:
+    def test_a_prompt_in_chunks_is_correct(self, trio: Any, cases: list[Case]) -> None:
         for case in cases:
             size = case.page_size
             (prompt,) = case.tokens(2 * size + 5)
@@ -472,7 +488,7 @@ class ExecutorSuite(PluginSuite):
                     three.run({"a": prompt[start:stop]})
                 three.run({"a": [7]})
 
-    def test_chunks_give_the_logits_of_the_whole(
+    def test_chunks_give_the_logits_of_the_whole_prompt(
         self, running: Callable[..., Running], trio: Any, case: Case
     ) -> None:
         (prompt,) = case.tokens(3 * case.page_size + 1)
@@ -485,7 +501,9 @@ class ExecutorSuite(PluginSuite):
             near, true = (r.run("prefill", batch) for r in (three.near, three.true))
             three.judge("prefill", "logits", torch.cat(parts), near, true)
 
-    def test_prompts_chunks_and_tokens_in_one_step(self, trio: Any, cases: list[Case]) -> None:
+    def test_prompts_chunks_and_decodes_may_share_a_step(
+        self, trio: Any, cases: list[Case]
+    ) -> None:
         for case in cases:
             size = case.page_size
             a, b, c = case.tokens(size + 2, size, 3)
@@ -496,7 +514,7 @@ class ExecutorSuite(PluginSuite):
                 three.run({"a": [8]})
                 three.run({"c": [9], "b": [10]})
 
-    def test_pages_in_any_order(self, trio: Any, cases: list[Case]) -> None:
+    def test_pages_may_be_in_any_order(self, trio: Any, cases: list[Case]) -> None:
         for case in cases:
             prompts = case.tokens(2 * case.page_size + 1, case.page_size + 3)
             with trio(case, shuffled=True) as three:
@@ -504,7 +522,7 @@ class ExecutorSuite(PluginSuite):
                 three.run({"b": [5], "a": [6]})
                 three.run({"b": prompts[0][:3]})
 
-    def test_pages_that_were_freed_serve_another_sequence(
+    def test_freed_pages_may_be_reused_by_another_sequence(
         self, trio: Any, cases: list[Case]
     ) -> None:
         for case in cases:
@@ -517,14 +535,14 @@ class ExecutorSuite(PluginSuite):
                 three.run({"comes": comes})
                 three.run({"stays": [5], "comes": [6]})
 
-    def test_prefill_of_one_token_each_is_as_decode(self, trio: Any, case: Case) -> None:
+    def test_prefill_may_run_one_token_per_sequence(self, trio: Any, case: Case) -> None:
         prompts = case.tokens(case.page_size, 3)
         with trio(case) as three:
             three.run({"a": prompts[0], "b": prompts[1]})
             three.run({"a": [5], "b": [6]}, phase="prefill")
             three.run({"a": [7], "b": [8]}, phase="decode")
 
-    def test_batches_as_large_as_its_limits(self, trio: Any, case: Case) -> None:
+    def test_batches_may_be_as_large_as_its_limits(self, trio: Any, case: Case) -> None:
         with trio(case) as three:
             limits = three.candidate.executor.limits
             batch_size = min(limits.max_batch_size or MAX_BATCH_SIZE, MAX_BATCH_SIZE)
@@ -540,7 +558,7 @@ class ExecutorSuite(PluginSuite):
             tokens = {str(i): [3 + i] for i in range(batch_size)}
             three.step("decode", three.sequences.batch(tokens))
 
-    def test_a_sequence_as_long_as_its_limit(self, trio: Any, case: Case) -> None:
+    def test_a_sequence_may_be_as_long_as_its_limit(self, trio: Any, case: Case) -> None:
         with trio(case) as three:
             longest = min(three.candidate.executor.limits.max_seq_len or MAX_SEQ_LEN, MAX_SEQ_LEN)
             (tokens,) = case.tokens(longest)
@@ -549,8 +567,8 @@ class ExecutorSuite(PluginSuite):
                 three.run({"a": tokens[start : min(start + chunk, longest - 1)]})
             three.run({"a": tokens[-1:]})
 
-    def test_layers_alone(self, trio: Any, cases: list[Case]) -> None:
-        """Where layers can be run alone, errors show that earlier layers would hide."""
+    def test_layers_run_alone_are_correct(self, trio: Any, cases: list[Case]) -> None:
+        """Layers that run alone show errors that a run of all layers would hide."""
         for case in cases:
             with trio(case) as three:
                 _layerwise(three.candidate)
@@ -576,7 +594,9 @@ class ExecutorSuite(PluginSuite):
                     hidden = outputs[1]
                 three.judge_cache("prefill", batch)
 
-    def test_logits_are_of_the_wanted_rows_and_float32(self, trio: Any, cases: list[Case]) -> None:
+    def test_logits_are_float32_and_of_the_requested_rows(
+        self, trio: Any, cases: list[Case]
+    ) -> None:
         for case in _one_a_dtype(cases):
             a, b = case.tokens(5, 4)
             with trio(case) as three:
@@ -592,11 +612,12 @@ class ExecutorSuite(PluginSuite):
                         vocab = case.model.config.vocab_size
                         expected = ((len(rows), vocab), torch.float32, "cpu")
                         assert found == expected, (
-                            f"{phase}: logits of rows {list(rows)} are {found}, not {expected}"
+                            f"{phase}: logits of rows {list(rows)} must be {expected}, found "
+                            f"{found}"
                         )
-                        assert not logits.requires_grad, "logits hold on to a gradient's graph"
+                        assert not logits.requires_grad, "logits must not require gradients"
 
-    def test_a_kv_cache_of_another_dtype(self, trio: Any, create: Make, case: Case) -> None:
+    def test_the_kv_cache_may_have_another_dtype(self, trio: Any, create: Make, case: Case) -> None:
         tried = 0
         for dtype in DTYPES:
             mixed = evolve(case, runtime=evolve(case.runtime, kv_dtype=dtype))
@@ -610,31 +631,41 @@ class ExecutorSuite(PluginSuite):
                 for tokens in ({"a": a, "b": b}, {"a": [5], "b": [6]}):
                     three.run(tokens)
         if not tried:
-            pytest.skip("its KV cache has the weights' dtype, and no other")
+            pytest.skip("the executor supports a KV cache only in the dtype of the weights")
 
     # --- packed weights --------------------------------------------------------------------------
 
-    def test_packed_weights_are_as_they_are_announced(
+    def test_packed_weights_match_their_declaration(
         self, implementation: Implementation, cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
             source = ReadTo(case.model.tensors)
             request = case.request(implementation.options, weights=source)
             first, again = (_packing(implementation, request) for _ in range(2))
-            assert type(first.version) is int, f"version is {first.version!r}, expected a number"
-            assert first.version >= 1, f"version is {first.version}, and counts from 1"
+            assert type(first.version) is int, (
+                f"PackedWeights.version must be an int, found {first.version!r}"
+            )
+            assert first.version >= 1, (
+                f"PackedWeights.version must be at least 1, found {first.version}"
+            )
             announced = [[(t.name, t.shape, t.dtype) for t in p.tensors] for p in (first, again)]
-            assert announced[0] == announced[1], "pack_weights announces other tensors each time"
+            assert announced[0] == announced[1], (
+                "pack_weights must declare the same tensors each time"
+            )
             names = [name for name, _, _ in announced[0]]
-            assert len(set(names)) == len(names), f"a packed weight comes twice: {names}"
-            assert not source.read, "pack_weights must read weights by the tensors' read alone"
+            assert len(set(names)) == len(names), f"a packed weight is declared twice: {names}"
+            assert not source.read, (
+                "pack_weights must not read weights before a tensor's read() is called"
+            )
             for tensor in _packing(implementation, request).tensors:
                 made = tensor.read()
                 found = (tuple(made.shape), dtype_name(made), made.device.type)
                 expected = (tuple(tensor.shape), tensor.dtype, "cpu")
-                assert found == expected, f"{tensor.name} is {found}, announced as {expected}"
+                assert found == expected, (
+                    f"packed weight {tensor.name} must be {expected}, as declared, found {found}"
+                )
 
-    def test_packed_weights_give_the_same_bits(
+    def test_packed_weights_give_identical_logits(
         self, implementation: Implementation, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
@@ -646,14 +677,16 @@ class ExecutorSuite(PluginSuite):
             for changed in ({}, {"weights": source, "packed": True}):
                 one = running(case, **changed)
                 found.append(_logits(one, Sequences(case.page_size, _pages(case)), *steps))
-            assert all(map(same_bits, *found)), "of packed weights come other logits"
+            assert all(map(same_bits, *found)), (
+                "packed weights must give the same logits, bit for bit, as the original weights"
+            )
             assert list(dict.fromkeys(source.read)) == list(tensors), (
-                "packed weights must be read in the order in which they are announced"
+                "packed weights must be read in the order in which they are declared"
             )
 
-    # --- what it leaves alone --------------------------------------------------------------------
+    # --- side effects ----------------------------------------------------------------------------
 
-    def test_a_step_writes_to_its_own_slots_and_to_no_other(
+    def test_a_step_writes_only_to_its_own_slots(
         self, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
@@ -678,12 +711,15 @@ class ExecutorSuite(PluginSuite):
                     changed = _bits_differ(old, new).flatten(0, 1).flatten(1).any(1)
                     foreign = (changed & ~own).nonzero().flatten().tolist()
                     assert not foreign, (
-                        f"{phase} wrote a {what} to slots {foreign[:9]}, which are not the step's"
+                        f"{phase} must write only to the slots of its step, but wrote a {what} to "
+                        f"slots {foreign[:9]}"
                     )
                     filled = new.flatten(0, 1)[own].isfinite().all()
-                    assert filled, f"{phase} left out a {what} in one of the step's slots"
+                    assert filled, (
+                        f"{phase} must write to all slots of its step, but did not write a {what}"
+                    )
 
-    def test_what_other_slots_hold_changes_nothing(
+    def test_the_content_of_other_slots_does_not_matter(
         self, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
@@ -698,8 +734,8 @@ class ExecutorSuite(PluginSuite):
                 )
             for what, logits in zip(("10000", "NaN"), found[1:], strict=True):
                 assert all(map(torch.equal, found[0], logits)), (
-                    f"{case}: where slots of no token of the step's sequences hold {what} and not "
-                    "0, the logits differ: a key or value was read that is not theirs"
+                    f"{case}: the logits change when slots of other sequences hold {what} instead "
+                    "of 0: a step must read only keys and values of its own sequences"
                 )
 
     def test_the_batch_is_not_changed(self, running: Callable[..., Running], case: Case) -> None:
@@ -709,9 +745,11 @@ class ExecutorSuite(PluginSuite):
             kept = copied(batch)
             (one.executor.prefill if phase == "prefill" else one.executor.decode)(batch)
             for name, tensor in tensors(kept).items():
-                assert same_bits(tensor, getattr(batch, name)), f"{phase} changed batch.{name}"
+                assert same_bits(tensor, getattr(batch, name)), (
+                    f"{phase} must not change its batch, but changed batch.{name}"
+                )
 
-    def test_weights_are_left_as_they_were(self, create: Make, case: Case) -> None:
+    def test_weights_are_not_changed(self, create: Make, case: Case) -> None:
         kept = {name: tensor.clone() for name, tensor in case.model.tensors.items()}
         one, sequences = (
             Running(create(case), _pages(case)),
@@ -720,20 +758,27 @@ class ExecutorSuite(PluginSuite):
         _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
         one.executor.close()
         changed = [n for n, t in case.model.tensors.items() if not same_bits(t, kept[n])]
-        assert not changed, f"weights of the source were written to: {changed}"
+        assert not changed, (
+            f"an executor must not write to the source's weights, but changed {changed}"
+        )
 
-    def test_the_source_may_be_closed_once_it_is_made(
+    def test_weights_may_be_closed_once_the_executor_is_created(
         self, running: Callable[..., Running], case: Case
     ) -> None:
         source = case.model.source()
         one, sequences = running(case, weights=source), Sequences(case.page_size, _pages(case))
         source.close()
         logits = _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
-        assert all(t.isfinite().all() for t in logits), "without the source, logits are not finite"
+        assert all(t.isfinite().all() for t in logits), (
+            "logits must stay finite after the weights' source is closed"
+        )
 
-    def test_the_process_is_left_as_it_was(self, tried: Tried, create: Make, case: Case) -> None:
+    def test_the_process_is_left_unchanged(self, tried: Tried, create: Make, case: Case) -> None:
         changed = "; ".join(tried.changed)
-        assert not changed, f"making and closing an executor changed {changed}"
+        assert not changed, (
+            f"creating and closing an executor must not change the process's state, but changed "
+            f"{changed}"
+        )
         sequences = Sequences(case.page_size, _pages(case))
         with left_alone("an executor"):
             executor = create(case)
@@ -745,7 +790,7 @@ class ExecutorSuite(PluginSuite):
 
     # --- taps ------------------------------------------------------------------------------------
 
-    def test_taps_hold_what_their_names_say(self, trio: Any, cases: list[Case]) -> None:
+    def test_taps_hold_the_tensors_that_they_name(self, trio: Any, cases: list[Case]) -> None:
         for case in cases:
             a, b = case.tokens(9, 4)
             with trio(case) as three:
@@ -753,7 +798,7 @@ class ExecutorSuite(PluginSuite):
                 for phase, batch in three.candidate.steps(three.sequences, *steps):
                     three.step(phase, batch, taps=True)
 
-    def test_taps_are_those_of_the_docs(self, trio: Any, cases: list[Case]) -> None:
+    def test_taps_match_the_documentation(self, trio: Any, cases: list[Case]) -> None:
         for case in cases:
             a, b = case.tokens(5, 4)
             with trio(case) as three:
@@ -762,23 +807,27 @@ class ExecutorSuite(PluginSuite):
                     batch = evolve(whole, logits_rows=whole.logits_rows[-1:])
                     ours, theirs = (_tapped(r, phase, batch) for r in (three.candidate, three.near))
                     names = [name for name, _ in ours]
-                    assert len(set(names)) == len(names), f"{phase}: a name came twice: {names}"
+                    assert len(set(names)) == len(names), (
+                        f"{phase}: the tap was called twice for a name: {names}"
+                    )
                     known = dict(theirs)
                     unknown = [n for n in names if n not in known]
                     assert not unknown, (
-                        f"{phase}: taps that docs/tensors.md does not name: {unknown}"
+                        f"{phase}: tap names must be those of docs/tensors.md, found {unknown}"
                     )
                     for name, (shape, dtype) in ours:
                         assert (shape, dtype) == known[name], (
-                            f"{phase}: tap {name!r} is {shape} {dtype}, where docs/tensors.md "
-                            f"says {known[name]}"
+                            f"{phase}: tap {name!r} must be {known[name]}, as docs/tensors.md "
+                            f"says, found {(shape, dtype)}"
                         )
                     order = [n for n in known if n in names]
                     assert names == order, (
                         f"{phase}: taps must come in the order of docs/tensors.md"
                     )
 
-    def test_a_tap_changes_no_bit(self, running: Callable[..., Running], case: Case) -> None:
+    def test_a_tap_does_not_change_the_results(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
         plain, tapped = running(case), running(case)
         a, b = case.tokens(case.page_size + 1, 3)
         steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
@@ -787,24 +836,31 @@ class ExecutorSuite(PluginSuite):
         for one, tap in ((plain, None), (tapped, recorder(seen))):
             sequences = Sequences(case.page_size, _pages(case))
             logits.append(_logits(one, sequences, *steps, tap=tap))
-        assert all(map(same_bits, *logits)), "with a tap, other logits came of a step"
+        assert all(map(same_bits, *logits)), "a tap must not change the logits"
         assert all(map(same_bits, plain.snapshot(), tapped.snapshot())), (
-            "with a tap, other keys or values were written"
+            "a tap must not change the keys and values that are written"
         )
         if "logits" in seen:
-            assert same_bits(seen["logits"], logits[1][-1]), "tap 'logits' is what a step returns"
+            assert same_bits(seen["logits"], logits[1][-1]), (
+                "tap 'logits' must hold the logits that the step returns"
+            )
 
-    def test_a_tap_is_for_its_step_alone(self, running: Callable[..., Running], case: Case) -> None:
+    def test_a_tap_is_called_only_in_its_own_step(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
         one, sequences = running(case), Sequences(case.page_size, _pages(case))
         seen: Seen = {}
         _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]}, tap=recorder(seen))
         seen.clear()
         _logits(one, sequences, {"a": [4]}, {"a": case.tokens(4)[0]})
-        assert not seen, "a tap was called in a step that was run without one"
+        assert not seen, (
+            f"a step without a tap must not call the tap of an earlier step, but called it for "
+            f"{sorted(seen)}"
+        )
 
-    # --- again, and side by side -----------------------------------------------------------------
+    # --- repetition, and several executors -------------------------------------------------------
 
-    def test_the_same_step_twice_gives_the_same_bits(
+    def test_a_repeated_step_gives_identical_results(
         self, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
@@ -814,12 +870,14 @@ class ExecutorSuite(PluginSuite):
             for phase, batch in one.steps(sequences, *steps):
                 first, cache = one.run(phase, batch).clone(), one.snapshot()
                 again = one.run(phase, batch)
-                assert same_bits(first, again), f"{phase}: the same step gave other logits"
+                assert same_bits(first, again), (
+                    f"{phase}: a repeated step must give identical logits"
+                )
                 assert all(map(same_bits, cache, one.snapshot())), (
-                    f"{phase}: the same step wrote other keys or values"
+                    f"{phase}: a repeated step must write identical keys and values"
                 )
 
-    def test_nothing_is_kept_from_step_to_step(
+    def test_no_state_is_kept_between_steps(
         self, running: Callable[..., Running], case: Case
     ) -> None:
         one, sequences = running(case), Sequences(case.page_size, _pages(case))
@@ -828,10 +886,10 @@ class ExecutorSuite(PluginSuite):
         expected = one.run(phase, first).clone()
         _logits(one, sequences, {"b": b, "c": c}, {"c": [3], "b": [4]})
         assert same_bits(one.run(phase, first), expected), (
-            "other steps in between changed what a step gives"
+            "a step must give the same logits when it is repeated after other steps"
         )
 
-    def test_two_side_by_side_are_independent(
+    def test_two_executors_are_independent(
         self, running: Callable[..., Running], trio: Any, case: Case
     ) -> None:
         steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}, {"a": [4, 5]}]
@@ -848,12 +906,12 @@ class ExecutorSuite(PluginSuite):
                     logits += [three.step(phase, batch).clone() for phase, batch in made]
             for before, after in zip(alone, found, strict=True):
                 assert all(map(same_bits, before, after)), (
-                    "another executor that is made and run in the same process changes the logits"
+                    "another executor in the same process must not change the logits"
                 )
             theirs.candidate.executor.close()
             mine.run({"a": [6]})
 
-    def test_it_is_closed_twice_and_made_again(
+    def test_it_may_be_closed_twice_and_created_again(
         self, running: Callable[..., Running], case: Case
     ) -> None:
         steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}]
@@ -863,9 +921,13 @@ class ExecutorSuite(PluginSuite):
             found.append(_logits(one, Sequences(case.page_size, _pages(case)), *steps))
             one.executor.close()
             one.executor.close()
-        assert all(map(same_bits, *found)), "closed and made again, it gives other logits"
+        assert all(map(same_bits, *found)), (
+            "an executor that is created again must give identical logits"
+        )
 
-    def test_a_closed_one_says_so(self, running: Callable[..., Running], case: Case) -> None:
+    def test_a_closed_executor_raises_executor_error(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
         one, sequences = running(case), Sequences(case.page_size, _pages(case))
         _logits(one, sequences, {"a": case.tokens(5)[0]})
         one.executor.close()
@@ -879,23 +941,23 @@ class ExecutorSuite(PluginSuite):
             else:
                 pytest.fail(f"{phase} of a closed executor must raise ExecutorError", pytrace=False)
 
-    # --- what it refuses -------------------------------------------------------------------------
+    # --- invalid requests ------------------------------------------------------------------------
 
-    def test_a_device_that_is_none_is_refused(
+    def test_an_unknown_device_is_refused(
         self, create: Make, case: Case, unsupported_device: str | None
     ) -> None:
         if unsupported_device is None:
-            pytest.skip("the executor takes any name of a device")
+            pytest.skip("the executor accepts any device name")
         runtime = evolve(case.runtime, device=unsupported_device)
         _check_refused(create, case, f"device {unsupported_device!r}", runtime_config=runtime)
 
-    def test_a_shape_that_is_none_is_refused(self, create: Make, case: Case) -> None:
+    def test_an_invalid_model_shape_is_refused(self, create: Make, case: Case) -> None:
         for changed in ({"num_heads": 4, "num_kv_heads": 3}, {"head_dim": 7}):
             model = make_model(case.model.config, **changed)
             odd = evolve(case, model=model)
             _check_refused(create, odd, f"a model with {changed}", model_config=model.config)
 
-    def test_what_it_cannot_run_is_refused_before_a_weight_is_read(
+    def test_unsupported_models_are_refused_before_weights_are_read(
         self,
         create: Make,
         cases: list[Case],
@@ -914,12 +976,13 @@ class ExecutorSuite(PluginSuite):
                 except ExecutorError as refused:
                     _check_message(refused)
                     assert not source.read, (
-                        f"{case} was refused after {len(source.read)} of its weights were read"
+                        f"{case} must be refused before weights are read, but {len(source.read)} "
+                        "were read"
                     )
 
     # --- layer by layer --------------------------------------------------------------------------
 
-    def test_a_step_is_its_embedding_its_layers_and_its_head(
+    def test_embedding_layers_and_head_give_the_logits_of_a_step(
         self, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
@@ -935,7 +998,7 @@ class ExecutorSuite(PluginSuite):
                 for layer in range(len(parts.layers)):
                     kept = hidden.clone()
                     out = parts.executor.run_layer(layer, hidden, batch)
-                    assert same_bits(hidden, kept), "run_layer changed its input"
+                    assert same_bits(hidden, kept), "run_layer must not change its input"
                     hidden = out
                 assert (hidden.device.type, tuple(hidden.shape)) == (
                     "cpu",
@@ -943,13 +1006,14 @@ class ExecutorSuite(PluginSuite):
                 )
                 wanted = hidden[batch.logits_rows]
                 assert same_bits(parts.executor.run_head(wanted), logits), (
-                    f"{phase}: embed, run_layer of each layer and run_head give other logits"
+                    f"{phase}: embed, run_layer of each layer and run_head must give the logits of "
+                    "the whole step"
                 )
                 assert all(map(same_bits, whole.snapshot(), parts.snapshot())), (
-                    f"{phase}: run_layer wrote other keys or values than the step"
+                    f"{phase}: run_layer must write the keys and values of the whole step"
                 )
 
-    def test_a_layers_cache_is_read_and_replaced(
+    def test_a_layers_cache_can_be_read_and_replaced(
         self, running: Callable[..., Running], case: Case
     ) -> None:
         one, sequences = running(case), Sequences(case.page_size, _pages(case))
@@ -963,13 +1027,17 @@ class ExecutorSuite(PluginSuite):
         )
         one.executor.write_kv(last, new)
         found = one.executor.read_kv(last)
-        assert same_bits(found.key, new.key), "read_kv gives other keys than write_kv was given"
-        assert same_bits(found.value, new.value), "read_kv gives other values than were written"
+        assert same_bits(found.key, new.key), "read_kv must return the keys that write_kv wrote"
+        assert same_bits(found.value, new.value), (
+            "read_kv must return the values that write_kv wrote"
+        )
         if isinstance(one.layers[last].key, Tensor):
-            assert same_bits(one.layers[last].key.cpu(), new.key), "write_kv left the cache alone"
+            assert same_bits(one.layers[last].key.cpu(), new.key), (
+                "write_kv must write to the KV cache that the executor is bound to"
+            )
         if last:
-            assert not one.executor.read_kv(0).key.any(), "write_kv wrote to another layer"
-        # A step's keys are where read_kv shows them.
+            assert not one.executor.read_kv(0).key.any(), "write_kv must write to its layer only"
+        # read_kv must show the keys that a step writes.
         batch = sequences.batch({"a": case.tokens(3)[0]})
         one.run("prefill", batch)
         order = one.executor.kv_cache_spec.row_order
@@ -977,10 +1045,10 @@ class ExecutorSuite(PluginSuite):
         before = by_slot(new.key, order).flatten(0, 1)
         changed = _bits_differ(before, shown).flatten(1).any(1).nonzero().flatten().tolist()
         assert changed == sorted(batch.slot_mapping.tolist()), (
-            "read_kv must show a step's keys in the step's slots, and all else as it was"
+            "read_kv must show a step's keys in the step's slots, and nothing else changed"
         )
 
-    def test_weights_are_those_of_the_checkpoint(
+    def test_weights_match_the_checkpoint(
         self, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in cases:
@@ -989,9 +1057,13 @@ class ExecutorSuite(PluginSuite):
             dtype = torch_dtype(case.runtime.weight_dtype or "float32")
             for name, stored in case.model.tensors.items():
                 found = one.executor.weight(name)
-                assert tuple(found.shape) == tuple(stored.shape), f"weight({name!r})"
+                assert tuple(found.shape) == tuple(stored.shape), (
+                    f"{case}: weight({name!r}) must have the shape {list(stored.shape)}, found "
+                    f"{list(found.shape)}"
+                )
                 assert torch.equal(found.to(dtype), stored.to(dtype)), (
-                    f"{case}: weight({name!r}) is not the checkpoint's: it is packed wrongly"
+                    f"{case}: weight({name!r}) must equal the checkpoint's weight: check how it is "
+                    "packed"
                 )
             absent = ["no.such.weight", "model.layers.99.self_attn.q_proj.weight"]
             absent += ["lm_head.weight"] if case.model.config.tie_word_embeddings else []
@@ -1000,10 +1072,12 @@ class ExecutorSuite(PluginSuite):
                     one.executor.weight(name)
                 except KeyError:
                     continue
-                pytest.fail(f"weight({name!r}), which the model has not, must raise KeyError")
+                pytest.fail(
+                    f"weight({name!r}) must raise KeyError: the model does not have this weight"
+                )
 
 
-# --- what the tests share -------------------------------------------------------------------------
+# --- shared functions -----------------------------------------------------------------------------
 
 
 def _accepted(
@@ -1034,7 +1108,8 @@ def _accepted(
     if page_size is None:
         pytest.fail(
             f"the executor refused all of {len(models)} models in {', '.join(dtypes)}, the first "
-            f"with: {refusals[0] if refusals else 'nothing'}; give a fixture 'models' that it runs",
+            f"with: {refusals[0] if refusals else 'no error'}; give the suite a fixture 'models' "
+            "with models that it runs",
             pytrace=False,
         )
 
@@ -1078,7 +1153,7 @@ def _pages(case: Case) -> int:
 
 def _packing(implementation: Implementation, request: ExecutorRequest) -> PackedWeights:
     if not implementation.implements("pack_weights"):
-        pytest.skip("it has no pack_weights: its weights are converted to the weight dtype")
+        pytest.skip("the plugin does not implement pack_weights")
     packed: PackedWeights = implementation.call("pack_weights", request=request)
     return packed
 
@@ -1106,24 +1181,26 @@ def _check_refused(create: Make, case: Case, what: str, **changed: Any) -> None:
     except ExecutorError as refused:
         _check_message(refused)
     else:
-        pytest.fail(f"{what} must be refused with ExecutorError, and was not", pytrace=False)
-    assert not source.read, f"{what} was refused after {len(source.read)} weights were read"
+        pytest.fail(f"{what} must be refused with ExecutorError, but was accepted", pytrace=False)
+    assert not source.read, (
+        f"{what} must be refused before weights are read, but {len(source.read)} were read"
+    )
 
 
 def _check_message(error: BaseException) -> None:
-    """The message must be one line, and not empty."""
+    """Fail unless an error's message is one line."""
     text = str(error)
-    assert len(text.splitlines()) == 1, f"an error must be one line, found {text!r}"
+    assert len(text.splitlines()) == 1, f"an error's message must be one line, found {text!r}"
 
 
 def _seen(one: Running) -> None:
     if not one.sees:
-        pytest.skip("the cache is on a device that torch does not know, and there is no read_kv")
+        pytest.skip("the KV cache is not in torch tensors, and the executor has no read_kv")
 
 
 def _layerwise(one: Running) -> None:
     if not hasattr(one.executor, "run_layer"):
-        pytest.skip("no LayerwiseExecutor: its layers cannot be run alone")
+        pytest.skip("the executor is not a LayerwiseExecutor: its layers cannot be run alone")
 
 
 def _bits_differ(a: Tensor, b: Tensor) -> Tensor:

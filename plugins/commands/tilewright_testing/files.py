@@ -11,7 +11,7 @@ _INVERTED = bytes(255 - byte for byte in range(256))
 
 
 def files_of(place: Path) -> list[Path]:
-    """The files of a folder, however deep, in order; or the one file that place is."""
+    """The files of a folder and its subfolders, sorted; for a file, that file alone."""
     if place.is_file():
         return [place]
     return sorted(path for path in place.rglob("*") if path.is_file())

@@ -42,10 +42,9 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def changed_by_import(module: str, *present: str) -> list[str] | None:
     """What importing a module changes in the process's state, in words.
 
-    present: modules that are imported first, so that only the module's own effects show. None when
-    the module imports torch and torch is not among them: it then has to be. Importing torch takes
-    seconds, so it is not imported to find that out.
-    """
+    present: modules that are imported first, so that only the module's own effects show. Returns
+    None when the module imports torch and present does not include it: call again with torch in
+    present. Importing torch takes seconds, so the first call does not import it."""
     for needed in ("tilewright.hookspecs", "tilewright.types", *present):
         import_module(needed)
     from tilewright_testing.state import differences, global_state
@@ -61,7 +60,7 @@ def changed_by_import(module: str, *present: str) -> list[str] | None:
 
 
 def imported_for_help(target: str) -> list[str]:
-    """Which slow packages the import and the configuration of a command import."""
+    """The slow packages that importing and configuring a command imports."""
     from tilewright.cli.parser import Parser
 
     module, _, attribute = target.partition(":")
@@ -83,8 +82,8 @@ class _NoTorch(MetaPathFinder):
 
 
 def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
-    """can_load's answers, and what the calls did: whether torch was imported, side effects, and
-    bytes read by a second call for the first source."""
+    """What can_load returns for each source, and the effects of the calls: whether torch was
+    imported, side effects, and bytes read by a second call for the first source."""
     from tilewright import plugins
 
     module, _, attribute = target.partition(":")
@@ -103,7 +102,7 @@ def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
     for source in sources:
         try:
             answer = plugins.call(loader, "can_load", source=source)
-            answers.append(answer if isinstance(answer, bool) else f"answered {answer!r:.100}")
+            answers.append(answer if isinstance(answer, bool) else f"returned {answer!r:.100}")
         except BaseException as error:
             answers.append(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     if environment != dict(os.environ):

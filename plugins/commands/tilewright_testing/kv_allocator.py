@@ -1,4 +1,4 @@
-"""What every KV allocator must do: ``KvAllocatorSuite``, and the reference model."""
+"""The conformance suite of KV allocators, and the reference model that it compares with."""
 
 import math
 from collections import deque
@@ -83,8 +83,13 @@ class AllocatorMachine(RuleBasedStateMachine):
     def begin(self, page_size: int, row_order: str, total_pages: int) -> None:
         self.page_size, self.row_order, self.total_pages = page_size, row_order, total_pages
         self.cache = self.make(total_pages=total_pages, page_size=page_size, row_order=row_order)
-        assert self.cache.total_pages == total_pages, f"{total_pages} pages were asked for"
-        assert self.cache.free_pages == total_pages, "pages are held before there is a request"
+        assert self.cache.total_pages == total_pages, (
+            f"total_pages must be the requested {total_pages}, found {self.cache.total_pages}"
+        )
+        assert self.cache.free_pages == total_pages, (
+            f"all {total_pages} pages must be free before the first request, found "
+            f"{self.cache.free_pages}"
+        )
 
     @rule(n=st.integers(1, 40))
     def allocate(self, n: int) -> None:
@@ -108,7 +113,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.cache.extend(request_id, n)
             self._write(request_id, length + n)
             assert self.rows[request_id][: len(before)] == before, (
-                "extend must leave a request the pages that it has: its keys are there"
+                "extend must keep the pages that a request already has: they hold its keys"
             )
 
     @precondition(lambda self: self.wrote)
@@ -152,23 +157,29 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         for request_id, values in self.wrote.items():
             assert self.cache.num_tokens(request_id) == len(values), (
-                f"request {request_id!r} asked for {len(values)} tokens"
+                f"request {request_id!r} must have {len(values)} tokens, found "
+                f"{self.cache.num_tokens(request_id)}"
             )
             slots = self.cache.slots(request_id, 0, len(values))
             assert slots.dtype == torch.int32, f"slots must be int32, found {slots.dtype}"
             for sign, tensor in self._storage():
                 found = tensor[slots // self.page_size, slots % self.page_size]
-                assert (found == found[:, :1, :1]).all(), "a slot's heads were written apart"
+                assert (found == found[:, :1, :1]).all(), (
+                    "the heads of a slot must be written together"
+                )
                 assert (found[:, 0, 0] * sign).tolist() == values, (
-                    f"request {request_id!r} must find in its slots what was written there"
+                    f"the slots of request {request_id!r} must keep what was written to them"
                 )
 
     @invariant()
     def pages_are_free_or_held(self) -> None:
         held = {page for row in self.rows.values() for page in row}
-        assert held <= set(range(self.total_pages)), f"there are no such pages: {sorted(held)}"
+        assert held <= set(range(self.total_pages)), (
+            f"pages must be 0 to {self.total_pages - 1}, found {sorted(held)}"
+        )
         assert self.cache.free_pages == self._free(), (
-            f"a page is free when no request holds it: {len(held)} of {self.total_pages} are held"
+            f"free_pages must count the pages that no request holds, {self._free()} of "
+            f"{self.total_pages}, found {self.cache.free_pages}"
         )
 
     @invariant()
@@ -179,15 +190,16 @@ class AllocatorMachine(RuleBasedStateMachine):
         table = self.cache.block_table(ids)
         widest = max(self._pages(len(values)) for values in self.wrote.values())
         assert (table.dtype, tuple(table.shape)) == (torch.int32, (len(ids), widest)), (
-            f"block_table is {table.dtype} {list(table.shape)}, expected int32 {[len(ids), widest]}"
+            f"block_table must be int32 {[len(ids), widest]}, found {table.dtype} "
+            f"{list(table.shape)}"
         )
         for row, request_id in zip(table.tolist(), ids, strict=True):
             n, size = len(self.wrote[request_id]), self.page_size
             pages = self._pages(n)
             assert row == self.rows[request_id] + [-1] * (len(row) - pages), (
-                f"the row of {request_id!r} changes with the requests beside it"
+                f"the row of {request_id!r} must not depend on the other requests of the table"
             )
-            assert len(set(row[:pages])) == pages, f"{request_id!r} has a page twice"
+            assert len(set(row[:pages])) == pages, f"request {request_id!r} has a page twice: {row}"
             expected = [row[p // size] * size + p % size for p in range(n)]
             assert self.cache.slots(request_id, 0, n).tolist() == expected
 
@@ -206,7 +218,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         return row
 
     def _storage(self) -> Iterator[tuple[int, Tensor]]:
-        """Each tensor, slot by slot, and the sign of the values written to it."""
+        """Each tensor as a view by slot, and the sign of the values written to it."""
         for layer in self.cache.layers():
             yield 1, by_slot(layer.key, self.row_order)
             yield -1, by_slot(layer.value, self.row_order)
@@ -225,7 +237,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         before = state(self.cache, self.wrote)
         with pytest.raises(error):
             call()
-        assert state(self.cache, self.wrote) == before, "a call that fails must change nothing"
+        assert state(self.cache, self.wrote) == before, (
+            "a call that raises must not change the allocator's state"
+        )
 
 
 def state(cache: KvAllocator, request_ids: Iterable[str]) -> Any:
@@ -238,7 +252,8 @@ def state(cache: KvAllocator, request_ids: Iterable[str]) -> Any:
 
 
 class KvAllocatorSuite(PluginSuite):
-    """Tests of what ``create_kv_allocator`` and ``tilewright.types.KvAllocator`` state."""
+    """Checks one KV allocator against ``create_kv_allocator`` and
+    ``tilewright.types.KvAllocator``."""
 
     kind: ClassVar[str] = "kv_allocator"
 
@@ -263,42 +278,45 @@ class KvAllocatorSuite(PluginSuite):
 
         return make
 
-    # --- how large it is -------------------------------------------------------------------------
+    # --- size ------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("total_pages", [1, 7, 12])
-    def test_it_has_as_many_pages_as_were_set(self, make: Make, total_pages: int) -> None:
+    def test_it_has_the_requested_number_of_pages(self, make: Make, total_pages: int) -> None:
         page = small_spec().page_bytes
         # memory_limit applies only when total_pages is not given.
         for cache in (make(total_pages), make(total_pages, memory_limit=page)):
             assert cache.total_pages == cache.free_pages == total_pages, (
-                f"the user set total_pages = {total_pages}, and there are {cache.total_pages}, "
-                f"{cache.free_pages} of them free"
+                f"total_pages and free_pages must be the requested {total_pages}, found "
+                f"{cache.total_pages} and {cache.free_pages}"
             )
             assert {t.shape[0] for t in _tensors(cache)} == {total_pages}, (
-                "the storage has another number of pages than total_pages"
+                f"the storage must have total_pages = {total_pages} pages, found "
+                f"{sorted({t.shape[0] for t in _tensors(cache)})}"
             )
             cache.allocate("a", total_pages * PAGE_SIZE)
-            assert cache.free_pages == 0, "pages are left when all have been given to a request"
+            assert cache.free_pages == 0, (
+                f"free_pages must be 0 when one request holds all pages, found {cache.free_pages}"
+            )
 
-    def test_without_a_number_it_holds_all_sequences_at_their_longest(self, make: Make) -> None:
+    def test_without_total_pages_all_sequences_fit_at_max_seq_len(self, make: Make) -> None:
         cache = make(None, max_sequences=3, max_seq_len=11)
         for i in range(3):
             cache.allocate(str(i), 11)
         cache.check_integrity()
 
     @pytest.mark.parametrize("pages", [1, 4])
-    def test_without_a_number_it_stays_within_the_memory_limit(
+    def test_without_total_pages_it_stays_within_the_memory_limit(
         self, make: Make, pages: int
     ) -> None:
         limit = (pages + 1) * small_spec().page_bytes - 1
         cache = make(None, max_sequences=30, max_seq_len=40, memory_limit=limit)
         assert 1 <= cache.total_pages <= pages, (
-            f"{limit} bytes hold {pages} pages, and the cache has {cache.total_pages}"
+            f"a memory limit of {limit} bytes allows 1 to {pages} pages, found {cache.total_pages}"
         )
         found = sum(t.nbytes for t in _tensors(cache))
-        assert found <= limit, f"the cache may take {limit} bytes, and takes {found}"
+        assert found <= limit, f"the cache may use {limit} bytes, but uses {found}"
 
-    def test_a_limit_below_one_page_is_refused_in_one_line(self, make: Make) -> None:
+    def test_a_memory_limit_below_one_page_is_refused(self, make: Make) -> None:
         too_small = small_spec().page_bytes - 1
         what = "a memory limit below the size of one page"
         _refused(TilewrightError, what, lambda: make(None, memory_limit=too_small))
@@ -307,23 +325,25 @@ class KvAllocatorSuite(PluginSuite):
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("row_order", ORDERS)
-    def test_layers_are_as_the_spec_says(self, make: Make, row_order: str, dtype: Any) -> None:
+    def test_layers_match_the_spec(self, make: Make, row_order: str, dtype: Any) -> None:
         cache = make(7, row_order=row_order, dtype=dtype)
         rows = (PAGE_SIZE, 3) if row_order == "NHD" else (3, PAGE_SIZE)
-        assert len(cache.layers()) == 2, "there must be one entry a layer"
+        assert len(cache.layers()) == 2, (
+            f"layers() must have one entry per layer: 2, found {len(cache.layers())}"
+        )
         for layer in cache.layers():
             for tensor in (layer.key, layer.value):
                 found = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
                 expected = ((7, *rows, 4), torch_dtype(dtype), "cpu")
-                assert found == expected, f"storage is {found}, where the spec says {expected}"
-                assert not tensor.any(), "storage must be zeros to begin with"
+                assert found == expected, f"storage must be {expected} by the spec, found {found}"
+                assert not tensor.any(), "new storage must hold zeros"
 
     def test_layers_are_the_same_objects_each_time(self, make: Make) -> None:
         cache = make()
         first = list(cache.layers())
         cache.allocate("a", 7)
         assert all(a is b for a, b in zip(first, cache.layers(), strict=True)), (
-            "layers() must return the same objects each time: an executor is bound to them once"
+            "layers() must return the same objects each time: the executor is bound to them once"
         )
 
     def test_no_two_tensors_share_memory(self, make: Make) -> None:
@@ -331,20 +351,22 @@ class KvAllocatorSuite(PluginSuite):
         for i, tensor in enumerate(tensors):
             tensor.fill_(i)
         for i, tensor in enumerate(tensors):
-            assert (tensor == i).all(), "a layer's keys or values share memory with others"
+            assert (tensor == i).all(), "two tensors of layers() share memory"
 
     def test_two_allocators_are_independent(self, make: Make) -> None:
         one, other = make(), make()
         one.allocate("a", 12)
-        assert other.free_pages == 12, "another allocator's request took pages of this one"
-        _refused(KeyError, "another allocator's request", lambda: other.num_tokens("a"))
+        assert other.free_pages == 12, "a request of one allocator took pages of another"
+        _refused(
+            KeyError, "num_tokens of another allocator's request", lambda: other.num_tokens("a")
+        )
         other.allocate("a", 3)
-        assert one.num_tokens("a") == 12, "another allocator changed a request of this one"
+        assert one.num_tokens("a") == 12, "one allocator changed a request of another"
         for tensor in _tensors(one):
             tensor.fill_(1)
         assert not any(t.any() for t in _tensors(other)), "two allocators share storage"
 
-    def test_an_executors_own_storage_is_passed_on_and_not_looked_into(self, make: Make) -> None:
+    def test_an_executors_own_storage_is_passed_on_without_being_read(self, make: Make) -> None:
         asked = []
 
         def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> object:
@@ -359,7 +381,7 @@ class KvAllocatorSuite(PluginSuite):
         )
         held = [t for layer in cache.layers() for t in (layer.key, layer.value)]
         assert {id(t) for t in held} == {id(t) for t in made}, (
-            "layers() must hold just what allocate returned"
+            "layers() must hold the objects that allocate returned, and no others"
         )
         cache.allocate("a", 7)
         cache.extend("a", 20)
@@ -367,17 +389,15 @@ class KvAllocatorSuite(PluginSuite):
         cache.allocate("b", 2)
         cache.free("a")
         cache.check_integrity()
-        assert cache.free_pages == 7, f"one page of 8 is held, and {cache.free_pages} are free"
+        assert cache.free_pages == 7, f"7 of 8 pages must be free, found {cache.free_pages}"
 
-    def test_a_fork_that_would_copy_an_executors_own_storage_changes_nothing(
-        self, make: Make
-    ) -> None:
+    def test_a_fork_that_would_copy_an_executors_own_storage_is_refused(self, make: Make) -> None:
         cache = make(8, allocate=lambda shape, dtype: Handle())
         cache.allocate("a", 7)
         before = state(cache, ["a"])
         what = "a fork that would have to copy a page of an executor's own storage"
         _refused(ValueError, what, lambda: cache.fork("a", "b"))
-        assert state(cache, ["a"]) == before, f"{what} changed something before it was refused"
+        assert state(cache, ["a"]) == before, f"{what} must not change the allocator's state"
         cache.check_integrity()
         cache.allocate("b", 1)
 
@@ -399,11 +419,11 @@ class KvAllocatorSuite(PluginSuite):
         page = cache.block_table(["d"])[0, -1]
         for old, new in zip(before, _tensors(cache), strict=True):
             old[page] = new[page]
-            assert same_bits(old, new), "fork must write to no page but the one it copies to"
+            assert same_bits(old, new), "fork must write only to the page that it copies to"
 
     # --- requests --------------------------------------------------------------------------------
 
-    def test_random_calls_agree_with_a_dictionary(self, make: Make) -> None:
+    def test_random_calls_agree_with_a_reference_model(self, make: Make) -> None:
         def small(**changed: Any) -> KvAllocator:
             return make(num_kv_heads=2, head_dim=1, **changed)
 
@@ -426,26 +446,30 @@ class KvAllocatorSuite(PluginSuite):
         cache = make(page_size=page_size)
         for n in (0, 1, page_size - 1, page_size, page_size + 1, 10 * page_size):
             found, expected = cache.pages_for(n), math.ceil(n / page_size)
-            assert found == expected, f"pages_for({n}) is {found}, expected {expected}"
+            assert found == expected, f"pages_for({n}) must be {expected}, found {found}"
 
-    def test_a_request_gets_room_for_its_tokens(self, make: Make) -> None:
+    def test_a_request_gets_pages_for_its_tokens(self, make: Make) -> None:
         cache = make()
         for n, name in ((1, ""), (PAGE_SIZE, "b"), (PAGE_SIZE + 1, "c" * 500), (2, "d\n\0")):
             free = cache.free_pages
             cache.allocate(name, n)
-            assert cache.num_tokens(name) == n, f"{n} tokens were asked for"
+            assert cache.num_tokens(name) == n, (
+                f"the request must have {n} tokens, found {cache.num_tokens(name)}"
+            )
             taken = free - cache.free_pages
-            assert taken == math.ceil(n / PAGE_SIZE), f"{n} tokens took {taken} pages"
+            assert taken == math.ceil(n / PAGE_SIZE), (
+                f"{n} tokens must take {math.ceil(n / PAGE_SIZE)} pages, found {taken}"
+            )
 
-    def test_pages_of_requests_are_apart(self, make: Make) -> None:
+    def test_requests_do_not_share_pages(self, make: Make) -> None:
         cache = make()
         for name, n in (("a", 12), ("b", 6), ("c", 5)):
             cache.allocate(name, n)
         cache.extend("b", 9)
         table = cache.block_table(["a", "b", "c"])
         pages = table[table >= 0].tolist()
-        assert len(set(pages)) == len(pages) == 7, f"a page has two holders: {table.tolist()}"
-        assert set(pages) <= set(range(12)), f"there are pages 0 to 11, found {sorted(pages)}"
+        assert len(set(pages)) == len(pages) == 7, f"two requests share a page: {table.tolist()}"
+        assert set(pages) <= set(range(12)), f"pages must be 0 to 11, found {sorted(pages)}"
 
     def test_block_tables_are_int32_and_padded(self, make: Make) -> None:
         cache = make()
@@ -454,11 +478,14 @@ class KvAllocatorSuite(PluginSuite):
         table = cache.block_table(["short", "long"])
         found = (table.dtype, tuple(table.shape))
         assert found == (torch.int32, (2, 3)), (
-            f"block_table must be int32, as wide as the longest request has pages: found {found}"
+            "block_table must be int32 with one column per page of the longest request, [2, 3], "
+            f"found {found}"
         )
         assert table[0, 1:].tolist() == [-1, -1], "rows must be padded with -1"
-        assert (table[1] >= 0).all(), "a page is missing from its request's row"
-        assert cache.block_table(["short"]).shape == (1, 1), "a row is padded without need"
+        assert (table[1] >= 0).all(), "the row of the longest request must not be padded"
+        assert cache.block_table(["short"]).shape == (1, 1), (
+            "a table must be only as wide as its longest request"
+        )
         assert cache.block_table(["long", "short"]).tolist() == table.flip(0).tolist(), (
             "rows must be in the order of the requests"
         )
@@ -476,13 +503,16 @@ class KvAllocatorSuite(PluginSuite):
         for start, stop in ((0, n), (PAGE_SIZE - 1, PAGE_SIZE + 1), (n - 1, n), (3, 3)):
             slots = cache.slots("a", start, stop)
             found = (slots.dtype, tuple(slots.shape))
-            assert found == (torch.int32, (stop - start,)), f"slots must be int32, found {found}"
+            assert found == (torch.int32, (stop - start,)), (
+                f"slots must be int32 {[stop - start]}, found {found}"
+            )
             assert slots.tolist() == expected[start:stop], (
-                "a slot is page * page_size + offset, of the position's page in the block table"
+                "a slot must be page * page_size + offset, with the position's page in the block "
+                "table"
             )
 
     @pytest.mark.parametrize(("start", "stop"), [(0, 8), (-1, 2), (7, 9), (5, 3)])
-    def test_positions_that_a_request_has_not_are_refused(
+    def test_positions_outside_a_request_are_refused(
         self, make: Make, start: int, stop: int
     ) -> None:
         cache = make()
@@ -491,7 +521,7 @@ class KvAllocatorSuite(PluginSuite):
         _refused(IndexError, what, lambda: cache.slots("a", start, stop))
         _refused(KeyError, "slots of an unknown request", lambda: cache.slots("unknown", 0, 1))
 
-    def test_allocate_refuses_and_changes_nothing(self, make: Make) -> None:
+    def test_a_refused_allocate_changes_nothing(self, make: Make) -> None:
         cache = make()
         cache.allocate("a", 12)
         before = state(cache, ["a"])
@@ -504,27 +534,33 @@ class KvAllocatorSuite(PluginSuite):
         ):
             what = f"allocate({name!r}, {n})"
             _refused(error, what, partial(cache.allocate, name, n))
-            assert state(cache, ["a"]) == before, f"{what} was refused, and changed something"
+            assert state(cache, ["a"]) == before, f"{what} was refused, but changed the state"
             cache.check_integrity()
-        _refused(KeyError, "a request that was refused", lambda: cache.num_tokens("b"))
+        _refused(
+            KeyError, "num_tokens of a request that was refused", lambda: cache.num_tokens("b")
+        )
         cache.allocate("b", 9 * PAGE_SIZE)
-        assert cache.free_pages == 0, "pages are left when all have been given to requests"
+        assert cache.free_pages == 0, "free_pages must be 0 when requests hold all pages"
 
-    def test_extend_fills_a_page_before_it_takes_one(self, make: Make) -> None:
+    def test_extend_fills_a_page_before_it_takes_another(self, make: Make) -> None:
         cache = make()
         cache.allocate("a", 3)
         slots = cache.slots("a", 0, 3).tolist()
         cache.extend("a", 2)
         assert (cache.num_tokens("a"), cache.free_pages) == (5, 11), (
-            f"5 tokens fit in a page of 5, and {12 - cache.free_pages} are taken"
+            f"5 tokens must take 1 page of 5, found {cache.num_tokens('a')} tokens in "
+            f"{12 - cache.free_pages} pages"
         )
         cache.extend("a")
         assert (cache.num_tokens("a"), cache.free_pages) == (6, 10), (
-            f"6 tokens fit in two pages of 5, and {12 - cache.free_pages} are taken"
+            f"6 tokens must take 2 pages of 5, found {cache.num_tokens('a')} tokens in "
+            f"{12 - cache.free_pages} pages"
         )
-        assert cache.slots("a", 0, 3).tolist() == slots, "what is written must stay where it is"
+        assert cache.slots("a", 0, 3).tolist() == slots, (
+            "extend must keep the slots of earlier tokens"
+        )
 
-    def test_extend_refuses_and_changes_nothing(self, make: Make) -> None:
+    def test_a_refused_extend_changes_nothing(self, make: Make) -> None:
         cache = make()
         cache.allocate("a", 7)
         cache.allocate("b", 9 * PAGE_SIZE)
@@ -536,12 +572,12 @@ class KvAllocatorSuite(PluginSuite):
         ):
             what = f"extend({name!r}, {n})"
             _refused(error, what, partial(cache.extend, name, n))
-            assert state(cache, ["a", "b"]) == before, f"{what} was refused, and changed something"
+            assert state(cache, ["a", "b"]) == before, f"{what} was refused, but changed the state"
             cache.check_integrity()
         cache.extend("a", 3 + PAGE_SIZE)
-        assert cache.free_pages == 0, "pages are left when all have been given to requests"
+        assert cache.free_pages == 0, "free_pages must be 0 when requests hold all pages"
 
-    def test_freed_pages_serve_again(self, make: Make) -> None:
+    def test_freed_pages_are_reused(self, make: Make) -> None:
         cache = make(6)
         for turn in range(20):
             cache.allocate("a", 12)
@@ -549,29 +585,35 @@ class KvAllocatorSuite(PluginSuite):
             cache.allocate("c", 7)
             for name in ("b", "a", "c") if turn % 2 else ("a", "c", "b"):
                 cache.free(name)
-            assert cache.free_pages == 6, f"nothing is held, and {cache.free_pages} of 6 are free"
+            assert cache.free_pages == 6, (
+                f"all 6 pages must be free without requests, found {cache.free_pages}"
+            )
             cache.check_integrity()
-        _refused(KeyError, "free of a request that is gone", lambda: cache.free("a"))
-        assert cache.free_pages == 6, "free of a request that is gone changed something"
+        _refused(KeyError, "free of a request that was freed", lambda: cache.free("a"))
+        assert cache.free_pages == 6, "free of a request that was freed must not change the state"
 
     # --- fork ------------------------------------------------------------------------------------
 
-    def test_a_fork_shares_full_pages_and_copies_the_partly_full_one(self, make: Make) -> None:
+    def test_a_fork_shares_full_pages_and_copies_the_partial_one(self, make: Make) -> None:
         cache = make()
         cache.allocate("a", 2 * PAGE_SIZE + 2)
         cache.fork("a", "b")
-        assert cache.num_tokens("b") == 2 * PAGE_SIZE + 2, "a fork has its parent's tokens"
+        assert cache.num_tokens("b") == 2 * PAGE_SIZE + 2, (
+            "a fork must have its parent's number of tokens"
+        )
         ours, theirs = cache.block_table(["a", "b"]).tolist()
         assert ours[:2] == theirs[:2], "full pages must be shared"
-        assert ours[2] != theirs[2], "a partly full page must not be: both go on writing to it"
-        assert cache.free_pages == 12 - 4, "a fork must take one page, for the partly full one"
+        assert ours[2] != theirs[2], "a partial page must not be shared: both requests write to it"
+        assert cache.free_pages == 12 - 4, (
+            "a fork must take one page, for its copy of the partial one"
+        )
         cache.allocate("c", PAGE_SIZE)
         cache.fork("c", "d")
-        assert cache.free_pages == 12 - 5, "a fork of full pages must take none"
+        assert cache.free_pages == 12 - 5, "a fork of full pages must not take a page"
 
     @pytest.mark.parametrize("row_order", ORDERS)
     @pytest.mark.parametrize("length", [2 * PAGE_SIZE + 2, 2 * PAGE_SIZE])
-    def test_a_fork_has_the_parents_contents_and_then_its_own(
+    def test_a_fork_starts_with_its_parents_contents_and_diverges(
         self, make: Make, length: int, row_order: str
     ) -> None:
         cache = make(row_order=row_order)
@@ -581,7 +623,7 @@ class KvAllocatorSuite(PluginSuite):
         cache.fork("a", "b")
         for old, new in zip(parents, _contents(cache, "b", row_order), strict=True):
             assert torch.equal(old, new), (
-                "a fork must have its parent's keys and values, all layers'"
+                "a fork must have its parent's keys and values in all layers"
             )
         cache.extend("a", 4)
         cache.extend("b", 4)
@@ -591,8 +633,8 @@ class KvAllocatorSuite(PluginSuite):
                 by_slot(tensor, row_order)[slots // PAGE_SIZE, slots % PAGE_SIZE] = value
         for name, value in (("a", 1.0), ("b", 2.0)):
             for old, new in zip(parents, _contents(cache, name, row_order), strict=True):
-                assert torch.equal(old, new[:length]), "what both have was written over"
-                assert (new[length:] == value).all(), "parent and fork wrote to the same slot"
+                assert torch.equal(old, new[:length]), "the shared tokens were overwritten"
+                assert (new[length:] == value).all(), "parent and fork share a slot after the fork"
 
     def test_a_fork_outlives_its_parent(self, make: Make) -> None:
         cache = make()
@@ -610,12 +652,12 @@ class KvAllocatorSuite(PluginSuite):
             tensor[slots // PAGE_SIZE, slots % PAGE_SIZE] = 0
         for name in ("b", "c"):
             for old, new in zip(parents, _contents(cache, name, "NHD"), strict=True):
-                assert torch.equal(old, new), "pages were given away while a fork held them"
+                assert torch.equal(old, new), "pages were reused while a fork held them"
             cache.free(name)
         cache.free("d")
-        assert cache.free_pages == 12, "pages must come back when their last holder is gone"
+        assert cache.free_pages == 12, "pages must be free once no request holds them"
 
-    def test_fork_refuses_and_changes_nothing(self, make: Make) -> None:
+    def test_a_refused_fork_changes_nothing(self, make: Make) -> None:
         cache = make(4)
         cache.allocate("a", 7)
         cache.allocate("b", 8)
@@ -628,17 +670,19 @@ class KvAllocatorSuite(PluginSuite):
         ):
             what = f"fork({parent!r}, {child!r})"
             _refused(error, what, partial(cache.fork, parent, child))
-            assert state(cache, ["a", "b"]) == before, f"{what} was refused, and changed something"
+            assert state(cache, ["a", "b"]) == before, f"{what} was refused, but changed the state"
             cache.check_integrity()
         cache.free("b")
         cache.fork("a", "c")
         cache.free("a")
         cache.free("c")
-        assert cache.free_pages == 4, f"nothing is held, and {cache.free_pages} of 4 are free"
+        assert cache.free_pages == 4, (
+            f"all 4 pages must be free without requests, found {cache.free_pages}"
+        )
 
     # --- integrity -------------------------------------------------------------------------------
 
-    def test_check_integrity_sees_tampering(self, make: Make) -> None:
+    def test_check_integrity_detects_corruption(self, make: Make) -> None:
         cache = make()
         cache.allocate("a", 12)
         cache.fork("a", "b")
@@ -652,11 +696,11 @@ class KvAllocatorSuite(PluginSuite):
                 noticed += isinstance(error, AssertionError)
             undo()
         if not tried:
-            pytest.skip("its page lists are nowhere that a test could reach")
+            pytest.skip("its page lists are not in attributes that the test can reach")
         cache.check_integrity()
         assert noticed, (
-            "check_integrity must raise AssertionError unless each page is free or held, exactly "
-            f"once counted: its lists were changed in {tried} ways, and it raised at none"
+            "check_integrity must raise AssertionError when a page is lost or counted twice, but "
+            f"did not for any of {tried} corruptions of the allocator's lists"
         )
 
 
@@ -666,11 +710,13 @@ class Handle:
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):  # used by isinstance and id
             return super().__getattribute__(name)
-        raise AssertionError(f"an executor's own storage was looked into, for {name!r}")
+        raise AssertionError(
+            f"the allocator must not read an executor's own storage, but read its {name!r}"
+        )
 
 
 def tamperings(cache: KvAllocator) -> Iterator[Callable[[], None]]:
-    """Change one container of integers after the other; undo each before the next.
+    """Corrupt one container of integers after another; the caller undoes each before the next.
 
     Containers are searched in the allocator's attributes, and in what those hold.
     """
@@ -691,7 +737,7 @@ def tamperings(cache: KvAllocator) -> Iterator[Callable[[], None]]:
 
 
 def _containers(thing: Any, seen: set[int], depth: int = 3) -> Iterator[Any]:
-    """The lists, deques, sets, dictionaries and tensors of integers that a thing holds."""
+    """The lists, deques, sets, dictionaries and tensors of integers that an object holds."""
     passed_by = KvCacheSpec | KvLayer | ModuleType | str | int | float | type
     if id(thing) in seen or depth < 0 or isinstance(thing, passed_by) or callable(thing):
         return
@@ -735,11 +781,11 @@ def _contents(cache: KvAllocator, request_id: str, row_order: str) -> list[Tenso
 
 
 def _refused(error: type[Exception], what: str, call: Callable[[], object]) -> None:
-    """Fail unless a call raises an error, in one line."""
+    """Fail unless a call raises an error with a one-line message."""
     try:
         call()
     except error as raised:
         text = str(raised)
-        assert len(text.splitlines()) == 1, f"an error must be one line, found {text!r}"
+        assert len(text.splitlines()) == 1, f"an error's message must be one line, found {text!r}"
     else:
-        pytest.fail(f"{what} must raise {error.__name__}, and did not", pytrace=False)
+        pytest.fail(f"{what} must raise {error.__name__}, but did not", pytrace=False)

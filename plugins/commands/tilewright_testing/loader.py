@@ -39,14 +39,14 @@ _LARGEST_COPY = 2**26
 """Largest source in bytes that is copied, for tests that damage it."""
 
 _STRANGE = ("", " ", ".", "..", "/", "a/b", "a/b@c", "x" * 5000, "a\0b", "\udcff", "~", "/dev/null")
-"""Sources that users write by mistake, or that other loaders take."""
+"""Sources that users write by mistake, or that other loaders accept."""
 
 
 class LoaderSuite(TensorSourceSuite):
-    """What ``LoaderHooks``, ``LoadedModel`` and ``TensorSource`` state, for one loader.
+    """Checks one loader against ``LoaderHooks``, ``LoadedModel`` and ``TensorSource``.
 
     Fixtures to give: ``plugin``; ``source``, unless the plugin implements the hook write_sample;
-    ``expected``, to have the content of the files checked; and ``options`` where needed.
+    ``expected``, to check the content of the files; and ``options`` where needed.
     """
 
     kind: ClassVar[str] = "loader"
@@ -74,7 +74,7 @@ class LoaderSuite(TensorSourceSuite):
 
     @pytest.fixture
     def expected(self, source: str | Path, sample: Sample | None) -> Model | None:
-        """The model, in all its parts, that the source's files were made from; None: not known."""
+        """The complete model that the source's files were written from; None: not known."""
         return sample.model if sample and sample.source == source else None
 
     @pytest.fixture
@@ -97,7 +97,7 @@ class LoaderSuite(TensorSourceSuite):
     @pytest.fixture
     def files(self, source: str | Path, copied: str | Path) -> Path:
         if copied is source:
-            pytest.skip(f"{source} is no local path, or is larger than {_LARGEST_COPY} bytes")
+            pytest.skip(f"{source} is not a local path, or is larger than {_LARGEST_COPY} bytes")
         return Path(copied)
 
     @pytest.fixture
@@ -132,13 +132,15 @@ class LoaderSuite(TensorSourceSuite):
 
     # --- can_load --------------------------------------------------------------------------------
 
-    def test_can_load_is_true_of_its_source(
+    def test_can_load_is_true_for_its_source(
         self, implementation: Implementation, copied: str | Path
     ) -> None:
         found = implementation.call("can_load", source=str(copied))
-        assert found is True, f"can_load() must be True of a source that loads, found {found!r}"
+        assert found is True, (
+            f"can_load() must return True for a source that it can load, found {found!r}"
+        )
 
-    def test_can_load_is_false_of_what_is_none(
+    def test_can_load_is_false_for_other_sources(
         self, implementation: Implementation, tmp_path: Path
     ) -> None:
         empty, others, file = tmp_path / "empty", tmp_path / "others", tmp_path / "notes.txt"
@@ -148,46 +150,47 @@ class LoaderSuite(TensorSourceSuite):
         file.write_text("not a model")
         for what, source in (
             ("an empty directory", empty),
-            ("a directory of other files", others),
-            ("a path that is not there", tmp_path / "absent"),
+            ("a directory with other files", others),
+            ("a path that does not exist", tmp_path / "absent"),
             ("a text file", file),
         ):
             found = implementation.call("can_load", source=str(source))
-            assert found is False, f"can_load() must be False of {what}, found {found!r}"
+            assert found is False, f"can_load() must return False for {what}, found {found!r}"
 
-    def test_can_load_only_looks(
+    def test_can_load_is_cheap_and_has_no_side_effects(
         self, plugin: Any, implementation: Implementation, copied: str | Path
     ) -> None:
         target = target_of(plugin, implementation)
         if target is None:
-            pytest.skip("an object of no module that a fresh process could import")
+            pytest.skip("a fresh process cannot import the plugin: it is not a module's attribute")
         sources = [str(copied), *_STRANGE]
         found = in_fresh_process("probe_loader", target, sources)
         bad = [
-            f"{source!r:.40}: {answer}"
+            f"{source!r:.40} it {answer}"
             for source, answer in zip(sources, found["answers"], strict=True)
             if not isinstance(answer, bool)
         ]
-        assert not bad, f"can_load() must answer True or False whatever the source: {bad[0]}"
+        assert not bad, f"can_load() must return True or False for any source, but for {bad[0]}"
         assert not found["torch"], (
-            "can_load() must be cheap: neither it nor its module may import torch, which takes "
-            "seconds"
+            "can_load() must be cheap: it and its module must not import torch, which takes seconds"
         )
         assert not found["effects"], (
-            f"can_load() must have no side effect, found {', '.join(found['effects'][:3])}"
+            f"can_load() must not have side effects, found {', '.join(found['effects'][:3])}"
         )
         place = Path(copied)
         size = sum(path.stat().st_size for path in files_of(place)) if place.exists() else 0
         assert size < 2**16 or found["bytes"] < size // 2, (
-            f"can_load() must read no weights, but read {found['bytes']} of the source's {size} "
+            f"can_load() must not read weights, but read {found['bytes']} of the source's {size} "
             "bytes"
         )
 
     # --- load_model ------------------------------------------------------------------------------
 
-    def test_it_gives_a_loaded_model_with_parts_of_the_right_kinds(self, load: Load) -> None:
+    def test_it_returns_a_loaded_model_with_fields_of_the_right_types(self, load: Load) -> None:
         model = load()
-        assert isinstance(model, LoadedModel), f"expected a LoadedModel, found {model!r:.100}"
+        assert isinstance(model, LoadedModel), (
+            f"load_model() must return a LoadedModel, found {model!r:.100}"
+        )
         for part, kind in (
             ("config", ModelConfig),
             ("text", TextAssets),
@@ -199,25 +202,28 @@ class LoaderSuite(TensorSourceSuite):
             assert isinstance(found, kind), (
                 f"LoadedModel.{part} must be a {kind.__name__}, found {found!r:.100}"
             )
-        assert model.source, "LoadedModel.source must name the source, for messages"
+        assert model.source, "LoadedModel.source must name the source, for error messages"
         for warning in model.warnings:
-            assert len(str(warning).splitlines()) == 1, f"a warning must be one line: {warning!r}"
+            assert len(str(warning).splitlines()) == 1, (
+                f"a warning must be one line, found {warning!r}"
+            )
 
-    def test_the_configuration_makes_sense(self, load: Load) -> None:
+    def test_the_configuration_is_consistent(self, load: Load) -> None:
         config = load().config
         sizes = {a.name: getattr(config, a.name) for a in fields(ModelConfig) if a.type is int}
         odd = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
-        assert not odd, f"sizes in ModelConfig must be integers from 1, found {odd}"
+        assert not odd, f"sizes in ModelConfig must be positive integers, found {odd}"
         assert config.num_heads % config.num_kv_heads == 0, (
             "num_heads must be a multiple of num_kv_heads, found "
             f"{config.num_heads} and {config.num_kv_heads}"
         )
         assert config.head_dim % 2 == 0, f"RoPE needs an even head_dim, found {config.head_dim}"
         assert config.dtype in DTYPES, f"dtype must be one of {DTYPES}, found {config.dtype!r}"
-        assert 0.0 <= config.norm_eps < 1.0, f"norm_eps must be small, found {config.norm_eps}"
+        assert 0.0 <= config.norm_eps < 1.0, f"norm_eps must be in [0, 1), found {config.norm_eps}"
         windows = len(config.sliding_windows)
         assert windows in (0, config.num_layers), (
-            f"sliding_windows must have one entry a layer, found {windows}"
+            f"sliding_windows must have one entry per layer, {config.num_layers}, or none, found "
+            f"{windows}"
         )
 
     def test_the_weights_have_the_names_and_shapes_that_the_configuration_needs(
@@ -225,38 +231,44 @@ class LoaderSuite(TensorSourceSuite):
     ) -> None:
         model = load()
         if model.packing is not None:
-            pytest.skip("packed weights have the names and shapes that their executor wants")
+            pytest.skip("packed weights have names and shapes that their executor defines")
         try:
             check_tensors(model.weights, model.config, model.source)
         except TilewrightError as error:
             pytest.fail(
-                f"names and shapes must be those of weights.expected_tensors: {error}",
+                f"names and shapes must be those of tilewright.weights.expected_tensors: {error}",
                 pytrace=False,
             )
 
-    def test_the_files_give_what_they_were_made_of(
+    def test_the_loaded_model_matches_the_expected_one(
         self, load: Load, expected: Model | None
     ) -> None:
         if expected is None:
-            pytest.skip("not known what is in the source: give the suite a fixture 'expected'")
+            pytest.skip(
+                "the content of the source is not known: give the suite a fixture 'expected'"
+            )
         model = load()
-        assert model.config == expected.config, "the configuration must be that of the files"
+        assert model.config == expected.config, "the configuration must equal that of 'expected'"
         found = read_some(model.weights)
-        assert set(found) == set(expected.tensors), "the tensors must be those of the files"
+        assert set(found) == set(expected.tensors), (
+            "the tensors' names must equal those of 'expected'"
+        )
         for name, tensor in expected.tensors.items():
-            assert same_bits(found[name], tensor), f"{name} must have the values that were written"
+            assert same_bits(found[name], tensor), f"tensor {name} must equal that of 'expected'"
         vocabulary = model.text.tokenizer.get_vocab()
         assert vocabulary == expected.text.tokenizer.get_vocab(), (
-            "the tokenizer must have the vocabulary of the files"
+            "the tokenizer's vocabulary must equal that of 'expected'"
         )
 
-    def test_loading_twice_gives_models_that_are_the_same(self, load: Load) -> None:
+    def test_loading_twice_gives_equal_models(self, load: Load) -> None:
         one, other = load(), load()
-        assert one.config == other.config, "the configuration must be the same each time"
+        assert one.config == other.config, "loading twice must give equal configurations"
         assert one.text.tokenizer.to_str() == other.text.tokenizer.to_str(), (
-            "the tokenizer must be the same each time"
+            "loading twice must give equal tokenizers"
         )
-        assert one.weights is not other.weights, "each model must have weights of its own to close"
+        assert one.weights is not other.weights, (
+            "each model must have its own weights, which are closed with it"
+        )
 
     def test_models_may_be_loaded_in_several_threads(self, load: Load) -> None:
         expected = read_some(load().weights)
@@ -264,13 +276,15 @@ class LoaderSuite(TensorSourceSuite):
             found = list(pool.map(lambda _: read_some(load().weights), range(8)))
         for tensors in found:
             for name, tensor in expected.items():
-                assert same_bits(tensors[name], tensor), f"{name} differs between threads"
+                assert same_bits(tensors[name], tensor), (
+                    f"tensor {name} differs when models are loaded in several threads"
+                )
 
-    def test_loading_leaves_the_process_as_it_was(self, load: Load) -> None:
+    def test_loading_leaves_the_process_unchanged(self, load: Load) -> None:
         with left_alone("load_model()"):
             load()
 
-    def test_a_named_weight_format_is_the_one_that_opens_the_weights(
+    def test_a_named_weight_format_opens_the_weights(
         self, load: Load, implementation: Implementation
     ) -> None:
         class Recorded:
@@ -287,11 +301,12 @@ class LoaderSuite(TensorSourceSuite):
         recorded = Recorded()
         load(formats=recorded)
         if not recorded.names:
-            pytest.skip("it opens its weights itself")
+            pytest.skip("the loader opens its weights without a weight format plugin")
         named = Recorded()
         load(weight_format="some-format", formats=named)
         assert recorded.names == [None] * len(recorded.names), (
-            f"with no format named, formats.open() must be left to find it, found {recorded.names}"
+            f"without a named format, formats.open() must be called without a name, found "
+            f"{recorded.names}"
         )
         assert named.names == ["some-format"] * len(named.names), (
             "request.weight_format must be passed to request.formats.open(), which got "
@@ -312,7 +327,7 @@ class LoaderSuite(TensorSourceSuite):
         bad = [i for i in (*eos, *([] if bos is None else [bos])) if not 0 <= i < size]
         assert not bad, f"bos and eos ids must be from 0 to {size - 1}, found {bad}"
 
-    def test_text_goes_through_the_tokenizer_and_back(self, load: Load) -> None:
+    def test_text_survives_a_round_trip_through_the_tokenizer(self, load: Load) -> None:
         model = load()
         tokenizer = model.text.tokenizer
         known = sorted(tokenizer.get_vocab(with_added_tokens=False).values())
@@ -325,15 +340,15 @@ class LoaderSuite(TensorSourceSuite):
             once = tokenizer.decode(ids)
             again = tokenizer.decode(tokenizer.encode(once, add_special_tokens=False).ids)
             assert again == once, (
-                f"text that was decoded must encode to the same text: {once!r} became {again!r}"
+                f"decoded text must encode and decode to itself, but {once!r} became {again!r}"
             )
 
-    def test_the_tokenizer_neither_cuts_nor_pads(self, load: Load) -> None:
+    def test_the_tokenizer_does_not_truncate_or_pad(self, load: Load) -> None:
         tokenizer = load().text.tokenizer
-        assert tokenizer.truncation is None, "truncation must be off: it would cut long prompts"
+        assert tokenizer.truncation is None, "truncation must be off: it would shorten long prompts"
         assert tokenizer.padding is None, "padding must be off: it would lengthen every prompt"
 
-    def test_the_chat_template_is_jinja(self, load: Load) -> None:
+    def test_the_chat_template_is_valid_jinja(self, load: Load) -> None:
         template = load().text.chat_template
         if template is None:
             pytest.skip("the model has no chat template")
@@ -344,12 +359,12 @@ class LoaderSuite(TensorSourceSuite):
         try:
             ImmutableSandboxedEnvironment(extensions=extensions).parse(template)
         except TemplateSyntaxError as error:
-            if "generation" not in str(error):  # a tag that only transformers has
-                pytest.fail(f"chat_template must be Jinja source: {error}", pytrace=False)
+            if "generation" not in str(error):  # a tag that only transformers supports
+                pytest.fail(f"chat_template must be valid Jinja: {error}", pytrace=False)
 
     # --- invalid sources -------------------------------------------------------------------------
 
-    def test_a_source_that_is_none_is_a_model_error(
+    def test_an_invalid_source_raises_model_error(
         self, implementation: Implementation, tmp_path: Path
     ) -> None:
         empty, file = tmp_path / "empty", tmp_path / "notes.txt"
@@ -357,7 +372,7 @@ class LoaderSuite(TensorSourceSuite):
         file.write_text("not a model")
         for what, source in (
             ("an empty directory", str(empty)),
-            ("a path that is not there", str(tmp_path / "absent")),
+            ("a path that does not exist", str(tmp_path / "absent")),
             ("a text file", str(file)),
             ("a path with a null byte", f"{empty}\0"),
         ):
@@ -370,7 +385,7 @@ class LoaderSuite(TensorSourceSuite):
             model = refused(
                 partial(implementation.call, "load_model", request=request), f"with {what}"
             )
-            assert model is None, f"load_model() of {what} must raise ModelError"
+            assert model is None, f"load_model() must raise ModelError for {what}"
 
 
 def _folder(tmp_path: Path) -> Path:

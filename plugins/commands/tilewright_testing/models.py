@@ -154,7 +154,7 @@ class MemorySource:
 
     def _open(self) -> "Mapping[str, Tensor]":
         if self._tensors is None:
-            raise ModelError("these weights are closed; make another source to read them")
+            raise ModelError("this tensor source is closed; create another one to read the weights")
         return self._tensors
 
 

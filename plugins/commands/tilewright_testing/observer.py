@@ -37,7 +37,7 @@ _PROMPTS = ([3, 4, 5, 6, 7, 8, 9], [10, 11], [20, 21, 22, 23, 24, 25, 26, 27, 28
 
 
 class ObserverSuite(PluginSuite):
-    """What ``ObserverHooks`` and ``ObserverEvents`` state, for one observer.
+    """Checks one observer against ``ObserverHooks`` and ``ObserverEvents``.
 
     Fixtures to give: ``plugin``, and ``options`` where needed. Tests run in an empty working
     directory, so that files with a relative path go there.
@@ -58,60 +58,66 @@ class ObserverSuite(PluginSuite):
 
     @pytest.fixture
     def model(self) -> Model:
-        """What the engines run: a model of three small layers."""
+        """The model that the engines run, with three small layers."""
         return make_model("grouped")
 
     @pytest.fixture
     def model_directory(self, model: Model, tmp_path: Path) -> Path:
         return write_hf_directory(model, tmp_path / "model")
 
-    # --- what it is ------------------------------------------------------------------------------
+    # --- the observer ----------------------------------------------------------------------------
 
-    def test_it_listens_to_events_of_their_names_and_arguments(self, make: Make) -> None:
+    def test_its_hooks_match_the_specs_of_the_events(self, make: Make) -> None:
         observer = make()
         try:
             hooks = plugins.check_hooks(observer, "the observer")
         except TilewrightError as error:
             pytest.fail(str(error), pytrace=False)
         assert hooks & _EVENTS, (
-            f"an observer must implement one of {', '.join(sorted(_EVENTS))}, each marked @hookimpl"
+            f"an observer must implement at least one of {', '.join(sorted(_EVENTS))}, marked with "
+            "@hookimpl"
         )
 
-    def test_each_engine_gets_an_observer_of_its_own(
+    def test_each_engine_gets_its_own_observer(
         self, implementation: Implementation, make: Make, model_directory: Path
     ) -> None:
         one, other = make(), make()
-        assert one is not other, "create_observer() must make an object each time, one an engine"
+        assert one is not other, "create_observer() must return a new object for each engine"
         before = _plain_state(implementation.plugin, other)
         _generate(model_directory, one)
         after = _plain_state(implementation.plugin, other)
         changed = [name for name in after if before.get(name) != after[name]]
         assert not changed, (
-            "an observer must keep what it learns to itself, but what one engine did changed "
+            "observers must not share state, but the events of one engine changed "
             f"{', '.join(changed)}, which another engine's observer sees"
         )
 
-    def test_making_one_leaves_the_process_as_it_was(self, make: Make) -> None:
+    def test_creating_one_leaves_the_process_unchanged(self, make: Make) -> None:
         with left_alone("create_observer()"):
             make()
 
-    # --- what it must not change -----------------------------------------------------------------
+    # --- effects on the engine -------------------------------------------------------------------
 
-    def test_a_generation_is_the_same_with_it(self, make: Make, model_directory: Path) -> None:
+    def test_results_are_the_same_with_and_without_it(
+        self, make: Make, model_directory: Path
+    ) -> None:
         expected = _generate(model_directory)
         found = _generate(model_directory, make())
-        assert found == expected, "tokens and log-probabilities must be the same with an observer"
+        assert found == expected, (
+            "tokens and log-probabilities must be the same with and without an observer"
+        )
 
-    def test_tensors_are_not_written_to(self, make: Make) -> None:
+    def test_tensors_are_not_changed(self, make: Make) -> None:
         call = _caller(make())
         for name, tensor in _tensors().items():
             before = tensor.clone()
             call("on_tensor", {"model_id": "m", "name": name, "tensor": tensor})
             assert same_bits(tensor, before), (
-                f"on_tensor() must not write to the tensor, which the executor goes on with: {name}"
+                "on_tensor() must not write to the tensor, which the executor still uses; it "
+                f"changed a tensor ({name})"
             )
 
-    def test_tensors_are_not_kept(self, make: Make) -> None:
+    def test_tensors_are_not_kept_after_the_event(self, make: Make) -> None:
         import numpy
         import torch
 
@@ -123,19 +129,20 @@ class ObserverSuite(PluginSuite):
         del array, tensor
         gc.collect()
         assert memory() is None, (
-            "on_tensor() must copy what it keeps: the executor uses the memory again"
+            "on_tensor() must copy the values that it keeps, and not keep the tensor: the executor "
+            "reuses the memory"
         )
 
-    def test_generating_with_it_leaves_the_process_as_it_was(
+    def test_generating_with_it_leaves_the_process_unchanged(
         self, make: Make, model_directory: Path
     ) -> None:
         _generate(model_directory)  # changes made by an engine do not count
         with left_alone("an observer"):
             _generate(model_directory, make())
 
-    # --- what it must take -----------------------------------------------------------------------
+    # --- events ----------------------------------------------------------------------------------
 
-    def test_it_takes_the_events_of_two_models_at_once(
+    def test_it_handles_events_of_two_models_at_once(
         self, make: Make, model_directory: Path
     ) -> None:
         names = ("one", "another/model with spaces")
@@ -145,45 +152,45 @@ class ObserverSuite(PluginSuite):
             for name in names:
                 engine.generate_batch(name, _PROMPTS, _SETTINGS)
 
-    def test_it_takes_tensors_of_every_dtype_and_shape(self, make: Make) -> None:
+    def test_it_handles_tensors_of_every_dtype_and_shape(self, make: Make) -> None:
         call = _caller(make())
         for name, tensor in _tensors().items():
             arguments = {"model_id": "m", "name": name, "tensor": tensor}
             _calmly(call, f"a tensor ({name})", "on_tensor", arguments)
-        _calmly(call, "the engine's end", "on_close", {})
+        _calmly(call, "the closing of the engine", "on_close", {})
 
-    def test_it_takes_events_at_their_limits(self, make: Make) -> None:
+    def test_it_handles_events_with_extreme_values(self, make: Make) -> None:
         call = _caller(make())
         config = make_model().config
         for what, event, arguments in (
-            ("a weight", "on_load_progress", _progress("a.weight", 10, 20)),
+            ("a weight that was read", "on_load_progress", _progress("a.weight", 10, 20)),
             ("an empty checkpoint", "on_load_progress", _progress("none", 0, 0)),
-            ("an executor that gets ready", "on_prepare", _prepare(0, 3)),
-            ("an executor that is ready", "on_prepare", _prepare(3, 3)),
-            ("an unknown amount", "on_prepare", _prepare(0, 0)),
+            ("the start of an executor's preparation", "on_prepare", _prepare(0, 3)),
+            ("the end of an executor's preparation", "on_prepare", _prepare(3, 3)),
+            ("preparation of an unknown size", "on_prepare", _prepare(0, 0)),
             (
-                "a model that loaded in no time",
+                "a model that loaded in 0 seconds",
                 "on_model_loaded",
                 {"model_id": "m", "model_config": config, "seconds": 0.0},
             ),
             ("a prefill step", "on_step", {"event": _step("prefill", 0, ("m-1", "m-2"), 700)}),
-            ("a step that took no time", "on_step", {"event": _step("decode", 1, ("m-1",), 1)}),
+            ("a step that took 0 seconds", "on_step", {"event": _step("decode", 1, ("m-1",), 1)}),
             ("a result", "on_request_finished", {"result": _result("text", (3, 4))}),
             ("an empty text", "on_request_finished", {"result": _result("", (2,))}),
             ("text beyond ASCII", "on_request_finished", {"result": _result("東京 🙂\n\0", (5,))}),
         ):
             _calmly(call, what, event, arguments)
-        _calmly(call, "the engine's end", "on_close", {})
+        _calmly(call, "the closing of the engine", "on_close", {})
 
     def test_an_engine_that_did_nothing_may_close(self, make: Make) -> None:
-        _calmly(_caller(make()), "an end with nothing before it", "on_close", {})
+        _calmly(_caller(make()), "a closing with no event before it", "on_close", {})
 
     def test_an_engine_whose_model_did_not_load_may_close(self, make: Make) -> None:
         call = _caller(make())
-        _calmly(call, "a weight", "on_load_progress", _progress("a.weight", 10, 20))
-        _calmly(call, "an end while a model loads", "on_close", {})
+        _calmly(call, "a weight that was read", "on_load_progress", _progress("a.weight", 10, 20))
+        _calmly(call, "a closing while a model loads", "on_close", {})
 
-    def test_two_engines_may_run_in_turns(self, make: Make, model_directory: Path) -> None:
+    def test_two_engines_may_take_turns(self, make: Make, model_directory: Path) -> None:
         with _engine(make()) as one, _engine(make()) as other:
             for engine in (one, other):
                 engine.init_model("m", model_directory, _RUNTIME)
@@ -200,7 +207,9 @@ class ObserverSuite(PluginSuite):
         observer = make()
         _generate(model_directory, observer)
         left = open_files() - before
-        assert not left, f"on_close() must close its files, but {', '.join(left)} stayed open"
+        assert not left, (
+            f"on_close() must close the observer's files, but {', '.join(left)} stayed open"
+        )
 
 
 _RUNTIME = RuntimeConfig(page_size=8, total_pages=32, max_batch_size=4, max_batch_tokens=16)
@@ -210,13 +219,13 @@ _SETTINGS = GenerateConfig(max_new_tokens=5, temperature=0.8, seed=7, ignore_eos
 
 @contextmanager
 def _engine(*observers: object) -> Iterator[LLMEngine]:
-    """An engine with observers. If one raises, that ends what it observes, and the test fails."""
+    """An engine with observers. An observer that raises fails the test."""
     try:
         with LLMEngine.from_plugins(loader="hf-local", observers=observers) as engine:
             yield engine
     except Exception as error:
         pytest.fail(
-            f"nothing must fail because it is observed: {plugins.cause(error)}", pytrace=False
+            f"an observer must not make the engine fail: {plugins.cause(error)}", pytrace=False
         )
 
 
@@ -245,7 +254,7 @@ def _calmly(call: Call, what: str, event: str, arguments: Mapping[str, Any]) -> 
         call(event, arguments)
     except Exception as error:
         pytest.fail(
-            f"an observer must take {what}, but {event}() raised {type(error).__name__}: "
+            f"an observer must handle {what}, but {event}() raised {type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}",
             pytrace=False,
         )
@@ -310,8 +319,8 @@ def _result(text: str, token_ids: tuple[int, ...]) -> GenerateResult:
 
 
 def _plain_state(plugin: object, observer: object) -> dict[str, Any]:
-    """An observer's data, and what it shares with others of its plugin, keyed by name: data in the
-    namespaces of the plugin, its class and their modules."""
+    """An observer's data and the data that observers of its plugin share, keyed by name: values in
+    the namespaces of the plugin, its class and their modules."""
     found: dict[str, Any] = {}
     module = sys.modules.get(type(observer).__module__)
     for owner in (plugin, module, *type(observer).__mro__[:-1]):

@@ -15,7 +15,7 @@ from tilewright.plugins import cause
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--tilewright-report", type=Path, help="where to write what tests found")
+    parser.addoption("--tilewright-report", type=Path, help="file to write the test results to")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""The conformance suite of samplers, and the distribution that their settings define."""
+"""The conformance suite of samplers, and the distribution that the settings define."""
 
 import math
 from collections import Counter
@@ -86,7 +86,7 @@ def scores(logits: "Tensor", row: SamplerRow) -> "Tensor":
 
 
 def probabilities(logits: "Tensor", row: SamplerRow) -> "Tensor":
-    """What a sampler draws a row's token from, [V] float64: the oracle of the suite.
+    """The distribution of a row's token, [V] float64: the oracle of the suite.
 
     Simple rather than fast, and written from the settings' definitions alone. Among equally likely
     tokens, smaller ids come first.
@@ -116,11 +116,11 @@ def probabilities(logits: "Tensor", row: SamplerRow) -> "Tensor":
 
 
 class SamplerSuite(PluginSuite):
-    """What ``Sampler`` states, for one sampler.
+    """Checks one sampler against ``Sampler``.
 
     Fixtures to give: ``plugin``, and ``options`` where needed. A sampler that ignores settings
-    declares them in ``no effect`` of its ``PluginInfo.limits``; one with a distribution of its own
-    describes it in ``distribution``. Tests that these exempt are skipped; all others apply.
+    declares them in ``no effect`` of its ``PluginInfo.limits``; a sampler with its own distribution
+    describes it in ``distribution``. The tests that these exempt are skipped; all others apply.
     """
 
     kind: ClassVar[str] = "sampler"
@@ -151,20 +151,24 @@ class SamplerSuite(PluginSuite):
         """The sampler's own distribution, if it has one: the limit ``distribution``."""
         return plugins.info(implementation.plugin).limits.get("distribution")
 
-    # --- what it returns -------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------
 
     def test_each_row_gets_a_token(self, sampler: Sampler) -> None:
         logits = _logits(len(_MIXED), 40)
         tokens = sampler.sample(logits, [_row(**params) for params in _MIXED])
         assert isinstance(tokens, list), f"sample() must return a list, found {tokens!r:.100}"
         assert len(tokens) == len(_MIXED), (
-            f"sample() must return a token for each of {len(_MIXED)} rows, found {len(tokens)}"
+            f"sample() must return one token per row: {len(_MIXED)}, found {len(tokens)}"
         )
         for token in tokens:
-            assert isinstance(token, SampledToken), f"expected SampledToken, found {token!r:.100}"
+            assert isinstance(token, SampledToken), (
+                f"sample() must return SampledToken objects, found {token!r:.100}"
+            )
             assert type(token.token_id) is int, f"token_id must be an int, found {token.token_id!r}"
-            assert 0 <= token.token_id < 40, f"token_id must be below 40, found {token.token_id}"
-            assert token.sanitized == 0, "sanitized must be 0: all logits were finite"
+            assert 0 <= token.token_id < 40, f"token_id must be in 0 to 39, found {token.token_id}"
+            assert token.sanitized == 0, (
+                f"sanitized must be 0 for finite logits, found {token.sanitized}"
+            )
 
     def test_logits_are_not_changed(self, sampler: Sampler) -> None:
         logits = _logits(len(_MIXED), 40)
@@ -179,35 +183,35 @@ class SamplerSuite(PluginSuite):
         after = [(list(r.output_token_ids), dict(r.params.logit_bias)) for r in rows]
         assert after == before, "sample() must not write to the rows: the engine adds the tokens"
 
-    def test_a_vocabulary_of_one_token(self, sampler: Sampler) -> None:
+    def test_it_samples_from_a_vocabulary_of_one_token(self, sampler: Sampler) -> None:
         for temperature in (0.0, 1.0):
             (token,) = sampler.sample(_logits(1, 1), [_row(temperature=temperature)])
-            assert token.token_id == 0, "of one token, that one must be chosen"
+            assert token.token_id == 0, f"the only token, 0, must be chosen, found {token.token_id}"
 
-    def test_a_large_vocabulary(self, sampler: Sampler) -> None:
+    def test_it_samples_from_a_large_vocabulary(self, sampler: Sampler) -> None:
         logits = _logits(2, 152_000)
         rows = [_row(), _row(temperature=0.8, top_p=0.9, top_k=50, seed=1)]
         tokens = sampler.sample(logits, rows)
         assert tokens[0].token_id == int(logits[0].argmax()), (
-            "at temperature 0 the likeliest token must be chosen"
+            "at temperature 0 the most likely token must be chosen"
         )
 
     # --- temperature 0 ---------------------------------------------------------------------------
 
-    def test_at_temperature_0_the_likeliest_token_is_chosen(self, sampler: Sampler) -> None:
+    def test_at_temperature_0_the_most_likely_token_is_chosen(self, sampler: Sampler) -> None:
         logits = _logits(50, 100)
         tokens = sampler.sample(logits, [_row(seed=i) for i in range(50)])
         found = [token.token_id for token in tokens]
         assert found == logits.argmax(1).tolist(), (
-            "at temperature 0 the likeliest token must be chosen, whatever the seed"
+            "at temperature 0 the most likely token must be chosen, whatever the seed"
         )
 
-    def test_at_temperature_0_filters_change_nothing(self, sampler: Sampler) -> None:
+    def test_at_temperature_0_filters_have_no_effect(self, sampler: Sampler) -> None:
         logits = _logits(20, 100)
         rows = [_row(top_k=7, top_p=0.5, min_p=0.3, seed=i) for i in range(20)]
         found = [token.token_id for token in sampler.sample(logits, rows)]
         assert found == logits.argmax(1).tolist(), (
-            "at temperature 0 top_k, top_p and min_p must leave the likeliest token"
+            "at temperature 0 top_k, top_p and min_p must not change the chosen token"
         )
 
     def test_ties_go_to_the_smallest_id(self, sampler: Sampler) -> None:
@@ -216,20 +220,20 @@ class SamplerSuite(PluginSuite):
         tokens = sampler.sample(logits, [_row() for _ in range(30)])
         for token, row in zip(tokens, logits.tolist(), strict=True):
             assert token.token_id == row.index(max(row)), (
-                f"of equal logits the smallest id must be chosen: {row.index(max(row))}, found "
+                f"among equal logits the smallest id, {row.index(max(row))}, must be chosen, found "
                 f"{token.token_id}"
             )
 
     # --- penalties and bias ----------------------------------------------------------------------
 
     @pytest.mark.parametrize("penalty", _PENALTIES)
-    def test_penalties_decide_at_temperature_0(
+    def test_penalties_apply_at_temperature_0(
         self, sampler: Sampler, no_effect: frozenset[str], penalty: str
     ) -> None:
         params = _PENALTIES[penalty]
         _skip_ignored(no_effect, params)
         logits = _logits(300, 12, scale=1.0)
-        logits[::2] -= 3  # the likeliest logits below 0 show penalties that multiply
+        logits[::2] -= 3  # negative largest logits show penalties that multiply
         rows = _with_history(300, **params)
         changed = 0
         for token, values, row in zip(sampler.sample(logits, rows), logits, rows, strict=True):
@@ -243,10 +247,10 @@ class SamplerSuite(PluginSuite):
                 f"{list(row.output_token_ids)}: token {expected} must be chosen, found "
                 f"{token.token_id}; see the settings' help at tilewright.types.GenerateConfig"
             )
-        assert changed > 5, "these logits tell nothing of this penalty"
+        assert changed > 5, f"{penalty} changed only {changed} of 300 tokens: too few to test it"
 
     @pytest.mark.parametrize("penalty", _PENALTIES)
-    def test_penalties_change_what_is_drawn(
+    def test_penalties_change_the_distribution(
         self,
         sampler: Sampler,
         no_effect: frozenset[str],
@@ -259,7 +263,7 @@ class SamplerSuite(PluginSuite):
         row = _row(prompt=[0, 1, 1, 8], output=[1, 2, 2, 2, 5], **params)
         _check_draws(sampler, _logits(1, 12, scale=1.2)[0], row)
 
-    def test_a_token_of_bias_minus_infinity_is_never_chosen(
+    def test_a_token_with_bias_minus_infinity_is_never_chosen(
         self, sampler: Sampler, no_effect: frozenset[str]
     ) -> None:
         import torch
@@ -270,12 +274,14 @@ class SamplerSuite(PluginSuite):
         for temperature in (0.0, 1.0, 50.0):
             rows = [_row(temperature=temperature, seed=i, logit_bias=bias) for i in range(200)]
             found = {token.token_id for token in sampler.sample(logits, rows)}
-            assert found <= {1, 2}, f"logit_bias -inf must forbid tokens 0 and 3, found {found}"
+            assert found <= {1, 2}, (
+                f"tokens 0 and 3 have logit_bias -inf and must not be chosen, found {found}"
+            )
 
     # --- draws -----------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-    def test_draws_follow_the_softmax_at_a_temperature(
+    def test_draws_follow_the_softmax_at_each_temperature(
         self,
         sampler: Sampler,
         no_effect: frozenset[str],
@@ -287,7 +293,7 @@ class SamplerSuite(PluginSuite):
         _check_draws(sampler, _logits(1, 12)[0], _row(temperature=temperature))
 
     @pytest.mark.parametrize("filters", _FILTERS)
-    def test_filters_leave_the_likely_tokens(
+    def test_filters_keep_the_most_likely_tokens(
         self,
         sampler: Sampler,
         no_effect: frozenset[str],
@@ -299,7 +305,7 @@ class SamplerSuite(PluginSuite):
         _skip_ignored(no_effect, [*params, "seed"])
         _check_draws(sampler, _logits(1, 12, seed=1, scale=1.5)[0], _row(**params))
 
-    def test_draws_of_one_request_follow_the_softmax_step_by_step(
+    def test_successive_draws_of_one_request_follow_the_softmax(
         self, sampler: Sampler, no_effect: frozenset[str], distribution: str | None
     ) -> None:
         _skip_own(distribution)
@@ -307,14 +313,16 @@ class SamplerSuite(PluginSuite):
         logits = _logits(1, 8, scale=1.0)
         rows = [_row(output=[0] * step, temperature=1.0, seed=11) for step in range(1500)]
         tokens = [t.token_id for t in sampler.sample(logits.repeat(1500, 1), rows)]
-        _check_frequencies(tokens, probabilities(logits[0], rows[0]), "of one seed over its steps")
+        _check_frequencies(
+            tokens, probabilities(logits[0], rows[0]), "with one seed in successive steps"
+        )
         pairs = [8 * a + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
         single = probabilities(logits[0], rows[0])
         _check_frequencies(
-            pairs, (single[:, None] * single).flatten(), "of pairs of steps that follow each other"
+            pairs, (single[:, None] * single).flatten(), "of pairs of successive steps"
         )
 
-    def test_other_seeds_and_other_steps_draw_other_tokens(
+    def test_different_seeds_and_steps_draw_different_tokens(
         self, sampler: Sampler, no_effect: frozenset[str], distribution: str | None
     ) -> None:
         import torch
@@ -327,14 +335,15 @@ class SamplerSuite(PluginSuite):
         for what, rows in (("seeds", by_seed), ("steps", by_step)):
             found = {token.token_id for token in sampler.sample(flat, rows)}
             assert len(found) >= least, (
-                f"of 1000 equal tokens, 50 {what} must draw at least {least}, found {len(found)}"
+                f"50 {what} must draw at least {least} different tokens of 1000 equally likely "
+                f"ones, found {len(found)}"
             )
 
-    def test_neighbouring_seeds_do_not_repeat_each_other(
+    def test_consecutive_seeds_draw_different_sequences(
         self, sampler: Sampler, no_effect: frozenset[str], distribution: str | None
     ) -> None:
-        """Prompts of one batch have the seeds n, n + 1, ...: drawing by seed + step would give them
-        the same sequence, shifted by one step."""
+        """Prompts of one batch have the seeds n, n + 1, ...; a generator keyed by seed + step would
+        give them the same sequence, shifted by one step."""
         import torch
 
         _skip_own(distribution)
@@ -350,11 +359,11 @@ class SamplerSuite(PluginSuite):
             paired = zip(one[3 + apart : 57 + apart], other[3:57], strict=True)
             same = sum(a == b for a, b in paired)
             assert same < 10, (
-                f"requests of seeds 100 and 101 drew the same {same} of 54 tokens, "
+                f"requests with seeds 100 and 101 drew the same token in {same} of 54 steps, "
                 f"{abs(apart)} steps apart: draws must depend on seed and step, not on their sum"
             )
 
-    def test_a_tiny_temperature_takes_the_likeliest_token(
+    def test_a_tiny_temperature_chooses_the_most_likely_token(
         self, sampler: Sampler, distribution: str | None
     ) -> None:
         _skip_own(distribution)
@@ -363,15 +372,16 @@ class SamplerSuite(PluginSuite):
             rows = [_row(temperature=temperature, seed=i) for i in range(20)]
             found = [token.token_id for token in sampler.sample(logits, rows)]
             assert found == logits.argmax(1).tolist(), (
-                f"temperature {temperature} must take the likeliest token: no division by about 0"
+                f"temperature {temperature} must choose the most likely token: check the division "
+                "by the temperature"
             )
 
-    def test_settings_without_effect_have_none(
+    def test_settings_declared_without_effect_have_none(
         self, sampler: Sampler, no_effect: frozenset[str]
     ) -> None:
         unknown = sorted(no_effect - set(_SETTINGS))
         assert not unknown, (
-            f"the limit 'no effect' must name settings ({', '.join(_SETTINGS)}), found {unknown}"
+            f"the limit 'no effect' must list settings ({', '.join(_SETTINGS)}), found {unknown}"
         )
         if not no_effect:
             pytest.skip("all settings have an effect")
@@ -398,14 +408,12 @@ class SamplerSuite(PluginSuite):
             except RequestError:  # refusing the setting is valid too
                 continue
             assert found == expected, (
-                f"{name} is said to have no effect, but {name}={values[name]} changed the tokens"
+                f"the limit 'no effect' lists {name}, but {name}={values[name]} changed the tokens"
             )
 
     # --- independence ----------------------------------------------------------------------------
 
-    def test_a_row_gets_the_same_token_whatever_else_is_in_the_batch(
-        self, sampler: Sampler
-    ) -> None:
+    def test_a_token_does_not_depend_on_other_rows_of_the_batch(self, sampler: Sampler) -> None:
         count = len(_MIXED)
         logits = _logits(count, 40, scale=1.0)
         rows = [
@@ -418,11 +426,11 @@ class SamplerSuite(PluginSuite):
             together = sampler.sample(logits[chosen], [rows[i] for i in chosen])
             assert together == [alone[i] for i in chosen], (
                 f"a row's token must depend on that row alone, but rows {chosen} gave "
-                f"{[t.token_id for t in together]}, and one by one "
-                f"{[alone[i].token_id for i in chosen]}"
+                f"{[t.token_id for t in together]} in one batch and "
+                f"{[alone[i].token_id for i in chosen]} one by one"
             )
 
-    def test_the_same_seed_and_step_draw_the_same_token_at_any_time(
+    def test_the_same_seed_and_step_always_draw_the_same_token(
         self, make_sampler: MakeSampler
     ) -> None:
         logits = _logits(40, 40, scale=0.5)
@@ -430,12 +438,12 @@ class SamplerSuite(PluginSuite):
         one, other = make_sampler(), make_sampler()
         expected = one.sample(logits, rows)
         other.sample(logits.flip(0), rows)
-        for when, sampler in (("again", one), ("by a sampler that sampled before", other)):
+        for when, sampler in (("in a second call", one), ("after other calls", other)):
             assert sampler.sample(logits, rows) == expected, (
-                f"the same seed, step and logits must give the same tokens, but differed {when}"
+                f"the same seed, step and logits must give the same tokens, which differed {when}"
             )
 
-    def test_a_token_does_not_depend_on_the_name_of_its_request(self, sampler: Sampler) -> None:
+    def test_a_token_does_not_depend_on_the_request_id(self, sampler: Sampler) -> None:
         logits = _logits(40, 40, scale=0.5)
         for_names = [
             [t.token_id for t in sampler.sample(logits, rows)]
@@ -445,17 +453,17 @@ class SamplerSuite(PluginSuite):
             )
         ]
         assert for_names[0] == for_names[1], (
-            "the same seed must give the same tokens, whatever the request is called"
+            "the same seed must give the same tokens, whatever the request id"
         )
 
-    def test_the_random_state_of_torch_is_neither_used_nor_changed(
+    def test_the_random_state_of_torch_is_not_used_or_changed(
         self, make_sampler: MakeSampler
     ) -> None:
         import torch
 
         logits = _logits(len(_MIXED), 40)
         rows = [_row(**params) for params in _MIXED]
-        with left_alone("sample(), which must not draw from torch's own generator,"):
+        with left_alone("sample(), which must not draw from torch's global generator,"):
             sampler = make_sampler()
             expected = sampler.sample(logits, rows)
         state = torch.get_rng_state()
@@ -464,11 +472,11 @@ class SamplerSuite(PluginSuite):
             found = sampler.sample(logits, rows)
         finally:
             torch.set_rng_state(state)
-        assert found == expected, "tokens must depend on the request's seed, not on torch's"
+        assert found == expected, (
+            "tokens must depend on the request's seed, not on torch's global seed"
+        )
 
-    def test_samplers_in_several_threads_do_not_disturb_each_other(
-        self, make_sampler: MakeSampler
-    ) -> None:
+    def test_samplers_in_several_threads_are_independent(self, make_sampler: MakeSampler) -> None:
         logits = _logits(20, 40, scale=0.5)
         rows = [_row(temperature=1.0, top_p=0.9, seed=i) for i in range(20)]
         expected = make_sampler().sample(logits, rows)
@@ -479,11 +487,13 @@ class SamplerSuite(PluginSuite):
 
         with ThreadPoolExecutor(4) as pool:
             same = [equal for found in pool.map(sample, range(4)) for equal in found]
-        assert all(same), "engines in several threads must get the tokens that they get alone"
+        assert all(same), (
+            "samplers in several threads must choose the tokens that they choose in one thread"
+        )
 
     # --- log-probabilities -----------------------------------------------------------------------
 
-    def test_log_probabilities_are_given_when_asked_for(
+    def test_log_probabilities_are_returned_when_requested(
         self, sampler: Sampler, no_effect: frozenset[str]
     ) -> None:
         _skip_ignored(no_effect, ["logprobs"])
@@ -492,14 +502,14 @@ class SamplerSuite(PluginSuite):
         wanted = [None, 0, 1, 5, 30, 50]
         rows = [_row(logprobs=count, **params) for count in wanted]
         tokens = sampler.sample(logits, rows)
-        assert tokens[0].logprobs is None, "logprobs=None must give none"
+        assert tokens[0].logprobs is None, "logprobs=None must give logprobs None"
         for token, count in zip(tokens[1:], wanted[1:], strict=True):
             assert token.logprobs is not None, f"logprobs={count} must give TokenLogprobs"
             assert token.logprobs.token_id == token.token_id, (
                 "TokenLogprobs.token_id must be the chosen token"
             )
             assert len(token.logprobs.top) == min(count or 0, 30), (
-                f"logprobs={count} must give the {min(count or 0, 30)} likeliest of 30 tokens, "
+                f"logprobs={count} must give the {min(count or 0, 30)} most likely of 30 tokens, "
                 f"found {len(token.logprobs.top)}"
             )
 
@@ -519,22 +529,22 @@ class SamplerSuite(PluginSuite):
             said = token.logprobs
             assert said is not None, "logprobs=5 must give TokenLogprobs"
             assert said.logprob == pytest.approx(expected[token.token_id].item(), abs=1e-4), (
-                "logprob must be the natural logarithm of the softmax of the logits as they came, "
-                "before temperature, penalties and filters"
+                "logprob must be the natural logarithm of the softmax of the raw logits, before "
+                "temperature, penalties and filters"
             )
             top = expected.topk(5)
             assert [i for i, _ in said.top] == top.indices.tolist(), (
-                "top must hold the likeliest tokens of the logits as they came, likeliest first"
+                "top must hold the most likely tokens by the raw logits, the most likely first"
             )
             assert [p for _, p in said.top] == pytest.approx(top.values.tolist(), abs=1e-4), (
-                "top must hold natural logarithms of probabilities"
+                "top must hold the natural logarithms of the probabilities"
             )
 
     # --- logits that are not finite --------------------------------------------------------------
 
     @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
-    def test_logits_that_are_not_finite_are_an_error_that_says_where(
+    def test_non_finite_logits_raise_an_error_that_locates_them(
         self, sampler: Sampler, value: str, temperature: float
     ) -> None:
         logits = _logits(3, 40)
@@ -554,15 +564,16 @@ class SamplerSuite(PluginSuite):
             )
         else:
             pytest.fail(
-                f"{value} among the logits must raise NonFiniteLogitsError, not give a token",
+                f"{value} among the logits must raise NonFiniteLogitsError, but a token was "
+                "returned",
                 pytrace=False,
             )
         assert found == ("request-1", 1, (7, 31)), (
-            "NonFiniteLogitsError must name the request, its step (how many tokens it has) and the "
-            f"ids: ('request-1', 1, (7, 31)), found {found}"
+            "NonFiniteLogitsError must name the request, its step (its number of output tokens) "
+            f"and the token ids: ('request-1', 1, (7, 31)), found {found}"
         )
 
-    def test_large_logits_are_finite(self, sampler: Sampler) -> None:
+    def test_large_finite_logits_are_accepted(self, sampler: Sampler) -> None:
         import torch
 
         logits = torch.full((2, 100), 3.4e38)
@@ -570,7 +581,8 @@ class SamplerSuite(PluginSuite):
         rows = [_row(), _row(temperature=1.0, seed=1)]
         tokens = sampler.sample(logits, rows)
         assert all(0 <= token.token_id < 50 for token in tokens), (
-            "logits up to 3.4e38 are finite: one of the likely tokens must be chosen"
+            "logits up to 3.4e38 are finite, so one of tokens 0 to 49 must be chosen, found "
+            f"{[token.token_id for token in tokens]}"
         )
 
 
@@ -608,12 +620,12 @@ def _with_history(count: int, **params: Any) -> list[SamplerRow]:
 def _skip_ignored(no_effect: frozenset[str], settings: Iterable[str]) -> None:
     ignored = [name for name in settings if name in no_effect]
     if ignored:
-        pytest.skip(f"its limits say that {', '.join(ignored)} has no effect")
+        pytest.skip(f"the limit 'no effect' lists {', '.join(ignored)}")
 
 
 def _skip_own(distribution: str | None) -> None:
     if distribution is not None:
-        pytest.skip(f"it draws from a distribution of its own: {distribution}")
+        pytest.skip(f"the sampler has its own distribution: {distribution}")
 
 
 def _check_draws(sampler: Sampler, logits: "Tensor", row: SamplerRow) -> None:
@@ -631,12 +643,12 @@ def _check_frequencies(tokens: Sequence[int], expected: "Tensor", of: str) -> No
     never = [i for i in counts.nonzero().flatten().tolist() if expected[i] == 0]
     left = expected.nonzero().flatten().tolist()
     assert not never, (
-        f"draws {of}: the settings leave tokens {left}, but {never} were drawn as well"
+        f"draws {of}: the settings allow tokens {left}, but {never} were drawn as well"
     )
     wanted = expected * len(tokens)
     absent = [i for i in left if counts[i] == 0 and wanted[i] > 30]
     assert not absent, (
-        f"draws {of}: the settings leave tokens {left}, but {absent} were never drawn"
+        f"draws {of}: the settings allow tokens {left}, but {absent} were never drawn"
     )
     rare = wanted < 5
     groups = [(counts[~rare], wanted[~rare])]
@@ -652,6 +664,6 @@ def _check_frequencies(tokens: Sequence[int], expected: "Tensor", of: str) -> No
     sigmas = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
     worst = int(((counts - wanted).abs() / wanted.clamp(min=1)).argmax())
     assert sigmas < _SIGMAS, (
-        f"draws {of} must follow the probabilities that the settings give: token {worst} was drawn "
-        f"{int(counts[worst])} times of {len(tokens)}, expected about {wanted[worst].item():.0f}"
+        f"draws {of} must follow the probabilities of the settings: token {worst} was drawn "
+        f"{int(counts[worst])} times in {len(tokens)}, expected about {wanted[worst].item():.0f}"
     )

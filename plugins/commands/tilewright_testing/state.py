@@ -57,8 +57,11 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def left_alone(what: str) -> Iterator[None]:
-    """Fail the test if the block changes the process's state; what names it in the message."""
+    """Fail the test if the block changes the process's state; what names the block in the
+    message."""
     before = global_state()
     yield
     changed = differences(before, global_state())
-    assert not changed, f"{what} must leave the process as it was, but changed {'; '.join(changed)}"
+    assert not changed, (
+        f"{what} must not change the process's state, but changed {'; '.join(changed)}"
+    )

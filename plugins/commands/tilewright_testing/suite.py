@@ -1,4 +1,4 @@
-"""What every plugin must do, whatever its kind: the base of the conformance suites."""
+"""The base of the conformance suites: requirements for plugins of every kind."""
 
 import json
 import subprocess
@@ -68,7 +68,8 @@ class PluginSuite:
 
     @pytest.fixture
     def options(self) -> Mapping[str, Any]:
-        """The plugin's options as a user writes them; by default none, so its own defaults."""
+        """The plugin's options as a user writes them; by default none, so that its defaults
+        apply."""
         return {}
 
     @pytest.fixture
@@ -85,26 +86,27 @@ class PluginSuite:
 
     # --- tests -----------------------------------------------------------------------------------
 
-    def test_it_is_written_for_this_api_and_its_hooks_fit_their_specs(self, plugin: Any) -> None:
+    def test_it_targets_this_api_version_and_its_hooks_match_their_specs(self, plugin: Any) -> None:
         try:
             plugins.check(resolve(plugin, self.kind), self.kind, described(plugin, self.kind))
         except TilewrightError as error:
             pytest.fail(str(error), pytrace=False)
 
-    def test_it_says_in_a_line_what_it_is(self, implementation: Implementation) -> None:
+    def test_it_describes_itself_in_one_line(self, implementation: Implementation) -> None:
         said = implementation.call("plugin_info")
         assert isinstance(said, PluginInfo), (
             f"plugin_info() must return a PluginInfo, which `plugins show` prints, found {said!r}"
         )
         assert len(said.summary.splitlines()) == 1, (
-            f"PluginInfo.summary must be one line that says what this is, found {said.summary!r}"
+            f"PluginInfo.summary must describe the plugin in one line, found {said.summary!r}"
         )
 
     def test_each_option_has_a_line_of_help(self, implementation: Implementation) -> None:
         info = plugins.info(implementation.plugin)
         bare = [o.name for o in plugin_options(implementation.who, info) if not o.help.strip()]
         assert not bare, (
-            f'options need a line of help in their field\'s metadata={{"help": ...}}: {bare}'
+            f'each option needs a help text, metadata={{"help": ...}} of its field; missing for '
+            f"{bare}"
         )
 
     def test_an_unknown_option_is_refused(
@@ -114,21 +116,22 @@ class PluginSuite:
         with pytest.raises(ConfigError):
             read_options(implementation.who, plugins.info(implementation.plugin), unknown)
 
-    def test_importing_it_leaves_the_process_as_it_was(
+    def test_importing_it_leaves_the_process_unchanged(
         self, plugin: Any, implementation: Implementation
     ) -> None:
         target = target_of(plugin, implementation)
         if target is None:
-            pytest.skip("an object of no module that a fresh process could import")
+            pytest.skip("a fresh process cannot import the plugin: it is not a module's attribute")
         module = target.partition(":")[0]
         changed = in_fresh_process("changed_by_import", module)
         if changed is None:
             changed = in_fresh_process("changed_by_import", module, "numpy", "torch")
         assert not changed, (
-            f"importing {target} must leave the process as it was, but changed {'; '.join(changed)}"
+            f"importing {target} must not change the process's state, but changed "
+            f"{'; '.join(changed)}"
         )
 
-    def test_its_doctor_checks_raise_nothing(self, implementation: Implementation) -> None:
+    def test_its_doctor_checks_do_not_raise(self, implementation: Implementation) -> None:
         found = implementation.call("doctor_checks")
         assert all(isinstance(check, Check) for check in found or ()), (
             f"doctor_checks() must return tilewright.types.Check objects, found {found!r}"
@@ -162,6 +165,8 @@ def in_fresh_process(function: str, *arguments: Any) -> Any:
         check=False,
     )
     if ran.returncode:
-        said = [line for line in ran.stderr.splitlines() if line.strip()] or ["it died"]
-        pytest.fail(f"in a fresh process: {said[-1]}", pytrace=False)
+        said = [line for line in ran.stderr.splitlines() if line.strip()] or [
+            f"exit code {ran.returncode}"
+        ]
+        pytest.fail(f"the check failed in a fresh process: {said[-1]}", pytrace=False)
     return json.loads(ran.stdout.splitlines()[-1])

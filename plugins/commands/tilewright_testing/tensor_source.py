@@ -1,4 +1,4 @@
-"""What every ``TensorSource`` must do, from a loader or a weight format."""
+"""Requirements for every ``TensorSource``, from a loader or a weight format."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -29,12 +29,12 @@ Open = Callable[[], TensorSource]
 T = TypeVar("T")
 
 _CUTS: dict[str, Callable[[int], int]] = {
-    "to nothing": lambda size: 0,
-    "to a byte": lambda size: 1,
-    "to eight bytes": lambda size: 8,
-    "to a hundred bytes": lambda size: 100,
-    "in half": lambda size: size // 2,
-    "by a byte": lambda size: size - 1,
+    "to 0 bytes": lambda size: 0,
+    "to 1 byte": lambda size: 1,
+    "to 8 bytes": lambda size: 8,
+    "to 100 bytes": lambda size: 100,
+    "to half its size": lambda size: size // 2,
+    "by 1 byte": lambda size: size - 1,
 }
 
 
@@ -55,31 +55,35 @@ class TensorSourceSuite(PluginSuite):
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def test_info_says_of_each_tensor_what_get_gives(self, opened: Open) -> None:
+    def test_info_matches_the_tensors_that_get_returns(self, opened: Open) -> None:
         source = opened()
         names = source.names()
-        assert len(names) == len(set(names)) > 0, "names() must give each tensor's name, once"
+        assert len(names) == len(set(names)) > 0, (
+            "names() must return each tensor's name once, and at least one name"
+        )
         for name in names:
             info, tensor = source.info(name), source.get(name)
             said = (info.shape, info.dtype, info.nbytes)
             found = (tuple(tensor.shape), dtype_name(tensor), tensor.nbytes)
             assert said == found, (
-                f"info({name!r}) must say the shape, dtype and nbytes of what get gives: "
-                f"{found}, found {said}"
+                f"info({name!r}) must give the shape, dtype and nbytes of the tensor that get() "
+                f"returns: {found}, found {said}"
             )
-            assert type(info.shape) is tuple, f"TensorInfo.shape must be a tuple: {info.shape!r}"
-            assert tensor.device.type == "cpu", f"get({name!r}) must give a tensor on the CPU"
-            assert info.location, f"info({name!r}).location must name the file, for messages"
+            assert type(info.shape) is tuple, (
+                f"TensorInfo.shape must be a tuple, found {info.shape!r}"
+            )
+            assert tensor.device.type == "cpu", f"get({name!r}) must return a tensor on the CPU"
+            assert info.location, f"info({name!r}).location must name the file, for error messages"
 
-    def test_reading_a_tensor_twice_gives_the_same(self, opened: Open) -> None:
+    def test_reading_a_tensor_twice_gives_the_same_values(self, opened: Open) -> None:
         source = opened()
         first = read_some(source)
         for name in reversed(list(source.names())):
             assert same_bits(source.get(name), first[name]), (
-                f"get({name!r}) must give the same each time and in any order"
+                f"get({name!r}) must return the same tensor each time, in any order of calls"
             )
 
-    def test_an_unknown_name_is_a_key_error(self, opened: Open) -> None:
+    def test_an_unknown_name_raises_key_error(self, opened: Open) -> None:
         source = opened()
         for name in ("no.such.tensor", ""):
             for method in (source.info, source.get):
@@ -91,11 +95,9 @@ class TensorSourceSuite(PluginSuite):
                     pytest.fail(f"{method.__name__}({name!r}) must raise KeyError, not {error!r}")
                 pytest.fail(f"{method.__name__}({name!r}) must raise KeyError for an unknown name")
 
-    def test_weights_are_not_read_before_they_are_asked_for(
-        self, opened: Open, files: Path
-    ) -> None:
-        """The files are overwritten after they were opened: a later read gives other data or an
-        error; tensors that are unchanged were read before."""
+    def test_weights_are_not_read_before_get(self, opened: Open, files: Path) -> None:
+        """The files are overwritten once they are open: a later read returns other data or raises
+        an error, so tensors that are unchanged were read too early."""
         before = read_some(opened())
         source = opened()
         invert(files)
@@ -109,7 +111,7 @@ class TensorSourceSuite(PluginSuite):
                 kept.append(name)
         assert not kept, (
             f"opening must read headers only, but {len(kept)} of {len(before)} tensors were in "
-            f"memory before get() asked for them, such as {kept[0]!r}"
+            f"memory before get() requested them, such as {kept[0]!r}"
         )
 
     def test_opening_reads_headers_only(self, opened: Open, files: Path) -> None:
@@ -118,14 +120,16 @@ class TensorSourceSuite(PluginSuite):
         others = max(0, sum(path.stat().st_size for path in files_of(files)) - weights)
         allowed = 3 * others + weights // 2
         if allowed >= weights:
-            pytest.skip(f"{weights} bytes of weights beside {others} others are too few to tell")
+            pytest.skip(
+                f"{weights} bytes of weights and {others} other bytes are too few for this test"
+            )
         read = min(_read_by(opened) for _ in range(3))  # other threads read, too
         assert read <= allowed, (
-            f"opening must read headers only, but read {read} bytes; the weights take {weights}, "
-            f"all else {others}"
+            f"opening must read headers only, but read {read} bytes; the weights have {weights} "
+            f"bytes, everything else {others}"
         )
 
-    def test_opening_and_reading_change_no_file(self, opened: Open, files: Path) -> None:
+    def test_opening_and_reading_do_not_change_files(self, opened: Open, files: Path) -> None:
         folder = files if files.is_dir() else files.parent
         before = contents(folder)
         source = opened()
@@ -133,9 +137,9 @@ class TensorSourceSuite(PluginSuite):
         source.close()
         after = contents(folder)
         changed = [p.name for p in {**before, **after} if before.get(p) != after.get(p)]
-        assert not changed, f"reading must leave the files as they are, but changed {changed}"
+        assert not changed, f"reading must not change the files, but changed {changed}"
 
-    def test_threads_read_what_one_thread_reads(self, opened: Open) -> None:
+    def test_several_threads_read_the_same_as_one(self, opened: Open) -> None:
         expected = read_some(opened())
         source = opened()
         names = list(expected)
@@ -159,11 +163,11 @@ class TensorSourceSuite(PluginSuite):
         finally:
             sys.setswitchinterval(interval)
         assert not wrong, (
-            f"four threads that read at once must get what one gets, but {wrong[0]}: "
-            "does get() share a file position?"
+            "four threads that read at once must get the same tensors as one thread, but "
+            f"{wrong[0]}: check whether calls of get() share a file position"
         )
 
-    def test_opening_and_reading_leave_the_process_as_it_was(self, opened: Open) -> None:
+    def test_opening_and_reading_leave_the_process_unchanged(self, opened: Open) -> None:
         with left_alone("reading weights"):
             source = opened()
             read_some(source)
@@ -180,7 +184,7 @@ class TensorSourceSuite(PluginSuite):
         read_some(source)
         source.close()
         left = open_files() - before
-        assert not left, f"close() must let go of the files, but {', '.join(left)} stayed open"
+        assert not left, f"close() must close the files, but {', '.join(left)} stayed open"
 
     def test_tensors_stay_valid_when_their_source_is_closed(self, opened: Open) -> None:
         expected = read_some(opened())
@@ -188,10 +192,10 @@ class TensorSourceSuite(PluginSuite):
         tensors = {name: source.get(name) for name in expected}
         source.close()
         del source
-        open_files()  # collects what is no longer used
+        open_files()  # collects garbage
         for name, tensor in tensors.items():
             assert same_bits(tensor, expected[name]), (
-                f"tensors that were handed out must outlive close(), but {name!r} changed"
+                f"tensors that get() returned must stay valid after close(), but {name!r} changed"
             )
 
     def test_closing_one_source_leaves_another_open(self, opened: Open) -> None:
@@ -199,22 +203,26 @@ class TensorSourceSuite(PluginSuite):
         one, other = opened(), opened()
         one.close()
         for name, tensor in expected.items():
-            assert same_bits(other.get(name), tensor), f"{name!r} must be read as before"
+            assert same_bits(other.get(name), tensor), (
+                f"closing one source must not affect another, but {name!r} changed"
+            )
 
     # --- damaged files ---------------------------------------------------------------------------
 
     @pytest.mark.parametrize("cut", _CUTS)
-    def test_a_file_that_is_cut_is_a_model_error(self, opened: Open, files: Path, cut: str) -> None:
+    def test_a_truncated_file_raises_model_error(self, opened: Open, files: Path, cut: str) -> None:
         expected = read_some(opened())
         for path in files_of(files):
             data = path.read_bytes()
             length = _CUTS[cut](len(data))
             if length < len(data):
                 path.write_bytes(data[:length])
-                refused_or_whole(lambda: self.read(opened), expected, f"with {path.name} cut {cut}")
+                refused_or_whole(
+                    lambda: self.read(opened), expected, f"with {path.name} truncated {cut}"
+                )
                 path.write_bytes(data)
 
-    def test_a_file_that_is_not_there_is_a_model_error(self, opened: Open, files: Path) -> None:
+    def test_a_missing_file_raises_model_error(self, opened: Open, files: Path) -> None:
         expected = read_some(opened())
         for path in files_of(files):
             data = path.read_bytes()
@@ -222,7 +230,7 @@ class TensorSourceSuite(PluginSuite):
             refused_or_whole(lambda: self.read(opened), expected, f"without {path.name}")
             path.write_bytes(data)
 
-    def test_a_file_of_other_bytes_is_a_model_error(self, opened: Open, files: Path) -> None:
+    def test_a_file_with_other_content_raises_model_error(self, opened: Open, files: Path) -> None:
         expected = read_some(opened())
         for path in files_of(files):
             data = path.read_bytes()
@@ -231,9 +239,7 @@ class TensorSourceSuite(PluginSuite):
                 refused_or_whole(lambda: self.read(opened), expected, f"with {what} in {path.name}")
             path.write_bytes(data)
 
-    def test_a_changed_byte_raises_nothing_but_a_model_error(
-        self, opened: Open, files: Path
-    ) -> None:
+    def test_a_changed_byte_raises_only_model_error(self, opened: Open, files: Path) -> None:
         for what, path, data in corruptions(files, 40):
             before = path.read_bytes()
             path.write_bytes(data)
@@ -267,12 +273,12 @@ def refused(attempt: Callable[[], T], when: str) -> T | None:
         raise
     except BaseException as error:  # a panic of a Rust library is not an Exception
         pytest.fail(
-            f"{when}, opening or reading must raise ModelError with one line, not "
+            f"{when}, opening or reading must raise ModelError with a one-line message, not "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
             pytrace=False,
         )
     assert len(lines) == 1, (
-        f"a ModelError's message must be one line; {when} it has {len(lines)}: {lines[:2]}"
+        f"a ModelError's message must be one line; {when} it has {len(lines)} lines: {lines[:2]}"
     )
     return None
 
@@ -280,8 +286,8 @@ def refused(attempt: Callable[[], T], when: str) -> T | None:
 def refused_or_whole(
     attempt: "Callable[[], Mapping[str, Tensor]]", expected: "Mapping[str, Tensor]", when: str
 ) -> None:
-    """Fail unless reading raises ModelError or gives the same as before: damage outside the weights
-    may go unnoticed, wrong weights may not."""
+    """Fail unless reading raises ModelError or returns the same tensors as before: damage outside
+    the weights may go unnoticed, wrong weights may not."""
     found = refused(attempt, when)
     if found is None:
         return
@@ -291,6 +297,6 @@ def refused_or_whole(
         if name not in expected or name not in found or not same_bits(found[name], expected[name])
     ]
     assert not wrong, (
-        f"{when}, opening or reading must raise ModelError, but gave other tensors than before: "
+        f"{when}, opening or reading must raise ModelError, but returned different tensors: "
         f"{wrong[:3]}"
     )

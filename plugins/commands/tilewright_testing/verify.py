@@ -18,7 +18,7 @@ Result = Literal["passed", "failed", "not run"]
 
 
 class Statement(NamedTuple):
-    """One test of a suite: its statement, the result, and the reason if it does not hold."""
+    """One test of a suite: its statement, the result, and the reason unless it passed."""
 
     statement: str
     result: Result
@@ -64,7 +64,7 @@ def verify(
     if not lines:
         said = [line for line in (ran.stdout + ran.stderr).splitlines() if line.startswith("E ")]
         why = said[-1].removeprefix("E").strip() if said else _ending(ran.returncode)
-        raise TilewrightError(f"{plugin}: its suite cannot be run: {why}")
+        raise TilewrightError(f"the conformance suite of {plugin} could not be run: {why}")
     return list(_statements(map(json.loads, lines), ran.returncode))
 
 
@@ -109,11 +109,11 @@ def _statements(events: Iterator[Any], returncode: int) -> Iterator[Statement]:
             results.append((result, value or ""))
             running = False
     if running:
-        results.append(("failed", f"the process ended in it: {_ending(returncode)}"))
+        results.append(("failed", f"the process ended during this test: {_ending(returncode)}"))
     for name, (result, reason) in zip(names, results, strict=False):
         yield Statement(name, result, reason)
     for name in names[len(results) :]:
-        yield Statement(name, "not run", "the process had ended before")
+        yield Statement(name, "not run", "the process ended before this test")
 
 
 def _ending(returncode: int) -> str:

@@ -27,7 +27,7 @@ _SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 class WeightFormatSuite(TensorSourceSuite):
-    """What ``WeightFormatHooks`` and ``TensorSource`` state, for one weight format.
+    """Checks one weight format against ``WeightFormatHooks`` and ``TensorSource``.
 
     Fixtures to give: ``plugin``; ``write``, unless the plugin implements the hook write_weights;
     and ``options`` where needed.
@@ -43,7 +43,7 @@ class WeightFormatSuite(TensorSourceSuite):
         """
         if not implementation.implements("write_weights"):
             pytest.skip(
-                "nothing to open: give the suite a fixture 'write', or implement write_weights"
+                "no weights to open: give the suite a fixture 'write', or implement write_weights"
             )
 
         def write(directory: Path, tensors: "Mapping[str, Tensor]") -> None:
@@ -67,7 +67,9 @@ class WeightFormatSuite(TensorSourceSuite):
             except TypeError:
                 continue
             return folder
-        pytest.fail(f"write must take one of the dtypes {', '.join(DTYPES)}", pytrace=False)
+        pytest.fail(
+            f"write must support at least one of the dtypes {', '.join(DTYPES)}", pytrace=False
+        )
 
     @pytest.fixture
     def files(self, directory: Path) -> Path:
@@ -83,12 +85,12 @@ class WeightFormatSuite(TensorSourceSuite):
         self, implementation: Implementation, directory: Path
     ) -> None:
         assert _can_open(implementation, directory), (
-            "can_open() must be true of a directory that holds weights in this format"
+            "can_open() must return True for a directory with weights in this format"
         )
         (directory / "README.md").write_text("# A model\n")
         (directory / "config.json").write_text("{}")
         assert _can_open(implementation, directory), (
-            "can_open() must be true also where other files lie beside the weights"
+            "can_open() must return True also when there are other files beside the weights"
         )
 
     def test_can_open_looks_at_names_only(
@@ -98,10 +100,10 @@ class WeightFormatSuite(TensorSourceSuite):
             if path.is_file():
                 path.write_bytes(b"")
         assert _can_open(implementation, directory), (
-            "can_open() must look at file names only, but was false once the files were empty"
+            "can_open() must look at file names only, but returned False for empty files"
         )
 
-    def test_can_open_is_false_of_other_directories(
+    def test_can_open_is_false_for_other_directories(
         self, implementation: Implementation, tmp_path: Path
     ) -> None:
         empty, others = tmp_path / "empty", tmp_path / "others"
@@ -114,12 +116,14 @@ class WeightFormatSuite(TensorSourceSuite):
         for what, directory in (
             ("an empty directory", empty),
             ("a directory without weights", others),
-            ("what is not there", tmp_path / "absent"),
-            ("a file in place of a directory", file),
+            ("a directory that does not exist", tmp_path / "absent"),
+            ("a path to a file", file),
         ):
-            assert not _can_open(implementation, directory), f"can_open() must be false of {what}"
+            assert not _can_open(implementation, directory), (
+                f"can_open() must return False for {what}"
+            )
 
-    def test_can_open_leaves_the_process_as_it_was(
+    def test_can_open_leaves_the_process_unchanged(
         self, implementation: Implementation, tmp_path: Path
     ) -> None:
         with left_alone("can_open()"):
@@ -128,7 +132,7 @@ class WeightFormatSuite(TensorSourceSuite):
     # --- opening ---------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_every_bit_is_read_as_it_was_written(
+    def test_tensors_are_read_bit_for_bit(
         self, implementation: Implementation, write: Write, tmp_path: Path, dtype: str
     ) -> None:
         import torch
@@ -153,14 +157,14 @@ class WeightFormatSuite(TensorSourceSuite):
                 f"{str(location)!r}"
             )
 
-    def test_a_directory_without_weights_is_a_model_error(
+    def test_a_directory_without_weights_raises_model_error(
         self, implementation: Implementation, tmp_path: Path
     ) -> None:
         empty = tmp_path / "empty"
         empty.mkdir()
-        for what, directory in (("an empty", empty), ("an absent", tmp_path / "absent")):
+        for what, directory in (("an empty", empty), ("a missing", tmp_path / "absent")):
             opened = refused(partial(_open, implementation, directory), f"with {what} directory")
-            assert opened is None, f"open_weights() of {what} directory must raise ModelError"
+            assert opened is None, f"open_weights() must raise ModelError for {what} directory"
 
 
 def _can_open(implementation: Implementation, directory: Path) -> bool:
@@ -199,23 +203,24 @@ def _round_trip(
     try:
         write(directory, tensors)
     except TypeError as error:
-        pytest.skip(f"the format does not have this dtype: {error}")
+        pytest.skip(f"the format does not support this dtype: {error}")
     except ValueError as error:
-        pytest.skip(f"the format does not have this shape: {error}")
+        pytest.skip(f"the format does not support this shape: {error}")
     source = _open(implementation, directory)
     assert set(source.names()) == set(tensors), (
-        f"names() must be those that were written: {sorted(tensors)[:8]}, found "
+        f"names() must return the names that were written, {sorted(tensors)[:8]}, found "
         f"{sorted(source.names())[:8]}"
     )
     for name, written in tensors.items():
         tensor = source.get(name)
         assert same_bits(tensor, written), (
-            f"get({name!r}) must give every bit as written: {dtype_name(written)} "
+            f"get({name!r}) must return the tensor bit for bit as written: {dtype_name(written)} "
             f"{list(written.shape)}, found {dtype_name(tensor)} {list(tensor.shape)}"
-            f"{' of other values' if tensor.shape == written.shape else ''}"
+            f"{' with other values' if tensor.shape == written.shape else ''}"
         )
         info = source.info(name)
         said = (info.shape, info.dtype, info.nbytes)
         assert said == (tuple(written.shape), dtype_name(written), written.nbytes), (
-            f"info({name!r}) must say what was written, found {said}"
+            f"info({name!r}) must return the shape, dtype and nbytes that were written, found "
+            f"{said}"
         )
