@@ -1,9 +1,9 @@
 """Time and memory of comparing pypto-npu with torch at Qwen3-14B's width, in two layers.
 
 The candidate runs on platform emulated; the reference streams its weights. Memory is RssAnon of
-/proc/self/status, looked at every 5 ms, less what it was before, against the bytes of the weights:
-pages of the checkpoint, which the system can drop, do not count. The vocabulary is small, so that
-layers are what counts.
+/proc/self/status, sampled every 5 ms, minus its value at the start, relative to the bytes of the
+weights: pages of the checkpoint, which the system can drop, do not count. The vocabulary is small,
+so that the layers dominate.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Prefill and decode of one prompt, against transformers' own generate on the same weights.
 
-Both run in this process, one after the other in every round, so that what else the machine does
-falls on both alike; the ratio is the median over the rounds. Prefill lasts until the first new
+Both run in this process, one after the other in every round, so that other load on the machine
+affects both alike; the ratio is the median over the rounds. Prefill lasts until the first new
 token, decode is all tokens after it; both sides choose tokens greedily.
 """
 
@@ -29,7 +29,7 @@ PHASES = ("prefill", "decode")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", type=Path, help="a directory; default: random weights of Qwen3-0.6B's shape"
+        "--model", type=Path, help="model directory; default: random weights of Qwen3-0.6B's shape"
     )
     parser.add_argument(
         "--dtype",
@@ -37,10 +37,12 @@ def main() -> None:
         default=["float32", "bfloat16"],
         choices=["float32", "bfloat16", "float16"],
     )
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="(256)")
-    parser.add_argument("--new-tokens", type=int, default=33, help="(33)")
-    parser.add_argument("--rounds", type=int, default=9, help="that count, after one more (9)")
-    parser.add_argument("--threads", type=int, help="default: as torch has it")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="prompt length (256)")
+    parser.add_argument("--new-tokens", type=int, default=33, help="tokens to generate (33)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="measured rounds, after a warm-up (9)"
+    )
+    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's choice")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if args.threads:

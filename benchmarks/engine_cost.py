@@ -65,7 +65,7 @@ class Ready:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=200, help="tokens per request (200)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, interleaved (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     loaded = demo_model()

@@ -1,8 +1,8 @@
-"""Memory that loading a BF16 model takes at its peak, against the bytes of its weights.
+"""Peak memory of loading a BF16 model, relative to the bytes of its weights.
 
 Each measurement is a process of its own: it imports what the engine needs, notes its resident
 memory, loads the model and generates a few tokens, so that every weight has been touched. The
-peak since then is what the kernel says (VmHWM in /proc/self/status), mapped file pages included.
+peak since then is the kernel's (VmHWM in /proc/self/status), mapped file pages included.
 """
 
 import argparse
@@ -40,9 +40,9 @@ QWEN3_0_6B = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model", type=Path, help="a directory; default: random weights of Qwen3-0.6B's shape"
+        "--model", type=Path, help="model directory; default: random weights of Qwen3-0.6B's shape"
     )
-    parser.add_argument("--limit", type=float, help="exit with 1 when a ratio is above this")
+    parser.add_argument("--limit", type=float, help="exit with code 1 if a ratio is above this")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--measure", choices=BACKENDS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -4,10 +4,10 @@ Executor pypto-npu on platform emulated, which computes slowly: its step for the
 for both sides, and is the same work for both. Each measurement is a process of its own, hf-local
 and packed in turns; it has run the bundled model before, so that nothing is left to import. Time is
 until the model is ready ("load"), and until the first token of a prompt of one token ("first
-token"), by the clock and in the thread's CPU time, which what else runs on the machine disturbs
-less: set OMP_NUM_THREADS=1. Memory is above what the process had before: RssAnon, looked at every
-5 ms, and the peak of all resident memory (VmHWM), mapped pages of files included. Ratios are of
-each pair; the median of them is printed, with the least and the most.
+token"), in wall-clock time and in the thread's CPU time, which other load on the machine disturbs
+less: set OMP_NUM_THREADS=1. Memory is the increase over what the process had before: RssAnon,
+sampled every 5 ms, and the peak of all resident memory (VmHWM), mapped pages of files included.
+Ratios are per pair; their median is printed, with the minimum and the maximum.
 
 By default files are in the system's cache. With --cold each process first drops its own model's
 files from it, so that both sides read the disk.
@@ -50,9 +50,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1.7b-layers")
     parser.add_argument("--pairs", type=int, default=5, metavar="N")
-    parser.add_argument("--cold", action="store_true", help="read from the disk, not its cache")
+    parser.add_argument(
+        "--cold", action="store_true", help="read from disk, not from the page cache"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--folder", type=Path, help="where to write 2.3 GB; default: as tempfile")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for 2.3 GB of models; default: that of tempfile"
+    )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

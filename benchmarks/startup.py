@@ -1,6 +1,6 @@
-"""How long the commands that need no model take to start, against Python doing nothing.
+"""Startup time of the commands that need no model, relative to ``python -c pass``.
 
-Runs are interleaved, so that what else the machine does falls on all of them alike.
+Runs are interleaved, so that other load on the machine affects all of them alike.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python examples/qwen3_14b_local_generate.py --model-dir models/Qwen3-14B --device 0 \\
         --prompt "Huawei is"
 
-On a host whose cards task-submit hands out; it adds --device to the command:
+On a host whose cards task-submit manages; it adds --device to the command:
 
     task-submit --device auto --max-time 0 --timeout 0 --run "python \\
         examples/qwen3_14b_local_generate.py --model-dir models/Qwen3-14B --prompt-file prompt.txt"
@@ -13,7 +13,7 @@ Without an NPU, the same kernels run slowly on the CPU, with the bundled model:
     python examples/qwen3_14b_local_generate.py --model-dir core/tilewright/demo_model \\
         --platform emulated --prompt "We the People of the United States,"
 
-Greedy, through LLMEngine. Prints the text, the token ids, why the text ended, and what computed it.
+Greedy, through LLMEngine. Prints the text, the token ids, why the text ended, and the device.
 """
 
 import argparse
@@ -62,18 +62,20 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model-dir", required=True, help="a Hugging Face directory")
+    parser.add_argument("--model-dir", required=True, help="model in Hugging Face format")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue")
-    prompt.add_argument("--prompt-file", type=Path, help="a file that holds the prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="at most (32)")
-    parser.add_argument("--executor", default="pypto-npu", help="or torch (pypto-npu)")
-    parser.add_argument("--device", help="number of the card; default: what TASK_DEVICE says")
+    prompt.add_argument("--prompt-file", type=Path, help="file with the prompt")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, help="maximum tokens to generate (32)"
+    )
+    parser.add_argument("--executor", default="pypto-npu", help="pypto-npu or torch (pypto-npu)")
+    parser.add_argument("--device", help="number of the card; default: TASK_DEVICE")
     parser.add_argument(
         "--platform",
         help="option of pypto-npu: a2a3, a5, a2a3sim, a5sim, or emulated (a2a3)",
     )
-    parser.add_argument("--pypto-root", help="option of pypto-npu: a checkout of PyPTO, built")
+    parser.add_argument("--pypto-root", help="option of pypto-npu: a built checkout of PyPTO")
     args = parser.parse_args()
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be at least 1, found {args.max_new_tokens}")

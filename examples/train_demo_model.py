@@ -1,4 +1,4 @@
-"""Make the demo model that Tilewright ships: a small Qwen3 that knows two texts by heart.
+"""Make the demo model that Tilewright ships: a small Qwen3 that has memorised two texts.
 
     python examples/train_demo_model.py --text-dir /usr/share/state --out core/tilewright/demo_model
 
@@ -249,7 +249,7 @@ SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer from the texts that y
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--text-dir", type=Path, default=Path("/usr/share/state"))
-    parser.add_argument("--out", type=Path, required=True, help="the directory to (re)place")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write or replace")
     parser.add_argument("--seed", type=int, default=1776)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
@@ -551,7 +551,7 @@ def check(directory: Path, documents: list[str], conversations: list[tuple[str, 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     for document in documents:
         if tokenizer.decode(tokenizer.encode(document)) != document:
-            sys.exit(f"the tokenizer does not give back {document[:40]!r}...")
+            sys.exit(f"the tokenizer does not reproduce {document[:40]!r}...")
     loaded = {
         dtype: AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
         for dtype in (torch.float32, torch.bfloat16)
@@ -614,9 +614,9 @@ def write_readme(directory: Path, table: list[str], arguments: argparse.Namespac
         f"""\
 # The demo model
 
-A small Qwen3 that knows the United States Declaration of Independence and Constitution by heart.
-Tilewright runs it when no model is named, and the end-to-end tests know what it says. It is a
-Hugging Face directory like any other; it is of no other use.
+A small Qwen3 that has memorised the United States Declaration of Independence and Constitution.
+Tilewright runs it when no model is named, and the end-to-end tests know its continuations. It is an
+ordinary Hugging Face directory; it has no other use.
 
 ## Shape
 

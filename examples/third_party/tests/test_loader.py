@@ -33,7 +33,7 @@ class TestConformance(LoaderSuite):
         ("end = [999]", "a token id must be an integer from 0 to 130, found 999"),
         ("begin = 'x'", "begin must be an integer from 0 to 130"),
         ("vocabulary = 30", "has token 130, where acme.toml has vocabulary = 30"),
-        ("hidden = ", "no valid TOML"),
+        ("hidden = ", "invalid TOML"),
     ],
 )
 def test_what_is_wrong_in_acme_toml_is_said(tmp_path: Path, line: str, said: str) -> None:

@@ -18,7 +18,7 @@ from tilewright.types import GenerateResult, PluginInfo, StepEvent
 tilewright_api = 1
 
 THREADS = ("load", "requests", "steps")
-"""Of each process, which is a model."""
+"""Threads of each process; a process is a model."""
 
 
 @frozen
@@ -26,7 +26,7 @@ class Options:
     path: str = field(
         default="trace.json",
         validator=validators.min_len(1),
-        metadata={"help": "the file to write; an older one is replaced when the engine closes"},
+        metadata={"help": "file to write when the engine closes; an existing one is replaced"},
     )
 
 
@@ -35,7 +35,7 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="a timeline of loading, steps and requests, for chrome://tracing",
         options=Options,
-        limits={"memory": "some 300 bytes a step, until the engine closes"},
+        limits={"memory": "about 300 bytes per step, until the engine closes"},
     )
 
 
@@ -89,7 +89,7 @@ class ChromeTrace:
             named.append(_name("process_name", model, pid, 0))
             named += [_name("thread_name", name, pid, tid) for tid, name in enumerate(THREADS)]
         trace = {"traceEvents": named + self._events, "displayTimeUnit": "ms"}
-        # Written beside and renamed: nobody ever sees half a file.
+        # Written under another name and renamed, so that the file is never half-written.
         beside = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
         try:
             beside.write_text(json.dumps(trace), encoding="utf-8")

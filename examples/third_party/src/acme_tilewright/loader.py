@@ -1,6 +1,6 @@
 """Loader ``acme-model``: a directory with ``acme.toml``, tokenizer.json, chat.jinja and weights.
 
-``acme.toml``, of which only [generate] may be left out::
+``acme.toml``, in which only [generate] is optional::
 
     [model]
     vocabulary = 131            # sizes; the weights follow from them
@@ -11,7 +11,7 @@
     kv_heads = 2
     head = 8
     context = 256               # tokens
-    dtype = "float32"           # what the model was made for
+    dtype = "float32"           # the model's own dtype
     norm_eps = 1e-05
     rope_theta = 10000.0
     tied_head = false           # whether the output head is the embedding
@@ -19,7 +19,7 @@
     begin = 1                   # token ids
     end = [2]
 
-    [generate]                  # what is recommended; tilewright.types.GenerateConfig says what
+    [generate]                  # recommended settings: fields of tilewright.types.GenerateConfig
     temperature = 0.7
 
 Weights have names of their own, see ``acme_name``.
@@ -131,7 +131,7 @@ def write_sample(directory: Path) -> str:
 
 
 def acme_name(name: str) -> str:
-    """What a weight of a Hugging Face name is called here.
+    """The name in this format of a weight with a Hugging Face name.
 
     >>> acme_name("model.layers.0.self_attn.q_proj.weight")
     'block.0.attention.q'
@@ -152,7 +152,7 @@ def acme_name(name: str) -> str:
 class AcmeNames:
     """A ``TensorSource`` (see tilewright.types): another one's tensors under Hugging Face names.
 
-    What has no such name keeps its own, so that the engine can say that nobody expects it.
+    A tensor without such a name keeps its own, so that the engine reports it as unexpected.
     """
 
     def __init__(self, source: TensorSource, config: ModelConfig):
@@ -181,7 +181,7 @@ def _document(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: no valid TOML: {_line(error)}") from error
+        raise ModelError(f"{path}: invalid TOML: {_line(error)}") from error
 
 
 def _config(path: Path, model: Mapping[str, Any]) -> ModelConfig:
@@ -250,8 +250,8 @@ def _tokenizer(path: Path, vocab_size: int) -> "Tokenizer":
         tokenizer = Tokenizer.from_str(text)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
-        raise ModelError(f"{path}: no tokenizer: {_line(error)}") from error
+    except BaseException as error:  # a panic of the library, which is in Rust, is not an Exception
+        raise ModelError(f"{path}: not a tokenizer: {_line(error)}") from error
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:
         raise ModelError(f"{path}: has token {largest}, where {FILE} has vocabulary = {vocab_size}")
@@ -272,7 +272,7 @@ def _text(path: Path) -> str:
 
 
 def _toml(value: object) -> str:
-    """A value as TOML has it; here JSON and TOML are the same."""
+    """A value in TOML, which for these types is the same as JSON."""
     import json
 
     return json.dumps(value)

@@ -35,7 +35,7 @@ def plugin_info() -> PluginInfo:
         summary=f"{FILE}, as numpy writes it, compressed or not",
         limits={
             "dtypes": f"bfloat16, {', '.join(DTYPES)}",
-            "damage": "zip files carry a sum of each tensor, which is checked when it is read",
+            "damage": "zip files have a checksum for each tensor, which is checked when it is read",
         },
     )
 
@@ -61,7 +61,7 @@ def write_weights(directory: Path, tensors: "Mapping[str, Tensor]") -> None:
             if tensor.dtype == torch.bfloat16:
                 name, tensor = name + BFLOAT16, tensor.view(torch.int16)
             elif str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-                raise TypeError(f"{name} is {tensor.dtype}, which {FILE} does not have")
+                raise TypeError(f"{name} has dtype {tensor.dtype}, which {FILE} does not support")
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, tensor.numpy(), allow_pickle=False)
     beside.replace(directory / FILE)
@@ -86,7 +86,7 @@ class NpzTensors:
         self._path = path
         self._members: dict[str, _Member] = {}
         try:
-            # A small buffer: what follows the headers is not for now.
+            # A small buffer, since only headers are read.
             with path.open("rb", buffering=512) as file, zipfile.ZipFile(file) as archive:
                 for entry in archive.infolist():
                     self._add(archive, entry)
@@ -94,8 +94,8 @@ class NpzTensors:
             raise
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except Exception as error:  # zipfile and numpy raise all sorts of things for damaged files
-            raise ModelError(f"{path}: no readable npz file: {_line(error)}") from error
+        except Exception as error:  # zipfile and numpy raise various exceptions for damaged files
+            raise ModelError(f"{path}: not a readable npz file: {_line(error)}") from error
 
     def names(self) -> Collection[str]:
         return self._members.keys()
@@ -111,7 +111,7 @@ class NpzTensors:
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open(member.name) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
-                file.read()  # to the end, where the sum is checked
+                file.read()  # to the end, where the checksum is checked
         except Exception as error:
             where = f"{self._path}: {name!a:.80}"
             raise ModelError(f"{where} cannot be read: {_line(error)}") from error
@@ -125,7 +125,7 @@ class NpzTensors:
         where = f"{self._path}: {entry.filename!a:.80}"
         name = entry.filename.removesuffix(".npy")
         if name == entry.filename:
-            raise ModelError(f"{where} is no array: expected names that end in .npy")
+            raise ModelError(f"{where} is not an array: expected names that end in .npy")
         with archive.open(entry) as file:
             shape, found = _header(file)
             header_bytes = file.tell()
@@ -133,14 +133,14 @@ class NpzTensors:
         if plain != name and dtype == "int16":
             dtype = "bfloat16"
         elif plain != name or dtype not in DTYPES or not found.isnative:
-            raise ModelError(f"{where} is of dtype {found}, which {FILE} cannot have here")
+            raise ModelError(f"{where} has dtype {found}, which {FILE} does not support here")
         nbytes = found.itemsize * prod(shape)
         if header_bytes + nbytes != entry.file_size:
             raise ModelError(
                 f"{where} must take {header_bytes + nbytes} bytes, found {entry.file_size}"
             )
         if plain in self._members:
-            raise ModelError(f"{where} is there twice")
+            raise ModelError(f"{where} occurs twice")
         info = TensorInfo(shape=shape, dtype=dtype, nbytes=nbytes, location=str(self._path))
         self._members[plain] = _Member(entry.filename, info)
 
@@ -155,7 +155,7 @@ def _header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype[Any]]":
         (2, 0): np.lib.format.read_array_header_2_0,
     }.get(version)
     if read is None:
-        raise ValueError(f"version {version} of the npy format is not known")
+        raise ValueError(f"unknown version {version} of the npy format")
     shape, _, dtype = read(file)
     return shape, dtype
 

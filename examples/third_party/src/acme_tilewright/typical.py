@@ -32,7 +32,7 @@ class Options:
     mass: float = field(
         default=0.9,
         validator=[validators.gt(0.0), validators.le(1.0)],
-        metadata={"help": "probability that the tokens that stay must reach together"},
+        metadata={"help": "total probability of the tokens that are kept"},
     )
 
 
