@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import fields, frozen
+from attrs import asdict, fields, frozen
 
 from tilewright.errors import ConfigError
 from tilewright.types import GenerateConfig, RuntimeConfig, described
@@ -81,7 +81,7 @@ class Output:
         "text, or jsonl: one JSON object per result", "text"
     )
     file: str | None = described(
-        "file to write, only if the run succeeds; default: standard output"
+        "file to write, which appears once it is complete; default: standard output"
     )
 
 
@@ -100,14 +100,7 @@ class RunConfig:
 
     def selection(self) -> dict[str, Any]:
         """The arguments of ``LLMEngine.from_plugins``."""
-        return {
-            "loader": self.plugins.loader,
-            "executor": self.plugins.executor,
-            "kv_allocator": self.plugins.kv_allocator,
-            "sampler": self.plugins.sampler,
-            "observers": self.plugins.observers,
-            "options": self.options,
-        }
+        return {**asdict(self.plugins, recurse=False), "options": self.options}
 
 
 SECTIONS: dict[str, type] = {

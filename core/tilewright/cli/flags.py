@@ -40,14 +40,17 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_option_flag(group: TakesArguments) -> None:
     """Adds -o, for options of plugins."""
+    kinds = plugins.ENGINE_KINDS.values()
+    single = ", ".join(k.name for k in kinds if not k.several and k.name != "executor")
+    several = ", ".join(k.name for k in kinds if k.several)
     group.add_argument(
         "-o",
         "--option",
         dest=_OPTIONS,
         action="append",
         metavar="KEY=VALUE",
-        help="set an executor option; for other plugins, KIND.KEY=VALUE (loader, kv_allocator, "
-        "sampler) or KIND.NAME.KEY=VALUE (weight_format, observer)",
+        help=f"set an executor option; for other plugins, KIND.KEY=VALUE ({single}) or "
+        f"KIND.NAME.KEY=VALUE ({several})",
     )
 
 

@@ -56,7 +56,7 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         file = stack.enter_context(opened(config.output.file))
         streamed = len(prompts) == 1 and file is sys.stdout
-        # What plugins print is no part of the results.
+        # What plugins print is not part of the results.
         stack.enter_context(redirect_stdout(sys.stderr))
         engine = stack.enter_context(open_engine(resolved, observers))
         if resolved.origin("prompts", "text") == DEFAULT and not config.prompts.file:

@@ -22,7 +22,7 @@ class KvCacheSpec:
         [pages, num_kv_heads, page_size, head_dim]. The two cannot be told apart by shape when
         page_size == num_kv_heads, so the order is declared and never inferred. A slot is
         page * page_size + offset in both.
-    memory_limit: bytes that the cache may take at most when total_pages is not given.
+    memory_limit: maximum bytes of the cache when total_pages is not given.
     allocate: makes the storage of one tensor from (shape, dtype); None: ``torch.zeros`` on
         ``device``. An executor whose cache lives on a device that torch does not know returns its
         own handles here; the allocator passes them on and can neither read nor copy them.

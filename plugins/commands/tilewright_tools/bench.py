@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(flags=flags.layer(args))
     config = resolved.config
     out = sys.stdout
-    # What plugins print is no part of the report.
+    # What plugins print is not part of the report.
     with redirect_stdout(sys.stderr), open_engine(resolved) as engine:
         model = engine.model(config.model.id)
         _check_lengths(args, model.runtime.max_batch_size, model.max_seq_len)

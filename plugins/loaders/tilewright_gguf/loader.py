@@ -37,7 +37,7 @@ def plugin_info() -> PluginInfo:
     from tilewright_gguf.weights import SUPPORTED
 
     return PluginInfo(
-        summary="a GGUF file of llama.cpp's, its tokenizer included; dequantised tensor by tensor",
+        summary="a GGUF file with its tokenizer; dequantised tensor by tensor",
         limits={
             "models": f"general.architecture {', '.join(ARCHITECTURES)}",
             "tensor types": ", ".join(kind.name for kind in SUPPORTED),

@@ -130,7 +130,7 @@ def _wanted(request: LoadRequest) -> _Wanted:
     named = _ID.fullmatch(request.source)
     if named is None:
         raise ModelError(
-            f"{request.source[:200]!r} is no id of a repository: expected ORGANISATION/NAME or "
+            f"{request.source[:200]!r} is not a repository id: expected ORGANISATION/NAME or "
             "ORGANISATION/NAME@REVISION; hf-local loads a directory"
         )
     name, revision = named.groups()
@@ -439,7 +439,7 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
     name, page = wanted.name, f"{constants.ENDPOINT}/{wanted.name}"
     for cause in _chain(error):
         if isinstance(cause, errors.HFValidationError):
-            return ModelError(f"{name!r} is no id of a repository: {one_line(cause)}")
+            return ModelError(f"{name!r} is not a repository id: {one_line(cause)}")
         if isinstance(cause, errors.GatedRepoError):
             return ModelError(
                 f"{name} is gated: accept its conditions on {page}, then log in with "

@@ -51,7 +51,7 @@ def load_model(request: LoadRequest) -> LoadedModel:
     directory = Path(os.path.expanduser(request.source))
     if not is_packed(directory):
         raise ModelError(
-            f"{request.source[:200]!r} is no packed model: expected a directory with "
+            f"{request.source[:200]!r} is not a packed model: expected a directory with "
             f"{MANIFEST}, which `tilewright convert` writes"
         )
     options = request.options or Options()

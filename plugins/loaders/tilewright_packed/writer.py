@@ -161,7 +161,7 @@ def convert(plan: Plan, out: Path, on_bytes: OnBytes = lambda name, count: None)
         except OSError as error:
             raise ConfigError(
                 f"{partial} cannot be written: {error.strerror or error}; shards that are complete "
-                "are kept: the same call goes on with the next one"
+                "are kept: the same call continues with the next one"
             ) from error
         (out / UNFINISHED).unlink()
         _sync_directory(out.parent)
@@ -278,7 +278,7 @@ def _locked(partial: Path) -> Iterator[None]:
         raise busy from None
     except NotADirectoryError:
         raise ConfigError(
-            f"{partial} is no directory: remove it, or choose another --out"
+            f"{partial} is not a directory: remove it, or choose another --out"
         ) from None
     try:
         try:

@@ -88,7 +88,7 @@ class LogitsSampler:
             self._warned = True
             warnings.warn(
                 f"request {request_id!r}, step {step}: replaced {count} logits that are not "
-                "finite; the text proves nothing, and later replacements are not reported",
+                "finite; do not rely on this text; later replacements are not reported",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -238,7 +238,7 @@ def test_only_the_packed_loader_loads_packed_models(model, converted):
         assert engine.load(converted).packing.executor == "tilewright:pypto-npu"
     with pytest.raises(ModelError, match=r"expected a directory that holds config\.json"):
         LLMEngine.from_plugins(loader="hf-local").load(converted)
-    with pytest.raises(ModelError, match="is no packed model: expected a directory with"):
+    with pytest.raises(ModelError, match="is not a packed model: expected a directory with"):
         LLMEngine.from_plugins(loader="packed").load(model)
 
 
@@ -418,7 +418,7 @@ def _full_at_third_shard(source: str, target: Path, rename: Any = os.replace) ->
 
 def test_a_file_at_the_partial_path_is_not_overwritten(model, tmp_path):
     (tmp_path / "out.partial").write_text("mine")
-    with pytest.raises(ConfigError, match=r"out\.partial is no directory: remove it"):
+    with pytest.raises(ConfigError, match=r"out\.partial is not a directory: remove it"):
         convert(planned(model, TORCH), tmp_path / "out")
     assert (tmp_path / "out.partial").read_text() == "mine"
 

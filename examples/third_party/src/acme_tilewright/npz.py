@@ -78,7 +78,7 @@ class _Member:
 class NpzTensors:
     """A ``TensorSource`` (see tilewright.types).
 
-    The file is opened for each tensor anew, so that threads do not share a position in it.
+    The file is opened again for each tensor, so that threads do not share a position in it.
     """
 
     def __init__(self, path: Path):
