@@ -394,7 +394,7 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "was written for another API",
         OfAnotherApi(Right),
         "it_targets_this_api_version_and_its",
-        "API 2",
+        "API version 2",
     ),
     (
         "has a hook that is none",
