@@ -1,4 +1,4 @@
-"""A kernel's parameters, read from its signature. Nothing is imported; arguments go by name.
+"""A kernel's parameters, read from its signature without an import. Arguments are passed by name.
 
 PyPTO erases directions when a signature is evaluated (``pl.Out[X]`` is ``X``), so they are read
 from the source, as PyPTO itself does.

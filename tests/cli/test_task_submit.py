@@ -276,7 +276,7 @@ def test_a_flag_overrides_the_card_of_a_run_file_in_either_section(
 def test_an_option_that_differs_from_the_granted_card_is_an_error(monkeypatch, capsys, opened):
     assert run_under_task_submit(monkeypatch, f"{GENERATE} -o device=3") == 2
     assert opened == []
-    assert "device is 5 in the runtime's settings and 3 in the options" in capsys.readouterr().err
+    assert "device is 5 in the runtime's settings but 3 in the options" in capsys.readouterr().err
 
 
 def test_the_card_comes_from_the_run_file_unless_the_environment_names_one(
@@ -308,7 +308,7 @@ def test_a_hardware_platform_without_a_card_is_refused(capsys, opened, platform)
     out, err = capsys.readouterr()
     assert (out, opened) == ("", [])
     assert err.count("\n") == 1
-    assert f"platform {platform} needs a card, and none was named: give --device N" in err
+    assert f"platform {platform} needs a card, but none was given: give --device N" in err
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_in_python_the_card_follows_the_same_precedence(monkeypatch, asked, opti
         (None, None, None, "needs a card"),
         (None, None, "", "needs a card"),
         ("cpu", None, "5", "the number of a card as device, found 'cpu'"),
-        ("3", 4, "5", "device is 3 .* and 4"),
+        ("3", 4, "5", "device is 3 .* but 4"),
         ("npu:3", None, None, "the number of a card .* found 'npu:3'"),
         ("-1", None, None, "the number of a card .* found '-1'"),
         (None, None, "five", "the number of a card as TASK_DEVICE, found 'five'"),

@@ -35,9 +35,9 @@ class LayerShape:
     """Tokens per page of the KV cache."""
     norm_eps: float = 1e-6
     max_batch: int = 16
-    """Most sequences in one step."""
+    """Maximum sequences per step."""
     max_tokens: int = 512
-    """Most tokens in one prefill step, over all its sequences."""
+    """Maximum tokens per prefill step, over all its sequences."""
 
     prefill_rows: int = field(
         default=Factory(lambda s: 64 if s.hidden >= 1024 else 16, takes_self=True)

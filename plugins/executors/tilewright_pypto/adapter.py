@@ -76,8 +76,8 @@ def open_device(options: "Options", card: int | None, report: "Report") -> "Pypt
     architecture = options.platform.removesuffix("sim")
     if _architecture not in (None, architecture):
         raise ExecutorError(
-            f"this process has used PyPTO for {_architecture}, and {options.platform} is wanted: "
-            f"{failures.ONE_ARCHITECTURE}"
+            f"this process has used PyPTO for {_architecture}, but {options.platform} is "
+            f"requested: {failures.ONE_ARCHITECTURE}"
         )
     pypto = _import(installation)
     require(options.platform, installation, card)
@@ -109,7 +109,7 @@ def _import(installation: Installation) -> Any:
             raise
         raise ExecutorError(
             f"{installation} cannot be imported ({type(error).__name__}: "
-            f"{failures.cause(error)}): build it again, for this Python and with what it needs"
+            f"{failures.cause(error)}): build it again, for this Python and with its dependencies"
         ) from error
     if "PYPTO_RUNTIME_LOG" not in os.environ:
         # Its exceptions carry what matters; a lost card logs one traceback per tensor.
@@ -128,10 +128,10 @@ def _refuse_another(installation: Installation) -> None:
             continue  # submodules of a binary module have no file
         if origin and any(folder in Path(origin).resolve().parents for folder in ours):
             continue
-        where = Path(origin).parent if origin else "a place that it does not tell"
+        where = Path(origin).parent if origin else "an unknown folder"
         raise ExecutorError(
-            f"this process has imported the pypto of {where}, and {installation.folders[0]} is "
-            "wanted: use one of them in a process"
+            f"this process has imported the pypto of {where}, but {installation.folders[0]} is "
+            "requested: use only one of them in a process"
         )
 
 
@@ -148,8 +148,8 @@ def _refuse_old(pypto: Any, installation: Installation) -> None:
     if lacking:
         raise ExecutorError(
             f"executor pypto-npu needs {NEEDED}, found {installation}, which has no "
-            f"{' and no '.join(lacking)}: update it, or take e2d0f78 if it is newer; pypto_root "
-            "names a checkout"
+            f"{' and no '.join(lacking)}: update it, or use e2d0f78 if it is newer; pypto_root "
+            "selects a checkout"
         )
 
 
@@ -212,9 +212,9 @@ class PyptoDevice:
             with self._crashing(f"copying {_mib(tensor.nbytes)} to {self.name}"):
                 kept = worker.alloc_tensor(tuple(tensor.shape), tensor.dtype, init=tensor)
         except Exception as error:
-            refused = self._refused(f"cannot keep a tensor of {_mib(tensor.nbytes)}", error)
+            refused = self._refused(f"cannot upload a tensor of {_mib(tensor.nbytes)}", error)
             if failures.symptom(error) is failures.MEMORY:
-                refused = ExecutorError(f"{refused}; weights_on_device=false keeps less there")
+                refused = ExecutorError(f"{refused}; weights_on_device=false uses less memory")
             raise refused from error
         self._taken += tensor.nbytes
         return kept
@@ -231,7 +231,7 @@ class PyptoDevice:
             with self._crashing(f"allocating {_mib(size)} on {self.name}"):
                 kept = worker.alloc_tensor((rows, shape[-1]), dtype)
         except Exception as error:
-            refused = self._refused(f"cannot keep {_mib(size)} of KV cache", error)
+            refused = self._refused(f"cannot allocate {_mib(size)} of KV cache", error)
             if failures.symptom(error) is failures.MEMORY:
                 raise OutOfPagesError(str(refused)) from error
             raise refused from error
@@ -247,7 +247,7 @@ class PyptoDevice:
         try:
             self._opened().copy_from(tensor.data_ptr(), kept.data_ptr, tensor.nbytes)
         except Exception as error:
-            raise self._refused(f"cannot give back {_mib(tensor.nbytes)}", error) from error
+            raise self._refused(f"cannot copy {_mib(tensor.nbytes)} to the host", error) from error
         return tensor
 
     def write(self, kept: Any, tensor: "Tensor") -> None:
@@ -255,7 +255,7 @@ class PyptoDevice:
         try:
             self._opened().copy_to(kept.data_ptr, new.data_ptr(), new.nbytes)
         except Exception as error:
-            raise self._refused(f"cannot take {_mib(new.nbytes)}", error) from error
+            raise self._refused(f"cannot copy {_mib(new.nbytes)} from the host", error) from error
 
     def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
         """Raises ExecutorError for a kernel that PyPTO does not compile, or not as written."""
@@ -348,8 +348,8 @@ class PyptoDevice:
         if sorted(names) != sorted(ours):
             raise ExecutorError(
                 f"kernel {kernel} on {self.name}: PyPTO compiled the parameters "
-                f"{', '.join(names)}, and the source has {', '.join(ours)}; artifacts in "
-                f"{self.artifacts[kernel]}; report it, with PyPTO's version"
+                f"{', '.join(names)}, but the source has {', '.join(ours)}; artifacts in "
+                f"{self.artifacts[kernel]}; report this, with PyPTO's version"
             )
         with self._failing(kernel, "loading", " did not load"):
             handle = worker.register(program)
@@ -384,14 +384,14 @@ class PyptoDevice:
         )
 
     def _crashing(self, doing: str, place: str = "") -> AbstractContextManager[None]:
-        """Leave a line that says what was running, in case the process dies meanwhile."""
+        """Print a line that says what was running, if the process dies meanwhile."""
         return self._crash.noting(f"{place}the process died {doing}")
 
     def _refused(self, what: str, error: Exception) -> ExecutorError:
         if isinstance(error, ExecutorError):
             return error
         return ExecutorError(
-            f"{self.name} {what} ({_mib(self._taken)} are kept there): {failures.cause(error)}; "
+            f"{self.name} {what} ({_mib(self._taken)} are in use): {failures.cause(error)}; "
             f"{self._advice(error)}"
         )
 

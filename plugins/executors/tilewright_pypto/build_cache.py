@@ -35,8 +35,8 @@ def _unusable(folder: Path, error: OSError) -> ExecutorError:
     why = error.strerror or str(error)
     advice = "free space there" if error.errno == errno.ENOSPC else "make it a writable folder"
     return ExecutorError(
-        f"compiled kernels are kept in {folder}, and that takes no files ({why}): {advice}, or set "
-        "build_dir to another"
+        f"compiled kernels cannot be written to {folder} ({why}): {advice}, or set build_dir to "
+        "another folder"
     )
 
 

@@ -14,11 +14,11 @@ PRINTER = 'read -r _; read -r line <&1; [ -z "$line" ] || printf "%s\\n" "$line"
 class CrashNote:
     """Prints a line to standard error if the process dies while ``noting`` it.
 
-    A runtime that crashes (SIGSEGV, abort) or is killed leaves Python no turn to say where. So a
-    shell waits for the process to end, on a pipe that closes with it, and prints the first line of
-    a file that both have open. The process has the file mapped: a note is a write to memory.
+    A runtime that crashes (SIGSEGV, abort) or is killed leaves Python no chance to report where.
+    Therefore a shell waits for the process to end, on a pipe that closes with it, and prints the
+    first line of a file that both have open. The process maps the file: a note is a memory write.
 
-    Raises OSError when no file or no process can be had.
+    Raises OSError when no file or no process can be created.
     """
 
     def __init__(self) -> None:

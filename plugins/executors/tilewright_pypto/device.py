@@ -55,5 +55,5 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the device and all uploads and allocations. Closing twice is fine."""
+        """Release the device and all uploads and allocations. Closing again does nothing."""
         ...

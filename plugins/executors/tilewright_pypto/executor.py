@@ -117,8 +117,8 @@ def check_row_order(shape: LayerShape) -> None:
         declared = read_contract(source.path(kernel), kernel, constants).kv_row_order
         if declared != ROW_ORDER:
             raise ExecutorError(
-                f"kernel {kernel} declares KV_ROW_ORDER = {declared!r}, and executor pypto-npu "
-                f"lays the cache out as {ROW_ORDER!r}: the kernel must read its rows so"
+                f"kernel {kernel} declares KV_ROW_ORDER = {declared!r}, but executor pypto-npu "
+                f"lays out the cache as {ROW_ORDER!r}: change the kernel to that row order"
             )
 
 
@@ -162,7 +162,7 @@ class PyptoExecutor(LayerwiseBase[Model, _Step]):
         spec = self.kv_cache_spec
         if len(layers) != spec.num_layers:
             raise ExecutorError(
-                f"executor pypto-npu needs a KV cache of {spec.num_layers} layers, and was given "
+                f"executor pypto-npu needs a KV cache of {spec.num_layers} layers, found "
                 f"{len(layers)}: the KV allocator does not follow kv_cache_spec"
             )
         self._kv = [(self._rows(layer.key), self._rows(layer.value)) for layer in layers]
@@ -180,7 +180,7 @@ class PyptoExecutor(LayerwiseBase[Model, _Step]):
         page = (spec.num_kv_heads, spec.page_size, spec.head_dim)
         if tuple(storage.shape[1:]) != page or storage.dtype != torch.bfloat16:
             raise ExecutorError(
-                f"executor pypto-npu needs KV cache pages of {list(page)} bfloat16, and was given "
+                f"executor pypto-npu needs KV cache pages of {list(page)} bfloat16, found "
                 f"{list(storage.shape[1:])} {storage.dtype}: the KV allocator does not follow "
                 "kv_cache_spec"
             )
@@ -263,5 +263,5 @@ class PyptoExecutor(LayerwiseBase[Model, _Step]):
             if most is not None and found > most:
                 raise ExecutorError(
                     f"the kernels are compiled for steps of at most {most} {what}, found {found}: "
-                    "keep to the executor's limits"
+                    "stay within the executor's limits"
                 )

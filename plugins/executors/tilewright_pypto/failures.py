@@ -14,49 +14,49 @@ class Symptom:
 ONE_ARCHITECTURE = "run each architecture (a2a3, a5) in a process of its own"
 MEMORY = Symptom(
     r"malloc failed|out of memory|bad_alloc|cannot allocate|memoryerror|code 207001",
-    "free memory of {card}: set total_pages or max_batch_tokens lower, or end what else runs there",
+    "free memory of {card}: lower total_pages or max_batch_tokens, or end other processes there",
 )
 LOST = Symptom(
     r"device.*(lost|offline|unavailable|not found|reset)|lost.*device|heartbeat|"
     r"simpler_init failed|ensure_acl_ready|\b(507\d{3}|107\d{3})\b",
-    "see `npu-smi info` whether {card} is there, healthy and free, then load the model again",
+    "check with `npu-smi info` that {card} is present, healthy and free, then load the model again",
 )
 SYMPTOMS = (
     Symptom(
         r"ptoas.*timed out",
-        "too many may run at a time: set option compile_jobs lower, and try again",
+        "too many may run at a time: lower option compile_jobs, and try again",
     ),
     Symptom(
         r"no module named|undefined symbol|importerror",
-        "PyPTO is not whole: `tilewright doctor` says what it lacks",
+        "PyPTO is incomplete: `tilewright doctor` reports what is missing",
     ),
     # Only this call returns the runtime's own codes, negated. -1 is its scope deadlock, and also
     # stands for errors without a code: hence "may".
     Symptom(
         r"finalize_native_run failed with code -[1-4]\b|deadlock|(heap|pool) exhausted|dep_pool",
         "a ring may be full: raise options ring_task_window, ring_dep_pool and ring_heap (131072, "
-        "131072 and 4294967296 have served); PyPTO's log above may say more",
+        "131072 and 4294967296 have worked); PyPTO's log above may say more",
     ),
     MEMORY,
     Symptom(
         r"finalize_native_run failed with code -(8|100)\b|timed? ?out|time-out|5070(14|17|34)\b",
         "it made no progress: see PyPTO's log above (PYPTO_RUNTIME_LOG=info says more), and raise "
-        "SIMPLER_SCHEDULER_TIMEOUT_MS to tell slow from stuck",
+        "SIMPLER_SCHEDULER_TIMEOUT_MS to tell a slow kernel from one that hangs",
     ),
     LOST,
     Symptom(r"no space left", "free space there, or set option build_dir to another folder"),
     Symptom(r"backend type already set", ONE_ARCHITECTURE),
     Symptom(
         r"pto-isa not available",
-        "PyPTO clones it from GitHub: without a network, put it into build/pto-isa beside its "
-        "runtime's pto_isa.pin, checked out at the commit named there",
+        "PyPTO clones it from GitHub: without a network, clone it to build/pto-isa beside the "
+        "runtime's pto_isa.pin, and check out the commit in that file",
     ),
     Symptom(
         r"ptoas|kernel_config",
-        "see that ptoas is of the version that PyPTO pins (toolchain/versions.env in its source)",
+        "check that ptoas has the version that PyPTO pins (toolchain/versions.env in its source)",
     ),
 )
-OTHERWISE = Symptom("", "try platform=emulated, which tells mistakes of a kernel from a device's")
+OTHERWISE = Symptom("", "try platform=emulated, which tells a faulty kernel from a faulty device")
 
 
 def symptom(error: BaseException) -> Symptom:

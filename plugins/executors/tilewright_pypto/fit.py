@@ -9,10 +9,10 @@ from tilewright_kernels.qwen3_14b.shape import LayerShape
 PAGE_SIZE = 128
 """Default number of tokens per page of the KV cache: the keys of attention's widest tile."""
 
-OTHERWISE = "choose executor torch for it"
+OTHERWISE = "choose executor torch for this model"
 _ADVICE = (
-    ("page_size", f"set page_size to a multiple of 16, {PAGE_SIZE} for instance"),
-    ("scratch", "set max_batch_tokens or max_batch_size lower"),
+    ("page_size", f"set page_size to a multiple of 16, such as {PAGE_SIZE}"),
+    ("scratch", "lower max_batch_tokens or max_batch_size"),
 )
 
 
@@ -47,8 +47,8 @@ def _misfits(config: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[str,
     name = config.architecture
     if not config.qk_norm:
         yield (
-            "runs dense Qwen3 models, which have a norm of each query and key head",
-            f"{name} without one",
+            "runs dense Qwen3 models, which have a norm for each query and key head",
+            f"{name} without such norms",
             OTHERWISE,
         )
     for field in ("qkv_bias", "output_bias", "mlp_bias"):
@@ -57,7 +57,7 @@ def _misfits(config: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[str,
     if any(window is not None for window in config.sliding_windows):
         yield "has kernels for full attention", f"sliding windows in {name}", OTHERWISE
     if config.rope.kind == "dynamic":
-        yield "reads RoPE from a table", f"dynamic RoPE in {name}, whose angles change", OTHERWISE
+        yield "reads RoPE from a table", f"dynamic RoPE in {name}", OTHERWISE
     for field in ("weight_dtype", "kv_dtype"):
         dtype = getattr(runtime, field)
         if dtype != "bfloat16":

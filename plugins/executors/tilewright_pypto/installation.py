@@ -26,7 +26,7 @@ SIMULATORS = ("a2a3sim", "a5sim")
 
 PTO_ISA = "https://github.com/hw-native-sys/pto-isa"
 BUILD = "build it from source: https://github.com/hw-native-sys/pypto"
-EMULATED = "platform=emulated needs none"
+EMULATED = "platform=emulated does not need PyPTO"
 RUNTIME = "tensormap_and_ringbuffer"
 """The runtime of simpler that PyPTO's compiler targets."""
 PTOAS = ("ptoas", "ptoas.sh", "bin/ptoas")
@@ -102,7 +102,8 @@ def require(platform: str, installation: Installation, card: int | None) -> None
     if lacking:
         each = "; ".join(f"{c.name}: {c.found} ({c.advice})" for c in lacking)
         raise ExecutorError(
-            f"platform {platform} with {installation} lacks {len(lacking)} of what it needs: {each}"
+            f"platform {platform} with {installation} lacks {len(lacking)} requirement"
+            f"{'s' if len(lacking) > 1 else ''}: {each}"
         )
 
 
@@ -140,10 +141,10 @@ def _checkout(pypto_root: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     homes = [root / "python", root]
     home = next((h for h in homes if (h / "pypto" / "__init__.py").is_file()), None)
     if home is None:
-        there = f"{root} holds neither" if root.is_dir() else f"there is no folder {root}"
+        there = f"{root} has neither" if root.is_dir() else f"folder {root} does not exist"
         raise _AbsentError(
-            f"pypto_root must be a checkout of PyPTO, with python/pypto or pypto, and {there}",
-            "name the checkout's own folder",
+            f"pypto_root must be a checkout of PyPTO, with python/pypto or pypto, but {there}",
+            "set it to the root of the checkout",
         )
     folders: tuple[Path, ...] = (home / "pypto",)
     if not _binaries(folders):  # an editable installation may keep them elsewhere
@@ -160,16 +161,16 @@ def _installed() -> tuple[Path, ...]:
     spec = _spec("pypto")
     if spec is None:
         raise _AbsentError(
-            "no PyPTO is installed",
-            f"{BUILD} (`pip install pypto` gets another product), or set pypto_root to a built "
+            "PyPTO is not installed",
+            f"{BUILD} (`pip install pypto` installs another product), or set pypto_root to a built "
             f"checkout; {EMULATED}",
         )
     folders = [Path(f) for f in spec.submodule_search_locations or ()]
     if spec.origin is None:
         checkout = next((f for f in folders if (f / "python" / "pypto").is_dir()), None)
         raise _AbsentError(
-            f"no PyPTO is installed: {', '.join(map(str, folders))} is a mere folder",
-            f"it looks like a checkout, then set pypto_root={checkout}"
+            f"PyPTO is not installed: {', '.join(map(str, folders))} is not a package",
+            f"it looks like a checkout, so set pypto_root={checkout}"
             if checkout
             else f"{BUILD}; {EMULATED}",
         )
@@ -184,21 +185,23 @@ def _check_usable(folders: Sequence[Path]) -> None:
     where, binaries = folders[0], _binaries(folders)
     if holds("pypto_impl*") or (holds("frontend") and not holds("language")):
         raise _AbsentError(
-            f"the kernels are for hw-native-sys/pypto, and {where} is CANN's product of that name",
+            f"the kernels need hw-native-sys/pypto, but {where} is CANN's product of that name",
             f"uninstall it (they cannot share an environment) and {BUILD}; or set pypto_root to a "
             "built checkout",
         )
     if not holds("language"):
-        raise _AbsentError(f"{where} is no PyPTO: it has no pypto.language", f"{BUILD}; {EMULATED}")
+        raise _AbsentError(
+            f"{where} is not PyPTO: it has no pypto.language", f"{BUILD}; {EMULATED}"
+        )
     if not binaries:
         raise _AbsentError(
-            f"the PyPTO in {where} was never built: it has no pypto_core binary",
+            f"the PyPTO in {where} is not built: it has no pypto_core binary",
             f"run `pip install -e {_root(where)}`; {EMULATED}",
         )
     if not any(b.name.removeprefix("pypto_core") in EXTENSION_SUFFIXES for b in binaries):
         raise _AbsentError(
             f"the PyPTO in {where} was built for another Python ({binaries[0].name})",
-            f"build it again with this one, whose modules end in {EXTENSION_SUFFIXES[0]}",
+            f"build it again with this Python, whose modules end in {EXTENSION_SUFFIXES[0]}",
         )
 
 
@@ -236,7 +239,7 @@ def _commit(root: Path) -> str | None:
     return said.stdout.decode(errors="replace").strip()
 
 
-# --- what a platform needs besides ----------------------------------------------------------------
+# --- other requirements of a platform -------------------------------------------------------------
 
 
 def needs(platform: str | None, installation: Installation, card: int | None) -> Iterator[Check]:
@@ -299,7 +302,7 @@ def _pto_isa(runtime: Path) -> Check:
         name="PTO-ISA",
         status="warning",
         found=f"{place} is not at the commit in {pin}: PyPTO will clone it",
-        advice=f"without a network, clone {PTO_ISA} there from elsewhere, and check that out",
+        advice=f"without a network, copy a clone of {PTO_ISA} there, and check out that commit",
     )
 
 
@@ -317,11 +320,13 @@ def _ptoas(installation: Installation) -> Check:
     files = _ptoas_files()
     usable = next((f for f in files if os.access(f, os.X_OK)), None)
     pin = _ptoas_pin(installation)
-    wanted = f"a release of ptoas {pin}" if pin else "a release of the version that PyPTO names"
+    wanted = f"a release of ptoas {pin}" if pin else "a release of the version that PyPTO requires"
     advice = f"set PTOAS_ROOT to {wanted}"
     if usable is None:
         root = os.environ.get("PTOAS_ROOT")
-        place = f"PTOAS_ROOT={root} (in {', '.join(PTOAS)})" if root else "PATH, and no PTOAS_ROOT"
+        place = (
+            f"PTOAS_ROOT={root} (in {', '.join(PTOAS)})" if root else "PATH; PTOAS_ROOT is not set"
+        )
         found = f"{files[0]} is not executable" if files else f"none in {place}"
         return _failed("ptoas", found, advice)
     try:
@@ -340,8 +345,8 @@ def _ptoas(installation: Installation) -> Check:
     if pin and not pin.admits(version):
         return _failed(
             "ptoas",
-            f"{usable} is version {version}, and {installation.folders[0]} needs {pin} "
-            f"({pin.where}): with another one kernels compute wrong numbers, or do not compile",
+            f"{usable} is version {version}, but {installation.folders[0]} needs {pin} "
+            f"({pin.where}): with another version, kernels give wrong results or do not compile",
             advice,
         )
     return Check(name="ptoas", status="ok", found=f"{usable}, version {version}")
@@ -398,8 +403,8 @@ def _simulators_compiler() -> Check:
         other = shutil.which("g++")
         return _failed(
             name,
-            "none on PATH" + (f", though {other}" if other else ""),
-            f"install {GXX}, or link a g++ of 13 or newer as {GXX}",
+            "none on PATH" + (f", only {other}" if other else ""),
+            f"install {GXX}, or link g++ 13 or newer as {GXX}",
         )
     # PyPTO's headers silently treat BF16 as FP16 where the compiler lacks BF16.
     command = [compiler, "-std=c++23", "-x", "c++", "-dM", "-E", os.devnull]
@@ -411,8 +416,8 @@ def _simulators_compiler() -> Check:
     if "__STDCPP_BFLOAT16_T__" not in said.stdout:
         return _failed(
             name,
-            f"{compiler} has no BF16 type, and simulators would compute in FP16 instead",
-            "install a g++ of 13 or newer under that name",
+            f"{compiler} has no BF16 type, so simulators would compute in FP16",
+            "install g++ 13 or newer under that name",
         )
     return Check(name=name, status="ok", found=f"{compiler}, with BF16")
 
@@ -432,7 +437,7 @@ def _cann() -> Check:
         advice = f"export ASCEND_HOME_PATH={toolkit}" if toolkit else advice
         return _failed(name, "ASCEND_HOME_PATH is not set", advice)
     if _ccec() is None:
-        return _failed(name, f"ASCEND_HOME_PATH={home} holds no bin/ccec", advice)
+        return _failed(name, f"ASCEND_HOME_PATH={home} has no bin/ccec", advice)
     return Check(name=name, status="ok", found=home)
 
 
@@ -442,10 +447,12 @@ def _npu(card: int | None) -> Check:
     for node in ("davinci_manager", *([f"davinci{card}"] if card is not None else [])):
         file = DEV / node
         if not file.exists():
-            advice = f"{see}; a container must be given its cards and the manager"
+            advice = f"{see}; a container needs the devices of its cards and of the manager"
             return _failed(name, f"no {file} ({here})", advice)
         if not os.access(file, os.R_OK | os.W_OK):
-            return _failed(name, f"{file} is not for this user", "join the group that owns it")
+            return _failed(
+                name, f"{file} is not accessible to this user", "join the group that owns it"
+            )
     return Check(name=name, status="ok", found=here) if cards else _failed(name, here, see)
 
 

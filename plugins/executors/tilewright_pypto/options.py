@@ -26,11 +26,11 @@ def power_of_two(least: int) -> Callable[[Any, Any, int], None]:
 
 
 def _size(help: str, check: Any) -> int | None:
-    """An option that is a number, or None for PyPTO's default or more where the kernels need it."""
+    """An option that is a number, or None for PyPTO's default, or more if the kernels need it."""
     optional: int | None = field(
         default=None,
         validator=validators.optional(check),
-        metadata={"help": f"{help}; default: PyPTO's, or more where a call needs it"},
+        metadata={"help": f"{help}; default: PyPTO's default, or more if a call needs it"},
     )
     return optional
 
@@ -49,29 +49,33 @@ class Options:
         default=None,
         validator=validators.optional(validators.ge(0)),
         metadata={
-            "help": "number of the card, as --device; default: TASK_DEVICE. A run file's number "
-            "gives way to TASK_DEVICE"
+            "help": "number of the card, like --device; default: TASK_DEVICE, which overrides the "
+            "number in a run file"
         },
     )
     pypto_root: str | None = field(
         default=None,
-        metadata={"help": "a checkout of PyPTO, built; default: the installed package"},
+        metadata={"help": "built checkout of PyPTO; default: the installed package"},
     )
     build_dir: str | None = field(
         default=None,
-        metadata={"help": "folder of compiled kernels; default: ~/.cache/tilewright/pypto"},
+        metadata={"help": "folder for compiled kernels; default: ~/.cache/tilewright/pypto"},
     )
     compile_jobs: int | None = field(
         default=None,
         validator=validators.optional(validators.ge(1)),
-        metadata={"help": "assemblers and compilers at a time; default: one for each CPU"},
+        metadata={
+            "help": "maximum number of concurrent assemblers and compilers; default: one per CPU"
+        },
     )
-    ring_task_window: int | None = _size("tasks that a ring of the runtime holds", power_of_two(4))
-    ring_heap: int | None = _size("bytes of each ring's heap", power_of_two(1024))
+    ring_task_window: int | None = _size("tasks per ring of the runtime", power_of_two(4))
+    ring_heap: int | None = _size("bytes per ring's heap", power_of_two(1024))
     ring_dep_pool: int | None = _size(
-        "dependencies that a ring holds", [validators.ge(4), validators.le((1 << 31) - 1)]
+        "dependencies per ring", [validators.ge(4), validators.le((1 << 31) - 1)]
     )
     weights_on_device: bool = field(
         default=True,
-        metadata={"help": "keep weights on the device; false: copy them there for each call"},
+        metadata={
+            "help": "keep the weights on the device; false: copy them to the device for each call"
+        },
     )

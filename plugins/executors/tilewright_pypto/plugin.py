@@ -1,4 +1,4 @@
-"""Plugin ``pypto-npu``: Qwen3 models on Ascend NPUs, through kernels in PyPTO."""
+"""Plugin ``pypto-npu``: Qwen3 models on Ascend NPUs, with kernels in PyPTO."""
 
 import os
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ tilewright_api = 1
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="Qwen3 models on Ascend NPUs, through one kernel a layer in PyPTO",
+        summary="Qwen3 models on Ascend NPUs, with one PyPTO kernel per layer",
         options=Options,
         limits={
             "device": "a card of an Ascend host, a simulator of PyPTO, or emulated on the CPU",
@@ -93,8 +93,8 @@ def chosen_card(options: Options, runtime: RuntimeConfig) -> int | None:
     if options.platform not in HARDWARE:
         if runtime.device not in (None, "cpu") and not _is_number(str(runtime.device)):
             raise ExecutorError(
-                f"platform {options.platform} has no cards: expected none, or a number that is "
-                f"left unused, as device, found {runtime.device!r}: leave it out"
+                f"platform {options.platform} has no cards: expected no device, or a number, which "
+                f"is ignored, found {runtime.device!r}: remove it"
             )
         return None
     asked = {
@@ -104,20 +104,20 @@ def chosen_card(options: Options, runtime: RuntimeConfig) -> int | None:
     }
     if len(asked) > 1:
         raise ConfigError(
-            f"device is {runtime.device} in the runtime's settings and {options.device} in the "
+            f"device is {runtime.device} in the runtime's settings but {options.device} in the "
             "options of executor pypto-npu: give it once"
         )
     number = asked.pop() if asked else os.environ.get(GRANTED_DEVICE)
     if not number:
         raise ExecutorError(
-            f"platform {options.platform} needs a card, and none was named: give --device N, run "
+            f"platform {options.platform} needs a card, but none was given: give --device N, run "
             f"under task-submit, which sets {GRANTED_DEVICE}, or set -o platform=emulated to run "
             "the kernels without a card"
         )
     if not _is_number(number):
         origin = GRANTED_DEVICE if runtime.device is None else "device"
         raise ExecutorError(
-            f"executor pypto-npu takes the number of a card as {origin}, found {number!r}: see "
+            f"executor pypto-npu expects the number of a card as {origin}, found {number!r}: see "
             "`npu-smi info` for the cards"
         )
     return int(number)

@@ -1,15 +1,15 @@
-"""What the kernels need of the rings of PyPTO's runtime: memory for scratch, and room for tasks.
+"""Sizes that the kernels need of the rings of PyPTO's runtime: memory for scratch, and task slots.
 
 A ring that is too small may end the process in the runtime's C++, so sizes are checked before a
-device is opened. What is needed is counted by running the kernels' source with a language that only
+device is opened. The sizes are counted by running the kernels' source with a language that only
 counts: tensors are shapes, tasks do nothing, and one iteration of a pl.parallel stands for all.
 
-As PyPTO e2d0f78 and its runtime have it: the runtime opens a scope, in it the kernel opens one, and
-in that each iteration of a loop. A scope of depth d takes from ring d, deeper ones from the last.
-A ring is reclaimed in order: what a scope took comes back when it ends, but what the scopes that
-share the last ring took comes back when the outermost of them ends. So attention to all heads of a
-tile of tokens, over the whole context, is held at once. A scope's memory is taken when it begins,
-by one task for each 16 tensors, in multiples of 1024 bytes.
+In PyPTO e2d0f78 and its runtime, the runtime opens a scope, the kernel opens one within it, and
+each iteration of a loop opens one within that. A scope of depth d allocates from ring d, deeper
+ones from the last. A ring is reclaimed in order: a scope's memory is freed when it ends, but the
+memory of scopes that share the last ring is freed when the outermost of them ends. Therefore
+attention to all heads of a tile of tokens, over the whole context, is held at once. A scope's
+memory is allocated when it begins, by one task per 16 tensors, in multiples of 1024 bytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,12 +36,12 @@ COUNT = 4
 UNIT = 1024
 """Each tensor takes a multiple of this many bytes."""
 TOGETHER = 16
-"""Tensors that one task allocates at most, in one piece of memory."""
+"""Maximum number of tensors that one task allocates, in one piece of memory."""
 STANDARD = {"ring_heap": 256 << 20, "ring_task_window": 16384, "ring_dep_pool": 16384}
 """PyPTO's own sizes: PTO2_HEAP_SIZE, PTO2_TASK_WINDOW_SIZE and PTO2_DEP_LIST_POOL_SIZE."""
 DEPENDENCIES = 4
-"""Entries of ring_dep_pool for each task. A task takes one for each unfinished task that it waits
-for, so the number depends on timing: a run on a2a3sim took 1.6 for each of 10448 tasks."""
+"""Entries of ring_dep_pool per task. A task takes one for each unfinished task that it waits for,
+so the number depends on timing: a run on a2a3sim took 1.6 per task, for 10448 tasks."""
 
 
 def check(options: "Options", shape: LayerShape, positions: int) -> None:
@@ -57,7 +57,7 @@ def check(options: "Options", shape: LayerShape, positions: int) -> None:
         if asked is not None and asked < least:
             raise ExecutorError(
                 f"executor pypto-npu: {name} must be at least {least} for kernel {kernel} and "
-                f"sequences of {positions} tokens, found {asked}: set that, or leave it out"
+                f"sequences of {positions} tokens, found {asked}: raise it, or remove it"
             )
 
 

@@ -173,7 +173,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
             shown = "; ".join(f"{list(shape)} {dtype}" for shape, dtype in found)
             raise ExecutorError(
                 f"executor torch needs a KV cache of {spec.num_layers} layers with pages of "
-                f"{list(page)} {spec.dtype}, and was given {len(layers)} layers with {shown}: "
+                f"{list(page)} {spec.dtype}, found {len(layers)} layers with {shown}: "
                 "the KV allocator does not follow kv_cache_spec"
             )
         self._kv = [(layer.key.flatten(0, 1), layer.value.flatten(0, 1)) for layer in layers]

@@ -29,13 +29,13 @@ class Options:
         default=None,
         # OpenMP ends or crashes the process when it cannot start the requested number of threads.
         validator=validators.optional([validators.ge(1), validators.le(1024)]),
-        metadata={"help": "threads that torch uses, in the whole process; default: as it is set"},
+        metadata={"help": "threads that torch uses in the whole process; default: unchanged"},
     )
     stream_weights: bool = field(
         default=False,
         metadata={
-            "help": "convert a layer's weights to weight_dtype each time it runs, and hold no "
-            "other converted layer: less memory, slower"
+            "help": "convert a layer's weights to weight_dtype each time it runs, and keep no "
+            "other converted layer; takes less memory, is slower"
         },
     )
 
@@ -43,7 +43,7 @@ class Options:
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="the reference: any supported model on the CPU, with PyTorch",
+        summary="the reference executor: any supported model on the CPU, with PyTorch",
         options=Options,
         limits={
             "device": "cpu",
@@ -67,8 +67,8 @@ def doctor_checks() -> list[Check]:
         Check(
             name="matrix products on this CPU",
             status="ok",
-            found=f"{found}; 16-bit dtypes that are not native are widened to float32 block by "
-            "block: as exact, slower in prefill, as fast in decode"
+            found=f"{found}; other 16-bit dtypes are widened to float32 block by block, which is "
+            "as exact, slower in prefill and as fast in decode"
             if len(native) < 2
             else found,
         )
@@ -115,13 +115,15 @@ def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
     if config.num_heads % config.num_kv_heads:
         raise ExecutorError(
             f"executor torch needs num_heads to be a multiple of num_kv_heads, found "
-            f"{config.num_heads} and {config.num_kv_heads} in {config.architecture}"
+            f"{config.num_heads} and {config.num_kv_heads} in {config.architecture}: check the "
+            "model's configuration"
         )
     least = 4 if config.rope.kind == "dynamic" else 2
     if config.head_dim % 2 or config.head_dim < least:
         raise ExecutorError(
-            f"executor torch needs an even head_dim of {least} or more to rotate "
-            f"({config.rope.kind} RoPE), found {config.head_dim} in {config.architecture}"
+            f"executor torch needs an even head_dim of {least} or more for {config.rope.kind} "
+            f"RoPE, found {config.head_dim} in {config.architecture}: check the model's "
+            "configuration"
         )
 
 

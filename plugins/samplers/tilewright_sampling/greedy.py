@@ -1,4 +1,4 @@
-"""Plugin ``greedy``: always the likeliest token."""
+"""Plugin ``greedy``: always the most likely token."""
 
 from tilewright import hookimpl
 from tilewright.types import PluginInfo, SamplerRequest
@@ -10,7 +10,7 @@ tilewright_api = 1
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="the likeliest token after penalties and bias",
+        summary="the most likely token after penalties and bias",
         options=Options,
         limits={"no effect": "temperature, top_k, top_p, min_p, seed"},
     )

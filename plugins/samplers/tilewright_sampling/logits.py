@@ -1,4 +1,4 @@
-"""From one row of logits to a token: the steps of a sampler, one function each.
+"""The steps from one row of logits to a token, one function each.
 
 Rows are [V] float32 on the CPU. Each function works on a single row, so a result cannot depend on
 the rest of the batch. Among equal values, the smaller id comes first.
@@ -72,7 +72,7 @@ def penalise(logits: Tensor, row: SamplerRow) -> Tensor:
         scores[ids[bias == -math.inf]] = -math.inf
         if scores.max() == -math.inf:
             raise RequestError(
-                f"request {row.request_id!r}: logit_bias forbids every token: allow one"
+                f"request {row.request_id!r}: logit_bias forbids every token: allow at least one"
             )
     return scores
 
@@ -94,7 +94,7 @@ def _check_bias(row: SamplerRow, vocab_size: int) -> None:
     for token_id, value in row.params.logit_bias.items():
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"request {row.request_id!r}: logit_bias names token id {token_id}: expected an id "
+                f"request {row.request_id!r}: logit_bias has token id {token_id}: expected an id "
                 f"of the model's vocabulary, 0 to {vocab_size - 1}"
             )
         if math.isnan(value) or value == math.inf:
@@ -119,7 +119,7 @@ def shortlist(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 
     temperature is applied first, then top_k, top_p and min_p, each to the tokens that the previous
     one left. As in transformers, the token that crosses top_p stays, and min_p is relative to the
-    likeliest token. Among equally likely tokens at a cutoff, the smaller ids stay.
+    most likely token. Among equally likely tokens at a cutoff, the smaller ids stay.
 
     Returns ids [n] int64 and weights [n] float32, the probabilities times a constant.
     """
@@ -164,7 +164,7 @@ def draw(ids: Tensor, weights: Tensor, u: float) -> int:
 
 
 def logprobs(logits: Tensor, token_id: int, count: int) -> TokenLogprobs:
-    """Log-probabilities of the chosen token and of the ``count`` likeliest, from the raw logits."""
+    """Log-probabilities, from the raw logits, of the chosen and of the ``count`` most likely."""
     values = logits.log_softmax(0)
     top = largest(logits, min(count, len(logits))) if count else logits.new_empty(0).long()
     return TokenLogprobs(

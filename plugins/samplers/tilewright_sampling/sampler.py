@@ -27,8 +27,8 @@ class Options:
         default="error",
         validator=validators.in_(("error", "sanitize")),
         metadata={
-            "help": "when logits are NaN or infinite: error, or sanitize to replace them, warn "
-            "once and mark the result, for smoke runs only"
+            "help": "what to do when logits are NaN or infinite: error, or sanitize to replace "
+            "them, warn once and mark the result, for smoke tests only"
         },
     )
 
@@ -37,7 +37,7 @@ class LogitsSampler:
     """A ``Sampler`` (see tilewright.types) without per-request state between steps.
 
     A step checks for non-finite logits; applies the penalties and the bias (``logits.penalise``);
-    then either takes the likeliest token, at temperature 0 or with ``greedy``, or applies
+    then either takes the most likely token, at temperature 0 or with ``greedy``, or applies
     temperature, top_k, top_p and min_p (``logits.shortlist``) and draws. The draw depends on the
     request's seed and on the number of tokens it has generated.
     """
@@ -88,7 +88,7 @@ class LogitsSampler:
             self._warned = True
             warnings.warn(
                 f"request {request_id!r}, step {step}: replaced {count} logits that are not "
-                "finite; do not rely on this text; later replacements are not reported",
+                "finite; do not rely on the text; later replacements are not reported",
                 RuntimeWarning,
                 stacklevel=4,
             )

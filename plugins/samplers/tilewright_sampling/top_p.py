@@ -1,4 +1,4 @@
-"""Plugin ``top-p``: draws from the likely tokens; takes the likeliest at temperature 0."""
+"""Plugin ``top-p``: samples from the likely tokens; at temperature 0, takes the most likely one."""
 
 from tilewright import hookimpl
 from tilewright.types import PluginInfo, SamplerRequest
@@ -10,7 +10,7 @@ tilewright_api = 1
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="draws with temperature, top_k, top_p and min_p; at temperature 0 the likeliest",
+        summary="sampling with temperature, top_k, top_p and min_p; greedy at temperature 0",
         options=Options,
     )
 

@@ -319,7 +319,7 @@ def test_parameters_that_are_not_in_the_source_are_refused(opened, monkeypatch):
     device = opened()
     program = sys.modules["pypto.ir"].CompiledProgram
     monkeypatch.setattr(program, "param_names", ["hidden", "final_norm", "lm_head", "logits_v1"])
-    with pytest.raises(ExecutorError, match="logits_v1, and the source has hidden") as error:
+    with pytest.raises(ExecutorError, match="logits_v1, but the source has hidden") as error:
         device.load(["head"], SHAPE)
     assert str(device.artifacts["head"]) in one_line(error)
 
@@ -406,8 +406,8 @@ NATIVE = "finalize_native_run failed with code {} run_id=4 dispatch=9\n\nC++ Tra
         ("run_head", "ring_heap must be a power of 2 >= 1024", "platform=emulated"),
         ("run_head", NATIVE.format(-100), "SIMPLER_SCHEDULER_TIMEOUT_MS"),
         ("run_head", "waiting for tensor data timed out", "made no progress"),
-        ("run_head", NATIVE.format(507899), "`npu-smi info` whether card 3 is there"),
-        ("run_head", "device 3 was lost", "`npu-smi info` whether card 3 is there"),
+        ("run_head", NATIVE.format(507899), "`npu-smi info` that card 3 is present"),
+        ("run_head", "device 3 was lost", "`npu-smi info` that card 3 is present"),
         ("run_head", NATIVE.format(-77), "platform=emulated"),
         ("run_head", "malloc failed", "max_batch_tokens"),
     ],
@@ -484,7 +484,7 @@ def test_a_card_that_does_not_open_is_an_error_with_advice(opened, monkeypatch):
     monkeypatch.setenv("FAKE_PYPTO", failing(open="simpler_init failed with code 507033"))
     with pytest.raises(ExecutorError, match="a2a3 card 3 cannot be opened: simpler_init") as error:
         opened("a2a3", 3)
-    assert "`npu-smi info` whether card 3" in one_line(error)
+    assert "`npu-smi info` that card 3" in one_line(error)
 
 
 def test_weights_that_do_not_fit_are_an_error_with_the_memory_in_use(opened, monkeypatch):
@@ -494,7 +494,7 @@ def test_weights_that_do_not_fit_are_an_error_with_the_memory_in_use(opened, mon
     with pytest.raises(ExecutorError) as error:
         device.keep(torch.zeros(1 << 19))
     line = one_line(error)
-    assert "cannot keep a tensor of 2.0 MiB (2.0 MiB are kept there): malloc failed" in line
+    assert "cannot upload a tensor of 2.0 MiB (2.0 MiB are in use): malloc failed" in line
     assert "free memory of card 3" in line
     assert "weights_on_device=false" in line
 
@@ -502,7 +502,7 @@ def test_weights_that_do_not_fit_are_an_error_with_the_memory_in_use(opened, mon
 def test_a_cache_that_does_not_fit_is_an_out_of_pages_error(opened, monkeypatch):
     device = opened("a2a3", 3)
     monkeypatch.setenv("FAKE_PYPTO_MEMORY", "1000")
-    with pytest.raises(OutOfPagesError, match="set total_pages"):
+    with pytest.raises(OutOfPagesError, match="lower total_pages"):
         device.allocate((4, 2, 16, 32), torch.bfloat16)
     monkeypatch.setenv("FAKE_PYPTO", failing(malloc="device 3 was lost"))
     with pytest.raises(ExecutorError, match="npu-smi"):
@@ -527,14 +527,14 @@ def test_modules_of_a_partly_imported_pypto_are_not_mixed_with_another(opened, m
     left = ModuleType("pypto.events")
     left.__file__ = "/elsewhere/pypto/events.py"
     monkeypatch.setitem(sys.modules, "pypto.events", left)
-    with pytest.raises(ExecutorError, match=r"has imported the pypto of /elsewhere/pypto, and"):
+    with pytest.raises(ExecutorError, match=r"has imported the pypto of /elsewhere/pypto, but"):
         opened()
 
 
 def test_a_second_architecture_in_one_process_is_refused(opened, monkeypatch):
     opened("a2a3sim").load(["head"], SHAPE)
     opened("a2a3", 3)
-    with pytest.raises(ExecutorError, match="used PyPTO for a2a3, and a5sim is wanted") as error:
+    with pytest.raises(ExecutorError, match="used PyPTO for a2a3, but a5sim is requested") as error:
         opened("a5sim")
     assert "in a process of its own" in one_line(error)
     # PyPTO itself refuses if other code in the process has used it.
@@ -665,10 +665,10 @@ def test_a_device_too_small_for_the_model_is_closed(
 @pytest.mark.parametrize(
     ("problem", "said"),
     [
-        ("no PyPTO", "no PyPTO is installed: build it from source"),
+        ("no PyPTO", "PyPTO is not installed: build it from source"),
         ("no checkout", "pypto_root must be a checkout of PyPTO"),
         ("namesake", "CANN's product of that name"),
-        ("build folder", "takes no files"),
+        ("build folder", "cannot be written to"),
     ],
 )
 def test_an_unusable_pypto_is_a_one_line_error_on_the_command_line(

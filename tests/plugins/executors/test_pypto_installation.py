@@ -103,8 +103,8 @@ def test_without_pypto_the_error_warns_of_the_pypto_on_pypi(site):
     with pytest.raises(ExecutorError) as error:
         find(None)
     line = one_line(error)
-    assert "no PyPTO is installed" in line
-    assert "`pip install pypto` gets another product" in line
+    assert "PyPTO is not installed" in line
+    assert "`pip install pypto` installs another product" in line
     assert "pypto_root" in line
     assert "platform=emulated" in line
 
@@ -131,7 +131,7 @@ def test_canns_pypto_is_not_accepted_as_a_checkout(tmp_path):
 def test_a_checkout_in_the_working_folder_is_not_a_package(site, tmp_path):
     # A clone is a folder named pypto, which Python takes for a namespace package.
     checkout(site / "pypto")
-    with pytest.raises(ExecutorError, match=f"a mere folder: .*pypto_root={site / 'pypto'}"):
+    with pytest.raises(ExecutorError, match=f"is not a package: .*pypto_root={site / 'pypto'}"):
         find(None)
 
 
@@ -144,7 +144,7 @@ def test_a_package_wins_over_a_namespace_folder(site, tmp_path):
 
 def test_a_checkout_that_was_never_built_is_refused(pypto_root):
     (pypto_root / "python" / "pypto" / BINARY).unlink()
-    with pytest.raises(ExecutorError, match="never built") as error:
+    with pytest.raises(ExecutorError, match="is not built") as error:
         find(str(pypto_root))
     assert f"pip install -e {pypto_root}" in one_line(error)
 
@@ -276,7 +276,7 @@ def test_ptoas_must_have_the_version_that_pypto_requires(
     with pytest.raises(ExecutorError) as error:
         require("a5sim", find(str(pypto_root)), None)
     line = one_line(error)
-    assert f"{launcher} is version {version}, and " in line
+    assert f"{launcher} is version {version}, but " in line
     assert f"needs {wanted} (PTOAS_" in line
     assert f"set PTOAS_ROOT to a release of ptoas {wanted}" in line
 
@@ -314,7 +314,7 @@ def test_a_compiler_without_bf16_fails_only_the_simulators(pypto_root, tmp_path,
     program(tmp_path / "machine" / "bin" / "g++-15")
     (dev / "davinci0").touch()
     found = failed("a2a3sim", pypto_root)
-    assert "FP16 instead" in found["g++-15 for the simulators"]
+    assert "would compute in FP16" in found["g++-15 for the simulators"]
     assert not failed("a2a3", pypto_root, 0)
 
 

@@ -55,7 +55,7 @@ def test_a_window_inside_its_tensor_is_copied(first, to):
 @pytest.mark.parametrize(("first", "to", "tensor"), [(9, 0, "x"), (-1, 0, "x"), (0, 9, "y")])
 def test_a_window_that_reaches_outside_is_an_error(first, to, tensor):
     start = torch.tensor([first, to], dtype=torch.int32)
-    with fails(rf"{tensor}\[.*\] reaches outside of \[16, 32\]"):
+    with fails(rf"{tensor}\[.*\] reaches outside its shape \[16, 32\]"):
         copy_rows(x=ones(16, N), start=start, y=ones(16, N))
 
 
@@ -74,7 +74,7 @@ def test_an_element_outside_its_tensor_is_an_error():
     def kernel(x: pl.Tensor[[2], pl.INT32], y: pl.InOut[pl.Tensor[[1, N], pl.FP32]]):
         pl.read(x, [2])
 
-    with fails(r"x\[2\] is outside of \[2\]"):
+    with fails(r"x\[2\] is outside its shape \[2\]"):
         kernel(x=ones(2, dtype=torch.int32), y=ones(1, N))
 
 
@@ -98,13 +98,13 @@ def test_only_the_valid_part_of_a_window_is_read_and_stored():
 
 
 def test_a_valid_part_that_reaches_outside_its_tensor_is_an_error():
-    with fails(r"x\[0:6, 0:32\] reaches outside of \[5, 32\]"):
+    with fails(r"x\[0:6, 0:32\] reaches outside its shape \[5, 32\]"):
         tail(x=ones(5, N), count=torch.tensor([6], dtype=torch.int32), y=ones(16, N))
 
 
 @pytest.mark.parametrize("count", [0, 17])
 def test_a_valid_part_must_fit_its_window_and_not_be_empty(count):
-    with fails(r"valid_shape \[.*\] must be from 1"):
+    with fails(r"valid_shape \[.*\] must be between 1"):
         tail(x=ones(32, N), count=torch.tensor([count], dtype=torch.int32), y=ones(16, N))
 
 
@@ -120,7 +120,7 @@ def test_reading_unwritten_scratch_is_an_error():
         with pl.at(level=CORE):
             y[0:16, 0:N] = scratch[0:16, 0:N]
 
-    with fails(r"scratch\[0:16, 0:32\] is read, and not all of it was written"):
+    with fails(r"scratch\[0:16, 0:32\] is read, but not all of it was written"):
         kernel(x=ones(16, N), y=ones(16, N))
 
 
@@ -130,7 +130,7 @@ def test_reading_an_output_before_it_is_written_is_an_error():
         with pl.at(level=CORE):
             y[:] = pl.add(y[0:8, 0:N], 1.0)
 
-    with fails("y.* is read, and not all of it was written"):
+    with fails("y.* is read, but not all of it was written"):
         kernel(y=ones(8, N))
 
 
@@ -215,7 +215,7 @@ def test_a_reduction_over_padding_is_an_error_without_fillpad():
             y[:] = pl.row_max(pl.fillpad(part, pad_value=pl.PadValue.min))
 
     x, y = torch.full((8, 20), -3.0), ones(8, 1)
-    with fails(r"pl.row_max of \[8, 32\], of which \[8, 20\] is valid"):
+    with fails(r"pl.row_max of \[8, 32\], of which only \[8, 20\] is valid"):
         kernel(x=x, y=y)
     mended(x=x, y=y)
     assert (y == -3).all()
@@ -232,7 +232,7 @@ def test_padding_cannot_reach_an_output_through_an_operator():
             part = pl.slice(a, [8, N], [0, 0], valid_shape=[5, N])
             y[:] = pl.add(part, b[0:8, 0:N])
 
-    with fails(r"a tile of \[8, 32\] is stored to y, of which only \[5, 32\] was computed"):
+    with fails(r"a tile of \[8, 32\] is stored to y, but only \[5, 32\] of it was computed"):
         kernel(a=ones(5, N), b=ones(8, N), y=ones(8, N))
 
 
@@ -259,7 +259,7 @@ def test_padding_rows_of_a_product_may_be_stored_in_scratch_but_not_read():
     ragged_product(a=a, b=b, used=torch.tensor([5], dtype=torch.int32), y=y)
     torch.testing.assert_close(y[:5], a.float() @ b.float())
     assert (y[5:] == 7).all()
-    with fails("scratch.* is read, and not all of it was written"):
+    with fails("scratch.* is read, but not all of it was written"):
         ragged_product(a=a, b=b, used=torch.tensor([6], dtype=torch.int32), y=y)
 
 
@@ -275,7 +275,7 @@ def test_a_product_cannot_sum_over_padding():
             y[:] = pl.matmul(a, part, out_dtype=pl.FP32)
 
     half = torch.bfloat16
-    with fails("adds up 32 products, of which some have an operand that was not computed"):
+    with fails("sums 32 products, but an operand of some of them was not computed"):
         kernel(a=ones(16, N, dtype=half), b=ones(20, 16, dtype=half), y=ones(16, 16))
 
 
@@ -303,7 +303,9 @@ def hand_over(
 
 def test_a_task_that_writes_what_an_earlier_task_may_still_read_is_an_error():
     given = {"x": ones(8, N), "y": ones(8, N), "z": ones(8, N)}
-    with fails("a task writes scratch where an earlier one reads it, and does not wait for it"):
+    with fails(
+        "a task writes to a place of scratch that an earlier task reads, and does not wait for"
+    ):
         hand_over(at=torch.tensor([7], dtype=torch.int32), **given)
     hand_over(at=torch.tensor([8], dtype=torch.int32), **given)
     assert (given["z"] == 3).all()
@@ -352,7 +354,7 @@ def test_iterations_may_write_disjoint_places():
 
 @pytest.mark.parametrize("step", [0, 7])
 def test_two_iterations_that_write_one_place_are_an_error(step):
-    with fails(r"iterations \d and \d of a pl.parallel write the same place of y"):
+    with fails(r"iterations \d and \d of a pl.parallel write to the same place of y"):
         overlapping(x=ones(8, N), step=torch.tensor([step], dtype=torch.int32), y=ones(64, N))
 
 
@@ -367,7 +369,7 @@ def test_a_place_is_tracked_through_a_reshaped_view():
                 else:
                     flat[2:3, 0:N] = x[0:1, 0:N]
 
-    with fails("write the same place of y"):
+    with fails("write to the same place of y"):
         kernel(x=ones(1, N), y=ones(4, 64))
 
 
@@ -379,7 +381,7 @@ def test_reading_what_another_iteration_writes_is_an_error_in_every_order(seed):
             with pl.at(level=CORE):
                 y[i : i + 1, 0:N] = y[i + 1 : i + 2, 0:N]
 
-    with fails(r"iteration \d of a pl.parallel reads what iteration \d writes in y"):
+    with fails(r"iteration \d of a pl.parallel reads a place of y that iteration \d writes"):
         evolve(kernel, seed=seed)(y=ones(5, N))
 
 
@@ -391,7 +393,7 @@ def test_an_outer_iteration_is_checked_for_the_writes_of_its_inner_loop():
                 with pl.at(level=CORE):
                     y[j : j + 1, 0:N] = x[0:1, 0:N]
 
-    with fails("iterations . and . of a pl.parallel write the same place of y"):
+    with fails("iterations . and . of a pl.parallel write to the same place of y"):
         kernel(x=ones(1, N), y=ones(4, N))
 
 
@@ -433,7 +435,7 @@ def test_an_operator_outside_of_a_task_is_an_error():
     def kernel(x: pl.Tensor[[8, N], pl.FP32], y: pl.Out[pl.Tensor[[8, N], pl.FP32]]):
         y[:] = pl.add(x, x)
 
-    with fails("pl.add must stand inside a pl.at"):
+    with fails("pl.add must be inside a pl.at"):
         kernel(x=ones(8, N), y=ones(8, N))
 
 
@@ -444,7 +446,7 @@ def test_a_store_outside_of_a_task_is_an_error():
             t = pl.add(x, x)
         y[:] = t
 
-    with fails("a store must stand inside a pl.at"):
+    with fails("a store must be inside a pl.at"):
         kernel(x=ones(8, N), y=ones(8, N))
 
 
@@ -467,7 +469,7 @@ def test_operations_of_the_outer_program_are_refused_inside_a_task(what):
             pass
 
     kernels = {"create_tensor": create_tensor, "parallel": parallel, "at": at}
-    with fails(f"pl.{what} must stand outside of a pl.at"):
+    with fails(f"pl.{what} must be outside a pl.at"):
         kernels[what](y=ones(8, N))
 
 
@@ -546,17 +548,17 @@ HALF = torch.bfloat16
 @pytest.mark.parametrize(
     ("operate", "tensors", "message"),
     [
-        (lambda a, b: pl.exp(a), [ones(8, N, dtype=HALF)], "vectors are computed in FP32"),
-        (lambda a, b: pl.mul(a, 2.0), [ones(8, N, dtype=HALF)], "vectors are computed in FP32"),
+        (lambda a, b: pl.exp(a), [ones(8, N, dtype=HALF)], "vector operators need FP32"),
+        (lambda a, b: pl.mul(a, 2.0), [ones(8, N, dtype=HALF)], "vector operators need FP32"),
         (
             lambda a, b: pl.add(a, b),
             [ones(8, N), ones(8, N, dtype=HALF)],
-            "vectors are computed in FP32",
+            "vector operators need FP32",
         ),
-        (lambda a, b: pl.add(a, b), [ones(8, N), ones(1, N)], "tiles of one shape"),
+        (lambda a, b: pl.add(a, b), [ones(8, N), ones(1, N)], "tiles of the same shape"),
         (lambda a, b: pl.exp(a), [ones(8, 5)], "multiples of 32 bytes"),
-        (lambda a, b: pl.row_expand_mul(a, b), [ones(8, N), ones(1, N)], r"takes \[8, 1\]"),
-        (lambda a, b: pl.col_expand_mul(a, b), [ones(8, N), ones(8, 1)], r"takes \[1, 32\]"),
+        (lambda a, b: pl.row_expand_mul(a, b), [ones(8, N), ones(1, N)], r"expects \[8, 1\]"),
+        (lambda a, b: pl.col_expand_mul(a, b), [ones(8, N), ones(8, 1)], r"expects \[1, 32\]"),
         (lambda a, b: pl.cast(a, pl.FP32), [ones(8, N)], "from torch.float32 to itself"),
         (
             lambda a, b: pl.cast(a, pl.BF16, mode="odd"),
@@ -566,13 +568,13 @@ HALF = torch.bfloat16
         (
             lambda a, b: pl.matmul(a, b, out_dtype=pl.FP32),
             [ones(16, N), ones(N, 16, dtype=HALF)],
-            "operands of one dtype",
+            "operands of the same dtype",
         ),
         (lambda a, b: pl.matmul(a, b), [ones(16, N), ones(N, 16)], "needs out_dtype=pl.FP32"),
         (
             lambda a, b: pl.matmul(a, b, out_dtype=pl.FP32),
             [ones(5, N), ones(N, 16)],
-            "5 x 32 x 16: the cube takes multiples of 16",
+            "5 x 32 x 16: the cube needs multiples of 16",
         ),
         (
             lambda a, b: pl.matmul(a, b, out_dtype=pl.FP32),
@@ -587,7 +589,7 @@ HALF = torch.bfloat16
         (
             lambda a, b: pl.matmul_acc(pl.full([16, 16], dtype=pl.BF16, value=0.0), a, b),
             [ones(16, N), ones(N, 16)],
-            "adds to FP32",
+            "expects an FP32 accumulator",
         ),
         (lambda a, b: pl.exp(a) + 1, [ones(8, N)], "write pl.add"),
         (lambda a, b: pl.exp(a)[0:4, 0:N], [ones(8, N)], "a slice of a tile on chip"),
@@ -614,7 +616,7 @@ def test_a_tile_must_have_the_shape_of_its_window():
         with pl.at(level=CORE):
             y[0:4, 0:N] = pl.add(x, x)
 
-    with fails(r"a tile of \[8, 32\] is stored to a window of \[4, 32\]"):
+    with fails(r"expected a tile of \[4, 32\] to store to this window, found \[8, 32\]"):
         kernel(x=ones(8, N), y=ones(8, N))
 
 
@@ -729,11 +731,11 @@ def test_an_inline_function_must_match_its_annotations_and_return_a_tensor():
     y = ones(8, N)
     kernel(x=ones(8, N), y=y)
     assert (y == 2).all()
-    with fails(r"double takes x as torch.float32 \[8, 32\], found torch.float32 \[16, 32\]"):
+    with fails(r"double expects x as torch.float32 \[8, 32\], found torch.float32 \[16, 32\]"):
         too_long(x=ones(16, N), y=y)
     with fails("forgetful must return the tensor that it wrote"):
         no_result(x=ones(8, N), y=y)
-    with fails("runs inside a kernel only"):
+    with fails("can only be used inside a kernel"):
         double(None, None)
 
 

@@ -630,7 +630,7 @@ def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path: Path) -> Non
     kv = KvCacheManager(evolve(executor.kv_cache_spec, row_order="HND"), 3)
     with pytest.raises(ExecutorError, match="does not follow kv_cache_spec"):
         executor.bind_kv_cache(kv.layers())
-    with pytest.raises(ExecutorError, match="was given 1 layers"):
+    with pytest.raises(ExecutorError, match="found 1 layers"):
         executor.bind_kv_cache([KvLayer(torch.empty(3, PAGE_SIZE, 2, 16), torch.empty(0))])
 
 

@@ -149,7 +149,7 @@ def _check_written(argument: Memory) -> None:
         missing = int(argument.written.numel() - argument.written.sum())
         fail(
             f"{missing} of {argument.written.numel()} elements of output {argument.buffer.name} "
-            "were never written (giving the name a new value does not write it)"
+            "were never written (assigning a new value to the name does not write it)"
         )
 
 
@@ -191,7 +191,7 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     def spliced(*arguments: Any) -> Any:
         running()
         if len(arguments) != len(names):
-            fail(f"{function.__name__} takes {len(names)} arguments, found {len(arguments)}")
+            fail(f"{function.__name__} expects {len(names)} arguments, found {len(arguments)}")
         for name, annotation, argument in zip(names, wanted, arguments, strict=True):
             if isinstance(annotation, TensorType):
                 _check_inline(function.__name__, name, annotation, argument)
@@ -205,23 +205,23 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_inline(function: str, name: str, wanted: TensorType, found: object) -> None:
     if not isinstance(found, Memory):
-        fail(f"{function} takes {name} in device memory, found {type(found).__name__}")
+        fail(f"{function} expects {name} in device memory, found {type(found).__name__}")
     fits = len(found.shape) == len(wanted.shape) and all(
         isinstance(w, Dynamic) or w == f for w, f in zip(wanted.shape, found.shape, strict=True)
     )
     if not fits or found.dtype != wanted.dtype:
         shape = [w.name if isinstance(w, Dynamic) else w for w in wanted.shape]
         fail(
-            f"{function} takes {name} as {wanted.dtype} {shape}, found {found.dtype} "
+            f"{function} expects {name} as {wanted.dtype} {shape}, found {found.dtype} "
             f"{list(found.shape)}"
         )
 
 
-# --- code that PyPTO's parser refuses, though Python would run it ---------------------------------
+# --- code that PyPTO's parser refuses although Python would run it --------------------------------
 
 REFUSED: dict[type[ast.AST], str] = {
     ast.AugAssign: "augmented assignment: write x = pl.add(x, y)",
-    ast.FunctionDef: "a function inside of a function",
+    ast.FunctionDef: "a function inside a function",
     ast.Lambda: "lambda",
     ast.ListComp: "a comprehension",
     ast.SetComp: "a comprehension",
@@ -264,7 +264,7 @@ def check_source(function: Callable[..., Any]) -> None:
     for node in (n for statement in definition.body for n in ast.walk(statement)):
         for kind, what in REFUSED.items():
             if isinstance(node, kind):
-                refuse(node, f"what the language does not: {what}")
+                refuse(node, f"an unsupported construct: {what}")
         if isinstance(node, ast.For) and not _is_loop(node.iter):
             refuse(node, f"a loop over {ast.unparse(node.iter)}: use pl.range or pl.parallel")
         match node:

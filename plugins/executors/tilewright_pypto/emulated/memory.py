@@ -1,4 +1,4 @@
-"""Device memory and on-chip tiles, with a record that devices lack: which task wrote what, where.
+"""Device memory and on-chip tiles, with a record of the places that each task reads and writes.
 
 ``Memory`` is a tensor in device memory or a window of one; ``Tile`` is a tensor on chip in a task.
 A tile has two boxes, both from its first row and column: ``valid`` is the part that PyPTO regards
@@ -83,8 +83,8 @@ class Task:
                     written.as_strided(extents, strides, offset).fill_(True)
                 if any(written.as_strided(e, s, o).any() for _, (o, e, s) in early):
                     fail(
-                        f"a task writes {buffer.name} where an earlier one reads it, and does not "
-                        "wait for it: give one of them memory of its own"
+                        f"a task writes to a place of {buffer.name} that an earlier task reads, "
+                        "and does not wait for that task: give one of them its own memory"
                     )
             buffer.after |= after | 1 << self.number
         for buffer, places in self.reads.items():
@@ -108,8 +108,8 @@ class Loop:
                 if others.any():
                     other = int(window[others][0])
                     fail(
-                        f"iterations {other} and {iteration} of a pl.parallel write the same place "
-                        f"of {buffer.name}"
+                        f"iterations {other} and {iteration} of a pl.parallel write to the same "
+                        f"place of {buffer.name}"
                     )
                 window.fill_(iteration)
             for iteration, (offset, extents, strides) in self.reads.get(buffer, ()):
@@ -118,8 +118,8 @@ class Loop:
                 if others.any():
                     other = int(window[others][0])
                     fail(
-                        f"iteration {iteration} of a pl.parallel reads what iteration {other} "
-                        f"writes in {buffer.name}"
+                        f"iteration {iteration} of a pl.parallel reads a place of {buffer.name} "
+                        f"that iteration {other} writes"
                     )
 
 
@@ -140,21 +140,21 @@ _run: ContextVar[Run | None] = ContextVar("run", default=None)
 def running() -> Run:
     run = _run.get()
     if run is None:
-        fail("this part of the language runs inside a kernel only")
+        fail("this part of the language can only be used inside a kernel")
     return run
 
 
 def in_task(what: str) -> Run:
     run = running()
     if run.task is None:
-        fail(f"{what} must stand inside a pl.at: outside there is only control flow")
+        fail(f"{what} must be inside a pl.at: only control flow is allowed outside")
     return run
 
 
 def outside_task(what: str) -> Run:
     run = running()
     if run.task is not None:
-        fail(f"{what} must stand outside of a pl.at")
+        fail(f"{what} must be outside a pl.at")
     return run
 
 
@@ -199,7 +199,7 @@ class Tile:
         fail("writing into a tile on chip is not emulated: store it in device memory")
 
     def __getitem__(self, key: object) -> NoReturn:
-        fail("a slice of a tile on chip is not emulated: slice what it was loaded from")
+        fail("a slice of a tile on chip is not emulated: slice the tensor that it was loaded from")
 
     def _operator(self, other: object) -> NoReturn:
         fail("operators on tiles are not emulated: write pl.add, pl.mul and so on")
@@ -242,7 +242,10 @@ class Memory:
         if not isinstance(value, Tile):
             fail(f"only a tile can be stored, found {type(value).__name__}")
         if value.shape != extents:
-            fail(f"a tile of {list(value.shape)} is stored to a window of {list(extents)}")
+            fail(
+                f"expected a tile of {list(extents)} to store to this window, found "
+                f"{list(value.shape)}"
+            )
         self.store(value, offsets)
 
     def take(
@@ -253,17 +256,17 @@ class Memory:
     ) -> "Memory | Tile":
         """A window: a view outside tasks, a tile inside a task."""
         if valid is not None and any(v < 1 or v > e for v, e in zip(valid, extents, strict=True)):
-            fail(f"valid_shape {list(valid)} must be from 1 to the window's {list(extents)}")
+            fail(f"valid_shape {list(valid)} must be between 1 and the window's {list(extents)}")
         read = extents if valid is None else valid
         place = self._inside(offsets, read)
         if running().task is None:
             if valid is not None:
-                fail("valid_shape outside of a pl.at is not emulated")
+                fail("valid_shape outside a pl.at is not emulated")
             written = None if self.written is None else self.written[place]
             return Memory(self.buffer, self.data[place], written)
         if self.written is not None and not self.written[place].all():
             fail(
-                f"{self.buffer.name}[{_shown(offsets, read)}] is read, and not all of it was "
+                f"{self.buffer.name}[{_shown(offsets, read)}] is read, but not all of it was "
                 "written"
             )
         found = self.data[place]
@@ -299,8 +302,8 @@ class Memory:
             written[tuple(slice(d) for d in defined)] = True
         else:
             fail(
-                f"a tile of {list(tile.valid)} is stored to {buffer.name}, of which only "
-                f"{list(defined)} was computed: pass valid_shape or pl.fillpad"
+                f"a tile of {list(tile.valid)} is stored to {buffer.name}, but only "
+                f"{list(defined)} of it was computed: pass valid_shape or use pl.fillpad"
             )
 
     def _log(self, window: Tensor, what: Literal["reads", "writes"]) -> None:
@@ -319,7 +322,7 @@ class Memory:
         for offset, extent, size in zip(offsets, extents, self.data.shape, strict=True):
             if offset < 0 or offset + extent > size:
                 fail(
-                    f"{self.buffer.name}[{_shown(offsets, extents)}] reaches outside of "
+                    f"{self.buffer.name}[{_shown(offsets, extents)}] reaches outside its shape "
                     f"{list(self.shape)}"
                 )
             place.append(slice(offset, offset + extent))
@@ -336,13 +339,13 @@ class Memory:
         offsets, extents = [], []
         for part, size in zip(keys, shape, strict=True):
             if not isinstance(part, slice):
-                fail("an element is read with pl.read, a subscript takes slices")
+                fail("a subscript must consist of slices: read an element with pl.read")
             if part.step is not None:
                 fail("a slice with a step is not part of the language")
             start = 0 if part.start is None else part.start
             stop = size if part.stop is None else part.stop
             if stop <= start:
-                fail(f"a slice must take something, found {start}:{stop}")
+                fail(f"a slice must not be empty, found {start}:{stop}")
             offsets.append(start)
             extents.append(stop - start)
         return tuple(offsets), tuple(extents)

@@ -63,9 +63,9 @@ def read(tensor: object, index: Sequence[int]) -> int | float:
         fail("pl.read of anything but device memory is not emulated")
     for i, size in zip(index, tensor.shape, strict=True):
         if not 0 <= i < size:
-            fail(f"{tensor.buffer.name}{list(index)} is outside of {list(tensor.shape)}")
+            fail(f"{tensor.buffer.name}{list(index)} is outside its shape {list(tensor.shape)}")
     if tensor.written is not None and not tensor.written[tuple(index)]:
-        fail(f"{tensor.buffer.name}{list(index)} is read, and was not written")
+        fail(f"{tensor.buffer.name}{list(index)} is read, but was not written")
     return tensor.data[tuple(index)].item()
 
 
@@ -84,7 +84,7 @@ def reshape(source: object, shape: Sequence[int]) -> "Memory | Tile":
         return Memory(source.buffer, source.data.view(size), written)
     tile = _tile(source, "pl.reshape")
     if tile.defined != tile.shape or tile.valid != tile.shape:
-        fail(f"pl.reshape needs a whole tile, of {list(tile.shape)} only {list(tile.valid)} is")
+        fail(f"pl.reshape needs a whole tile of {list(tile.shape)}, found valid {list(tile.valid)}")
     return whole(tile.data.reshape(size))
 
 
@@ -102,8 +102,8 @@ def binary(name: str, compute: Callable[..., Tensor]) -> Callable[[Operand, Oper
         _same_dtype(left, right, name)
         if left.shape != right.shape:
             fail(
-                f"{name} takes tiles of one shape, found {list(left.shape)} and "
-                f"{list(right.shape)}: use its row_expand or col_expand kin"
+                f"{name} expects tiles of the same shape, found {list(left.shape)} and "
+                f"{list(right.shape)}: use its row_expand or col_expand variant"
             )
         return _of_two(compute(left.data, right.data), left, right)
 
@@ -129,10 +129,10 @@ def expand(
         rows, columns = tile.shape
         wanted = (rows, 1) if axis == 1 else (1, columns)
         if line.shape != wanted:
-            fail(f"{name} of {list(tile.shape)} takes {list(wanted)}, found {list(line.shape)}")
+            fail(f"{name} of {list(tile.shape)} expects {list(wanted)}, found {list(line.shape)}")
         along = 1 - axis
         if line.defined[along] < tile.defined[along]:
-            fail(f"{name} takes more of its second operand than was computed")
+            fail(f"{name} reads more of its second operand than was computed")
         return Tile(compute(tile.data, line.data), tile.valid, tile.defined)
 
     return operator
@@ -143,8 +143,8 @@ def reduce_rows(name: str, compute: Callable[[Tensor], Tensor]) -> Callable[[Ope
         tile = _vector(a, name)
         if tile.valid[1] != tile.shape[1] or tile.defined[1] != tile.shape[1]:
             fail(
-                f"{name} of {list(tile.shape)}, of which {list(tile.valid)} is valid: what padding "
-                "does to it is not defined, use pl.fillpad first"
+                f"{name} of {list(tile.shape)}, of which only {list(tile.valid)} is valid: the "
+                "effect of padding is undefined, use pl.fillpad first"
             )
         return Tile(compute(tile.data), (tile.valid[0], 1), (tile.defined[0], 1))
 
@@ -155,7 +155,7 @@ def fillpad(source: Operand, *, pad_value: float) -> Tile:
     """Fill the invalid part. The value is zero, or an infinity for PadValue.min and max."""
     tile = _vector(source, "pl.fillpad", torch.bfloat16)
     if any(d < v for d, v in zip(tile.defined, tile.valid, strict=True)):
-        fail("pl.fillpad of a tile whose valid part was not all computed")
+        fail("pl.fillpad of a tile whose valid part was not computed completely")
     filled = torch.full(tile.shape, pad_value, dtype=tile.dtype)
     part = tuple(slice(v) for v in tile.valid)
     filled[part] = tile.data[part]
@@ -166,12 +166,12 @@ def cast(source: Operand, target: "torch.dtype | str", mode: str = "round") -> "
     """mode: round rounds ties away from zero, rint to even; floor, ceil, trunc: as their names."""
     if isinstance(source, (int, float)):
         if target != INDEX:
-            fail("a scalar is cast to pl.INDEX only: other targets are not emulated")
+            fail("a scalar can only be cast to pl.INDEX: other targets are not emulated")
         return int(source)
     in_task("pl.cast")
     tile = _tile(source, "pl.cast")
     if not isinstance(target, torch.dtype):
-        fail("a tile is cast to a dtype, found pl.INDEX")
+        fail("a tile must be cast to a dtype, found pl.INDEX")
     if tile.dtype == target:
         fail(f"pl.cast from {target} to itself is refused by PyPTO")
     return Tile(_rounded(tile.data, target, mode), tile.valid, tile.defined)
@@ -224,11 +224,11 @@ def matmul_acc(acc: Operand, a: Operand, b: Operand, *, b_trans: bool = False) -
     left, right, rows, columns = _matrices(a, b, b_trans, "pl.matmul_acc")
     total = _tile(acc, "pl.matmul_acc")
     if total.dtype != torch.float32:
-        fail(f"pl.matmul_acc adds to FP32, found {total.dtype}")
+        fail(f"pl.matmul_acc expects an FP32 accumulator, found {total.dtype}")
     if total.shape != (left.shape[0], right.shape[1]):
         fail(
-            f"pl.matmul_acc adds {[left.shape[0], right.shape[1]]} to {list(total.shape)}: they "
-            "must be the same"
+            f"pl.matmul_acc adds {[left.shape[0], right.shape[1]]} to {list(total.shape)}: the "
+            "shapes must be equal"
         )
     defined = (min(rows, total.defined[0]), min(columns, total.defined[1]))
     return Tile(torch.addmm(total.data, left, right), total.valid, defined)
@@ -246,9 +246,9 @@ def _matrices(a: Operand, b: Operand, b_trans: bool, name: str) -> tuple[Tensor,
     if right.shape[inner] != k:
         fail(f"{name} of {list(left.shape)} and {list(right.shape)}: inner dimensions differ")
     if m % CUBE or k % CUBE or n % CUBE:
-        fail(f"{name} of {m} x {k} x {n}: the cube takes multiples of {CUBE}")
+        fail(f"{name} of {m} x {k} x {n}: the cube needs multiples of {CUBE}")
     if left.defined[1] < k or right.defined[inner] < k:
-        fail(f"{name} adds up {k} products, of which some have an operand that was not computed")
+        fail(f"{name} sums {k} products, but an operand of some of them was not computed")
     wide = right.data.float()
     return left.data.float(), wide.t() if b_trans else wide, left.defined[0], right.defined[columns]
 
@@ -264,7 +264,7 @@ def _tile(value: object, name: str) -> Tile:
             return loaded
         in_task(name)
     if not isinstance(value, Tile):
-        fail(f"{name} takes tensors, found {type(value).__name__}")
+        fail(f"{name} expects tensors, found {type(value).__name__}")
     return value
 
 
@@ -273,7 +273,7 @@ def _vector(value: object, name: str, *moved: torch.dtype) -> Tile:
     in_task(name)
     tile = _tile(value, name)
     if tile.dtype not in (torch.float32, *moved):
-        fail(f"{name} of {tile.dtype}: vectors are computed in FP32, cast before")
+        fail(f"{name} of {tile.dtype}: vector operators need FP32, so cast first")
     if tile.shape[-1] != 1 and tile.shape[-1] * tile.data.element_size() % ROW_BYTES:
         fail(f"{name} of {list(tile.shape)}: a tile's rows must be multiples of {ROW_BYTES} bytes")
     return tile
@@ -281,7 +281,7 @@ def _vector(value: object, name: str, *moved: torch.dtype) -> Tile:
 
 def _same_dtype(a: Tile, b: Tile, name: str) -> None:
     if a.dtype != b.dtype:
-        fail(f"{name} takes operands of one dtype, found {a.dtype} and {b.dtype}")
+        fail(f"{name} expects operands of the same dtype, found {a.dtype} and {b.dtype}")
 
 
 def _of_two(data: Tensor, a: Tile, b: Tile) -> Tile:
