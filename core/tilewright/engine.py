@@ -198,24 +198,14 @@ class LLMEngine:
             )
         started = time.perf_counter()
         loaded = self._load(model_id, model_dir, model_format, loader_options)
+        asked = runtime_config or RuntimeConfig()
         model = loading.make_ready(
-            self._selection,
-            self._observers,
-            model_id,
-            loaded,
-            runtime_config or RuntimeConfig(),
-            started,
+            self._selection, self._observers, model_id, loaded, asked, started
         )
         names = (str(self._selection.plugins[kind].plugin) for kind in ("executor", "sampler"))
         self._runners[model_id] = Runner(model, self._sampler, self._observers, *names)
-        self._observers.notify(
-            "on_model_loaded",
-            lambda: {
-                "model_id": model_id,
-                "model_config": loaded.config,
-                "seconds": model.load_seconds,
-            },
-        )
+        event = {"model_config": loaded.config, "seconds": model.load_seconds}
+        self._observers.notify("on_model_loaded", lambda: {"model_id": model_id, **event})
         return loaded
 
     def unload(self, model_id: str) -> None:
