@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from tilewright.errors import ModelError, listed
 from tilewright.types import DType, ModelConfig, TensorInfo
 from tilewright.weights import printable
 from tilewright_gguf.header import GgufFile, StoredTensor
+from tilewright_hf.shards import ShardedSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,68 +83,56 @@ def gguf_name(name: str) -> str:
 
 
 @frozen(kw_only=True)
-class _Tensor:
+class _Shard:
+    """One open file, without ``rope_freqs.weight``; tensors are keyed by Hugging Face name."""
+
     file: GgufFile
-    stored: StoredTensor
-    info: TensorInfo
-    heads: int | None = None
-    """Number of heads of a query or key projection with interleaved rows."""
+    stored: Mapping[str, StoredTensor]
+    tensors: Mapping[str, TensorInfo]
+    heads: Mapping[str, int]
+    """Number of heads of each query or key projection with interleaved rows."""
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def read(self, name: str) -> "Tensor":
+        values = read(self.file, self.stored[name])
+        return _split_pairs(values, self.heads[name]) if name in self.heads else values
 
 
-class GgufSource:
-    """A ``TensorSource`` over open GGUF files. Any thread may call ``get``.
+def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: bool) -> ShardedSource:
+    """The weights in one or more files, without ``rope_freqs.weight``.
 
     F32, F16 and BF16 tensors are returned as stored and share the file's memory; quantised tensors
     are returned as float32.
-    """
-
-    def __init__(self, tensors: Mapping[str, _Tensor]):
-        self._tensors: Mapping[str, _Tensor] | None = tensors
-
-    def names(self) -> Collection[str]:
-        return self._open().keys()
-
-    def info(self, name: str) -> TensorInfo:
-        return self._open()[name].info
-
-    def get(self, name: str) -> "Tensor":
-        tensor = self._open()[name]
-        values = read(tensor.file, tensor.stored)
-        return values if tensor.heads is None else _split_pairs(values, tensor.heads)
-
-    def close(self) -> None:
-        """Tensors that were returned stay valid."""
-        self._tensors = None
-
-    def _open(self) -> Mapping[str, _Tensor]:
-        if self._tensors is None:
-            raise ModelError("these weights are closed; load the model again to read them")
-        return self._tensors
-
-
-def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: bool) -> GgufSource:
-    """The weights in one or more files, without ``rope_freqs.weight``.
 
     interleaved: whether query and key rows alternate between the two halves of a head.
     """
-    tensors: dict[str, _Tensor] = {}
+    home: dict[str, Path] = {}
+    shards = []
     for file in files:
-        for stored in file.tensors.values():
-            name = hf_name(stored.name)
+        stored: dict[str, StoredTensor] = {}
+        for tensor in file.tensors.values():
+            name = hf_name(tensor.name)
             if name == ROPE_FACTORS:
                 continue
-            if name in tensors:
+            if name in home:
                 raise ModelError(
-                    f"{file.path}: tensor {printable(stored.name)} is also in "
-                    f"{tensors[name].file.path}; the files belong to different models"
+                    f"{file.path}: tensor {printable(tensor.name)} is also in {home[name]}; "
+                    "the files belong to different models"
                 )
-            tensors[name] = _Tensor(
+            home[name] = file.path
+            stored[name] = tensor
+        shards.append(
+            _Shard(
                 file=file,
                 stored=stored,
-                info=_info(file, stored),
-                heads=_interleaved_heads(name, stored, config) if interleaved else None,
+                tensors={name: _info(file, tensor) for name, tensor in stored.items()},
+                heads=_interleaved_heads(stored, config) if interleaved else {},
             )
-    return GgufSource(tensors)
+        )
+    return ShardedSource(shards)
 
 
 def check_kinds(files: Sequence[GgufFile]) -> None:
@@ -203,12 +193,14 @@ def _size(stored: StoredTensor) -> int:
     return math.prod(stored.shape)
 
 
-def _interleaved_heads(name: str, stored: StoredTensor, config: ModelConfig) -> int | None:
-    for part, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
+def _interleaved_heads(stored: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, int]:
+    return {
+        name: heads
+        for part, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads))
+        for name, tensor in stored.items()
         # The check of all shapes reports any other number of rows.
-        if f".self_attn.{part}." in name and stored.shape[0] == heads * config.head_dim:
-            return heads
-    return None
+        if f".self_attn.{part}." in name and tensor.shape[0] == heads * config.head_dim
+    }
 
 
 def _split_pairs(values: "Tensor", heads: int) -> "Tensor":
