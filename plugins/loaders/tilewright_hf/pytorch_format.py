@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tilewright.errors import ModelError, listed
+from tilewright.errors import ModelError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo, TensorSource
 from tilewright.weights import printable
 from tilewright_hf.files import check_file, one_line
-from tilewright_hf.shards import ShardedSource, not_downloaded, open_indexed
+from tilewright_hf.shards import ShardedSource, not_downloaded, open_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,16 +56,7 @@ def open_weights(directory: Path) -> TensorSource:
     Raises ModelError for a file that is absent or damaged, for a pickle that holds anything but
     named tensors, and for an index that does not agree with its shards.
     """
-    names = sorted(os.listdir(directory)) if directory.is_dir() else []
-    if SINGLE in names:
-        return PytorchSource([_Shard(directory / SINGLE)])
-    if INDEX in names:
-        return PytorchSource(open_indexed(directory / INDEX, _Shard))
-    found = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt"))]
-    raise ModelError(
-        f"{directory}: expected {SINGLE}, or {INDEX} and its shards; found "
-        f"{listed([printable(name) for name in found]) if found else 'no weights'}"
-    )
+    return PytorchSource(open_shards(directory, SINGLE, INDEX, _Shard))
 
 
 @hookimpl

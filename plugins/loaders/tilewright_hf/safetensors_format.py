@@ -3,17 +3,18 @@
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen, validators
 
-from tilewright.errors import ConfigError, ModelError, listed
+from tilewright.errors import ConfigError, ModelError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo, TensorSource
-from tilewright.weights import SAFETENSORS_DTYPES, printable
+from tilewright.weights import SAFETENSORS_DTYPES
 from tilewright_hf.files import check_file, one_line
-from tilewright_hf.shards import ShardedSource, not_downloaded, open_indexed
+from tilewright_hf.shards import ShardedSource, not_downloaded, open_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,17 +64,8 @@ def open_weights(directory: Path, options: Options) -> TensorSource:
     Raises ModelError for a file that is absent, truncated or not safetensors, and for an index that
     does not agree with its shards.
     """
-    names = sorted(os.listdir(directory)) if directory.is_dir() else []
-    if SINGLE in names:
-        return ShardedSource([_Shard(directory / SINGLE, options.backend)])
-    if INDEX in names:
-        shards = open_indexed(directory / INDEX, lambda path: _Shard(path, options.backend))
-        return ShardedSource(shards)
-    found = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".gguf"))]
-    raise ModelError(
-        f"{directory}: expected {SINGLE}, or {INDEX} and its shards; found "
-        f"{listed([printable(name) for name in found]) if found else 'no weights'}"
-    )
+    open_shard = partial(_Shard, backend=options.backend)
+    return ShardedSource(open_shards(directory, SINGLE, INDEX, open_shard))
 
 
 @hookimpl

@@ -1,5 +1,6 @@
 """Checkpoints of one or more files, in any format that stores named tensors."""
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -12,6 +13,9 @@ from tilewright_hf.files import is_there, one_line, read_json, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+"""Endings of files that hold weights, which an error lists."""
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -80,7 +84,26 @@ def shard_files(index: Path) -> dict[str, str]:
     return weight_map.values
 
 
-def open_indexed(index: Path, open_shard: Callable[[Path], S]) -> list[S]:
+def open_shards(
+    directory: Path, single: str, index: str, open_shard: Callable[[Path], S]
+) -> list[S]:
+    """Open the file named single, or else the files that an index names.
+
+    Raises ModelError if there is neither, and for an index that does not match its files.
+    """
+    names = sorted(os.listdir(directory)) if directory.is_dir() else []
+    if single in names:
+        return [open_shard(directory / single)]
+    if index in names:
+        return _open_indexed(directory / index, open_shard)
+    found = [printable(name) for name in names if name.endswith(_WEIGHTS)]
+    raise ModelError(
+        f"{directory}: expected {single}, or {index} and its shards; found "
+        f"{listed(found) or 'no weights'}"
+    )
+
+
+def _open_indexed(index: Path, open_shard: Callable[[Path], S]) -> list[S]:
     """Open the files that an index names. Raises ModelError if they do not match it."""
     weight_map = shard_files(index)
     files = sorted(set(weight_map.values()))
