@@ -78,6 +78,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def must_be(name: str, expected: str, found: str) -> str:
+    """``"'top_k' must be an integer, found 2.5"``, for a value of a wrong type or out of range."""
+    return f"{name[:60]!r} must be {expected}, found {found}"
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """Text of at most so many characters, which ends in ``...`` if it was longer."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def listed(items: Sequence[str], limit: int = 6) -> str:
     """``"a, b, c (and 4 more)"``: a list short enough for one line."""
     shown = ", ".join(items[:limit])

@@ -23,7 +23,7 @@ from typing import (
 
 import attrs
 
-from tilewright.errors import ConfigError, nearest
+from tilewright.errors import ConfigError, must_be, nearest, shortened
 
 if TYPE_CHECKING:
     import cattrs
@@ -81,9 +81,8 @@ def structure(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         except ConfigError as error:
             raise ConfigError(f"{where}: in {name!r}: {error}") from error
         except Exception as error:
-            raise ConfigError(
-                f"{where}: {name!r} must be {options[name].expected}, found {shown(value)}"
-            ) from error
+            wrong = must_be(name, options[name].expected, shown(value))
+            raise ConfigError(f"{where}: {wrong}") from error
     for option in options.values():
         if option.default is attrs.NOTHING and option.name not in found:
             raise ConfigError(
@@ -287,5 +286,4 @@ def _default(default: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value in one line, for messages."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(" ".join(repr(value).split()))

@@ -4,7 +4,7 @@ from typing import Any
 
 from attrs import Attribute, Converter, converters, field, validators
 
-from tilewright.errors import ConfigError
+from tilewright.errors import ConfigError, must_be
 from tilewright.values import converted, expected, shown
 
 
@@ -35,9 +35,7 @@ def _typed(value: Any, of: "Attribute[Any]") -> Any:
     try:
         return converted(value, of.type)
     except Exception as error:
-        raise ConfigError(
-            f"{of.name!r} must be {expected(of.type)}, found {shown(value)}"
-        ) from error
+        raise ConfigError(must_be(of.name, expected(of.type), shown(value))) from error
 
 
 def _in_range(validator: Any) -> Any:

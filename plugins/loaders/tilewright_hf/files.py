@@ -8,11 +8,12 @@ import math
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from attrs import frozen
 
-from tilewright.errors import ModelError
+from tilewright.errors import ModelError, must_be, shortened
+from tilewright.values import converted, expected
 
 _T = TypeVar("_T")
 
@@ -98,8 +99,7 @@ def read_json(path: Path) -> "JsonObject":
 def one_line(error: BaseException) -> str:
     """An error of a library or the system as one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return shortened("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), 300)
 
 
 def shown(value: Any) -> str:
@@ -108,8 +108,7 @@ def shown(value: Any) -> str:
         return f"an object of {len(value)} keys"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(json.dumps(value))
 
 
 @frozen
@@ -123,18 +122,19 @@ class JsonObject:
     where: str
     values: dict[str, Any]
 
-    def fail(self, key: str, expected: str) -> NoReturn:
-        raise ModelError(
-            f"{self.where}: {key!r} must be {expected}, found {shown(self.values.get(key))}"
-        )
+    def fail(self, key: str, what: str) -> NoReturn:
+        raise self.wrong(key, what, self.values.get(key))
+
+    def wrong(self, key: str, what: str, found: Any) -> ModelError:
+        return ModelError(f"{self.where}: {must_be(key, what, shown(found))}")
 
     def integer(self, key: str, default: _T, minimum: int = 1, maximum: int = MAX_INT) -> int | _T:
         if key not in self.values:
             return default
-        value = self.values[key]
-        if not _is_int(value) or not minimum <= value <= maximum:
+        value = _typed(self.values[key], int)
+        if value is None or not minimum <= value <= maximum:
             self.fail(key, f"an integer from {minimum} to {maximum}")
-        return int(value)
+        return value
 
     def optional_integer(
         self, key: str, default: int | None, minimum: int = 1, maximum: int = MAX_INT
@@ -150,8 +150,8 @@ class JsonObject:
         """A finite number > over, >= least and <= most."""
         if key not in self.values:
             return default
-        value = _as_float(self.values[key])
-        if value is None or not (value > over and least <= value <= most):
+        value = _typed(self.values[key], float)
+        if value is None or not (math.isfinite(value) and value > over and least <= value <= most):
             bounds = [
                 text
                 for text, bound in (
@@ -165,17 +165,17 @@ class JsonObject:
         return value
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            self.fail(key, "true or false")
+        value = _typed(self.values.get(key, default), bool)
+        if value is None:
+            self.fail(key, expected(bool))
         return value
 
     def string(self, key: str, default: _T) -> str | _T:
         if key not in self.values:
             return default
-        value = self.values[key]
-        if not isinstance(value, str):
-            self.fail(key, "a string")
+        value = _typed(self.values[key], str)
+        if value is None:
+            self.fail(key, expected(str))
         return value
 
     def choice(self, key: str, default: _T, choices: Collection[str]) -> str | _T:
@@ -188,12 +188,12 @@ class JsonObject:
 
     def strings(self, key: str) -> tuple[str, ...] | None:
         """A list of strings; None when it is absent or null."""
-        value = self.values.get(key)
-        if value is None:
+        if self.values.get(key) is None:
             return None
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self.fail(key, "a list of strings")
-        return tuple(value)
+        value = _typed(self.values[key], tuple[str, ...])
+        if value is None:
+            self.fail(key, expected(tuple[str, ...]))
+        return value
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...] | None:
         """A token id or a list of them, without repeats; None when it is absent or null."""
@@ -202,11 +202,10 @@ class JsonObject:
             return None
         items = value if isinstance(value, list) else [value]
         for item in items:
-            if not _is_int(item) or not 0 <= item < vocab_size:
-                raise ModelError(
-                    f"{self.where}: {key!r} must be a token id from 0 to {vocab_size - 1} or a "
-                    f"list of them, found {shown(item)}"
-                )
+            token_id = _typed(item, int)
+            if token_id is None or not 0 <= token_id < vocab_size:
+                ids = f"a token id from 0 to {vocab_size - 1} or a list of them"
+                raise self.wrong(key, ids, item)
         return tuple(dict.fromkeys(items))
 
     def object(self, key: str) -> "JsonObject | None":
@@ -222,18 +221,12 @@ class JsonObject:
         return JsonObject(self.where, {k: v for k, v in self.values.items() if v is not None})
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_float(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
+def _typed(value: Any, type_: type[_T]) -> _T | None:
+    """The value, checked as settings are; None if it has another type."""
     try:
-        number = float(value)
-    except OverflowError:
+        return cast(_T, converted(value, type_))
+    except Exception:
         return None
-    return number if math.isfinite(number) else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -120,10 +120,7 @@ def _special_token(where: JsonObject, key: str, value: Any) -> AddedToken:
 def _added_token(where: JsonObject, key: str, value: Any) -> AddedToken:
     flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise ModelError(
-            f"{where.where}: {key[:60]!r} must be a token, an object with a 'content', found "
-            f"{shown(value)}"
-        )
+        raise where.wrong(key, "a token, an object with a 'content'", value)
     declared = JsonObject(f"{where.where}: {key[:60]}", value)
     given = {flag: declared.boolean(flag, False) for flag in flags if flag in value}
     return AddedToken(value["content"], **given)
