@@ -26,19 +26,19 @@ INTERLEAVED = ("llama",)
 
 _REFUSED = {
     "expert_count": "mixtures of experts",
-    "attention.sliding_window_pattern": "windows that differ by layer",
+    "attention.sliding_window_pattern": "sliding windows that differ by layer",
     "attention.clamp_kqv": "clamped queries and keys",
-    "attention.scale": "another scale of the attention",
+    "attention.scale": "custom attention scales",
     "attention.max_alibi_bias": "ALiBi",
-    "attention.temperature_scale": "attention that depends on the position",
-    "rope.dimension_sections": "positions of several axes",
-    "rope.scaling.alpha": "NTK scaling by alpha",
-    "rope.scaling.yarn_log_multiplier": "other magnitudes of YaRN",
+    "attention.temperature_scale": "position-dependent attention temperatures",
+    "rope.dimension_sections": "positions with several axes",
+    "rope.scaling.alpha": "alpha values of NTK scaling",
+    "rope.scaling.yarn_log_multiplier": "custom YaRN magnitudes",
     "embedding_scale": "scaled embeddings",
     "residual_scale": "scaled residuals",
     "logit_scale": "scaled logits",
-    "attn_logit_softcapping": "capped attention",
-    "final_logit_softcapping": "capped logits",
+    "attn_logit_softcapping": "soft-capped attention scores",
+    "final_logit_softcapping": "soft-capped logits",
 }
 """Keys that would change the computation; 0 and false count as absent."""
 
@@ -57,8 +57,8 @@ class Keys:
         value = self.integer(key, None, maximum)
         if value is None:
             raise ModelError(
-                f"{self.header.where}: key {self._name(key)} is missing, which says a size of the "
-                "model; convert it again"
+                f"{self.header.where}: required key {self._name(key)} is missing; convert the "
+                "model again"
             )
         return value
 
@@ -123,7 +123,7 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
     )
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.integer(key, head_dim) != head_dim:
-            keys.fail(key, f"{head_dim}, the size of a query's head")
+            keys.fail(key, f"{head_dim}, the head size of the queries")
     max_positions = keys.required("context_length")
     window = None
     if keys.has("attention.sliding_window"):
@@ -175,8 +175,8 @@ def _architecture(header: JsonObject) -> str:
     kind = header.string("general.type", "model")
     if kind != "model":
         raise ModelError(
-            f'{header.where}: general.type is {shown(kind)}, expected "model": give the file of '
-            "the whole model, with this merged into it"
+            f'{header.where}: general.type is {shown(kind)}, expected "model": merge an '
+            "adapter into its model, and load the file of the whole model"
         )
     architecture = header.string("general.architecture", None)
     if architecture not in ARCHITECTURES:
@@ -212,7 +212,7 @@ def _rope(keys: Keys, max_positions: int) -> RopeConfig:
         keys.fail("rope.scaling.type", "none, linear or yarn")
     for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.attn_factor"):
         if keys.number(key, 1.0) != 1.0:
-            keys.fail(key, "1, or left out")
+            keys.fail(key, "1 or absent")
     return RopeConfig(
         theta=theta,
         kind="yarn",
@@ -235,8 +235,8 @@ def _with_factors(config: ModelConfig, files: Sequence[GgufFile]) -> ModelConfig
         where = f"{file.path}: {ROPE_FACTORS}"
         if stored.shape != (config.head_dim // 2,):
             raise ModelError(
-                f"{where}: expected a factor for each of {config.head_dim // 2} pairs of a head, "
-                f"found shape {list(stored.shape)}"
+                f"{where}: expected shape [{config.head_dim // 2}], one factor for each pair of "
+                f"a head, found {list(stored.shape)}"
             )
         factors = read(file, stored).to(torch.float64)
         return evolve(config, rope=from_factors(config, factors.tolist(), where))

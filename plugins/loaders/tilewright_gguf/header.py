@@ -87,7 +87,7 @@ def open_file(path: Path) -> GgufFile:
     memory = _map(path)
     start = bytes(memory[:8])
     if start[:4] != MAGIC:
-        raise ModelError(f"{path}: expected a GGUF file, found one that begins with {start!r}")
+        raise ModelError(f"{path}: expected a GGUF file, found a file that begins with {start!r}")
     return _Header(path, memory).read()
 
 
@@ -125,7 +125,7 @@ class _Header:
         for _ in range(keys):
             key = self._string("a key")
             if not key or key in values:
-                self._damaged(f"key {printable(key)} {'stands twice' if key else 'has no name'}")
+                self._damaged(f"key {printable(key)} {'appears twice' if key else 'has no name'}")
             values[key] = self._value(key)
         infos = [self._tensor_info() for _ in range(tensors)]
         return GgufFile(
@@ -142,7 +142,7 @@ class _Header:
         if version and not version & 0xFFFF:
             raise ModelError(
                 f"{self._path}: a big-endian GGUF file, expected a little-endian one; convert it "
-                "with gguf-convert-endian, or download one made for this kind of machine"
+                "with gguf-convert-endian, or download a little-endian version of it"
             )
         raise ModelError(
             f"{self._path}: GGUF version {version}, expected "
@@ -168,7 +168,7 @@ class _Header:
         if kind == GGUFValueType.BOOL:
             return [self._boolean(key) for _ in range(self._fits(count))]
         if kind == GGUFValueType.ARRAY:
-            self._damaged(f"{printable(key)} is an array of arrays, which this loader cannot read")
+            self._damaged(f"{printable(key)} is an array of arrays, which is not supported")
         dtype = np.dtype(_NUMBERS[kind])
         start = self._take(count * dtype.itemsize)
         return np.frombuffer(self._memory, dtype, count, start).tolist()
@@ -192,7 +192,7 @@ class _Header:
     def _boolean(self, key: str) -> bool:
         value = self._memory[self._take(1)]
         if value > 1:
-            self._damaged(f"{printable(key)} is a truth value of {value}, expected 0 or 1")
+            self._damaged(f"{printable(key)} is a boolean with value {value}, expected 0 or 1")
         return bool(value)
 
     def _strings(self, key: str, count: int) -> list[str]:
@@ -240,7 +240,7 @@ class _Header:
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            self._damaged(f"{shown} has type {number}, which ggml does not have")
+            self._damaged(f"{shown} has type {number}, which is not a ggml type")
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
             of = f"a multiple of {block}" if block > 1 else "1 or more"
@@ -262,12 +262,12 @@ class _Header:
         for info in sorted(infos, key=lambda info: info.start):
             shown = printable(info.name)
             if info.name in placed:
-                self._damaged(f"tensor {shown} stands twice")
+                self._damaged(f"tensor {shown} appears twice")
             start = -(-end // alignment) * alignment
             if data + info.start != start:
                 self._damaged(
-                    f"tensor {shown} begins at offset {info.start}, expected {start - data}, where "
-                    "the one before it ends"
+                    f"tensor {shown} begins at offset {info.start}, expected {start - data}, the "
+                    "end of the previous tensor"
                 )
             end = start + info.nbytes
             if end > self._size:

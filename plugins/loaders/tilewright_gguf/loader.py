@@ -42,7 +42,7 @@ def plugin_info() -> PluginInfo:
             "models": f"general.architecture {', '.join(ARCHITECTURES)}",
             "tensor types": ", ".join(kind.name for kind in SUPPORTED),
             "RoPE": "default, linear, yarn, llama3 (rope_freqs.weight)",
-            "tokenizer": f"llama (SentencePiece); gpt2 cut as {', '.join(SPLITTINGS)}",
+            "tokenizer": f"llama (SentencePiece); gpt2 with pre-tokenizer {', '.join(SPLITTINGS)}",
         },
     )
 
@@ -73,8 +73,8 @@ def load_model(request: LoadRequest) -> LoadedModel:
     path = _file(request.source)
     if request.weight_format is not None:
         raise ModelError(
-            f"{path}: gguf reads the weights in the file itself and takes no weight format: "
-            f"leave out {request.weight_format!r}"
+            f"{path}: gguf reads the weights from this file and takes no weight format, found "
+            f"{request.weight_format!r}; leave it out"
         )
     files = [open_file(shard) for shard in _shards(path)]
     _check_shards(files)
@@ -107,7 +107,7 @@ def _file(source: str) -> Path:
         held = f"give one of the files in it: {listed([ascii(n) for n in names])}"
         raise ModelError(
             f"{path}: expected a .gguf file, found a directory; "
-            f"{held if names else 'there is none in it'}"
+            f"{held if names else 'it contains none'}"
         )
     return path
 
@@ -121,12 +121,13 @@ def _shards(path: Path) -> list[Path]:
     names = [f"{found['stem']}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
     if int(found["number"]) != 1:
         raise ModelError(
-            f"{path}: shard {int(found['number'])} of {count}; give the first one, {names[0]}"
+            f"{path}: this is shard {int(found['number'])} of {count}; load the first one, "
+            f"{names[0]}"
         )
     missing = [name for name in names if not os.path.lexists(path.parent / name)]
     if missing:
         raise ModelError(
-            f"{path}: {len(missing)} of its {count} shards are not beside it: "
+            f"{path}: {len(missing)} of its {count} shards are missing in its directory: "
             f"{listed([ascii(name) for name in missing])}; download them"
         )
     return [path.parent / name for name in names]
@@ -140,8 +141,8 @@ def _check_shards(files: Sequence["GgufFile"]) -> None:
         if (found, count) != (number, len(files)):
             raise ModelError(
                 f"{file.path}: expected shard {number + 1} of {len(files)} by its name, but its "
-                f"header says split.no {found!r:.30}, split.count {count!r:.30}; shards keep the "
-                "names that they were made with (-00001-of-00003.gguf)"
+                f"header says split.no {found!r:.30}, split.count {count!r:.30}; give the "
+                "shards the names that they were created with (-00001-of-00003.gguf)"
             )
     expected = files[0].values.get("split.tensors.count")
     tensors = sum(len(file.tensors) for file in files)

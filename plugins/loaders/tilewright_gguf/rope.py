@@ -32,8 +32,9 @@ def from_factors(config: ModelConfig, factors: Sequence[float], where: str) -> R
         raise ModelError(
             f"{where}: factors together with {config.rope.kind} RoPE scaling are not supported"
         )
-    if not all(math.isfinite(f) and f > 0 for f in factors):
-        raise ModelError(f"{where}: expected factors above 0, found one that is not")
+    odd = [f for f in factors if not (math.isfinite(f) and f > 0)]
+    if odd:
+        raise ModelError(f"{where}: expected finite factors above 0, found {odd[0]:g}")
     plain = frequencies(config)[0].tolist()
     if all(abs(f - 1) <= _TOLERANCE for f in factors):
         return config.rope
@@ -45,8 +46,8 @@ def from_factors(config: ModelConfig, factors: Sequence[float], where: str) -> R
         ):
             return rope
     raise ModelError(
-        f"{where}: expected the factors of Llama 3.1's RoPE scaling, found others, which are not "
-        "supported"
+        f"{where}: expected the factors of Llama 3.1's RoPE scaling, found other factors, which "
+        "are not supported"
     )
 
 

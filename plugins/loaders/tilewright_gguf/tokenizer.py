@@ -191,7 +191,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     splitting = SPLITTINGS.get(name)
     if splitting is None:
         raise ModelError(
-            f"{header.where}: {_PREFIX}pre {shown(name)} is not supported: gguf knows "
+            f"{header.where}: {_PREFIX}pre {shown(name)} is not supported: gguf supports "
             f"{', '.join(SPLITTINGS)}"
         )
     merges = header.strings(f"{_PREFIX}merges")
@@ -202,8 +202,8 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise ModelError(
-                f"{header.where}: {_PREFIX}merges must have two tokens and a space between, found "
-                f"{shown(merge)}"
+                f"{header.where}: each of {_PREFIX}merges must be two tokens separated by a space, "
+                f"found {shown(merge)}"
             )
         pairs.append((left, right))
     with refusing(f"{header.where}: the tokenizers library cannot use its merges"):
@@ -227,14 +227,15 @@ def _byte_level_warnings(vocabulary: Vocabulary) -> tuple[str, ...]:
     header, warnings = vocabulary.header, []
     if f"{_PREFIX}pre" not in header.values:
         warnings.append(
-            f"{header.where}: {_PREFIX}pre is missing, so text is cut in llama.cpp's default way, "
-            "which may not be the model's; convert it again with a converter that writes the key"
+            f"{header.where}: {_PREFIX}pre is missing, so llama.cpp's default pre-tokenizer is "
+            "used, which may not be the model's; convert it again with a converter that "
+            "writes the key"
         )
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary.tokens)
     if missing:
         warnings.append(
-            f"{header.where}: {_PREFIX}tokens lacks tokens for {len(missing)} of 256 bytes; what "
-            "text has of them is left out"
+            f"{header.where}: {_PREFIX}tokens has no tokens for {len(missing)} of 256 bytes; these "
+            "bytes of a text are dropped"
         )
     return tuple(warnings)
 
@@ -264,7 +265,7 @@ def _sentence_piece(vocabulary: Vocabulary) -> Tokenizer:
     missing = [name for b in range(256) if (name := f"<0x{b:02X}>") not in ids]
     if missing:
         raise ModelError(
-            f"{header.where}: {_PREFIX}tokens lacks tokens for bytes, which gguf needs: "
+            f"{header.where}: {_PREFIX}tokens has no tokens for bytes that gguf requires: "
             f"{listed(missing)}"
         )
     with refusing(f"{header.where}: the tokenizers library cannot use its vocabulary"):

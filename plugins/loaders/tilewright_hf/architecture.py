@@ -215,7 +215,7 @@ def head_size(
             )
         size = hidden[1] // heads[1]
     if size % 2:
-        raise ModelError(f"{where}: the size of a head must be even, found {size}")
+        raise ModelError(f"{where}: the head size must be even, found {size}")
     return size
 
 
@@ -237,8 +237,8 @@ def _family(config: JsonObject) -> Family:
     more = f"hf-local supports {supported}; an installed plugin of kind loader can add more"
     if model_type is None and not architectures:
         raise ModelError(
-            f"{config.where}: says neither 'model_type' nor 'architectures', so the model is "
-            f"unknown ({more})"
+            f"{config.where}: has neither 'model_type' nor 'architectures', so the architecture "
+            f"is unknown ({more})"
         )
     if model_type is None:
         families = [f for f in FAMILIES.values() if f.architecture in architectures]
@@ -299,16 +299,16 @@ def _rope(
     nested = [key for key, value in rope.values.items() if isinstance(value, dict)]
     if nested:
         raise ModelError(
-            f"{rope.where}: settings a layer type ({nested[0][:60]!r}) are not supported for this "
-            "model; expected one set for all layers"
+            f"{rope.where}: settings for each layer type ({nested[0][:60]!r}) are not supported "
+            "for this model; expected one set for all layers"
         )
     _whole_head(rope)
     theta = rope.number("rope_theta", theta, over=1.0)
     key = "rope_type" if "rope_type" in rope.values else "type"
     if key not in rope.values and "factor" in rope.values:
         raise ModelError(
-            f"{rope.where}: has a 'factor' but no 'rope_type' to say what it scales; "
-            f"expected one of {', '.join(_ROPE_FIELDS)}"
+            f"{rope.where}: has 'factor' but no 'rope_type'; expected one of "
+            f"{', '.join(_ROPE_FIELDS)}"
         )
     kind = cast(RopeKind, rope.choice(key, "default", _ROPE_FIELDS))
     ignored = sorted(rope.values.keys() - set(_ROPE_COMMON) - set(_ROPE_FIELDS[kind]))
@@ -324,9 +324,9 @@ def _rope(
     if kind == "yarn" and original and "factor" in found.values and factor is None:
         factor = max_positions / original  # the meaning of null, which some YaRN files have
     if factor is None:
-        rope.fail("factor", f"a number, which {kind} RoPE scales by")
+        rope.fail("factor", f"a number, the scaling factor of {kind} RoPE")
     if kind == "dynamic" and head_dim == 2:
-        raise ModelError(f"{rope.where}: dynamic RoPE needs heads larger than 2")
+        raise ModelError(f"{rope.where}: dynamic RoPE needs a head size above 2")
     more = _llama3(rope) if kind == "llama3" else _yarn(rope) if kind == "yarn" else {}
     return RopeConfig(
         theta=theta, kind=kind, factor=factor, original_max_position=original, **more

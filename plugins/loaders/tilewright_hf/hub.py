@@ -57,7 +57,7 @@ _MB = 1_000_000
 class Options:
     revision: str | None = described("branch, tag or commit; default: the main branch")
     local_files_only: bool = described(
-        "take what is in the cache and open no connection; as HF_HUB_OFFLINE=1 does", False
+        "use only the cache and open no connection, as HF_HUB_OFFLINE=1 does", False
     )
 
 
@@ -137,8 +137,8 @@ def _wanted(request: LoadRequest) -> _Wanted:
     asked = request.options.revision
     if revision and asked and revision != asked:
         raise ConfigError(
-            f"two revisions of {name} are asked for, {revision!r} in its id and {asked!r} as "
-            "option 'revision': give one"
+            f"two revisions of {name} are given, {revision!r} in its id and {asked!r} as "
+            "option 'revision': give only one"
         )
     return _Wanted(name, revision or asked, request.weight_format)
 
@@ -167,7 +167,7 @@ def _cached(wanted: _Wanted, why: str) -> _Snapshot:
         ) from error
     except ValueError as error:
         raise _refusal(wanted, error) from error
-    return _Snapshot(Path(folder), (f"{wanted.name} is taken from the cache: {why}",))
+    return _Snapshot(Path(folder), (f"{wanted.name} is loaded from the cache: {why}",))
 
 
 def _cache() -> Path:
@@ -259,7 +259,7 @@ def _configuration(wanted: _Wanted, names: Collection[str]) -> list[str]:
     if "config.json" not in names:
         gguf = [name for name in names if name.endswith(".gguf")]
         cure = (
-            f"; it has GGUF files: `hf download {wanted.name} {printable(gguf[0])}` and load that"
+            f"; it has GGUF files: `hf download {wanted.name} {printable(gguf[0])}`, then load it"
             if gguf
             else ""
         )
@@ -281,8 +281,8 @@ def _weights(wanted: _Wanted, names: Collection[str]) -> list[str]:
                 return [name]
     expected = [file for layout in _LAYOUTS.values() for file in layout]
     raise ModelError(
-        f"{wanted.name} has no weights that can be read: expected one of {', '.join(expected)}, "
-        f"found {listed(sorted(map(printable, names)))}; for another format, name it (--format)"
+        f"{wanted.name} has no weights that can be loaded: expected one of {', '.join(expected)}, "
+        f"found {listed(sorted(map(printable, names)))}; select another format with --format"
     )
 
 
@@ -452,9 +452,9 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
             )
         if isinstance(cause, errors.RepositoryNotFoundError):
             return ModelError(
-                f"no directory is named {name!r}, and no repository of {constants.ENDPOINT} that "
-                "you can see: check the name; for a private one log in with `hf auth login` or "
-                "set HF_TOKEN"
+                f"no directory is named {name!r}, and {constants.ENDPOINT} has no such repository "
+                "that you can access: check the name; for a private one log in with `hf auth "
+                "login` or set HF_TOKEN"
             )
         if _status(cause) in (401, 403):
             return ModelError(
@@ -463,8 +463,8 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return ModelError(
-                f"{name}: the disk of {_cache()} is full; what is complete is kept: free space, "
-                "or set HF_HUB_CACHE to a folder on another disk, and load it again"
+                f"{name}: the disk that holds {_cache()} is full; complete files are kept: free "
+                "space, or set HF_HUB_CACHE to a folder on another disk, and load it again"
             )
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return ModelError(
@@ -473,10 +473,10 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
             )
     if _unreachable(error):
         return ModelError(
-            f"{name}: no directory is named so, and the hub at {constants.ENDPOINT} cannot be "
+            f"{name}: no directory has this name, and the hub at {constants.ENDPOINT} cannot be "
             f"reached ({_reason(error)}): check the connection and HF_ENDPOINT, and load it again; "
-            "what is complete is kept"
+            "complete files are kept"
         )
     return ModelError(
-        f"{name} cannot be downloaded ({_reason(error)}): load it again; what is complete is kept"
+        f"{name} cannot be downloaded ({_reason(error)}): load it again; complete files are kept"
     )

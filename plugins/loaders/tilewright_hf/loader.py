@@ -36,7 +36,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="a local directory as Hugging Face checkpoints have it",
+        summary="a local directory in the layout of Hugging Face checkpoints",
         limits={
             "models": ", ".join(family.architecture for family in FAMILIES.values()),
             "RoPE": "default, linear, dynamic, llama3, yarn",
@@ -66,8 +66,8 @@ def load_model(request: LoadRequest) -> LoadedModel:
     if config.tie_word_embeddings and HEAD in weights.names():
         config = evolve(config, tie_word_embeddings=False)
         warnings += (
-            f"{config_file.where}: tie_word_embeddings is true, but the weights have an "
-            "lm_head.weight of their own, which is used",
+            f"{config_file.where}: tie_word_embeddings is true, but the weights have a "
+            "separate lm_head.weight, which is used",
         )
     if declared_dtype(config_file) is None:
         config = evolve(config, dtype=_stored_dtype(weights))

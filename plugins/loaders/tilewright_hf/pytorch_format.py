@@ -34,9 +34,9 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary=f"{SINGLE}, or shards with {INDEX}",
         limits={
-            "pickles": "only those that hold nothing but tensors; no code of a file is run",
-            "reading": "tensors share the file's pages, but for files from before PyTorch 1.6, "
-            "which are read whole when they are opened",
+            "pickles": "only those that contain nothing but tensors; no code from a file is run",
+            "reading": "tensors share the file's pages; files from before PyTorch 1.6 are "
+            "read completely when they are opened",
         },
     )
 
@@ -136,7 +136,7 @@ def _refusal(error: pickle.UnpicklingError) -> str:
     text = " ".join(str(error).split())
     if named := _REFUSED.search(text):
         return (
-            f"refused: it holds more than tensors, {named[1] or named[2]}, which may run code; "
+            f"refused: it contains {named[1] or named[2]}, which may run code; "
             "expected a state_dict, or better a safetensors file"
         )
     _, _, why = text.rpartition("WeightsUnpickler error: ")

@@ -35,7 +35,7 @@ class Options:
         validator=validators.in_(("mmap", "pread")),
         metadata={
             "help": "mmap: tensors share the file's pages, nothing is copied; pread: each tensor "
-            "is read into memory of its own, which is faster on network disks"
+            "is read into its own memory, which is faster on network disks"
         },
     )
 

@@ -110,7 +110,7 @@ def _open_indexed(index: Path, open_shard: Callable[[Path], S]) -> list[S]:
     absent = [f for f in files if not is_there(index.parent / f)]
     if absent:
         raise ModelError(
-            f"{index}: {len(absent)} of the {len(files)} files that it names are not there: "
+            f"{index}: {len(absent)} of the {len(files)} files that it names are missing: "
             f"{listed([printable(f) for f in absent])}; download them"
         )
     shards = {file: open_shard(index.parent / file) for file in files}

@@ -59,7 +59,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
                 f"{path}: no such file; {listed(others)} can be converted to it with transformers: "
                 f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), DIR = {path.parent}"
             )
-        raise ModelError(f"{path}: no such file; expected the tokenizer of the model there")
+        raise ModelError(f"{path}: no such file; expected the tokenizer of the model")
     text = read_text(path)
     if _SUBWORD_PREFIX.search(text) and '"BPE"' in text:
         # tokenizers 0.23 slices merges that are shorter than the prefix out of bounds, which

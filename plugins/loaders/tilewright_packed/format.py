@@ -175,8 +175,8 @@ def read_manifest(directory: Path) -> Manifest:
     if type(found) is int and found != FORMAT:
         cure = "upgrade tilewright, or convert" if found > FORMAT else "convert"
         raise ModelError(
-            f"{path}: format {found} of packed models, and this tilewright reads format {FORMAT}: "
-            f"{cure} the model again"
+            f"{path}: packed in format {found}, but this version of tilewright reads format "
+            f"{FORMAT}: {cure} the model again"
         )
     digest = values.pop("digest", None)
     if digest != sha256(json_bytes(values)) or data != json_bytes({"digest": digest, **values}):
@@ -217,7 +217,8 @@ def _problem(
     try:
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode):
-            what = "a link" if stat.S_ISLNK(found.st_mode) else "no file"
+            folder = "a directory" if stat.S_ISDIR(found.st_mode) else "a device"
+            what = "a link" if stat.S_ISLNK(found.st_mode) else folder
             return f"expected a file of {file.bytes} bytes, found {what}"
         if found.st_size != file.bytes:
             return f"expected {file.bytes} bytes, found {found.st_size}"
@@ -264,9 +265,9 @@ def _description(path: Path) -> Description:
     if config.num_layers > _MOST_LAYERS:
         bad.append(f"num_layers = {config.num_layers}")
     if len(config.sliding_windows) not in (0, config.num_layers):
-        bad.append(f"{len(config.sliding_windows)} sliding_windows")
+        bad.append(f"len(sliding_windows) = {len(config.sliding_windows)}")
     if bad:
-        raise ModelError(f"{path}: no model has {bad[0]}: convert it again")
+        raise ModelError(f"{path}: invalid {bad[0]}: convert the model again")
     return described
 
 
@@ -289,7 +290,7 @@ def _read(path: Path) -> bytes:
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_TEXT:
             raise ModelError(
-                f"{path}: expected a file of at most {_MOST_TEXT} bytes, and no link: {_REPAIR}"
+                f"{path}: expected a file of at most {_MOST_TEXT} bytes, not a link: {_REPAIR}"
             )
         return path.read_bytes()
     except OSError as error:

@@ -22,8 +22,8 @@ class Options:
     verify: bool = field(
         default=False,
         metadata={
-            "help": "read all weights and check their sums, as `tilewright verify` does; "
-            "otherwise everything but the tensors' own bytes is checked"
+            "help": "read all weights and verify their checksums, as `tilewright verify` does; "
+            "by default everything except the tensors' data is verified"
         },
     )
 
@@ -31,11 +31,11 @@ class Options:
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="a directory that `tilewright convert` wrote, for one executor",
+        summary="a model that `tilewright convert` wrote for one executor",
         options=Options,
         limits={
-            "executor": "the one, and the version of its layout, that it was converted for",
-            "weight dtype": "the one that it was converted to",
+            "executor": "only the one that it was converted for, with the same layout version",
+            "weight dtype": "only the one that it was converted to",
         },
     )
 

@@ -205,8 +205,8 @@ def _check_tensors(tensors: Sequence[PackedTensor], packing: Packing) -> None:
     if not tensors or twice or odd:
         what = f"{twice!r} twice" if twice else f"{odd.name!r} in {odd.dtype}" if odd else "none"
         raise PluginError(
-            f"pack_weights of executor {packing.executor} must give tensors with names of their "
-            f"own, in one of {', '.join(_CODES)}, found {what}"
+            f"pack_weights of executor {packing.executor} must return tensors with unique "
+            f"names, in one of {', '.join(_CODES)}, found {what}"
         )
 
 
@@ -255,16 +255,16 @@ def _key(plan: Plan) -> str:
 
 def _check_free(out: Path) -> None:
     if os.path.lexists(out):
-        raise ConfigError(f"{out} exists: choose another --out, or remove it")
+        raise ConfigError(f"{out} already exists: choose another --out, or remove it")
     if not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no directory {out.parent}: make it first")
+        raise ConfigError(f"{out}: the directory {out.parent} does not exist: create it first")
 
 
 def _check_room(needed: int, directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ConfigError(
-            f"{directory} has {free} bytes free and {needed} are needed: make room there, or "
+            f"{directory} has {free} bytes free and {needed} are needed: free space there, or "
             "choose an --out on another disk"
         )
 
@@ -367,7 +367,7 @@ def _bytes_of(tensor: PackedTensor) -> memoryview:
     if found != (tensor.shape, tensor.dtype):
         raise PluginError(
             f"packed tensor {tensor.name!r} must be {list(tensor.shape)} {tensor.dtype}, as its "
-            f"executor announced it, found {list(found[0])} {found[1]}"
+            f"executor declared it, found {list(found[0])} {found[1]}"
         )
     return read.contiguous().flatten().view(torch.uint8).numpy().data
 

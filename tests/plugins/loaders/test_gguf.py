@@ -237,7 +237,7 @@ def test_shards_are_found_beside_the_first(shards: int, tmp_path: Path) -> None:
     for name in whole.weights.names():
         assert torch.equal(loaded.weights.get(name), whole.weights.get(name))
     second = next(tmp_path.glob(f"model-00002-of-0000{shards}.gguf"))
-    with pytest.raises(ModelError, match=f"shard 2 of {shards}; give the first one, {first.name}"):
+    with pytest.raises(ModelError, match=f"shard 2 of {shards}; load the first one, {first.name}"):
         load(second)
     second.unlink()
     with pytest.raises(ModelError, match=f"1 of its {shards} shards .*{second.name}"):
@@ -529,7 +529,7 @@ def test_missing_parts_of_a_tokenizer_are_a_warning(byte_level: Tokenizer, tmp_p
     (warning,) = load(with_tokenizer(tmp_path, text)).warnings
     assert "tokenizer.ggml.pre is missing" in warning
     (warning,) = load(with_tokenizer(tmp_path, word_text(80))).warnings
-    assert "lacks tokens for 254 of 256 bytes" in warning
+    assert "has no tokens for 254 of 256 bytes" in warning
 
 
 def test_recommended_sampling_settings_are_read(tmp_path: Path) -> None:
@@ -591,7 +591,7 @@ def test_sources_that_are_not_a_gguf_file_are_refused(file: Path, tmp_path: Path
         "Qwen/Qwen3-0.6B-GGUF": "local .gguf file",
         "nul\0byte": "null byte",
         str(file.parent): "give one of the files in it: 'model.gguf'",
-        str(tmp_path / "empty"): "there is none in it",
+        str(tmp_path / "empty"): "it contains none",
         str(tmp_path / "weights.bin"): "expected a GGUF file",
         str(tmp_path / "pointer.gguf"): "git lfs pull",
         str(tmp_path / "empty.gguf"): "an empty file",
@@ -604,7 +604,9 @@ def test_sources_that_are_not_a_gguf_file_are_refused(file: Path, tmp_path: Path
 
 
 def test_a_weight_format_is_refused(file: Path) -> None:
-    with pytest.raises(ModelError, match="takes no weight format: leave out 'safetensors'"):
+    with pytest.raises(
+        ModelError, match="takes no weight format, found 'safetensors'; leave it out"
+    ):
         load(file, weight_format="safetensors")
 
 

@@ -149,12 +149,12 @@ def test_a_repository_without_a_model_is_refused_before_any_download(hub: Hub, m
     hub.add("acme/gguf", {"a-Q4_0.gguf": b"", "README.md": b""})
     said = refusal("acme/gguf")
     assert said.startswith("acme/gguf has no config.json: expected a transformers model, found RE")
-    assert "`hf download acme/gguf a-Q4_0.gguf` and load that" in said
+    assert "`hf download acme/gguf a-Q4_0.gguf`, then load it" in said
     files: Files = files_of(model)
     del files["model.safetensors"]
     hub.add("acme/bare", files | {"flax_model.msgpack": b""})
     said = refusal("acme/bare")
-    assert "no weights that can be read: expected one of model.safetensors, model.safetens" in said
+    assert "no weights that can be loaded: expected one of model.safetensors, model.safet" in said
     assert "flax_model.msgpack" in said
     assert hub.downloads() == []
 
@@ -202,7 +202,7 @@ def test_offline_the_cache_is_used_without_any_request(
     go_offline()
     loaded = load(**options)
     assert loaded.source == online
-    assert loaded.warnings[0] == f"{NAME} is taken from the cache: {how} is set"
+    assert loaded.warnings[0] == f"{NAME} is loaded from the cache: {how} is set"
     assert load(online, **options).source == online
     said = refusal("acme/other", **options)
     assert said.startswith(f"acme/other is not in the cache, {constants.HF_HUB_CACHE}, and {how} ")
@@ -215,7 +215,7 @@ def test_offline_an_incomplete_download_is_an_error_that_mentions_the_cache(hub:
     (snapshot(source.partition("@")[2]) / "model.safetensors").unlink()
     said = refusal(local_files_only=True)
     assert "no weights found in any known format" in said
-    assert said.endswith("is taken from the cache: local_files_only is set")
+    assert said.endswith("is loaded from the cache: local_files_only is set")
 
 
 def test_an_unreachable_hub_falls_back_to_the_cache(
@@ -226,11 +226,12 @@ def test_an_unreachable_hub_falls_back_to_the_cache(
     loaded = load()
     assert loaded.source == source
     assert loaded.warnings[0].startswith(
-        f"{NAME} is taken from the cache: the hub cannot be reached (["
+        f"{NAME} is loaded from the cache: the hub cannot be reached (["
     )
     said = refusal("acme/other")
     assert said.startswith(
-        "acme/other: no directory is named so, and the hub at http://127.0.0.1:9 cannot be reached"
+        "acme/other: no directory has this name, and the hub at http://127.0.0.1:9 cannot be "
+        "reached"
     )
     assert "check the connection and HF_ENDPOINT" in said
 
@@ -260,8 +261,9 @@ def test_gated_missing_and_private_repositories_are_errors_with_advice(
     hub.private.add("acme/private")
     for name in ("acme/missing", "acme/private"):
         assert refusal(name) == (
-            f"no directory is named '{name}', and no repository of {hub.endpoint} that you can "
-            "see: check the name; for a private one log in with `hf auth login` or set HF_TOKEN"
+            f"no directory is named '{name}', and {hub.endpoint} has no such repository that "
+            "you can access: check the name; for a private one log in with `hf auth login` or set "
+            "HF_TOKEN"
         )
     hub.token = "hf_right"
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -388,7 +390,7 @@ def test_complete_files_are_kept_when_a_download_fails(
     hub.broken["model.safetensors"] = [0] * 10
     said = refusal()
     assert "load it again" in said
-    assert "what is complete is kept" in said
+    assert "complete files are kept" in said
     hub.broken.clear()
     before = set(hub.downloads())
     hub.requests.clear()
@@ -479,4 +481,7 @@ def test_a_full_disk_is_an_error_that_names_the_cache(
         assert before == []
         assert f"{NAME} needs 0.03 GB more in {cache}, where 0.00 GB are free: free spa" in last
     else:
-        assert f"{NAME}: the disk of {cache} is full; what is complete is kept: free spa" in last
+        assert (
+            f"{NAME}: the disk that holds {cache} is full; complete files are kept: free spa"
+            in last
+        )

@@ -321,7 +321,7 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
         "yarn_ext_factor",
     ),
     "experts": ({"llama.expert_count": 8}, "mixtures of experts"),
-    "capped logits": ({"llama.final_logit_softcapping": 30.0}, "capped logits"),
+    "soft-capped logits": ({"llama.final_logit_softcapping": 30.0}, "soft-capped logits"),
     "layers that differ": ({"llama.feed_forward_length": [32, 64]}, "differs by layer"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
     "tokens that are numbers": ({"tokenizer.ggml.tokens": [1, 2]}, "list of strings"),
@@ -335,7 +335,7 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "a merge of unknown tokens": ({"tokenizer.ggml.merges": ["x y"]}, "cannot use its merges"),
     "an unknown tokenizer": ({"tokenizer.ggml.model": "bert"}, "gpt2 .* and llama"),
     "no tokenizer": ({"tokenizer.ggml.model": None}, "model is missing"),
-    "an unknown way to cut": ({"tokenizer.ggml.pre": "gpt-5"}, "gguf knows default"),
+    "an unknown way to cut": ({"tokenizer.ggml.pre": "gpt-5"}, "gguf supports default"),
     "SentencePiece without scores": ({"tokenizer.ggml.model": "llama"}, "scores"),
     "SentencePiece with scores of NaN": (
         {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [NAN] * 40},

@@ -452,10 +452,10 @@ def test_existing_files_are_not_overwritten(model, tmp_path, capsys):
     for name in before:
         out = str(tmp_path / name)
         assert main(["convert", "--model", str(model), "--executor", "torch", "--out", out]) == 2
-        assert "exists: choose another --out, or remove it" in capsys.readouterr().err
+        assert "already exists: choose another --out, or remove it" in capsys.readouterr().err
     out = str(tmp_path / "no" / "where")
     assert main(["convert", "--model", str(model), "--executor", "torch", "--out", out]) == 2
-    assert "make it first" in capsys.readouterr().err
+    assert "does not exist: create it first" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -607,8 +607,8 @@ def test_a_layout_that_changed_since_packing_is_refused(site, model, tmp_path, o
     ("old", "new", "said"),
     [
         (".flip(0)[:, None]", "", r"'b.model.embed_tokens.weight' must be \[6288, 1\] float32, as"),
-        (".float()", "", "as its executor announced it, found .* bfloat16"),
-        ('"b." + name, shape', '"b", shape', "must give tensors with names of their own"),
+        (".float()", "", "as its executor declared it, found .* bfloat16"),
+        ('"b." + name, shape', '"b", shape', "must return tensors with unique names"),
         ('dtype="float32"', 'dtype="complex128"', "found 'b.model.embed_.*' in complex128"),
         ("in shapes.items()", "in ()", "found none"),
     ],
@@ -770,8 +770,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "not valid JSON (nested too",
     ),
     "manifest huge number": (manifest(lambda d: b'{"format": 1' + b"0" * 9999 + b"}"), "not valid"),
-    "manifest is a link": (lambda d: linked(d / packed.MANIFEST), "and no link"),
-    "newer format": (partial(signed, format=2), "format 2 of packed models, and this tilewright"),
+    "manifest is a link": (lambda d: linked(d / packed.MANIFEST), "bytes, not a link"),
+    "newer format": (
+        partial(signed, format=2),
+        "packed in format 2, but this version of tilewright",
+    ),
     "older format": (partial(signed, format=0), "reads format 1: convert the model again"),
     "format in words": (partial(signed, format="1"), "'format' must be 1"),
     "unknown key": (partial(signed, extra=1), "unknown option 'extra'"),
@@ -804,7 +807,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "shard empty": (shard(lambda p: os.truncate(p, 0)), f"bytes, found 0: {AGAIN}"),
     "shard missing": (shard(lambda p: p.unlink()), f"missing: {AGAIN}"),
     "shard is a link": (shard(linked), "found a link"),
-    "shard is a directory": (shard(directory_instead), "found no file"),
+    "shard is a directory": (shard(directory_instead), "found a directory"),
     "header one byte": (shard(lambda p: flip(p, 40)), f"changed since it was written: {AGAIN}"),
     "header space": (shard(lambda p: p.write_bytes(sub(b"  ", b" \t")(p.read_bytes()))), "changed"),
     "header length": (shard(lambda p: flip(p, 0)), "changed since it was written"),
@@ -820,11 +823,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "in none of the shards",
     ),
     "config one byte": (lambda d: flip(d / "model.json", 30), "changed since it was written"),
-    "config no layers": (config(num_layers=0), "no model has num_layers = 0"),
+    "config no layers": (config(num_layers=0), "invalid num_layers = 0"),
     "config layers in words": (config(num_layers="many"), "'num_layers' must be an integer"),
-    "config many layers": (config(num_layers=10**9), "no model has num_layers = 1000000000"),
+    "config many layers": (config(num_layers=10**9), "invalid num_layers = 1000000000"),
     "config one layer less": (config(num_layers=1), "do not match the executor's layout"),
-    "config windows": (config(sliding_windows=[3]), "no model has 1 sliding_windows"),
+    "config windows": (config(sliding_windows=[3]), "invalid len(sliding_windows) = 1"),
     "config unknown": (config(colour=1), "unknown option 'colour'"),
     "config no JSON": (rewritten("model.json", lambda data: b"\xff"), "not valid JSON"),
     "tokenizer one byte": (lambda d: flip(d / "tokenizer.json", 99), "changed since it was"),
