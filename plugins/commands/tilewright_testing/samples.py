@@ -60,10 +60,8 @@ _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w")
 
 def write_gguf(directory: Path) -> Sample:
     """A Qwen3 model in a GGUF file, with a tokenizer of bytes and a few merges."""
-    from gguf import GGUFWriter
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
     from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from tilewright_gguf.weights import gguf_name
 
     tokens = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [merge.replace(" ", "") for merge in _MERGES]
@@ -72,6 +70,7 @@ def write_gguf(directory: Path) -> Sample:
     model = make_model("qk-norm", vocab_size=len(tokens), bos_token_id=0, eos_token_ids=(2, 0))
     text = TextAssets(tokenizer=Tokenizer(models.BPE(vocabulary, merges)))
     model, config = evolve(model, text=text), model.config
+    names = get_tensor_name_map(MODEL_ARCH.QWEN3, config.num_layers)
     path = directory / "sample.gguf"
     writer = GGUFWriter(path, "qwen3")
     writer.add_context_length(config.max_position_embeddings)
@@ -93,7 +92,7 @@ def write_gguf(directory: Path) -> Sample:
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     for name, tensor in model.tensors.items():
-        writer.add_tensor(gguf_name(name), tensor.numpy())
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -73,15 +73,6 @@ def hf_name(name: str) -> str:
     return f"{_TOP[part]}.weight" if ending == "weight" and part in _TOP else name
 
 
-def gguf_name(name: str) -> str:
-    """The GGUF name of a tensor that has a Hugging Face name."""
-    stem, _, ending = name.rpartition(".")
-    if not stem.startswith("model.layers."):
-        return f"{next(ours for ours, theirs in _TOP.items() if theirs == stem)}.{ending}"
-    layer, part = stem.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{next(o for o, t in _OF_LAYER.items() if t == part)}.{ending}"
-
-
 @frozen(kw_only=True)
 class _Shard:
     """One open file, without ``rope_freqs.weight``; tensors are keyed by Hugging Face name."""
