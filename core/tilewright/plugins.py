@@ -239,13 +239,8 @@ def load(plugin: Plugin) -> Any:
     Raises PluginError, which names the plugin, its distribution and the cause; SystemExit in the
     plugin counts as a cause, KeyboardInterrupt is passed on.
     """
-    from importlib import import_module
-
-    module, _, attribute = plugin.target.partition(":")
     try:
-        obj: Any = import_module(module)
-        for part in attribute.split(".") if attribute else ():
-            obj = getattr(obj, part)
+        obj = imported(plugin.target)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -257,6 +252,17 @@ def load(plugin: Plugin) -> Any:
         raise
     except Exception as error:  # from attributes that the plugin computes
         raise PluginError(f"{plugin} cannot be checked: {cause(error)}") from error
+    return obj
+
+
+def imported(target: str) -> Any:
+    """What an entry point names. Raises what importing it raises."""
+    from importlib import import_module
+
+    module, _, attribute = target.partition(":")
+    obj: Any = import_module(module)
+    for part in attribute.split(".") if attribute else ():
+        obj = getattr(obj, part)
     return obj
 
 
@@ -406,9 +412,13 @@ def cause(error: BaseException) -> str:
     from traceback import extract_tb
 
     said = " ".join(str(error).split())
-    frames = [f for f in extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    # The first frame is this module's own.
-    at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    # The first frame is the caller's, and others of this module only import the plugin.
+    frames = [
+        f
+        for f in extract_tb(error.__traceback__)[1:]
+        if "importlib" not in f.filename and f.filename != __file__
+    ]
+    at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{': ' if said else ''}{said}{at}"
 
 
@@ -634,8 +644,7 @@ class Observers:
             return None
 
         def tap(name: str, tensor: "Tensor") -> None:
-            given = {"model_id": model_id, "name": name, "tensor": tensor}
-            self.notify("on_tensor", lambda: given)
+            self._hooks.on_tensor(model_id=model_id, name=name, tensor=tensor)
 
         return tap
 

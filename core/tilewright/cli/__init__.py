@@ -53,7 +53,7 @@ def _run(argv: Sequence[str]) -> int:
     _add_debug(parser, default=False)
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for plugin in commands:
-        unique = plugins.state(plugin, commands)[0] != "clash"
+        unique = sum(other.name == plugin.name for other in commands) == 1
         name = called or (plugin.name if unique else plugin.qualified)
         summary = plugins.summary(plugin)
         command = parsers.add_parser(

@@ -61,12 +61,10 @@ def changed_by_import(module: str, *present: str) -> list[str] | None:
 
 def imported_for_help(target: str) -> list[str]:
     """The slow packages that importing and configuring a command imports."""
+    from tilewright import plugins
     from tilewright.cli.parser import Parser
 
-    module, _, attribute = target.partition(":")
-    command: Any = import_module(module)
-    for part in attribute.split(".") if attribute else ():
-        command = getattr(command, part)
+    command = plugins.imported(target)
     command.configure(Parser(prog="tilewright command"))
     return [name for name in ("torch", "rich", "transformers") if name in sys.modules]
 
@@ -86,10 +84,7 @@ def probe_loader(target: str, sources: Sequence[str]) -> dict[str, Any]:
     imported, side effects, and bytes read by a second call for the first source."""
     from tilewright import plugins
 
-    module, _, attribute = target.partition(":")
-    loader: Any = import_module(module)
-    for part in attribute.split(".") if attribute else ():
-        loader = getattr(loader, part)
+    loader = plugins.imported(target)
     effects: list[str] = []
 
     def listen(event: str, arguments: tuple[Any, ...]) -> None:
