@@ -155,7 +155,7 @@ def new_request(
     return Request(
         request_id=request_id,
         prompt_token_ids=ids,
-        params=_sampling_params(evolve(settings, seed=seed)),
+        params=evolve(_sampling_params(settings), seed=seed),
         max_new_tokens=min(settings.max_new_tokens, model.max_seq_len - len(ids)),
         eos_ids=frozenset(() if settings.ignore_eos else model.loaded.config.eos_token_ids),
         stop_ids=frozenset(settings.stop_token_ids or ()),
@@ -196,16 +196,13 @@ def refused(
 
 def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
     try:
-        ids: tuple[int, ...] = converted(prompt, tuple[int, ...])
+        if isinstance(prompt, (bytes, bytearray)):
+            raise TypeError("its integers are characters, not tokens")
+        return tuple(converted(token_id, int) for token_id in prompt)
     except Exception as error:
         raise RequestError(
             f"a prompt must be text or a list of token ids, found {shown(prompt)}"
         ) from error
-    if isinstance(prompt, (bytes, bytearray)):  # sequences of integers, but not of tokens
-        raise RequestError(
-            f"a prompt must be text or a list of token ids, found {shown(prompt)}: decode it"
-        )
-    return ids
 
 
 def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:

@@ -91,7 +91,7 @@ class Runner:
             tokens = self._sample(logits, rows) if rows else []
         except NonFiniteLogitsError as error:
             # The others lose nothing: the step is not committed, and is scheduled again without it.
-            request = self.requests[error.request_id]
+            request = next(r for r in step.sampled if r.request_id == error.request_id)
             self._fail(request, _traced(error, step, request, run))
             return
         except Exception as error:

@@ -140,6 +140,8 @@ def test_integers_of_numpy_and_torch_are_taken(engine):
     expected = engine.generate("demo", ids, config(5))
     assert engine.generate("demo", [np.int32(i) for i in ids], config(5)) == expected
     assert engine.generate("demo", list(torch.tensor(ids)), config(5)) == expected
+    assert engine.generate("demo", np.array(ids), config(5)) == expected
+    assert engine.generate("demo", torch.tensor(ids), config(5)) == expected
 
 
 @pytest.mark.parametrize(
@@ -712,3 +714,13 @@ def test_a_prompt_that_the_cache_cannot_hold_fails_alone():
         results = engine.generate_batch("demo", [[3] * 5, [3] * 40], config(4))
         assert isinstance(results[1].error, OutOfPagesError)
         assert results[0].token_ids == engine.generate_result("demo", [3] * 5, config(4)).token_ids
+
+
+def test_non_finite_logits_of_a_request_that_has_ended_leave_its_error(engine, monkeypatch):
+    def sample(logits, rows):
+        engine.close()
+        raise NonFiniteLogitsError(rows[0].request_id, 0, [1], logits.shape[1])
+
+    monkeypatch.setattr(engine._runner("demo")._sampler, "sample", sample)
+    with pytest.raises(RequestError, match="engine was closed"):
+        engine.generate("demo", TRUTHS, config(5))
