@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import plugin_distributions as dists
 import pytest
 import torch
 from attrs import evolve
@@ -503,3 +504,35 @@ def test_the_documentation_names_every_key_of_the_report():
     for keys in (report, *parts):
         for key in keys.keys() - {"elements"}:
             assert f"`{key}`" in PAGE, key
+
+
+CHATTY = """
+    from tilewright import hookimpl
+
+    tilewright_api = 1
+    print("at import")
+
+    class Watch:
+        @hookimpl
+        def on_step(self, event):
+            print("in an event")
+
+    @hookimpl
+    def create_observer(options):
+        return Watch()
+"""
+
+
+def test_what_plugins_print_is_no_part_of_the_report(tmp_path):
+    files = {"acme_chatty.py": dists.dedent(CHATTY)}
+    chatty = dists.Distribution("acme-chatty", files, {"observer": {"chatty": "acme_chatty"}})
+    site = dists.install(tmp_path / "site", chatty)
+    (tmp_path / "run.toml").write_text('[plugins]\nobservers = ["chatty"]\n')
+    done = dists.run(
+        *("-m", "tilewright", "compare", str(tmp_path / "run.toml"), "--json"),
+        *("--new-tokens", "1", "-o", "candidate.stream_weights=true"),
+        site=site,
+    )
+    assert done.code in (0, 1), done.err
+    assert isinstance(json.loads(done.out), dict)
+    assert "at import\n" in done.err

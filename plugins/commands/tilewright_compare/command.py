@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from math import isnan, nan
 from pathlib import Path
 from shutil import get_terminal_size
@@ -130,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
         file = files.enter_context(opened(args.output))
         page = files.enter_context(opened(args.html)) if args.html else None
         picture = files.enter_context(opened_binary(args.png)) if args.png else None
-        comparison = compared(candidate, reference, prompts, tolerances, args)
+        with redirect_stdout(sys.stderr):  # what plugins print is not part of the report
+            comparison = compared(candidate, reference, prompts, tolerances, args)
         write(comparison, file, as_json=args.json)
         if page:
             from tilewright_compare.page import html
