@@ -21,7 +21,6 @@ from tilewright.types import (
     Packing,
     RuntimeConfig,
     Sampler,
-    SamplerRequest,
 )
 from tilewright.values import shown
 
@@ -87,7 +86,7 @@ class LLMEngine:
         self._selection = selection
         self._observers = Observers(selection.manager)
         self._sampler: Sampler = selection.plugins["sampler"].call(
-            "create_sampler", request=SamplerRequest(options=selection.options["sampler"])
+            "create_sampler", options=selection.options["sampler"]
         )
         self._runners: dict[str, Runner] = {}
         self._num_requests = 0

@@ -8,8 +8,8 @@ API version that it was written for, and functions marked with ``hookimpl``::
     tilewright_api = 1
 
     @hookimpl
-    def create_sampler(request):
-        return MySampler(request.options)
+    def create_sampler(options):
+        return MySampler(options)
 
 An implementation may take fewer arguments than its spec names, but no others. Hooks create objects;
 these follow the protocols in ``tilewright.types`` and are called directly.
@@ -24,20 +24,20 @@ import pluggy
 from tilewright.types import (
     Check,
     Executor,
-    ExecutorRequest,
     GenerateResult,
     Hypothesis,
     KvAllocator,
     KvAllocatorRequest,
     LoadedModel,
-    LoadRequest,
     ModelConfig,
     PackedWeights,
     PluginInfo,
+    Report,
+    RuntimeConfig,
     Sampler,
-    SamplerRequest,
     StepEvent,
     TensorSource,
+    WeightFormats,
 )
 
 if TYPE_CHECKING:
@@ -74,8 +74,21 @@ class LoaderHooks:
         """
 
     @_first
-    def load_model(self, request: LoadRequest) -> LoadedModel:  # type: ignore[empty-body]
-        """Read headers and configuration. Raises ModelError for what is missing or unsupported."""
+    def load_model(  # type: ignore[empty-body]
+        self,
+        source: str,
+        options: Any,
+        weight_format: str | None,
+        formats: WeightFormats,
+        report: Report,
+    ) -> LoadedModel:
+        """Read headers and configuration. Raises ModelError for what is missing or unsupported.
+
+        source: as the user wrote it: a directory, a file, a hub id.
+        options: an instance of the plugin's options class; None if it has none. So in all hooks.
+        weight_format: the format that the user named, to be passed to ``formats.open``.
+        report: notifies observers of what is being prepared (on_prepare), such as a download.
+        """
 
     @_first
     def write_sample(self, directory: Path) -> str:  # type: ignore[empty-body]
@@ -109,8 +122,22 @@ class ExecutorHooks:
     """Kind ``executor``: runs the forward pass."""
 
     @_first
-    def create_executor(self, request: ExecutorRequest) -> Executor:  # type: ignore[empty-body]
-        """Validate the model against what the executor can do, then load its weights."""
+    def create_executor(  # type: ignore[empty-body]
+        self,
+        model_config: ModelConfig,
+        runtime_config: RuntimeConfig,
+        weights: TensorSource,
+        packed: bool,
+        options: Any,
+        report: Report,
+    ) -> Executor:
+        """Validate the model against what the executor can do, then load its weights.
+
+        runtime_config: its dtypes and max_seq_len are filled in; where device and page_size are
+            None, the executor chooses.
+        weights: checked: every expected tensor is there, with its expected shape.
+        packed: whether the weights are those of the executor's own ``pack_weights``.
+        """
 
     @_first
     def hypotheses(self) -> "Sequence[Hypothesis]":  # type: ignore[empty-body]
@@ -118,12 +145,18 @@ class ExecutorHooks:
         wrong (see tilewright_compare.hypotheses)."""
 
     @_first
-    def pack_weights(self, request: ExecutorRequest) -> PackedWeights:  # type: ignore[empty-body]
+    def pack_weights(  # type: ignore[empty-body]
+        self,
+        model_config: ModelConfig,
+        runtime_config: RuntimeConfig,
+        weights: TensorSource,
+        options: Any,
+    ) -> PackedWeights:
         """Optional: the weights in the executor's own layout, for ``tilewright convert``.
 
         Names, shapes, dtypes and version depend only on configuration and settings, and weights are
         read only by the tensors' ``read``: the hook is also called to check packed weights when
-        they are loaded. create_executor then finds them under these names in a request with
+        they are loaded. create_executor then finds them under these names, with
         ``packed`` set. Without the hook, weights are only converted to the weight dtype.
         """
 
@@ -140,7 +173,7 @@ class SamplerHooks:
     """Kind ``sampler``: chooses tokens."""
 
     @_first
-    def create_sampler(self, request: SamplerRequest) -> Sampler:  # type: ignore[empty-body]
+    def create_sampler(self, options: Any) -> Sampler:  # type: ignore[empty-body]
         """Make a sampler; it serves every model of its engine."""
 
 

@@ -16,12 +16,10 @@ from tilewright.text import Text
 from tilewright.types import (
     BUILTIN_GENERATE,
     Executor,
-    ExecutorRequest,
     GenerateConfig,
     KvAllocator,
     KvAllocatorRequest,
     LoadedModel,
-    LoadRequest,
     PackedTensor,
     PackedWeights,
     Packing,
@@ -71,14 +69,14 @@ def load(
     """Load a model's configuration and tokenizer, and open its weights, which are not read."""
     given = selection.arguments["options"]
     loader = selection.plugins.get("loader") or choose_loader(selection.manager, source)
-    request = LoadRequest(
+    loaded: LoadedModel = loader.call(
+        "load_model",
         source=source,
         options=loader.read_options(given, **loader_options),
         weight_format=weight_format,
         formats=InstalledFormats(selection.manager, given),
         report=observers.reporter(model_id),
     )
-    loaded: LoadedModel = loader.call("load_model", request=request)
     if not isinstance(loaded, LoadedModel):
         raise PluginError(
             f"{loader.plugin}: load_model() must return a LoadedModel, found {loaded!r:.80}"
@@ -122,7 +120,7 @@ def pack(
         )
     runtime = _resolved(asked, loaded)
     check_tensors(loaded.weights, loaded.config, loaded.source)
-    return _packed(selection, _executor_request(selection, loaded, runtime))
+    return _packed(selection, loaded, runtime)
 
 
 def _resolved(runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConfig:
@@ -153,37 +151,30 @@ def _check_weights(selection: Selection, loaded: LoadedModel, runtime: RuntimeCo
         return
     executor = selection.plugins["executor"].plugin.qualified
     if loaded.packing.executor == executor:  # others may not understand it
-        expected, tensors = _packed(selection, _executor_request(selection, loaded, runtime))
+        expected, tensors = _packed(selection, loaded, runtime)
     else:
         expected, tensors = evolve(loaded.packing, executor=executor), []
     check_packing(loaded.packing, expected, loaded.source)
     check_packed(loaded.weights, tensors, loaded.source)
 
 
-def _packed(selection: Selection, request: ExecutorRequest) -> tuple[Packing, list[PackedTensor]]:
-    executor = selection.plugins["executor"]
-    made: PackedWeights = executor.call("pack_weights", request=request)
-    if made is None:
-        made = PackedWeights(version=0, tensors=typed_tensors(request))
-    assert request.runtime_config.weight_dtype is not None
-    packing = Packing(
-        executor=executor.plugin.qualified,
-        version=made.version,
-        weight_dtype=request.runtime_config.weight_dtype,
-    )
-    return packing, list(made.tensors)
-
-
-def _executor_request(
+def _packed(
     selection: Selection, loaded: LoadedModel, runtime: RuntimeConfig
-) -> ExecutorRequest:
-    return ExecutorRequest(
+) -> tuple[Packing, list[PackedTensor]]:
+    executor, dtype = selection.plugins["executor"], runtime.weight_dtype
+    assert dtype is not None
+    made: PackedWeights = executor.call(
+        "pack_weights",
         model_config=loaded.config,
         runtime_config=runtime,
         weights=loaded.weights,
         options=selection.options["executor"],
-        packed=loaded.packing is not None,
     )
+    if made is None:
+        tensors = typed_tensors(loaded.config, loaded.weights, dtype)
+        made = PackedWeights(version=0, tensors=tensors)
+    packing = Packing(executor=executor.plugin.qualified, version=made.version, weight_dtype=dtype)
+    return packing, list(made.tensors)
 
 
 def _create_executor(
@@ -201,12 +192,15 @@ def _create_executor(
             observers.notify("on_load_progress", lambda: {"model_id": model_id, **read})
 
         weights = MeteredSource(weights, on_read)
-    request = evolve(
-        _executor_request(selection, loaded, runtime),
+    executor: Executor = selection.plugins["executor"].call(
+        "create_executor",
+        model_config=loaded.config,
+        runtime_config=runtime,
         weights=weights,
+        packed=loaded.packing is not None,
+        options=selection.options["executor"],
         report=observers.reporter(model_id),
     )
-    executor: Executor = selection.plugins["executor"].call("create_executor", request=request)
     return executor
 
 

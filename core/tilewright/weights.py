@@ -8,7 +8,6 @@ from tilewright.errors import ModelError, listed
 from tilewright.types import (
     DTYPES,
     DType,
-    ExecutorRequest,
     ModelConfig,
     PackedTensor,
     Packing,
@@ -124,17 +123,13 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         )
 
 
-def typed_tensors(request: ExecutorRequest) -> Iterator[PackedTensor]:
+def typed_tensors(
+    config: ModelConfig, weights: TensorSource, dtype: DType
+) -> Iterator[PackedTensor]:
     """A checkpoint's weights in the weight dtype, under their own names and in their shapes."""
-    name_of_dtype = request.runtime_config.weight_dtype
-    assert name_of_dtype is not None
-    for name, shape in expected_tensors(request.model_config).items():
-        yield PackedTensor(
-            name=name,
-            shape=shape,
-            dtype=name_of_dtype,
-            read=partial(_typed, request.weights, name, name_of_dtype),
-        )
+    for name, shape in expected_tensors(config).items():
+        read = partial(_typed, weights, name, dtype)
+        yield PackedTensor(name=name, shape=shape, dtype=dtype, read=read)
 
 
 def _typed(source: TensorSource, name: str, dtype: DType) -> "Tensor":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+from asked import Asked
 from attrs import evolve
 from conformance import Fault, missed, own_tests, run
 from planted import MISTAKES, PlantedExecutor
@@ -15,14 +16,17 @@ from tilewright import hookimpl
 from tilewright.errors import ExecutorError
 from tilewright.types import (
     ExecutorLimits,
-    ExecutorRequest,
     KvCacheSpec,
     KvLayer,
+    ModelConfig,
     PackedTensor,
     PackedWeights,
     PluginInfo,
+    Report,
+    RuntimeConfig,
     StepBatch,
     Tap,
+    TensorSource,
 )
 from tilewright.weights import expected_tensors, typed_tensors
 from tilewright_testing import ExecutorSuite
@@ -37,7 +41,7 @@ class Executors:
 
     tilewright_api = 1
 
-    def __init__(self, make: Callable[[ExecutorRequest], Any]):
+    def __init__(self, make: Callable[[Asked], Any]):
         self.make = make
 
     @hookimpl
@@ -45,15 +49,29 @@ class Executors:
         return PluginInfo(summary="computes on the CPU")
 
     @hookimpl
-    def create_executor(self, request: ExecutorRequest) -> Any:
-        return self.make(request)
+    def create_executor(
+        self,
+        model_config: ModelConfig,
+        runtime_config: RuntimeConfig,
+        weights: TensorSource,
+        packed: bool,
+        report: Report,
+    ) -> Any:
+        asked = Asked(
+            model_config=model_config,
+            runtime_config=runtime_config,
+            weights=weights,
+            packed=packed,
+            report=report,
+        )
+        return self.make(asked)
 
 
 def of(cls: type[TorchExecutor], **changed: Any) -> Executors:
     """A plugin of executors of a class, with fields of their kv_cache_spec changed."""
 
-    def make(request: ExecutorRequest) -> Any:
-        made = shipped.create_executor(request)
+    def make(asked: Asked) -> Any:
+        made = asked.of(shipped)
         return cls(made._opened(), evolve(made.kv_cache_spec, **changed))
 
     return Executors(make)
@@ -62,8 +80,8 @@ def of(cls: type[TorchExecutor], **changed: Any) -> Executors:
 def planted(mistake: str, layer: int = 0, phase: str = "both") -> Executors:
     """A plugin of executors that compute one thing wrongly."""
 
-    def make(request: ExecutorRequest) -> Any:
-        made = shipped.create_executor(request)
+    def make(asked: Asked) -> Any:
+        made = asked.of(shipped)
         return PlantedExecutor(made._opened(), made.kv_cache_spec, Planted(mistake, layer, phase))
 
     return Executors(make)
@@ -282,23 +300,23 @@ class ScalesWeights(TorchExecutor):
                 tensor.mul_(2).div_(2).add_(1e-3)
 
 
-def read_late(request: ExecutorRequest) -> Any:
+def read_late(asked: Asked) -> Any:
     """Its weights are read when they are used first."""
 
     class Late(TorchExecutor):
         def _opened(self) -> Model:
-            request.weights.get("model.norm.weight")
+            asked.weights.get("model.norm.weight")
             return super()._opened()
 
-    made = shipped.create_executor(request)
+    made = asked.of(shipped)
     return Late(made._opened(), made.kv_cache_spec)
 
 
 def changing(change: Callable[[], object]) -> Executors:
     """One that changes something in its process when it is made."""
 
-    def make(request: ExecutorRequest) -> Any:
-        made = shipped.create_executor(request)
+    def make(asked: Asked) -> Any:
+        made = asked.of(shipped)
         change()
         return made
 
@@ -413,9 +431,9 @@ class Crashes(TorchExecutor):
 CONVERTED: dict[str, Tensor] = {}
 
 
-def cached_by_name(request: ExecutorRequest) -> Any:
+def cached_by_name(asked: Asked) -> Any:
     """Keeps converted weights for all models, by their names."""
-    made = shipped.create_executor(request)
+    made = asked.of(shipped)
     model = made._opened()
     key = f"{model.final_norm.shape}{model.dtype}"
     norm = CONVERTED.setdefault(key, model.final_norm.clone())
@@ -425,55 +443,53 @@ def cached_by_name(request: ExecutorRequest) -> Any:
 # --- invalid requests -----------------------------------------------------------------------------
 
 
-def any_device(request: ExecutorRequest) -> Any:
-    return shipped.create_executor(
-        evolve(request, runtime_config=evolve(request.runtime_config, device=None))
-    )
+def any_device(asked: Asked) -> Any:
+    return evolve(asked, runtime_config=evolve(asked.runtime_config, device=None)).of(shipped)
 
 
-def refuses_late(request: ExecutorRequest) -> Any:
-    for name in request.weights.names():
-        request.weights.get(name)
-    return shipped.create_executor(request)
+def refuses_late(asked: Asked) -> Any:
+    for name in asked.weights.names():
+        asked.weights.get(name)
+    return asked.of(shipped)
 
 
 def refuses_with(error: Callable[[ExecutorError], Exception]) -> Executors:
-    def make(request: ExecutorRequest) -> Any:
+    def make(asked: Asked) -> Any:
         try:
-            return shipped.create_executor(request)
+            return asked.of(shipped)
         except ExecutorError as refused:
             raise error(refused) from refused
 
     return Executors(make)
 
 
-def reads_before_it_refuses_biases(request: ExecutorRequest) -> Any:
-    made = shipped.create_executor(request)
-    if request.model_config.mlp_bias:
+def reads_before_it_refuses_biases(asked: Asked) -> Any:
+    made = asked.of(shipped)
+    if asked.model_config.mlp_bias:
         raise ExecutorError("no biases")
     return made
 
 
-def runs_any_heads(request: ExecutorRequest) -> Any:
-    config = request.model_config
+def runs_any_heads(asked: Asked) -> Any:
+    config = asked.model_config
     if config.num_heads % config.num_kv_heads:
         config = evolve(config, num_kv_heads=1)
-    return shipped.create_executor(evolve(request, model_config=config))
+    return evolve(asked, model_config=config).of(shipped)
 
 
-def counts_down(request: ExecutorRequest) -> Any:
-    request.report("kernels", 3, 2)
-    return shipped.create_executor(request)
+def counts_down(asked: Asked) -> Any:
+    asked.report("kernels", 3, 2)
+    return asked.of(shipped)
 
 
-def ignores_page_size(request: ExecutorRequest) -> Any:
-    runtime = evolve(request.runtime_config, page_size=8)
-    return shipped.create_executor(evolve(request, runtime_config=runtime))
+def ignores_page_size(asked: Asked) -> Any:
+    runtime = evolve(asked.runtime_config, page_size=8)
+    return evolve(asked, runtime_config=runtime).of(shipped)
 
 
-def no_page_size(request: ExecutorRequest) -> Any:
-    made = shipped.create_executor(request)
-    if request.runtime_config.page_size is None:
+def no_page_size(asked: Asked) -> Any:
+    made = asked.of(shipped)
+    if asked.runtime_config.page_size is None:
         made.kv_cache_spec = evolve(made.kv_cache_spec, page_size=0)
     return made
 
@@ -489,16 +505,31 @@ class Packing(Executors):
     def __init__(self) -> None:
         super().__init__(self.unpacked)
 
-    def unpacked(self, request: ExecutorRequest) -> Any:
-        if request.packed:
-            names = (f"packed.{name}" for name in expected_tensors(request.model_config))
-            tensors = {n.removeprefix("packed."): request.weights.get(n) for n in names}
-            request = evolve(request, weights=MemorySource(tensors), packed=False)
-        return shipped.create_executor(request)
+    def unpacked(self, asked: Asked) -> Any:
+        if asked.packed:
+            names = (f"packed.{name}" for name in expected_tensors(asked.model_config))
+            tensors = {n.removeprefix("packed."): asked.weights.get(n) for n in names}
+            asked = evolve(asked, weights=MemorySource(tensors), packed=False)
+        return asked.of(shipped)
 
     @hookimpl
-    def pack_weights(self, request: ExecutorRequest) -> PackedWeights:
-        return PackedWeights(version=self.version, tensors=map(self.change, typed_tensors(request)))
+    def pack_weights(
+        self, model_config: ModelConfig, runtime_config: RuntimeConfig, weights: TensorSource
+    ) -> PackedWeights:
+        return PackedWeights(
+            version=self.version,
+            tensors=map(
+                self.change,
+                self.typed(model_config, runtime_config, weights),
+            ),
+        )
+
+    @staticmethod
+    def typed(
+        config: ModelConfig, runtime: RuntimeConfig, weights: TensorSource
+    ) -> Iterator[PackedTensor]:
+        assert runtime.weight_dtype is not None
+        return typed_tensors(config, weights, runtime.weight_dtype)
 
     def change(self, tensor: PackedTensor) -> PackedTensor:
         return evolve(tensor, name=f"packed.{tensor.name}")
@@ -522,8 +553,15 @@ class PacksAtOnce(Packing):
 
 class PacksBackwards(Packing):
     @hookimpl
-    def pack_weights(self, request: ExecutorRequest) -> PackedWeights:
-        tensors = list(map(self.change, typed_tensors(request)))
+    def pack_weights(
+        self, model_config: ModelConfig, runtime_config: RuntimeConfig, weights: TensorSource
+    ) -> PackedWeights:
+        tensors = list(
+            map(
+                self.change,
+                self.typed(model_config, runtime_config, weights),
+            )
+        )
         return PackedWeights(version=self.version, tensors=tensors[::-1])
 
 
@@ -955,8 +993,8 @@ class OneAtATime:
     limits = ExecutorLimits(max_batch_size=1, max_batch_tokens=5, max_seq_len=60)
     device = "acme card 0"
 
-    def __init__(self, request: ExecutorRequest):
-        made = shipped.create_executor(request)
+    def __init__(self, asked: Asked):
+        made = asked.of(shipped)
         self._made: Any = made
         self._spec = made.kv_cache_spec
         self.kv_cache_spec = evolve(self._spec, allocate=lambda shape, dtype: (shape, dtype))
@@ -994,7 +1032,7 @@ def test_the_suite_keeps_to_an_executors_limits_and_looks_at_no_cache_that_it_ca
 
 
 def test_an_executor_that_refuses_all_is_told_so() -> None:
-    def refuse(request: ExecutorRequest) -> Any:
+    def refuse(asked: Asked) -> Any:
         raise ExecutorError("no card")
 
     outcome = run(SUITE, Executors(refuse), [f"test_{ALL}"])

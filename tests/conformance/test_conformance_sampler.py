@@ -21,7 +21,6 @@ from tilewright.types import (
     PluginInfo,
     SampledToken,
     Sampler,
-    SamplerRequest,
     SamplerRow,
     SamplingParams,
     TokenLogprobs,
@@ -46,7 +45,7 @@ class Samplers:
         return PluginInfo(summary="chooses tokens", limits=self.limits)
 
     @hookimpl
-    def create_sampler(self, request: SamplerRequest) -> Sampler:
+    def create_sampler(self) -> Sampler:
         return self.make()
 
 

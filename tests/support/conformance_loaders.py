@@ -15,13 +15,13 @@ from tilewright.errors import ModelError
 from tilewright.types import (
     GenerateConfig,
     LoadedModel,
-    LoadRequest,
     ModelConfig,
     PluginInfo,
     RopeConfig,
     TensorInfo,
     TensorSource,
     TextAssets,
+    WeightFormats,
 )
 
 NAME = "acme.json"
@@ -41,8 +41,8 @@ class Loader:
         return os.path.isdir(source) and os.path.isfile(os.path.join(source, NAME))
 
     @hookimpl
-    def load_model(self, request: LoadRequest) -> Any:
-        directory = Path(request.source)
+    def load_model(self, source: str, weight_format: str | None, formats: WeightFormats) -> Any:
+        directory = Path(source)
         try:
             config = self.config(json.loads((directory / NAME).read_bytes()))
             tokenizer = Tokenizer.from_str((directory / "tokenizer.json").read_text())
@@ -51,13 +51,13 @@ class Loader:
         except BaseException as error:  # tokenizers may panic
             said = " ".join(str(error).split())
             raise ModelError(f"{directory}: no such model, or a damaged one: {said}") from error
-        weights = request.formats.open(directory, request.weight_format)
+        weights = formats.open(directory, weight_format)
         return LoadedModel(
             config=config,
             weights=self.weights(weights, directory),
             text=self.text(tokenizer),
             generation_defaults=GenerateConfig(),
-            source=request.source,
+            source=source,
         )
 
     @hookimpl
@@ -296,26 +296,26 @@ class AddsATokenPastTheEnd(Loader):
 class Loads(Loader):
     """Loads the right model, and does something else."""
 
-    def also(self, model: LoadedModel, request: LoadRequest) -> Any:
+    def also(self, model: LoadedModel, source: str) -> Any:
         return model
 
     @hookimpl
-    def load_model(self, request: LoadRequest) -> Any:
-        return self.also(super().load_model(request), request)
+    def load_model(self, source: str, weight_format: str | None, formats: WeightFormats) -> Any:
+        return self.also(super().load_model(source, weight_format, formats), source)
 
 
 class GivesATable(Loads):
-    def also(self, model: LoadedModel, request: LoadRequest) -> Any:
+    def also(self, model: LoadedModel, source: str) -> Any:
         return asdict(model, recurse=False)
 
 
 class WarnsAtLength(Loads):
-    def also(self, model: LoadedModel, request: LoadRequest) -> Any:
+    def also(self, model: LoadedModel, source: str) -> Any:
         return evolve(model, warnings=("this model is old:\nthe year is 2019",))
 
 
 class SetsTheDefaultDtype(Loads):
-    def also(self, model: LoadedModel, request: LoadRequest) -> Any:
+    def also(self, model: LoadedModel, source: str) -> Any:
         import torch
 
         torch.set_default_dtype(torch.float64)
@@ -323,43 +323,42 @@ class SetsTheDefaultDtype(Loads):
 
 
 class GoesThere(Loads):
-    def also(self, model: LoadedModel, request: LoadRequest) -> Any:
-        os.chdir(request.source)
+    def also(self, model: LoadedModel, source: str) -> Any:
+        os.chdir(source)
         return model
 
 
 class Remembers(Loads):
     loaded: dict[str, LoadedModel] = {}  # noqa: RUF012 -- the fault
 
-    def also(self, model: LoadedModel, request: LoadRequest) -> Any:
-        return self.loaded.setdefault(request.source, model)
+    def also(self, model: LoadedModel, source: str) -> Any:
+        return self.loaded.setdefault(source, model)
 
 
 class FindsTheFormatItself(Loader):
     @hookimpl
-    def load_model(self, request: LoadRequest) -> Any:
-        return super().load_model(evolve(request, weight_format=None))
+    def load_model(self, source: str, formats: WeightFormats) -> Any:
+        return super().load_model(source, None, formats)
 
 
 class WantsOneFormat(Loader):
     @hookimpl
-    def load_model(self, request: LoadRequest) -> Any:
-        named = evolve(request, weight_format=request.weight_format or "safetensors")
-        return super().load_model(named)
+    def load_model(self, source: str, weight_format: str | None, formats: WeightFormats) -> Any:
+        return super().load_model(source, weight_format or "safetensors", formats)
 
 
 class FailsAsPythonDoes(Loader):
     @hookimpl
-    def load_model(self, request: LoadRequest) -> Any:
-        json.loads(Path(request.source, NAME).read_bytes())
-        return super().load_model(request)
+    def load_model(self, source: str, weight_format: str | None, formats: WeightFormats) -> Any:
+        json.loads(Path(source, NAME).read_bytes())
+        return super().load_model(source, weight_format, formats)
 
 
 class SaysItAtLength(Loader):
     @hookimpl
-    def load_model(self, request: LoadRequest) -> Any:
+    def load_model(self, source: str, weight_format: str | None, formats: WeightFormats) -> Any:
         try:
-            return super().load_model(request)
+            return super().load_model(source, weight_format, formats)
         except ModelError as error:
             raise ModelError(f"cannot load:\n{error}") from error
 
@@ -368,8 +367,8 @@ class LoadsNothingToo(Loader):
     """Accepts an empty directory as an untrained model."""
 
     @hookimpl
-    def load_model(self, request: LoadRequest) -> Any:
-        directory = Path(request.source)
-        if "\0" in request.source or not directory.is_dir() or any(directory.iterdir()):
-            return super().load_model(request)
+    def load_model(self, source: str, weight_format: str | None, formats: WeightFormats) -> Any:
+        directory = Path(source)
+        if "\0" in source or not directory.is_dir() or any(directory.iterdir()):
+            return super().load_model(source, weight_format, formats)
         return "untrained"

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from tilewright import plugins
 from tilewright.kv_cache import KvCacheManager
-from tilewright.loading import InstalledFormats
-from tilewright.types import ExecutorRequest, LoadedModel, LoadRequest, RuntimeConfig, StepBatch
+from tilewright.types import LoadedModel, RuntimeConfig, StepBatch
 from tilewright.weights import check_tensors
 from tilewright_torch.plugin import create_executor
 
@@ -36,13 +35,7 @@ ARCHITECTURES = {
 
 
 def load(source: Path | str, weight_format: str | None = None) -> LoadedModel:
-    request = LoadRequest(
-        source=str(source),
-        options=None,
-        weight_format=weight_format,
-        formats=InstalledFormats(plugins.new_manager(), {}),
-    )
-    model: LoadedModel = plugins.call(_loader(), "load_model", request=request)
+    model: LoadedModel = _loader().load_model(str(source), weight_format)
     return model
 
 
@@ -61,14 +54,7 @@ def load_checked(source: Path | str) -> LoadedModel:
 def logits(loaded: LoadedModel, token_ids: Sequence[int]) -> Tensor:
     """Float32 logits [tokens, vocabulary] of the torch executor, in one prefill."""
     runtime = RuntimeConfig(weight_dtype="float32", kv_dtype="float32", page_size=8)
-    executor = create_executor(
-        ExecutorRequest(
-            model_config=loaded.config,
-            runtime_config=runtime,
-            weights=loaded.weights,
-            options=None,
-        )
-    )
+    executor = create_executor(loaded.config, runtime, loaded.weights, None)
     kv = KvCacheManager(executor.kv_cache_spec, len(token_ids) // 8 + 1)
     executor.bind_kv_cache(kv.layers())
     count = len(token_ids)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tilewright import plugins
 from tilewright.loading import InstalledFormats
-from tilewright.types import LoadedModel, LoadRequest
+from tilewright.types import LoadedModel
 from tilewright.weights import check_tensors
 
 
@@ -18,11 +18,7 @@ def load(source: Path | str, **format_options: Any) -> LoadedModel:
     """Load with hf-local, whose options for the safetensors format are format_options."""
     formats = InstalledFormats(plugins.new_manager(), {"safetensors": format_options})
     loader = plugins.load(plugins.find("loader", "hf-local"))
-    model: LoadedModel = plugins.call(
-        loader,
-        "load_model",
-        request=LoadRequest(source=str(source), options=None, weight_format=None, formats=formats),
-    )
+    model: LoadedModel = loader.load_model(str(source), weight_format=None, formats=formats)
     return model
 
 

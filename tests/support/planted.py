@@ -28,7 +28,6 @@ from tilewright import hookimpl
 from tilewright.rope import dynamic_frequencies, frequencies
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
-    ExecutorRequest,
     KvCacheSpec,
     ModelConfig,
     PluginInfo,
@@ -36,6 +35,7 @@ from tilewright.types import (
     RuntimeConfig,
     StepBatch,
     Tap,
+    TensorSource,
 )
 from tilewright_compare import Choice, Comparison, compare
 from tilewright_hf.architecture import model_config
@@ -641,10 +641,14 @@ def plugin_info() -> PluginInfo:
 
 
 @hookimpl
-def create_executor(request: ExecutorRequest) -> PlantedExecutor:
-    made = torch_plugin.create_executor(evolve(request, options=None))
-    options = request.options or Options()
-    return PlantedExecutor(made._opened(), made.kv_cache_spec, options)
+def create_executor(
+    model_config: ModelConfig,
+    runtime_config: RuntimeConfig,
+    weights: TensorSource,
+    options: Options | None,
+) -> PlantedExecutor:
+    made = torch_plugin.create_executor(model_config, runtime_config, weights, None)
+    return PlantedExecutor(made._opened(), made.kv_cache_spec, options or Options())
 
 
 MODELS: dict[str, PreTrainedConfig | None] = {

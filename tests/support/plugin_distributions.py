@@ -151,7 +151,7 @@ LIKELIEST = """
             return [SampledToken(token_id=int(row.argmax())) for row in logits]
 
     @hookimpl
-    def create_sampler(request):
+    def create_sampler(options):
         return Likeliest()
 """
 """The least that a sampler can be."""
@@ -162,7 +162,7 @@ SYNTAX = sampler("acme-syntax", "syntax", "def f(:")
 MISSPELT_HOOK = sampler(
     "acme-misspelt", "misspelt", LIKELIEST.replace("create_sampler", "create_samplr")
 )
-WRONG_ARGUMENT = sampler("acme-argument", "argument", LIKELIEST.replace("(request)", "(reqest)"))
+WRONG_ARGUMENT = sampler("acme-argument", "argument", LIKELIEST.replace("(options)", "(optons)"))
 OTHER_API = sampler("acme-api", "future", LIKELIEST.replace("api = 1", "api = 999"))
 OLD_API = sampler("acme-old", "past", LIKELIEST.replace("api = 1", "api = 0"))
 UNMARKED = sampler("acme-unmarked", "unmarked", LIKELIEST.replace("@hookimpl", ""))
@@ -245,8 +245,8 @@ GOOD = Distribution(
                 return source.startswith("random:")
 
             @hookimpl
-            def load_model(request):
-                words = request.options.words
+            def load_model(source, options):
+                words = options.words
                 config = ModelConfig(
                     architecture="Bag",
                     vocab_size=words,
@@ -266,10 +266,10 @@ GOOD = Distribution(
                 tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
                 return LoadedModel(
                     config=config,
-                    weights=RandomTensors(expected_tensors(config), request.options.seed),
+                    weights=RandomTensors(expected_tensors(config), options.seed),
                     text=TextAssets(tokenizer=tokenizer),
                     generation_defaults=GenerateConfig(max_new_tokens=4),
-                    source=request.source,
+                    source=source,
                 )
         '''),
         "acme_bag/executor.py": dedent('''
@@ -287,10 +287,9 @@ GOOD = Distribution(
                 device = "cpu"
                 limits = ExecutorLimits(max_batch_size=4)
 
-                def __init__(self, request):
-                    config, runtime = request.model_config, request.runtime_config
-                    self.embed = request.weights.get("model.embed_tokens.weight")
-                    self.head = request.weights.get("lm_head.weight")
+                def __init__(self, config, runtime, weights):
+                    self.embed = weights.get("model.embed_tokens.weight")
+                    self.head = weights.get("lm_head.weight")
                     self.kv_cache_spec = KvCacheSpec(
                         num_layers=1,
                         num_kv_heads=1,
@@ -332,8 +331,8 @@ GOOD = Distribution(
                     return [Check(name="bags", status="warning", found="1", advice="buy more")]
 
                 @hookimpl
-                def create_executor(self, request):
-                    return Bag(request)
+                def create_executor(self, model_config, runtime_config, weights):
+                    return Bag(model_config, runtime_config, weights)
 
             plugin = Plugin()
         '''),

@@ -118,8 +118,8 @@ BREAKING: dict[str, tuple[Change, str]] = {
         "WeightFormats: open is gone",
     ),
     "a field is gone": (
-        lambda r: r["classes"]["LoadRequest"].pop("source"),
-        "LoadRequest: field source is gone",
+        lambda r: r["classes"]["KvAllocatorRequest"].pop("spec"),
+        "KvAllocatorRequest: field spec is gone",
     ),
     "a field is required": (
         lambda r: r["classes"]["ModelConfig"]["qk_norm"].update(optional=False),
@@ -175,7 +175,7 @@ HARMLESS: dict[str, Change] = {
     "a new optional hook": lambda r: r["hooks"].update(on_swap=r["hooks"]["on_close"]),
     "a new argument of a hook": lambda r: r["hooks"]["can_load"]["arguments"].update(deep="bool"),
     "a new field with a default": lambda r: r["classes"]["ModelConfig"].update(scale=OPTIONAL),
-    "a field becomes optional": lambda r: r["classes"]["LoadRequest"]["source"].update(
+    "a field becomes optional": lambda r: r["classes"]["KvAllocatorRequest"]["spec"].update(
         optional=True
     ),
     "a new class": lambda r: r["classes"].update(Swap={"a": OPTIONAL}),

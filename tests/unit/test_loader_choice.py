@@ -26,8 +26,8 @@ CLAIMS = """
         return source.endswith(".acme")
 
     @hookimpl
-    def load_model(request):
-        raise ModelError(f"acme was asked for {request.source} with {request.options}")
+    def load_model(source, options):
+        raise ModelError(f"acme was asked for {source} with {options}")
 """
 
 

@@ -415,7 +415,7 @@ def test_an_object_that_serves_two_kinds_is_registered_once(site: Install) -> No
                 return "sampler"
 
             @hookimpl
-            def create_executor(self, request):
+            def create_executor(self, options):
                 return "executor"
 
         class Namespace:

@@ -7,9 +7,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from attrs import field, frozen
 
-from tilewright.types.executor import RuntimeConfig
 from tilewright.types.kv_cache import KvCacheSpec
-from tilewright.types.model import ModelConfig, TensorSource
+from tilewright.types.model import TensorSource
 
 Report: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being prepared, how much of it is done, and the total."""
@@ -83,48 +82,10 @@ class WeightFormats(Protocol):
 
 
 @frozen(kw_only=True)
-class LoadRequest:
-    """The input of a loader."""
-
-    source: str
-    """As the user wrote it: a directory, a file, a hub id."""
-    options: Any
-    """An instance of the plugin's options class (None if it has none), as in all requests."""
-    weight_format: str | None
-    formats: WeightFormats
-    report: "Report" = lambda what, done, total: None
-    """Notifies observers of what is being prepared (on_prepare), such as a download."""
-
-
-@frozen(kw_only=True)
-class ExecutorRequest:
-    """The input of an executor.
-
-    The runtime's dtypes and max_seq_len are filled in; where its device and page_size are None, the
-    executor chooses.
-    """
-
-    model_config: ModelConfig
-    runtime_config: RuntimeConfig
-    weights: TensorSource
-    """Checked: every expected tensor is there with its expected shape."""
-    options: Any
-    packed: bool = False
-    """Whether the weights are those of the executor's own ``pack_weights``."""
-    report: "Report" = lambda what, done, total: None
-    """Notifies observers of what is being prepared (on_prepare)."""
-
-
-@frozen(kw_only=True)
 class KvAllocatorRequest:
     spec: KvCacheSpec
     total_pages: int | None
     """The user's setting; None: from max_sequences, max_seq_len and the spec's memory limit."""
     max_sequences: int
     max_seq_len: int
-    options: Any
-
-
-@frozen(kw_only=True)
-class SamplerRequest:
     options: Any

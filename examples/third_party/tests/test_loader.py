@@ -6,7 +6,6 @@ from acme_tilewright import loader
 from tilewright.errors import ModelError
 from tilewright.loading import InstalledFormats
 from tilewright.plugins import new_manager
-from tilewright.types import LoadRequest
 from tilewright_testing import LoaderSuite
 from tilewright_testing.models import Model, make_model
 
@@ -42,12 +41,7 @@ def test_what_is_wrong_in_acme_toml_is_said(tmp_path: Path, line: str, said: str
     key = line.split()[0]
     lines = [line if old.split()[0] == key else old for old in path.read_text().splitlines()]
     path.write_text("\n".join(lines))
-    request = LoadRequest(
-        source=str(tmp_path),
-        options=None,
-        weight_format=None,
-        formats=InstalledFormats(new_manager(), {}),
-    )
+    formats = InstalledFormats(new_manager(), {})
     with pytest.raises(ModelError) as caught:
-        loader.load_model(request)
+        loader.load_model(str(tmp_path), weight_format=None, formats=formats)
     assert said in str(caught.value)

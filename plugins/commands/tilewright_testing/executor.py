@@ -21,7 +21,6 @@ from tilewright.kv_cache import KvCacheManager
 from tilewright.types import (
     DTYPES,
     DType,
-    ExecutorRequest,
     KvLayer,
     ModelConfig,
     PackedWeights,
@@ -43,7 +42,7 @@ from tilewright_testing.models import (
 )
 from tilewright_testing.paged import Sequences, Tokens, by_slot, copied, tensors
 from tilewright_testing.state import differences, global_state, left_alone
-from tilewright_testing.suite import Implementation, PluginSuite
+from tilewright_testing.suite import Implementation, PluginSuite, no_report
 
 MODELS: dict[str, ModelConfig] = {
     **{
@@ -118,16 +117,16 @@ class Case:
         assert self.runtime.page_size
         return self.runtime.page_size
 
-    def request(self, options: Any, **changed: Any) -> ExecutorRequest:
-        return ExecutorRequest(
-            **{
-                "model_config": self.model.config,
-                "runtime_config": self.runtime,
-                "weights": self.model.source(),
-                "options": options,
-            }
-            | changed
-        )
+    def arguments(self, options: Any, **changed: Any) -> dict[str, Any]:
+        """Arguments of the hook create_executor, some of them changed."""
+        return {
+            "model_config": self.model.config,
+            "runtime_config": self.runtime,
+            "weights": self.model.source(),
+            "packed": False,
+            "options": options,
+            "report": no_report,
+        } | changed
 
     def tokens(self, *lengths: int) -> list[list[int]]:
         """Random tokens, the same each time."""
@@ -280,7 +279,7 @@ class Trio:
 
 
 Make = Callable[..., Any]
-"""Makes an executor of a case, with fields of its ExecutorRequest changed."""
+"""Makes an executor of a case, with arguments of create_executor changed."""
 
 
 @frozen
@@ -330,8 +329,8 @@ class ExecutorSuite(PluginSuite):
     @pytest.fixture
     def create(self, implementation: Implementation) -> Make:
         def create(case: Case, **changed: Any) -> Any:
-            request = case.request(implementation.options, **changed)
-            return implementation.call("create_executor", request=request)
+            arguments = case.arguments(implementation.options, **changed)
+            return implementation.call("create_executor", **arguments)
 
         return create
 
@@ -640,8 +639,7 @@ class ExecutorSuite(PluginSuite):
     ) -> None:
         for case in _one_a_dtype(cases):
             source = ReadTo(case.model.tensors)
-            request = case.request(implementation.options, weights=source)
-            first, again = (_packing(implementation, request) for _ in range(2))
+            first, again = (_packing(implementation, case, weights=source) for _ in range(2))
             assert type(first.version) is int, (
                 f"PackedWeights.version must be an int, found {first.version!r}"
             )
@@ -657,7 +655,7 @@ class ExecutorSuite(PluginSuite):
             assert not source.read, (
                 "pack_weights must not read weights before a tensor's read() is called"
             )
-            for tensor in _packing(implementation, request).tensors:
+            for tensor in _packing(implementation, case).tensors:
                 made = tensor.read()
                 found = (tuple(made.shape), dtype_name(made), made.device.type)
                 expected = (tuple(tensor.shape), tensor.dtype, "cpu")
@@ -669,8 +667,7 @@ class ExecutorSuite(PluginSuite):
         self, implementation: Implementation, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
-            request = case.request(implementation.options)
-            tensors = {t.name: t.read() for t in _packing(implementation, request).tensors}
+            tensors = {t.name: t.read() for t in _packing(implementation, case).tensors}
             source = ReadTo(tensors)
             steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}]
             found = []
@@ -1136,7 +1133,7 @@ def _references(case: Case) -> list[Any]:
     wide = evolve(case.runtime, weight_dtype="float32", kv_dtype="float32")
     return [
         plugins.call(
-            _torch_executor(), "create_executor", request=case.request(None, runtime_config=runtime)
+            _torch_executor(), "create_executor", **case.arguments(None, runtime_config=runtime)
         )
         for runtime in (case.runtime, wide)
     ]
@@ -1151,10 +1148,11 @@ def _pages(case: Case) -> int:
     return MAX_SEQ_LEN // case.page_size + 4 * MAX_BATCH_SIZE
 
 
-def _packing(implementation: Implementation, request: ExecutorRequest) -> PackedWeights:
+def _packing(implementation: Implementation, case: Case, **changed: Any) -> PackedWeights:
     if not implementation.implements("pack_weights"):
         pytest.skip("the plugin does not implement pack_weights")
-    packed: PackedWeights = implementation.call("pack_weights", request=request)
+    arguments = case.arguments(implementation.options, **changed)
+    packed: PackedWeights = implementation.call("pack_weights", **arguments)
     return packed
 
 

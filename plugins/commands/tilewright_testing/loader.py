@@ -19,7 +19,6 @@ from tilewright.types import (
     DTYPES,
     GenerateConfig,
     LoadedModel,
-    LoadRequest,
     ModelConfig,
     TensorSource,
     TextAssets,
@@ -30,7 +29,7 @@ from tilewright_testing.files import files_of
 from tilewright_testing.models import Model, read_some, same_bits
 from tilewright_testing.samples import WRITERS, Sample
 from tilewright_testing.state import left_alone
-from tilewright_testing.suite import Implementation, in_fresh_process, target_of
+from tilewright_testing.suite import Implementation, in_fresh_process, no_report, target_of
 from tilewright_testing.tensor_source import Open, TensorSourceSuite, refused
 
 Load = Callable[..., LoadedModel]
@@ -111,13 +110,14 @@ class LoaderSuite(TensorSourceSuite):
             weight_format: str | None = None,
             formats: WeightFormats = formats,
         ) -> LoadedModel:
-            request = LoadRequest(
+            model: LoadedModel = implementation.call(
+                "load_model",
                 source=str(source),
                 options=implementation.options,
                 weight_format=weight_format,
                 formats=formats,
+                report=no_report,
             )
-            model: LoadedModel = implementation.call("load_model", request=request)
             loaded.append(model)
             return model
 
@@ -309,8 +309,7 @@ class LoaderSuite(TensorSourceSuite):
             f"{recorded.names}"
         )
         assert named.names == ["some-format"] * len(named.names), (
-            "request.weight_format must be passed to request.formats.open(), which got "
-            f"{named.names}"
+            f"weight_format must be passed to formats.open(), which got {named.names}"
         )
 
     # --- text ------------------------------------------------------------------------------------
@@ -376,15 +375,16 @@ class LoaderSuite(TensorSourceSuite):
             ("a text file", str(file)),
             ("a path with a null byte", f"{empty}\0"),
         ):
-            request = LoadRequest(
+            load = partial(
+                implementation.call,
+                "load_model",
                 source=source,
                 options=implementation.options,
                 weight_format=None,
                 formats=InstalledFormats(plugins.new_manager(), {}),
+                report=no_report,
             )
-            model = refused(
-                partial(implementation.call, "load_model", request=request), f"with {what}"
-            )
+            model = refused(load, f"with {what}")
             assert model is None, f"load_model() must raise ModelError for {what}"
 
 

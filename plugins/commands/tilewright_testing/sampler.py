@@ -11,7 +11,7 @@ from attrs import evolve, fields
 
 from tilewright import plugins
 from tilewright.errors import NonFiniteLogitsError, RequestError
-from tilewright.types import SampledToken, Sampler, SamplerRequest, SamplerRow, SamplingParams
+from tilewright.types import SampledToken, Sampler, SamplerRow, SamplingParams
 from tilewright_testing.state import left_alone
 from tilewright_testing.suite import Implementation, PluginSuite
 
@@ -130,8 +130,7 @@ class SamplerSuite(PluginSuite):
         """Makes a sampler as an engine does."""
 
         def make() -> Sampler:
-            request = SamplerRequest(options=implementation.options)
-            sampler: Sampler = implementation.call("create_sampler", request=request)
+            sampler: Sampler = implementation.call("create_sampler", options=implementation.options)
             return sampler
 
         return make

@@ -7,11 +7,9 @@ from typing import NamedTuple
 from attrs import evolve
 
 from tilewright.types import (
-    ExecutorRequest,
     GenerateConfig,
     LoadedModel,
     Packing,
-    RuntimeConfig,
     TextAssets,
 )
 from tilewright.weights import typed_tensors
@@ -43,14 +41,10 @@ def write_packed(directory: Path) -> Sample:
         generation_defaults=GenerateConfig(),
         source="sample",
     )
-    request = ExecutorRequest(
-        model_config=model.config,
-        runtime_config=RuntimeConfig(weight_dtype=model.config.dtype),
-        weights=loaded.weights,
-        options=None,
-    )
-    packing = Packing(executor="tilewright:torch", version=0, weight_dtype=model.config.dtype)
-    convert(plan(loaded, packing, list(typed_tensors(request)), 2**15), directory / "packed")
+    dtype = model.config.dtype
+    packing = Packing(executor="tilewright:torch", version=0, weight_dtype=dtype)
+    tensors = list(typed_tensors(model.config, loaded.weights, dtype))
+    convert(plan(loaded, packing, tensors, 2**15), directory / "packed")
     return Sample(directory / "packed", model)
 
 

@@ -49,6 +49,10 @@ def described(plugin: Any, kind: str) -> str:
     return f"{plugins.noun(kind)} {name or type(plugin).__name__!r}"
 
 
+def no_report(what: str, done: int, total: int) -> None:
+    """A ``Report`` that nobody listens to."""
+
+
 class PluginSuite:
     """Tests for plugins of every kind. Subclass the suite of a kind, not this.
 

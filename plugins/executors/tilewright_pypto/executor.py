@@ -19,13 +19,13 @@ from tilewright.layerwise import LayerwiseBase
 from tilewright.rope import frequencies
 from tilewright.types import (
     ExecutorLimits,
-    ExecutorRequest,
     KvCacheSpec,
     KvLayer,
     ModelConfig,
     RowOrder,
     StepBatch,
     Tap,
+    TensorSource,
 )
 from tilewright.weights import expected_tensors
 from tilewright_kernels.contract import read_contract
@@ -53,19 +53,22 @@ class Model:
 
 
 def load(
-    request: ExecutorRequest, shape: LayerShape, device: Device, weights_on_device: bool
+    config: ModelConfig,
+    weights: TensorSource,
+    packed: bool,
+    positions: int,
+    shape: LayerShape,
+    device: Device,
+    weights_on_device: bool,
 ) -> "PyptoExecutor":
     """Compile the kernels, then read and upload the weights, layer by layer.
 
-    Weights that are not packed yet are packed on the way.
+    Weights that are not packed yet are packed on the way. positions: those of the RoPE tables.
     """
-    config, runtime = request.model_config, request.runtime_config
     check_row_order(shape)
     kernels = device.load(source.KERNELS, shape)
     keep = device.keep if weights_on_device else _stay
-    positions = runtime.max_seq_len
-    assert positions is not None
-    read = request.weights.get if request.packed else _packing(request)
+    read = weights.get if packed else _packing(config, weights)
     embedding = read("embedding")
     layers = [
         {name: keep(read(f"layers.{i}.{name}")) for name in READ_ORDER}
@@ -101,8 +104,8 @@ def load(
     return PyptoExecutor(model, device, spec, limits)
 
 
-def _packing(request: ExecutorRequest) -> Callable[[str], Tensor]:
-    packed = {t.name: t for t in packed_tensors(request.model_config, request.weights)}
+def _packing(config: ModelConfig, weights: TensorSource) -> Callable[[str], Tensor]:
+    packed = {t.name: t for t in packed_tensors(config, weights)}
     return lambda name: packed[name].read()
 
 

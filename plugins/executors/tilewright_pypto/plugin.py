@@ -7,11 +7,13 @@ from tilewright import hookimpl
 from tilewright.errors import ConfigError, ExecutorError
 from tilewright.types import (
     Check,
-    ExecutorRequest,
     LayerwiseExecutor,
+    ModelConfig,
     PackedWeights,
     PluginInfo,
+    Report,
     RuntimeConfig,
+    TensorSource,
 )
 from tilewright_pypto.options import GRANTED_DEVICE, HARDWARE, Options
 
@@ -46,40 +48,51 @@ def doctor_checks() -> list[Check]:
 
 
 @hookimpl
-def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
+def create_executor(
+    model_config: ModelConfig,
+    runtime_config: RuntimeConfig,
+    weights: TensorSource,
+    packed: bool,
+    options: Options | None,
+    report: Report,
+) -> LayerwiseExecutor:
     """Raises ExecutorError for an unsupported model, device or PyPTO."""
     from tilewright_pypto.fit import layer_shape
 
-    config, runtime = request.model_config, request.runtime_config
-    options = request.options or Options()
-    shape = layer_shape(config, runtime)
-    card = chosen_card(options, runtime)
+    options = options or Options()
+    shape = layer_shape(model_config, runtime_config)
+    card = chosen_card(options, runtime_config)
+    positions = runtime_config.max_seq_len
+    assert positions is not None
     if options.platform != "emulated":
         from tilewright_pypto.rings import check
 
-        assert runtime.max_seq_len is not None
-        check(options, shape, runtime.max_seq_len)
+        check(options, shape, positions)
 
     from tilewright_pypto.executor import load
 
-    device = _open(options, card, request)
+    device = _open(options, card, report)
     try:
-        return load(request, shape, device, options.weights_on_device)
+        return load(
+            model_config, weights, packed, positions, shape, device, options.weights_on_device
+        )
     except BaseException:
         device.close()
         raise
 
 
 @hookimpl
-def pack_weights(request: ExecutorRequest) -> PackedWeights:
+def pack_weights(
+    model_config: ModelConfig, runtime_config: RuntimeConfig, weights: TensorSource
+) -> PackedWeights:
     """Raises ExecutorError for a model that the kernels cannot run."""
     from tilewright_pypto.fit import layer_shape
 
-    layer_shape(request.model_config, request.runtime_config)
+    layer_shape(model_config, runtime_config)
 
     from tilewright_pypto.packing import VERSION, packed_tensors
 
-    tensors = packed_tensors(request.model_config, request.weights)
+    tensors = packed_tensors(model_config, weights)
     return PackedWeights(version=VERSION, tensors=tensors)
 
 
@@ -127,11 +140,11 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _open(options: Options, card: int | None, request: ExecutorRequest) -> "Device":
+def _open(options: Options, card: int | None, report: Report) -> "Device":
     if options.platform == "emulated":
         from tilewright_pypto.emulated.device import EmulatedDevice
 
         return EmulatedDevice()
     from tilewright_pypto.adapter import open_device
 
-    return open_device(options, card, request.report)
+    return open_device(options, card, report)

@@ -9,12 +9,12 @@ from tilewright.errors import ExecutorError
 from tilewright.machine import available_memory
 from tilewright.types import (
     Check,
-    ExecutorRequest,
     KvCacheSpec,
     LayerwiseExecutor,
     ModelConfig,
     PluginInfo,
     RuntimeConfig,
+    TensorSource,
 )
 
 tilewright_api = 1
@@ -76,9 +76,14 @@ def doctor_checks() -> list[Check]:
 
 
 @hookimpl
-def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
+def create_executor(
+    model_config: ModelConfig,
+    runtime_config: RuntimeConfig,
+    weights: TensorSource,
+    options: Options | None,
+) -> LayerwiseExecutor:
     """Raises ExecutorError for an unsupported device, shape or cache."""
-    config, runtime = request.model_config, request.runtime_config
+    config, runtime = model_config, runtime_config
     _check(config, runtime)
 
     import torch
@@ -86,14 +91,14 @@ def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
     from tilewright.weights import torch_dtype
     from tilewright_torch.model import TorchExecutor, load
 
-    options = request.options or Options()
+    options = options or Options()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     assert runtime.weight_dtype is not None
     assert runtime.kv_dtype is not None
     dtype = torch_dtype(runtime.weight_dtype)
     free = available_memory()
-    model = load(config, request.weights, dtype, options.stream_weights)
+    model = load(config, weights, dtype, options.stream_weights)
     spec = KvCacheSpec(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -101,7 +106,7 @@ def create_executor(request: ExecutorRequest) -> LayerwiseExecutor:
         page_size=runtime.page_size or PAGE_SIZE,
         dtype=runtime.kv_dtype,
         # Half of the memory that is free once all weights are read.
-        memory_limit=max(0, free - _weight_bytes(request, options.stream_weights)) // 2,
+        memory_limit=max(0, free - _weight_bytes(weights, runtime, options.stream_weights)) // 2,
     )
     return TorchExecutor(model, spec)
 
@@ -127,10 +132,10 @@ def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
         )
 
 
-def _weight_bytes(request: ExecutorRequest, streamed: bool) -> int:
+def _weight_bytes(weights: TensorSource, runtime: RuntimeConfig, streamed: bool) -> int:
     """Size of the weights once all are read, mapped ones included."""
-    infos = [request.weights.info(name) for name in request.weights.names()]
+    infos = [weights.info(name) for name in weights.names()]
     if streamed:
         return sum(info.nbytes for info in infos)
-    itemsize = 4 if request.runtime_config.weight_dtype == "float32" else 2
+    itemsize = 4 if runtime.weight_dtype == "float32" else 2
     return sum(prod(info.shape) * itemsize for info in infos)

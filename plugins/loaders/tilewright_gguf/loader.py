@@ -10,7 +10,7 @@ from attrs import evolve
 
 from tilewright.errors import ModelError, listed
 from tilewright.hookspecs import hookimpl
-from tilewright.types import GenerateConfig, LoadedModel, LoadRequest, PluginInfo
+from tilewright.types import GenerateConfig, LoadedModel, PluginInfo
 
 if TYPE_CHECKING:
     from tilewright_gguf.header import GgufFile
@@ -62,7 +62,7 @@ def can_load(source: str) -> bool:
 
 
 @hookimpl
-def load_model(request: LoadRequest) -> LoadedModel:
+def load_model(source: str, weight_format: str | None) -> LoadedModel:
     """Read the header of a file and, for Llama 3's scaling, the small ``rope_freqs.weight``."""
     from tilewright_gguf.architecture import INTERLEAVED, model_config
     from tilewright_gguf.header import open_file
@@ -70,11 +70,11 @@ def load_model(request: LoadRequest) -> LoadedModel:
     from tilewright_gguf.weights import check_kinds, compute_dtype, gguf_source
     from tilewright_hf.files import JsonObject
 
-    path = _file(request.source)
-    if request.weight_format is not None:
+    path = _file(source)
+    if weight_format is not None:
         raise ModelError(
             f"{path}: gguf reads the weights from this file and takes no weight format, found "
-            f"{request.weight_format!r}; leave it out"
+            f"{weight_format!r}; leave it out"
         )
     files = [open_file(shard) for shard in _shards(path)]
     _check_shards(files)

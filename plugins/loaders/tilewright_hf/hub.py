@@ -21,7 +21,7 @@ from attrs import define, evolve, field, frozen
 
 from tilewright.errors import ConfigError, ModelError, listed
 from tilewright.hookspecs import hookimpl
-from tilewright.types import LoadedModel, LoadRequest, PluginInfo, Report, described
+from tilewright.types import LoadedModel, PluginInfo, Report, WeightFormats, described
 from tilewright.weights import printable
 from tilewright_hf import loader, pytorch_format, safetensors_format
 from tilewright_hf.files import one_line
@@ -102,21 +102,27 @@ def can_load(source: str) -> bool:
 
 
 @hookimpl
-def load_model(request: LoadRequest) -> LoadedModel:
+def load_model(
+    source: str,
+    options: Options,
+    weight_format: str | None,
+    formats: WeightFormats,
+    report: Report,
+) -> LoadedModel:
     """Download files that are not cached yet, and load them as hf-local does.
 
     The result's source is ``ORGANISATION/NAME@COMMIT``.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    wanted = _wanted(request)
-    if HF_HUB_OFFLINE or request.options.local_files_only:
+    wanted = _wanted(source, options, weight_format)
+    if HF_HUB_OFFLINE or options.local_files_only:
         why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "local_files_only is set"
         snapshot = _cached(wanted, why)
     else:
-        snapshot = _downloaded(wanted, request.report)
+        snapshot = _downloaded(wanted, report)
     try:
-        loaded = loader.load_model(evolve(request, source=str(snapshot.folder), options=None))
+        loaded = loader.load_model(str(snapshot.folder), weight_format, formats)
     except ModelError as error:
         raise ModelError("; ".join((str(error), *snapshot.warnings))) from error
     return evolve(
@@ -126,21 +132,21 @@ def load_model(request: LoadRequest) -> LoadedModel:
     )
 
 
-def _wanted(request: LoadRequest) -> _Wanted:
-    named = _ID.fullmatch(request.source)
+def _wanted(source: str, options: Options, weight_format: str | None) -> _Wanted:
+    named = _ID.fullmatch(source)
     if named is None:
         raise ModelError(
-            f"{request.source[:200]!r} is not a repository id: expected ORGANISATION/NAME or "
+            f"{source[:200]!r} is not a repository id: expected ORGANISATION/NAME or "
             "ORGANISATION/NAME@REVISION; hf-local loads a directory"
         )
     name, revision = named.groups()
-    asked = request.options.revision
+    asked = options.revision
     if revision and asked and revision != asked:
         raise ConfigError(
             f"two revisions of {name} are given, {revision!r} in its id and {asked!r} as "
             "option 'revision': give only one"
         )
-    return _Wanted(name, revision or asked, request.weight_format)
+    return _Wanted(name, revision or asked, weight_format)
 
 
 # --- the cache ------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from tilewright.types import (
     DType,
     GenerateConfig,
     LoadedModel,
-    LoadRequest,
     ModelConfig,
     PluginInfo,
     TensorInfo,
     TensorSource,
+    WeightFormats,
 )
 from tilewright_hf.architecture import FAMILIES, declared_dtype, model_config
 from tilewright_hf.files import is_there, local_path, read_json
@@ -52,16 +52,16 @@ def can_load(source: str) -> bool:
 
 
 @hookimpl
-def load_model(request: LoadRequest) -> LoadedModel:
+def load_model(source: str, weight_format: str | None, formats: WeightFormats) -> LoadedModel:
     """Read configuration, tokenizer and weight headers of a directory."""
-    directory = _directory(request.source)
+    directory = _directory(source)
     config_file = read_json(directory / "config.json")
     config, warnings = model_config(config_file)
     generation = _generation(directory, config.vocab_size)
     if generation.eos_token_ids is not None:
         config = evolve(config, eos_token_ids=generation.eos_token_ids)
     text, text_warnings = load_text(directory, config)
-    weights = _needed(request.formats.open(directory, request.weight_format), config)
+    weights = _needed(formats.open(directory, weight_format), config)
     warnings += generation.warnings + text_warnings
     if config.tie_word_embeddings and HEAD in weights.names():
         config = evolve(config, tie_word_embeddings=False)

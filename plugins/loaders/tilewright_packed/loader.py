@@ -9,8 +9,8 @@ from tilewright import hookimpl
 from tilewright.errors import ModelError
 from tilewright.types import (
     LoadedModel,
-    LoadRequest,
     PluginInfo,
+    WeightFormats,
 )
 from tilewright_packed.format import MANIFEST, is_packed, load
 
@@ -46,13 +46,14 @@ def can_load(source: str) -> bool:
 
 
 @hookimpl
-def load_model(request: LoadRequest) -> LoadedModel:
+def load_model(
+    source: str, options: "Options | None", weight_format: str | None, formats: WeightFormats
+) -> LoadedModel:
     """Check the files and map the weights."""
-    directory = Path(os.path.expanduser(request.source))
+    directory = Path(os.path.expanduser(source))
     if not is_packed(directory):
         raise ModelError(
-            f"{request.source[:200]!r} is not a packed model: expected a directory with "
+            f"{source[:200]!r} is not a packed model: expected a directory with "
             f"{MANIFEST}, which `tilewright convert` writes"
         )
-    options = request.options or Options()
-    return load(directory, request.formats, request.weight_format, options.verify)
+    return load(directory, formats, weight_format, (options or Options()).verify)

@@ -1,7 +1,7 @@
 """Plugin ``greedy``: always the most likely token."""
 
 from tilewright import hookimpl
-from tilewright.types import PluginInfo, SamplerRequest
+from tilewright.types import PluginInfo
 from tilewright_sampling.sampler import LogitsSampler, Options
 
 tilewright_api = 1
@@ -17,5 +17,5 @@ def plugin_info() -> PluginInfo:
 
 
 @hookimpl
-def create_sampler(request: SamplerRequest) -> LogitsSampler:
-    return LogitsSampler(request.options, greedy=True)
+def create_sampler(options: Options) -> LogitsSampler:
+    return LogitsSampler(options, greedy=True)

@@ -1,7 +1,7 @@
 """Plugin ``top-p``: samples from the likely tokens; at temperature 0, takes the most likely one."""
 
 from tilewright import hookimpl
-from tilewright.types import PluginInfo, SamplerRequest
+from tilewright.types import PluginInfo
 from tilewright_sampling.sampler import LogitsSampler, Options
 
 tilewright_api = 1
@@ -16,5 +16,5 @@ def plugin_info() -> PluginInfo:
 
 
 @hookimpl
-def create_sampler(request: SamplerRequest) -> LogitsSampler:
-    return LogitsSampler(request.options, greedy=False)
+def create_sampler(options: Options) -> LogitsSampler:
+    return LogitsSampler(options, greedy=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from asked import Asked
 from attrs import define, evolve, field
 from model_directories import change_weights, load_checked
 from qwen3_layers import relative_rms, rope_tables
@@ -23,7 +24,6 @@ from tilewright.scheduler import Scheduler
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
     Executor,
-    ExecutorRequest,
     KvLayer,
     LoadedModel,
     RopeConfig,
@@ -70,9 +70,9 @@ def written(directory: Path, config: Any = None, dtype: str = "bfloat16") -> Loa
     return load_checked(directory)
 
 
-def asked(loaded: LoadedModel, options: Any = EMULATED, **runtime: Any) -> ExecutorRequest:
+def asked(loaded: LoadedModel, options: Any = EMULATED, **runtime: Any) -> Asked:
     settings = {"weight_dtype": "bfloat16", "kv_dtype": "bfloat16", "max_seq_len": 256}
-    return ExecutorRequest(
+    return Asked(
         model_config=loaded.config,
         runtime_config=RuntimeConfig(**settings | runtime),
         weights=loaded.weights,
@@ -120,10 +120,10 @@ def compare(
     grows with depth as rounding does. The first layer, where all have the same input, also stays
     within 1e-2. Returns the number of tokens that were checked, and of all tokens.
     """
-    ours = Running(pypto.create_executor(asked(loaded, **runtime)), pages)
-    near = Running(reference.create_executor(asked(loaded, None, **runtime)), pages)
+    ours = Running(asked(loaded, **runtime).of(pypto), pages)
+    near = Running(asked(loaded, None, **runtime).of(reference), pages)
     wide = {"weight_dtype": "float32", "kv_dtype": "float32"}
-    true = Running(reference.create_executor(asked(loaded, None, **runtime | wide)), pages)
+    true = Running(asked(loaded, None, **runtime | wide).of(reference), pages)
     limits = ours.executor.limits
     allocator = KvCacheManager(evolve(ours.executor.kv_cache_spec, num_layers=1), pages)
     scheduler = Scheduler(allocator, limits.max_batch_size, limits.max_batch_tokens)
@@ -273,7 +273,7 @@ def test_a_failing_kernel_is_named_with_step_and_layer_and_the_engine_stays_usab
 def test_a_tap_receives_the_embedding_the_layer_outputs_and_the_logits(tmp_path):
     loaded = written(tmp_path)
     config = loaded.config
-    running = Running(pypto.create_executor(asked(loaded, page_size=16)), 8)
+    running = Running(asked(loaded, page_size=16).of(pypto), 8)
     scheduler = Scheduler(KvCacheManager(running.executor.kv_cache_spec, 8), 4, 64)
     for i, prompt in enumerate(prompts(qwen3(), [20, 3])):
         scheduler.add(Request(str(i), tuple(prompt), SamplingParams(), 4))
@@ -292,9 +292,7 @@ def test_a_tap_receives_the_embedding_the_layer_outputs_and_the_logits(tmp_path)
 def test_embedding_layers_and_head_run_one_by_one_equal_a_whole_step(make, tmp_path):
     loaded = written(tmp_path)
     options = EMULATED if make is pypto else None
-    whole, parts = (
-        Running(make.create_executor(asked(loaded, options, page_size=16)), 8) for _ in range(2)
-    )
+    whole, parts = (Running(asked(loaded, options, page_size=16).of(make), 8) for _ in range(2))
     scheduler = Scheduler(KvCacheManager(whole.executor.kv_cache_spec, 8), 4, 64)
     for i, prompt in enumerate(prompts(qwen3(), [20, 3])):
         scheduler.add(Request(str(i), tuple(prompt), SamplingParams(), 4))
@@ -312,7 +310,7 @@ def test_embedding_layers_and_head_run_one_by_one_equal_a_whole_step(make, tmp_p
 def test_the_cache_of_a_layer_can_be_replaced(make, tmp_path):
     loaded = written(tmp_path)
     options = EMULATED if make is pypto else None
-    running = Running(make.create_executor(asked(loaded, options, page_size=16)), 3)
+    running = Running(asked(loaded, options, page_size=16).of(make), 3)
     shape = tuple(running.layers[1].key.shape)
     new = KvLayer(torch.ones(shape).bfloat16(), torch.full(shape, 2.0).bfloat16())
     running.executor.write_kv(1, new)
@@ -359,11 +357,18 @@ class Elsewhere(EmulatedDevice):
         return tensor.clone()
 
 
+def upload(asked: Asked, device: Elsewhere, weights_on_device: bool) -> Executor:
+    config, runtime = asked.model_config, asked.runtime_config
+    shape = layer_shape(config, runtime)
+    return pypto_executor.load(
+        config, asked.weights, False, runtime.max_seq_len, shape, device, weights_on_device
+    )
+
+
 def test_at_most_one_packed_layer_is_in_host_memory_at_a_time(tmp_path):
     loaded = written(tmp_path, qwen3(num_hidden_layers=8))
-    request, device = asked(loaded), Elsewhere()
-    shape = layer_shape(request.model_config, request.runtime_config)
-    pypto_executor.load(request, shape, device, weights_on_device=True)
+    device = Elsewhere()
+    upload(asked(loaded), device, weights_on_device=True)
     assert 1 <= device.most <= 11
 
 
@@ -371,7 +376,7 @@ def test_at_most_one_packed_layer_is_in_host_memory_at_a_time(tmp_path):
 @pytest.mark.parametrize("make", [pypto, reference], ids=["pypto", "torch"])
 def test_every_weight_is_returned_as_in_the_checkpoint(make, tmp_path, tied):
     loaded = written(tmp_path, qwen3(tie_word_embeddings=tied))
-    executor = make.create_executor(asked(loaded, EMULATED if make is pypto else None))
+    executor = asked(loaded, EMULATED if make is pypto else None).of(make)
     for name, shape in expected_tensors(loaded.config).items():
         weight = executor.weight(name)
         assert tuple(weight.shape) == shape
@@ -381,9 +386,8 @@ def test_every_weight_is_returned_as_in_the_checkpoint(make, tmp_path, tied):
 
 
 def test_weights_that_stay_on_the_host_are_not_kept_on_the_device(tmp_path):
-    request, device = asked(written(tmp_path)), Elsewhere()
-    shape = layer_shape(request.model_config, request.runtime_config)
-    kept = pypto_executor.load(request, shape, device, weights_on_device=False)
+    device = Elsewhere()
+    kept = upload(asked(written(tmp_path)), device, weights_on_device=False)
     assert device.kept == 2  # the RoPE tables
     kept.close()
 
@@ -391,12 +395,12 @@ def test_weights_that_stay_on_the_host_are_not_kept_on_the_device(tmp_path):
 # --- unsupported models ---------------------------------------------------------------------------
 
 
-def refused(request: ExecutorRequest, kind: type[TilewrightError] = ExecutorError) -> str:
+def refused(request: Asked, kind: type[TilewrightError] = ExecutorError) -> str:
     """The error, checked to be one line. Only a ModelError may have read weights."""
     if kind is not ModelError:
         request = evolve(request, weights=Unread())
     with pytest.raises(kind) as error:
-        pypto.create_executor(request)
+        request.of(pypto)
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -464,7 +468,7 @@ def test_a_float32_checkpoint_is_refused_unless_weight_dtype_is_bfloat16(emulate
 
 def test_a_step_above_the_compiled_limits_is_an_error(tmp_path):
     limits = {"max_seq_len": 32, "max_batch_size": 2, "max_batch_tokens": 20}
-    executor = pypto.create_executor(asked(written(tmp_path), page_size=16, **limits))
+    executor = asked(written(tmp_path), page_size=16, **limits).of(pypto)
     executor.bind_kv_cache(KvCacheManager(executor.kv_cache_spec, 8).layers())
     for lengths, context, message in (
         ([21], 21, "at most 20 tokens, found 21"),
@@ -489,7 +493,7 @@ def batch_of(lengths: Sequence[int], context: int) -> StepBatch:
 
 
 def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path):
-    executor = pypto.create_executor(asked(written(tmp_path), page_size=16))
+    executor = asked(written(tmp_path), page_size=16).of(pypto)
     spec = executor.kv_cache_spec
     for changed in ({"row_order": "NHD"}, {"num_layers": 2}, {"dtype": "float32"}):
         with pytest.raises(ExecutorError, match="does not follow kv_cache_spec"):

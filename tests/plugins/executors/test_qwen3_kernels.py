@@ -32,7 +32,7 @@ from transformers import Qwen3Config
 from tilewright import plugins
 from tilewright.loading import InstalledFormats
 from tilewright.settings import DEMO_MODEL
-from tilewright.types import LoadedModel, LoadRequest, ModelConfig, RuntimeConfig
+from tilewright.types import LoadedModel, ModelConfig, RuntimeConfig
 from tilewright_hf.loader import load_model
 from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
@@ -209,9 +209,7 @@ def test_a_context_that_overflows_pyptos_default_rings_agrees_with_torch():
 
 def loaded_from(directory: Path) -> LoadedModel:
     formats = InstalledFormats(plugins.new_manager(), {})
-    return load_model(
-        LoadRequest(source=str(directory), options=None, weight_format=None, formats=formats)
-    )
+    return load_model(str(directory), weight_format=None, formats=formats)
 
 
 def shape_of(config: ModelConfig) -> LayerShape:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from asked import Asked
 from attrs import define, evolve, field
 from checkout import ROOT
 from reference_models import CONFIGS, prompts, write_model
@@ -27,16 +28,15 @@ from tilewright.loading import InstalledFormats
 from tilewright.types import (
     DType,
     Executor,
-    ExecutorRequest,
     KvLayer,
     LoadedModel,
-    LoadRequest,
     ModelConfig,
     RuntimeConfig,
     StepBatch,
     Tap,
 )
 from tilewright_hf.loader import load_model
+from tilewright_torch import plugin
 from tilewright_torch.plugin import Options, create_executor
 
 PAGE_SIZE = 5
@@ -118,24 +118,18 @@ class Served:
 
 
 def load(directory: Path) -> LoadedModel:
-    return load_model(
-        LoadRequest(
-            source=str(directory),
-            options=None,
-            weight_format=None,
-            formats=InstalledFormats(plugins.new_manager(), {}),
-        )
-    )
+    formats = InstalledFormats(plugins.new_manager(), {})
+    return load_model(str(directory), weight_format=None, formats=formats)
 
 
-def request(loaded: LoadedModel, **runtime: Any) -> ExecutorRequest:
+def request(loaded: LoadedModel, **runtime: Any) -> Asked:
     settings = {
         "weight_dtype": loaded.config.dtype,
         "kv_dtype": runtime.get("weight_dtype", loaded.config.dtype),
         "max_seq_len": 256,
         "page_size": PAGE_SIZE,
     }
-    return ExecutorRequest(
+    return Asked(
         model_config=loaded.config,
         runtime_config=RuntimeConfig(**settings | runtime),
         weights=loaded.weights,
@@ -145,7 +139,7 @@ def request(loaded: LoadedModel, **runtime: Any) -> ExecutorRequest:
 
 def serve(directory: Path, **runtime: Any) -> Served:
     loaded = load(directory)
-    executor = create_executor(request(loaded, **runtime))
+    executor = request(loaded, **runtime).of(plugin)
     kv = KvCacheManager(executor.kv_cache_spec, TOTAL_PAGES)
     for layer in kv.layers():
         layer.key.fill_(float("nan"))
@@ -595,7 +589,7 @@ def test_streamed_weights_give_the_same_logits_with_one_converted_layer_at_a_tim
 
 def test_the_kv_cache_spec_is_nhd_and_limited_to_half_of_the_memory(tmp_path: Path) -> None:
     write_model("qwen3-gqa-8", tmp_path)
-    spec = create_executor(request(load(tmp_path), kv_dtype="float16")).kv_cache_spec
+    spec = request(load(tmp_path), kv_dtype="float16").of(plugin).kv_cache_spec
     assert (spec.num_layers, spec.num_kv_heads, spec.head_dim) == (2, 2, 8)
     assert (spec.page_size, spec.dtype, spec.device) == (PAGE_SIZE, "float16", "cpu")
     assert spec.row_order == "NHD"
@@ -620,13 +614,13 @@ def test_an_unsupported_model_or_device_is_refused_before_a_weight_is_read(
     loaded = load(tmp_path)
     loaded = evolve(loaded, config=evolve(loaded.config, **model), weights=None)
     with pytest.raises(ExecutorError, match=message) as error:
-        create_executor(request(loaded, **runtime))
+        request(loaded, **runtime).of(plugin)
     assert "\n" not in str(error.value)
 
 
 def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path: Path) -> None:
     write_model("qwen3-tied", tmp_path)
-    executor = create_executor(request(load(tmp_path)))
+    executor = request(load(tmp_path)).of(plugin)
     kv = KvCacheManager(evolve(executor.kv_cache_spec, row_order="HND"), 3)
     with pytest.raises(ExecutorError, match="does not follow kv_cache_spec"):
         executor.bind_kv_cache(kv.layers())
@@ -639,7 +633,7 @@ def test_the_number_of_threads_is_an_option(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        create_executor(evolve(request(load(tmp_path)), options=Options(threads=1)))
+        evolve(request(load(tmp_path)), options=Options(threads=1)).of(plugin)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -529,23 +529,22 @@ BACKWARDS = """
             self.weights.close()
 
     @hookimpl
-    def pack_weights(request):
+    def pack_weights(model_config, weights):
         def packed(name, shape):
             def read():
-                return request.weights.get(name).float().flatten().flip(0)[:, None]
+                return weights.get(name).float().flatten().flip(0)[:, None]
             size = 1
             for extent in shape:
                 size *= extent
             return PackedTensor(name="b." + name, shape=(size, 1), dtype="float32", read=read)
-        shapes = expected_tensors(request.model_config)
+        shapes = expected_tensors(model_config)
         return PackedWeights(version=VERSION, tensors=(packed(*item) for item in shapes.items()))
 
     @hookimpl
-    def create_executor(request):
-        if request.packed:
-            weights = Forwards(request.weights, request.model_config)
-            request = evolve(request, weights=weights)
-        return torch_plugin.create_executor(evolve(request, options=None))
+    def create_executor(model_config, runtime_config, weights, packed):
+        if packed:
+            weights = Forwards(weights, model_config)
+        return torch_plugin.create_executor(model_config, runtime_config, weights, None)
 """
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as oracle
 
 from tilewright.errors import NonFiniteLogitsError, RequestError
-from tilewright.types import SampledToken, Sampler, SamplerRequest, SamplerRow, SamplingParams
+from tilewright.types import SampledToken, Sampler, SamplerRow, SamplingParams
 from tilewright_sampling import logits as steps
 from tilewright_sampling.sampler import LogitsSampler, Options
 
@@ -32,7 +32,7 @@ def plugin(name: str) -> Any:
 
 
 def make_sampler(name: str = "top-p", **options: Any) -> Sampler:
-    sampler: Sampler = plugin(name).create_sampler(SamplerRequest(options=Options(**options)))
+    sampler: Sampler = plugin(name).create_sampler(Options(**options))
     return sampler
 
 

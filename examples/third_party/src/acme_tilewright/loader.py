@@ -37,13 +37,13 @@ from tilewright.types import (
     DTYPES,
     GenerateConfig,
     LoadedModel,
-    LoadRequest,
     ModelConfig,
     PluginInfo,
     RopeConfig,
     TensorInfo,
     TensorSource,
     TextAssets,
+    WeightFormats,
 )
 from tilewright.weights import expected_tensors
 
@@ -82,10 +82,10 @@ def can_load(source: str) -> bool:
 
 
 @hookimpl
-def load_model(request: LoadRequest) -> LoadedModel:
-    if not can_load(request.source):
-        raise ModelError(f"{request.source[:200]!a}: expected a directory with {FILE}")
-    directory = Path(os.path.expanduser(request.source))
+def load_model(source: str, weight_format: str | None, formats: WeightFormats) -> LoadedModel:
+    if not can_load(source):
+        raise ModelError(f"{source[:200]!a}: expected a directory with {FILE}")
+    directory = Path(os.path.expanduser(source))
     path = directory / FILE
     document = _document(path)
     model = document.get("model")
@@ -100,7 +100,7 @@ def load_model(request: LoadRequest) -> LoadedModel:
         ),
         generation_defaults=_generation(path, document.get("generate", {})),
         # Last, so that nothing stays open when something else is wrong.
-        weights=AcmeNames(request.formats.open(directory, request.weight_format), config),
+        weights=AcmeNames(formats.open(directory, weight_format), config),
         source=str(directory),
     )
 

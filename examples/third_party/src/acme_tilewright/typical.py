@@ -16,7 +16,6 @@ from tilewright.types import (
     PluginInfo,
     SampledToken,
     Sampler,
-    SamplerRequest,
     SamplerRow,
     TokenLogprobs,
 )
@@ -50,8 +49,8 @@ def plugin_info() -> PluginInfo:
 
 
 @hookimpl
-def create_sampler(request: SamplerRequest) -> Sampler:
-    return TypicalSampler(request.options.mass)
+def create_sampler(options: Options) -> Sampler:
+    return TypicalSampler(options.mass)
 
 
 class TypicalSampler:

@@ -12,13 +12,14 @@ from tilewright.rope import frequencies
 from tilewright.types import (
     Executor,
     ExecutorLimits,
-    ExecutorRequest,
     KvCacheSpec,
     KvLayer,
     ModelConfig,
     PluginInfo,
+    RuntimeConfig,
     StepBatch,
     Tap,
+    TensorSource,
 )
 from tilewright.weights import expected_tensors
 
@@ -42,9 +43,11 @@ def plugin_info() -> PluginInfo:
 
 
 @hookimpl
-def create_executor(request: ExecutorRequest) -> Executor:
+def create_executor(
+    model_config: ModelConfig, runtime_config: RuntimeConfig, weights: TensorSource
+) -> Executor:
     """Raises ExecutorError for a device, a dtype or a model that it cannot run."""
-    config, runtime = request.model_config, request.runtime_config
+    config, runtime = model_config, runtime_config
     for what, found, accepted in (
         ("device", runtime.device, (None, "cpu")),
         ("weight_dtype", runtime.weight_dtype, ("float32",)),
@@ -58,7 +61,7 @@ def create_executor(request: ExecutorRequest) -> Executor:
                 f"executor my-plugin needs {what} {accepted[-1]!r}, found {found!r}: change it, or "
                 "choose another executor (`tilewright plugins list`)"
             )
-    weights = {name: request.weights.get(name).float() for name in expected_tensors(config)}
+    read = {name: weights.get(name).float() for name in expected_tensors(config)}
     spec = KvCacheSpec(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -66,7 +69,7 @@ def create_executor(request: ExecutorRequest) -> Executor:
         page_size=runtime.page_size or PAGE_SIZE,
         dtype="float32",
     )
-    return PlainExecutor(config, weights, spec)
+    return PlainExecutor(config, read, spec)
 
 
 class PlainExecutor:

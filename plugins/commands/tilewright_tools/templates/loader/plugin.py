@@ -18,10 +18,10 @@ from tilewright.errors import ModelError
 from tilewright.types import (
     GenerateConfig,
     LoadedModel,
-    LoadRequest,
     ModelConfig,
     PluginInfo,
     TextAssets,
+    WeightFormats,
 )
 
 tilewright_api = 1
@@ -53,10 +53,10 @@ def can_load(source: str) -> bool:
 
 
 @hookimpl
-def load_model(request: LoadRequest) -> LoadedModel:
-    if not can_load(request.source):
-        raise ModelError(f"{request.source[:200]!r}: expected a directory with {FILE}")
-    directory = Path(os.path.expanduser(request.source))
+def load_model(source: str, weight_format: str | None, formats: WeightFormats) -> LoadedModel:
+    if not can_load(source):
+        raise ModelError(f"{source[:200]!r}: expected a directory with {FILE}")
+    directory = Path(os.path.expanduser(source))
     said = _described(directory / FILE)
     text = TextAssets(
         tokenizer=_tokenizer(directory / "tokenizer.json"),
@@ -64,7 +64,7 @@ def load_model(request: LoadRequest) -> LoadedModel:
         special_tokens=said.special_tokens,
     )
     # Any installed format will do, including formats unknown to this loader.
-    weights = request.formats.open(directory / "weights", request.weight_format)
+    weights = formats.open(directory / "weights", weight_format)
     return LoadedModel(
         config=said.config,
         weights=weights,

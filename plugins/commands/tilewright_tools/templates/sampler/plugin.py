@@ -12,7 +12,7 @@ from attrs import field, frozen, validators
 
 from tilewright import hookimpl
 from tilewright.errors import NonFiniteLogitsError
-from tilewright.types import PluginInfo, SampledToken, Sampler, SamplerRequest, SamplerRow
+from tilewright.types import PluginInfo, SampledToken, Sampler, SamplerRow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,8 @@ def plugin_info() -> PluginInfo:
 
 
 @hookimpl
-def create_sampler(request: SamplerRequest) -> Sampler:
-    return EpsilonSampler(request.options.epsilon)
+def create_sampler(options: Options) -> Sampler:
+    return EpsilonSampler(options.epsilon)
 
 
 class EpsilonSampler:

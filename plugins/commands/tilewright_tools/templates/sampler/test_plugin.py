@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tilewright import plugins
-from tilewright.types import SamplerRequest, SamplerRow, SamplingParams
+from tilewright.types import SamplerRow, SamplingParams
 from tilewright_testing import SamplerSuite
 
 NAME = "tilewright-my-plugin:my-plugin"
@@ -18,7 +18,7 @@ class TestConformance(SamplerSuite):
 
 def test_tokens_below_epsilon_are_never_drawn() -> None:
     plugin: Any = plugins.load(plugins.find("sampler", NAME))
-    sampler = plugin.create_sampler(SamplerRequest(options=plugin.Options(epsilon=0.15)))
+    sampler = plugin.create_sampler(options=plugin.Options(epsilon=0.15))
     logits = torch.tensor([0.1, 0.5, 0.2, 0.2]).log()
     rows = [
         SamplerRow(

@@ -1,0 +1,25 @@
+"""What an engine asks of an executor's plugin."""
+
+from typing import Any
+
+from attrs import asdict, frozen
+
+from tilewright import plugins
+from tilewright.types import ModelConfig, Report, RuntimeConfig, TensorSource
+from tilewright_testing.suite import no_report
+
+
+@frozen(kw_only=True)
+class Asked:
+    """Arguments of the hook create_executor."""
+
+    model_config: ModelConfig
+    runtime_config: RuntimeConfig
+    weights: TensorSource
+    packed: bool = False
+    options: Any = None
+    report: Report = no_report
+
+    def of(self, module: Any) -> Any:
+        """The executor that a plugin makes."""
+        return plugins.call(module, "create_executor", **asdict(self, recurse=False))
