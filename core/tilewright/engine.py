@@ -31,7 +31,7 @@ Message = Mapping[str, Any]
 class GenerationStream(Iterator[str]):
     """The text of one generation, in pieces. The pieces join to exactly ``result.text``.
 
-    ``result`` is None until the stream is exhausted. Closing it, leaving its ``with`` block, or an
+    ``result`` is None until the stream has ended. Closing it, leaving its ``with`` block, or an
     exception in it (Ctrl-C included) ends the request and frees its pages. A stream that did not
     end by itself, because its engine was closed or its model unloaded, raises RequestError.
     """
@@ -61,7 +61,7 @@ class GenerationStream(Iterator[str]):
         return request.unread.popleft()
 
     def close(self) -> None:
-        """End the request if it is not finished; its result stays None."""
+        """End the request if it is not finished: its result has what was generated until now."""
         self._runner.abort(self._request)
 
     def __enter__(self) -> "GenerationStream":
@@ -201,8 +201,10 @@ class LLMEngine:
         model = loading.make_ready(
             self._selection, self._observers, model_id, loaded, asked, started
         )
-        names = (str(self._selection.plugins[kind].plugin) for kind in ("executor", "sampler"))
-        self._runners[model_id] = Runner(model, self._sampler, self._observers, *names)
+        executor, sampler = (
+            str(self._selection.plugins[k].plugin) for k in ("executor", "sampler")
+        )
+        self._runners[model_id] = Runner(model, self._sampler, self._observers, executor, sampler)
         event = {"model_config": loaded.config, "seconds": model.load_seconds}
         self._observers.notify("on_model_loaded", lambda: {"model_id": model_id, **event})
         return loaded

@@ -35,6 +35,10 @@ class ExecutorError(TilewrightError):
     """An executor cannot run the model as it is set up, or failed while it ran it."""
 
 
+class ExecutorLostError(ExecutorError):
+    """The executor's device is gone: no step can run until the model is loaded again."""
+
+
 class NonFiniteLogitsError(TilewrightError):
     """Logits held NaN or infinity.
 
@@ -43,7 +47,8 @@ class NonFiniteLogitsError(TilewrightError):
         step: how many tokens the request had generated before this step.
         token_ids: the vocabulary ids whose logits are not finite, ascending.
         first_tensor: the first tapped tensor of the step with a non-finite element of this request;
-            None when it was not searched for, as in a sampler, or not found.
+            None when it was not searched for, as in a sampler, and empty when the step was run
+            again with taps and no tensor had one.
     """
 
     def __init__(
@@ -62,6 +67,9 @@ class NonFiniteLogitsError(TilewrightError):
         first = ", ".join(str(i) for i in self.token_ids[:8])
         more = ", ..." if len(self.token_ids) > 8 else ""
         first_bad = f"; the first non-finite tensor is {first_tensor}" if first_tensor else ""
+        if first_tensor == "":
+            first_bad = "; run again with taps, the step has only finite tensors: the path without "
+            first_bad += "taps is wrong"
         super().__init__(
             f"request {request_id!r}, step {step}: {len(self.token_ids)} of {vocab_size} logits "
             f"are not finite (token ids {first}{more}){first_bad}; --trace-nonfinite also checks "

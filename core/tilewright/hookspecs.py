@@ -27,7 +27,6 @@ from tilewright.types import (
     GenerateResult,
     Hypothesis,
     KvAllocator,
-    KvAllocatorRequest,
     LoadedModel,
     ModelConfig,
     PackedWeights,
@@ -128,6 +127,7 @@ class ExecutorHooks:
         runtime_config: RuntimeConfig,
         weights: TensorSource,
         packed: bool,
+        layers: range,
         options: Any,
         report: Report,
     ) -> Executor:
@@ -137,6 +137,9 @@ class ExecutorHooks:
             None, the executor chooses.
         weights: checked: every expected tensor is there, with its expected shape.
         packed: whether the weights are those of the executor's own ``pack_weights``.
+        layers: the layers to run: all of the model's, or a part of them for an executor that can
+            run layer by layer. A part reads only the weights of ``expected_tensors(model_config,
+            layers)``, and its KV cache has only these layers.
         """
 
     @_first
@@ -162,11 +165,13 @@ class ExecutorHooks:
 
 
 class KvAllocatorHooks:
-    """Kind ``kv_allocator``: owns the KV cache."""
+    """Kind ``kv_allocator``: decides which request holds which pages of the KV cache."""
 
     @_first
-    def create_kv_allocator(self, request: KvAllocatorRequest) -> KvAllocator:  # type: ignore[empty-body]
-        """Make the cache that the executor's spec describes."""
+    def create_kv_allocator(  # type: ignore[empty-body]
+        self, num_pages: int, page_size: int, options: Any
+    ) -> KvAllocator:
+        """Make an allocator of num_pages pages, all free, of page_size tokens each."""
 
 
 class SamplerHooks:
@@ -217,8 +222,30 @@ class ObserverEvents:
         """An intermediate tensor, as a tap gets it. Copy what you keep: the memory is reused."""
 
     @_every
+    def on_request_submitted(
+        self, model_id: str, request_id: str, num_prompt_tokens: int, max_new_tokens: int
+    ) -> None:
+        """A request waits to be started."""
+
+    @_every
+    def on_request_admitted(self, model_id: str, request_id: str, cached_tokens: int) -> None:
+        """A request is started; the first cached_tokens of its prompt need not be computed."""
+
+    @_every
+    def on_request_preempted(self, model_id: str, request_id: str) -> None:
+        """A request gave its pages to others. It waits again, and will be admitted again."""
+
+    @_every
     def on_request_finished(self, result: GenerateResult) -> None:
         """A request is complete; its pages are free again."""
+
+    @_every
+    def on_request_aborted(self, result: GenerateResult) -> None:
+        """The caller ended a request; its pages are free when no step in flight uses them."""
+
+    @_every
+    def on_request_failed(self, model_id: str, request_id: str, error: Exception) -> None:
+        """A request ended with an error."""
 
     @_every
     def on_close(self) -> None:

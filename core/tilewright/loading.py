@@ -10,7 +10,7 @@ from attrs import define, evolve
 from pluggy import PluginManager
 
 from tilewright import plugins
-from tilewright.errors import ConfigError, ModelError, PluginError, nearest
+from tilewright.errors import ConfigError, ModelError, OutOfPagesError, PluginError, nearest
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
 from tilewright.types import (
@@ -18,11 +18,12 @@ from tilewright.types import (
     Executor,
     GenerateConfig,
     KvAllocator,
-    KvAllocatorRequest,
+    KvCacheSpec,
     LoadedModel,
     PackedTensor,
     PackedWeights,
     Packing,
+    ResolvedRuntime,
     RuntimeConfig,
     TensorSource,
 )
@@ -42,12 +43,8 @@ class ServedModel:
     model_id: str
     loaded: LoadedModel
     """What its loader returned; the weights are closed."""
-    runtime: RuntimeConfig
-    """The effective settings, with dtypes, lengths and pages filled in."""
-    max_seq_len: int
+    runtime: ResolvedRuntime
     executor: Executor
-    device: str
-    """The device that it runs on, as named by the executor."""
     allocator: KvAllocator
     text: Text
     load_seconds: float
@@ -97,7 +94,7 @@ def make_ready(
     started: when loading began, on time.perf_counter's clock.
     """
     try:
-        runtime = _resolved(asked, loaded)
+        runtime = _resolved(selection, asked, loaded)
         _check_weights(selection, loaded, runtime)
         executor = _create_executor(selection, observers, model_id, loaded, runtime)
     finally:
@@ -118,13 +115,16 @@ def pack(
             f"{loaded.source} is already packed, for executor {loaded.packing.executor}: "
             "expected the model that it was converted from"
         )
-    runtime = _resolved(asked, loaded)
+    runtime = _resolved(selection, asked, loaded)
     check_tensors(loaded.weights, loaded.config, loaded.source)
     return _packed(selection, loaded, runtime)
 
 
-def _resolved(runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConfig:
-    """The runtime with dtypes and max_seq_len filled in from the model."""
+def _resolved(selection: Selection, runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConfig:
+    """The runtime with dtypes and max_seq_len filled in from the model.
+
+    Raises ConfigError for a dtype that the executor does not support.
+    """
     config = loaded.config
     longest = config.max_position_embeddings
     if runtime.max_seq_len is not None and runtime.max_seq_len > longest:
@@ -134,10 +134,23 @@ def _resolved(runtime: RuntimeConfig, loaded: LoadedModel) -> RuntimeConfig:
         )
     stored = loaded.packing.weight_dtype if loaded.packing else config.dtype
     weight_dtype = runtime.weight_dtype or stored
+    kv_dtype = runtime.kv_dtype or weight_dtype
+    executor = selection.plugins["executor"]
+    for name, dtype, supported, default in (
+        ("weight_dtype", weight_dtype, executor.info.weight_dtypes, "that of the checkpoint"),
+        ("kv_dtype", kv_dtype, executor.info.kv_dtypes, "that of the weights"),
+    ):
+        if dtype not in supported:
+            origin = "" if getattr(runtime, name) else f", {default},"
+            raise ConfigError(
+                f"{name} = {dtype!r}{origin} is not supported by executor "
+                f"{executor.plugin.name!r}: set {name} to {' or '.join(map(repr, supported))}, or "
+                "choose another executor"
+            )
     return evolve(
         runtime,
         weight_dtype=weight_dtype,
-        kv_dtype=runtime.kv_dtype or weight_dtype,
+        kv_dtype=kv_dtype,
         max_seq_len=runtime.max_seq_len or longest,
     )
 
@@ -198,6 +211,7 @@ def _create_executor(
         runtime_config=runtime,
         weights=weights,
         packed=loaded.packing is not None,
+        layers=range(loaded.config.num_layers),
         options=selection.options["executor"],
         report=observers.reporter(model_id),
     )
@@ -218,38 +232,56 @@ def _with_cache(
             f"{selection.plugins['executor'].plugin} must choose a page size when the runtime's "
             "page_size is None, and name its device: update the plugin for this version"
         )
-    assert runtime.max_seq_len is not None
+    assert runtime.weight_dtype
+    assert runtime.kv_dtype
+    assert runtime.max_seq_len
     max_seq_len = _least(runtime.max_seq_len, limits.max_seq_len)
     max_batch_size = _least(runtime.max_batch_size, limits.max_batch_size)
+    total_pages = num_pages(spec, runtime.total_pages, max_batch_size, max_seq_len)
     allocator: KvAllocator = selection.plugins["kv_allocator"].call(
         "create_kv_allocator",
-        request=KvAllocatorRequest(
-            spec=spec,
-            total_pages=runtime.total_pages,
-            max_sequences=max_batch_size,
-            max_seq_len=max_seq_len,
-            options=selection.options["kv_allocator"],
-        ),
+        num_pages=total_pages,
+        page_size=spec.page_size,
+        options=selection.options["kv_allocator"],
     )
-    executor.bind_kv_cache(allocator.layers())
+    executor.allocate_kv(allocator.total_pages)
     return ServedModel(
         model_id=model_id,
         loaded=loaded,
-        runtime=evolve(
-            runtime,
+        runtime=ResolvedRuntime(
+            device=executor.device,
+            weight_dtype=runtime.weight_dtype,
+            kv_dtype=runtime.kv_dtype,
+            page_size=spec.page_size,
+            total_pages=allocator.total_pages,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             max_batch_tokens=_least(runtime.max_batch_tokens, limits.max_batch_tokens),
-            page_size=spec.page_size,
-            total_pages=allocator.total_pages,
         ),
-        max_seq_len=max_seq_len,
         executor=executor,
-        device=executor.device,
         allocator=allocator,
         text=Text(loaded.text),
         load_seconds=time.perf_counter() - started,
     )
+
+
+def num_pages(spec: KvCacheSpec, asked: int | None, max_sequences: int, max_seq_len: int) -> int:
+    """Number of pages in the cache: as asked, or what the sequences need within the memory limit.
+
+    Raises OutOfPagesError when the memory limit does not even hold one page.
+    """
+    if asked is not None:
+        return asked
+    wanted = max_sequences * -(-max_seq_len // spec.page_size)
+    if spec.memory_limit is None:
+        return wanted
+    affordable = spec.memory_limit // spec.page_bytes
+    if affordable < 1:
+        raise OutOfPagesError(
+            f"the KV cache may take {spec.memory_limit} bytes, but one page of {spec.page_size} "
+            f"tokens takes {spec.page_bytes}: free memory or set a smaller page_size"
+        )
+    return min(wanted, affordable)
 
 
 def _least(wanted: int, limit: int | None) -> int:

@@ -45,8 +45,21 @@ class Request:
 
     num_computed: int = 0
     """Number of leading tokens with keys and values in the KV cache."""
+    num_in_flight: int = 0
+    """Tokens after these that run in steps in flight."""
+    steps_in_flight: int = 0
+    source_row: int = -1
+    """Row of the step in flight in which the executor samples the request's next token; -1: none.
+    The token after it can be run before it is known."""
+    sampled_by_executor: bool = False
+    cached_tokens: int = 0
+    preemptions: int = 0
     output_token_ids: list[int] = field(factory=list)
     logprobs: list[TokenLogprobs] = field(factory=list)
+    num_prompt_logprobs: int | None = None
+    """How many of the most likely tokens are reported for each token of the prompt."""
+    prompt_logprobs: list[TokenLogprobs] = field(factory=list)
+    """From the prompt's second token."""
     sanitized_steps: int = 0
     pieces: list[str] = field(factory=list)
     """The text so far."""
@@ -61,6 +74,17 @@ class Request:
         return self.result is not None or self.error is not None
 
     @property
+    def num_known(self) -> int:
+        """Prompt and output tokens, and the one that is sampled in flight."""
+        sampled = len(self.output_token_ids) + (self.source_row >= 0)
+        return len(self.prompt_token_ids) + sampled
+
+    @property
+    def num_scheduled(self) -> int:
+        """Leading tokens that are computed, or will be by the steps in flight."""
+        return self.num_computed + self.num_in_flight
+
+    @property
     def max_cached_tokens(self) -> int:
         """Tokens in the KV cache at the end: all but the last one generated, which is not run."""
         return len(self.prompt_token_ids) + self.max_new_tokens - 1
@@ -71,12 +95,15 @@ class Request:
         prompt = self.prompt_token_ids[start : min(stop, n)]
         return [*prompt, *self.output_token_ids[max(start - n, 0) : max(stop - n, 0)]]
 
-    def sampler_row(self) -> SamplerRow:
+    def sampler_row(self, drafts: Sequence[int] = ()) -> SamplerRow:
+        """How the token is chosen that follows the known ones and some drafts."""
+        output = [*self.output_token_ids, *drafts] if drafts else self.output_token_ids
         return SamplerRow(
             request_id=self.request_id,
             params=self.params,
             prompt_token_ids=self.prompt_token_ids,
-            output_token_ids=self.output_token_ids,
+            output_token_ids=output,
+            position=len(output) + (self.source_row >= 0),
         )
 
     def accept(self, sampled: SampledToken) -> None:
@@ -115,6 +142,7 @@ class Request:
     def finish(self, model: "ServedModel") -> GenerateResult:
         """Make the result of a request that has a finish reason; the model is the one it ran on."""
         assert self.finish_reason is not None
+        now = time.perf_counter()
         self.result = GenerateResult(
             model_id=model.model_id,
             request_id=self.request_id,
@@ -124,14 +152,19 @@ class Request:
             prompt_token_ids=self.prompt_token_ids,
             seed=self.params.seed,
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
+            prompt_logprobs=(
+                None if self.num_prompt_logprobs is None else (None, *self.prompt_logprobs)
+            ),
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
             timings=Timings(
                 load_seconds=model.load_seconds,
-                prefill_seconds=self.prefilled - self.started,
-                decode_seconds=time.perf_counter() - self.prefilled,
+                prefill_seconds=(self.prefilled or now) - self.started,
+                decode_seconds=now - (self.prefilled or now),
                 prompt_tokens=len(self.prompt_token_ids),
                 new_tokens=len(self.output_token_ids),
             ),
-            device=model.device,
+            device=model.runtime.device,
             sanitized_steps=self.sanitized_steps,
         )
         return self.result
@@ -156,10 +189,11 @@ def new_request(
         request_id=request_id,
         prompt_token_ids=ids,
         params=evolve(_sampling_params(settings), seed=seed),
-        max_new_tokens=min(settings.max_new_tokens, model.max_seq_len - len(ids)),
+        max_new_tokens=min(settings.max_new_tokens, model.runtime.max_seq_len - len(ids)),
         eos_ids=frozenset(() if settings.ignore_eos else model.loaded.config.eos_token_ids),
         stop_ids=frozenset(settings.stop_token_ids or ()),
         stream=TextStream(model.text, settings.stop or ()),
+        num_prompt_logprobs=settings.prompt_logprobs,
     )
 
 
@@ -189,7 +223,7 @@ def refused(
             prompt_tokens=0,
             new_tokens=0,
         ),
-        device=model.device,
+        device=model.runtime.device,
         error=error,
     )
 
@@ -206,7 +240,7 @@ def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:
-    limit = model.max_seq_len
+    limit = model.runtime.max_seq_len
     if not ids:
         raise RequestError("the prompt is empty: expected at least one token")
     if len(ids) >= limit:

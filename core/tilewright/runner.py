@@ -1,11 +1,15 @@
 """One loaded model and its requests: runs their steps and ends them with a result or an error."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from attrs import field, frozen
+
 from tilewright.errors import (
+    ExecutorLostError,
     NonFiniteLogitsError,
     PluginError,
     RequestError,
@@ -14,15 +18,64 @@ from tilewright.errors import (
 from tilewright.loading import ServedModel
 from tilewright.plugins import Observers, cause
 from tilewright.request import Request
-from tilewright.scheduler import Scheduler, Step
-from tilewright.types import SampledToken, Sampler, SamplerRow, StepEvent
+from tilewright.scheduler import Draft, Part, Scheduler, Step
+from tilewright.types import (
+    Executor,
+    PendingStep,
+    SampledToken,
+    Sampler,
+    SamplerRow,
+    SamplingExecutor,
+    StepBatch,
+    StepEvent,
+    StepOutput,
+    Tap,
+    TokenLogprobs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@frozen(eq=False)
+class _Forwarded:
+    """A ``PendingStep`` of an executor that does not sample: runs when it is waited for."""
+
+    executor: Executor
+    batch: StepBatch
+    tap: "Tap | None"
+
+    def wait(self) -> StepOutput:
+        logits = self.executor.forward(self.batch, self.tap)
+        return StepOutput(tokens=[None] * len(self.batch.logits_rows), logits=logits)
+
+
+@frozen(eq=False)
+class _Refused:
+    """A ``PendingStep`` that could not be submitted."""
+
+    error: Exception
+
+    def wait(self) -> StepOutput:
+        raise self.error
+
+
+@frozen(eq=False)
+class _InFlight:
+    """A step that is running, or about to run."""
+
+    step: Step
+    pending: PendingStep
+    sampling: Sequence[SamplerRow | None]
+    """For each row of logits; None for a row that is only scored."""
+    started: float = field(factory=time.perf_counter)
+
+
 class Runner:
-    """Runs a model's steps. A request leaves ``requests`` when it is over or aborted."""
+    """Runs a model's steps. A request leaves ``requests`` when it is over or aborted.
+
+    Up to two steps are in flight when the executor samples; a step counts once it is done.
+    """
 
     def __init__(
         self,
@@ -31,32 +84,62 @@ class Runner:
         observers: Observers,
         executor_name: str,
         sampler_name: str,
+        draft: Draft | None = None,
     ):
-        """The names are those of the plugins, for error messages."""
+        """The names are those of the plugins, for error messages.
+
+        draft: guesses the next tokens of a request, which are checked many at a time.
+        """
         self.model = model
         self.requests: dict[str, Request] = {}
         self.num_steps = 0
         self._closed = False
+        self._lost: ExecutorLostError | None = None
         self._depth = 0
         """Steps that are running: an observer may run one in a step's events."""
         self._sampler = sampler
         self._executor_name = executor_name
         self._sampler_name = sampler_name
         self._observers = observers
+        self._in_flight: deque[_InFlight] = deque()
+        self._max_in_flight = 2 if isinstance(model.executor, SamplingExecutor) else 1
         runtime = model.runtime
         self._scheduler = Scheduler(
-            model.allocator, runtime.max_batch_size, runtime.max_batch_tokens
+            model.allocator,
+            runtime.max_batch_size,
+            runtime.max_batch_tokens,
+            model.executor.limits,
+            draft,
         )
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises OutOfPagesError if the whole cache is too small for it."""
+        """Queue a request.
+
+        Raises OutOfPagesError if the whole cache is too small for it, and ExecutorLostError when
+        the device of the executor is gone.
+        """
+        if self._lost:
+            raise self._lost
+        executor = self.model.executor
+        if isinstance(executor, SamplingExecutor):
+            request.sampled_by_executor = executor.serves(request.params)
         self._scheduler.add(request)
         self.requests[request.request_id] = request
+        self._notify(
+            "on_request_submitted",
+            request,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            max_new_tokens=request.max_new_tokens,
+        )
 
     def abort(self, request: Request) -> None:
-        """End a request and free its pages; does nothing if it has ended."""
+        """End a request with what it has generated; does nothing if it has ended.
+
+        Its pages are free when the steps in flight that it is in have ended.
+        """
         if request.request_id in self.requests:
-            self._drop(request)
+            request.finish_reason = "aborted"
+            self._finish(request, "on_request_aborted")
 
     def close(self, reason: RequestError) -> None:
         """End all requests with an error, and free the model: at once, or when a step has ended."""
@@ -64,47 +147,86 @@ class Runner:
             self._fail(request, reason)
         self._closed = True
         if not self._depth:
-            self.model.executor.close()
+            self._close_executor()
 
     def step(self) -> None:
-        """Run the next step for every request that is in it."""
+        """Run until the oldest step is done, for every request that is in it."""
         self._depth += 1
         try:
             self._step()
         finally:
             self._depth -= 1
             if self._closed and not self._depth:
-                self.model.executor.close()
+                self._close_executor()
+
+    def _close_executor(self) -> None:
+        self._discard_in_flight()
+        self.model.executor.close()
 
     def _step(self) -> None:
         self._finish_ended()  # left over if Ctrl-C or an observer interrupted a step
-        step = self._scheduler.schedule()
-        if step is None:
+        running = self._next()
+        if running is None:
             return
-        executor, started = self.model.executor, time.perf_counter()
-        run = executor.prefill if step.phase == "prefill" else executor.decode
-        plugin = self._executor_name
+        step, plugin = running.step, self._executor_name
         try:
-            logits = run(step.batch, self._observers.tap(self.model.model_id))
+            output = running.pending.wait()
             plugin = self._sampler_name
-            rows = [request.sampler_row() for request in step.sampled]
-            tokens = self._sample(logits, rows) if rows else []
-        except NonFiniteLogitsError as error:
-            # The others lose nothing: the step is not committed, and is scheduled again without it.
-            request = next(r for r in step.sampled if r.request_id == error.request_id)
-            self._fail(request, _traced(error, step, request, run))
-            return
+            tokens = self._sampled(running, output)
+            _score(step, output)
         except Exception as error:
-            failure = _failure_of(plugin, error)
-            for request in step.requests:
-                self._fail(request, failure)
+            self._failed(running, plugin, error)
             return
         # Accept tokens, then commit: if Ctrl-C falls between the two, a token is computed twice.
-        for request, token in zip(step.sampled, tokens, strict=True):
-            request.accept(token)
+        for part in step.parts:
+            if part.sampled:
+                first = running.sampling[part.sampled.start]
+                assert first is not None
+                _accept(part, first.position, tokens)
+        if running in self._in_flight:
+            self._in_flight.remove(running)
         self._scheduler.done(step)
-        self._report(step, time.perf_counter() - started)
+        self._report(step, time.perf_counter() - running.started)
         self._finish_ended()
+
+    def _next(self) -> _InFlight | None:
+        """The oldest step: the one to wait for. Starts all that may be in flight."""
+        executor = self.model.executor
+        while len(self._in_flight) < self._max_in_flight:
+            for request in self._scheduler.admit():
+                self._notify("on_request_admitted", request, cached_tokens=request.cached_tokens)
+            step = self._scheduler.schedule()
+            if step is None:
+                break
+            rows = _sampling(step)
+            if not isinstance(executor, SamplingExecutor):
+                tap = self._observers.tap(self.model.model_id)
+                return _InFlight(step, _Forwarded(executor, step.batch, tap), rows)
+            serves = [row is not None and executor.serves(row.params) for row in rows]
+            mine = [row if own else None for row, own in zip(rows, serves, strict=True)]
+            started = time.perf_counter()
+            try:
+                pending = executor.submit(step.batch, mine)
+            except Exception as error:
+                pending = _Refused(error)
+            self._in_flight.append(_InFlight(step, pending, rows, started))
+            self._scheduler.launched(step)
+        return self._in_flight[0] if self._in_flight else None
+
+    def _sampled(self, running: _InFlight, output: StepOutput) -> Sequence[SampledToken | None]:
+        """A token for each row of logits that is sampled."""
+        rows, tokens = running.sampling, list(output.tokens)
+        open_rows = [i for i, token in enumerate(tokens) if token is None]
+        ours = [(at, i) for at, i in enumerate(open_rows) if rows[i] is not None]
+        if ours:
+            logits = output.logits
+            assert logits is not None
+            if len(ours) != len(logits):
+                logits = logits[[at for at, _ in ours]]
+            chosen = self._sample(logits, [rows[i] for _, i in ours])  # type: ignore[misc]
+            for (_, i), token in zip(ours, chosen, strict=True):
+                tokens[i] = token
+        return tokens
 
     def _sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> Sequence[SampledToken]:
         tokens = self._sampler.sample(logits, rows)
@@ -118,40 +240,136 @@ class Runner:
             )
         return tokens
 
+    def _failed(self, running: _InFlight, plugin: str, error: Exception) -> None:
+        """End the requests that a failed step concerns; the others are scheduled again."""
+        self._discard_in_flight()
+        step = running.step
+        if running.pending.__class__ is _Forwarded:
+            self._scheduler.undone(step)
+        if isinstance(error, NonFiniteLogitsError):
+            # The others lose nothing: the step is not committed, and is scheduled again without it.
+            part = next(p for p in step.parts if p.request.request_id == error.request_id)
+            self._fail(part.request, _traced(error, step, part, self.model.executor))
+            return
+        failure = _failure_of(plugin, error)
+        concerned: Sequence[Request] = step.requests
+        if isinstance(error, ExecutorLostError):
+            self._lost = error
+            concerned = list(self.requests.values())
+        for request in concerned:
+            self._fail(request, failure)
+
+    def _discard_in_flight(self) -> None:
+        """Wait for the steps in flight, and forget them."""
+        for running in self._in_flight:
+            with suppress(Exception):
+                running.pending.wait()
+            self._scheduler.undone(running.step)
+        self._in_flight.clear()
+
     def _report(self, step: Step, seconds: float) -> None:
-        self._observers.notify(
-            "on_step",
-            lambda: {
-                "event": StepEvent(
-                    model_id=self.model.model_id,
-                    phase=step.phase,
-                    step=self.num_steps,
-                    request_ids=tuple(request.request_id for request in step.requests),
-                    num_tokens=len(step.batch.token_ids),
-                    seconds=seconds,
-                )
-            },
-        )
+        def event() -> StepEvent:
+            lengths = [(part.stop - part.start, part.decoding) for part in step.parts]
+            allocator = self.model.allocator
+            idle = allocator.free_pages + allocator.evictable_pages
+            return StepEvent(
+                model_id=self.model.model_id,
+                step=self.num_steps,
+                request_ids=step.batch.request_ids,
+                num_prompt_tokens=sum(n for n, decoding in lengths if not decoding),
+                num_decode_tokens=sum(n for n, decoding in lengths if decoding),
+                num_waiting=self._scheduler.num_waiting,
+                num_running=self._scheduler.num_running,
+                used_pages=allocator.total_pages - idle,
+                cached_pages=allocator.evictable_pages,
+                total_pages=allocator.total_pages,
+                seconds=seconds,
+            )
+
+        self._observers.notify("on_step", lambda: {"event": event()})
         self.num_steps += 1
+
+    def _notify(self, event: str, request: Request, **arguments: object) -> None:
+        ids = {"model_id": self.model.model_id, "request_id": request.request_id}
+        self._observers.notify(event, lambda: {**ids, **arguments})
 
     def _finish_ended(self) -> None:
         for request in list(self.requests.values()):
             if request.finish_reason:
-                self._finish(request)
+                self._finish(request, "on_request_finished")
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: Request, event: str) -> None:
         result = request.finish(self.model)
         self._drop(request)
-        self._observers.notify("on_request_finished", lambda: {"result": result})
+        self._observers.notify(event, lambda: {"result": result})
 
     def _fail(self, request: Request, error: Exception) -> None:
         if request.request_id in self.requests:  # an observer may have ended it
             request.error = error
             self._drop(request)
+            self._notify("on_request_failed", request, error=error)
 
     def _drop(self, request: Request) -> None:
         del self.requests[request.request_id]
         self._scheduler.remove(request)
+
+
+def _sampling(step: Step) -> list[SamplerRow | None]:
+    """How each row of a step's logits is sampled; None for a row that is only scored."""
+    rows: list[SamplerRow | None] = []
+    for part in step.parts:
+        rows += [None] * len(part.scored)
+        rows += [part.request.sampler_row(part.drafts[:i]) for i in range(len(part.sampled))]
+    return rows
+
+
+def _accept(part: Part, position: int, tokens: Sequence[SampledToken | None]) -> None:
+    """Add a request's tokens, up to the first draft that was wrong.
+
+    position: of the first one in the output. It is there already when the step was interrupted
+    after its tokens had been added.
+    """
+    request = part.request
+    for number, row in enumerate(part.sampled):
+        token = tokens[row]
+        assert token is not None
+        if position + number == len(request.output_token_ids):
+            request.accept(token)
+        if number < len(part.drafts) and token.token_id != part.drafts[number]:
+            break
+
+
+def _score(step: Step, output: StepOutput) -> None:
+    """Add the log-probabilities of prompt tokens."""
+    if not any(part.scored for part in step.parts):
+        return
+    open_rows = [i for i, token in enumerate(output.tokens) if token is None]
+    for part in step.parts:
+        request, logits = part.request, output.logits
+        if not part.scored:
+            continue
+        assert logits is not None
+        assert request.num_prompt_logprobs is not None
+        first = open_rows.index(part.scored.start)
+        following = request.prompt_token_ids[part.start + 1 :][: len(part.scored)]
+        rows = logits[first : first + len(part.scored)]
+        scored = _logprobs(rows, following, request.num_prompt_logprobs)
+        request.prompt_logprobs[part.start :] = scored
+
+
+def _logprobs(logits: "Tensor", token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """For each row, the log-probability of a token and of the count most likely ones."""
+    values = logits.log_softmax(-1)
+    top = values.topk(min(count, values.shape[1]))
+    pairs = [
+        sorted(zip(ids, likely, strict=True), key=lambda pair: (-pair[1], pair[0]))
+        for ids, likely in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    logprobs = [values[row, token_id].item() for row, token_id in enumerate(token_ids)]
+    return [
+        TokenLogprobs(token_id=token_id, logprob=logprob, top=tuple(likely))
+        for token_id, logprob, likely in zip(token_ids, logprobs, pairs, strict=True)
+    ]
 
 
 def _failure_of(plugin: str, error: Exception) -> Exception:
@@ -164,25 +382,28 @@ def _failure_of(plugin: str, error: Exception) -> Exception:
 
 
 def _traced(
-    error: NonFiniteLogitsError, step: Step, request: Request, run: Callable[..., "Tensor"]
+    error: NonFiniteLogitsError, step: Step, part: Part, executor: Executor
 ) -> NonFiniteLogitsError:
     """The error with the name of the first non-finite tensor, found by running the step again.
 
     That is safe until the step is committed: it writes the same values to the same slots.
     """
-    batch, at = step.batch, step.requests.index(request)
+    batch, at = step.batch, step.parts.index(part)
+    if (batch.token_source >= 0).any():
+        return error  # its tokens are known to the device only
     tokens = slice(*batch.query_starts[at : at + 2].tolist())
-    row = step.sampled.index(request)
+    rows = slice(part.sampled.start, part.sampled.stop)
     found: list[str] = []
 
     def tap(name: str, tensor: "Tensor") -> None:
-        rows = tokens if len(tensor) == len(batch.token_ids) else slice(row, row + 1)
-        if not found and not tensor[rows].isfinite().all():
+        own = tensor[tokens if len(tensor) == len(batch.token_ids) else rows]
+        if not found and not own.isfinite().all():
             found.append(name)
 
+    name = None
     with suppress(Exception):  # the request has failed anyway
-        run(batch, tap)
-    name = found[0] if found else None
+        executor.forward(batch, tap)
+        name = ""
     return NonFiniteLogitsError(
-        error.request_id, error.step, error.token_ids, error.vocab_size, name
+        error.request_id, error.step, error.token_ids, error.vocab_size, found[0] if found else name
     )

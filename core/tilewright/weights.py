@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from tilewright.errors import ModelError, listed
 from tilewright.types import (
     DTYPES,
-    DType,
     ModelConfig,
     PackedTensor,
     Packing,
@@ -41,24 +40,30 @@ SAFETENSORS_DTYPES = {
 """Names in ``TensorInfo`` of the dtypes in the headers of safetensors files."""
 
 
-def torch_dtype(name: DType) -> "torch.dtype":
+def torch_dtype(name: str) -> "torch.dtype":
     import torch
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def expected_tensors(
+    config: ModelConfig, layers: range | None = None
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all weights of a model, in the order in which they are used.
 
-    The names are those of Hugging Face checkpoints. Projections are stored [out, in].
+    layers: only the weights of these layers, with the embedding if layer 0 is among them, and the
+    final norm and the head if the last one is. The names are those of Hugging Face checkpoints.
+    Projections are stored [out, in].
     """
+    layers = range(config.num_layers) if layers is None else layers
+    first, last = 0 in layers, config.num_layers - 1 in layers
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     q_rows, kv_rows = config.num_heads * head, config.num_kv_heads * head
-    expected: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden)
-    }
-    for i in range(config.num_layers):
+    expected: dict[str, tuple[int, ...]] = {}
+    if first or (last and config.tie_word_embeddings):
+        expected["model.embed_tokens.weight"] = (config.vocab_size, hidden)
+    for i in layers:
         layer = f"model.layers.{i}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         expected[f"{layer}.input_layernorm.weight"] = (hidden,)
@@ -81,8 +86,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             expected[f"{mlp}.{name}_proj.weight"] = (rows, columns)
             if config.mlp_bias:
                 expected[f"{mlp}.{name}_proj.bias"] = (rows,)
-    expected["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
+    if last:
+        expected["model.norm.weight"] = (hidden,)
+    if last and not config.tie_word_embeddings:
         expected["lm_head.weight"] = (config.vocab_size, hidden)
     return expected
 
@@ -123,16 +129,14 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         )
 
 
-def typed_tensors(
-    config: ModelConfig, weights: TensorSource, dtype: DType
-) -> Iterator[PackedTensor]:
+def typed_tensors(config: ModelConfig, weights: TensorSource, dtype: str) -> Iterator[PackedTensor]:
     """A checkpoint's weights in the weight dtype, under their own names and in their shapes."""
     for name, shape in expected_tensors(config).items():
         read = partial(_typed, weights, name, dtype)
         yield PackedTensor(name=name, shape=shape, dtype=dtype, read=read)
 
 
-def _typed(source: TensorSource, name: str, dtype: DType) -> "Tensor":
+def _typed(source: TensorSource, name: str, dtype: str) -> "Tensor":
     return source.get(name).to(torch_dtype(dtype))
 
 

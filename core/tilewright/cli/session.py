@@ -46,7 +46,7 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
         finally:
             if bar:
                 bar.stop()
-        if (device := engine.model(config.model.id).device) != "cpu":
+        if (device := engine.model(config.model.id).runtime.device) != "cpu":
             note(f"note: the model runs on: {device}")
         for warning in loaded.warnings:
             note(f"warning: {warning}")

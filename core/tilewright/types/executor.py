@@ -1,26 +1,25 @@
 """What an executor runs, step by step, and within which limits."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from attrs import frozen, validators
 from attrs.converters import optional
 
 from tilewright.types.fields import checked, described, if_set
 from tilewright.types.kv_cache import KvCacheSpec, KvLayer
-from tilewright.types.model import DTYPES, DType
+from tilewright.types.sampling import SampledToken, SamplerRow, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Phase = Literal["prefill", "decode"]
 Tap: TypeAlias = "Callable[[str, Tensor], None]"
 """Called by an executor with a tensor's name and the tensor; see docs/tensors.md for the names."""
 
 
 @frozen(field_transformer=checked)
 class RuntimeConfig:
-    """How this machine runs a model. None means: decided when the model is loaded."""
+    """How a user wants this machine to run a model. None: left to the engine and the executor."""
 
     device: str | int | None = described(
         "device to run on, as the executor names it, such as cpu or the number of a card; "
@@ -28,13 +27,12 @@ class RuntimeConfig:
         converter=optional(str),
     )
     """Always stored as a string."""
-    weight_dtype: DType | None = described(
-        "dtype of the weights: float32, bfloat16 or float16; default: the checkpoint's dtype",
-        validator=if_set(validators.in_(DTYPES)),
+    weight_dtype: str | None = described(
+        "dtype of the weights, one that the executor supports, such as float32, bfloat16 or "
+        "float16; default: the checkpoint's dtype"
     )
-    kv_dtype: DType | None = described(
-        "dtype of the KV cache; default: the weights' dtype",
-        validator=if_set(validators.in_(DTYPES)),
+    kv_dtype: str | None = described(
+        "dtype of the KV cache, one that the executor supports; default: the weights' dtype"
     )
     page_size: int | None = described(
         "tokens per KV cache page; default: the executor's choice",
@@ -51,18 +49,34 @@ class RuntimeConfig:
     )
     max_batch_size: int = described("maximum sequences per step", 16, validator=validators.ge(1))
     max_batch_tokens: int = described(
-        "maximum tokens per prefill step; longer prompts are split into chunks",
+        "maximum tokens per step; longer prompts are split into chunks",
         2048,
         validator=validators.ge(1),
     )
 
 
+@frozen(kw_only=True)
+class ResolvedRuntime:
+    """How this machine runs a loaded model: every field of RuntimeConfig, decided."""
+
+    device: str
+    """As the executor names it."""
+    weight_dtype: str
+    kv_dtype: str
+    page_size: int
+    total_pages: int
+    max_seq_len: int
+    max_batch_size: int
+    max_batch_tokens: int
+
+
 @frozen(kw_only=True, eq=False)
 class StepBatch:
-    """One step over B sequences and T tokens, the same for every executor. CPU tensors.
+    """One step over B sequences and T tokens, the same for every executor.
 
-    The tokens of sequence i are rows query_starts[i] to query_starts[i + 1]. They are the last
-    ones of its context: position = context_lens[i] - (query_starts[i + 1] - row).
+    Tensors are on the CPU, and a batch can be pickled. The tokens of sequence i are rows
+    query_starts[i] to query_starts[i + 1]. They are the last ones of its context: position =
+    context_lens[i] - (query_starts[i + 1] - row).
     """
 
     token_ids: "Tensor"
@@ -77,21 +91,45 @@ class StepBatch:
     """[B] int32: tokens in the KV cache once this step has run"""
     query_starts: "Tensor"
     """[B + 1] int32"""
+    max_query_len: int
+    """Tokens of the sequence that has most of them in this step."""
+    num_drafts: "Tensor"
+    """[B] int32: how many of a sequence's tokens, its last ones, are guesses that this step checks.
+    A sequence with one token and its drafts is decoding, though it has more than one row."""
     logits_rows: "Tensor"
     """[L] int64: the rows of the T tokens whose logits are wanted, ascending"""
+    token_source: "Tensor"
+    """[T] int32: -1, or the row of the L of the step before whose sampled token stands here; the
+    token id is 0 then. Only for executors that sample (``SamplingExecutor``)."""
+    request_ids: tuple[str, ...]
+    """The B requests that the sequences belong to."""
+    ended_request_ids: tuple[str, ...] = ()
+    """Requests that ended since the step before: what is kept for them can be dropped."""
 
 
 @frozen(kw_only=True)
 class ExecutorLimits:
-    """Limits of one step; None: limited only by memory."""
+    """What steps an executor takes; None: limited only by memory."""
 
     max_batch_size: int | None = None
+    """Sequences of a step."""
     max_batch_tokens: int | None = None
+    """Tokens of a step."""
     max_seq_len: int | None = None
+    max_logits_rows: int | None = None
+    """Rows of logits of a step, beyond those that are sampled."""
+    mixed: bool = True
+    """Whether prompts and decoding sequences may be in one step. If not, and both wait, they take
+    turns."""
+    shares_pages: bool = True
+    """Whether sequences may hold pages together. False for an executor that keeps keys and values
+    of its own for each request."""
+    tap_exact: bool = True
+    """Whether a step with a tap computes the same bits as one without."""
 
 
 class Executor(Protocol):
-    """Runs a model's forward pass over a paged KV cache."""
+    """Runs a model's forward pass over a paged KV cache, which it owns."""
 
     @property
     def device(self) -> str:
@@ -104,63 +142,119 @@ class Executor(Protocol):
     @property
     def kv_cache_spec(self) -> KvCacheSpec: ...
 
-    def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
-        """Called once, before the first step, with the storage that kv_cache_spec asked for."""
-        ...
+    def allocate_kv(self, num_pages: int) -> None:
+        """Allocate the KV cache. Called once, before the first step.
 
-    def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> "Tensor":
-        """Run any number of tokens per sequence, with or without context before them.
-
-        Writes the tokens' keys and values to their slots only. Returns the wanted
-        logits, [L, vocab_size] float32 on the CPU.
+        Raises OutOfPagesError when the device cannot hold so many pages.
         """
         ...
 
-    def decode(self, batch: StepBatch, tap: "Tap | None" = None) -> "Tensor":
-        """Like prefill, with exactly one token per sequence (T == B)."""
+    def forward(self, batch: StepBatch, tap: "Tap | None" = None) -> "Tensor":
+        """Run a step: any number of tokens per sequence, with or without context before them.
+
+        Writes the tokens' keys and values to their slots only. Returns the wanted logits,
+        [L, vocab_size] float32, on the device that computes them. Raises ExecutorError for a step
+        that failed, and ExecutorLostError when no further step can run.
+        """
+        ...
+
+    def read_kv(self, layer: int, pages: Sequence[int]) -> KvLayer:
+        """Copies of some pages of a layer's cache, as CPU tensors in the spec's row order."""
+        ...
+
+    def write_kv(self, layer: int, pages: Sequence[int], cache: KvLayer) -> None:
+        """Replace some pages of a layer's cache by CPU tensors, as ``read_kv`` returns them."""
         ...
 
     def close(self) -> None:
-        """Free weights and device; closing again does nothing. It cannot be used afterwards."""
+        """Free weights, cache and device; closing again does nothing. It cannot be used
+        afterwards."""
         ...
 
 
 class LayerwiseExecutor(Executor, Protocol):
     """An executor that can run one layer at a time, on any input, so that the layer can be compared
-    with the same layer of another executor.
+    with the same layer of another executor, and so that a model can be split by layers.
 
-    A step is embed, run_layer of each layer in turn, and run_head of the wanted rows: prefill and
-    decode compute exactly that. Hidden states are CPU tensors.
+    A step is begin, embed, run_layer of each layer in turn, and run_head of the wanted rows:
+    ``forward`` computes exactly that. Hidden states stay on the executor's device; inputs from
+    elsewhere are moved there.
     """
 
-    def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> "Tensor":
+    @property
+    def layers(self) -> range:
+        """The layers that it runs, by their number in the model. Only the part with layer 0 can
+        embed, and only the part with the last layer can run the head."""
+        ...
+
+    def begin(self, batch: StepBatch) -> Any:
+        """Prepare what the layers of a step share. The result is passed to the methods below."""
+        ...
+
+    def embed(self, step: Any, tap: "Tap | None" = None) -> "Tensor":
         """The tokens' embeddings, [T, hidden_size]."""
         ...
 
     def run_layer(
-        self, layer: int, hidden: "Tensor", batch: StepBatch, tap: "Tap | None" = None
+        self, step: Any, layer: int, hidden: "Tensor", tap: "Tap | None" = None
     ) -> "Tensor":
         """One layer on hidden [T, hidden_size]; writes the tokens' keys and values as a step does.
 
-        The phase is decode if each sequence has one token, else prefill.
+        Does not change its input.
         """
         ...
 
-    def run_head(self, hidden: "Tensor", tap: "Tap | None" = None) -> "Tensor":
-        """Final norm and LM head: hidden [L, hidden_size] to logits [L, vocab_size] float32."""
-        ...
-
-    def read_kv(self, layer: int) -> KvLayer:
-        """A layer's cache as CPU tensors in the spec's row order; they may be the cache itself."""
-        ...
-
-    def write_kv(self, layer: int, cache: KvLayer) -> None:
-        """Replace a layer's cache by CPU tensors of the same shape."""
+    def run_head(self, step: Any, hidden: "Tensor", tap: "Tap | None" = None) -> "Tensor":
+        """Final norm and LM head: hidden [L, hidden_size], any rows, to logits [L, vocab_size]
+        float32."""
         ...
 
     def weight(self, name: str) -> "Tensor":
         """A weight in the checkpoint's name and shape, rebuilt from the executor's own copy.
 
-        Raises KeyError for a name that the model does not have.
+        Raises KeyError for a name that the model, or the executor's part of it, does not have.
+        """
+        ...
+
+
+@frozen(kw_only=True, eq=False)
+class StepOutput:
+    """What an executor that samples made of a step."""
+
+    tokens: Sequence[SampledToken | None]
+    """For each of the step's L rows of logits; None where the engine samples."""
+    logits: "Tensor | None" = None
+    """[number of None, vocab_size] float32: the rows that the engine samples, in order."""
+
+
+class PendingStep(Protocol):
+    """A step that was submitted."""
+
+    def wait(self) -> StepOutput:
+        """Wait until the step is done. Called in the order of submission, and again if Ctrl-C
+        interrupted it.
+
+        Raises what ``Executor.forward`` and ``Sampler.sample`` raise.
+        """
+        ...
+
+
+@runtime_checkable
+class SamplingExecutor(Executor, Protocol):
+    """An executor that samples where the logits are. Up to two of its steps are in flight.
+
+    Optional: for other executors, the engine calls ``forward`` and the sampler.
+    """
+
+    def serves(self, params: SamplingParams) -> bool:
+        """Whether it samples for a request with these parameters itself."""
+        ...
+
+    def submit(self, batch: StepBatch, sampling: Sequence[SamplerRow | None]) -> PendingStep:
+        """Start a step, and return without waiting for it.
+
+        sampling: for each of the L rows of logits, how its token is chosen; None for rows whose
+        logits are wanted, and sampled by the engine. The batch may name tokens of the step before
+        by ``token_source``. Steps run in the order of submission.
         """
         ...

@@ -1,120 +1,141 @@
-"""The KV cache: its layout, its storage, and which requests hold which pages."""
+"""The KV cache: its shape, and which requests hold which pages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
-from tilewright.types.model import DType
+from tilewright.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 RowOrder = Literal["NHD", "HND"]
 
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _page_bytes(spec: Any) -> int:
+    if spec.dtype not in _ITEM_BYTES:
+        raise ConfigError(
+            f"KvCacheSpec.page_bytes must be given for a cache of dtype {spec.dtype!r}: it is "
+            f"computed only for {', '.join(_ITEM_BYTES)}"
+        )
+    vectors = 2 * spec.num_layers * spec.page_size * spec.num_kv_heads
+    return int(vectors * spec.head_dim * _ITEM_BYTES[spec.dtype])
+
 
 @frozen(kw_only=True)
 class KvCacheSpec:
-    """The KV cache that an executor needs. Declared by the executor, built by the allocator.
+    """The KV cache of an executor, which allocates and owns its storage.
 
-    row_order: ``NHD`` has layers of shape [pages, page_size, num_kv_heads, head_dim]; ``HND`` has
-        [pages, num_kv_heads, page_size, head_dim]. The two cannot be told apart by shape when
+    row_order: ``NHD`` has pages of shape [page_size, num_kv_heads, head_dim]; ``HND`` has
+        [num_kv_heads, page_size, head_dim]. The two cannot be told apart by shape when
         page_size == num_kv_heads, so the order is declared and never inferred. A slot is
         page * page_size + offset in both.
-    memory_limit: maximum bytes of the cache when total_pages is not given.
-    allocate: makes the storage of one tensor from (shape, dtype); None: ``torch.zeros`` on
-        ``device``. An executor whose cache lives on a device that torch does not know returns its
-        own handles here; the allocator passes them on and can neither read nor copy them.
+    page_bytes: bytes that one page takes, keys and values of all num_layers layers together;
+        default: computed from the shape.
+    memory_limit: maximum bytes of the cache when the user gives no number of pages.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     page_size: int
-    dtype: DType
-    device: str = "cpu"
+    dtype: str
     row_order: RowOrder = "NHD"
     memory_limit: int | None = None
-    allocate: "Callable[[tuple[int, ...], torch.dtype], Any] | None" = None
+    page_bytes: int = field()
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers, keys and values."""
-        itemsize = 4 if self.dtype == "float32" else 2
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.page_size * itemsize
+    @page_bytes.default
+    def _default_page_bytes(self) -> int:
+        return _page_bytes(self)
 
 
 @frozen
 class KvLayer:
-    """One layer's keys and values, each shaped as the spec's row order says."""
+    """Keys and values of some pages of one layer, [pages, *page] in the spec's row order."""
 
     key: "Tensor"
     value: "Tensor"
 
 
 class KvAllocator(Protocol):
-    """Owns the KV cache: which request holds which page, and the storage behind the pages.
+    """Which request holds which pages of the KV cache. It has no storage and no tensors.
 
-    A page belongs to the requests that hold it and is free when none does. Except for the copy in
-    fork, only the executor writes to the storage, and only to slots of a request's own unshared
-    pages.
+    Position p of a request is in its page number p // page_size. Requests may hold a page together
+    only if it is full. A full page that was committed is known by its content: its tokens and all
+    tokens before it, within one salt. It stays known after the last request has freed it, until its
+    memory is needed; the page that was freed first goes first, and of one request's pages the last.
     """
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        ...
 
     @property
     def total_pages(self) -> int: ...
 
     @property
-    def free_pages(self) -> int: ...
-
-    def pages_for(self, num_tokens: int) -> int:
-        """How many pages hold num_tokens tokens."""
+    def free_pages(self) -> int:
+        """Pages that no request holds and whose content is not known."""
         ...
 
-    def allocate(self, request_id: str, num_tokens: int) -> None:
-        """Give a new request pages for its first num_tokens tokens.
+    @property
+    def evictable_pages(self) -> int:
+        """Pages that no request holds and whose content is known; taken when none is free."""
+        ...
 
-        Raises OutOfPagesError and changes nothing when too few pages are free; ValueError when the
-        request already has pages or num_tokens < 1.
+    def allocate(
+        self, request_id: str, token_ids: Sequence[int], *, max_cached: int, salt: bytes = b""
+    ) -> int:
+        """Begin a request that holds only the known pages at the start of its tokens.
+
+        token_ids: the request's tokens so far. A page is found by comparing tokens, never by a hash
+        alone. salt: requests share pages only with requests of the same salt.
+
+        Returns the number of tokens in these pages: at most min(max_cached, len(token_ids) - 1), so
+        that one token at least is left to compute. Takes no new page. Raises ValueError when the
+        request already has pages, or without tokens.
         """
         ...
 
-    def extend(self, request_id: str, num_tokens: int = 1) -> None:
-        """Allocate num_tokens more. Raises KeyError, or OutOfPagesError and changes nothing."""
-        ...
+    def extend(self, request_id: str, to_tokens: int) -> None:
+        """Give a request pages for its first to_tokens tokens; it keeps what it has beyond.
 
-    def num_tokens(self, request_id: str) -> int:
-        """Tokens that the request has slots for. Raises KeyError."""
-        ...
-
-    def slots(self, request_id: str, start: int, stop: int) -> "Tensor":
-        """Slots of positions start to stop, [stop - start] int32. Raises KeyError, IndexError."""
-        ...
-
-    def block_table(self, request_ids: Sequence[str]) -> "Tensor":
-        """[B, max_pages] int32: each request's pages in order of position, padded with -1.
-
-        max_pages is the largest number of pages among them. Raises KeyError.
+        Raises OutOfPagesError and changes nothing when too few pages are free or evictable;
+        KeyError for an unknown request.
         """
         ...
 
-    def fork(self, parent_id: str, child_id: str) -> None:
-        """Give a new request the parent's tokens: full pages shared, the partly full one copied.
+    def truncate(self, request_id: str, to_tokens: int) -> None:
+        """Release the pages behind a request's first to_tokens tokens.
 
-        Raises OutOfPagesError and changes nothing; KeyError for an unknown parent; ValueError when
-        the child already has pages, and when a page of an executor's own storage
-        (KvCacheSpec.allocate) would have to be copied.
+        Raises ValueError for fewer tokens than are committed; KeyError for an unknown request.
         """
+        ...
+
+    def commit(self, request_id: str, token_ids: Sequence[int]) -> None:
+        """Make a request's full pages known by their content.
+
+        token_ids: the request's first tokens, whose keys and values are all in the cache. Tokens
+        that were committed before are not read again. Of two pages with one content, the one that
+        was committed first is found.
+
+        Raises ValueError for more tokens than the request has pages for; KeyError.
+        """
+        ...
+
+    def pages(self, request_id: str) -> Sequence[int]:
+        """A request's pages, in order of position. Raises KeyError."""
         ...
 
     def free(self, request_id: str) -> None:
-        """Release all pages of a request. Raises KeyError."""
-        ...
-
-    def layers(self) -> Sequence[KvLayer]:
-        """The storage, one entry per layer, in the spec's row order; the same objects each time."""
+        """End a request: release all of its pages. Raises KeyError."""
         ...
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless each page is counted exactly once, as free or as held."""
+        """Raise AssertionError unless each page is counted exactly once: free, evictable or held,
+        and held by as many requests as are counted."""
         ...

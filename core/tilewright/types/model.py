@@ -128,7 +128,7 @@ class Packing:
     """``distribution:name`` of the plugin."""
     version: int
     """Version of the executor's layout; 0: checkpoint names and shapes, in ``weight_dtype``."""
-    weight_dtype: DType
+    weight_dtype: str
 
 
 @frozen(kw_only=True, eq=False)

@@ -7,8 +7,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from attrs import field, frozen
 
-from tilewright.types.kv_cache import KvCacheSpec
-from tilewright.types.model import TensorSource
+from tilewright.types.model import DTYPES, TensorSource
 
 Report: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being prepared, how much of it is done, and the total."""
@@ -26,6 +25,10 @@ class PluginInfo:
     summary: str
     options: type | None = None
     """An attrs class; each field's ``metadata["help"]`` is its line of help. None: no options."""
+    weight_dtypes: tuple[str, ...] = DTYPES
+    """Of an executor: names of the weight dtypes that it supports."""
+    kv_dtypes: tuple[str, ...] = DTYPES
+    """Of an executor: names of the KV cache dtypes that it supports."""
     limits: Mapping[str, str] = field(factory=dict)
     """What it can and cannot do, by topic, in words.
 
@@ -79,13 +82,3 @@ class WeightFormats(Protocol):
         Raises ModelError when none or more than one does; PluginError for an unknown name.
         """
         ...
-
-
-@frozen(kw_only=True)
-class KvAllocatorRequest:
-    spec: KvCacheSpec
-    total_pages: int | None
-    """The user's setting; None: from max_sequences, max_seq_len and the spec's memory limit."""
-    max_sequences: int
-    max_seq_len: int
-    options: Any

@@ -5,11 +5,12 @@ from typing import Literal
 from attrs import frozen
 
 from tilewright.errors import TilewrightError
-from tilewright.types.executor import Phase
 from tilewright.types.sampling import TokenLogprobs
 
-FinishReason = Literal["eos", "stop", "length", "error"]
-"""What ended a text; ``error``: it was not begun, since the prompt was refused."""
+Phase = Literal["prefill", "decode", "mixed"]
+FinishReason = Literal["eos", "stop", "length", "aborted", "error"]
+"""What ended a text. ``aborted``: its caller did, and the text is what was generated until then;
+``error``: it was not begun, since the prompt was refused."""
 
 
 @frozen(kw_only=True)
@@ -49,6 +50,12 @@ class GenerateResult:
     timings: Timings
     device: str
     """The device that it ran on, as named by the executor."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """For each token of the prompt, given those before it; None for the first one."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were in the KV cache and were not computed."""
+    preemptions: int = 0
+    """How often the request gave up its pages to others and was computed again."""
     sanitized_steps: int = 0
     """Steps whose logits were not finite and were sanitised; do not rely on such text."""
     error: TilewrightError | None = None
@@ -60,9 +67,32 @@ class StepEvent:
     """One executor step, as reported to observers."""
 
     model_id: str
-    phase: Phase
     step: int
     """Counts the model's steps from 0."""
     request_ids: tuple[str, ...]
-    num_tokens: int
+    """The requests of the step."""
+    num_prompt_tokens: int
+    """Tokens of the step that belong to requests without a new token yet."""
+    num_decode_tokens: int
+    """Tokens of requests that decode: one each, and their drafts."""
+    num_waiting: int
+    """Requests that have not started, after the step."""
+    num_running: int
+    """Requests that have started and not ended, after the step."""
+    used_pages: int
+    """Pages of the KV cache that requests hold, after the step."""
+    cached_pages: int
+    """Pages that no request holds and whose content is known."""
+    total_pages: int
     seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_decode_tokens
+
+    @property
+    def phase(self) -> Phase:
+        """``mixed`` for a step with tokens of both kinds."""
+        if not self.num_decode_tokens:
+            return "prefill"
+        return "mixed" if self.num_prompt_tokens else "decode"

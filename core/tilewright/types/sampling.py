@@ -79,6 +79,10 @@ class GenerateConfig:
         "return log-probabilities of the chosen token and of the n most likely tokens",
         validator=if_set(validators.ge(0)),
     )
+    prompt_logprobs: int | None = described(
+        "return log-probabilities of each prompt token and of the n most likely tokens there",
+        validator=if_set(validators.ge(0)),
+    )
     stop: tuple[str, ...] | None = described("end the text before any of these strings")
     stop_token_ids: tuple[int, ...] | None = described("end generation at any of these token ids")
     ignore_eos: bool | None = described("continue after an end-of-sequence token (false)")
@@ -117,7 +121,9 @@ class SamplerRow:
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
-    """Tokens generated so far; their number is the step."""
+    """Tokens generated so far, as far as they are known."""
+    position: int
+    """Index of the token to sample in the request's output."""
 
 
 @frozen(kw_only=True)

@@ -9,9 +9,9 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from tilewright.errors import ConfigError, nearest
-from tilewright.types import Phase
 from tilewright_compare.metrics import METRICS, Difference, difference
 
+Phase = Literal["prefill", "decode"]
 Mode = Literal["chained", "isolated"]
 
 FACTOR = 1.5
@@ -30,7 +30,7 @@ class Place:
     mode: Mode
     phase: Phase
     step: int
-    """From 0: the prefill steps, then the decode steps."""
+    """From 0, in the order in which they run."""
     tensor: str
     """As docs/tensors.md names it, or ``layers.N.k_cache`` and ``layers.N.v_cache``."""
 

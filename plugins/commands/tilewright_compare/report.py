@@ -379,7 +379,7 @@ def advice(comparison: Comparison) -> list[str]:
         hints.append(
             "each layer is right by itself: look at what goes from layer to layer, or adds up"
             if "isolated" in modes
-            else "to try each layer alone, both executors need run_layer, read_kv and write_kv"
+            else "to try each layer alone, both executors must be able to run layer by layer"
         )
     if first.place.phase == "decode" and first.place.mode == "chained":
         hints.append("prefill is right: look at positions, slots and the cache of decode steps")

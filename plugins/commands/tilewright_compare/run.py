@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tilewright.errors import ConfigError, ExecutorError, nearest
 from tilewright.scheduler import Step
-from tilewright.types import DType, KvLayer
+from tilewright.types import KvLayer
 from tilewright.weights import torch_dtype
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.diagnosis import Diagnosis
@@ -113,9 +113,7 @@ def _opened_sides(
             return stack.enter_context(closing(opened(name, choice)))
 
         ours = side("candidate", candidate)
-        kv_dtype = ours.model.runtime.kv_dtype
-        assert kv_dtype is not None
-        near = side("baseline", _in(reference, ours.weight_dtype, kv_dtype))
+        near = side("baseline", _in(reference, ours.weight_dtype, ours.model.runtime.kv_dtype))
         try:
             truth = side("truth", _in(reference, "float32", "float32"))
         except ExecutorError as error:
@@ -125,7 +123,7 @@ def _opened_sides(
         yield _Sides(ours, near, truth, tolerances=tolerances)
 
 
-def _in(choice: Choice, weight_dtype: DType, kv_dtype: DType) -> Choice:
+def _in(choice: Choice, weight_dtype: str, kv_dtype: str) -> Choice:
     runtime = evolve(choice.runtime, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
     return evolve(choice, runtime=runtime)
 
@@ -221,17 +219,17 @@ class _Sides:
         ours, near, true = steps
         taps: list[Tensors] = [{}, {}, {}]
         record = [recorder(seen) for seen in taps]
-        hidden = self.baseline.executor.embed(near.batch)
+        begun = [side.begin(step) for side, step in zip(self.all, steps, strict=True)]
+        hidden = self.baseline.embed(begun[1], near)
         for layer in range(self.candidate.executor.kv_cache_spec.num_layers):
             for target in (self.candidate, self.truth):
                 copy_kv(self.baseline, target, layer, near)
             before = None
             if diagnosis and diagnosis.wants(layer):
-                cache = self.candidate.kv(layer)
-                before = KvLayer(cache.key.clone(), cache.value.clone())
-            self.candidate.run_layer(layer, hidden, ours, record[0])
-            self.truth.run_layer(layer, hidden.float(), true, record[2])
-            output = self.baseline.run_layer(layer, hidden, near, record[1])
+                before = self.candidate.kv(layer)
+            self.candidate.run_layer(begun[0], layer, hidden, ours, record[0])
+            self.truth.run_layer(begun[2], layer, hidden.float(), true, record[2])
+            output = self.baseline.run_layer(begun[1], layer, hidden, near, record[1])
             found = self._judge(result, place, *taps)
             kv = self._joined(steps, layer)
             found = _in_order(found, self._judge_kv(place, layer, ours, kv))
@@ -249,9 +247,9 @@ class _Sides:
             yield f"layer {layer}"
         rows = hidden[near.batch.logits_rows]
         if len(rows):
-            self.candidate.run_head(rows, ours, record[0])
-            self.truth.run_head(rows.float(), true, record[2])
-            self.baseline.run_head(rows, near, record[1])
+            self.candidate.run_head(begun[0], rows, ours, record[0])
+            self.truth.run_head(begun[2], rows.float(), true, record[2])
+            self.baseline.run_head(begun[1], rows, near, record[1])
             found = self._judge(result, place, *taps)
             result.findings += found
             if diagnosis and diagnosis.wants(None) and not all(f.passed for f in found):

@@ -15,7 +15,8 @@ from tilewright.errors import ConfigError, ExecutorError, TilewrightError
 from tilewright.loading import ServedModel
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
-from tilewright.types import DType, KvLayer, Phase, RuntimeConfig, SamplingParams, Tap
+from tilewright.types import ExecutorLimits, KvLayer, RuntimeConfig, SamplingParams, Tap
+from tilewright_compare.judge import Phase
 
 MODEL_ID = "compared"
 
@@ -67,6 +68,7 @@ class Side:
     """Negative log-likelihood of the prompt tokens in nats, and their number; [2], float64."""
 
     def next_step(self) -> Step | None:
+        self.scheduler.admit()
         return self.scheduler.schedule()
 
     def done(self, step: Step, tokens: Sequence[int]) -> None:
@@ -82,16 +84,20 @@ class Side:
         """Restarts the same requests; the cache keeps its contents."""
         for request in self.requests:
             self.scheduler.remove(request)
-        self.requests = [evolve(r, output_token_ids=[], num_computed=0) for r in self.requests]
+        self.requests = [
+            evolve(r, output_token_ids=[], num_computed=0, finish_reason=None)
+            for r in self.requests
+        ]
         for request in self.requests:
             self.scheduler.add(request)
 
     def poison(self) -> None:
         """Fill the cache: if it were zero, reads of another sequence's slots would go unnoticed."""
-        for i in range(self.executor.kv_cache_spec.num_layers if self.layerwise else 0):
-            cache = self.executor.read_kv(i)
+        pages = range(self.model.runtime.total_pages)
+        for i in range(self.executor.kv_cache_spec.num_layers):
+            cache = self.executor.read_kv(i, pages)
             poisoned = (torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value))
-            self.executor.write_kv(i, KvLayer(*poisoned))
+            self.executor.write_kv(i, pages, KvLayer(*poisoned))
 
     @property
     def model(self) -> ServedModel:
@@ -102,21 +108,16 @@ class Side:
         return self.model.executor
 
     @property
-    def weight_dtype(self) -> DType:
-        dtype = self.model.runtime.weight_dtype
-        assert dtype is not None
-        return dtype
+    def weight_dtype(self) -> str:
+        return self.model.runtime.weight_dtype
 
     @property
     def layerwise(self) -> bool:
         return hasattr(self.executor, "run_layer")
 
-    def phase(self, step: Step) -> Phase:
-        """The phase: by the number of rows if layers run alone, else by the method called."""
-        if not self.layerwise:
-            return step.phase
-        batch = step.batch
-        return "decode" if len(batch.token_ids) == len(batch.context_lens) else "prefill"
+    @staticmethod
+    def phase(step: Step) -> Phase:
+        return "decode" if step.batch.max_query_len == 1 else "prefill"
 
     @contextmanager
     def running(self, step: Step, what: str) -> Iterator[None]:
@@ -127,14 +128,23 @@ class Side:
             why = str(error) if isinstance(error, TilewrightError) else plugins.cause(error)
             raise StepError(f"{self.name} failed in {self.phase(step)}, {what}: {why}") from error
 
-    def run_layer(self, layer: int, hidden: Tensor, step: Step, tap: Tap) -> Tensor:
+    def begin(self, step: Step) -> Any:
+        with self.running(step, "before the first layer"):
+            return self.executor.begin(step.batch)
+
+    def embed(self, begun: Any, step: Step, tap: "Tap | None" = None) -> Tensor:
+        with self.running(step, "embedding"):
+            hidden: Tensor = self.executor.embed(begun, tap)
+            return hidden
+
+    def run_layer(self, begun: Any, layer: int, hidden: Tensor, step: Step, tap: Tap) -> Tensor:
         with self.running(step, f"layer {layer}"):
-            output: Tensor = self.executor.run_layer(layer, hidden, step.batch, tap)
+            output: Tensor = self.executor.run_layer(begun, layer, hidden, tap)
             return output
 
-    def run_head(self, hidden: Tensor, step: Step, tap: "Tap | None" = None) -> Tensor:
+    def run_head(self, begun: Any, hidden: Tensor, step: Step, tap: "Tap | None" = None) -> Tensor:
         with self.running(step, "head"):
-            logits: Tensor = self.executor.run_head(hidden, tap)
+            logits: Tensor = self.executor.run_head(begun, hidden, tap)
             return logits
 
     def parts(self, step: Step) -> Iterator[Tensors]:
@@ -145,23 +155,23 @@ class Side:
         layers = executor.kv_cache_spec.num_layers
         if not self.layerwise:
             with self.running(step, "all layers"):
-                (executor.prefill if step.phase == "prefill" else executor.decode)(batch, tap)
+                executor.forward(batch, tap)
             yield {n: t for n, t in seen.items() if n == "embed"}
             for i in range(layers):
                 yield {n: t for n, t in seen.items() if n.startswith(f"layers.{i}.")}
             yield {n: t for n, t in seen.items() if n in ("final_norm", "logits")}
             return
-        with self.running(step, "embedding"):
-            hidden = executor.embed(batch, tap)
+        begun = self.begin(step)
+        hidden = self.embed(begun, step, tap)
         for i in range(layers):
             yield seen.copy()
             seen.clear()
-            hidden = self.run_layer(i, hidden, step, tap)
+            hidden = self.run_layer(begun, i, hidden, step, tap)
         yield seen.copy()
         seen.clear()
-        self.run_head(hidden[batch.logits_rows], step, tap)
-        if step.phase == "prefill":
-            self.nll += self._nll(step, self.run_head(hidden, step))
+        self.run_head(begun, hidden[batch.logits_rows], step, tap)
+        if not all(part.decoding for part in step.parts):
+            self.nll += self._nll(step, self.run_head(begun, hidden, step))
         yield seen
 
     def _nll(self, step: Step, logits: Tensor) -> Tensor:
@@ -184,13 +194,16 @@ class Side:
         return math.exp(nats / tokens) if tokens else None
 
     def kv(self, layer: int) -> KvLayer:
-        if self.layerwise:
-            return self.executor.read_kv(layer)  # type: ignore[no-any-return]
-        return self.model.allocator.layers()[layer]
+        """A copy of a layer's cache."""
+        pages = range(self.model.runtime.total_pages)
+        return self.executor.read_kv(layer, pages)  # type: ignore[no-any-return]
 
     def slots(self, request: Request, stop: int) -> Tensor:
         """Slots of the request's first tokens, [stop] int64."""
-        return self.model.allocator.slots(request.request_id, 0, stop).long()
+        size = self.model.runtime.page_size
+        pages = torch.tensor(self.model.allocator.pages(request.request_id))
+        positions = torch.arange(stop)
+        return pages[positions // size] * size + positions % size
 
     def close(self) -> None:
         self.engine.close()
@@ -231,7 +244,8 @@ def open_side(
             Request(f"prompt-{i}", tuple(ids), SamplingParams(), new_tokens)
             for i, ids in enumerate(prompts)
         ]
-        scheduler = Scheduler(model.allocator, len(prompts), chunk)
+        unmixed = ExecutorLimits(mixed=False)  # so that prefill and decode are judged apart
+        scheduler = Scheduler(model.allocator, len(prompts), chunk, unmixed)
         for request in requests:
             scheduler.add(request)
         return Side(name, engine, scheduler, requests)
@@ -242,7 +256,7 @@ def open_side(
 
 def written(side: Side, step: Step) -> list[tuple[Request, int]]:
     """The step's requests, each with the number of its tokens in the cache after the step."""
-    stops = dict(zip((r.request_id for r in step.requests), step.computed, strict=True))
+    stops = {part.request.request_id: part.stop for part in step.parts}
     return [(r, stops[r.request_id]) for r in side.requests if r.request_id in stops]
 
 
@@ -257,8 +271,11 @@ def joined(side: Side, layer: int, step: Step) -> KvLayer:
 
 
 def _at(side: Side, layer: int, slots: Tensor) -> KvLayer:
-    order, cache = side.executor.kv_cache_spec.row_order, side.kv(layer)
-    return KvLayer(*(Slots(t, order)[slots] for t in (cache.key, cache.value)))
+    spec = side.executor.kv_cache_spec
+    pages, page = (slots // spec.page_size).unique(return_inverse=True)
+    cache = side.executor.read_kv(layer, pages.tolist())
+    local = page * spec.page_size + slots % spec.page_size
+    return KvLayer(*(Slots(t, spec.row_order)[local] for t in (cache.key, cache.value)))
 
 
 def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
@@ -266,8 +283,7 @@ def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
 
     Otherwise a slot that is read before it is written would hold the right key of an earlier run.
     """
-    spec = target.executor.kv_cache_spec
-    cache = target.executor.read_kv(layer)
+    spec, cache = target.executor.kv_cache_spec, target.kv(layer)
     new = KvLayer(*(torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value)))
     for theirs, ours in zip(source.requests, target.requests, strict=True):
         before = theirs.num_computed
@@ -276,7 +292,7 @@ def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
         known, slots = _at(source, layer, source.slots(theirs, before)), target.slots(ours, before)
         for tensor, values in ((new.key, known.key), (new.value, known.value)):
             Slots(tensor, spec.row_order)[slots] = values.to(tensor.dtype)
-    target.executor.write_kv(layer, new)
+    target.executor.write_kv(layer, range(target.model.runtime.total_pages), new)
 
 
 @frozen(eq=False)

@@ -17,21 +17,18 @@ from torch import Tensor
 
 from tilewright import plugins
 from tilewright.errors import ExecutorError
-from tilewright.kv_cache import KvCacheManager
 from tilewright.types import (
     DTYPES,
-    DType,
     KvLayer,
     ModelConfig,
     PackedWeights,
-    Phase,
     RopeConfig,
     RuntimeConfig,
     StepBatch,
     Tap,
 )
 from tilewright.weights import torch_dtype
-from tilewright_compare.judge import Mode, Noise, Place, judge
+from tilewright_compare.judge import Mode, Noise, Phase, Place, judge
 from tilewright_testing.models import (
     CONFIGS,
     MemorySource,
@@ -125,6 +122,7 @@ class Case:
             "weights": self.model.source(),
             "packed": False,
             "options": options,
+            "layers": range(self.model.config.num_layers),
             "report": no_report,
         } | changed
 
@@ -153,52 +151,43 @@ class Running:
 
     executor: Any
     total_pages: int
-    layers: Sequence[KvLayer] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.layers = KvCacheManager(self.executor.kv_cache_spec, self.total_pages).layers()
-        self.executor.bind_kv_cache(self.layers)
+        self.executor.allocate_kv(self.total_pages)
 
     @property
-    def sees(self) -> bool:
-        """Whether the cache can be read."""
-        return isinstance(self.layers[0].key, Tensor) or hasattr(self.executor, "read_kv")
+    def num_layers(self) -> int:
+        layers: int = self.executor.kv_cache_spec.num_layers
+        return layers
 
     def cached(self, layer: int) -> Iterator[Tensor]:
         """A layer's keys, then its values, [pages, page_size, num_kv_heads, head_dim]."""
-        of = self.layers[layer]
-        if not isinstance(of.key, Tensor):
-            of = self.executor.read_kv(layer)
+        of = self.executor.read_kv(layer, range(self.total_pages))
         for storage in (of.key, of.value):
-            yield by_slot(storage.cpu(), self.executor.kv_cache_spec.row_order)
+            yield by_slot(storage, self.executor.kv_cache_spec.row_order)
 
     def snapshot(self) -> list[Tensor]:
         """Copies of keys and values of all layers."""
-        if not self.sees:
-            return []
-        return [t.clone() for i in range(len(self.layers)) for t in self.cached(i)]
+        return [t for i in range(self.num_layers) for t in self.cached(i)]
 
     def fill(self, value: float) -> None:
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer.key, Tensor):
-                layer.key.fill_(value)
-                layer.value.fill_(value)
-            else:
-                now = self.executor.read_kv(i)
-                full = (torch.full_like(t, value) for t in (now.key, now.value))
-                self.executor.write_kv(i, KvLayer(*full))
+        pages = range(self.total_pages)
+        for i in range(self.num_layers):
+            now = self.executor.read_kv(i, pages)
+            full = (torch.full_like(t, value) for t in (now.key, now.value))
+            self.executor.write_kv(i, pages, KvLayer(*full))
 
     def steps(self, sequences: Sequences, *several: Tokens) -> Iterator[tuple[Phase, StepBatch]]:
         """The steps that run new tokens, one group after another, within the executor's limits."""
         for tokens in several:
             for step in sequences.within(tokens, self.executor.limits):
-                phase = sequences.phase(step)
-                yield phase, sequences.batch(step)
+                batch = sequences.batch(step)
+                yield "decode" if batch.max_query_len == 1 else "prefill", batch
 
-    def run(self, phase: Phase, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        step = self.executor.prefill if phase == "prefill" else self.executor.decode
-        logits: Tensor = step(copied(batch), tap)
-        return logits
+    def run(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        """The step's logits, on the CPU."""
+        logits: Tensor = self.executor.forward(copied(batch), tap)
+        return logits.cpu()
 
 
 Seen = dict[str, Tensor]
@@ -227,11 +216,11 @@ class Trio:
     step_number: int = 0
     noise: defaultdict[str, Noise] = field(factory=lambda: defaultdict(Noise))
 
-    def run(self, tokens: Tokens, phase: Phase | None = None) -> None:
+    def run(self, tokens: Tokens) -> None:
         """Run new tokens, in as many steps as the candidate's limits require, and judge them."""
         __tracebackhide__ = True
-        for of, batch in self.candidate.steps(self.sequences, tokens):
-            self.step(phase or of, batch)
+        for phase, batch in self.candidate.steps(self.sequences, tokens):
+            self.step(phase, batch)
 
     def step(self, phase: Phase, batch: StepBatch, taps: bool = False) -> Tensor:
         """Run a step, and judge its new keys and values and its logits; returns the candidate's
@@ -242,7 +231,7 @@ class Trio:
         __tracebackhide__ = True
         seen: list[Seen] = [{}, {}, {}]
         logits = [
-            running.run(phase, batch, recorder(kept) if taps else None)
+            running.run(batch, recorder(kept) if taps else None)
             for running, kept in zip((self.candidate, self.near, self.true), seen, strict=True)
         ]
         for name in (n for n in seen[2] if n in seen[0] and n != "logits"):
@@ -256,7 +245,7 @@ class Trio:
         """Judge the keys and values of a step's tokens."""
         __tracebackhide__ = True
         slots, size = batch.slot_mapping.long(), self.case.page_size
-        for layer in range(len(self.candidate.layers) if self.candidate.sees else 0):
+        for layer in range(self.candidate.num_layers):
             caches = (r.cached(layer) for r in (self.candidate, self.near, self.true))
             of = zip(("k_cache", "v_cache"), zip(*caches, strict=True), strict=True)
             for name, storages in of:
@@ -317,7 +306,7 @@ class ExecutorSuite(PluginSuite):
         return MODELS
 
     @pytest.fixture
-    def dtypes(self) -> Sequence[DType]:
+    def dtypes(self) -> Sequence[str]:
         """Dtypes of weights and KV cache; those that the executor refuses are left out."""
         return DTYPES
 
@@ -341,7 +330,7 @@ class ExecutorSuite(PluginSuite):
         implementation: Implementation,
         create: Make,
         models: Mapping[str, ModelConfig],
-        dtypes: Sequence[DType],
+        dtypes: Sequence[str],
     ) -> Tried:
         tried: dict[str, Tried] = request.node.parent.stash.setdefault(_TRIED, {})
         subject = f"{id(implementation.plugin)} {implementation.options} {dtypes} {models}"
@@ -441,7 +430,7 @@ class ExecutorSuite(PluginSuite):
     def test_limits_are_positive_or_none(self, create: Make, case: Case) -> None:
         executor = create(case)
         limits = executor.limits
-        for name in ("max_batch_size", "max_batch_tokens", "max_seq_len"):
+        for name in ("max_batch_size", "max_batch_tokens", "max_seq_len", "max_logits_rows"):
             limit = getattr(limits, name)
             assert limit is None or (type(limit) is int and limit >= 1), (
                 f"limits.{name} must be None or a positive int, found {limit!r}"
@@ -497,12 +486,14 @@ class ExecutorSuite(PluginSuite):
         parts = _logits(chunked, sequences, *({"a": chunk} for chunk in chunks))
         with trio(case) as three:
             batch = three.sequences.batch({"a": prompt})
-            near, true = (r.run("prefill", batch) for r in (three.near, three.true))
+            near, true = (r.run(batch) for r in (three.near, three.true))
             three.judge("prefill", "logits", torch.cat(parts), near, true)
 
     def test_prompts_chunks_and_decodes_may_share_a_step(
-        self, trio: Any, cases: list[Case]
+        self, trio: Any, cases: list[Case], running: Callable[..., Running]
     ) -> None:
+        if not running(cases[0]).executor.limits.mixed:
+            pytest.skip("limits.mixed is False: prompts and decodes run in steps of their own")
         for case in cases:
             size = case.page_size
             a, b, c = case.tokens(size + 2, size, 3)
@@ -534,12 +525,10 @@ class ExecutorSuite(PluginSuite):
                 three.run({"comes": comes})
                 three.run({"stays": [5], "comes": [6]})
 
-    def test_prefill_may_run_one_token_per_sequence(self, trio: Any, case: Case) -> None:
-        prompts = case.tokens(case.page_size, 3)
+    def test_prompts_of_one_token_are_correct(self, trio: Any, case: Case) -> None:
         with trio(case) as three:
-            three.run({"a": prompts[0], "b": prompts[1]})
-            three.run({"a": [5], "b": [6]}, phase="prefill")
-            three.run({"a": [7], "b": [8]}, phase="decode")
+            three.run({"a": [5], "b": [6]})
+            three.run({"a": [7], "b": [8], "c": [9]})
 
     def test_batches_may_be_as_large_as_its_limits(self, trio: Any, case: Case) -> None:
         with trio(case) as three:
@@ -576,15 +565,16 @@ class ExecutorSuite(PluginSuite):
                 tokens = {"a": prompts[0], "b": prompts[1]}
                 _, batch = next(three.candidate.steps(three.sequences, tokens))
                 dtype = torch_dtype(case.runtime.weight_dtype or "float32")
-                hidden = three.near.executor.embed(batch)
-                for layer in range(len(three.candidate.layers)):
+                executors = [r.executor for r in (three.candidate, three.near, three.true)]
+                begun = [executor.begin(batch) for executor in executors]
+                hidden = executors[1].embed(begun[1])
+                for layer in executors[0].layers:
                     seen: list[Seen] = [{}, {}, {}]
+                    inputs = (hidden.to(dtype), hidden, hidden.float())
                     outputs = [
-                        r.executor.run_layer(layer, x, batch, recorder(taps))
-                        for r, x, taps in (
-                            (three.candidate, hidden.to(dtype), seen[0]),
-                            (three.near, hidden, seen[1]),
-                            (three.true, hidden.float(), seen[2]),
+                        executor.run_layer(step, layer, x, recorder(taps)).cpu()
+                        for executor, step, x, taps in zip(
+                            executors, begun, inputs, seen, strict=True
                         )
                     ]
                     for name in (n for n in seen[2] if n in seen[0]):
@@ -607,9 +597,9 @@ class ExecutorSuite(PluginSuite):
                     for rows in ([count - 1], [0], list(range(0, count, 2)), range(count), []):
                         wanted = evolve(batch, logits_rows=torch.tensor(list(rows)).long())
                         logits = three.step(phase, wanted)
-                        found = (tuple(logits.shape), logits.dtype, logits.device.type)
+                        found = (tuple(logits.shape), logits.dtype)
                         vocab = case.model.config.vocab_size
-                        expected = ((len(rows), vocab), torch.float32, "cpu")
+                        expected = ((len(rows), vocab), torch.float32)
                         assert found == expected, (
                             f"{phase}: logits of rows {list(rows)} must be {expected}, found "
                             f"{found}"
@@ -688,7 +678,6 @@ class ExecutorSuite(PluginSuite):
     ) -> None:
         for case in _one_a_dtype(cases):
             one, sequences = running(case), Sequences(case.page_size, _pages(case), shuffled=True)
-            _seen(one)
             one.fill(NAN)
             size = case.page_size
             a, b = case.tokens(size + 2, 3)
@@ -700,7 +689,7 @@ class ExecutorSuite(PluginSuite):
             ]
             for phase, batch in one.steps(sequences, *steps):
                 before = one.snapshot()
-                one.run(phase, batch)
+                one.run(batch)
                 own = torch.zeros(_pages(case) * size, dtype=torch.bool)
                 own[batch.slot_mapping.long()] = True
                 for i, (old, new) in enumerate(zip(before, one.snapshot(), strict=True)):
@@ -724,7 +713,6 @@ class ExecutorSuite(PluginSuite):
             found = []
             for value in (0.0, 1e4, NAN):
                 one, sequences = running(case), Sequences(case.page_size, _pages(case))
-                _seen(one)
                 one.fill(value)
                 found.append(
                     _logits(one, sequences, {"a": a, "b": b}, {"b": [5], "a": [6]}, {"b": a})
@@ -740,7 +728,7 @@ class ExecutorSuite(PluginSuite):
         a, b = case.tokens(case.page_size + 1, 3)
         for phase, batch in one.steps(sequences, {"a": a, "b": b}, {"a": [5], "b": [6]}):
             kept = copied(batch)
-            (one.executor.prefill if phase == "prefill" else one.executor.decode)(batch)
+            one.executor.forward(batch)
             for name, tensor in tensors(kept).items():
                 assert same_bits(tensor, getattr(batch, name)), (
                     f"{phase} must not change its batch, but changed batch.{name}"
@@ -802,7 +790,7 @@ class ExecutorSuite(PluginSuite):
                 steps = [{"a": a, "b": b}, {"a": [3], "b": [4]}]
                 for phase, whole in three.candidate.steps(three.sequences, *steps):
                     batch = evolve(whole, logits_rows=whole.logits_rows[-1:])
-                    ours, theirs = (_tapped(r, phase, batch) for r in (three.candidate, three.near))
+                    ours, theirs = (_tapped(r, batch) for r in (three.candidate, three.near))
                     names = [name for name, _ in ours]
                     assert len(set(names)) == len(names), (
                         f"{phase}: the tap was called twice for a name: {names}"
@@ -865,8 +853,8 @@ class ExecutorSuite(PluginSuite):
             a, b = case.tokens(case.page_size + 2, 3)
             steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}, {"b": a}]
             for phase, batch in one.steps(sequences, *steps):
-                first, cache = one.run(phase, batch).clone(), one.snapshot()
-                again = one.run(phase, batch)
+                first, cache = one.run(batch).clone(), one.snapshot()
+                again = one.run(batch)
                 assert same_bits(first, again), (
                     f"{phase}: a repeated step must give identical logits"
                 )
@@ -879,10 +867,10 @@ class ExecutorSuite(PluginSuite):
     ) -> None:
         one, sequences = running(case), Sequences(case.page_size, _pages(case))
         a, b, c = case.tokens(case.page_size + 2, 3, 2 * case.page_size)
-        phase, first = next(one.steps(sequences, {"a": a}))
-        expected = one.run(phase, first).clone()
+        _, first = next(one.steps(sequences, {"a": a}))
+        expected = one.run(first).clone()
         _logits(one, sequences, {"b": b, "c": c}, {"c": [3], "b": [4]})
-        assert same_bits(one.run(phase, first), expected), (
+        assert same_bits(one.run(first), expected), (
             "a step must give the same logits when it is repeated after other steps"
         )
 
@@ -928,15 +916,14 @@ class ExecutorSuite(PluginSuite):
         one, sequences = running(case), Sequences(case.page_size, _pages(case))
         _logits(one, sequences, {"a": case.tokens(5)[0]})
         one.executor.close()
-        steps: list[tuple[Phase, list[int]]] = [("decode", [3]), ("prefill", [4, 5])]
-        for phase, tokens in steps:
+        for tokens in ([3], [4, 5]):
             batch = sequences.batch({"a": tokens})
             try:
-                one.run(phase, batch)
+                one.run(batch)
             except ExecutorError as refused:
                 _check_message(refused)
             else:
-                pytest.fail(f"{phase} of a closed executor must raise ExecutorError", pytrace=False)
+                pytest.fail("forward of a closed executor must raise ExecutorError", pytrace=False)
 
     # --- invalid requests ------------------------------------------------------------------------
 
@@ -959,7 +946,7 @@ class ExecutorSuite(PluginSuite):
         create: Make,
         cases: list[Case],
         models: Mapping[str, ModelConfig],
-        dtypes: Sequence[DType],
+        dtypes: Sequence[str],
     ) -> None:
         runs = {(c.name, c.runtime.weight_dtype) for c in cases}
         for dtype in dtypes:
@@ -990,19 +977,22 @@ class ExecutorSuite(PluginSuite):
             steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
             for phase, all_rows in whole.steps(sequences, *steps):
                 batch = evolve(all_rows, logits_rows=all_rows.logits_rows[1::3])
-                logits = whole.run(phase, batch)
-                hidden = parts.executor.embed(batch)
-                for layer in range(len(parts.layers)):
+                logits = whole.run(batch)
+                executor = parts.executor
+                step = executor.begin(batch)
+                hidden = executor.embed(step)
+                for layer in executor.layers:
                     kept = hidden.clone()
-                    out = parts.executor.run_layer(layer, hidden, batch)
+                    out = executor.run_layer(step, layer, hidden)
                     assert same_bits(hidden, kept), "run_layer must not change its input"
                     hidden = out
-                assert (hidden.device.type, tuple(hidden.shape)) == (
-                    "cpu",
-                    (len(batch.token_ids), case.model.config.hidden_size),
+                expected = (len(batch.token_ids), case.model.config.hidden_size)
+                assert tuple(hidden.shape) == expected, (
+                    f"{phase}: hidden states must have the shape {list(expected)}, found "
+                    f"{list(hidden.shape)}"
                 )
                 wanted = hidden[batch.logits_rows]
-                assert same_bits(parts.executor.run_head(wanted), logits), (
+                assert same_bits(executor.run_head(step, wanted).cpu(), logits), (
                     f"{phase}: embed, run_layer of each layer and run_head must give the logits of "
                     "the whole step"
                 )
@@ -1014,34 +1004,42 @@ class ExecutorSuite(PluginSuite):
         self, running: Callable[..., Running], case: Case
     ) -> None:
         one, sequences = running(case), Sequences(case.page_size, _pages(case))
-        _layerwise(one)
         one.fill(0.0)
-        last = len(one.layers) - 1
-        now = one.executor.read_kv(last)
+        last, some = one.num_layers - 1, [3, 0, 2]
+        now = one.executor.read_kv(last, some)
         random = torch.Generator().manual_seed(0)
         new = KvLayer(
             *(torch.randn(t.shape, generator=random).to(t.dtype) for t in (now.key, now.value))
         )
-        one.executor.write_kv(last, new)
-        found = one.executor.read_kv(last)
+        one.executor.write_kv(last, some, new)
+        found = one.executor.read_kv(last, some)
         assert same_bits(found.key, new.key), "read_kv must return the keys that write_kv wrote"
         assert same_bits(found.value, new.value), (
             "read_kv must return the values that write_kv wrote"
         )
-        if isinstance(one.layers[last].key, Tensor):
-            assert same_bits(one.layers[last].key.cpu(), new.key), (
-                "write_kv must write to the KV cache that the executor is bound to"
+        for place, page in enumerate(some):
+            alone = one.executor.read_kv(last, [page])
+            assert same_bits(alone.key[0], new.key[place]), (
+                "read_kv and write_kv must take the pages in the order given"
             )
+        found.key.fill_(7.0)
+        assert same_bits(one.executor.read_kv(last, some).key, new.key), (
+            "read_kv must return copies, not the cache itself"
+        )
+        assert not one.executor.read_kv(last, [1]).key.any(), (
+            "write_kv must write to the given pages only"
+        )
         if last:
-            assert not one.executor.read_kv(0).key.any(), "write_kv must write to its layer only"
+            assert not one.executor.read_kv(0, some).key.any(), (
+                "write_kv must write to its layer only"
+            )
         # read_kv must show the keys that a step writes.
+        before = next(one.cached(last)).clone()
         batch = sequences.batch({"a": case.tokens(3)[0]})
-        one.run("prefill", batch)
-        order = one.executor.kv_cache_spec.row_order
-        shown = by_slot(one.executor.read_kv(last).key, order).flatten(0, 1)
-        before = by_slot(new.key, order).flatten(0, 1)
-        changed = _bits_differ(before, shown).flatten(1).any(1).nonzero().flatten().tolist()
-        assert changed == sorted(batch.slot_mapping.tolist()), (
+        one.run(batch)
+        shown = next(one.cached(last)).flatten(0, 1)
+        changed = _bits_differ(before.flatten(0, 1), shown).flatten(1).any(1)
+        assert changed.nonzero().flatten().tolist() == sorted(batch.slot_mapping.tolist()), (
             "read_kv must show a step's keys in the step's slots, and nothing else changed"
         )
 
@@ -1078,7 +1076,7 @@ class ExecutorSuite(PluginSuite):
 
 
 def _accepted(
-    create: Make, models: Mapping[str, ModelConfig], dtypes: Sequence[DType]
+    create: Make, models: Mapping[str, ModelConfig], dtypes: Sequence[str]
 ) -> Iterator[Case]:
     refusals = []
     page_size: int | None = None
@@ -1111,7 +1109,7 @@ def _accepted(
         )
 
 
-def _case(name: str, config: ModelConfig, dtype: DType, page_size: int | None) -> Case:
+def _case(name: str, config: ModelConfig, dtype: str, page_size: int | None) -> Case:
     runtime = RuntimeConfig(
         weight_dtype=dtype,
         kv_dtype=dtype,
@@ -1160,15 +1158,15 @@ def _logits(
     one: Running, sequences: Sequences, *steps: Tokens, tap: "Tap | None" = None
 ) -> list[Tensor]:
     """Copies of the logits of some steps, within the executor's limits."""
-    return [one.run(phase, batch, tap).clone() for phase, batch in one.steps(sequences, *steps)]
+    return [one.run(batch, tap).clone() for phase, batch in one.steps(sequences, *steps)]
 
 
 def _tapped(
-    running: Running, phase: Phase, batch: StepBatch
+    running: Running, batch: StepBatch
 ) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
     """Name, shape and dtype of each call of a tap."""
     seen: list[tuple[str, tuple[tuple[int, ...], torch.dtype]]] = []
-    running.run(phase, batch, lambda name, t: seen.append((name, (tuple(t.shape), t.dtype))))
+    running.run(batch, lambda name, t: seen.append((name, (tuple(t.shape), t.dtype))))
     return seen
 
 
@@ -1189,11 +1187,6 @@ def _check_message(error: BaseException) -> None:
     """Fail unless an error's message is one line."""
     text = str(error)
     assert len(text.splitlines()) == 1, f"an error's message must be one line, found {text!r}"
-
-
-def _seen(one: Running) -> None:
-    if not one.sees:
-        pytest.skip("the KV cache is not in torch tensors, and the executor has no read_kv")
 
 
 def _layerwise(one: Running) -> None:

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tilewright.kv_cache import KvCacheManager
-from tilewright.types import ExecutorLimits, KvCacheSpec, Phase, StepBatch
+from tilewright.types import ExecutorLimits, StepBatch
 
 Tokens = Mapping[str, Sequence[int]]
 """New tokens, keyed by the name of their sequence."""
@@ -30,13 +31,11 @@ class Sequences:
     _pages: KvCacheManager = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        spec = KvCacheSpec(
-            num_layers=0, num_kv_heads=1, head_dim=1, page_size=self.page_size, dtype="float32"
-        )
-        self._pages = KvCacheManager(spec, self.total_pages)
+        self._pages = KvCacheManager(self.total_pages, self.page_size)
         if self.shuffled:
             for page in range(self.total_pages):
-                self._pages.allocate(str(page), 1)
+                self._pages.allocate(str(page), [0], max_cached=0)
+                self._pages.extend(str(page), 1)
             random = torch.Generator().manual_seed(3)
             for page in torch.randperm(self.total_pages, generator=random).tolist():
                 self._pages.free(str(page))
@@ -45,34 +44,39 @@ class Sequences:
         """The step that runs new tokens. rows: those that need logits; None: all."""
         ids: list[int] = []
         positions: list[int] = []
-        slots, starts = [], [0]
+        slots, tables, starts = [], [], [0]
         for name, new in tokens.items():
             start = self.lengths.get(name, 0)
-            if start:
-                self._pages.extend(name, len(new))
-            else:
-                self._pages.allocate(name, len(new))
+            if not start:
+                self._pages.allocate(name, new, max_cached=0)
             self.lengths[name] = stop = start + len(new)
+            self._pages.extend(name, stop)
             ids += new
             positions += range(start, stop)
-            slots.append(self._pages.slots(name, start, stop))
+            slots.append(self._slots(name, start, stop))
+            tables.append(torch.tensor(self._pages.pages(name), dtype=torch.int32))
             starts.append(len(ids))
         return StepBatch(
             token_ids=torch.tensor(ids, dtype=torch.int64),
             positions=torch.tensor(positions, dtype=torch.int32),
             slot_mapping=torch.cat(slots),
-            block_table=self._pages.block_table(list(tokens)),
+            block_table=pad_sequence(tables, batch_first=True, padding_value=-1),
             context_lens=torch.tensor([self.lengths[n] for n in tokens], dtype=torch.int32),
             query_starts=torch.tensor(starts, dtype=torch.int32),
+            max_query_len=max(map(len, tokens.values())),
+            num_drafts=torch.zeros(len(tokens), dtype=torch.int32),
             logits_rows=torch.tensor(
                 list(range(len(ids)) if rows is None else rows), dtype=torch.int64
             ),
+            token_source=torch.full((len(ids),), -1, dtype=torch.int32),
+            request_ids=tuple(tokens),
         )
 
-    def phase(self, tokens: Tokens) -> Phase:
-        """As in an engine: decode is one token each, for sequences with context."""
-        one_each = all(len(new) == 1 and self.lengths.get(n) for n, new in tokens.items())
-        return "decode" if one_each else "prefill"
+    def _slots(self, name: str, start: int, stop: int) -> Tensor:
+        """Slots of positions start to stop, [stop - start] int32."""
+        positions = torch.arange(start, stop)
+        pages = torch.tensor(self._pages.pages(name))[positions // self.page_size]
+        return (pages * self.page_size + positions % self.page_size).int()
 
     def within(self, tokens: Tokens, limits: ExecutorLimits) -> Iterator[Tokens]:
         """The new tokens in as many steps as an executor's limits require."""
@@ -91,7 +95,7 @@ class Sequences:
 
     def slots(self, names: Sequence[str]) -> Tensor:
         """All slots of some sequences, one sequence after the other, int64."""
-        of = [self._pages.slots(n, 0, self.lengths[n]) for n in names]
+        of = [self._slots(n, 0, self.lengths[n]) for n in names]
         return torch.cat(of).long() if of else torch.zeros(0, dtype=torch.int64)
 
     def free(self, name: str) -> None:
@@ -116,5 +120,7 @@ def tensors(batch: StepBatch) -> dict[str, Tensor]:
             "context_lens",
             "query_starts",
             "logits_rows",
+            "num_drafts",
+            "token_source",
         )
     }

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     # What plugins print is not part of the report.
     with redirect_stdout(sys.stderr), open_engine(resolved) as engine:
         model = engine.model(config.model.id)
-        _check_lengths(args, model.runtime.max_batch_size, model.max_seq_len)
+        _check_lengths(args, model.runtime.max_batch_size, model.runtime.max_seq_len)
         figures = []
         if not args.json:
             print(_ROW.format("batch", "prompt", "new", "prefill", "decode"), file=out)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 "plugins": asdict(config.plugins),
                 "options": config.options,
                 "runtime": asdict(model.runtime),
-                "device": model.device,
+                "device": model.runtime.device,
                 "load_seconds": model.load_seconds,
                 "results": [asdict(figure) for figure in figures],
             }

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from tilewright.errors import ExecutorError, OutOfPagesError
+from tilewright.errors import ExecutorError, ExecutorLostError, OutOfPagesError
 from tilewright.machine import available_memory
 from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
@@ -370,7 +370,7 @@ class PyptoDevice:
             with self._crashing_kernel(kernel, doing):
                 yield
         except Exception as error:
-            raise ExecutorError(
+            raise self._kind(error)(
                 f"kernel {kernel} on {self.name}{what}: {failures.cause(error)}; "
                 f"artifacts in {self.artifacts[kernel]}; {self._advice(error)}"
             ) from error
@@ -390,16 +390,22 @@ class PyptoDevice:
     def _refused(self, what: str, error: Exception) -> ExecutorError:
         if isinstance(error, ExecutorError):
             return error
-        return ExecutorError(
+        return self._kind(error)(
             f"{self.name} {what} ({_mib(self._taken)} are in use): {failures.cause(error)}; "
             f"{self._advice(error)}"
         )
 
     def _advice(self, error: Exception) -> str:
-        symptom, card = failures.symptom(error), self._card
-        if symptom is failures.LOST and card is None:
-            symptom = failures.OTHERWISE
-        return symptom.advice.format(card="this machine" if card is None else f"card {card}")
+        card = "this machine" if self._card is None else f"card {self._card}"
+        return self._symptom(error).advice.format(card=card)
+
+    def _kind(self, error: Exception) -> type[ExecutorError]:
+        return ExecutorLostError if self._symptom(error) is failures.LOST else ExecutorError
+
+    def _symptom(self, error: Exception) -> failures.Symptom:
+        symptom = failures.symptom(error)
+        lost_without_card = symptom is failures.LOST and self._card is None
+        return failures.OTHERWISE if lost_without_card else symptom
 
 
 @contextmanager

@@ -30,12 +30,9 @@ class Device(Protocol):
         """Bytes that the KV cache may take when the number of pages is not set."""
         ...
 
-    @property
-    def allocate(self) -> "Callable[[tuple[int, ...], torch.dtype], Any] | None":
-        """As ``KvCacheSpec.allocate``, but returns rows: all extents but the last are flattened.
-
-        None where the KV allocator's own storage can be used.
-        """
+    def allocate(self, shape: "tuple[int, ...]", dtype: "torch.dtype") -> Any:
+        """Uninitialised rows [prod(shape[:-1]), shape[-1]]. Raises OutOfPagesError when the device
+        is out of memory."""
         ...
 
     def keep(self, tensor: "Tensor") -> Any:

@@ -15,6 +15,7 @@ from attrs import frozen
 from torch import Tensor
 
 from tilewright.errors import ExecutorError
+from tilewright.kv_storage import page_shape
 from tilewright.layerwise import LayerwiseBase
 from tilewright.rope import frequencies
 from tilewright.types import (
@@ -35,7 +36,7 @@ from tilewright_pypto.device import Device, Kernel
 from tilewright_pypto.packing import READ_ORDER, packed_tensors, unpack
 
 ROW_ORDER: RowOrder = "HND"
-"""Row order of the KV cache, which ``read_kv`` and ``bind_kv_cache`` assume."""
+"""Row order of the KV cache."""
 
 
 @frozen(kw_only=True)
@@ -44,16 +45,19 @@ class Model:
 
     config: ModelConfig
     kernels: Mapping[str, Kernel]
-    embedding: Tensor
-    """[vocab_size, hidden_size] BF16, on the host."""
+    embedding: Tensor | None
+    """[vocab_size, hidden_size] BF16, on the host; None in a part without layer 0."""
     rope: dict[str, Any]
     """``rope_cos`` and ``rope_sin``, [max_seq_len, head_dim] FP32."""
     layers: Sequence[dict[str, Any]]
+    """The layers of this part, the first of them first."""
     head: dict[str, Any]
+    """Empty in a part without the last layer."""
 
 
 def load(
     config: ModelConfig,
+    layers: range,
     weights: TensorSource,
     packed: bool,
     positions: int,
@@ -69,39 +73,40 @@ def load(
     kernels = device.load(source.KERNELS, shape)
     keep = device.keep if weights_on_device else _stay
     read = weights.get if packed else _packing(config, weights)
-    embedding = read("embedding")
-    layers = [
-        {name: keep(read(f"layers.{i}.{name}")) for name in READ_ORDER}
-        for i in range(config.num_layers)
-    ]
-    head = {
-        "final_norm": keep(read("final_norm")),
-        "lm_head": keep(embedding if config.tie_word_embeddings else read("lm_head")),
-    }
+    last = config.num_layers - 1 in layers
+    embedding = read("embedding") if 0 in layers else None
+    kept = [{name: keep(read(f"layers.{i}.{name}")) for name in READ_ORDER} for i in layers]
+    head = {}
+    if last:
+        head["final_norm"] = keep(read("final_norm"))
+        if not config.tie_word_embeddings:
+            head["lm_head"] = keep(read("lm_head"))
+        else:
+            head["lm_head"] = keep(read("embedding") if embedding is None else embedding)
     model = Model(
         config=config,
         kernels=kernels,
         embedding=embedding,
         rope={name: device.keep(table) for name, table in rope_tables(config, positions).items()},
-        layers=layers,
+        layers=kept,
         head=head,
     )
     spec = KvCacheSpec(
-        num_layers=config.num_layers,
+        num_layers=len(layers),
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         page_size=shape.page_size,
         dtype="bfloat16",
         row_order=ROW_ORDER,
         memory_limit=device.memory_limit,
-        allocate=device.allocate,
     )
     limits = ExecutorLimits(
         max_batch_size=shape.max_batch,
         max_batch_tokens=shape.max_tokens,
         max_seq_len=positions,
+        mixed=False,
     )
-    return PyptoExecutor(model, device, spec, limits)
+    return PyptoExecutor(model, device, spec, limits, layers)
 
 
 def _packing(config: ModelConfig, weights: TensorSource) -> Callable[[str], Tensor]:
@@ -139,10 +144,13 @@ def rope_tables(config: ModelConfig, positions: int) -> dict[str, Tensor]:
 class _Step:
     """What all layers of a step share."""
 
+    token_ids: Tensor
     kernel: str
     """Kernel of the layers: decode_layer where each sequence has one token, else prefill_layer."""
     tensors: dict[str, Tensor]
     """Parameters of the kernel that are the same in all layers."""
+    number: int
+    """Counts the executor's steps from 0."""
 
 
 class PyptoExecutor(LayerwiseBase[Model, _Step]):
@@ -151,110 +159,112 @@ class PyptoExecutor(LayerwiseBase[Model, _Step]):
     plugin = "pypto-npu"
 
     def __init__(
-        self, model: Model, device: Device, kv_cache_spec: KvCacheSpec, limits: ExecutorLimits
+        self,
+        model: Model,
+        device: Device,
+        kv_cache_spec: KvCacheSpec,
+        limits: ExecutorLimits,
+        layers: range,
     ):
-        super().__init__(model, kv_cache_spec)
+        super().__init__(model, kv_cache_spec, layers, model.config.num_layers)
         self.limits = limits
         self.device = device.name
         self._device = device
         self._kv: list[tuple[Any, Any]] = []
+        """Rows of head_dim of the keys and values, in the kernels' order."""
         self._num_steps = 0
 
-    def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
-        """Raises ExecutorError for storage that does not match kv_cache_spec."""
-        spec = self.kv_cache_spec
-        if len(layers) != spec.num_layers:
-            raise ExecutorError(
-                f"executor pypto-npu needs a KV cache of {spec.num_layers} layers, found "
-                f"{len(layers)}: the KV allocator does not follow kv_cache_spec"
-            )
-        self._kv = [(self._rows(layer.key), self._rows(layer.value)) for layer in layers]
+    def allocate_kv(self, num_pages: int) -> None:
+        shape, allocate = (num_pages, *page_shape(self.kv_cache_spec)), self._device.allocate
+        self._kv = [
+            (allocate(shape, torch.bfloat16), allocate(shape, torch.bfloat16)) for _ in self.layers
+        ]
 
     def close(self) -> None:
         super().close()
         self._kv = []
         self._device.close()
 
-    def _rows(self, storage: Any) -> Any:
-        """Rows of head_dim, in the kernels' order. A device's own storage has them already."""
-        spec = self.kv_cache_spec
-        if not isinstance(storage, Tensor):
-            return storage
-        page = (spec.num_kv_heads, spec.page_size, spec.head_dim)
-        if tuple(storage.shape[1:]) != page or storage.dtype != torch.bfloat16:
-            raise ExecutorError(
-                f"executor pypto-npu needs KV cache pages of {list(page)} bfloat16, found "
-                f"{list(storage.shape[1:])} {storage.dtype}: the KV allocator does not follow "
-                "kv_cache_spec"
-            )
-        return storage.view(-1, spec.head_dim)
-
-    def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._opened().embedding)
-        if tap:
-            tap("embed", hidden)
-        return hidden
-
-    def run_layer(
-        self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
-    ) -> Tensor:
-        model, step = self._opened(), self._step(batch)
-        keys, values = self._kv[layer]
-        out = torch.empty_like(hidden)
-        tensors = step.tensors | model.rope | model.layers[layer]
-        tensors |= {"k_cache": keys, "v_cache": values, "hidden": hidden, "out": out}
-        self._call(step.kernel, f"layer {layer}", tensors)
-        if tap:
-            tap(f"layers.{layer}.output", out)
-        return out
-
-    def run_head(self, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
-        model = self._opened()
-        logits = torch.empty(hidden.shape[0], model.config.vocab_size)
-        if len(hidden):
-            self._call("head", "the head", model.head | {"hidden": hidden, "logits": logits})
-        if tap:
-            tap("logits", logits)
-        return logits
-
-    def read_kv(self, layer: int) -> KvLayer:
-        spec = self.kv_cache_spec
-        pages = (-1, spec.num_kv_heads, spec.page_size, spec.head_dim)
-        return KvLayer(*(self._device.read(rows).view(pages) for rows in self._kv[layer]))
-
-    def write_kv(self, layer: int, cache: KvLayer) -> None:
-        for rows, new in zip(self._kv[layer], (cache.key, cache.value), strict=True):
-            self._device.write(rows, new.reshape(-1, new.shape[-1]))
-
-    def weight(self, name: str) -> Tensor:
-        model = self._opened()
-        if name not in expected_tensors(model.config):
-            raise KeyError(name)
-        if name == "model.embed_tokens.weight":
-            return model.embedding
-        return unpack(name, model.layers, model.head, self._device.read)
-
-    def _begin(self, batch: StepBatch) -> _Step:
+    def begin(self, batch: StepBatch) -> _Step:
+        self._opened()
         self._check(batch)
-        self._num_steps += 1
         tensors = {
             "context_lens": batch.context_lens,
             "block_table": batch.block_table.flatten(),
             "slot_mapping": batch.slot_mapping,
         }
-        if len(batch.token_ids) == len(batch.context_lens):
-            return _Step("decode_layer", tensors)
-        starts = batch.query_starts
-        tensors |= {"query_starts": starts[:-1].contiguous(), "query_lens": starts.diff()}
-        return _Step("prefill_layer", tensors)
+        kernel = "decode_layer"
+        if batch.max_query_len > 1:
+            kernel, starts = "prefill_layer", batch.query_starts
+            tensors |= {"query_starts": starts[:-1].contiguous(), "query_lens": starts.diff()}
+        self._num_steps += 1
+        return _Step(batch.token_ids, kernel, tensors, self._num_steps - 1)
 
-    def _call(self, kernel: str, where: str, tensors: Mapping[str, Any]) -> None:
-        self._device.place = f"step {self._num_steps - 1}, {where}"
+    def embed(self, step: _Step, tap: "Tap | None" = None) -> Tensor:
+        embedding = self._opened().embedding
+        if embedding is None:
+            raise ExecutorError("executor pypto-npu has no embedding: layer 0 is in another part")
+        hidden = F.embedding(step.token_ids, embedding)
+        if tap:
+            tap("embed", hidden)
+        return hidden
+
+    def run_layer(
+        self, step: _Step, layer: int, hidden: Tensor, tap: "Tap | None" = None
+    ) -> Tensor:
+        model, at = self._opened(), self.layers.index(layer)
+        keys, values = self._kv[at]
+        out = torch.empty_like(hidden)
+        tensors = step.tensors | model.rope | model.layers[at]
+        tensors |= {"k_cache": keys, "v_cache": values, "hidden": hidden, "out": out}
+        self._call(step, step.kernel, f"layer {layer}", tensors)
+        if tap:
+            tap(f"layers.{layer}.output", out)
+        return out
+
+    def run_head(self, step: _Step, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
+        model = self._opened()
+        if not model.head:
+            raise ExecutorError("executor pypto-npu has no head: the last layer is in another part")
+        logits = torch.empty(hidden.shape[0], model.config.vocab_size)
+        if len(hidden):
+            tensors = model.head | {"hidden": hidden, "logits": logits}
+            self._call(step, "head", "the head", tensors)
+        if tap:
+            tap("logits", logits)
+        return logits
+
+    def read_kv(self, layer: int, pages: Sequence[int]) -> KvLayer:
+        rows = self._kv[self.layers.index(layer)]
+        return KvLayer(*(self._pages(kept)[list(pages)] for kept in rows))
+
+    def write_kv(self, layer: int, pages: Sequence[int], cache: KvLayer) -> None:
+        rows = self._kv[self.layers.index(layer)]
+        for kept, new in zip(rows, (cache.key, cache.value), strict=True):
+            whole = self._pages(kept)
+            whole[list(pages)] = new
+            self._device.write(kept, whole.flatten(0, -2))
+
+    def _pages(self, kept: Any) -> Tensor:
+        return self._device.read(kept).view(-1, *page_shape(self.kv_cache_spec))
+
+    def weight(self, name: str) -> Tensor:
+        model = self._opened()
+        if name not in expected_tensors(model.config, self.layers):
+            raise KeyError(name)
+        if name == "model.embed_tokens.weight":
+            embedding = model.head.get("lm_head") if model.embedding is None else model.embedding
+            return self._device.read(embedding)
+        layers = dict(zip(self.layers, model.layers, strict=True))
+        return unpack(name, layers, model.head, self._device.read)
+
+    def _call(self, step: _Step, kernel: str, where: str, tensors: Mapping[str, Any]) -> None:
+        self._device.place = f"step {step.number}, {where}"
         try:
             with torch.inference_mode():
                 self._opened().kernels[kernel](**tensors)
         except ExecutorError as error:
-            raise ExecutorError(f"{self._device.place}: {error}") from error
+            raise type(error)(f"{self._device.place}: {error}") from error
 
     def _check(self, batch: StepBatch) -> None:
         """Refuse a step beyond the compiled limits: the kernels would overrun their buffers."""

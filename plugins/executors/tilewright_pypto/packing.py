@@ -1,6 +1,6 @@
 """Packs a checkpoint's weights in the layout of the kernels."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -86,11 +86,14 @@ def _packed_name(name: str) -> str:
 
 def unpack(
     name: str,
-    layers: Sequence[Mapping[str, Any]],
+    layers: Mapping[int, Mapping[str, Any]],
     head: Mapping[str, Any],
     read: Callable[[Any], Tensor],
 ) -> Tensor:
-    """A packed weight, by its checkpoint name and in its checkpoint shape. Raises KeyError."""
+    """A packed weight, by its checkpoint name and in its checkpoint shape. Raises KeyError.
+
+    layers: by their number in the model.
+    """
     if name == "lm_head.weight":
         return read(head["lm_head"])
     if name == "model.norm.weight":

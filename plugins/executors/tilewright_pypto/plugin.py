@@ -28,10 +28,11 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="Qwen3 models on Ascend NPUs, with one PyPTO kernel per layer",
         options=Options,
+        weight_dtypes=("bfloat16",),
+        kv_dtypes=("bfloat16",),
         limits={
             "device": "a card of an Ascend host, a simulator of PyPTO, or emulated on the CPU",
             "models": "dense Qwen3: q/k norm, no biases, full attention",
-            "weights and KV cache": "bfloat16",
             "RoPE": "default, linear, llama3, yarn",
             "shapes": "head_dim a multiple of 32; hidden and intermediate size, heads x head_dim "
             "and page size multiples of 16",
@@ -53,6 +54,7 @@ def create_executor(
     runtime_config: RuntimeConfig,
     weights: TensorSource,
     packed: bool,
+    layers: range,
     options: Options | None,
     report: Report,
 ) -> LayerwiseExecutor:
@@ -74,7 +76,14 @@ def create_executor(
     device = _open(options, card, report)
     try:
         return load(
-            model_config, weights, packed, positions, shape, device, options.weights_on_device
+            model_config,
+            layers,
+            weights,
+            packed,
+            positions,
+            shape,
+            device,
+            options.weights_on_device,
         )
     except BaseException:
         device.close()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
+from tilewright import kv_storage
 from tilewright.errors import ExecutorError
 from tilewright.layerwise import LayerwiseBase
 from tilewright.types import (
@@ -54,25 +55,32 @@ class Model:
 
     config: ModelConfig
     dtype: torch.dtype
-    embedding: Tensor
-    """[vocab_size, hidden_size], in the dtype of the source when layers are streamed."""
+    embedding: Tensor | None
+    """[vocab_size, hidden_size], in the dtype of the source when layers are streamed; None in a
+    part without layer 0."""
     layers: Sequence[Layer]
-    final_norm: Tensor
-    head: Linear
+    """The layers of this part, the first of them first."""
+    final_norm: Tensor | None
+    """None in a part without the last layer, as is the head."""
+    head: Linear | None
     weights: Mapping[str, Tensor]
     """The source of all of the above, with the checkpoint's names and shapes."""
 
 
 def load(
-    config: ModelConfig, weights: TensorSource, dtype: torch.dtype, stream: bool = False
+    config: ModelConfig,
+    layers: range,
+    weights: TensorSource,
+    dtype: torch.dtype,
+    stream: bool = False,
 ) -> Model:
-    """Read the weights one by one; those of this dtype are used without a copy.
+    """Read the weights of some layers one by one; those of this dtype are used without a copy.
 
     stream: keep the weights in the dtype of the source, and convert a layer each time it runs.
     """
     read = {
         name: weights.get(name) if stream else weights.get(name).to(dtype)
-        for name in expected_tensors(config)
+        for name in expected_tensors(config, layers)
     }
 
     def get(name: str) -> Tensor:
@@ -101,16 +109,20 @@ def load(
             down=projection(f"{mlp}.down_proj", config.mlp_bias),
         )
 
-    names = [f"model.layers.{i}" for i in range(config.num_layers)]
-    embedding = read["model.embed_tokens.weight"]
-    head = embedding if config.tie_word_embeddings else read["lm_head.weight"]
+    def head() -> Linear:
+        tied = config.tie_word_embeddings
+        weight = read["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        return linear(weight) if weight.dtype == dtype else converted(weight, dtype)
+
+    names = [f"model.layers.{i}" for i in layers]
+    last = config.num_layers - 1 in layers
     return Model(
         config=config,
         dtype=dtype,
-        embedding=embedding,
+        embedding=read["model.embed_tokens.weight"] if 0 in layers else None,
         layers=_Streamed(names, layer) if stream else [layer(name) for name in names],
-        final_norm=get("model.norm.weight"),
-        head=linear(head) if head.dtype == dtype else converted(head, dtype),
+        final_norm=get("model.norm.weight") if last else None,
+        head=head() if last else None,
         weights=read,
     )
 
@@ -144,6 +156,7 @@ class _Streamed(Sequence[Layer]):
 class _Step:
     """What all layers of a step share."""
 
+    token_ids: Tensor
     cos: Tensor
     sin: Tensor
     slots: Tensor
@@ -158,44 +171,53 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
     device = "cpu"
     limits = ExecutorLimits()
 
-    def __init__(self, model: Model, kv_cache_spec: KvCacheSpec):
-        super().__init__(model, kv_cache_spec)
+    def __init__(self, model: Model, kv_cache_spec: KvCacheSpec, layers: range | None = None):
+        """layers: None for all of the model's."""
+        num_layers = model.config.num_layers
+        super().__init__(model, kv_cache_spec, layers or range(num_layers), num_layers)
         self._rotary = rotary(model.config)
+        self._cache: list[KvLayer] = []
         self._kv: list[tuple[Tensor, Tensor]] = []
+        """The cache's keys and values by slot, [slots, num_kv_heads, head_dim]."""
 
-    def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
-        """Raises ExecutorError for storage that does not match kv_cache_spec."""
-        spec = self.kv_cache_spec
-        page = (spec.page_size, spec.num_kv_heads, spec.head_dim)
-        storage = [t for layer in layers for t in (layer.key, layer.value)]
-        found = {(tuple(t.shape[1:]), t.dtype) for t in storage}
-        if len(layers) != spec.num_layers or found != {(page, torch_dtype(spec.dtype))}:
-            shown = "; ".join(f"{list(shape)} {dtype}" for shape, dtype in found)
-            raise ExecutorError(
-                f"executor torch needs a KV cache of {spec.num_layers} layers with pages of "
-                f"{list(page)} {spec.dtype}, found {len(layers)} layers with {shown}: "
-                "the KV allocator does not follow kv_cache_spec"
-            )
-        self._kv = [(layer.key.flatten(0, 1), layer.value.flatten(0, 1)) for layer in layers]
+    def allocate_kv(self, num_pages: int) -> None:
+        self._cache = kv_storage.allocate(self.kv_cache_spec, num_pages)
+        self._kv = [(layer.key.flatten(0, 1), layer.value.flatten(0, 1)) for layer in self._cache]
 
     def close(self) -> None:
         super().close()
-        self._kv = []
+        self._cache, self._kv = [], []
+
+    @torch.inference_mode()
+    def begin(self, batch: StepBatch) -> _Step:
+        model, page_size = self._opened(), self.kv_cache_spec.page_size
+        compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
+        windows = {model.config.window(i) for i in self.layers}
+        cos, sin = self._rotary(batch)
+        return _Step(
+            token_ids=batch.token_ids,
+            cos=cos,
+            sin=sin,
+            slots=batch.slot_mapping.long(),
+            attention={w: paged_attention(batch, page_size, w, compute) for w in windows},
+        )
 
     @torch.no_grad()
-    def embed(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+    def embed(self, step: _Step, tap: "Tap | None" = None) -> Tensor:
         model = self._opened()
-        x = F.embedding(batch.token_ids, model.embedding).to(model.dtype)
+        if model.embedding is None:
+            raise ExecutorError("executor torch has no embedding: layer 0 is in another part")
+        x = F.embedding(step.token_ids, model.embedding).to(model.dtype)
         if tap:
             tap("embed", x)
         return x
 
     @torch.inference_mode()
     def run_layer(
-        self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
+        self, step: _Step, layer: int, hidden: Tensor, tap: "Tap | None" = None
     ) -> Tensor:
-        model, step = self._opened(), self._step(batch)
-        config, weights = model.config, model.layers[layer]
+        model, at = self._opened(), self.layers.index(layer)
+        config, weights = model.config, model.layers[at]
         layer_tap = _of_layer(tap, layer) if tap else None
         x = hidden + _attention(
             weights,
@@ -203,7 +225,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
             hidden,
             step.cos,
             step.sin,
-            self._kv[layer],
+            self._kv[at],
             step.slots,
             step.attention[config.window(layer)],
             layer_tap,
@@ -216,8 +238,10 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         return x
 
     @torch.inference_mode()
-    def run_head(self, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
+    def run_head(self, step: _Step, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
         model = self._opened()
+        if model.final_norm is None or model.head is None:
+            raise ExecutorError("executor torch has no head: the last layer is in another part")
         x = rms_norm(hidden, model.final_norm, model.config.norm_eps)
         if tap:
             tap("final_norm", x)
@@ -226,29 +250,17 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
             tap("logits", logits)
         return logits
 
-    def read_kv(self, layer: int) -> KvLayer:
-        page = self.kv_cache_spec.page_size
-        return KvLayer(*(rows.view(-1, page, *rows.shape[1:]) for rows in self._kv[layer]))
+    def read_kv(self, layer: int, pages: Sequence[int]) -> KvLayer:
+        cache = self._cache[self.layers.index(layer)]
+        return KvLayer(cache.key[list(pages)], cache.value[list(pages)])
 
-    def write_kv(self, layer: int, cache: KvLayer) -> None:
-        for rows, new in zip(self._kv[layer], (cache.key, cache.value), strict=True):
-            rows.copy_(new.flatten(0, 1))
+    def write_kv(self, layer: int, pages: Sequence[int], cache: KvLayer) -> None:
+        own = self._cache[self.layers.index(layer)]
+        own.key[list(pages)], own.value[list(pages)] = cache.key, cache.value
 
     def weight(self, name: str) -> Tensor:
         model = self._opened()
         return model.weights[name].to(model.dtype)
-
-    def _begin(self, batch: StepBatch) -> _Step:
-        model, page_size = self._opened(), self.kv_cache_spec.page_size
-        compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
-        windows = {model.config.window(i) for i in range(model.config.num_layers)}
-        cos, sin = self._rotary(batch)
-        return _Step(
-            cos=cos,
-            sin=sin,
-            slots=batch.slot_mapping.long(),
-            attention={w: paged_attention(batch, page_size, w, compute) for w in windows},
-        )
 
 
 def _of_layer(tap: Tap, layer: int) -> Tap:

@@ -80,6 +80,7 @@ def create_executor(
     model_config: ModelConfig,
     runtime_config: RuntimeConfig,
     weights: TensorSource,
+    layers: range,
     options: Options | None,
 ) -> LayerwiseExecutor:
     """Raises ExecutorError for an unsupported device, shape or cache."""
@@ -98,9 +99,9 @@ def create_executor(
     assert runtime.kv_dtype is not None
     dtype = torch_dtype(runtime.weight_dtype)
     free = available_memory()
-    model = load(config, weights, dtype, options.stream_weights)
+    model = load(config, layers, weights, dtype, options.stream_weights)
     spec = KvCacheSpec(
-        num_layers=config.num_layers,
+        num_layers=len(layers),
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         page_size=runtime.page_size or PAGE_SIZE,
@@ -108,7 +109,7 @@ def create_executor(
         # Half of the memory that is free once all weights are read.
         memory_limit=max(0, free - _weight_bytes(weights, runtime, options.stream_weights)) // 2,
     )
-    return TorchExecutor(model, spec)
+    return TorchExecutor(model, spec, layers)
 
 
 def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:

@@ -1,9 +1,12 @@
 """The emulated device: runs the kernels' source on the CPU."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
+import torch
 from torch import Tensor
 
+from tilewright import kv_storage
 from tilewright.machine import available_memory
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
@@ -16,11 +19,13 @@ class EmulatedDevice:
 
     name = "emulated"
     place = ""
-    allocate = None
 
     @property
     def memory_limit(self) -> int:
         return available_memory() // 2
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return kv_storage.zeros((prod(shape[:-1]), shape[-1]), dtype)
 
     def keep(self, tensor: Tensor) -> Tensor:
         return tensor
