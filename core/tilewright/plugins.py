@@ -667,6 +667,8 @@ class Observers:
     def _listeners(self, event: str) -> "list[HookImpl]":
         """In the order in which they are called."""
         found = getattr(self._hooks, event).get_hookimpls()
+        if not found:  # the usual case, in the token loop
+            return []
         return [each for each in reversed(found) if each.plugin_name not in self._failed]
 
     def _call(self, event: str, arguments: Mapping[str, Any]) -> None:
