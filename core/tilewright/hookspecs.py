@@ -193,7 +193,9 @@ class ObserverHooks:
 class ObserverEvents:
     """Events for observers. All observers are called, those named last first.
 
-    An event without a listener costs nothing: it is not created.
+    An event without a listener costs nothing: it is not created. An observer that raises an
+    Exception other than MemoryError ends nobody's generation: a RuntimeWarning names it, the event
+    and the cause, and it gets no further events.
     """
 
     @_every

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tilewright.errors import ConfigError, PluginError, TilewrightError, nearest
 
 if TYPE_CHECKING:
-    from pluggy import PluginManager
+    from pluggy import HookImpl, PluginManager
     from torch import Tensor
 
     from tilewright.types import PluginInfo, Report, Tap
@@ -336,6 +336,11 @@ def check_hooks(obj: Any, who: str) -> set[str]:
                 f"{who} implements {hook!r}, which is not a hook of tilewright"
                 f"{nearest(hook, known)}"
             )
+        if hook.startswith("on_") and (marks.get("wrapper") or marks.get("hookwrapper")):
+            raise PluginError(
+                f"{who}: {hook}() is marked as a wrapper, which an event cannot be: mark it with "
+                "@hookimpl alone"
+            )
         for parameter in signature(getattr(obj, attribute)).parameters.values():
             if parameter.name not in known[hook]:
                 raise PluginError(
@@ -600,10 +605,15 @@ def select_all(
     read = {kind: plugin.read_options(given) for kind, plugin in chosen.items()}
     for observer in watching:
         if isinstance(observer, Selected):
+            who = str(observer.plugin)
             made = observer.read_options(given)
             observer = observer.call("create_observer", options=made)
+        else:
+            who = f"observer {getattr(observer, '__name__', type(observer).__name__)}"
         check_hooks(observer, f"observer {observer!r}")
-        manager.register(observer)
+        # Two may be of one class or plugin; pluggy takes each name once.
+        unique = (who, *(f"{who} ({i})" for i in range(2, len(watching) + 1)))
+        manager.register(observer, next(n for n in unique if not manager.has_plugin(n)))
     arguments: dict[str, Any] = {
         kind: chosen[kind].plugin.qualified if kind in chosen else None for kind in names
     }
@@ -615,19 +625,25 @@ def select_all(
 
 
 class Observers:
-    """The observers of an engine. An event that none of them listens to is not created."""
+    """The observers of an engine. An event that none of them listens to is not created.
+
+    One that raises an Exception other than MemoryError is named in a RuntimeWarning, with the event
+    and the cause, and gets no further events.
+    """
 
     def __init__(self, manager: "PluginManager"):
         self._hooks = manager.hook
+        self._failed: set[str] = set()
+        """Names of those that have raised."""
 
     def listen(self, event: str) -> bool:
         """Whether any of them listens to an event."""
-        return bool(getattr(self._hooks, event).get_hookimpls())
+        return bool(self._listeners(event))
 
     def notify(self, event: str, arguments: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Call all that listen; arguments makes the event's arguments if any does."""
         if self.listen(event):
-            getattr(self._hooks, event)(**arguments())
+            self._call(event, arguments())
 
     def reporter(self, model_id: str) -> "Report":
         """The ``report`` of requests to loaders and executors: makes on_prepare events."""
@@ -644,9 +660,39 @@ class Observers:
             return None
 
         def tap(name: str, tensor: "Tensor") -> None:
-            self._hooks.on_tensor(model_id=model_id, name=name, tensor=tensor)
+            self._call("on_tensor", {"model_id": model_id, "name": name, "tensor": tensor})
 
         return tap
+
+    def _listeners(self, event: str) -> "list[HookImpl]":
+        """In the order in which they are called."""
+        found = getattr(self._hooks, event).get_hookimpls()
+        if not found:  # the usual case, in the token loop
+            return []
+        return [each for each in reversed(found) if each.plugin_name not in self._failed]
+
+    def _call(self, event: str, arguments: Mapping[str, Any]) -> None:
+        for listener in self._listeners(event):
+            # One of those before it may have run a step, in which this one failed.
+            if listener.plugin_name in self._failed:
+                continue
+            try:
+                listener.function(*(arguments[name] for name in listener.argnames))
+            except MemoryError:
+                raise
+            except Exception as error:
+                self._detach(listener.plugin_name, event, error)
+
+    def _detach(self, name: str, event: str, error: Exception) -> None:
+        from warnings import warn
+
+        if name not in self._failed:
+            self._failed.add(name)
+            warn(
+                f"{name} failed in {event}: {cause(error)}; it gets no further events",
+                RuntimeWarning,
+                stacklevel=1,
+            )
 
 
 # --- metadata -------------------------------------------------------------------------------------

@@ -219,22 +219,34 @@ def test_an_error_of_the_engine_is_printed_in_one_line(capsys, argv, message):
     assert "Traceback" not in err
 
 
-def test_trace_nonfinite_names_a_tensor_even_when_the_logits_are_finite(capsys, monkeypatch):
-    run_layer = TorchExecutor.run_layer
+@pytest.mark.parametrize("logits", ["finite", "not finite"])
+@pytest.mark.parametrize("output", [[], ["--json"], ["--output", "texts.txt"]])
+def test_trace_nonfinite_ends_the_run_and_names_a_tensor(
+    capsys, tmp_path, monkeypatch, logits, output
+):
+    run_layer, steps = TorchExecutor.run_layer, []
 
     def wrong(self, layer, hidden, batch, tap=None):
-        if tap and layer == 1:
+        steps.extend([batch] if layer == 1 else [])
+        if tap and layer == 1 and len(steps) >= 3:
             bad = torch.zeros(2, 3)
             bad[1, 2] = -math.inf
             tap("layers.1.attn_norm", bad)
-        return run_layer(self, layer, hidden, batch, tap)
+            tap("layers.1.q_proj", bad)
+        found = run_layer(self, layer, hidden, batch, tap)
+        return found * math.nan if logits == "not finite" and len(steps) >= 3 else found
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TorchExecutor, "run_layer", wrong)
-    printed(capsys, "generate", *GREEDY)
-    assert main(["generate", *GREEDY, "--trace-nonfinite"]) == 2
+    assert main(["generate", *SIXTEEN, *output, "--trace-nonfinite"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "step 0, layers.1.attn_norm [2, 3]: 1 of 6 elements" in error
-    assert "[1, 2]: -inf" in error
+    assert error == (
+        "tilewright: error: step 2, layers.1.attn_norm [2, 3]: 1 of 6 elements are not finite, the "
+        "first at [1, 2]: -inf; all tensors tapped before it are finite"
+    )
+    # A step whose logits are not finite is run again, to name its first tensor that is not.
+    assert len(steps) == (3 if logits == "finite" else 4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_trace_nonfinite_does_not_change_a_finite_run(capsys, continuation):
@@ -434,6 +446,37 @@ def test_output_printed_by_plugins_goes_to_stderr(tmp_path, command):
     if command == "generate":
         plain = dists.run(*argv, site=site)
         assert plain.out == json.loads(done.out)["text"] + "\n"
+
+
+SHAKY = """
+    from tilewright import hookimpl
+
+    tilewright_api = 1
+
+    class Shaky:
+        @hookimpl
+        def {event}(self):
+            raise OSError("the disk is full")
+
+    @hookimpl
+    def create_observer():
+        return Shaky()
+"""
+
+
+@pytest.mark.parametrize("event", ["on_load_progress", "on_step", "on_tensor", "on_close"])
+def test_an_observer_that_raises_is_named_on_stderr_and_changes_no_result(tmp_path, event):
+    files = {"acme_shaky.py": dists.dedent(SHAKY.format(event=event))}
+    shaky = dists.Distribution("acme-shaky", files, {"observer": {"shaky": "acme_shaky"}})
+    argv = ["-m", "tilewright", "generate", "--json", "We", *GREEDY, "--max-new-tokens", "3"]
+    plain = dists.run(*argv)
+    done = dists.run(*argv, "--observer", "shaky", site=dists.install(tmp_path / "site", shaky))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["text"] == json.loads(plain.out)["text"]
+    said = f"observer 'shaky' of acme-shaky 1.0 failed in {event}: OSError: the disk is full ("
+    assert done.err.count(said) == 1
+    assert done.err.count("disk") == 1
+    assert "Traceback" not in done.err
 
 
 def test_a_refused_prompt_leaves_the_others_their_results(capsys, tmp_path):

@@ -282,6 +282,49 @@ class SetsTheEnvironment(Journal):
         os.environ["JOURNAL"] = "journal.txt"
 
 
+class RaisesWhileLoading(Journal):
+    @hookimpl
+    def on_load_progress(self, bytes_read: int, bytes_total: int) -> None:
+        if bytes_read == bytes_total:
+            raise RuntimeError("a mistake")
+
+
+class RaisesWhenLoaded(Journal):
+    @hookimpl
+    def on_model_loaded(self) -> None:
+        raise RuntimeError("a mistake")
+
+
+class RaisesWhilePreparing(Journal):
+    @hookimpl
+    def on_prepare(self) -> None:
+        raise RuntimeError("a mistake")
+
+
+class RaisesAtSteps(Journal):
+    @hookimpl
+    def on_step(self) -> None:
+        raise RuntimeError("a mistake")
+
+
+class RaisesAtTensors(Journal):
+    @hookimpl
+    def on_tensor(self) -> None:
+        raise RuntimeError("a mistake")
+
+
+class RaisesAtResults(Journal):
+    @hookimpl
+    def on_request_finished(self) -> None:
+        raise RuntimeError("a mistake")
+
+
+class RaisesAtTheEnd(Journal):
+    @hookimpl
+    def on_close(self) -> None:
+        raise RuntimeError("a mistake")
+
+
 THE_ONE = Journal()
 
 # name, plugin or the class of its observers, test that fails, words of the failure
@@ -327,6 +370,34 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         Refuses,
         "results_are_the_same_with_and_without_it",
         "the journal is full",
+    ),
+    *(
+        (
+            f"raises in {event}",
+            plugin,
+            "results_are_the_same_with_and_without_it",
+            rf"must not raise: observer \w+ failed in {event}: RuntimeError: a mistake \(",
+        )
+        for event, plugin in (
+            ("on_load_progress", RaisesWhileLoading),
+            ("on_model_loaded", RaisesWhenLoaded),
+            ("on_step", RaisesAtSteps),
+            ("on_tensor", RaisesAtTensors),
+            ("on_request_finished", RaisesAtResults),
+            ("on_close", RaisesAtTheEnd),
+        )
+    ),
+    (
+        "raises in on_prepare",
+        RaisesWhilePreparing,
+        "it_handles_events_with_extreme_values",
+        r"on_prepare\(\) raised RuntimeError: a mistake",
+    ),
+    (
+        "raises at tensors that are not kept",
+        RaisesAtTensors,
+        "tensors_are_not_kept_after_the_event",
+        r"on_tensor\(\) raised RuntimeError",
     ),
     ("knows one model", KnowsOneModel, "it_handles_events_of_two_models_at_once", "AssertionError"),
     (

@@ -1,6 +1,7 @@
 """LLMEngine, through the shipped plugins and the bundled model."""
 
 import gc
+import re
 from math import inf
 
 import numpy as np
@@ -18,6 +19,7 @@ from tilewright.errors import (
     RequestError,
     TilewrightError,
 )
+from tilewright.hookspecs import ObserverEvents
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import SampledToken
 
@@ -491,6 +493,10 @@ class Recorder:
         self.events.append(("load", bytes_read, bytes_total))
 
     @hookimpl
+    def on_prepare(self, what, done, total):
+        self.events.append((what, done, total))
+
+    @hookimpl
     def on_model_loaded(self, model_id, seconds):
         self.events.append(("loaded", model_id))
 
@@ -538,19 +544,103 @@ def test_observers_receive_every_event():
     assert recorder.events[-2:] == [("finished", result.text), ("close",)]
 
 
-class Breaking:
+EVENTS = [name for name in vars(ObserverEvents) if name.startswith("on_")]
+
+
+def breaking(event, error):
+    """A recorder that raises in one event instead of recording it."""
+
     @hookimpl
-    def on_step(self, event):
-        raise RuntimeError("an observer's own mistake")
+    def raising(self):
+        self.events.append(event)
+        raise error
+
+    return type("Breaking", (Recorder,), {event: raising})()
+
+
+def watched(*observers):
+    """The text of a generation, of an engine that makes every event."""
+    with LLMEngine.from_plugins(observers=observers) as engine:
+        engine.init_model("demo", DEMO_MODEL)
+        engine._observers.reporter("demo")("kernels", 1, 3)
+        return engine.generate("demo", TRUTHS, config(3))
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_observer_that_raises_is_told_of_once_and_detached(event):
+    alone = Recorder()
+    text = watched(alone)
+    before, broken, after = Recorder(), breaking(event, ValueError("its\nmistake")), Recorder()
+    with pytest.warns(RuntimeWarning) as caught:
+        assert watched(after, broken, before) == text
+    (warning,) = [str(w.message) for w in caught]
+    assert re.fullmatch(
+        rf"observer Breaking failed in {event}: ValueError: its mistake \(.*test_engine.py, "
+        r"line \d+\); it gets no further events",
+        warning,
+    )
+    assert before.events == after.events == alone.events
+    assert broken.events.count(event) == 1
+    assert broken.events[-1] == event
+    assert broken.events[:-1] == alone.events[: len(broken.events) - 1]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_an_observer_interrupts(event, error):
+    with pytest.raises(error):
+        watched(breaking(event, error()))
+
+
+def test_a_lack_of_memory_in_an_observer_ends_the_generation():
+    with pytest.raises(MemoryError):
+        watched(breaking("on_step", MemoryError()))
+
+
+def test_observers_of_one_class_are_told_apart():
+    with pytest.warns(RuntimeWarning) as caught:
+        watched(Recorder(), *(breaking("on_step", ValueError()) for _ in range(2)))
+    names = [str(warning.message).partition(" failed in ")[0] for warning in caught]
+    assert sorted(names) == ["observer Breaking", "observer Breaking (2)"]
+
+
+def test_an_observer_that_failed_in_a_step_run_by_another_misses_the_event_of_that_other():
+    class Stepping(Recorder):
+        text = None
+
+        @hookimpl
+        def on_step(self, event):
+            if self.text is None:
+                self.text = ""
+                self.text = self.engine.generate("demo", WHEN, config(1))
+
+    broken, stepping = breaking("on_step", ValueError()), Stepping()
+    with LLMEngine.from_plugins(observers=[broken, stepping]) as engine:
+        engine.init_model("demo", DEMO_MODEL)
+        stepping.engine = engine
+        with pytest.warns(RuntimeWarning):
+            engine.generate("demo", TRUTHS, config(1))
+    assert stepping.text
+    assert broken.events.count("on_step") == 1
+
+
+def test_a_wrapper_of_events_is_refused():
+    class Wrapping:
+        @hookimpl(wrapper=True)
+        def on_step(self):
+            return (yield)
+
+    with pytest.raises(PluginError, match=r"on_step\(\) is marked as a wrapper"):
+        LLMEngine.from_plugins(observers=[Wrapping()])
 
 
 def test_requests_that_ended_in_an_interrupted_step_are_finished_and_not_run_again():
     runtime = RuntimeConfig(page_size=8, total_pages=3)
-    with LLMEngine.from_plugins(observers=[Breaking()]) as engine:
+    with LLMEngine.from_plugins(observers=[breaking("on_step", KeyboardInterrupt())]) as engine:
         engine.init_model("demo", DEMO_MODEL, runtime)
         prompts = [[token] * 8 for token in (10, 20, 30)]  # with one new token, a page each
         streams = [engine.generate("demo", p, config(1, stream=True)) for p in prompts]
-        with pytest.raises(RuntimeError, match="own mistake"):
+        with pytest.raises(KeyboardInterrupt):
             next(streams[0])
         for stream in streams[1:]:
             assert "".join(stream) == stream.result.text

@@ -52,13 +52,15 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
     """
     config = resolved.config
     prompts = read_prompts(resolved)
-    observers = [NonFiniteTrace()] if args.trace_nonfinite else []
+    trace = NonFiniteTrace() if args.trace_nonfinite else None
     with ExitStack() as stack:
         file = stack.enter_context(opened(config.output.file))
         streamed = len(prompts) == 1 and file is sys.stdout
         # What plugins print is not part of the results.
         stack.enter_context(redirect_stdout(sys.stderr))
-        engine = stack.enter_context(open_engine(resolved, observers))
+        engine = stack.enter_context(open_engine(resolved, [trace] if trace else []))
+        if trace:
+            stack.enter_context(trace.ending(engine))
         if resolved.origin("prompts", "text") == DEFAULT and not config.prompts.file:
             note(f"prompt: {prompts[0]}")
         elif len(prompts) == 1 and file.isatty() and sys.stderr.isatty():

@@ -9,7 +9,7 @@ from attrs import fields
 
 from tilewright.cli.output import note
 from tilewright.config import DEFAULT, Resolved
-from tilewright.errors import ConfigError, ExecutorError, ModelError
+from tilewright.errors import ConfigError, ExecutorError, ModelError, TilewrightError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import BUILTIN_GENERATE, GenerateConfig, LoadedModel
 
@@ -92,25 +92,41 @@ def with_origin(message: str, resolved: Resolved) -> str:
 
 
 class NonFiniteTrace:
-    """An observer that ends a run at the first tensor that is not finite."""
+    """An observer that finds the first tensor that is not finite."""
 
     def __init__(self) -> None:
         self._steps = 0
+        self._engine: LLMEngine | None = None
+        self._found: ExecutorError | None = None
+
+    @contextmanager
+    def ending(self, engine: "LLMEngine") -> Iterator[None]:
+        """In this block, such a tensor's step is the last one, and an ExecutorError names it."""
+        self._engine = engine
+        try:
+            yield
+        except TilewrightError:
+            if self._found:
+                raise self._found from None
+            raise
 
     @hookimpl
     def on_step(self) -> None:
         self._steps += 1
 
     @hookimpl
-    def on_tensor(self, name: str, tensor: "Tensor") -> None:
+    def on_tensor(self, model_id: str, name: str, tensor: "Tensor") -> None:
+        if self._found or self._engine is None:
+            return
         bad = ~tensor.isfinite()
         if bad.any():
             at = bad.nonzero()[0].tolist()
-            raise ExecutorError(
+            self._found = ExecutorError(
                 f"step {self._steps}, {name} {list(tensor.shape)}: {int(bad.sum())} of "
                 f"{bad.numel()} elements are not finite, the first at {at}: {tensor[tuple(at)]}; "
                 "all tensors tapped before it are finite"
             )
+            self._engine.unload(model_id)  # ends its requests
 
 
 class LoadingBar:

@@ -1,7 +1,9 @@
 """The conformance suite of observers."""
 
 import gc
+import re
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -111,7 +113,8 @@ class ObserverSuite(PluginSuite):
         call = _caller(make())
         for name, tensor in _tensors().items():
             before = tensor.clone()
-            call("on_tensor", {"model_id": "m", "name": name, "tensor": tensor})
+            arguments = {"model_id": "m", "name": name, "tensor": tensor}
+            _calmly(call, f"a tensor ({name})", "on_tensor", arguments)
             assert same_bits(tensor, before), (
                 "on_tensor() must not write to the tensor, which the executor still uses; it "
                 f"changed a tensor ({name})"
@@ -125,8 +128,9 @@ class ObserverSuite(PluginSuite):
         array = numpy.ones((7, 48), dtype=numpy.float32)
         memory = weakref.ref(array)
         tensor = torch.from_numpy(array)
-        _caller(observer)("on_tensor", {"model_id": "m", "name": "norm", "tensor": tensor})
-        del array, tensor
+        arguments = {"model_id": "m", "name": "norm", "tensor": tensor}
+        _calmly(_caller(observer), "a tensor", "on_tensor", arguments)
+        del array, tensor, arguments
         gc.collect()
         assert memory() is None, (
             "on_tensor() must copy the values that it keeps, and not keep the tensor: the executor "
@@ -220,13 +224,22 @@ _SETTINGS = GenerateConfig(max_new_tokens=5, temperature=0.8, seed=7, ignore_eos
 @contextmanager
 def _engine(*observers: object) -> Iterator[LLMEngine]:
     """An engine with observers. An observer that raises fails the test."""
-    try:
-        with LLMEngine.from_plugins(loader="hf-local", observers=observers) as engine:
-            yield engine
-    except Exception as error:
-        pytest.fail(
-            f"an observer must not make the engine fail: {plugins.cause(error)}", pytrace=False
-        )
+    with warnings.catch_warnings():
+        # The engine warns of an observer that has raised, and goes on without it.
+        module = re.escape(plugins.__name__) + "$"
+        warnings.filterwarnings("error", category=RuntimeWarning, module=module)
+        try:
+            with LLMEngine.from_plugins(loader="hf-local", observers=observers) as engine:
+                yield engine
+        except Exception as error:
+            why: BaseException = error
+            while why.__cause__:
+                why = why.__cause__
+            if isinstance(why, RuntimeWarning):
+                pytest.fail(f"an observer must not raise: {why}", pytrace=False)
+            pytest.fail(
+                f"an observer must not make the engine fail: {plugins.cause(error)}", pytrace=False
+            )
 
 
 def _generate(directory: Path, *observers: object) -> list[tuple[object, ...]]:
@@ -249,7 +262,7 @@ def _caller(observer: object) -> Call:
 
 
 def _calmly(call: Call, what: str, event: str, arguments: Mapping[str, Any]) -> None:
-    """Fail when an observer raises at an event, which would end the generation in an engine."""
+    """Fail when an observer raises at an event, for which an engine would detach it."""
     try:
         call(event, arguments)
     except Exception as error:
