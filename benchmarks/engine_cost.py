@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -26,8 +26,9 @@ from tilewright.text import Text, TextStream
 from tilewright.types import (
     ExecutorLimits,
     KvCacheSpec,
+    KvLayer,
     LoadedModel,
-    RuntimeConfig,
+    ResolvedRuntime,
     SamplingParams,
     StepBatch,
     Tap,
@@ -49,13 +50,17 @@ class Ready:
     def __init__(self) -> None:
         self._logits = torch.eye(VOCABULARY)
 
-    def bind_kv_cache(self, layers: Any) -> None:
+    def allocate_kv(self, num_pages: int) -> None:
         pass
 
-    def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> torch.Tensor:
+    def forward(self, batch: StepBatch, tap: "Tap | None" = None) -> torch.Tensor:
         return self._logits[: len(batch.logits_rows)]
 
-    decode = prefill
+    def read_kv(self, layer: int, pages: Sequence[int]) -> KvLayer:
+        raise NotImplementedError
+
+    def write_kv(self, layer: int, pages: Sequence[int], cache: KvLayer) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         pass
@@ -109,15 +114,21 @@ def per_token(
     executor = Ready()
     length = prompt_tokens + new_tokens
     pages = num_requests * -(-length // PAGE_SIZE)
-    allocator = KvCacheManager(executor.kv_cache_spec, pages)
     model = ServedModel(
         model_id="m",
         loaded=loaded,
-        runtime=RuntimeConfig(max_batch_size=num_requests, max_batch_tokens=1 << 20),
-        max_seq_len=length,
+        runtime=ResolvedRuntime(
+            device="none",
+            weight_dtype="float32",
+            kv_dtype="float32",
+            page_size=PAGE_SIZE,
+            total_pages=pages,
+            max_seq_len=length,
+            max_batch_size=num_requests,
+            max_batch_tokens=1 << 20,
+        ),
         executor=executor,
-        device="none",
-        allocator=allocator,
+        allocator=KvCacheManager(pages, PAGE_SIZE),
         text=Text(loaded.text),
         load_seconds=0.0,
     )

@@ -283,7 +283,6 @@ class Scheduler:
             max_query_len=int(lengths.max()),
             num_drafts=torch.tensor([len(part.drafts) for part in parts], dtype=torch.int32),
             logits_rows=torch.tensor(rows, dtype=torch.int64),
-            token_source=torch.full((len(token_ids),), -1, dtype=torch.int32),
             request_ids=tuple(part.request.request_id for part in parts),
             ended_request_ids=tuple(self._ended),
         )

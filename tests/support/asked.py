@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 
 from tilewright import plugins
 from tilewright.types import ModelConfig, Report, RuntimeConfig, TensorSource
@@ -17,8 +17,13 @@ class Asked:
     runtime_config: RuntimeConfig
     weights: TensorSource
     packed: bool = False
+    layers: range = field()
     options: Any = None
     report: Report = no_report
+
+    @layers.default
+    def _all(self) -> range:
+        return range(self.model_config.num_layers)
 
     def of(self, module: Any) -> Any:
         """The executor that a plugin makes."""

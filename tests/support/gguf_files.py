@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilewright import plugins
-from tilewright.kv_cache import KvCacheManager
-from tilewright.types import LoadedModel, RuntimeConfig, StepBatch
+from tilewright.types import LoadedModel, RuntimeConfig
 from tilewright.weights import check_tensors
+from tilewright_testing.paged import Sequences
 from tilewright_torch.plugin import create_executor
 
 Kind = gguf.GGMLQuantizationType
@@ -54,22 +54,11 @@ def load_checked(source: Path | str) -> LoadedModel:
 def logits(loaded: LoadedModel, token_ids: Sequence[int]) -> Tensor:
     """Float32 logits [tokens, vocabulary] of the torch executor, in one prefill."""
     runtime = RuntimeConfig(weight_dtype="float32", kv_dtype="float32", page_size=8)
-    executor = create_executor(loaded.config, runtime, loaded.weights, None)
-    kv = KvCacheManager(executor.kv_cache_spec, len(token_ids) // 8 + 1)
-    executor.bind_kv_cache(kv.layers())
-    count = len(token_ids)
-    kv.allocate("a", count)
-    return executor.prefill(
-        StepBatch(
-            token_ids=torch.tensor(token_ids),
-            positions=torch.arange(count, dtype=torch.int32),
-            slot_mapping=kv.slots("a", 0, count),
-            block_table=kv.block_table(["a"]),
-            context_lens=torch.tensor([count], dtype=torch.int32),
-            query_starts=torch.tensor([0, count], dtype=torch.int32),
-            logits_rows=torch.arange(count),
-        )
-    )
+    layers = range(loaded.config.num_layers)
+    executor = create_executor(loaded.config, runtime, loaded.weights, layers, None)
+    pages = len(token_ids) // 8 + 1
+    executor.allocate_kv(pages)
+    return executor.forward(Sequences(8, pages).batch({"a": token_ids}))
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 from torch import Tensor
 
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RopeConfig, StepBatch
@@ -205,12 +205,8 @@ def reference(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer's output and its keys and values after the step, by the torch executor."""
-    one = evolve(config, num_layers=1)
-    renamed = {
-        name: source.get(name.replace("layers.0.", f"layers.{layer}."))
-        for name in expected_tensors(one)
-    }
-    model = evolve(load(one, Weights(renamed), dtype), embedding=hidden.to(dtype))
+    layers = range(layer, layer + 1)
+    model = load(config, layers, source, dtype)
     spec = KvCacheSpec(
         num_layers=1,
         num_kv_heads=config.num_kv_heads,
@@ -218,12 +214,13 @@ def reference(
         page_size=cache.shape.page_size,
         dtype="float32" if dtype == torch.float32 else "bfloat16",
     )
-    executor = TorchExecutor(model, spec)
-    storage = KvLayer(cache.key.to(dtype, copy=True), cache.value.to(dtype, copy=True))
-    executor.bind_kv_cache([storage])
-    seen = {}
-    executor.prefill(batch, lambda name, tensor: seen.setdefault(name, tensor.clone()))
-    return seen["layers.0.output"], storage.key, storage.value
+    executor = TorchExecutor(model, spec, layers)
+    executor.allocate_kv(cache.pages)
+    pages = range(cache.pages)
+    executor.write_kv(layer, pages, KvLayer(cache.key.to(dtype), cache.value.to(dtype)))
+    output = executor.run_layer(executor.begin(batch), layer, hidden.to(dtype))
+    after = executor.read_kv(layer, pages)
+    return output, after.key, after.value
 
 
 def relative_rms(found: Tensor, expected: Tensor) -> float:

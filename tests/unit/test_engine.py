@@ -111,7 +111,6 @@ WRONG_SETTINGS = [
     ({"ignore_eos": 1}, "'ignore_eos' must be true, false or none, found 1"),
 ]
 WRONG_RUNTIMES = [
-    ({"weight_dtype": "int8"}, "'weight_dtype' must be float32, bfloat16, float16 or none"),
     ({"weight_dtype": torch.float32}, "'weight_dtype' must be .*, found torch.float32"),
     ({"page_size": "16"}, "'page_size' must be an integer or none, found '16'"),
     ({"max_batch_size": 0}, "'max_batch_size' must be >= 1: 0"),
@@ -201,7 +200,9 @@ def test_an_abandoned_stream_frees_its_pages(engine, how):
     assert free_pages(engine) < before
     if how == "close":
         stream.close()
-        assert stream.result is None
+        assert stream.result.finish_reason == "aborted"
+        assert CONTINUED.startswith(stream.result.text)
+        assert len(stream.result.token_ids) == 1
         assert list(stream) == []
     elif how == "with":
         with stream:
@@ -225,11 +226,8 @@ class Interrupting:
             raise self.error
         return logits
 
-    def prefill(self, batch, tap=None):
-        return self._run(self.executor.prefill, batch, tap)
-
-    def decode(self, batch, tap=None):
-        return self._run(self.executor.decode, batch, tap)
+    def forward(self, batch, tap=None):
+        return self._run(self.executor.forward, batch, tap)
 
     def close(self):
         self.executor.close()
@@ -362,7 +360,7 @@ def test_a_bug_in_a_plugin_is_an_error_that_names_the_plugin_and_the_line(
         raise ZeroDivisionError("a bug")
 
     if part == "executor":
-        monkeypatch.setattr(engine.model("demo").executor, "decode", broken)
+        monkeypatch.setattr(engine.model("demo").executor, "forward", broken)
     else:
         monkeypatch.setattr(engine._runner("demo")._sampler, "sample", broken)
     name = {"executor": "executor 'torch'", "sampler": "sampler 'top-p'"}[part]
@@ -407,6 +405,40 @@ def test_logprobs_come_with_each_token(engine):
         assert entry.top[0] == (entry.token_id, entry.logprob)
         assert len(entry.top) == 3
         assert entry.logprob <= 0
+
+
+@pytest.mark.parametrize("name", ["weight_dtype", "kv_dtype"])
+def test_a_dtype_that_the_executor_does_not_support_is_refused_before_weights_are_read(
+    engine, name
+):
+    with pytest.raises(ConfigError) as caught:
+        engine.init_model("second", DEMO_MODEL, RuntimeConfig(**{name: "int8"}))
+    assert str(caught.value) == (
+        f"{name} = 'int8' is not supported by executor 'torch': set {name} to 'float32' or "
+        "'bfloat16' or 'float16', or choose another executor"
+    )
+
+
+def test_log_probabilities_of_the_prompt_are_those_of_one_prefill(engine):
+    ids = engine.model("demo").text.encode(TRUTHS)
+    engine.init_model("whole", DEMO_MODEL, RuntimeConfig(weight_dtype="float32"))
+    whole = engine.generate_result("whole", TRUTHS, config(3, prompt_logprobs=2))
+    three = RuntimeConfig(weight_dtype="float32", max_batch_tokens=3)
+    engine.init_model("chunked", DEMO_MODEL, three)
+    chunked = engine.generate_result("chunked", TRUTHS, config(3, prompt_logprobs=2))
+    for result in (whole, chunked):
+        first, *rest = result.prompt_logprobs
+        assert first is None
+        assert [entry.token_id for entry in rest] == ids[1:]
+        for position, entry in enumerate(rest, start=1):
+            (after,) = engine.generate_result(
+                "whole", ids[:position], config(1, logprobs=2, logit_bias={ids[position]: 1e4})
+            ).logprobs
+            assert after.token_id == entry.token_id
+            assert entry.logprob == pytest.approx(after.logprob, abs=1e-4)
+            assert [i for i, _ in entry.top] == [i for i, _ in after.top]
+    assert whole.token_ids == chunked.token_ids
+    assert engine.generate_result("demo", TRUTHS, config(3)).prompt_logprobs is None
 
 
 def test_models_are_loaded_side_by_side_under_distinct_names(engine):
@@ -509,8 +541,24 @@ class Recorder:
         self.events.append(("tensor", name, tuple(tensor.shape)))
 
     @hookimpl
+    def on_request_submitted(self, request_id, num_prompt_tokens, max_new_tokens):
+        self.events.append(("submitted", request_id, num_prompt_tokens, max_new_tokens))
+
+    @hookimpl
+    def on_request_admitted(self, request_id, cached_tokens):
+        self.events.append(("admitted", request_id, cached_tokens))
+
+    @hookimpl
     def on_request_finished(self, result):
         self.events.append(("finished", result.text))
+
+    @hookimpl
+    def on_request_aborted(self, result):
+        self.events.append(("aborted", result.finish_reason))
+
+    @hookimpl
+    def on_request_failed(self, request_id, error):
+        self.events.append(("failed", request_id, str(error)))
 
     @hookimpl
     def on_close(self):
@@ -544,7 +592,11 @@ def test_observers_receive_every_event():
     assert recorder.events[-2:] == [("finished", result.text), ("close",)]
 
 
-EVENTS = [name for name in vars(ObserverEvents) if name.startswith("on_")]
+EVENTS = [
+    name
+    for name in vars(ObserverEvents)
+    if name.startswith("on_") and name != "on_request_preempted"  # no policy preempts yet
+]
 
 
 def breaking(event, error):
@@ -563,7 +615,13 @@ def watched(*observers):
     with LLMEngine.from_plugins(observers=observers) as engine:
         engine.init_model("demo", DEMO_MODEL)
         engine._observers.reporter("demo")("kernels", 1, 3)
-        return engine.generate("demo", TRUTHS, config(3))
+        engine.stream("demo", TRUTHS, config(3)).close()
+        text = engine.generate("demo", TRUTHS, config(3))
+        stream = engine.stream("demo", TRUTHS, config(3))
+        engine.unload("demo")
+        with pytest.raises(RequestError, match="unloaded"):
+            next(stream)
+        return text
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -702,7 +760,7 @@ def test_generation_keeps_no_gradients(engine):
     assert torch.is_grad_enabled()
     engine.generate("demo", TRUTHS, config(2))
     assert torch.is_grad_enabled()
-    assert not engine.model("demo").allocator.layers()[0].key.requires_grad
+    assert not engine.model("demo").executor.read_kv(0, [0]).key.requires_grad
 
 
 def test_closing_an_engine_ends_its_streams_with_an_error():

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tilewright.types import ModelConfig, RopeConfig, StepBatch
+from tilewright_testing.paged import Sequences
 from tilewright_torch.rope import rotary, rotate
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -86,16 +87,11 @@ def ours(scaling: dict[str, Any]) -> ModelConfig:
 
 def step(sequences: Sequence[range]) -> StepBatch:
     """The positions of some sequences' new tokens, each ending where its context ends."""
-    nothing = torch.empty(0)
-    return StepBatch(
-        token_ids=nothing,
-        positions=torch.tensor([p for s in sequences for p in s], dtype=torch.int32),
-        slot_mapping=nothing,
-        block_table=nothing,
-        context_lens=torch.tensor([s.stop for s in sequences], dtype=torch.int32),
-        query_starts=torch.tensor([0, *map(len, sequences)], dtype=torch.int32).cumsum(0).int(),
-        logits_rows=nothing,
-    )
+    held = Sequences(page_size=16, total_pages=16384)
+    for name, new in enumerate(sequences):
+        if new.start:
+            held.batch({str(name): [0] * new.start})
+    return held.batch({str(name): [0] * len(new) for name, new in enumerate(sequences)})
 
 
 def rotated_by_transformers(hf: LlamaConfig, x: Tensor, positions: range) -> Tensor:

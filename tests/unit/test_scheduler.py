@@ -9,15 +9,18 @@ from tilewright.errors import OutOfPagesError
 from tilewright.kv_cache import KvCacheManager
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler
-from tilewright.types import KvCacheSpec, SamplingParams
+from tilewright.types import ExecutorLimits, SamplingParams
 
 
-def make(total_pages=16, page_size=4, max_batch_size=4, max_batch_tokens=10):
-    spec = KvCacheSpec(
-        num_layers=1, num_kv_heads=1, head_dim=1, page_size=page_size, dtype="float32"
-    )
-    cache = KvCacheManager(spec, total_pages)
-    return cache, Scheduler(cache, max_batch_size, max_batch_tokens)
+def make(total_pages=16, page_size=4, max_batch_size=4, max_batch_tokens=10, **limits):
+    cache = KvCacheManager(total_pages, page_size)
+    return cache, Admitting(cache, max_batch_size, max_batch_tokens, ExecutorLimits(**limits))
+
+
+class Admitting(Scheduler):
+    def schedule(self):
+        self.admit()
+        return super().schedule()
 
 
 def request(name, prompt_length, max_new_tokens=4):
@@ -27,6 +30,14 @@ def request(name, prompt_length, max_new_tokens=4):
     )
 
 
+def slots(cache, name, start, stop):
+    pages = cache.pages(name)
+    return [
+        pages[p // cache.page_size] * cache.page_size + p % cache.page_size
+        for p in range(start, stop)
+    ]
+
+
 def finish(scheduler, step, token=7):
     """What an engine does with a step that has run."""
     for r in step.sampled:
@@ -34,13 +45,13 @@ def finish(scheduler, step, token=7):
     scheduler.done(step)
 
 
-def test_prompts_share_a_prefill_step_and_long_ones_are_chunked():
-    cache, scheduler = make()
+def test_prompts_share_a_step_and_long_ones_are_chunked():
+    cache, scheduler = make(mixed=False)
     a, b = request("a", 3), request("b", 12)
     scheduler.add(a)
     scheduler.add(b)
     step = scheduler.schedule()
-    assert (step.phase, step.requests, step.sampled) == ("prefill", (a, b), (a,))
+    assert (step.requests, step.sampled) == ((a, b), (a,))
     assert step.batch.token_ids.tolist() == [100, 101, 102, *range(200, 207)]
     assert step.batch.positions.tolist() == [0, 1, 2, *range(7)]
     assert step.batch.query_starts.tolist() == [0, 3, 10]
@@ -48,19 +59,109 @@ def test_prompts_share_a_prefill_step_and_long_ones_are_chunked():
     assert step.batch.logits_rows.tolist() == [2]
     finish(scheduler, step)
 
-    step = scheduler.schedule()
-    assert (step.phase, step.requests, step.sampled) == ("prefill", (b,), (b,))
-    assert step.batch.positions.tolist() == list(range(7, 12))
-    assert step.batch.context_lens.tolist() == [12]
-    assert step.batch.slot_mapping.tolist() == cache.slots("b", 7, 12).tolist()
+    step = scheduler.schedule()  # prompts and decoding take turns
+    assert (step.requests, step.batch.token_ids.tolist()) == ((a,), [7])
     finish(scheduler, step)
 
     step = scheduler.schedule()
-    assert (step.phase, step.sampled) == ("decode", (a, b))
+    assert (step.requests, step.sampled) == ((b,), (b,))
+    assert step.batch.positions.tolist() == list(range(7, 12))
+    assert step.batch.context_lens.tolist() == [12]
+    assert step.batch.max_query_len == 5
+    assert step.batch.slot_mapping.tolist() == slots(cache, "b", 7, 12)
+    finish(scheduler, step)
+
+    step = scheduler.schedule()
+    assert step.sampled == (a, b)
     assert step.batch.token_ids.tolist() == [7, 7]
-    assert step.batch.positions.tolist() == [3, 12]
-    assert step.batch.context_lens.tolist() == [4, 13]
-    assert step.batch.block_table.tolist() == cache.block_table(["a", "b"]).tolist()
+    assert step.batch.positions.tolist() == [4, 12]
+    assert step.batch.context_lens.tolist() == [5, 13]
+    assert step.batch.max_query_len == 1
+    table = [[*cache.pages("a"), -1, -1], [*cache.pages("b")]]
+    assert step.batch.block_table.tolist() == table
+    assert step.batch.slot_mapping.tolist() == slots(cache, "a", 4, 5) + slots(cache, "b", 12, 13)
+
+
+def test_requests_that_decode_come_first_and_prompts_share_what_is_left_of_a_step():
+    _, scheduler = make(total_pages=32)
+    a, b, c = request("a", 3), request("b", 12), request("c", 5)
+    for r in (a, b, c):
+        scheduler.add(r)
+    finish(scheduler, scheduler.schedule())
+    step = scheduler.schedule()
+    assert step.requests == (a, b, c)
+    assert step.batch.token_ids.tolist() == [7, *range(207, 212), *range(300, 304)]
+    assert step.batch.query_starts.tolist() == [0, 1, 6, 10]
+    assert step.sampled == (a, b)
+    assert [part.decoding for part in step.parts] == [True, False, False]
+    assert step.batch.request_ids == ("a", "b", "c")
+    finish(scheduler, step)
+    assert [len(r.output_token_ids) for r in (a, b, c)] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_running_request_waits_at_most_one_step_while_a_long_prompt_arrives(mixed):
+    _, scheduler = make(total_pages=800, max_batch_size=9, max_batch_tokens=64, mixed=mixed)
+    running = [request(name, 4, max_new_tokens=99) for name in "abcdefgh"]
+    for r in running:
+        scheduler.add(r)
+    finish(scheduler, scheduler.schedule())
+    long = request("i", 2000)
+    scheduler.add(long)
+    waited = 0
+    while not long.output_token_ids:
+        step = scheduler.schedule()
+        assert len(step.batch.token_ids) <= 64
+        waited = 0 if running[0] in step.requests else waited + 1
+        assert waited <= (0 if mixed else 1)
+        finish(scheduler, step)
+
+
+def test_the_executor_is_told_of_requests_that_ended():
+    _, scheduler = make()
+    a, b = request("a", 3), request("b", 3)
+    scheduler.add(a)
+    scheduler.add(b)
+    step = scheduler.schedule()
+    assert step.batch.ended_request_ids == ()
+    finish(scheduler, step)
+    scheduler.remove(a)
+    told = scheduler.schedule()
+    assert told.batch.ended_request_ids == ("a",)
+    scheduler.undone(told)  # it failed: they are told again
+    told = scheduler.schedule()
+    assert told.batch.ended_request_ids == ("a",)
+    finish(scheduler, told)
+    assert scheduler.schedule().batch.ended_request_ids == ()
+
+
+def test_drafts_are_checked_in_one_step_and_wrong_ones_are_taken_back():
+    cache = KvCacheManager(16, 4)
+    scheduler = Admitting(cache, 4, 10, draft=lambda request, most: [5, 6, 7, 8][:most])
+    a = request("a", 3, max_new_tokens=9)
+    scheduler.add(a)
+    finish(scheduler, scheduler.schedule(), token=4)
+    step = scheduler.schedule()
+    assert step.batch.token_ids.tolist() == [4, 5, 6, 7, 8]
+    assert step.batch.num_drafts.tolist() == [4]
+    assert step.batch.logits_rows.tolist() == [0, 1, 2, 3, 4]
+    assert step.batch.context_lens.tolist() == [8]
+    assert step.parts[0].sampled == range(5)
+    assert len(cache.pages("a")) == 2
+    a.output_token_ids += [5, 9]  # the first draft was right, and 9 follows it
+    scheduler.done(step)
+    assert a.num_computed == 5
+    step = scheduler.schedule()
+    assert step.batch.token_ids.tolist() == [9, 5, 6, 7, 8]
+    assert step.batch.positions.tolist() == [5, 6, 7, 8, 9]
+    a.output_token_ids += [1]
+    scheduler.done(step)
+    assert len(cache.pages("a")) == 2, "the page of the wrong drafts is released"
+    step = scheduler.schedule()
+    a.output_token_ids += [5, 6, 7, 8]
+    scheduler.done(step)
+    assert len(scheduler.schedule().batch.token_ids) == 1, "drafts end with max_new_tokens"
+    cache.check_integrity()
 
 
 def test_batch_tensors_have_the_dtypes_of_the_contract():
@@ -88,10 +189,10 @@ def test_decode_steps_advance_position_and_slot_across_pages():
         step = scheduler.schedule()
         seen.append((step.batch.token_ids.item(), step.batch.positions.item()))
         position = step.batch.positions.item()
-        assert step.batch.slot_mapping.tolist() == cache.slots("a", position, position + 1).tolist()
+        assert step.batch.slot_mapping.tolist() == slots(cache, "a", position, position + 1)
         finish(scheduler, step, token)
     assert seen == [(11, 3), (12, 4), (13, 5), (14, 6), (15, 7)]
-    assert cache.num_tokens("a") == a.max_cached_tokens == 8
+    assert a.num_computed == a.max_cached_tokens == 8
 
 
 def test_a_step_that_was_not_committed_is_scheduled_again():
@@ -105,18 +206,17 @@ def test_a_step_that_was_not_committed_is_scheduled_again():
     assert first.batch.slot_mapping.tolist() == again.batch.slot_mapping.tolist()
 
 
-def test_a_token_added_before_its_step_was_committed_costs_one_more_step():
+def test_a_token_added_before_its_step_was_committed_is_kept():
     _, scheduler = make()
     a = request("a", 3)
     scheduler.add(a)
     scheduler.schedule()
     a.output_token_ids.append(7)  # and then an interrupt, before done()
     step = scheduler.schedule()
-    assert step.phase == "prefill"
-    assert step.sampled == ()
-    finish(scheduler, step)
+    assert (step.batch.token_ids.tolist(), step.sampled) == ([100, 101, 102, 7], (a,))
+    finish(scheduler, step, token=8)
     step = scheduler.schedule()
-    assert (step.batch.token_ids.tolist(), step.sampled) == ([7], (a,))
+    assert (step.batch.token_ids.tolist(), step.sampled) == ([8], (a,))
 
 
 def test_a_request_waits_until_the_cache_can_hold_all_of_its_tokens():
@@ -158,7 +258,7 @@ def test_random_requests_run_each_token_once_in_order_and_free_all_pages(seed):
         max_batch_size=rng.randint(1, 5),
         max_batch_tokens=rng.randint(1, 20),
     )
-    longest = cache.total_pages * cache.spec.page_size
+    longest = cache.total_pages * cache.page_size
     waiting = []
     for name in "abcdefghij":
         prompt = rng.randint(1, max(1, longest - 8))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from attrs import frozen, validators
+from attrs import field, frozen, validators
 from attrs.converters import optional
 
 from tilewright.types.fields import checked, described, if_set
@@ -76,7 +76,8 @@ class StepBatch:
 
     Tensors are on the CPU, and a batch can be pickled. The tokens of sequence i are rows
     query_starts[i] to query_starts[i + 1]. They are the last ones of its context: position =
-    context_lens[i] - (query_starts[i + 1] - row).
+    context_lens[i] - (query_starts[i + 1] - row). The fields with a default are for steps that
+    check drafts or follow a step in flight, and for executors that keep something per request.
     """
 
     token_ids: "Tensor"
@@ -91,20 +92,32 @@ class StepBatch:
     """[B] int32: tokens in the KV cache once this step has run"""
     query_starts: "Tensor"
     """[B + 1] int32"""
-    max_query_len: int
-    """Tokens of the sequence that has most of them in this step."""
-    num_drafts: "Tensor"
-    """[B] int32: how many of a sequence's tokens, its last ones, are guesses that this step checks.
-    A sequence with one token and its drafts is decoding, though it has more than one row."""
     logits_rows: "Tensor"
     """[L] int64: the rows of the T tokens whose logits are wanted, ascending"""
-    token_source: "Tensor"
+    max_query_len: int = field()
+    """Tokens of the sequence that has most of them in this step."""
+    num_drafts: "Tensor" = field()
+    """[B] int32: how many of a sequence's tokens, its last ones, are guesses that this step checks.
+    A sequence with one token and its drafts is decoding, though it has more than one row."""
+    token_source: "Tensor" = field()
     """[T] int32: -1, or the row of the L of the step before whose sampled token stands here; the
     token id is 0 then. Only for executors that sample (``SamplingExecutor``)."""
-    request_ids: tuple[str, ...]
+    request_ids: tuple[str, ...] = ()
     """The B requests that the sequences belong to."""
     ended_request_ids: tuple[str, ...] = ()
     """Requests that ended since the step before: what is kept for them can be dropped."""
+
+    @max_query_len.default
+    def _longest(self) -> int:
+        return int(self.query_starts.diff().max())
+
+    @num_drafts.default
+    def _no_drafts(self) -> "Tensor":
+        return self.context_lens.new_zeros(len(self.context_lens))
+
+    @token_source.default
+    def _all_known(self) -> "Tensor":
+        return self.slot_mapping.new_full((len(self.slot_mapping),), -1)
 
 
 @frozen(kw_only=True)

@@ -63,12 +63,9 @@ class Sequences:
             block_table=pad_sequence(tables, batch_first=True, padding_value=-1),
             context_lens=torch.tensor([self.lengths[n] for n in tokens], dtype=torch.int32),
             query_starts=torch.tensor(starts, dtype=torch.int32),
-            max_query_len=max(map(len, tokens.values())),
-            num_drafts=torch.zeros(len(tokens), dtype=torch.int32),
             logits_rows=torch.tensor(
                 list(range(len(ids)) if rows is None else rows), dtype=torch.int64
             ),
-            token_source=torch.full((len(ids),), -1, dtype=torch.int32),
             request_ids=tuple(tokens),
         )
 

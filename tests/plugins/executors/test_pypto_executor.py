@@ -20,11 +20,12 @@ from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.errors import ConfigError, ExecutorError, ModelError, TilewrightError
 from tilewright.kv_cache import KvCacheManager
 from tilewright.request import Request
-from tilewright.scheduler import Scheduler
+from tilewright.scheduler import Scheduler, Step
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
     Executor,
     KvLayer,
+    LayerwiseExecutor,
     LoadedModel,
     RopeConfig,
     SamplingParams,
@@ -37,6 +38,7 @@ from tilewright_pypto import executor as pypto_executor
 from tilewright_pypto import plugin as pypto
 from tilewright_pypto.emulated.device import EmulatedDevice
 from tilewright_pypto.fit import layer_shape
+from tilewright_testing.paged import Sequences
 from tilewright_torch import plugin as reference
 
 EMULATED = pypto.Options(platform="emulated")
@@ -87,25 +89,28 @@ def asked(loaded: LoadedModel, options: Any = EMULATED, **runtime: Any) -> Asked
 class Running:
     """An executor with its own KV cache, and the tensors and logits of its last step."""
 
-    executor: Executor
+    executor: LayerwiseExecutor
     pages: int
-    layers: Sequence[KvLayer] = field(init=False)
     seen: dict[str, Tensor] = field(factory=dict)
     logits: Tensor = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.layers = KvCacheManager(self.executor.kv_cache_spec, self.pages).layers()
-        self.executor.bind_kv_cache(self.layers)
+        self.executor.allocate_kv(self.pages)
 
-    def run(self, phase: str, batch: StepBatch) -> None:
+    def run(self, batch: StepBatch) -> None:
         self.seen = {}
-        step = self.executor.prefill if phase == "prefill" else self.executor.decode
-        self.logits = step(batch, lambda name, tensor: self.seen.setdefault(name, tensor.clone()))
+        self.logits = self.executor.forward(
+            batch, lambda name, tensor: self.seen.setdefault(name, tensor.clone())
+        )
+
+    def cached(self, layer: int) -> KvLayer:
+        return self.executor.read_kv(layer, range(self.pages))
 
     def slots(self, layer: int) -> Iterator[Tensor]:
         """Keys, then values, as [slots, KV heads, head_dim] for either row order."""
         order = self.executor.kv_cache_spec.row_order
-        for storage in (self.layers[layer].key, self.layers[layer].value):
+        cache = self.cached(layer)
+        for storage in (cache.key, cache.value):
             pages = storage.transpose(1, 2) if order == "HND" else storage
             yield pages.flatten(0, 1)
 
@@ -125,15 +130,20 @@ def compare(
     wide = {"weight_dtype": "float32", "kv_dtype": "float32"}
     true = Running(asked(loaded, None, **runtime | wide).of(reference), pages)
     limits = ours.executor.limits
-    allocator = KvCacheManager(evolve(ours.executor.kv_cache_spec, num_layers=1), pages)
-    scheduler = Scheduler(allocator, limits.max_batch_size, limits.max_batch_tokens)
+    allocator = KvCacheManager(pages, ours.executor.kv_cache_spec.page_size)
+    scheduler = Scheduler(allocator, limits.max_batch_size, limits.max_batch_tokens, limits)
     for i, prompt in enumerate(ids):
         scheduler.add(Request(str(i), tuple(prompt), SamplingParams(), new_tokens))
     filled = torch.zeros(pages * ours.executor.kv_cache_spec.page_size, dtype=torch.bool)
     checked = total = 0
-    while step := scheduler.schedule():
+
+    def next_step() -> Step | None:
+        scheduler.admit()
+        return scheduler.schedule()
+
+    while step := next_step():
         for running in (ours, near, true):
-            running.run(step.phase, step.batch)
+            running.run(step.batch)
         filled[step.batch.slot_mapping.long()] = True
         first = [r.seen["layers.0.output"] for r in (ours, near)]
         assert relative_rms(*first) <= 1e-2
@@ -226,7 +236,7 @@ def emulated() -> Iterator[LLMEngine]:
 
 def test_the_bundled_model_gives_its_known_text_and_reports_the_emulated_device(emulated):
     emulated.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=256))
-    assert emulated.model("demo").device == "emulated"
+    assert emulated.model("demo").runtime.device == "emulated"
     result = emulated.generate_result(
         "demo", "When in the Course of human events,", GenerateConfig(max_new_tokens=32)
     )
@@ -240,7 +250,7 @@ def test_a_closed_engine_can_be_recreated_from_its_selection(emulated):
     executor = emulated.model("demo").executor
     emulated.close()
     with pytest.raises(ExecutorError, match="is closed: load the model again"):
-        executor.decode(batch_of([1], 1))
+        executor.forward(batch_of([1], 1))
     executor.close()
     with LLMEngine.from_plugins(**emulated.selection) as again:
         again.init_model("demo", DEMO_MODEL, runtime)
@@ -274,10 +284,8 @@ def test_a_tap_receives_the_embedding_the_layer_outputs_and_the_logits(tmp_path)
     loaded = written(tmp_path)
     config = loaded.config
     running = Running(asked(loaded, page_size=16).of(pypto), 8)
-    scheduler = Scheduler(KvCacheManager(running.executor.kv_cache_spec, 8), 4, 64)
-    for i, prompt in enumerate(prompts(qwen3(), [20, 3])):
-        scheduler.add(Request(str(i), tuple(prompt), SamplingParams(), 4))
-    running.run("prefill", scheduler.schedule().batch)
+    first, second = prompts(qwen3(), [20, 3])
+    running.run(Sequences(16, 8).batch({"a": first, "b": second}, rows=[19, 22]))
     hidden = (23, config.hidden_size)
     expected: dict[str, tuple[Any, ...]] = {"embed": (hidden, torch.bfloat16)}
     for i in range(config.num_layers):
@@ -293,17 +301,16 @@ def test_embedding_layers_and_head_run_one_by_one_equal_a_whole_step(make, tmp_p
     loaded = written(tmp_path)
     options = EMULATED if make is pypto else None
     whole, parts = (Running(asked(loaded, options, page_size=16).of(make), 8) for _ in range(2))
-    scheduler = Scheduler(KvCacheManager(whole.executor.kv_cache_spec, 8), 4, 64)
-    for i, prompt in enumerate(prompts(qwen3(), [20, 3])):
-        scheduler.add(Request(str(i), tuple(prompt), SamplingParams(), 4))
-    batch = scheduler.schedule().batch
-    whole.run("prefill", batch)
+    first, second = prompts(qwen3(), [20, 3])
+    batch = Sequences(16, 8).batch({"a": first, "b": second})
+    whole.run(batch)
     executor = parts.executor
-    hidden = executor.embed(batch)
+    step = executor.begin(batch)
+    hidden = executor.embed(step)
     for layer in range(loaded.config.num_layers):
-        hidden = executor.run_layer(layer, hidden, batch)
-        assert torch.equal(executor.read_kv(layer).key, whole.layers[layer].key)
-    assert torch.equal(executor.run_head(hidden[batch.logits_rows]), whole.logits)
+        hidden = executor.run_layer(step, layer, hidden)
+        assert torch.equal(parts.cached(layer).key, whole.cached(layer).key)
+    assert torch.equal(executor.run_head(step, hidden[batch.logits_rows]), whole.logits)
 
 
 @pytest.mark.parametrize("make", [pypto, reference], ids=["pypto", "torch"])
@@ -311,14 +318,14 @@ def test_the_cache_of_a_layer_can_be_replaced(make, tmp_path):
     loaded = written(tmp_path)
     options = EMULATED if make is pypto else None
     running = Running(asked(loaded, options, page_size=16).of(make), 3)
-    shape = tuple(running.layers[1].key.shape)
-    new = KvLayer(torch.ones(shape).bfloat16(), torch.full(shape, 2.0).bfloat16())
-    running.executor.write_kv(1, new)
-    found = running.executor.read_kv(1)
+    shape = tuple(running.cached(1).key.shape)[1:]
+    new = KvLayer(torch.ones(2, *shape).bfloat16(), torch.full((2, *shape), 2.0).bfloat16())
+    running.executor.write_kv(1, [2, 0], new)
+    found = running.executor.read_kv(1, [0, 2])
     assert torch.equal(found.key, new.key)
     assert torch.equal(found.value, new.value)
-    assert torch.equal(running.layers[1].value, new.value)
-    assert not running.layers[0].key.any()
+    assert not running.cached(1).key[1].any()
+    assert not running.cached(0).key.any()
 
 
 # --- weights and tables ---------------------------------------------------------------------------
@@ -360,8 +367,9 @@ class Elsewhere(EmulatedDevice):
 def upload(asked: Asked, device: Elsewhere, weights_on_device: bool) -> Executor:
     config, runtime = asked.model_config, asked.runtime_config
     shape = layer_shape(config, runtime)
+    layers, positions = range(config.num_layers), runtime.max_seq_len
     return pypto_executor.load(
-        config, asked.weights, False, runtime.max_seq_len, shape, device, weights_on_device
+        config, layers, asked.weights, False, positions, shape, device, weights_on_device
     )
 
 
@@ -460,7 +468,9 @@ def test_a_non_finite_weight_is_named_in_the_error(tmp_path):
 
 def test_a_float32_checkpoint_is_refused_unless_weight_dtype_is_bfloat16(emulated, tmp_path):
     written(tmp_path, dtype="float32")
-    with pytest.raises(ExecutorError, match="found weight_dtype = float32: set weight_dtype = 'bf"):
+    with pytest.raises(
+        ConfigError, match=r"'float32', that of the checkpoint, .* set weight_dtype to 'bfloat16'"
+    ):
         emulated.init_model("m", tmp_path)
     emulated.init_model("m", tmp_path, RuntimeConfig(weight_dtype="bfloat16", max_seq_len=64))
     assert emulated.generate("m", [5, 6, 7], GenerateConfig(max_new_tokens=2))
@@ -469,14 +479,14 @@ def test_a_float32_checkpoint_is_refused_unless_weight_dtype_is_bfloat16(emulate
 def test_a_step_above_the_compiled_limits_is_an_error(tmp_path):
     limits = {"max_seq_len": 32, "max_batch_size": 2, "max_batch_tokens": 20}
     executor = asked(written(tmp_path), page_size=16, **limits).of(pypto)
-    executor.bind_kv_cache(KvCacheManager(executor.kv_cache_spec, 8).layers())
+    executor.allocate_kv(8)
     for lengths, context, message in (
         ([21], 21, "at most 20 tokens, found 21"),
         ([1, 1, 1], 1, "at most 2 sequences, found 3"),
         ([1], 33, "at most 32 tokens of a sequence, found 33"),
     ):
         with pytest.raises(ExecutorError, match=message):
-            executor.prefill(batch_of(lengths, context))
+            executor.forward(batch_of(lengths, context))
 
 
 def batch_of(lengths: Sequence[int], context: int) -> StepBatch:
@@ -490,14 +500,6 @@ def batch_of(lengths: Sequence[int], context: int) -> StepBatch:
         query_starts=torch.tensor([0, *lengths]).cumsum(0).int(),
         logits_rows=torch.tensor([0]),
     )
-
-
-def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path):
-    executor = asked(written(tmp_path), page_size=16).of(pypto)
-    spec = executor.kv_cache_spec
-    for changed in ({"row_order": "NHD"}, {"num_layers": 2}, {"dtype": "float32"}):
-        with pytest.raises(ExecutorError, match="does not follow kv_cache_spec"):
-            executor.bind_kv_cache(KvCacheManager(evolve(spec, **changed), 4).layers())
 
 
 @pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])

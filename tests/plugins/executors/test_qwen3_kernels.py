@@ -275,7 +275,7 @@ def test_the_head_agrees_with_the_torch_executor(make, name, rows, vocab):
     assert not guarded.broken()
 
     def by_torch(dtype: torch.dtype) -> Tensor:
-        model = load(config, weights, dtype)
+        model = load(config, range(1), weights, dtype)
         normed = rms_norm(hidden.to(dtype), model.final_norm, config.norm_eps)
         return model.head(normed).float()
 

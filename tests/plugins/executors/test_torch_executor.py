@@ -23,11 +23,9 @@ import tilewright_torch.attention
 import tilewright_torch.linear
 from tilewright import plugins
 from tilewright.errors import ExecutorError
-from tilewright.kv_cache import KvCacheManager
 from tilewright.loading import InstalledFormats
 from tilewright.types import (
     DType,
-    Executor,
     KvLayer,
     LoadedModel,
     ModelConfig,
@@ -36,8 +34,10 @@ from tilewright.types import (
     Tap,
 )
 from tilewright_hf.loader import load_model
+from tilewright_testing.paged import Sequences
 from tilewright_torch import plugin
-from tilewright_torch.plugin import Options, create_executor
+from tilewright_torch.model import TorchExecutor
+from tilewright_torch.plugin import Options
 
 PAGE_SIZE = 5
 TOTAL_PAGES = 64
@@ -55,12 +55,15 @@ DTYPES: list[DType] = ["float32", "bfloat16", "float16"]
 
 @define
 class Served:
-    """An executor with its cache, initially all NaN, and the number of tokens of each sequence."""
+    """An executor with its cache, initially all NaN, and the sequences in it."""
 
     config: ModelConfig
-    executor: Executor
-    kv: KvCacheManager
-    lengths: dict[str, int] = field(factory=dict)
+    executor: TorchExecutor
+    sequences: Sequences = field(factory=lambda: Sequences(PAGE_SIZE, TOTAL_PAGES))
+
+    def __attrs_post_init__(self) -> None:
+        self.executor.allocate_kv(TOTAL_PAGES)
+        self._spoil(range(TOTAL_PAGES))
 
     def step(
         self,
@@ -69,52 +72,33 @@ class Served:
         tap: "Tap | None" = None,
     ) -> Tensor:
         """Run new tokens of some sequences; logits of each sequence's last row, or of all rows."""
-        batch = self.batch(tokens, every_row)
-        one_each = all(len(new) == 1 for new in tokens.values())
-        return (self.executor.decode if one_each else self.executor.prefill)(batch, tap)
+        return self.executor.forward(self.batch(tokens, every_row), tap)
 
     def batch(self, tokens: Mapping[str, Sequence[int]], every_row: bool = False) -> StepBatch:
-        ids: list[int] = []
-        positions: list[int] = []
-        slots, starts = [], [0]
-        for name, new in tokens.items():
-            start = self.lengths.get(name, 0)
-            if start == 0:
-                self.kv.allocate(name, len(new))
-            else:
-                self.kv.extend(name, len(new))
-            self.lengths[name] = stop = start + len(new)
-            ids += new
-            positions += range(start, stop)
-            slots.append(self.kv.slots(name, start, stop))
-            starts.append(len(ids))
-        rows = range(len(ids)) if every_row else [stop - 1 for stop in starts[1:]]
-        return StepBatch(
-            token_ids=torch.tensor(ids),
-            positions=torch.tensor(positions, dtype=torch.int32),
-            slot_mapping=torch.cat(slots),
-            block_table=self.kv.block_table(list(tokens)),
-            context_lens=torch.tensor([self.lengths[n] for n in tokens], dtype=torch.int32),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            logits_rows=torch.tensor(list(rows)),
-        )
+        batch = self.sequences.batch(tokens)
+        return batch if every_row else evolve(batch, logits_rows=batch.query_starts[1:].long() - 1)
+
+    def pages(self, name: str) -> list[int]:
+        slots = self.sequences.slots([name])
+        return sorted(set((slots // PAGE_SIZE).tolist()))
+
+    def cached(self) -> list[Tensor]:
+        """Copies of keys and values of all layers, [pages, page_size, KV heads, head_dim]."""
+        pages = range(TOTAL_PAGES)
+        layers = [self.executor.read_kv(i, pages) for i in range(self.config.num_layers)]
+        return [t for layer in layers for t in (layer.key, layer.value)]
 
     def free(self, name: str) -> None:
         """Free a sequence's pages and put NaN into them."""
-        pages = self.kv.block_table([name])[0].tolist()
-        self.kv.free(name)
-        del self.lengths[name]
-        for layer in self.kv.layers():
-            layer.key[pages] = float("nan")
-            layer.value[pages] = float("nan")
+        pages = self.pages(name)
+        self.sequences.free(name)
+        self._spoil(pages)
 
-    def shuffle_pages(self) -> None:
-        """Put the free pages into a random order."""
-        pages = [f"filler-{i}" for i in range(self.kv.free_pages)]
-        for name in pages:
-            self.kv.allocate(name, 1)
-        for i in torch.randperm(len(pages), generator=torch.Generator().manual_seed(3)).tolist():
-            self.kv.free(pages[i])
+    def _spoil(self, pages: Sequence[int]) -> None:
+        for i in range(self.config.num_layers):
+            cache = self.executor.read_kv(i, pages)
+            spoilt = (torch.full_like(t, float("nan")) for t in (cache.key, cache.value))
+            self.executor.write_kv(i, pages, KvLayer(*spoilt))
 
 
 def load(directory: Path) -> LoadedModel:
@@ -139,13 +123,7 @@ def request(loaded: LoadedModel, **runtime: Any) -> Asked:
 
 def serve(directory: Path, **runtime: Any) -> Served:
     loaded = load(directory)
-    executor = request(loaded, **runtime).of(plugin)
-    kv = KvCacheManager(executor.kv_cache_spec, TOTAL_PAGES)
-    for layer in kv.layers():
-        layer.key.fill_(float("nan"))
-        layer.value.fill_(float("nan"))
-    executor.bind_kv_cache(kv.layers())
-    return Served(loaded.config, executor, kv)
+    return Served(loaded.config, request(loaded, **runtime).of(plugin))
 
 
 @torch.inference_mode()
@@ -217,7 +195,7 @@ def test_logits_of_prompt_and_continuation_match_transformers(name: str, tmp_pat
 def test_logits_of_ragged_batches_match_transformers(name: str, tmp_path: Path) -> None:
     model = write_model(name, tmp_path)
     served = serve(tmp_path)
-    served.shuffle_pages()
+    served.sequences = Sequences(PAGE_SIZE, TOTAL_PAGES, shuffled=True)
     ragged = list(prompts(CONFIGS[name], RAGGED_LENGTHS))
     expected = [oracle(model, [prompt], 6) for prompt in ragged]
 
@@ -226,7 +204,6 @@ def test_logits_of_ragged_batches_match_transformers(name: str, tmp_path: Path) 
     for step in range(6):
         tokens = {f"r{i}": [new[step]] for i, (_, new, _) in enumerate(expected)}
         assert_same(served.step(tokens), torch.stack([steps[step] for _, _, steps in expected]))
-    served.kv.check_integrity()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -289,7 +266,7 @@ def test_weights_and_kv_cache_can_have_different_dtypes(
     name = "qwen3-odd-heads"
     model = write_model(name, tmp_path)
     served = serve(tmp_path, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
-    assert {layer.key.dtype for layer in served.kv.layers()} == {getattr(torch, kv_dtype)}
+    assert {t.dtype for t in served.cached()} == {getattr(torch, kv_dtype)}
     ragged = list(prompts(CONFIGS[name], [9, 14]))
     expected = [oracle(model, [prompt], 1) for prompt in ragged]
 
@@ -312,13 +289,12 @@ def test_freed_pages_are_reused_by_another_sequence(tmp_path: Path) -> None:
     stays, goes, comes = prompts(CONFIGS[name], [13, 29, 24])
     _, (token,), (of_step,) = oracle(model, [stays], 1)
     served.step({"stays": stays, "goes": goes})
-    freed = set(served.kv.block_table(["goes"]).flatten().tolist())
+    freed = set(served.pages("goes"))
     served.free("goes")
 
     assert_same(served.step({"stays": [token]})[0], of_step)
     assert_same(served.step({"comes": comes})[0], oracle(model, [comes])[0][0][-1])
-    assert freed & set(served.kv.block_table(["comes"]).flatten().tolist())
-    served.kv.check_integrity()
+    assert freed & set(served.pages("comes"))
 
 
 @pytest.mark.parametrize("name", ["qwen3-some-layers-slide", "llama-dynamic-within"])
@@ -328,13 +304,12 @@ def test_a_step_writes_only_to_its_own_slots(name: str, tmp_path: Path) -> None:
     first, second = prompts(CONFIGS[name], [12, 7])
     served.step({"a": first, "b": second})
     for tokens in ({"a": [5], "b": [6]}, {"a": second, "b": [7]}):
-        before = [t.clone() for layer in served.kv.layers() for t in (layer.key, layer.value)]
+        before = served.cached()
         batch = served.batch(tokens)
-        served.executor.prefill(batch)
+        served.executor.forward(batch)
         own = torch.zeros(TOTAL_PAGES * PAGE_SIZE, dtype=torch.bool)
         own[batch.slot_mapping.long()] = True
-        after = [t for layer in served.kv.layers() for t in (layer.key, layer.value)]
-        for old, new in zip(before, after, strict=True):
+        for old, new in zip(before, served.cached(), strict=True):
             changed = (old.view(torch.int32) != new.view(torch.int32)).flatten(0, 1).any(-1).any(-1)
             assert torch.equal(changed, own)
 
@@ -349,8 +324,7 @@ def test_logits_are_bitwise_equal_when_repeated_or_with_other_pages(
 
     def run(shuffled: bool) -> list[Tensor]:
         served = serve(tmp_path, weight_dtype=dtype)
-        if shuffled:
-            served.shuffle_pages()
+        served.sequences = Sequences(PAGE_SIZE, TOTAL_PAGES, shuffled)
         return [
             served.step({"a": ragged[0], "b": ragged[1]}),
             served.step({"a": [3], "b": [4]}),
@@ -367,7 +341,7 @@ def test_a_step_can_request_no_logits(tmp_path: Path) -> None:
     for dtype in DTYPES:
         served = serve(tmp_path, weight_dtype=dtype)
         batch = evolve(served.batch({"a": [3, 4, 5]}), logits_rows=torch.tensor([]).long())
-        assert served.executor.prefill(batch).shape == (0, served.config.vocab_size)
+        assert served.executor.forward(batch).shape == (0, served.config.vocab_size)
 
 
 # --- matrix products ------------------------------------------------------------------------------
@@ -573,10 +547,8 @@ def test_streamed_weights_give_the_same_logits_with_one_converted_layer_at_a_tim
     asked = request(load(tmp_path), weight_dtype=dtype)
     logits = []
     for options in (Options(), Options(stream_weights=True)):
-        executor = create_executor(evolve(asked, options=options))
-        kv = KvCacheManager(executor.kv_cache_spec, TOTAL_PAGES)
-        executor.bind_kv_cache(kv.layers())
-        served = Served(asked.model_config, executor, kv)
+        executor = evolve(asked, options=options).of(plugin)
+        served = Served(asked.model_config, executor)
         steps = [served.step({"a": list(range(3, 40))}), served.step({"a": [7]})]
         logits.append(torch.cat(steps))
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
@@ -591,7 +563,8 @@ def test_the_kv_cache_spec_is_nhd_and_limited_to_half_of_the_memory(tmp_path: Pa
     write_model("qwen3-gqa-8", tmp_path)
     spec = request(load(tmp_path), kv_dtype="float16").of(plugin).kv_cache_spec
     assert (spec.num_layers, spec.num_kv_heads, spec.head_dim) == (2, 2, 8)
-    assert (spec.page_size, spec.dtype, spec.device) == (PAGE_SIZE, "float16", "cpu")
+    assert (spec.page_size, spec.dtype) == (PAGE_SIZE, "float16")
+    assert spec.page_bytes == 2 * 2 * 2 * 8 * PAGE_SIZE * 2
     assert spec.row_order == "NHD"
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert spec.memory_limit is not None
@@ -616,16 +589,6 @@ def test_an_unsupported_model_or_device_is_refused_before_a_weight_is_read(
     with pytest.raises(ExecutorError, match=message) as error:
         request(loaded, **runtime).of(plugin)
     assert "\n" not in str(error.value)
-
-
-def test_a_cache_that_does_not_follow_the_spec_is_refused(tmp_path: Path) -> None:
-    write_model("qwen3-tied", tmp_path)
-    executor = request(load(tmp_path)).of(plugin)
-    kv = KvCacheManager(evolve(executor.kv_cache_spec, row_order="HND"), 3)
-    with pytest.raises(ExecutorError, match="does not follow kv_cache_spec"):
-        executor.bind_kv_cache(kv.layers())
-    with pytest.raises(ExecutorError, match="found 1 layers"):
-        executor.bind_kv_cache([KvLayer(torch.empty(3, PAGE_SIZE, 2, 16), torch.empty(0))])
 
 
 def test_the_number_of_threads_is_an_option(tmp_path: Path) -> None:
