@@ -77,6 +77,7 @@ class Request:
             params=self.params,
             prompt_token_ids=self.prompt_token_ids,
             output_token_ids=self.output_token_ids,
+            position=len(self.output_token_ids),
         )
 
     def accept(self, sampled: SampledToken) -> None:
