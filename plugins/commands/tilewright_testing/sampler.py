@@ -75,7 +75,8 @@ _NUMBERS = [
     *range(1200),
     *(start + i for start in (4096, 10_000, 65_536, 100_000, 10**6, 2**20) for i in range(64)),
 ]
-"""Successive numbers, with gaps where a sampler may have seed * constant + position."""
+"""Runs of successive numbers. All but the first start at a constant by which a sampler may multiply
+the seed."""
 
 _LINES = {
     "positions": [[(seed, i) for i in _NUMBERS] for seed in (100, 101, 100 + 2**32)],
@@ -84,7 +85,8 @@ _LINES = {
     ],
     "exchanged numbers": [[(3, i) for i in range(10, 500)], [(i, 3) for i in range(10, 500)]],
 }
-"""Lines of (seed, position): two that share a number at each place have equal draws."""
+"""Lines of pairs (seed, position). Where a sampler makes one number of each pair and draws by it, as
+by the sum, two lines have a sequence of such numbers in common."""
 
 
 def scores(logits: "Tensor", row: SamplerRow) -> "Tensor":
@@ -382,8 +384,8 @@ class SamplerSuite(PluginSuite):
         """Prompts of one batch have the seeds n, n + 1, ...; a generator keyed by seed + position
         would give them the same sequence, shifted by one token.
 
-        Every distribution is found out by sequences that are so long that two are hardly ever equal
-        by chance.
+        The sequences that are compared are too long to be equal by chance, whatever the sampler's
+        distribution.
         """
         _skip_ignored(ignores, ["seed"])
         lines = _LINES[along]
