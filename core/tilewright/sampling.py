@@ -32,8 +32,8 @@ def uniform(seed: int, position: int) -> float:
     With ``w = philox4x32((position, 0, 0, 0), (seed % 2**32, seed // 2**32))`` it is
     ``((w[0] * 2**32 + w[1]) >> 11) / 2**53``.
 
-    seed: 0 to 2**64 - 1, as in ``SamplingParams``. position: 0 to 2**32 - 1, as in ``SamplerRow``.
-    Raises ValueError for others.
+    seed: that of ``SamplingParams``, 0 to 2**64 - 1. position: that of ``SamplerRow``, 0 to
+    2**32 - 1. Raises ValueError for others.
     """
     for name, value, bits in (("seed", seed, 64), ("position", position, 32)):
         if not 0 <= value < 1 << bits:

@@ -85,8 +85,8 @@ _LINES = {
     ],
     "exchanged numbers": [[(3, i) for i in range(10, 500)], [(i, 3) for i in range(10, 500)]],
 }
-"""Lines of pairs (seed, position). Where a sampler makes one number of each pair and draws by it, as
-by the sum, two lines have a sequence of such numbers in common."""
+"""Lines of pairs (seed, position). Where a sampler makes one number of each pair and draws by it,
+as by the sum, two lines have a sequence of such numbers in common."""
 
 
 def scores(logits: "Tensor", row: SamplerRow) -> "Tensor":
