@@ -134,7 +134,7 @@ def per_token(
     )
     greedy = plugins.load(plugins.find("sampler", "greedy"))
     options = plugins.Selected(plugins.find("sampler", "greedy"), greedy).read_options({})
-    sampler = plugins.call(greedy, "create_sampler", options=options)
+    sampler = plugins.call(greedy, "create_sampler", model_config=loaded.config, options=options)
     runner = Runner(model, sampler, Observers(plugins.new_manager()), "executor", "sampler")
     prompt = tuple(i % VOCABULARY for i in range(prompt_tokens))
     for i in range(num_requests):

@@ -85,9 +85,6 @@ class LLMEngine:
         """Use ``from_plugins`` or ``from_config``."""
         self._selection = selection
         self._observers = Observers(selection.manager)
-        self._sampler: Sampler = selection.plugins["sampler"].call(
-            "create_sampler", options=selection.options["sampler"]
-        )
         self._runners: dict[str, Runner] = {}
         self._num_requests = 0
         self._closed = False
@@ -201,10 +198,13 @@ class LLMEngine:
         model = loading.make_ready(
             self._selection, self._observers, model_id, loaded, asked, started
         )
-        executor, sampler = (
-            str(self._selection.plugins[k].plugin) for k in ("executor", "sampler")
-        )
-        self._runners[model_id] = Runner(model, self._sampler, self._observers, executor, sampler)
+        try:
+            sampler = _make_sampler(self._selection, loaded)
+        except BaseException:
+            model.executor.close()
+            raise
+        names = [str(self._selection.plugins[kind].plugin) for kind in ("executor", "sampler")]
+        self._runners[model_id] = Runner(model, sampler, self._observers, names[0], names[1])
         event = {"model_config": loaded.config, "seconds": model.load_seconds}
         self._observers.notify("on_model_loaded", lambda: {"model_id": model_id, **event})
         return loaded
@@ -371,6 +371,13 @@ class LLMEngine:
     def _next_id(self, runner: Runner) -> str:
         self._num_requests += 1
         return f"{runner.model.model_id}-{self._num_requests}"
+
+
+def _make_sampler(selection: Selection, loaded: LoadedModel) -> Sampler:
+    sampler: Sampler = selection.plugins["sampler"].call(
+        "create_sampler", model_config=loaded.config, options=selection.options["sampler"]
+    )
+    return sampler
 
 
 def _settings(runner: Runner, config: GenerateConfig | None) -> GenerateConfig:

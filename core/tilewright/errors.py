@@ -44,7 +44,7 @@ class NonFiniteLogitsError(TilewrightError):
 
     Attributes:
         request_id: the request whose logits they are.
-        step: how many tokens the request had generated before this step.
+        step: the index of the token that was sampled, in the request's output.
         token_ids: the vocabulary ids whose logits are not finite, ascending.
         first_tensor: the first tapped tensor of the step with a non-finite element of this request;
             None when it was not searched for, as in a sampler, and empty when the step was run

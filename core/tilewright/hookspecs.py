@@ -178,8 +178,8 @@ class SamplerHooks:
     """Kind ``sampler``: chooses tokens."""
 
     @_first
-    def create_sampler(self, options: Any) -> Sampler:  # type: ignore[empty-body]
-        """Make a sampler; it serves every model of its engine."""
+    def create_sampler(self, model_config: ModelConfig, options: Any) -> Sampler:  # type: ignore[empty-body]
+        """Make a sampler for a loaded model. The model is ready; if this fails, it is closed."""
 
 
 class ObserverHooks:

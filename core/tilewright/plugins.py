@@ -502,6 +502,21 @@ def plugin_options(who: str, info: "PluginInfo") -> "list[Option]":
         ) from error
 
 
+def check_ignores(who: str, info: "PluginInfo") -> None:
+    """Raise PluginError unless what a sampler ignores are fields of SamplingParams."""
+    from attrs import fields
+
+    from tilewright.types import SamplingParams
+
+    known = [field.name for field in fields(SamplingParams)]
+    for name in info.ignores:
+        if name not in known:
+            raise PluginError(
+                f"{who}: 'ignores' in its plugin_info must name settings of sampling, found "
+                f"{name!r}{nearest(name, known)} (settings: {', '.join(known)})"
+            )
+
+
 def claimants(
     plugins: Sequence[Plugin], hook: str, **arguments: Any
 ) -> tuple[list[Plugin], dict[Plugin, str]]:

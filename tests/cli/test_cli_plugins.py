@@ -236,6 +236,30 @@ def test_show_works_for_a_plugin_without_plugin_info(tilewright: Any, site: Inst
     ]
 
 
+DRAWS = """
+    from tilewright.types import PluginInfo
+
+    @hookimpl
+    def plugin_info():
+        return PluginInfo(
+            summary="draws", ignores=("top_k", "seed"), distribution="all tokens alike"
+        )
+"""
+
+
+def test_show_prints_what_a_sampler_ignores_and_draws_from(tilewright: Any, site: Install) -> None:
+    site(described(more=DRAWS))
+    _, out, _ = tilewright("plugins", "show", "x")
+    assert out.splitlines()[-3:] == [
+        "limits: none stated",
+        "ignores: top_k, seed",
+        "distribution: all tokens alike",
+    ]
+    _, out, _ = tilewright("plugins", "show", "x", "--json")
+    (shown,) = json.loads(out)
+    assert (shown["ignores"], shown["distribution"]) == (["top_k", "seed"], "all tokens alike")
+
+
 TWINS = {"sampler": "likeliest", "observer": "tally"}
 
 
@@ -285,6 +309,13 @@ BAD_TYPES = """
     def plugin_info():
         return PluginInfo(summary="x", options=Options)
 """
+BAD_IGNORES = """
+    from tilewright.types import PluginInfo
+
+    @hookimpl
+    def plugin_info():
+        return PluginInfo(summary="x", ignores=("top_q",))
+"""
 
 
 def test_check_reports_each_broken_plugin_and_fails(tilewright: Any, site: Install) -> None:
@@ -322,6 +353,7 @@ def test_check_reports_each_broken_plugin_and_fails(tilewright: Any, site: Insta
         (BAD_INFO, "plugin_info() failed: RuntimeError: no idea"),
         (BAD_OPTIONS, "must be an attrs class, found <class 'dict'>"),
         (BAD_TYPES, "a type in Options cannot be resolved: name 'Nowhere' is not defined"),
+        (BAD_IGNORES, "must name settings of sampling, found 'top_q'; did you mean 'top_p'?"),
     ],
 )
 def test_check_reports_a_wrong_plugin_info(

@@ -2,20 +2,23 @@
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import count, product
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from attrs import evolve, field, frozen
-from conformance import Fault, full_name, missed
+from conformance import Fault, full_name, missed, run
 from sampler_oracle import warped
 from torch import Tensor
 from transformers.generation import logits_process as oracle
 
 from tilewright import hookimpl
 from tilewright.errors import NonFiniteLogitsError
+from tilewright.sampling import uniform
 from tilewright.types import (
     Check,
     PluginInfo,
@@ -36,13 +39,13 @@ class Samplers:
 
     tilewright_api = 1
 
-    def __init__(self, make: Callable[[], Sampler], **limits: str):
+    def __init__(self, make: Callable[[], Sampler], **said: Any):
         self.make = make
-        self.limits = {name.replace("_", " "): words for name, words in limits.items()}
+        self.info = PluginInfo(summary="chooses tokens", **said)
 
     @hookimpl
     def plugin_info(self) -> PluginInfo:
-        return PluginInfo(summary="chooses tokens", limits=self.limits)
+        return self.info
 
     @hookimpl
     def create_sampler(self) -> Sampler:
@@ -55,21 +58,24 @@ class Right(LogitsSampler):
 
     def choose(self, logits: Tensor, row: SamplerRow) -> int:
         """The token of one row, as the shipped sampler chooses it."""
-        return super()._sample(logits, row, True).token_id
+        return self._choose(logits, row)
 
-    def _sample(self, logits: Tensor, row: SamplerRow, suspicious: bool) -> SampledToken:
-        sampled = super()._sample(logits, row, suspicious)
-        token = self.choose(logits, row)
-        said = sampled.logprobs
-        if said is not None:
-            said = steps.logprobs(logits, token, row.params.logprobs or 0)
-        return evolve(sampled, token_id=token, logprobs=said)
+    def token(self, logits: Tensor, row: SamplerRow) -> SampledToken:
+        token, count = self.choose(logits, row), row.params.logprobs
+        said = None if count is None else steps.logprobs(logits, token, count)
+        return SampledToken(token_id=token, logprobs=said)
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        super().sample(logits, rows)  # for its errors
+        return [self.token(values, row) for values, row in zip(logits, rows, strict=True)]
 
 
 def drawn(logits: Tensor, row: SamplerRow, u: float) -> int:
     """The token at u of the row's distribution."""
-    found = probabilities(logits, row)
-    return steps.draw(torch.arange(len(found)), found.float(), u)
+    scores = steps.penalise(logits, row)
+    if row.params.temperature == 0:
+        return int(scores.argmax())
+    return steps.draw(*steps.shortlist(scores, row.params), u)
 
 
 class LastOfEquals(Right):
@@ -102,25 +108,43 @@ class DrawsFromTorch(Right):
 
 class SeedsTorch(Right):
     def choose(self, logits: Tensor, row: SamplerRow) -> int:
-        torch.manual_seed(hash((row.params.seed, len(row.output_token_ids))))
+        torch.manual_seed(hash((row.params.seed, row.position)))
         return super().choose(logits, row)
 
 
-class AddsSeedAndStep(Right):
-    def choose(self, logits: Tensor, row: SamplerRow) -> int:
-        u = steps.uniform(row.params.seed + len(row.output_token_ids), 0)
-        return drawn(logits, row, u)
+def seeded(key: Callable[[int, int], int]) -> type[Right]:
+    """One that draws by a single number, made from seed and position."""
+
+    class Seeded(Right):
+        def choose(self, logits: Tensor, row: SamplerRow) -> int:
+            u = Random(key(row.params.seed, row.position)).random()
+            return drawn(logits, row, u)
+
+    return Seeded
 
 
-class ForgetsTheStep(Right):
+def one_of_two(draw: Callable[[int, int], float]) -> type[Right]:
+    """One that draws only the two most likely tokens, the first of them nine times in ten."""
+
+    class OneOfTwo(Right):
+        def choose(self, logits: Tensor, row: SamplerRow) -> int:
+            u = draw(row.params.seed, row.position) if row.params.temperature else 0.0
+            return int(steps.largest(logits, 2)[int(u >= 0.9)])
+
+    return OneOfTwo
+
+
+class CountsTheOutput(Right):
+    """Takes the number of tokens so far for the position."""
+
     def choose(self, logits: Tensor, row: SamplerRow) -> int:
-        return drawn(logits, row, steps.uniform(row.params.seed, 0))
+        return drawn(logits, row, uniform(row.params.seed, len(row.output_token_ids)))
 
 
 class SeedsByName(Right):
     def choose(self, logits: Tensor, row: SamplerRow) -> int:
-        step = len(row.output_token_ids)
-        return drawn(logits, row, steps.uniform(hash(row.request_id) ^ row.params.seed, step))
+        named = zlib.crc32(row.request_id.encode())
+        return drawn(logits, row, uniform(named ^ row.params.seed, row.position))
 
 
 class DrawsForTheBatch(Right):
@@ -136,18 +160,29 @@ class DrawsForTheBatch(Right):
         ]
 
 
+class DrawsByPlace(Right):
+    """Mixes the row's place in the batch into its seed."""
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+        moved = [
+            evolve(row, params=evolve(row.params, seed=row.params.seed ^ place << 40))
+            for place, row in enumerate(rows)
+        ]
+        return super().sample(logits, moved)
+
+
 class CountsItsCalls(Right):
     def __init__(self) -> None:
         super().__init__()
         self.calls = count()
 
     def choose(self, logits: Tensor, row: SamplerRow) -> int:
-        return drawn(logits, row, steps.uniform(row.params.seed, next(self.calls)))
+        return drawn(logits, row, uniform(row.params.seed, next(self.calls)))
 
 
 class CoarseDraws(Right):
     def choose(self, logits: Tensor, row: SamplerRow) -> int:
-        u = steps.uniform(row.params.seed, len(row.output_token_ids))
+        u = uniform(row.params.seed, row.position)
         return drawn(logits, row, int(u * 16) / 16)
 
 
@@ -247,7 +282,7 @@ class DropsTheCrossing(Right):
         p = torch.softmax(logits / row.params.temperature, 0)
         values, ids = p.sort(descending=True)
         kept = max(1, int((values.cumsum(0) <= row.params.top_p).sum()))
-        u = steps.uniform(row.params.seed, len(row.output_token_ids))
+        u = uniform(row.params.seed, row.position)
         return steps.draw(ids[:kept], values[:kept], u)
 
 
@@ -257,7 +292,7 @@ class AbsoluteMinP(Right):
             return super().choose(logits, row)
         p = torch.softmax(logits / row.params.temperature, 0)
         p[p < min(row.params.min_p, float(p.max()))] = 0
-        u = steps.uniform(row.params.seed, len(row.output_token_ids))
+        u = uniform(row.params.seed, row.position)
         return steps.draw(torch.arange(len(p)), p, u)
 
 
@@ -267,8 +302,8 @@ class Says(Right):
     def say(self, logits: Tensor, row: SamplerRow, said: TokenLogprobs) -> TokenLogprobs | None:
         return said
 
-    def _sample(self, logits: Tensor, row: SamplerRow, suspicious: bool) -> SampledToken:
-        sampled = super()._sample(logits, row, suspicious)
+    def token(self, logits: Tensor, row: SamplerRow) -> SampledToken:
+        sampled = super().token(logits, row)
         if sampled.logprobs is None:
             return sampled
         return evolve(sampled, logprobs=self.say(logits, row, sampled.logprobs))
@@ -334,13 +369,13 @@ class ChecksTheSum(Right):
     def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
         for values, row in zip(logits, rows, strict=True):
             if not math.isfinite(values.abs().sum()):
-                raise NonFiniteLogitsError(row.request_id, 0, [0], len(values))
+                raise NonFiniteLogitsError(row.request_id, row.position, [0], len(values))
         return super().sample(logits, rows)
 
 
 class GivesTensors(Right):
-    def _sample(self, logits: Tensor, row: SamplerRow, suspicious: bool) -> SampledToken:
-        sampled = super()._sample(logits, row, suspicious)
+    def token(self, logits: Tensor, row: SamplerRow) -> SampledToken:
+        sampled = super().token(logits, row)
         return evolve(sampled, token_id=torch.tensor(sampled.token_id))
 
 
@@ -511,18 +546,6 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "settings allow|must follow",
     ),
     (
-        "draws the same at each step",
-        ForgetsTheStep,
-        "different_seeds_and_steps_draw_different",
-        "50 steps",
-    ),
-    (
-        "draws by seed + step",
-        AddsSeedAndStep,
-        "consecutive_seeds_draw_different_sequences",
-        "not on their sum",
-    ),
-    (
         "draws from torch's generator",
         DrawsFromTorch,
         "the_random_state_of_torch_is_not_used_or",
@@ -541,18 +564,6 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "whatever the request id",
     ),
     (
-        "draws once for the batch",
-        DrawsForTheBatch,
-        "a_token_does_not_depend_on_other_rows_of",
-        "on that row alone",
-    ),
-    (
-        "counts its calls",
-        CountsItsCalls,
-        "the_same_seed_and_step_always_draw_the",
-        "differed in a second call",
-    ),
-    (
         "has one scratchpad for all threads",
         OneScratchpad,
         "samplers_in_several_threads_are_independent",
@@ -560,15 +571,21 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ),
     (
         "says that settings that it heeds have no effect",
-        Samplers(Right, no_effect="top_k, seed"),
-        "settings_declared_without_effect_have_none",
-        "'no effect' lists seed",
+        Samplers(Right, ignores=("top_k", "seed")),
+        "ignored_settings_have_no_effect",
+        "ignores names (top_k|seed)",
     ),
     (
         "names settings that are none",
-        Samplers(Right, no_effect="top_q"),
-        "settings_declared_without_effect_have_none",
-        "must list settings",
+        Samplers(Right, ignores=("top_q",)),
+        "what_it_ignores_are_settings",
+        "found 'top_q'; did you mean 'top_[pk]'",
+    ),
+    (
+        "names settings in one text",
+        Samplers(Right, ignores="seed"),
+        "what_it_ignores_are_settings",
+        "must name settings",
     ),
     (
         "gives no log-probabilities",
@@ -613,6 +630,12 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "must name the request",
     ),
     (
+        "names the number of tokens in place of the step",
+        Samplers(lambda: NamesThe(step=1)),
+        "non_finite_logits_raise_an_error_that",
+        "must name the request, its step",
+    ),
+    (
         "names the row in place of the step",
         Samplers(lambda: NamesThe(step=2)),
         "non_finite_logits_raise_an_error_that",
@@ -626,6 +649,31 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ),
 ]
 
+_VARY = "different_seeds_and_positions_draw_different_tokens"
+_REPEAT = "different_seeds_and_positions_draw_no_sequence_twice"
+_SAME = "the_same_seed_and_position_always_draw"
+
+# The draws of these are wrong whatever they are drawn from: name, class, test that fails, words of
+# the failure.
+_DRAWS: list[tuple[str, Any, str, str]] = [
+    ("draws the same at each position", seeded(lambda s, p: s), _VARY, "50 positions"),
+    ("draws the same for each seed", seeded(lambda s, p: p), _VARY, "50 seeds"),
+    ("draws the same always", seeded(lambda s, p: 0), _VARY, "50 seeds"),
+    ("draws by seed * position", seeded(lambda s, p: s * p), _VARY, "50 seeds at position 0"),
+    ("draws by the number of tokens so far", CountsTheOutput, _VARY, "50 positions"),
+    ("draws by seed + position", seeded(lambda s, p: s + p), _REPEAT, "not on their sum"),
+    ("draws by seed - position", seeded(lambda s, p: s - p), _REPEAT, "not on their sum"),
+    ("draws by 1000 * seed + position", seeded(lambda s, p: 1000 * s + p), _REPEAT, "seed 101"),
+    ("draws by 2**16 * seed + position", seeded(lambda s, p: (s << 16) + p), _REPEAT, "seed 101"),
+    ("draws by seed + 31 * position", seeded(lambda s, p: s + 31 * p), _REPEAT, "along seeds"),
+    ("draws by seed ^ position", seeded(lambda s, p: s ^ p), _REPEAT, "along exchanged numbers"),
+    ("draws by 32 bits of the seed", seeded(lambda s, p: hash((s % 2**32, p))), _REPEAT, "42949"),
+    ("draws again after 256 tokens", seeded(lambda s, p: hash((s, p % 256))), _REPEAT, "256"),
+    ("draws once for the batch", DrawsForTheBatch, "a_token_does_not_depend_on_other", "alone"),
+    ("draws by the place in the batch", DrawsByPlace, _SAME, "at another place in the batch"),
+    ("counts its calls", CountsItsCalls, _SAME, "differed in a second call"),
+]
+
 FAULTS = [
     Fault(
         name,
@@ -634,12 +682,34 @@ FAULTS = [
         why=why,
     )
     for name, plugin, test, why in _FAULTS
+] + [
+    Fault(
+        f"{name}, {words or 'the softmax'}",
+        Samplers(sampler, distribution=words),
+        full_name(SamplerSuite, test),
+        why=why,
+    )
+    for (name, sampler, test, why), words in product(_DRAWS, ("", "a distribution of its own"))
 ]
+FAULTS.append(
+    Fault(
+        "draws one of two tokens by seed + position",
+        Samplers(one_of_two(lambda s, p: uniform(s + p, 0)), distribution="one of two tokens"),
+        full_name(SamplerSuite, _REPEAT),
+        why="not on their sum",
+    )
+)
 SUITE = SamplerSuite
 
 
 def test_each_broken_sampler_is_found() -> None:
     assert missed(SUITE, FAULTS) == []
+
+
+def test_draws_from_few_tokens_are_not_taken_for_repeated_ones() -> None:
+    plugin = Samplers(one_of_two(uniform), distribution="one of two tokens")
+    outcome = run(SamplerSuite, plugin, [full_name(SamplerSuite, t) for t in (_VARY, _REPEAT)])
+    assert set(outcome.found.values()) == {"passed"}, outcome.why
 
 
 # --- the suite's oracle ---------------------------------------------------------------------------
@@ -651,6 +721,7 @@ def row(prompt: Sequence[int] = (), output: Sequence[int] = (), **params: Any) -
         params=SamplingParams(**params),
         prompt_token_ids=prompt,
         output_token_ids=output,
+        position=len(output),
     )
 
 

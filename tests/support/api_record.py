@@ -26,6 +26,8 @@ FUNCTIONS = (
     "tilewright.plugins.load",
     "tilewright.rope.dynamic_frequencies",
     "tilewright.rope.frequencies",
+    "tilewright.sampling.philox4x32",
+    "tilewright.sampling.uniform",
     "tilewright_testing.models.make_model",
     "tilewright.weights.expected_tensors",
     "tilewright.weights.torch_dtype",

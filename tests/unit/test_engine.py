@@ -323,6 +323,48 @@ def test_sanitising_marks_the_result():
         assert len(result.token_ids) == 5
 
 
+def test_a_sampler_is_made_for_each_model_when_it_is_ready(monkeypatch):
+    made = []
+
+    @hookimpl
+    def create_sampler(model_config, options):
+        made.append((model_config, options))
+        return Answering(len(made))
+
+    monkeypatch.setattr("tilewright_sampling.top_p.create_sampler", create_sampler)
+    with LLMEngine.from_plugins() as engine:
+        assert made == []
+        configs = [engine.init_model(name, DEMO_MODEL).config for name in ("one", "two")]
+        assert [config for config, _ in made] == configs
+        assert made[0][1].on_nonfinite == "error"
+        for token_id, name in enumerate(("one", "two"), start=1):
+            assert engine.generate_result(name, TRUTHS, config(1)).token_ids == (token_id,)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(ValueError("a bug"), PluginError), (KeyboardInterrupt("a bug"), KeyboardInterrupt)],
+)
+def test_a_model_whose_sampler_cannot_be_made_is_closed(engine, monkeypatch, error, raised):
+    closed = []
+
+    @hookimpl
+    def create_sampler():
+        raise error
+
+    executor = type(engine.model("demo").executor)
+    with monkeypatch.context() as patch:
+        patch.setattr("tilewright_sampling.top_p.create_sampler", create_sampler)
+        patch.setattr(executor, "close", lambda self: closed.append(self))
+        with pytest.raises(raised, match="a bug"):
+            engine.init_model("other", DEMO_MODEL)
+    (found,) = closed
+    assert found is not engine.model("demo").executor
+    with pytest.raises(RequestError, match="no model is named 'other'"):
+        engine.model("other")
+    engine.init_model("other", DEMO_MODEL)
+
+
 class Answering:
     """A sampler that ignores what it is asked."""
 

@@ -283,18 +283,18 @@ REFUSED = {
     ),
     "wrong argument": (
         dists.WRONG_ARGUMENT,
-        "sampler 'argument' of acme-argument 1.0: create_sampler() takes an argument 'reqest'; "
-        "did you mean 'request'? (the hook has: request)",
+        "sampler 'argument' of acme-argument 1.0: create_sampler() takes an argument 'optons'; "
+        "did you mean 'options'? (the hook has: model_config, options)",
     ),
     "argument with a default": (
-        module(dists.LIKELIEST.replace("(request)", "(request=None)")),
-        "sampler 'x' of acme-x 1.0: create_sampler() must take 'request' without a default and "
-        "not by keyword only, found 'request=None'",
+        module(dists.LIKELIEST.replace("(options)", "(options=None)")),
+        "sampler 'x' of acme-x 1.0: create_sampler() must take 'options' without a default and "
+        "not by keyword only, found 'options=None'",
     ),
     "argument by keyword only": (
-        module(dists.LIKELIEST.replace("(request)", "(*, request)")),
-        "sampler 'x' of acme-x 1.0: create_sampler() must take 'request' without a default and "
-        "not by keyword only, found 'request'",
+        module(dists.LIKELIEST.replace("(options)", "(*, options)")),
+        "sampler 'x' of acme-x 1.0: create_sampler() must take 'options' without a default and "
+        "not by keyword only, found 'options'",
     ),
     "argument of nothing": (
         module(dists.LIKELIEST + "\n    @hookimpl\n    def on_close(**kwargs): pass\n"),
@@ -303,7 +303,7 @@ REFUSED = {
     "wrapper that is none": (
         module(dists.LIKELIEST.replace("@hookimpl", "@hookimpl(wrapper=True)")),
         "sampler 'x' of acme-x 1.0 does not fit its hook spec: Plugin 'acme_x' for hook "
-        "'create_sampler' hookimpl definition: create_sampler(request) Declared as wrapper=True "
+        "'create_sampler' hookimpl definition: create_sampler(options) Declared as wrapper=True "
         "or hookwrapper=True but function is not a generator function",
     ),
     "newer API": (
@@ -432,8 +432,10 @@ def test_an_object_that_serves_two_kinds_is_registered_once(site: Install) -> No
     executor = plugins.register(manager, plugins.find("executor", "x"))
     assert sampler is executor
     assert manager.get_name(sampler) == "sampler:acme-x:x"
-    assert plugins.call(sampler, "create_sampler", request=None) == "sampler"
-    assert plugins.call(sampler, "create_executor", request=None) == "executor"
+    given = dict.fromkeys(plugins.known_hooks()["create_sampler"])
+    assert plugins.call(sampler, "create_sampler", **given) == "sampler"
+    given = dict.fromkeys(plugins.known_hooks()["create_executor"])
+    assert plugins.call(sampler, "create_executor", **given) == "executor"
 
 
 def test_every_required_hook_is_known_and_documented() -> None:
@@ -475,9 +477,19 @@ def test_info_returns_what_the_plugin_reports_about_itself() -> None:
         plugins.info(Plugin("a plugin"))
 
 
+def test_what_a_sampler_ignores_must_be_settings_of_sampling() -> None:
+    plugins.check_ignores("sampler 'x'", PluginInfo(summary="", ignores=("top_k", "seed")))
+    with pytest.raises(PluginError) as caught:
+        plugins.check_ignores("sampler 'x'", PluginInfo(summary="", ignores=("seed", "top_kk")))
+    assert str(caught.value).startswith(
+        "sampler 'x': 'ignores' in its plugin_info must name settings of sampling, found 'top_kk'; "
+        "did you mean 'top_k'? (settings: temperature, top_k, "
+    )
+
+
 def test_a_create_hook_that_returns_none_is_an_error_of_the_plugin() -> None:
     with pytest.raises(
         PluginError, match=r"create_sampler\(\) of a Plugin object returned nothing"
     ):
-        plugins.call(Plugin(None), "create_sampler", request=None)
+        plugins.call(Plugin(None), "create_sampler", model_config=None, options=None)
     assert plugins.call(Plugin(None), "doctor_checks") is None

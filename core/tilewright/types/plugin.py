@@ -30,12 +30,11 @@ class PluginInfo:
     kv_dtypes: tuple[str, ...] = DTYPES
     """Of an executor: names of the KV cache dtypes that it supports."""
     limits: Mapping[str, str] = field(factory=dict)
-    """What it can and cannot do, by topic, in words.
-
-    For samplers, the conformance suite reads two topics: ``no effect`` names the SamplingParams
-    that the sampler ignores, separated by commas; ``distribution`` says what it draws from if that
-    is not the softmax of what the settings leave.
-    """
+    """What it can and cannot do, by topic, in words."""
+    ignores: tuple[str, ...] = ()
+    """Samplers: the fields of SamplingParams that have no effect."""
+    distribution: str = ""
+    """Samplers: what tokens are drawn from; empty: the softmax of what the settings leave."""
 
 
 CheckStatus = Literal["ok", "warning", "failed"]

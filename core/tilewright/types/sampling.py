@@ -123,7 +123,11 @@ class SamplerRow:
     output_token_ids: Sequence[int]
     """Tokens generated so far, as far as they are known."""
     position: int
-    """Index of the token to sample in the request's output."""
+    """Index of the sampled token in the request's output, from 0.
+
+    It differs from ``len(output_token_ids)`` where earlier tokens are not known yet, or where the
+    row follows tokens that are only proposed.
+    """
 
 
 @frozen(kw_only=True)
@@ -145,12 +149,24 @@ class SampledToken:
 
 
 class Sampler(Protocol):
-    """Chooses each request's next token."""
+    """Chooses each request's next token.
+
+    A draw depends on the row's seed and position and on nothing else: rows that agree in both and
+    in their logits get equal tokens, and draws of rows that differ in one of them are independent.
+
+    The shipped samplers draw with the number ``tilewright.sampling.uniform(seed, position)``. It
+    is a hash, so that an executor that samples on its own device can compute the same number:
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) with the key
+    (seed % 2**32, seed // 2**32) and the counter (position, 0, 0, 0) gives words w, and the number
+    is ``((w[0] * 2**32 + w[1]) >> 11) / 2**53``.
+    """
 
     def sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> list[SampledToken]:
-        """Sample B tokens from logits [B, vocab_size] float32 on the CPU, one row per request.
+        """Sample B tokens from logits [B, vocab_size] float32, all rows of a step at once.
 
-        A row's result depends on that row alone. Ties go to the smallest id. The logits are not
-        changed. Raises NonFiniteLogitsError for NaN or infinity (-inf included).
+        The logits are where the executor computes them: on its device, whatever that is. A row's
+        result depends on that row alone. Ties go to the smallest id. The logits are not changed.
+        Raises NonFiniteLogitsError, whose step is the row's position, for NaN or infinity (-inf
+        included).
         """
         ...

@@ -38,6 +38,7 @@ def test_draws_follow_the_probabilities() -> None:
             params=SamplingParams(temperature=1.0, seed=seed),
             prompt_token_ids=(),
             output_token_ids=(),
+            position=0,
         )
         for seed in range(4000)
     ]

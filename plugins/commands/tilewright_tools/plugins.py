@@ -118,6 +118,8 @@ def show(args: argparse.Namespace) -> int:
                 ],
                 "hooks": hooks,
                 "limits": dict(info.limits),
+                "ignores": list(info.ignores),
+                "distribution": info.distribution,
             }
             for plugin, hooks, info, options in presented
         )
@@ -138,6 +140,10 @@ def show(args: argparse.Namespace) -> int:
         print("limits:" if info.limits else "limits: none stated")
         for topic, limit in info.limits.items():
             print(f"  {topic}: {limit}")
+        if info.ignores:
+            print(f"ignores: {', '.join(info.ignores)}")
+        if info.distribution:
+            print(f"distribution: {info.distribution}")
     return 0
 
 
@@ -149,7 +155,8 @@ def check(args: argparse.Namespace) -> int:
     for plugin in installed:
         started = perf_counter()
         try:
-            examine(plugin)
+            _, info, _ = examine(plugin)
+            plugins.check_ignores(str(plugin), info)
             _check_events(plugin)
         except PluginError as broken:
             state, problem = "broken", str(broken)

@@ -12,7 +12,7 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="the most likely token after penalties and bias",
         options=Options,
-        limits={"no effect": "temperature, top_k, top_p, min_p, seed"},
+        ignores=("temperature", "top_k", "top_p", "min_p", "seed"),
     )
 
 

@@ -1,13 +1,13 @@
 """The steps from one row of logits to a token, one function each.
 
-Rows are [V] float32 on the CPU. Each function works on a single row, so a result cannot depend on
-the rest of the batch. Among equal values, the smaller id comes first.
+Rows are [V] float32, on any device; results are on the same device. Each function works on a
+single row, so a result cannot depend on the rest of the batch. Among equal values, the smaller id
+comes first.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -55,19 +55,19 @@ def penalise(logits: Tensor, row: SamplerRow) -> Tensor:
     """
     params, scores = row.params, logits.clone()
     if params.repetition_penalty != 1.0:
-        ids = _ids({*row.prompt_token_ids, *row.output_token_ids})
+        ids = _ids({*row.prompt_token_ids, *row.output_token_ids}, scores)
         seen = scores[ids].double()
         penalty = params.repetition_penalty
         _put(scores, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
     if (params.presence_penalty or params.frequency_penalty) and row.output_token_ids:
         counts = Counter(row.output_token_ids)
-        ids = _ids(counts)
-        amounts = params.frequency_penalty * _values(counts) + params.presence_penalty
+        ids = _ids(counts, scores)
+        amounts = params.frequency_penalty * _values(counts, scores) + params.presence_penalty
         _put(scores, ids, scores[ids].double() - amounts)
     if params.logit_bias:
         _check_bias(row, len(scores))
-        ids = _ids(params.logit_bias)
-        bias = _values(params.logit_bias)
+        ids = _ids(params.logit_bias, scores)
+        bias = _values(params.logit_bias, scores)
         _put(scores, ids, scores[ids].double() + bias)
         scores[ids[bias == -math.inf]] = -math.inf
         if scores.max() == -math.inf:
@@ -77,12 +77,12 @@ def penalise(logits: Tensor, row: SamplerRow) -> Tensor:
     return scores
 
 
-def _ids(ids: Iterable[int]) -> Tensor:
-    return torch.tensor(list(ids), dtype=torch.int64)
+def _ids(ids: Iterable[int], scores: Tensor) -> Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64, device=scores.device)
 
 
-def _values(by_id: Mapping[int, float]) -> Tensor:
-    return torch.tensor(list(by_id.values()), dtype=torch.float64)
+def _values(by_id: Mapping[int, float], scores: Tensor) -> Tensor:
+    return torch.tensor(list(by_id.values()), dtype=torch.float64, device=scores.device)
 
 
 def _put(scores: Tensor, ids: Tensor, values: Tensor) -> None:
@@ -121,7 +121,8 @@ def shortlist(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     one left. As in transformers, the token that crosses top_p stays, and min_p is relative to the
     most likely token. Among equally likely tokens at a cutoff, the smaller ids stay.
 
-    Returns ids [n] int64 and weights [n] float32, the probabilities times a constant.
+    Returns ids [n] int64, from the most likely to the least with top_k or top_p and else ascending,
+    and weights [n] float32, the probabilities times a constant.
     """
     vocab_size = len(scores)
     top = scores.max()
@@ -145,13 +146,9 @@ def shortlist(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
         likely = (weights >= params.min_p).nonzero().squeeze(1)
         ids = likely if ids is None else ids[likely]
         weights = weights[likely]
-    return torch.arange(vocab_size) if ids is None else ids, weights
-
-
-def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) with 53 random bits that depends only on seed and step."""
-    digest = blake2b(f"{seed},{step}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    if ids is None:
+        ids = torch.arange(vocab_size, device=scores.device)
+    return ids, weights
 
 
 def draw(ids: Tensor, weights: Tensor, u: float) -> int:

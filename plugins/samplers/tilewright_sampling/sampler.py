@@ -1,14 +1,15 @@
 """The sampler behind both plugins."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from attrs import field, frozen, validators
 from torch import Tensor
 
 from tilewright.errors import NonFiniteLogitsError
+from tilewright.sampling import uniform
 from tilewright.types import SampledToken, SamplerRow
 from tilewright_sampling.logits import (
     changes_logits,
@@ -17,7 +18,6 @@ from tilewright_sampling.logits import (
     penalise,
     sanitise,
     shortlist,
-    uniform,
 )
 
 
@@ -36,10 +36,11 @@ class Options:
 class LogitsSampler:
     """A ``Sampler`` (see tilewright.types) without per-request state between steps.
 
-    A step checks for non-finite logits; applies the penalties and the bias (``logits.penalise``);
-    then either takes the most likely token, at temperature 0 or with ``greedy``, or applies
-    temperature, top_k, top_p and min_p (``logits.shortlist``) and draws. The draw depends on the
-    request's seed and on the number of tokens it has generated.
+    A step checks for non-finite logits. Rows that take the most likely token, at temperature 0 or
+    with ``greedy``, and have no penalties and no bias are then taken together. For every other row
+    it applies the penalties and the bias (``logits.penalise``); then either takes the most likely
+    token, or applies temperature, top_k, top_p and min_p (``logits.shortlist``) and draws with the
+    number that ``tilewright.sampling.uniform`` gives for the request's seed and the row's position.
     """
 
     def __init__(self, options: Options, greedy: bool):
@@ -48,7 +49,7 @@ class LogitsSampler:
         self._warned = False
 
     def sample(self, logits: Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
-        """Sample B tokens from logits [B, vocab_size] float32 on the CPU.
+        """Sample B tokens from logits [B, vocab_size] float32 on any device.
 
         With ``on_nonfinite="sanitize"`` non-finite logits are replaced (``logits.sanitise``), with
         a RuntimeWarning the first time.
@@ -56,39 +57,77 @@ class LogitsSampler:
         Raises NonFiniteLogitsError for the first row with such logits, and RequestError for an
         invalid logit_bias (``logits.penalise``).
         """
-        # A sum with a non-finite term is not finite, so one pass shows that all logits are finite.
-        suspicious = not math.isfinite(logits.sum().item())
-        return [
-            self._sample(row_logits, row, suspicious)
-            for row_logits, row in zip(logits, rows, strict=True)
+        replaced = [0] * len(rows)
+        if suspicious := _suspicious(logits):
+            logits = logits.clone()
+            for i in suspicious:
+                replaced[i] = self._make_finite(logits[i], rows[i])
+        plain = [
+            i
+            for i, row in enumerate(rows)
+            if self._takes_likeliest(row) and not changes_logits(row.params)
         ]
+        likeliest = dict(zip(plain, _likeliest(logits, plain), strict=True))
+        sampled = []
+        for i, row in enumerate(rows):
+            token_id = likeliest[i] if i in likeliest else self._choose(logits[i], row)
+            wanted = row.params.logprobs
+            sampled.append(
+                SampledToken(
+                    token_id=token_id,
+                    logprobs=None if wanted is None else logprobs(logits[i], token_id, wanted),
+                    sanitized=replaced[i],
+                )
+            )
+        return sampled
 
-    def _sample(self, logits: Tensor, row: SamplerRow, suspicious: bool) -> SampledToken:
-        params, step = row.params, len(row.output_token_ids)
-        replaced = 0
-        if suspicious and (bad := (~logits.isfinite()).nonzero().squeeze(1).tolist()):
+    def _make_finite(self, logits: Tensor, row: SamplerRow) -> int:
+        """Replace a row's non-finite logits in place; returns how many there were."""
+        bad = (~logits.isfinite()).nonzero().squeeze(1).tolist()
+        if bad:
             if self.options.on_nonfinite == "error":
-                raise NonFiniteLogitsError(row.request_id, step, bad, len(logits))
-            self._warn(row.request_id, step, len(bad))
-            logits, replaced = sanitise(logits), len(bad)
-        scores = penalise(logits, row) if changes_logits(params) else logits
-        if params.temperature > 0.0 and not self.greedy:
-            token_id = draw(*shortlist(scores, params), uniform(params.seed, step))
-        else:
-            token_id = int(scores.argmax())
-        wanted = params.logprobs
-        return SampledToken(
-            token_id=token_id,
-            logprobs=None if wanted is None else logprobs(logits, token_id, wanted),
-            sanitized=replaced,
-        )
+                raise NonFiniteLogitsError(row.request_id, row.position, bad, len(logits))
+            self._warn(row, len(bad))
+            logits.copy_(sanitise(logits))
+        return len(bad)
 
-    def _warn(self, request_id: str, step: int, count: int) -> None:
+    def _takes_likeliest(self, row: SamplerRow) -> bool:
+        return self.greedy or row.params.temperature <= 0.0
+
+    def _choose(self, logits: Tensor, row: SamplerRow) -> int:
+        """The token of one row of finite logits, [vocab_size]."""
+        params = row.params
+        scores = penalise(logits, row) if changes_logits(params) else logits
+        if self._takes_likeliest(row):
+            return int(scores.argmax())
+        return draw(*shortlist(scores, params), uniform(params.seed, row.position))
+
+    def _warn(self, row: SamplerRow, count: int) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"request {request_id!r}, step {step}: replaced {count} logits that are not "
-                "finite; do not rely on the text; later replacements are not reported",
+                f"request {row.request_id!r}, step {row.position}: replaced {count} logits that "
+                "are not finite; do not rely on the text; later replacements are not reported",
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _suspicious(logits: Tensor) -> list[int]:
+    """The rows that may have non-finite logits.
+
+    A sum with a non-finite term is not finite, so one pass finds them; a sum of large finite logits
+    may overflow.
+    """
+    rows: list[int] = (~logits.sum(1).isfinite()).nonzero().squeeze(1).tolist()
+    return rows
+
+
+def _likeliest(logits: Tensor, rows: list[int]) -> list[int]:
+    """The most likely token of each of some rows; of equal ones the one with the smallest id."""
+    if not rows:
+        return []
+    if len(rows) < len(logits):
+        logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
+    ids: list[int] = logits.argmax(1).tolist()
+    return ids

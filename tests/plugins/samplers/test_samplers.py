@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as oracle
 
 from tilewright.errors import NonFiniteLogitsError, RequestError
+from tilewright.sampling import uniform
 from tilewright.types import SampledToken, Sampler, SamplerRow, SamplingParams
 from tilewright_sampling import logits as steps
 from tilewright_sampling.sampler import LogitsSampler, Options
@@ -37,13 +38,18 @@ def make_sampler(name: str = "top-p", **options: Any) -> Sampler:
 
 
 def make_row(
-    prompt: Any = (), output: Any = (), request_id: str = "r", **params: Any
+    prompt: Any = (),
+    output: Any = (),
+    request_id: str = "r",
+    position: int | None = None,
+    **params: Any,
 ) -> SamplerRow:
     return SamplerRow(
         request_id=request_id,
         params=SamplingParams(**params),
         prompt_token_ids=list(prompt),
         output_token_ids=list(output),
+        position=len(list(output)) if position is None else position,
     )
 
 
@@ -182,16 +188,16 @@ def test_extreme_settings_give_a_valid_token() -> None:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The torch operations run within the context, with their largest input in elements."""
+    """The torch operations run within the context: the shapes of their inputs, by name."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: dict[str, int] = {}
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], torch.Tensor):
-            name = func.overloadpacket.__name__
-            self.sizes[name] = max(self.sizes.get(name, 0), args[0].numel())
+            shapes = self.shapes.setdefault(func.overloadpacket.__name__, [])
+            shapes.append(tuple(args[0].shape))
         return func(*args, **(kwargs or {}))
 
 
@@ -201,15 +207,52 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_logits_are_sorted_only_if_a_setting_needs_it(params: dict[str, Any]) -> None:
     with Operations() as operations:
         sample_one(random_logits(1000), **params)
-    assert operations.sizes["sum"] == 1000
-    assert not operations.sizes.keys() & {"sort", "topk"}
+    assert operations.shapes["sum"] == [(1, 1000)]
+    assert not operations.shapes.keys() & {"sort", "topk"}
 
 
 def test_top_p_sorts_only_the_likely_part_of_the_vocabulary() -> None:
     with Operations() as operations:
         sample_one(random_logits(100_000, scale=4.0), temperature=0.7, top_p=0.9)
-    assert operations.sizes["sum"] == 100_000
-    assert 0 < operations.sizes["sort"] < 20_000
+    (sorted_,) = operations.shapes["sort"]
+    assert 0 < sorted_[0] < 20_000
+
+
+@pytest.mark.parametrize("name", ["greedy", "top-p"])
+def test_rows_that_take_the_likeliest_token_share_one_pass(name: str) -> None:
+    logits = random_logits(6, 1000)
+    with Operations() as operations:
+        tokens = make_sampler(name).sample(logits, [make_row(seed=i) for i in range(6)])
+    assert operations.shapes["argmax"] == operations.shapes["sum"] == [(6, 1000)]
+    assert not operations.shapes.keys() & {"index", "clone", "copy_", "isnan", "max"}
+    assert [t.token_id for t in tokens] == logits.argmax(1).tolist()
+
+
+def test_rows_with_other_settings_leave_the_shared_pass_to_the_plain_ones() -> None:
+    logits = random_logits(6, 1000)
+    best = logits.argmax(1).tolist()
+    rows = [make_row(logprobs=0) for _ in range(6)]
+    rows[1] = make_row(temperature=1e-6)
+    rows[4] = make_row(logit_bias={best[4]: -100.0})
+    with Operations() as operations:
+        tokens = make_sampler().sample(logits, rows)
+    assert operations.shapes["argmax"] == [(4, 1000), (1000,)]
+    assert operations.shapes["sum"] == [(6, 1000)]
+    second = int(logits[4].topk(2).indices[1])
+    assert [t.token_id for t in tokens] == [*best[:4], second, best[5]]
+
+
+def test_everything_is_created_on_the_device_of_the_logits() -> None:
+    logits = random_logits(len(ROW_SETTINGS) + 1, 50)
+    logits[-1, 3] = INF
+    rows = [make_row(prompt=[1, 2], output=[3], **params) for params in ROW_SETTINGS]
+    rows.append(make_row(temperature=1.0, seed=3, logprobs=3))
+    with pytest.warns(RuntimeWarning):
+        expected = make_sampler(on_nonfinite="sanitize").sample(logits, rows)
+    # What is created without a device is then on another one, which the rest cannot be mixed with.
+    with torch.device("meta"), pytest.warns(RuntimeWarning):
+        found = make_sampler(on_nonfinite="sanitize").sample(logits, rows)
+    assert found == expected
 
 
 # --- logit bias -----------------------------------------------------------------------------------
@@ -254,16 +297,16 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     "pairs",
     [
         [(seed, 0) for seed in range(20_000)],
-        [(7, step) for step in range(20_000)],
-        [(seed, step) for seed in range(142) for step in range(142)],
+        [(7, position) for position in range(20_000)],
+        [(seed, position) for seed in range(142) for position in range(142)],
         [(2**62 + seed, 3) for seed in range(20_000)],
     ],
-    ids=["seeds", "steps", "both", "large seeds"],
+    ids=["seeds", "positions", "both", "large seeds"],
 )
-def test_uniform_numbers_of_neighbouring_seeds_and_steps_are_independent(
+def test_uniform_numbers_of_neighbouring_seeds_and_positions_are_independent(
     pairs: list[tuple[int, int]],
 ) -> None:
-    u = torch.tensor([steps.uniform(*pair) for pair in pairs], dtype=torch.float64)
+    u = torch.tensor([uniform(*pair) for pair in pairs], dtype=torch.float64)
     assert len(set(u.tolist())) == len(pairs)
     assert 0.0 <= u.min() < u.max() < 1.0
     flat = torch.full((100,), 0.01, dtype=torch.float64)
@@ -280,7 +323,7 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     logits = random_logits(60, scale=1.5)
     sampling = SamplingParams(temperature=0.8, **params)
     ids, weights = steps.shortlist(logits, sampling)
-    drawn = torch.tensor([steps.draw(ids, weights, steps.uniform(5, i)) for i in range(20_000)])
+    drawn = torch.tensor([steps.draw(ids, weights, uniform(5, i)) for i in range(20_000)])
     probabilities = torch.zeros(60).index_put((ids,), weights / weights.sum()).double()
     counts = drawn.bincount(minlength=60)
     assert counts[probabilities == 0].sum() == 0
@@ -288,13 +331,16 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     assert abs(chi_square(counts[some], probabilities[some])) < 4
 
 
-def test_the_sampler_draws_with_the_numbers_of_its_seed_and_step() -> None:
+def test_the_sampler_draws_with_the_numbers_of_its_seed_and_position() -> None:
     logits = random_logits(200)
     params: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
     ids, weights = steps.shortlist(logits, SamplingParams(**params))
-    for step in range(100):
-        expected = steps.draw(ids, weights, steps.uniform(11, step))
-        assert sample_one(logits, output=range(step), **params).token_id == expected
+    for position in range(100):
+        expected = steps.draw(ids, weights, uniform(11, position))
+        # The output may be shorter, while its last tokens are not known yet.
+        output = range(max(0, position - 3))
+        row = {"output": output, "position": position, **params}
+        assert sample_one(logits, **row).token_id == expected
 
 
 @given(
@@ -346,19 +392,19 @@ def test_the_result_of_a_row_does_not_depend_on_the_batch(vocab_size: int) -> No
 def test_draws_do_not_depend_on_vocabulary_padding(params: dict[str, Any]) -> None:
     logits = random_logits(1000)
     padded = torch.cat([logits, torch.full((24,), -1e9)])
-    for step in range(20):
-        row = {"output": list(range(step)), **params}
+    for position in range(20):
+        row = {"output": list(range(position)), **params}
         assert sample_one(logits, **row).token_id == sample_one(padded, **row).token_id
 
 
-def test_different_seeds_and_steps_give_different_tokens() -> None:
+def test_different_seeds_and_positions_give_different_tokens() -> None:
     logits = torch.zeros(1000)
     by_seed = {sample_one(logits, temperature=1.0, seed=s).token_id for s in range(50)}
-    by_step = {
-        sample_one(logits, temperature=1.0, output=range(n), seed=1).token_id for n in range(50)
+    by_position = {
+        sample_one(logits, temperature=1.0, position=n, seed=1).token_id for n in range(50)
     }
     assert len(by_seed) > 40
-    assert len(by_step) > 40
+    assert len(by_position) > 40
 
 
 # --- log-probabilities ----------------------------------------------------------------------------
@@ -392,12 +438,15 @@ def test_non_finite_logits_are_an_error_that_names_request_and_tokens(
     logits = random_logits(3, 40)
     logits[1, [7, 31]] = value
     logits[2, 0] = value
-    rows = [make_row(request_id=f"req-{i}", output=[1] * i, temperature=1.0) for i in range(3)]
+    rows = [
+        make_row(request_id=f"req-{i}", output=[1], position=i + 3, temperature=1.0)
+        for i in range(3)
+    ]
     with pytest.raises(NonFiniteLogitsError) as caught:
         make_sampler(name).sample(logits, rows)
     error = caught.value
-    assert (error.request_id, error.step, error.token_ids) == ("req-1", 1, (7, 31))
-    assert "'req-1', step 1: 2 of 40 logits" in str(error)
+    assert (error.request_id, error.step, error.token_ids) == ("req-1", 4, (7, 31))
+    assert "'req-1', step 4: 2 of 40 logits" in str(error)
     assert "7, 31" in str(error)
 
 
@@ -413,8 +462,8 @@ def test_large_finite_logits_are_accepted() -> None:
 def test_sanitising_replaces_logits_warns_once_and_marks_the_tokens() -> None:
     sampler = make_sampler(on_nonfinite="sanitize")
     logits = torch.tensor([[1.0, 2.0, INF], [math.nan, 3.0, -INF], [0.0, 1.0, 2.0]])
-    rows = [make_row(request_id=str(i), logprobs=3) for i in range(3)]
-    with pytest.warns(RuntimeWarning, match=r"'0', step 0: replaced 1 logits") as caught:
+    rows = [make_row(request_id=str(i), position=i + 2, logprobs=3) for i in range(3)]
+    with pytest.warns(RuntimeWarning, match=r"'0', step 2: replaced 1 logits") as caught:
         tokens = sampler.sample(logits, rows)
     assert len(caught) == 1
     assert [t.sanitized for t in tokens] == [1, 2, 0]

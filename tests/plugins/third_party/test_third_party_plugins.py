@@ -211,6 +211,7 @@ def row(seed: int) -> SamplerRow:
         params=SamplingParams(temperature=1.0, seed=seed),
         prompt_token_ids=(),
         output_token_ids=(),
+        position=0,
     )
 
 

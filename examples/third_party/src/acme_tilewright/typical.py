@@ -5,13 +5,13 @@ many as it takes to reach a given mass. So very likely tokens may go as well as 
 """
 
 from collections.abc import Sequence
-from random import Random
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen, validators
 
 from tilewright import hookimpl
 from tilewright.errors import NonFiniteLogitsError
+from tilewright.sampling import uniform
 from tilewright.types import (
     PluginInfo,
     SampledToken,
@@ -40,11 +40,16 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="locally typical sampling",
         options=Options,
-        limits={
-            "distribution": "the softmax at the temperature, over the locally typical tokens",
-            "no effect": "top_k, top_p, min_p, repetition_penalty, presence_penalty, "
-            "frequency_penalty, logit_bias",
-        },
+        ignores=(
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logit_bias",
+        ),
+        distribution="the softmax at the temperature, over the locally typical tokens",
     )
 
 
@@ -63,15 +68,15 @@ class TypicalSampler:
         return [self._token(scores, row) for scores, row in zip(logits, rows, strict=True)]
 
     def _token(self, logits: "Tensor", row: SamplerRow) -> SampledToken:
-        step, params = len(row.output_token_ids), row.params
+        params = row.params
         if not logits.isfinite().all():
             bad = (~logits.isfinite()).nonzero().flatten().tolist()
-            raise NonFiniteLogitsError(row.request_id, step, bad, len(logits))
+            raise NonFiniteLogitsError(row.request_id, row.position, bad, len(logits))
         if params.temperature == 0:
             token = int(logits.argmax())
         else:
-            # What is drawn depends on the request's seed and on its step, and on nothing else.
-            u = Random(f"{params.seed},{step}").random()
+            # The draw depends on the request's seed and the token's position, and on nothing else.
+            u = uniform(params.seed, row.position)
             cumulative = typical(logits, params.temperature, self.mass).cumsum(0)
             token = int((cumulative > u * cumulative[-1]).nonzero()[0])
         return SampledToken(token_id=token, logprobs=_logprobs(logits, token, params.logprobs))

@@ -5,13 +5,13 @@ is always kept.
 """
 
 from collections.abc import Sequence
-from random import Random
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen, validators
 
 from tilewright import hookimpl
 from tilewright.errors import NonFiniteLogitsError
+from tilewright.sampling import uniform
 from tilewright.types import PluginInfo, SampledToken, Sampler, SamplerRow
 
 if TYPE_CHECKING:
@@ -34,11 +34,17 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="epsilon sampling: drops unlikely tokens and samples from the rest",
         options=Options,
-        limits={
-            "distribution": "the softmax at the temperature, over tokens of at least epsilon",
-            "no effect": "top_k, top_p, min_p, repetition_penalty, presence_penalty, "
-            "frequency_penalty, logit_bias, logprobs",
-        },
+        ignores=(
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logit_bias",
+            "logprobs",
+        ),
+        distribution="the softmax at the temperature, over tokens of at least epsilon",
     )
 
 
@@ -59,10 +65,10 @@ class EpsilonSampler:
 
     def choose(self, logits: "Tensor", row: SamplerRow) -> int:
         """The token for one row of logits, [vocab_size] float32."""
-        step, temperature = len(row.output_token_ids), row.params.temperature
+        temperature = row.params.temperature
         if not logits.isfinite().all():
             bad = (~logits.isfinite()).nonzero().flatten().tolist()
-            raise NonFiniteLogitsError(row.request_id, step, bad, len(logits))
+            raise NonFiniteLogitsError(row.request_id, row.position, bad, len(logits))
         best = int(logits.argmax())
         if temperature == 0:
             return best
@@ -70,7 +76,7 @@ class EpsilonSampler:
         scaled = (logits.double() - logits[best].double()) / max(temperature, 1e-30)
         p = scaled.softmax(0)
         p[p < min(self.epsilon, p[best].item())] = 0
-        # The choice depends on the request's seed and on its step, and on nothing else.
-        u = Random(f"{row.params.seed},{step}").random()
+        # The draw depends on the request's seed and on the token's position, and on nothing else.
+        u = uniform(row.params.seed, row.position)
         cumulative = p.cumsum(0)
         return int((cumulative > u * cumulative[-1]).nonzero()[0])

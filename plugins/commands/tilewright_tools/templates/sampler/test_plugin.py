@@ -26,6 +26,7 @@ def test_tokens_below_epsilon_are_never_drawn() -> None:
             params=SamplingParams(temperature=1.0, seed=seed),
             prompt_token_ids=(),
             output_token_ids=(),
+            position=0,
         )
         for seed in range(200)
     ]
