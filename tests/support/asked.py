@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 
 from tilewright import plugins
 from tilewright.types import ModelConfig, Report, RuntimeConfig, TensorSource
@@ -16,9 +16,14 @@ class Asked:
     model_config: ModelConfig
     runtime_config: RuntimeConfig
     weights: TensorSource
+    layers: range = field()
     packed: bool = False
     options: Any = None
     report: Report = no_report
+
+    @layers.default
+    def _all_layers(self) -> range:
+        return range(self.model_config.num_layers)
 
     def of(self, module: Any) -> Any:
         """The executor that a plugin makes."""
