@@ -16,13 +16,13 @@ class Asked:
     model_config: ModelConfig
     runtime_config: RuntimeConfig
     weights: TensorSource
-    packed: bool = False
     layers: range = field()
+    packed: bool = False
     options: Any = None
     report: Report = no_report
 
     @layers.default
-    def _all(self) -> range:
+    def _all_layers(self) -> range:
         return range(self.model_config.num_layers)
 
     def of(self, module: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attrs import evolve, field, frozen, validators
+from attrs import asdict, evolve, field, frozen, validators
 from plugin_distributions import Distribution, on_path
 from reference_models import CONFIGS, prompts, write_model
 from torch import Tensor
@@ -41,7 +41,7 @@ from tilewright_compare import Choice, Comparison, compare
 from tilewright_hf.architecture import model_config
 from tilewright_hf.files import JsonObject
 from tilewright_torch import plugin as torch_plugin
-from tilewright_torch.model import Model, TorchExecutor
+from tilewright_torch.model import Model, TorchExecutor, _Step
 
 tilewright_api = 1
 
@@ -476,19 +476,29 @@ MISTAKES: dict[str, Mistake] = {
 RIGHT = Way()
 
 
+@frozen(kw_only=True, eq=False)
+class PlantedStep(_Step):
+    batch: StepBatch
+
+    @property
+    def phase(self) -> str:
+        return "decode" if self.batch.max_query_len == 1 else "prefill"
+
+
 class PlantedExecutor(TorchExecutor):
     """Correct except for one mistake, in one layer and phase."""
 
-    def __init__(self, model: Model, spec: KvCacheSpec, options: "Options"):
-        super().__init__(model, spec)
+    def __init__(self, model: Model, spec: KvCacheSpec, layers: range, options: "Options"):
+        super().__init__(model, spec, layers)
         self._options = options
         self._mistake = MISTAKES.get(options.mistake)
-        self._decoding = False
 
-    def _way(self, layer: int | None) -> Way:
+    def begin(self, batch: StepBatch) -> PlantedStep:
+        return PlantedStep(batch=batch, **asdict(super().begin(batch), recurse=False))
+
+    def _way(self, phase: str, layer: int | None) -> Way:
         """The operations of a layer; None: of the head."""
         options, mistake = self._options, self._mistake
-        phase = "decode" if self._decoding else "prefill"
         if mistake is None or options.phase not in (phase, "both"):
             return RIGHT
         here = layer is None if mistake.head else layer == options.layer
@@ -510,11 +520,11 @@ class PlantedExecutor(TorchExecutor):
 
     @torch.inference_mode()
     def run_layer(
-        self, layer: int, hidden: Tensor, batch: StepBatch, tap: "Tap | None" = None
+        self, step: _Step, layer: int, hidden: Tensor, tap: "Tap | None" = None
     ) -> Tensor:
+        assert isinstance(step, PlantedStep)
         config, dtype, page = self._opened().config, self._opened().dtype, self.kv_cache_spec
-        self._decoding = batch.token_ids.shape[0] == batch.context_lens.shape[0]
-        way = self._way(layer)
+        batch, way = step.batch, self._way(step.phase, layer)
         w = way.weights(self._named(layer), config)
         eps, tokens = config.norm_eps, hidden.shape[0]
 
@@ -552,7 +562,7 @@ class PlantedExecutor(TorchExecutor):
             k_before = qk_norm("k_norm", k, way.k_norm)
             k = rotate("k_rope", k_before)
 
-        keys, values = self._kv[layer]
+        keys, values = self._kv[self.layers.index(layer)]
         slots = way.slots(batch, page).long()
 
         def write() -> None:
@@ -604,8 +614,11 @@ class PlantedExecutor(TorchExecutor):
         return torch.cat(attended)
 
     @torch.inference_mode()
-    def run_head(self, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
-        model, way = self._opened(), self._way(None)
+    def run_head(self, step: _Step, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
+        assert isinstance(step, PlantedStep)
+        model, way = self._opened(), self._way(step.phase, None)
+        if model.final_norm is None:
+            return super().run_head(step, hidden, tap)  # refuses
         x = way.final_norm(hidden, model.final_norm, model.config.norm_eps).to(model.dtype)
         logits = way.logits(way.product(x, way.head(model)).to(model.dtype).float())
         if tap:
@@ -645,10 +658,12 @@ def create_executor(
     model_config: ModelConfig,
     runtime_config: RuntimeConfig,
     weights: TensorSource,
+    layers: range,
     options: Options | None,
 ) -> PlantedExecutor:
-    made = torch_plugin.create_executor(model_config, runtime_config, weights, None)
-    return PlantedExecutor(made._opened(), made.kv_cache_spec, options or Options())
+    made = torch_plugin.create_executor(model_config, runtime_config, weights, layers, None)
+    assert isinstance(made, TorchExecutor)
+    return PlantedExecutor(made._opened(), made.kv_cache_spec, layers, options or Options())
 
 
 MODELS: dict[str, PreTrainedConfig | None] = {
