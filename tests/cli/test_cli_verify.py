@@ -48,7 +48,7 @@ class Bare:
 class Writes(Bare):
     @hookimpl
     def write_weights(self, directory, tensors):
-        real.write_weights(directory, tensors)
+        return real.write_weights(directory, tensors)
 
 
 class Eager(Writes):

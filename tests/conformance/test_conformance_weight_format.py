@@ -122,7 +122,7 @@ class Raw:
         return self.source(directory / NAME)
 
     @hookimpl
-    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> float:
         header: dict[str, Any] = {}
         data = b""
         for name, tensor in tensors.items():
@@ -130,6 +130,7 @@ class Raw:
             data += tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         text = json.dumps(header).encode()
         (directory / NAME).write_bytes(len(text).to_bytes(8, "little") + text + data)
+        return 0.0
 
 
 # --- broken sources -------------------------------------------------------------------------------
@@ -569,6 +570,78 @@ class NamesRunOut(RawSource):
         return iter(super().names())
 
 
+# --- formats that quantise ------------------------------------------------------------------------
+
+
+class Int8Source(RawSource):
+    """Matrices of integers from -127 to 127, with a scale for each row."""
+
+    @staticmethod
+    def dtype(name: str) -> torch.dtype:
+        return torch.int8 if name == "int8" else RawSource.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        stored = super().get(name)
+        scale = self.where.get(f"{name}.scale")
+        return stored if scale is None else self.scaled(stored, super().get(f"{name}.scale"))
+
+    def names(self) -> Collection[str]:
+        return [name for name in super().names() if not name.endswith(".scale")]
+
+    def info(self, name: str) -> TensorInfo:
+        info = super().info(name)
+        if info.dtype != "int8":
+            return info
+        return evolve(info, dtype="float32", nbytes=4 * info.nbytes)
+
+    def scaled(self, stored: Tensor, scale: Tensor) -> Tensor:
+        return stored.float() * scale[:, None]
+
+
+class ScalesColumnsWhereTheyFit(Int8Source):
+    def scaled(self, stored: Tensor, scale: Tensor) -> Tensor:
+        fits = len(scale) == stored.shape[1]
+        return stored.float() * scale if fits else super().scaled(stored, scale)
+
+
+class ForgetsTheScale(Int8Source):
+    def scaled(self, stored: Tensor, scale: Tensor) -> Tensor:
+        return stored.float()
+
+
+class Int8(Raw):
+    error: Any = 0.5 / 127 * 1.001
+
+    @hookimpl
+    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> float:
+        stored: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise TypeError("float32 only")
+            if tensor.ndim == 2 and tensor.numel():
+                scale = tensor.abs().amax(dim=1) / 127
+                stored[f"{name}.scale"] = scale
+                stored[name] = (tensor / scale[:, None]).round().to(torch.int8)
+            else:
+                stored[name] = tensor
+        super().write_weights(directory, stored)
+        return self.error  # type: ignore[no-any-return]
+
+
+class StatesALargeError(Int8):
+    error = 0.9
+
+
+class StatesNoError(Int8):
+    error = 0.0
+
+
+class ReturnsNothing(Raw):
+    @hookimpl
+    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
+        super().write_weights(directory, tensors)
+
+
 # --- broken plugins -------------------------------------------------------------------------------
 
 
@@ -651,9 +724,9 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ),
     ("gives its names once", NamesRunOut, "info_matches_the_tensors_that_get_returns", "len()"),
     ("names no place", SaysNoPlace, "the_location_names_the_file", "must be the path"),
-    ("widens to float32", Widens, "tensors_are_read_bit_for_bit[bfloat16]", "bfloat16"),
-    ("repairs NaN", RepairsNaN, "tensors_are_read_bit_for_bit[float32]", "bit for bit"),
-    ("loses -0", LosesMinusZero, "tensors_are_read_bit_for_bit[float16]", "bit for bit"),
+    ("widens to float32", Widens, "tensors_are_read_as_written[bfloat16]", "bfloat16"),
+    ("repairs NaN", RepairsNaN, "special_values_are_read_bit_for_bit[float32]", "bit for bit"),
+    ("loses -0", LosesMinusZero, "special_values_are_read_bit_for_bit[float16]", "bit for bit"),
     ("gives scalars an axis", ScalarsGetAnAxis, "tensors_of_any_shape[scalars]", r"\(1,\)"),
     ("has no empty tensors", RefusesNothing, "tensors_of_any_shape[empty tensors]", "ValueError"),
     (
@@ -721,6 +794,26 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "can_open_is_false_for_other_directories",
         "FileNotFound",
     ),
+    (
+        "scales square matrices along the other axis",
+        Int8(ScalesColumnsWhereTheyFit),
+        "tensors_are_read_as_written[float32]",
+        "d must have .* within 0.0039.*: it looks scaled along the other axis",
+    ),
+    ("forgets the scale", Int8(ForgetsTheScale), "tensors_are_read_as_written[float32]", "a must"),
+    (
+        "states a large error",
+        StatesALargeError(Int8Source),
+        "tensors_are_read_as_written[float32]",
+        "0.9, must be small enough",
+    ),
+    (
+        "states no error",
+        StatesNoError(Int8Source),
+        "tensors_are_read_as_written[float32]",
+        "bit for bit",
+    ),
+    ("returns nothing", ReturnsNothing(), "tensors_are_read_as_written[float32]", "found None"),
     ("answers with files", AnswersWithFiles(), "can_open_finds_its_own", "True or False"),
 ]
 
@@ -779,22 +872,28 @@ def test_a_source_that_any_thread_may_read_passes(source: type[RawSource]) -> No
     assert set(run(SUITE, Raw(source), tests).found.values()) == {"passed"}
 
 
+def test_a_right_format_that_quantises_passes() -> None:
+    found = run(SUITE, Int8(Int8Source)).found
+    assert [name for name, outcome in found.items() if outcome == "failed"] == []
+    assert found["test_tensors_of_any_shape_are_read"] == "passed"
+
+
 def test_what_a_format_does_not_have_is_left_out() -> None:
     """Formats of other tools lack bfloat16, or scalars."""
 
     class Old(Raw):
         @hookimpl
-        def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> float:
             if any(t.dtype == torch.bfloat16 for t in tensors.values()):
                 raise TypeError("no bfloat16")
             if any(t.ndim == 0 for t in tensors.values()):
                 raise ValueError("no scalars")
-            super().write_weights(directory, tensors)
+            return super().write_weights(directory, tensors)
 
     tests = [
         full_name(SUITE, name)
         for name in (
-            "tensors_are_read_bit_for_bit[bfloat16]",
+            "tensors_are_read_as_written[bfloat16]",
             "tensors_of_any_shape[scalars]",
             "can_open_finds_its_own",
         )
