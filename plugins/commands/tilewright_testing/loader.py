@@ -46,8 +46,9 @@ _STRANGE = ("", " ", ".", "..", "/", "a/b", "a/b@c", "x" * 5000, "a\0b", "\udcff
 class LoaderSuite(TensorSourceSuite):
     """Checks one loader against ``LoaderHooks``, ``LoadedModel`` and ``TensorSource``.
 
-    Fixtures to give: ``plugin``; ``source``, unless the plugin implements the hook write_sample;
-    ``expected``, to check the content of the files; and ``options`` where needed.
+    Fixtures to give: ``plugin``; ``source``, unless the plugin implements the hook write_sample,
+    whose Sample states the values of the weights; ``expected``, to check the configuration and the
+    tokenizer, too; and ``options`` where needed.
     """
 
     kind: ClassVar[str] = "loader"
@@ -269,7 +270,8 @@ class LoaderSuite(TensorSourceSuite):
     ) -> None:
         if expected is None:
             pytest.skip(
-                "the content of the source is not known: give the suite a fixture 'expected'"
+                "the configuration and the tokenizer of the source are not known: give the suite a "
+                "fixture 'expected'"
             )
         model = load()
         assert model.config == expected.config, "the configuration must equal that of 'expected'"
