@@ -79,6 +79,12 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ),
     ("transposes", Through(loaders.Transposes), "the_weights_have_the_names", "wrong, expected"),
     (
+        "keeps the name in an attribute",
+        Through(loaders.KeepsTheName),
+        "a_read_that_another_thread_interrupts",
+        "returned other values",
+    ),
+    (
         "transposes square matrices",
         Through(loaders.TransposesSquares),
         "the_weights_have_the_values",

@@ -249,6 +249,17 @@ class Transposes(Wrapped):
         return super().get(name).T
 
 
+class KeepsTheName(Wrapped):
+    """The requested name is an attribute while a tensor is read."""
+
+    def get(self, name: str) -> Any:
+        self.name = name
+        return self.read()
+
+    def read(self) -> Any:
+        return super().get(self.name)
+
+
 class TransposesSquares(Wrapped):
     def get(self, name: str) -> Any:
         return super().get(name).T if name.endswith("o_proj.weight") else super().get(name)
