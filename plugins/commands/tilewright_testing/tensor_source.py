@@ -152,7 +152,7 @@ class TensorSourceSuite(PluginSuite):
         assert not changed, f"reading must not change the files, but changed {changed}"
 
     def test_several_threads_read_the_same_as_one(self, opened: Open) -> None:
-        """Threads that meet by chance, also within functions in C, where none can be interrupted."""
+        """Threads meet by chance here, also within functions in C, which no test can interrupt."""
         expected = read_some(opened())
         source = opened()
         names = list(expected)
