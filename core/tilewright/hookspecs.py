@@ -33,6 +33,7 @@ from tilewright.types import (
     PluginInfo,
     Report,
     RuntimeConfig,
+    Sample,
     Sampler,
     StepEvent,
     TensorSource,
@@ -90,10 +91,12 @@ class LoaderHooks:
         """
 
     @_first
-    def write_sample(self, directory: Path) -> str:  # type: ignore[empty-body]
+    def write_sample(self, directory: Path) -> Sample:  # type: ignore[empty-body]
         """Optional: write a small model that this loader can load into an empty directory.
 
-        Returns the source that loads it. ``tilewright plugins verify`` loads it; nothing else does.
+        Returns its source and its tensors. Their values must differ so that mistakes show: random
+        ones, such as those of ``tilewright_testing.models.make_model``, with a square matrix among
+        them. ``tilewright plugins verify`` loads the model; nothing else does.
         """
 
 
@@ -109,8 +112,11 @@ class WeightFormatHooks:
         """Open the weights, reading headers only. Raises ModelError for damaged or absent files."""
 
     @_first
-    def write_weights(self, directory: Path, tensors: "Mapping[str, Tensor]") -> object:
-        """Optional: write tensors in this format into an empty directory. The result is ignored.
+    def write_weights(self, directory: Path, tensors: "Mapping[str, Tensor]") -> float:  # type: ignore[empty-body]
+        """Optional: write tensors in this format into an empty directory.
+
+        Returns the largest error of a value that is read back, as a fraction of the largest
+        magnitude in its tensor: 0.0 for a format that keeps every bit.
 
         Raises TypeError for a dtype and ValueError for a shape that the format does not support.
         ``tilewright plugins verify`` opens what it writes; nothing else does.

@@ -48,7 +48,7 @@ class Bare:
 class Writes(Bare):
     @hookimpl
     def write_weights(self, directory, tensors):
-        real.write_weights(directory, tensors)
+        return real.write_weights(directory, tensors)
 
 
 class Eager(Writes):
@@ -69,13 +69,52 @@ class Dying(Writes):
 BARE, EAGER, DYING = Bare(), Eager(), Dying()
 '''
 
+LOADER = '''
+"""Loaders of Hugging Face directories; what their samples hold is known, and not known."""
+
+from tilewright import hookimpl
+from tilewright.types import PluginInfo, Sample
+from tilewright_hf import loader as real
+
+
+class Stating:
+    tilewright_api = 1
+
+    def __init__(self, states):
+        self.states = states
+
+    @hookimpl
+    def plugin_info(self):
+        return PluginInfo(summary="a loader")
+
+    @hookimpl
+    def can_load(self, source):
+        return real.can_load(source)
+
+    @hookimpl
+    def load_model(self, source, weight_format, formats):
+        return real.load_model(source, weight_format, formats)
+
+    @hookimpl
+    def write_sample(self, directory):
+        from tilewright_testing.models import make_model, write_hf_directory
+
+        model = make_model()
+        source = str(write_hf_directory(model, directory))
+        return Sample(source=source, tensors=model.tensors if self.states else None)
+
+
+STATING, SILENT = Stating(True), Stating(False)
+'''
+
 ACME = Distribution(
     "acme-formats",
-    {"acme_formats.py": FORMATS},
+    {"acme_formats.py": FORMATS, "acme_loaders.py": LOADER},
     {
+        "loader": {name: f"acme_loaders:{name.upper()}" for name in ("stating", "silent")},
         "weight_format": {
             name: f"acme_formats:{name.upper()}" for name in ("bare", "eager", "dying")
-        }
+        },
     },
 )
 
@@ -146,6 +185,24 @@ def test_statements_are_not_run_for_a_weight_format_that_cannot_write(
     assert "implement write_weights" in lines[at + 1]
     # A reason shared by successive statements is printed once.
     assert sum("implement write_weights" in line for line in lines) < 5
+
+
+@pytest.mark.parametrize("name", ["stating", "silent"])
+def test_the_report_says_when_the_values_of_a_sample_are_not_known(
+    verify: Any, site: Install, name: str
+) -> None:
+    code, out, _ = verify(name)
+    assert code == 3
+    lines = out.splitlines()
+    assert lines[-1].endswith(" not run: what was not run is not proved")
+    checked = "the weights have the values that the sample states"
+    if name == "stating":
+        assert f"  passed   {checked}" in lines
+        assert "  passed   the samples values would show a mistake" in lines
+    else:
+        at = lines.index(f"  not run  {checked}")
+        assert "the values of the weights were not checked" in lines[at + 1]
+        assert "  not run  the samples values would show a mistake" in lines
 
 
 def test_a_loader_is_verified_on_the_given_source(verify: Any, tmp_path: Path) -> None:

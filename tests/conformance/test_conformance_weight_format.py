@@ -1,15 +1,20 @@
 """The suite of weight formats finds each of these broken ones, by the test that is meant for it."""
 
+import io
 import json
+import mmap
 import os
-import time
+import tarfile
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from threading import Lock, RLock, local
 from typing import Any
 
+import pytest
 import torch
 from attrs import evolve
-from conformance import Fault, full_name, missed, run
+from conformance import Fault, full_name, missed, own_tests, run
 from torch import Tensor
 
 from tilewright import hookimpl
@@ -117,7 +122,7 @@ class Raw:
         return self.source(directory / NAME)
 
     @hookimpl
-    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> float:
         header: dict[str, Any] = {}
         data = b""
         for name, tensor in tensors.items():
@@ -125,6 +130,7 @@ class Raw:
             data += tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         text = json.dumps(header).encode()
         (directory / NAME).write_bytes(len(text).to_bytes(8, "little") + text + data)
+        return 0.0
 
 
 # --- broken sources -------------------------------------------------------------------------------
@@ -159,8 +165,227 @@ class ReadsTheFileToCheckIt(RawSource):
 class SharesAPosition(RawSource):
     def pread(self, count: int, offset: int) -> bytes:
         self.file.seek(offset)
-        time.sleep(0)
         return self.file.read(count)
+
+
+class LocksTheSeek(RawSource):
+    def __init__(self, path: Path):
+        self.lock = Lock()
+        super().__init__(path)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        with self.lock:
+            self.file.seek(offset)
+        return self.file.read(count)
+
+
+class LocksEachTensor(RawSource):
+    def __init__(self, path: Path):
+        self.locks: dict[int, Lock] = {}
+        super().__init__(path)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        with self.locks.setdefault(offset, Lock()):
+            self.file.seek(offset)
+            return self.file.read(count)
+
+
+class ReadsIntoOneBuffer(RawSource):
+    """The lock is released before the content is copied."""
+
+    def __init__(self, path: Path):
+        self.lock, self.buffer = Lock(), bytearray(2**20)
+        super().__init__(path)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        with self.lock:
+            self.buffer[:count] = super().pread(count, offset)
+        return bytes(self.buffer[:count])
+
+
+class KeepsTheOffset(RawSource):
+    """The offset is an attribute from one method to the next, and no function in C is called
+    between them."""
+
+    def pread(self, count: int, offset: int) -> bytes:
+        self.offset = offset
+        return self.read(count)
+
+    def read(self, count: int) -> bytes:
+        return super().pread(count, self.offset)
+
+
+class SharesATar(RawSource):
+    """A tar file's members share its position, within the library."""
+
+    def open_file(self) -> None:
+        super().open_file()
+        self.memory = io.BytesIO()
+        with tarfile.open(fileobj=self.memory, mode="w") as archive:
+            archive.add(self.path, NAME)
+        self.memory.seek(0)
+        self.archive = tarfile.open(fileobj=self.memory)  # noqa: SIM115 -- closed with the source
+
+    def pread(self, count: int, offset: int) -> bytes:
+        with self.archive.extractfile(NAME) as member:
+            member.seek(offset)
+            return member.read(count)
+
+
+class OpensLate(RawSource):
+    """Opens the file for reading at the first read."""
+
+    later: Any = None
+
+    def get(self, name: str) -> Tensor:
+        self.prepare()
+        return super().get(name)
+
+    def prepare(self) -> None:
+        if self.later is None:
+            self.later = self.path.open("rb", buffering=0)
+            self.offsets = dict(self.where)
+
+    def close(self) -> None:
+        super().close()
+        if self.later is not None:
+            self.later.close()
+
+
+class UsesWhatIsHalfOpen(OpensLate):
+    def made(self, info: TensorInfo, data: bytes) -> Tensor:
+        assert self.offsets
+        return super().made(info, data)
+
+
+class OpensTwice(RawSource):
+    """Two threads may both find that the file is not open."""
+
+    descriptor: int | None = None
+
+    def get(self, name: str) -> Tensor:
+        if self.descriptor is None:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        return super().get(name)
+
+    def close(self) -> None:
+        super().close()
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+class FillsAnIndex(RawSource):
+    """The index is seen before it is complete."""
+
+    index: dict[str, int] | None = None
+
+    def get(self, name: str) -> Tensor:
+        if self.index is None:
+            self.index = {}
+            for known, offset in self.where.items():
+                self.index[known] = offset
+        self.index[name]
+        return super().get(name)
+
+
+# --- correct sources, each safe in its own way ----------------------------------------------------
+
+
+class Locked(RawSource):
+    def __init__(self, path: Path):
+        self.lock = Lock()
+        super().__init__(path)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        with self.lock:
+            self.file.seek(offset)
+            return self.file.read(count)
+
+
+class LockedWhole(RawSource):
+    """One reentrant lock for each method."""
+
+    def __init__(self, path: Path):
+        self.lock, self.buffer = RLock(), bytearray(2**20)
+        super().__init__(path)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        with self.lock:
+            self.file.seek(offset)
+            self.buffer[:count] = self.file.read(count).ljust(count, b"\0")
+            return bytes(self.buffer[:count])
+
+    def get(self, name: str) -> Tensor:
+        with self.lock:
+            return super().get(name)
+
+
+class Mapped(RawSource):
+    def open_file(self) -> None:
+        super().open_file()
+        if not self.size():
+            raise ModelError(f"{self.path}: empty")
+        self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        return self.map[offset : offset + count]
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "map"):
+            self.map.close()
+
+
+class OpensForEachRead(RawSource):
+    def pread(self, count: int, offset: int) -> bytes:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(count)
+
+
+class OneFilePerThread(RawSource):
+    def __init__(self, path: Path):
+        self.own = local()
+        super().__init__(path)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        if not hasattr(self.own, "file"):
+            self.own.file = self.path.open("rb", buffering=0)
+        self.own.file.seek(offset)
+        return self.own.file.read(count)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self.own, "file"):
+            self.own.file.close()
+
+
+class SharesAZip(RawSource):
+    """Members of one zip file may be read at once: the library locks its position."""
+
+    def open_file(self) -> None:
+        super().open_file()
+        self.memory = io.BytesIO()
+        with zipfile.ZipFile(self.memory, "w") as archive:
+            archive.write(self.path, NAME)
+        self.archive = zipfile.ZipFile(self.memory)
+
+    def get(self, name: str) -> Tensor:
+        info = self.infos[name]
+        with self.archive.open(NAME) as member:
+            member.seek(self.start + self.where[name])
+            return self.made(info, member.read(info.nbytes))
+
+
+class OpensLateOnce(OpensLate):
+    def __init__(self, path: Path):
+        self.lock = Lock()
+        super().__init__(path)
+
+    def prepare(self) -> None:
+        with self.lock:
+            super().prepare()
 
 
 class StaysOpen(RawSource):
@@ -345,6 +570,78 @@ class NamesRunOut(RawSource):
         return iter(super().names())
 
 
+# --- formats that quantise ------------------------------------------------------------------------
+
+
+class Int8Source(RawSource):
+    """Matrices of integers from -127 to 127, with a scale for each row."""
+
+    @staticmethod
+    def dtype(name: str) -> torch.dtype:
+        return torch.int8 if name == "int8" else RawSource.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        stored = super().get(name)
+        scale = self.where.get(f"{name}.scale")
+        return stored if scale is None else self.scaled(stored, super().get(f"{name}.scale"))
+
+    def names(self) -> Collection[str]:
+        return [name for name in super().names() if not name.endswith(".scale")]
+
+    def info(self, name: str) -> TensorInfo:
+        info = super().info(name)
+        if info.dtype != "int8":
+            return info
+        return evolve(info, dtype="float32", nbytes=4 * info.nbytes)
+
+    def scaled(self, stored: Tensor, scale: Tensor) -> Tensor:
+        return stored.float() * scale[:, None]
+
+
+class ScalesColumnsWhereTheyFit(Int8Source):
+    def scaled(self, stored: Tensor, scale: Tensor) -> Tensor:
+        fits = len(scale) == stored.shape[1]
+        return stored.float() * scale if fits else super().scaled(stored, scale)
+
+
+class ForgetsTheScale(Int8Source):
+    def scaled(self, stored: Tensor, scale: Tensor) -> Tensor:
+        return stored.float()
+
+
+class Int8(Raw):
+    error: Any = 0.5 / 127 * 1.001
+
+    @hookimpl
+    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> float:
+        stored: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise TypeError("float32 only")
+            if tensor.ndim == 2 and tensor.numel():
+                scale = tensor.abs().amax(dim=1) / 127
+                stored[f"{name}.scale"] = scale
+                stored[name] = (tensor / scale[:, None]).round().to(torch.int8)
+            else:
+                stored[name] = tensor
+        super().write_weights(directory, stored)
+        return self.error  # type: ignore[no-any-return]
+
+
+class StatesALargeError(Int8):
+    error = 0.9
+
+
+class StatesNoError(Int8):
+    error = 0.0
+
+
+class ReturnsNothing(Raw):
+    @hookimpl
+    def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
+        super().write_weights(directory, tensors)
+
+
 # --- broken plugins -------------------------------------------------------------------------------
 
 
@@ -391,12 +688,6 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ("reads all while it opens", Eager, "weights_are_not_read_before_get", "4 of 4 tensors"),
     ("reads one while it opens", EagerForOne, "weights_are_not_read_before_get", "1 of 4 tensors"),
     ("reads the file to check it", ReadsTheFileToCheckIt, "opening_reads_headers", "headers only"),
-    (
-        "shares a file position",
-        SharesAPosition,
-        "several_threads_read_the_same_as_one",
-        "share a file position",
-    ),
     ("stays open", StaysOpen, "closing_closes_the_files", "stayed open"),
     ("wipes what it gave", WipesWhatItGave, "tensors_stay_valid", "must stay valid after close"),
     ("hands out one buffer", OneBuffer, "tensors_stay_valid", "must stay valid after close"),
@@ -433,9 +724,9 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ),
     ("gives its names once", NamesRunOut, "info_matches_the_tensors_that_get_returns", "len()"),
     ("names no place", SaysNoPlace, "the_location_names_the_file", "must be the path"),
-    ("widens to float32", Widens, "tensors_are_read_bit_for_bit[bfloat16]", "bfloat16"),
-    ("repairs NaN", RepairsNaN, "tensors_are_read_bit_for_bit[float32]", "bit for bit"),
-    ("loses -0", LosesMinusZero, "tensors_are_read_bit_for_bit[float16]", "bit for bit"),
+    ("widens to float32", Widens, "tensors_are_read_as_written[bfloat16]", "bfloat16"),
+    ("repairs NaN", RepairsNaN, "special_values_are_read_bit_for_bit[float32]", "bit for bit"),
+    ("loses -0", LosesMinusZero, "special_values_are_read_bit_for_bit[float16]", "bit for bit"),
     ("gives scalars an axis", ScalarsGetAnAxis, "tensors_of_any_shape[scalars]", r"\(1,\)"),
     ("has no empty tensors", RefusesNothing, "tensors_of_any_shape[empty tensors]", "ValueError"),
     (
@@ -503,8 +794,41 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "can_open_is_false_for_other_directories",
         "FileNotFound",
     ),
+    (
+        "scales square matrices along the other axis",
+        Int8(ScalesColumnsWhereTheyFit),
+        "tensors_are_read_as_written[float32]",
+        "d must have .* within 0.0039.*: it looks scaled along the other axis",
+    ),
+    ("forgets the scale", Int8(ForgetsTheScale), "tensors_are_read_as_written[float32]", "a must"),
+    (
+        "states a large error",
+        StatesALargeError(Int8Source),
+        "tensors_are_read_as_written[float32]",
+        "0.9, must be small enough",
+    ),
+    (
+        "states no error",
+        StatesNoError(Int8Source),
+        "tensors_are_read_as_written[float32]",
+        "bit for bit",
+    ),
+    ("returns nothing", ReturnsNothing(), "tensors_are_read_as_written[float32]", "found None"),
     ("answers with files", AnswersWithFiles(), "can_open_finds_its_own", "True or False"),
 ]
+
+_RACES: list[tuple[str, type[RawSource], str, str]] = [
+    ("shares a file position", SharesAPosition, "a_read_that", "share a file position"),
+    ("locks the seek only", LocksTheSeek, "a_read_that", "share a file position"),
+    ("locks each tensor by itself", LocksEachTensor, "a_read_that", "share a file position"),
+    ("reads into one buffer", ReadsIntoOneBuffer, "a_read_that", "returned other values"),
+    ("keeps the offset", KeepsTheOffset, "a_read_that", "returned other values"),
+    ("shares a tar file", SharesATar, "a_read_that", "another must be able to call"),
+    ("uses what is half open", UsesWhatIsHalfOpen, "a_first_read_that", "'offsets'"),
+    ("opens twice", OpensTwice, "a_first_read_that", "stayed open"),
+    ("fills an index", FillsAnIndex, "a_first_read_that", "KeyError"),
+]
+_FAULTS += _RACES
 
 FAULTS = [
     Fault(
@@ -530,22 +854,46 @@ def test_a_right_format_passes() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        Locked,
+        LockedWhole,
+        Mapped,
+        OpensForEachRead,
+        OneFilePerThread,
+        SharesAZip,
+        OpensLateOnce,
+    ],
+)
+def test_a_source_that_any_thread_may_read_passes(source: type[RawSource]) -> None:
+    tests = [name for name in own_tests(SUITE) if "thread" in name]
+    assert len(tests) == 3
+    assert set(run(SUITE, Raw(source), tests).found.values()) == {"passed"}
+
+
+def test_a_right_format_that_quantises_passes() -> None:
+    found = run(SUITE, Int8(Int8Source)).found
+    assert [name for name, outcome in found.items() if outcome == "failed"] == []
+    assert found["test_tensors_of_any_shape_are_read"] == "passed"
+
+
 def test_what_a_format_does_not_have_is_left_out() -> None:
     """Formats of other tools lack bfloat16, or scalars."""
 
     class Old(Raw):
         @hookimpl
-        def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        def write_weights(self, directory: Path, tensors: Mapping[str, Tensor]) -> float:
             if any(t.dtype == torch.bfloat16 for t in tensors.values()):
                 raise TypeError("no bfloat16")
             if any(t.ndim == 0 for t in tensors.values()):
                 raise ValueError("no scalars")
-            super().write_weights(directory, tensors)
+            return super().write_weights(directory, tensors)
 
     tests = [
         full_name(SUITE, name)
         for name in (
-            "tensors_are_read_bit_for_bit[bfloat16]",
+            "tensors_are_read_as_written[bfloat16]",
             "tensors_of_any_shape[scalars]",
             "can_open_finds_its_own",
         )

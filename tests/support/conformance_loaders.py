@@ -1,6 +1,7 @@
 """A loader of a small layout of its own, and broken variants. Does not import torch itself."""
 
 import json
+import math
 import os
 import socket
 from collections.abc import Collection
@@ -18,6 +19,7 @@ from tilewright.types import (
     ModelConfig,
     PluginInfo,
     RopeConfig,
+    Sample,
     TensorInfo,
     TensorSource,
     TextAssets,
@@ -61,11 +63,13 @@ class Loader:
         )
 
     @hookimpl
-    def write_sample(self, directory: Path) -> str:
+    def write_sample(self, directory: Path) -> Any:
         from tilewright_testing.models import make_model
 
-        write(make_model(), directory)
-        return str(directory)
+        # Its q_proj, k_proj, v_proj and o_proj are square and of one size.
+        model = make_model("plain")
+        write(model, directory)
+        return Sample(source=str(directory), tensors=model.tensors)
 
     def config(self, values: dict[str, Any]) -> ModelConfig:
         values["rope"] = RopeConfig(**values["rope"])
@@ -243,6 +247,136 @@ class Transposes(Wrapped):
 
     def get(self, name: str) -> Any:
         return super().get(name).T
+
+
+class KeepsTheName(Wrapped):
+    """The requested name is an attribute while a tensor is read."""
+
+    def get(self, name: str) -> Any:
+        self.name = name
+        return self.read()
+
+    def read(self) -> Any:
+        return super().get(self.name)
+
+
+class TransposesSquares(Wrapped):
+    def get(self, name: str) -> Any:
+        return super().get(name).T if name.endswith("o_proj.weight") else super().get(name)
+
+
+class SwapsQAndK(Wrapped):
+    def get(self, name: str) -> Any:
+        kinds = {"q_proj": "k_proj", "k_proj": "q_proj"}
+        kind = next((kind for kind in kinds if kind in name), "")
+        return super().get(name.replace(kind, kinds[kind]) if kind else name)
+
+
+class Scaled(Wrapped):
+    """Matrices of integers from -127 to 127, with a scale for each row: one for each output."""
+
+    def names(self) -> Collection[str]:
+        return [name for name in self.source.names() if not name.endswith(".scale")]
+
+    def info(self, name: str) -> TensorInfo:
+        shape = super().info(name).shape
+        nbytes = 4 * math.prod(shape)
+        return evolve(super().info(name), dtype="float32", nbytes=nbytes)
+
+    def get(self, name: str) -> Any:
+        if name not in self.names():
+            raise KeyError(name)
+        stored = super().get(name).float()
+        if f"{name}.scale" not in self.source.names():
+            return stored
+        return self.scaled(stored, super().get(f"{name}.scale"))
+
+    def scaled(self, stored: Any, scale: Any) -> Any:
+        return stored * scale[:, None]
+
+
+class ScalesColumnsWhereTheyFit(Scaled):
+    def scaled(self, stored: Any, scale: Any) -> Any:
+        fits = len(scale) == stored.shape[1]
+        return stored * scale if fits else super().scaled(stored, scale)
+
+
+class ForgetsTheScale(Scaled):
+    def scaled(self, stored: Any, scale: Any) -> Any:
+        return stored
+
+
+class ScalesEachMatrixAlike(Scaled):
+    """Takes the first row's scale for the whole matrix."""
+
+    def scaled(self, stored: Any, scale: Any) -> Any:
+        return stored * scale[0]
+
+
+class Quantised(Through):
+    """Its sample states the weights before they were quantised, and the error of that: half a step,
+    and a step is at most 1/127 of the largest magnitude."""
+
+    tolerance = 0.5 / 127 * 1.001
+
+    def __init__(self, wrapper: type[Scaled] = Scaled):
+        super().__init__(wrapper)
+
+    @hookimpl
+    def write_sample(self, directory: Path) -> Any:
+        from tilewright_testing.models import make_model
+
+        model = make_model("plain")
+        stored = {}
+        for name, tensor in model.tensors.items():
+            if tensor.ndim == 2:
+                scale = tensor.abs().amax(dim=1) / 127
+                stored[f"{name}.scale"] = scale
+                stored[name] = (tensor / scale[:, None]).round().char()
+            else:
+                stored[name] = tensor
+        write(evolve(model, tensors=stored), directory)
+        source = str(directory)
+        return Sample(source=source, tensors=model.tensors, tolerance=self.tolerance)
+
+
+QUANTISED = Quantised()
+
+
+class StatesALargeError(Quantised):
+    tolerance = 0.9
+
+
+class Stating(Loader):
+    """Changes its sample's statement."""
+
+    def __init__(self, changed: Any):
+        self.changed = changed
+
+    @hookimpl
+    def write_sample(self, directory: Path) -> Any:
+        return self.changed(super().write_sample(directory))
+
+
+class WritesOnes(Loader):
+    @hookimpl
+    def write_sample(self, directory: Path) -> Any:
+        from tilewright_testing.models import make_model
+
+        model = make_model("plain")
+        model = evolve(model, tensors={n: t.fill_(1.0) for n, t in model.tensors.items()})
+        write(model, directory)
+        return Sample(source=str(directory), tensors=model.tensors)
+
+
+class WritesWithoutSquares(Loader):
+    @hookimpl
+    def write_sample(self, directory: Path) -> Any:
+        from tilewright_testing.models import make_model
+
+        model = make_model("qk-norm")
+        write(model, directory)
+        return Sample(source=str(directory), tensors=model.tensors)
 
 
 class Widens(Wrapped):

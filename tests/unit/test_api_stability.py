@@ -81,7 +81,7 @@ BREAKING: dict[str, tuple[Change, str]] = {
     ),
     "a hook returns something else": (
         lambda r: r["hooks"]["write_sample"].update(returns="Path"),
-        "write_sample: returns was 'str'",
+        "write_sample: returns was 'Sample'",
     ),
     "all answers to a hook are taken": (
         lambda r: r["hooks"]["can_load"].update({"first result": False}),

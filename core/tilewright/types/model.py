@@ -166,3 +166,17 @@ class LoadedModel:
     warnings: tuple[str, ...] = ()
     packing: Packing | None = None
     """None: the weights have the names and shapes of ``expected_tensors``."""
+
+
+@frozen(kw_only=True, eq=False)
+class Sample:
+    """A small model that a loader wrote into files, and the weights that it must load from them."""
+
+    source: str
+    """Names the model, as a user would."""
+    tensors: "Mapping[str, Tensor] | None" = None
+    """Every tensor of ``LoadedModel.weights`` by name, as it was before it was quantised or
+    converted for the files; compared in float32. None: not known, so values are not checked."""
+    tolerance: float = 0.0
+    """Largest error of a loaded value that the files' format causes, as a fraction of the largest
+    magnitude in its tensor; 0.0 if it keeps every value."""

@@ -20,6 +20,7 @@ from tilewright.types import (
     GenerateConfig,
     LoadedModel,
     ModelConfig,
+    Sample,
     TensorSource,
     TextAssets,
     WeightFormats,
@@ -27,10 +28,11 @@ from tilewright.types import (
 from tilewright.weights import check_tensors
 from tilewright_testing.files import files_of
 from tilewright_testing.models import Model, read_some, same_bits
-from tilewright_testing.samples import WRITERS, Sample
+from tilewright_testing.samples import WRITERS, Written
 from tilewright_testing.state import left_alone
 from tilewright_testing.suite import Implementation, in_fresh_process, no_report, target_of
 from tilewright_testing.tensor_source import Open, TensorSourceSuite, refused
+from tilewright_testing.values import check_values, unseen
 
 Load = Callable[..., LoadedModel]
 
@@ -44,37 +46,60 @@ _STRANGE = ("", " ", ".", "..", "/", "a/b", "a/b@c", "x" * 5000, "a\0b", "\udcff
 class LoaderSuite(TensorSourceSuite):
     """Checks one loader against ``LoaderHooks``, ``LoadedModel`` and ``TensorSource``.
 
-    Fixtures to give: ``plugin``; ``source``, unless the plugin implements the hook write_sample;
-    ``expected``, to check the content of the files; and ``options`` where needed.
+    Fixtures to give: ``plugin``; ``source``, unless the plugin implements the hook write_sample,
+    whose Sample states the values of the weights; ``expected``, to check the configuration and the
+    tokenizer, too; and ``options`` where needed.
     """
 
     kind: ClassVar[str] = "loader"
 
     @pytest.fixture
-    def sample(self, implementation: Implementation, tmp_path: Path) -> Sample | None:
+    def written(self, implementation: Implementation, tmp_path: Path) -> Written | None:
         """A sample of a shipped loader; None for the loaders of others."""
         write = WRITERS.get(getattr(implementation.plugin, "__name__", ""))
         return write(_folder(tmp_path)) if write else None
 
     @pytest.fixture
-    def source(
-        self, implementation: Implementation, sample: Sample | None, tmp_path: Path
-    ) -> str | Path:
-        """A model that the plugin loads, as a user would name it. It is not changed."""
-        if sample:
-            return sample.source
+    def sample(
+        self, implementation: Implementation, written: Written | None, tmp_path: Path
+    ) -> Sample | None:
+        """A model that the plugin wrote, and its tensors; None if it writes none."""
+        if written:
+            return Sample(source=str(written.source), tensors=written.model.tensors)
         if not implementation.implements("write_sample"):
+            return None
+        found = implementation.call("write_sample", directory=_folder(tmp_path))
+        if not isinstance(found, Sample):
+            pytest.fail(
+                f"write_sample() must return a tilewright.types.Sample, found {found!r:.100}",
+                pytrace=False,
+            )
+        return found
+
+    @pytest.fixture
+    def source(self, sample: Sample | None) -> str | Path:
+        """A model that the plugin loads, as a user would name it. It is not changed."""
+        if sample is None:
             pytest.skip(
                 "no model to load: give the suite a fixture 'source', implement write_sample, or "
                 "verify with --source"
             )
-        written: str = implementation.call("write_sample", directory=_folder(tmp_path))
-        return written
+        return sample.source
 
     @pytest.fixture
-    def expected(self, source: str | Path, sample: Sample | None) -> Model | None:
+    def expected(self, source: str | Path, written: Written | None) -> Model | None:
         """The complete model that the source's files were written from; None: not known."""
-        return sample.model if sample and sample.source == source else None
+        return written.model if written and str(written.source) == str(source) else None
+
+    @pytest.fixture
+    def stated(self, sample: Sample | None) -> Sample:
+        """The sample, if it states its tensors."""
+        if sample is None or sample.tensors is None:
+            pytest.skip(
+                "the values of the weights were not checked: write_sample() must return a Sample "
+                "with the tensors that the loader must return"
+            )
+        return sample
 
     @pytest.fixture
     def copied(self, source: str | Path, tmp_path: Path) -> str | Path:
@@ -245,7 +270,8 @@ class LoaderSuite(TensorSourceSuite):
     ) -> None:
         if expected is None:
             pytest.skip(
-                "the content of the source is not known: give the suite a fixture 'expected'"
+                "the configuration and the tokenizer of the source are not known: give the suite a "
+                "fixture 'expected'"
             )
         model = load()
         assert model.config == expected.config, "the configuration must equal that of 'expected'"
@@ -259,6 +285,33 @@ class LoaderSuite(TensorSourceSuite):
         assert vocabulary == expected.text.tokenizer.get_vocab(), (
             "the tokenizer's vocabulary must equal that of 'expected'"
         )
+
+    def test_the_weights_have_the_values_that_the_sample_states(
+        self, load: Load, stated: Sample
+    ) -> None:
+        assert stated.tensors is not None
+        weights = load(stated.source).weights
+        assert set(weights.names()) == set(stated.tensors), (
+            "Sample.tensors must name the tensors of LoadedModel.weights, but only one of them "
+            f"has {sorted(set(weights.names()) ^ set(stated.tensors))[:4]}"
+        )
+        found = {name: weights.get(name) for name in weights.names()}
+        check_values(found, stated.tensors, stated.tolerance)
+
+    def test_the_samples_values_would_show_a_mistake(self, stated: Sample) -> None:
+        assert stated.tensors is not None
+        hidden = list(unseen(stated.tensors, stated.tolerance))
+        assert not hidden, (
+            f"the sample must have values that show mistakes, but within its tolerance of "
+            f"{stated.tolerance:g} these {len(hidden)} would not show, such as {hidden[0]}: write "
+            "random weights, such as those of tilewright_testing.models.make_model()"
+        )
+        shapes = [tuple(tensor.shape) for tensor in stated.tensors.values()]
+        if not any(len(shape) == 2 and shape[0] == shape[1] for shape in shapes):
+            pytest.skip(
+                "no matrix of the sample is square, so that a scale along the wrong axis, or a "
+                "transposed matrix, was not looked for"
+            )
 
     def test_loading_twice_gives_equal_models(self, load: Load) -> None:
         one, other = load(), load()

@@ -16,20 +16,20 @@ from tilewright.weights import typed_tensors
 from tilewright_testing.models import Model, make_model, write_hf_directory
 
 
-class Sample(NamedTuple):
+class Written(NamedTuple):
     """A source, as a user would name it to a loader, and the model that its files were made of."""
 
     source: Path
     model: Model
 
 
-def write_hf(directory: Path) -> Sample:
+def write_hf(directory: Path) -> Written:
     """A directory as Hugging Face writes them, for loader hf-local."""
     model = make_model()
-    return Sample(write_hf_directory(model, directory), model)
+    return Written(write_hf_directory(model, directory), model)
 
 
-def write_packed(directory: Path) -> Sample:
+def write_packed(directory: Path) -> Written:
     """A model that is packed for executor torch."""
     from tilewright_packed.writer import convert, plan
 
@@ -45,14 +45,14 @@ def write_packed(directory: Path) -> Sample:
     packing = Packing(executor="tilewright:torch", version=0, weight_dtype=dtype)
     tensors = list(typed_tensors(model.config, loaded.weights, dtype))
     convert(plan(loaded, packing, tensors, 2**15), directory / "packed")
-    return Sample(directory / "packed", model)
+    return Written(directory / "packed", model)
 
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w")
 
 
-def write_gguf(directory: Path) -> Sample:
+def write_gguf(directory: Path) -> Written:
     """A Qwen3 model in a GGUF file, with a tokenizer of bytes and a few merges."""
     from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -61,7 +61,14 @@ def write_gguf(directory: Path) -> Sample:
     tokens += [merge.replace(" ", "") for merge in _MERGES]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [(left, right) for left, right in map(str.split, _MERGES)]
-    model = make_model("qk-norm", vocab_size=len(tokens), bos_token_id=0, eos_token_ids=(2, 0))
+    model = make_model(
+        "qk-norm",
+        vocab_size=len(tokens),
+        num_heads=3,  # so that q_proj and o_proj are square
+        num_kv_heads=1,
+        bos_token_id=0,
+        eos_token_ids=(2, 0),
+    )
     text = TextAssets(tokenizer=Tokenizer(models.BPE(vocabulary, merges)))
     model, config = evolve(model, text=text), model.config
     names = get_tensor_name_map(MODEL_ARCH.QWEN3, config.num_layers)
@@ -91,10 +98,10 @@ def write_gguf(directory: Path) -> Sample:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Sample(path, model)
+    return Written(path, model)
 
 
-WRITERS: dict[str, Callable[[Path], Sample]] = {
+WRITERS: dict[str, Callable[[Path], Written]] = {
     "tilewright_hf.loader": write_hf,
     "tilewright_gguf.loader": write_gguf,
     "tilewright_packed.loader": write_packed,

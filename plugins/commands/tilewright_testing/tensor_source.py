@@ -1,9 +1,11 @@
 """Requirements for every ``TensorSource``, from a loader or a weight format."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -18,6 +20,7 @@ from tilewright_testing.files import (
     invert,
     open_files,
 )
+from tilewright_testing.interleaving import Step, interrupted, steps_of
 from tilewright_testing.models import dtype_name, read_some, same_bits
 from tilewright_testing.state import left_alone
 from tilewright_testing.suite import PluginSuite
@@ -36,6 +39,15 @@ _CUTS: dict[str, Callable[[int], int]] = {
     "to half its size": lambda size: size // 2,
     "by 1 byte": lambda size: size - 1,
 }
+
+
+_SECONDS = 1.0
+"""Time after which a test interrupts no further reads, once it has interrupted two."""
+
+_SHARED = (
+    "check whether calls of get() share a file position, a buffer or an object that is not yet "
+    "complete; a lock must be held until the tensor has its own memory"
+)
 
 
 class TensorSourceSuite(PluginSuite):
@@ -140,6 +152,7 @@ class TensorSourceSuite(PluginSuite):
         assert not changed, f"reading must not change the files, but changed {changed}"
 
     def test_several_threads_read_the_same_as_one(self, opened: Open) -> None:
+        """Threads meet by chance here, also within functions in C, which no test can interrupt."""
         expected = read_some(opened())
         source = opened()
         names = list(expected)
@@ -165,6 +178,48 @@ class TensorSourceSuite(PluginSuite):
         assert not wrong, (
             "four threads that read at once must get the same tensors as one thread, but "
             f"{wrong[0]}: check whether calls of get() share a file position"
+        )
+
+    def test_a_read_that_another_thread_interrupts_gives_the_same_values(
+        self, opened: Open
+    ) -> None:
+        """At each step of one read, another thread reads another tensor."""
+        expected = read_some(opened())
+        source = opened()
+        until = perf_counter() + _SECONDS
+        for number, (name, other) in enumerate(_pairs(source, expected)):
+            if number >= 2 and perf_counter() > until:
+                break
+            _check_interrupted(source, name, other, expected)
+
+    def test_a_first_read_that_another_thread_interrupts_gives_the_same_values(
+        self, opened: Open
+    ) -> None:
+        """Steps that only the first read takes, such as opening a file, are interrupted one by one,
+        each with weights that were just opened."""
+        expected = read_some(opened())
+        name, other = next(_pairs(opened(), expected))
+        source = opened()
+        first = steps_of(partial(_read, source, name))
+        later = set(steps_of(partial(_read, source, name)))
+        source.close()
+        del source
+        # The plugin's own code before that of the libraries it calls.
+        prepares = sorted({s for s in first if s not in later}, key=lambda step: len(step.place))
+        before = open_files()
+        until = perf_counter() + _SECONDS
+        for number, step in enumerate(prepares):
+            if number >= 2 and perf_counter() > until:
+                break
+            for second in {name, other}:
+                source = opened()
+                _check_interrupted(source, name, second, expected, step)
+                source.close()
+                del source
+        left = open_files() - before
+        assert not left, (
+            "two threads that read first at once must not open files that close() leaves open, but "
+            f"{', '.join(left)} stayed open"
         )
 
     def test_opening_and_reading_leave_the_process_unchanged(self, opened: Open) -> None:
@@ -253,6 +308,49 @@ class TensorSourceSuite(PluginSuite):
             return read_some(source)
         finally:
             source.close()
+
+
+def _pairs(source: TensorSource, expected: "Mapping[str, Tensor]") -> Iterator[tuple[str, str]]:
+    """Names of two tensors, in both orders: a reader of the wrong place in a file may find what it
+    looks for behind one tensor, but not behind either. In one file and with different content,
+    where there are such."""
+    names = [name for name, tensor in expected.items() if tensor.numel()]
+    for name in names:
+        others = [other for other in names if not same_bits(expected[name], expected[other])]
+        place = source.info(name).location
+        beside = (other for other in others if source.info(other).location == place)
+        other = next(beside, next(iter(others), name))
+        yield name, other
+        yield other, name
+
+
+def _read(source: TensorSource, name: str) -> "Tensor":
+    source.info(name)
+    return source.get(name)
+
+
+def _check_interrupted(
+    source: TensorSource,
+    name: str,
+    other: str,
+    expected: "Mapping[str, Tensor]",
+    only: Step | None = None,
+) -> None:
+    def check(name: str, tensor: "Tensor") -> None:
+        assert same_bits(tensor, expected[name]), f"get({name!r}) returned other values"
+
+    try:
+        tensor = interrupted(
+            partial(_read, source, name), lambda: check(other, _read(source, other)), only
+        )
+        check(name, tensor)
+    except Exception as error:
+        why = str(error) if isinstance(error, AssertionError) else repr(error)
+        pytest.fail(
+            f"while one thread is in get({name!r}), another must be able to call get({other!r}), "
+            f"but {' '.join(why.split())[:200]}: {_SHARED}",
+            pytrace=False,
+        )
 
 
 def _read_by(opened: Open) -> int:

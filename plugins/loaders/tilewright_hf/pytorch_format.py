@@ -60,10 +60,11 @@ def open_weights(directory: Path) -> TensorSource:
 
 
 @hookimpl
-def write_weights(directory: Path, tensors: "Mapping[str, Tensor]") -> None:
+def write_weights(directory: Path, tensors: "Mapping[str, Tensor]") -> float:
     import torch
 
     torch.save(dict(tensors), directory / SINGLE)
+    return 0.0
 
 
 class _Shard:

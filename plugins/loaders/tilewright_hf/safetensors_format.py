@@ -69,11 +69,12 @@ def open_weights(directory: Path, options: Options) -> TensorSource:
 
 
 @hookimpl
-def write_weights(directory: Path, tensors: "Mapping[str, Tensor]") -> None:
+def write_weights(directory: Path, tensors: "Mapping[str, Tensor]") -> float:
     from safetensors.torch import save_file
 
     # save_file refuses tensors that share memory.
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, directory / SINGLE)
+    return 0.0
 
 
 class _Shard:

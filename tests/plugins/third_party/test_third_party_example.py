@@ -88,7 +88,7 @@ def sample(site: Path, tmp_path: Path) -> Path:
 
     folder = tmp_path / "sample"
     folder.mkdir()
-    return Path(write_sample(folder))
+    return Path(write_sample(folder).source)
 
 
 def test_each_part_is_selected_by_name_and_by_run_file(

@@ -40,6 +40,7 @@ from tilewright.types import (
     ModelConfig,
     PluginInfo,
     RopeConfig,
+    Sample,
     TensorInfo,
     TensorSource,
     TextAssets,
@@ -106,7 +107,7 @@ def load_model(source: str, weight_format: str | None, formats: WeightFormats) -
 
 
 @hookimpl
-def write_sample(directory: Path) -> str:
+def write_sample(directory: Path) -> Sample:
     from acme_tilewright.npz import write_weights
     from tilewright_testing.models import make_model
 
@@ -124,7 +125,7 @@ def write_sample(directory: Path) -> str:
     (directory / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     model.text.tokenizer.save(str(directory / "tokenizer.json"))
     write_weights(directory, {acme_name(name): t for name, t in model.tensors.items()})
-    return str(directory)
+    return Sample(source=str(directory), tensors=model.tensors)
 
 
 # --- weights --------------------------------------------------------------------------------------

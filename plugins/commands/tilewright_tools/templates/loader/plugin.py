@@ -20,6 +20,7 @@ from tilewright.types import (
     LoadedModel,
     ModelConfig,
     PluginInfo,
+    Sample,
     TextAssets,
     WeightFormats,
 )
@@ -75,7 +76,7 @@ def load_model(source: str, weight_format: str | None, formats: WeightFormats) -
 
 
 @hookimpl
-def write_sample(directory: Path) -> str:
+def write_sample(directory: Path) -> Sample:
     from safetensors.torch import save_file
 
     from tilewright_testing.models import make_model
@@ -86,7 +87,8 @@ def write_sample(directory: Path) -> str:
     model.text.tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "weights").mkdir()
     save_file(dict(model.tensors), directory / "weights" / "model.safetensors")
-    return str(directory)
+    # What the files hold, so that `tilewright plugins verify` can check what is loaded from them.
+    return Sample(source=str(directory), tensors=model.tensors)
 
 
 def _described(path: Path) -> Description:

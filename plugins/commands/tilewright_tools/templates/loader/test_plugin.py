@@ -23,7 +23,7 @@ class TestConformance(LoaderSuite):
 
 def test_an_engine_runs_what_it_loads(tmp_path: Path) -> None:
     plugin: Any = plugins.load(plugins.find("loader", NAME))
-    source = plugin.write_sample(tmp_path)
+    source = plugin.write_sample(tmp_path).source
     with LLMEngine.from_plugins(loader=NAME) as engine:
         engine.init_model("m", source)
         (result,) = engine.generate_batch("m", ["t5 t6"], GenerateConfig(max_new_tokens=3))
