@@ -204,7 +204,10 @@ class LLMEngine:
             model.executor.close()
             raise
         names = [str(self._selection.plugins[kind].plugin) for kind in ("executor", "sampler")]
-        self._runners[model_id] = Runner(model, sampler, self._observers, names[0], names[1])
+        processors = loading.Processors(self._selection, loaded)
+        self._runners[model_id] = Runner(
+            model, sampler, self._observers, names[0], names[1], processors.get
+        )
         event = {"model_config": loaded.config, "seconds": model.load_seconds}
         self._observers.notify("on_model_loaded", lambda: {"model_id": model_id, **event})
         return loaded

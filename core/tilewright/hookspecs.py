@@ -28,6 +28,7 @@ from tilewright.types import (
     Hypothesis,
     KvAllocator,
     LoadedModel,
+    LogitsProcessor,
     ModelConfig,
     PackedWeights,
     PluginInfo,
@@ -37,6 +38,7 @@ from tilewright.types import (
     Sampler,
     StepEvent,
     TensorSource,
+    TextAssets,
     WeightFormats,
 )
 
@@ -186,6 +188,16 @@ class SamplerHooks:
     @_first
     def create_sampler(self, model_config: ModelConfig, options: Any) -> Sampler:  # type: ignore[empty-body]
         """Make a sampler for a loaded model. The model is ready; if this fails, it is closed."""
+
+
+class LogitsProcessorHooks:
+    """Kind ``logits_processor``: changes the logits of the requests that name it."""
+
+    @_first
+    def create_logits_processor(  # type: ignore[empty-body]
+        self, model_config: ModelConfig, text: TextAssets, options: Any
+    ) -> LogitsProcessor:
+        """Make a processor for one model, when a request first names it."""
 
 
 class ObserverHooks:

@@ -11,6 +11,7 @@ from pluggy import PluginManager
 
 from tilewright import plugins
 from tilewright.errors import ConfigError, ModelError, OutOfPagesError, PluginError, nearest
+from tilewright.logits_processing import Processing
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
 from tilewright.types import (
@@ -396,3 +397,25 @@ class InstalledFormats:
             f"{directory}: no weights found in any known format ({tried}){also}; is the download "
             "complete?"
         )
+
+
+class Processors:
+    """The logits processors of one model. Each is made when a request first names it."""
+
+    def __init__(self, selection: Selection, loaded: LoadedModel):
+        self._selection = selection
+        self._loaded = loaded
+        self._made: dict[str, Processing] = {}
+
+    def get(self, name: str) -> Processing:
+        """Raises PluginError as ``plugins.find`` and ``plugins.load`` do."""
+        if name not in self._made:
+            chosen = select(self._selection.manager, "logits_processor", name)
+            processor = chosen.call(
+                "create_logits_processor",
+                model_config=self._loaded.config,
+                text=self._loaded.text,
+                options=chosen.read_options(self._selection.arguments["options"]),
+            )
+            self._made[name] = Processing(str(chosen.plugin), processor, state=None)
+        return self._made[name]

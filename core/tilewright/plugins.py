@@ -65,6 +65,7 @@ ENGINE_KINDS = {
         Kind("executor", ("create_executor",)),
         Kind("kv_allocator", ("create_kv_allocator",)),
         Kind("sampler", ("create_sampler",)),
+        Kind("logits_processor", ("create_logits_processor",), several=True),
         Kind("observer", ("create_observer",), several=True),
     )
 }
@@ -578,7 +579,10 @@ def check_options(options: Options, observers: Sequence[Plugin]) -> None:
                 f"options are given for {kind!r}, which is not a kind of plugin"
                 f"{nearest(kind, ENGINE_KINDS)} (kinds: {', '.join(ENGINE_KINDS)})"
             )
-    in_use = {"observer": observers, "weight_format": installed("weight_format")}
+    in_use = {
+        "observer": observers,
+        **{kind: installed(kind) for kind in ("weight_format", "logits_processor")},
+    }
     for kind, plugins in in_use.items():
         names = [n for p in plugins for n in (p.name, p.qualified)]
         for name in options.get(kind, {}):

@@ -5,11 +5,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field, fields
 
 from tilewright.errors import RequestError, TilewrightError
+from tilewright.logits_processing import Processing
 from tilewright.text import TextStream
 from tilewright.types import (
     FinishReason,
@@ -56,6 +57,10 @@ class Request:
     preemptions: int = 0
     output_token_ids: list[int] = field(factory=list)
     logprobs: list[TokenLogprobs] = field(factory=list)
+    logits_processors: Mapping[str, Any] = field(factory=dict)
+    """The argument of each logits processor, by the plugin's name."""
+    processing: list[Processing] = field(factory=list)
+    """The logits processors at work, once the request is queued."""
     num_prompt_logprobs: int | None = None
     """How many of the most likely tokens are reported for each token of the prompt."""
     prompt_logprobs: list[TokenLogprobs] = field(factory=list)
@@ -111,6 +116,8 @@ class Request:
         if self.finish_reason:
             return
         token = sampled.token_id
+        for processing in self.processing:
+            processing.call("accept", processing.state, token)
         if not self.output_token_ids:
             self.prefilled = time.perf_counter()
         self.output_token_ids.append(token)
@@ -194,6 +201,7 @@ def new_request(
         stop_ids=frozenset(settings.stop_token_ids or ()),
         stream=TextStream(model.text, settings.stop or ()),
         num_prompt_logprobs=settings.prompt_logprobs,
+        logits_processors=settings.logits_processors or {},
     )
 
 

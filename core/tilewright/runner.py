@@ -1,12 +1,13 @@
 """One loaded model and its requests: runs their steps and ends them with a result or an error."""
 
 import time
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from tilewright.errors import (
     ExecutorLostError,
@@ -16,6 +17,12 @@ from tilewright.errors import (
     TilewrightError,
 )
 from tilewright.loading import ServedModel
+from tilewright.logits_processing import (
+    LogitsProcessorError,
+    Place,
+    Processing,
+    edited,
+)
 from tilewright.plugins import Observers, cause
 from tilewright.request import Request
 from tilewright.scheduler import Draft, Part, Scheduler, Step
@@ -84,12 +91,15 @@ class Runner:
         observers: Observers,
         executor_name: str,
         sampler_name: str,
+        processors: Callable[[str], Processing] | None = None,
         draft: Draft | None = None,
     ):
         """The names are those of the plugins, for error messages.
 
+        processors: the logits processor of a name, without a state yet.
         draft: guesses the next tokens of a request, which are checked many at a time.
         """
+        self._processors = processors
         self.model = model
         self.requests: dict[str, Request] = {}
         self.num_steps = 0
@@ -121,9 +131,14 @@ class Runner:
         if self._lost:
             raise self._lost
         executor = self.model.executor
-        if isinstance(executor, SamplingExecutor):
+        if isinstance(executor, SamplingExecutor) and not request.logits_processors:
             request.sampled_by_executor = executor.serves(request.params)
-        self._scheduler.add(request)
+        self._begin_processing(request)
+        try:
+            self._scheduler.add(request)
+        except BaseException:
+            _end_processing(request)
+            raise
         self.requests[request.request_id] = request
         self._notify(
             "on_request_submitted",
@@ -131,6 +146,18 @@ class Runner:
             num_prompt_tokens=len(request.prompt_token_ids),
             max_new_tokens=request.max_new_tokens,
         )
+
+    def _begin_processing(self, request: Request) -> None:
+        assert self._processors or not request.logits_processors
+        try:
+            for name, argument in request.logits_processors.items():
+                one = self._processors(name)  # type: ignore[misc]
+                prompt = request.prompt_token_ids
+                state = one.call("begin", request.request_id, argument, prompt)
+                request.processing.append(evolve(one, state=state))
+        except BaseException:
+            _end_processing(request)
+            raise
 
     def abort(self, request: Request) -> None:
         """End a request with what it has generated; does nothing if it has ended.
@@ -182,7 +209,10 @@ class Runner:
             if part.sampled:
                 first = running.sampling[part.sampled.start]
                 assert first is not None
-                _accept(part, first.position, tokens)
+                try:
+                    _accept(part, first.position, tokens)
+                except LogitsProcessorError as error:
+                    self._fail(part.request, error)
         if running in self._in_flight:
             self._in_flight.remove(running)
         self._scheduler.done(step)
@@ -202,8 +232,7 @@ class Runner:
             if not isinstance(executor, SamplingExecutor):
                 tap = self._observers.tap(self.model.model_id)
                 return _InFlight(step, _Forwarded(executor, step.batch, tap), rows)
-            serves = [row is not None and executor.serves(row.params) for row in rows]
-            mine = [row if own else None for row, own in zip(rows, serves, strict=True)]
+            mine = _sampling(step, by_executor=True)
             started = time.perf_counter()
             try:
                 pending = executor.submit(step.batch, mine)
@@ -223,6 +252,9 @@ class Runner:
             assert logits is not None
             if len(ours) != len(logits):
                 logits = logits[[at for at, _ in ours]]
+            places = _processed(running.step, {i: row for row, (_, i) in enumerate(ours)})
+            if places:
+                logits = edited(logits, places)
             chosen = self._sample(logits, [rows[i] for _, i in ours])  # type: ignore[misc]
             for (_, i), token in zip(ours, chosen, strict=True):
                 tokens[i] = token
@@ -253,6 +285,8 @@ class Runner:
             return
         failure = _failure_of(plugin, error)
         concerned: Sequence[Request] = step.requests
+        if isinstance(error, LogitsProcessorError):
+            concerned = [request for request in step.requests if request.processing]
         if isinstance(error, ExecutorLostError):
             self._lost = error
             concerned = list(self.requests.values())
@@ -312,15 +346,43 @@ class Runner:
     def _drop(self, request: Request) -> None:
         del self.requests[request.request_id]
         self._scheduler.remove(request)
+        _end_processing(request)
 
 
-def _sampling(step: Step) -> list[SamplerRow | None]:
-    """How each row of a step's logits is sampled; None for a row that is only scored."""
+def _sampling(step: Step, by_executor: bool = False) -> list[SamplerRow | None]:
+    """How each row of a step's logits is sampled; None for a row that is only scored.
+
+    by_executor: None also for the rows of requests that the executor does not sample.
+    """
     rows: list[SamplerRow | None] = []
     for part in step.parts:
+        request, count = part.request, len(part.sampled)
         rows += [None] * len(part.scored)
-        rows += [part.request.sampler_row(part.drafts[:i]) for i in range(len(part.sampled))]
+        if by_executor and not request.sampled_by_executor:
+            rows += [None] * count
+        else:
+            rows += [request.sampler_row(part.drafts[:i]) for i in range(count)]
     return rows
+
+
+def _processed(step: Step, at: Mapping[int, int]) -> list[Place]:
+    """The sampled rows of requests with logits processors. at: their places in the logits."""
+    return [
+        Place(at[row], part.request.processing, part.drafts[:number])
+        for part in step.parts
+        if part.request.processing
+        for number, row in enumerate(part.sampled)
+    ]
+
+
+def _end_processing(request: Request) -> None:
+    """Tell the logits processors that a request has ended, which nothing can change any more."""
+    for one in request.processing:
+        try:
+            one.call("end", one.state)
+        except Exception as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+    request.processing.clear()
 
 
 def _accept(part: Part, position: int, tokens: Sequence[SampledToken | None]) -> None:

@@ -1,7 +1,7 @@
 """Flags shared by several commands, derived from the settings that they set."""
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -11,7 +11,10 @@ from tilewright.errors import ConfigError, nearest
 from tilewright.settings import SECTIONS, Given, Layer, Place, keys
 from tilewright.values import Option, options_of
 
+_TABLES = {"logit_bias": "ID=VALUE", "logits_processors": "NAME=ARGUMENT"}
+"""Settings whose flag is given once for each entry of a table."""
 _NAMES = {
+    ("generate", "logits_processors"): "--logits-processor",
     ("model", "path"): "--model",
     ("plugins", "observers"): "--observer",
     ("prompts", "text"): "--prompt",
@@ -101,10 +104,11 @@ def layer(args: argparse.Namespace) -> Layer:
         if place in given:
             raise ConfigError("expected either PROMPT - or --prompt-file, found both: give one")
         given[place] = Given([text], "PROMPT")
-    if isinstance(bias := getattr(args, "generate.logit_bias", None), list):
-        given["generate", "logit_bias"] = Given(
-            dict(split(item, "--logit-bias", "ID=VALUE") for item in bias), "--logit-bias"
-        )
+    for key, form in _TABLES.items():
+        flag = flag_name("generate", key)
+        if isinstance(items := getattr(args, f"generate.{key}", None), list):
+            table = dict(split(item, flag, form) for item in items)
+            given["generate", key] = Given(table, flag)
     for item in getattr(args, _OPTIONS, None) or ():
         key, value = split(item, "-o", "KEY=VALUE")
         given[option_place(key)] = Given(value, f"-o {key}")
@@ -163,8 +167,8 @@ def _action(section: str, option: Option) -> dict[str, Any]:
         return {"action": "append", "metavar": metavar}
     if type_ == tuple[int, ...]:
         return {"metavar": "ID,ID"}
-    if get_origin(type_) is Mapping:
-        return {"action": "append", "metavar": "ID=VALUE"}
+    if option.name in _TABLES:
+        return {"action": "append", "metavar": _TABLES[option.name]}
     return {"metavar": metavar}
 
 

@@ -18,6 +18,7 @@ from tilewright.types.executor import (
 )
 from tilewright.types.fields import described
 from tilewright.types.kv_cache import KvAllocator, KvCacheSpec, KvLayer, RowOrder
+from tilewright.types.logits_processor import LogitsEdits, LogitsProcessor
 from tilewright.types.model import (
     DTYPES,
     DType,
@@ -71,6 +72,8 @@ __all__ = [
     "KvLayer",
     "LayerwiseExecutor",
     "LoadedModel",
+    "LogitsEdits",
+    "LogitsProcessor",
     "ModelConfig",
     "PackedTensor",
     "PackedWeights",

@@ -1,7 +1,7 @@
 """How tokens are chosen: a request's settings, and a sampler's input and output."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import field, fields, frozen, validators
 
@@ -82,6 +82,9 @@ class GenerateConfig:
     prompt_logprobs: int | None = described(
         "return log-probabilities of each prompt token and of the n most likely tokens there",
         validator=if_set(validators.ge(0)),
+    )
+    logits_processors: Mapping[str, Any] | None = described(
+        "logits processors of this generation: each plugin's name, with what it needs to know"
     )
     stop: tuple[str, ...] | None = described("end the text before any of these strings")
     stop_token_ids: tuple[int, ...] | None = described("end generation at any of these token ids")

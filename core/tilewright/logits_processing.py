@@ -1,0 +1,141 @@
+"""Logits processors of requests: their states, and their edits of a step's logits."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+
+from tilewright.errors import PluginError, TilewrightError
+from tilewright.plugins import cause
+from tilewright.types import LogitsEdits, LogitsProcessor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORBIDDEN = torch.finfo(torch.float32).min
+"""Logit of a token that may not be chosen: finite, and of no probability at any temperature."""
+
+
+class LogitsProcessorError(PluginError):
+    """A logits processor failed, which concerns only the requests that use one."""
+
+
+@frozen(eq=False)
+class Processing:
+    """One processor at work on one request."""
+
+    name: str
+    """The plugin's name, for errors."""
+    processor: LogitsProcessor
+    state: Any
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Raises LogitsProcessorError for an unexpected exception."""
+        return call(self.name, getattr(self.processor, method), *arguments)
+
+
+@frozen
+class Place:
+    """A row of logits whose token follows some drafts of a request's."""
+
+    row: int
+    processing: Sequence[Processing]
+    drafts: Sequence[int]
+
+
+def call(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a processor's method; an unexpected exception becomes an error that names it."""
+    try:
+        return method(*arguments)
+    except (TilewrightError, MemoryError):
+        raise
+    except Exception as error:
+        raise LogitsProcessorError(f"{name}: {method.__name__}() failed: {cause(error)}") from error
+
+
+def edited(logits: "Tensor", places: Sequence[Place]) -> "Tensor":
+    """A copy of logits [rows, vocab_size] with the edits of all processors.
+
+    The states are afterwards what they were before. Raises LogitsProcessorError for edits that do
+    not fit the logits, or that forbid every token of a row.
+    """
+    found = [edits for depth in _by_drafts(places) for edits in _edits(depth)]
+    logits = logits.clone()
+    for name, edits in found:
+        _add(name, logits, edits)
+    for name, edits in found:
+        _mask(name, logits, edits)
+    return logits
+
+
+def _by_drafts(places: Sequence[Place]) -> "list[list[Place]]":
+    depths: dict[int, list[Place]] = {}
+    for place in places:
+        depths.setdefault(len(place.drafts), []).append(place)
+    return [depths[depth] for depth in sorted(depths)]
+
+
+def _edits(places: Sequence[Place]) -> "list[tuple[str, LogitsEdits]]":
+    """One call for each processor, with the states moved past the drafts for the time of it."""
+    rows: dict[str, tuple[LogitsProcessor, list[tuple[int, Any]]]] = {}
+    moved = []
+    try:
+        for place in places:
+            for one in place.processing:
+                if place.drafts:
+                    moved.append((one, one.call("snapshot", one.state)))
+                    for token_id in place.drafts:
+                        one.call("accept", one.state, token_id)
+                rows.setdefault(one.name, (one.processor, []))[1].append((place.row, one.state))
+        made = [(name, call(name, p.edits, of_p)) for name, (p, of_p) in rows.items()]
+    finally:
+        for one, snapshot in moved:
+            one.call("restore", one.state, snapshot)
+    return [(name, edits) for name, edits in made if edits is not None]
+
+
+def _add(name: str, logits: "Tensor", edits: LogitsEdits) -> None:
+    if edits.added_rows is None:
+        return
+    rows, ids, added = edits.added_rows, edits.added_token_ids, edits.added
+    if ids is None or added is None or not len(rows) == len(ids) == len(added):
+        raise LogitsProcessorError(
+            f"{name}: edits() must give added_rows, added_token_ids and added of one length"
+        )
+    _check(name, "added_rows", rows, len(logits))
+    _check(name, "added_token_ids", ids, logits.shape[1])
+    if not added.isfinite().all():
+        raise LogitsProcessorError(f"{name}: edits() must add finite values; masks forbid tokens")
+    at = rows.to(logits.device), ids.to(logits.device)
+    logits.index_put_(at, added.to(logits), accumulate=True)
+
+
+def _mask(name: str, logits: "Tensor", edits: LogitsEdits) -> None:
+    if edits.mask_rows is None:
+        return
+    rows, masks, vocab_size = edits.mask_rows, edits.masks, logits.shape[1]
+    shape = (len(rows), -(-vocab_size // 32))
+    if masks is None or tuple(masks.shape) != shape or masks.dtype != torch.int32:
+        found = None if masks is None else f"{list(masks.shape)} {masks.dtype}"
+        raise LogitsProcessorError(
+            f"{name}: edits() must give masks {list(shape)} torch.int32, found {found}"
+        )
+    _check(name, "mask_rows", rows, len(logits))
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    words = masks.to(logits.device)
+    allowed = ((words.unsqueeze(-1) >> bits) & 1).bool().flatten(1)[:, :vocab_size]
+    if not allowed.any(1).all():
+        raise LogitsProcessorError(
+            f"{name}: edits() forbids every token of a row: allow at least one"
+        )
+    at = rows.to(logits.device)
+    now = logits[at]
+    logits[at] = torch.where(allowed | ~now.isfinite(), now, FORBIDDEN)
+
+
+def _check(name: str, what: str, indices: "Tensor", stop: int) -> None:
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < stop:
+        raise LogitsProcessorError(
+            f"{name}: edits() must give {what} from 0 to {stop - 1}, found {indices.tolist()!r:.60}"
+        )
