@@ -226,14 +226,14 @@ def test_trace_nonfinite_ends_the_run_and_names_a_tensor(
 ):
     run_layer, steps = TorchExecutor.run_layer, []
 
-    def wrong(self, layer, hidden, batch, tap=None):
-        steps.extend([batch] if layer == 1 else [])
+    def wrong(self, step, layer, hidden, tap=None):
+        steps.extend([step] if layer == 1 else [])
         if tap and layer == 1 and len(steps) >= 3:
             bad = torch.zeros(2, 3)
             bad[1, 2] = -math.inf
             tap("layers.1.attn_norm", bad)
             tap("layers.1.q_proj", bad)
-        found = run_layer(self, layer, hidden, batch, tap)
+        found = run_layer(self, step, layer, hidden, tap)
         return found * math.nan if logits == "not finite" and len(steps) >= 3 else found
 
     monkeypatch.chdir(tmp_path)
@@ -415,7 +415,7 @@ def test_a_bug_in_a_plugin_is_a_one_line_error_with_exit_code_2(capsys, monkeypa
     def broken(*arguments):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(TorchExecutor, "prefill", broken)
+    monkeypatch.setattr(TorchExecutor, "forward", broken)
     assert main(["generate", "We", *GREEDY]) == 2
     out, err = capsys.readouterr()
     assert out == ""

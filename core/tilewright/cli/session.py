@@ -81,11 +81,19 @@ def naming_origins(resolved: Resolved) -> Iterator[None]:
 
 
 def with_origin(message: str, resolved: Resolved) -> str:
-    """Add an option's origin to a plugin's error message, since plugins do not know it."""
+    """Add a setting's origin to an error message of a plugin or the engine, which do not know it.
+
+    They name an option as ``'threads'``, and a runtime setting as ``weight_dtype = ...``.
+    """
     named = [
         (message.index(repr(place[-1])), origin)
         for place, origin in resolved.origins.items()
         if place[0] == "options" and repr(place[-1]) in message
+    ]
+    named += [
+        (0, origin)
+        for place, origin in resolved.origins.items()
+        if place[0] == "runtime" and message.startswith(f"{place[-1]} = ")
     ]
     # The first option named is the wrong one; another may be a suggestion.
     return f"{min(named)[1]}: {message}" if named else message

@@ -75,16 +75,16 @@ class StepEvent:
     """Tokens of the step that belong to requests without a new token yet."""
     num_decode_tokens: int
     """Tokens of requests that decode: one each, and their drafts."""
-    num_waiting: int
-    """Requests that have not started, after the step."""
-    num_running: int
-    """Requests that have started and not ended, after the step."""
-    used_pages: int
-    """Pages of the KV cache that requests hold, after the step."""
-    cached_pages: int
-    """Pages that no request holds and whose content is known."""
-    total_pages: int
     seconds: float
+    num_waiting: int = 0
+    """Requests that have not started, after the step."""
+    num_running: int = 0
+    """Requests that have started and not ended, after the step."""
+    used_pages: int = 0
+    """Pages of the KV cache that requests hold, after the step."""
+    cached_pages: int = 0
+    """Pages that no request holds and whose content is known."""
+    total_pages: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -23,10 +23,10 @@ def test_an_event_ends_when_it_is_told_of(tmp_path: Path) -> None:
     trace.on_step(
         StepEvent(
             model_id="m",
-            phase="decode",
             step=4,
             request_ids=("m-1", "m-2"),
-            num_tokens=2,
+            num_prompt_tokens=0,
+            num_decode_tokens=2,
             seconds=0.5,
         )
     )

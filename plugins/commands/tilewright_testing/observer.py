@@ -20,6 +20,7 @@ from tilewright.hookspecs import ObserverEvents
 from tilewright.types import (
     GenerateConfig,
     GenerateResult,
+    Phase,
     RuntimeConfig,
     StepEvent,
     Timings,
@@ -303,13 +304,14 @@ def _prepare(done: int, total: int) -> dict[str, Any]:
     return {"model_id": "m", "what": "compiling kernels", "done": done, "total": total}
 
 
-def _step(phase: Any, step: int, request_ids: tuple[str, ...], num_tokens: int) -> StepEvent:
+def _step(phase: Phase, step: int, request_ids: tuple[str, ...], num_tokens: int) -> StepEvent:
+    decoded = {"prefill": 0, "decode": num_tokens, "mixed": num_tokens // 2}[phase]
     return StepEvent(
         model_id="m",
-        phase=phase,
         step=step,
         request_ids=request_ids,
-        num_tokens=num_tokens,
+        num_prompt_tokens=num_tokens - decoded,
+        num_decode_tokens=decoded,
         seconds=0.0,
     )
 
