@@ -6,7 +6,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -17,12 +17,13 @@ from conformance import Fault, missed, own_tests, run
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tilewright import hookimpl
+from tilewright import hookimpl, plugins
 from tilewright.errors import OutOfPagesError
 from tilewright.kv_cache import KvCacheManager
 from tilewright.types import KvAllocator, PluginInfo
 from tilewright_testing import KvAllocatorSuite
 from tilewright_testing.kv_allocator import AllocatorMachine
+from tilewright_testing.verify import verify
 
 
 class Allocators:
@@ -982,16 +983,18 @@ def test_options_are_passed_to_the_plugin() -> None:
     assert plugin.made == [Options(size=3)]
 
 
-def test_an_allocator_need_not_share() -> None:
-    slab = ModuleType("slab")
-    exec(dists.GOOD.files["acme_bag/slab.py"], slab.__dict__)
-    outcome = run(KvAllocatorSuite, slab, own_tests(KvAllocatorSuite))
-    assert not outcome.failed, outcome.why
-    skipped = [name for name, found in outcome.found.items() if found == "skipped"]
-    for name in (FOUND, EQUAL, OUTLIVES, OLDEST):
-        assert name in skipped
-    for name in (MODEL, EXTEND, TRUNCATE, COST, INTEGRITY):
-        assert outcome.found[name] == "passed"
+def test_an_allocator_need_not_share_and_the_report_says_what_was_not_run(tmp_path: Path) -> None:
+    with dists.on_path(tmp_path / "site") as install:
+        install(dists.GOOD)
+        statements = verify(plugins.find("kv_allocator", "slab"), {})
+    results = {statement.statement.partition(" (")[0]: statement for statement in statements}
+    assert {statement.result for statement in statements} == {"passed", "not run"}
+    for test in (FOUND, EQUAL, OUTLIVES, OLDEST):
+        result = results[test.removeprefix("test_").replace("_", " ")]
+        assert result.result == "not run"
+        assert result.reason.startswith("it shares no pages: after a commit, allocate of the same")
+    for test in (MODEL, EXTEND, TRUNCATE, COST, INTEGRITY):
+        assert results[test.removeprefix("test_").replace("_", " ")].result == "passed"
 
 
 def test_the_suite_passes_what_is_right_though_it_is_another() -> None:
