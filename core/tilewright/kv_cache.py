@@ -7,6 +7,7 @@ used first.
 """
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from attrs import define, field
@@ -31,17 +32,27 @@ def create_kv_allocator(num_pages: int, page_size: int) -> "KvCacheManager":
     return KvCacheManager(num_pages, page_size)
 
 
-Content = tuple[int | bytes, bytes]
-"""Content of a full page: the number of the content before it (the salt, for a first page), and its
-tokens as 32-bit integers. A number stands for one content only, so equal keys are equal tokens."""
+@define(eq=False)
+class _Content:
+    """What a full page holds: its tokens, behind the content of the page before it."""
+
+    key: "_Key"
+    pages: list[int] = field(factory=list)
+    """The pages that hold it, in the order in which they were committed."""
+
+
+_Key = tuple[_Content | bytes, bytes]
+"""The content before (the salt, for a first page), and the page's tokens as 32-bit integers.
+
+A content is kept as long as one that follows it, so equal keys mean equal tokens from the start."""
 
 
 @define
 class _Holding:
     """The pages of one request."""
 
-    before: int | bytes
-    """What a content that follows the committed pages starts with: see ``Content``."""
+    before: _Content | bytes
+    """What a content that follows the committed pages starts with: see ``_Key``."""
     pages: "array[int]" = field(factory=lambda: array("i"))
     """In order of position; 32-bit, as block tables are, so that a row is one copy."""
     committed: int = 0
@@ -61,13 +72,11 @@ class KvCacheManager:
         # A stack, so that pages freed last are used first while they are warm in the caches.
         self._free = array("i", range(total_pages - 1, -1, -1))
         self._held: dict[str, _Holding] = {}
-        self._known: dict[Content, tuple[int, int]] = {}
-        """The page of a content, and the content's number."""
-        self._content: dict[int, Content] = {}
-        """The inverse of ``_known``."""
-        self._evictable: dict[int, None] = {}
+        self._known: dict[_Key, _Content] = {}
+        self._content: dict[int, _Content] = {}
+        """The content of each known page."""
+        self._evictable: OrderedDict[int, None] = OrderedDict()
         """Known pages that nobody holds, in the order in which they are taken."""
-        self._num_contents = 0
 
     @property
     def total_pages(self) -> int:
@@ -85,7 +94,7 @@ class KvCacheManager:
         self, request_id: str, token_ids: Sequence[int], *, max_cached: int, salt: bytes = b""
     ) -> int:
         if request_id in self._held:
-            raise ValueError(f"request {request_id!r} already has pages: free it first")
+            raise ValueError(f"request {request_id!r} exists already: free it first")
         if not len(token_ids):
             raise ValueError(f"request {request_id!r} needs at least one token, found none")
         held = _Holding(before=salt)
@@ -93,8 +102,8 @@ class KvCacheManager:
             found = self._known.get((held.before, self._tokens(token_ids, index)))
             if found is None:
                 break
-            page, held.before = found
-            held.pages.append(page)
+            held.before = found
+            held.pages.append(found.pages[0])
         held.committed = len(held.pages)
         for page in held.pages:
             self._references[page] += 1
@@ -138,12 +147,12 @@ class KvCacheManager:
                 f"and cannot commit {len(token_ids)}: extend it first"
             )
         for index in range(held.committed, len(token_ids) // self.page_size):
-            content = held.before, self._tokens(token_ids, index)
-            if content not in self._known:
-                self._num_contents += 1
-                self._known[content] = held.pages[index], self._num_contents
-                self._content[held.pages[index]] = content
-            held.before = self._known[content][1]
+            key = held.before, self._tokens(token_ids, index)
+            content = self._known.get(key)
+            if content is None:
+                content = self._known[key] = _Content(key)
+            content.pages.append(held.pages[index])
+            self._content[held.pages[index]] = held.before = content
             held.committed = index + 1
 
     def pages(self, request_id: str) -> Sequence[int]:
@@ -170,9 +179,13 @@ class KvCacheManager:
         )
         assert self._evictable.keys() <= self._content.keys(), "an evictable page is not known"
         assert not self._content.keys() & set(self._free), "a free page is known by a content"
-        assert {page: content for content, (page, _) in self._known.items()} == self._content, (
-            "a page is known by a content that it does not have"
-        )
+        known = {page: content for content in self._known.values() for page in content.pages}
+        assert known == self._content, "a page is known by a content that it does not have"
+        for (before, _), content in self._known.items():
+            assert content.pages, "a content is known that no page has"
+            assert isinstance(before, bytes) or before.pages, (
+                f"pages {content.pages} are known, but no page with the tokens before theirs is"
+            )
 
     def _tokens(self, token_ids: Sequence[int], index: int) -> bytes:
         """The tokens of a full page."""
@@ -181,9 +194,11 @@ class KvCacheManager:
         ).tobytes()
 
     def _evict(self) -> int:
-        page = next(iter(self._evictable))
-        del self._evictable[page]
-        del self._known[self._content.pop(page)]
+        page, _ = self._evictable.popitem(last=False)
+        content = self._content.pop(page)
+        content.pages.remove(page)
+        if not content.pages:
+            del self._known[content.key]
         return page
 
     def _release(self, pages: Sequence[int]) -> None:

@@ -337,84 +337,70 @@ GOOD = Distribution(
             plugin = Plugin()
         '''),
         "acme_bag/slab.py": dedent('''
-            """Each request gets one slab of consecutive pages, as long as a sequence may be."""
+            """Each request's pages lie as close together as they can; no page is shared."""
 
-            import torch
+            from bisect import insort
 
             from tilewright import hookimpl
             from tilewright.errors import OutOfPagesError
-            from tilewright.types import KvLayer
+            from tilewright.types import PluginInfo
 
             tilewright_api = 1
 
             @hookimpl
-            def create_kv_allocator(request):
-                return Slabs(request.spec, request.max_sequences, request.max_seq_len)
+            def plugin_info():
+                return PluginInfo(summary="pages that are not shared", limits={"sharing": "none"})
+
+            @hookimpl
+            def create_kv_allocator(num_pages, page_size):
+                return Slabs(num_pages, page_size)
 
             class Slabs:
-                def __init__(self, spec, count, length):
-                    self.spec = spec
-                    self.pages_per_slab = self.pages_for(length)
-                    self.free_slabs = list(range(count))
-                    self.total_pages = count * self.pages_per_slab
+                evictable_pages = 0
+
+                def __init__(self, num_pages, page_size):
+                    self.total_pages = num_pages
+                    self.page_size = page_size
+                    self.unheld = list(range(num_pages))  # ascending
                     self.held = {}
-                    shape = (self.total_pages, spec.page_size, spec.num_kv_heads, spec.head_dim)
-                    self.storage = [
-                        KvLayer(torch.zeros(shape), torch.zeros(shape))
-                        for _ in range(spec.num_layers)
-                    ]
 
                 @property
                 def free_pages(self):
-                    return len(self.free_slabs) * self.pages_per_slab
+                    return len(self.unheld)
 
-                def pages_for(self, num_tokens):
-                    return -(-num_tokens // self.spec.page_size)
-
-                def allocate(self, request_id, num_tokens):
-                    if request_id in self.held or num_tokens < 1:
+                def allocate(self, request_id, token_ids, *, max_cached, salt=b""):
+                    if request_id in self.held or not len(token_ids):
                         raise ValueError(request_id)
-                    if not self.free_slabs or self.pages_for(num_tokens) > self.pages_per_slab:
-                        raise OutOfPagesError(f"no slab holds {num_tokens} tokens")
-                    self.held[request_id] = [self.free_slabs.pop(), num_tokens]
+                    self.held[request_id] = []
+                    return 0
 
-                def extend(self, request_id, num_tokens=1):
+                def extend(self, request_id, to_tokens):
                     held = self.held[request_id]
-                    if self.pages_for(held[1] + num_tokens) > self.pages_per_slab:
-                        raise OutOfPagesError(f"the slab of {request_id} is full")
-                    held[1] += num_tokens
+                    missing = max(0, -(-to_tokens // self.page_size) - len(held))
+                    if missing > len(self.unheld):
+                        raise OutOfPagesError(f"{missing} pages needed, {len(self.unheld)} free")
+                    held += self.unheld[:missing]
+                    del self.unheld[:missing]
 
-                def num_tokens(self, request_id):
-                    return self.held[request_id][1]
+                def truncate(self, request_id, to_tokens):
+                    held = self.held[request_id]
+                    while len(held) > -(-to_tokens // self.page_size):
+                        insort(self.unheld, held.pop())
 
-                def slots(self, request_id, start, stop):
-                    slab, num_tokens = self.held[request_id]
-                    if not 0 <= start <= stop <= num_tokens:
-                        raise IndexError(request_id)
-                    first = slab * self.pages_per_slab * self.spec.page_size
-                    return torch.arange(first + start, first + stop, dtype=torch.int32)
+                def commit(self, request_id, token_ids):
+                    if len(token_ids) > len(self.held[request_id]) * self.page_size:
+                        raise ValueError(request_id)
 
-                def block_table(self, request_ids):
-                    held = [self.held[r] for r in request_ids]
-                    width = max((self.pages_for(n) for _, n in held), default=0)
-                    table = torch.full((len(held), width), -1, dtype=torch.int32)
-                    for row, (slab, num_tokens) in zip(table, held, strict=True):
-                        pages = self.pages_for(num_tokens)
-                        row[:pages] = slab * self.pages_per_slab + torch.arange(pages)
-                    return table
-
-                def fork(self, parent_id, child_id):
-                    raise NotImplementedError("slabs are not shared")
+                def pages(self, request_id):
+                    return self.held[request_id]
 
                 def free(self, request_id):
-                    self.free_slabs.append(self.held.pop(request_id)[0])
-
-                def layers(self):
-                    return self.storage
+                    self.truncate(request_id, 0)
+                    del self.held[request_id]
 
                 def check_integrity(self):
-                    slabs = self.free_slabs + [slab for slab, _ in self.held.values()]
-                    assert sorted(slabs) == list(range(self.total_pages // self.pages_per_slab))
+                    pages = [*self.unheld, *(page for held in self.held.values() for page in held)]
+                    assert sorted(pages) == list(range(self.total_pages))
         '''),
         "acme_bag/tally.py": dedent('''
             """Writes what it was told of, one line an event, when the engine closes."""

@@ -64,9 +64,14 @@ class KvAllocator(Protocol):
     """Which request holds which pages of the KV cache. It has no storage and no tensors.
 
     Position p of a request is in its page number p // page_size. Requests may hold a page together
-    only if it is full. A full page that was committed is known by its content: its tokens and all
-    tokens before it, within one salt. It stays known after the last request has freed it, until its
-    memory is needed; the page that was freed first goes first, and of one request's pages the last.
+    only if it is full and committed. A full page that was committed is known by its content: its
+    tokens and all tokens before it, within one salt. It stays known after the last request has
+    freed it, until its memory is needed; the page that was freed first goes first, and of one
+    request's pages the last.
+
+    An allocator need not share pages. It then knows none: commit has no effect, allocate returns 0.
+
+    Neither the time of a call nor the memory for a page may grow with the number of other pages.
     """
 
     @property
@@ -75,16 +80,18 @@ class KvAllocator(Protocol):
         ...
 
     @property
-    def total_pages(self) -> int: ...
+    def total_pages(self) -> int:
+        """Number of pages; they are numbered from 0."""
+        ...
 
     @property
     def free_pages(self) -> int:
-        """Pages that no request holds and whose content is not known."""
+        """Pages that no request holds and that are not known."""
         ...
 
     @property
     def evictable_pages(self) -> int:
-        """Pages that no request holds and whose content is known; taken when none is free."""
+        """Pages that no request holds and that are known; taken when none is free."""
         ...
 
     def allocate(
@@ -93,11 +100,12 @@ class KvAllocator(Protocol):
         """Begin a request that holds only the known pages at the start of its tokens.
 
         token_ids: the request's tokens so far. A page is found by comparing tokens, never by a hash
-        alone. salt: requests share pages only with requests of the same salt.
+        alone. Of known pages with one content, the one that was committed first is found. salt:
+        requests share pages only with requests of the same salt.
 
         Returns the number of tokens in these pages: at most min(max_cached, len(token_ids) - 1), so
         that one token at least is left to compute. Takes no new page. Raises ValueError when the
-        request already has pages, or without tokens.
+        request exists, or without tokens.
         """
         ...
 
@@ -112,27 +120,29 @@ class KvAllocator(Protocol):
     def truncate(self, request_id: str, to_tokens: int) -> None:
         """Release the pages behind a request's first to_tokens tokens.
 
-        Raises ValueError for fewer tokens than are committed; KeyError for an unknown request.
+        Raises ValueError and changes nothing for fewer tokens than are in pages that were found or
+        committed; KeyError for an unknown request.
         """
         ...
 
     def commit(self, request_id: str, token_ids: Sequence[int]) -> None:
         """Make a request's full pages known by their content.
 
-        token_ids: the request's first tokens, whose keys and values are all in the cache. Tokens
-        that were committed before are not read again. Of two pages with one content, the one that
-        was committed first is found.
+        token_ids: the request's first tokens, whose keys and values are all in the cache. Tokens in
+        pages that were found or committed before are not read again, and fewer tokens than these
+        change nothing.
 
-        Raises ValueError for more tokens than the request has pages for; KeyError.
+        Raises ValueError and changes nothing for more tokens than the request has pages for;
+        KeyError for an unknown request.
         """
         ...
 
     def pages(self, request_id: str) -> Sequence[int]:
-        """A request's pages, in order of position. Raises KeyError."""
+        """A request's pages, in order of position. Raises KeyError for an unknown request."""
         ...
 
     def free(self, request_id: str) -> None:
-        """End a request: release all of its pages. Raises KeyError."""
+        """End a request: release all of its pages. Raises KeyError for an unknown request."""
         ...
 
     def check_integrity(self) -> None:

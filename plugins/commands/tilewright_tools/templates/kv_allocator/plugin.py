@@ -3,20 +3,13 @@
 The pages in use thus lie close together, and the cache's end is touched only when it fills.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
-
-import torch
 
 from tilewright import hookimpl
 from tilewright.errors import OutOfPagesError
-from tilewright.types import KvAllocator, KvAllocatorRequest, KvCacheSpec, KvLayer, PluginInfo
-from tilewright.weights import torch_dtype
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from tilewright.types import KvAllocator, PluginInfo
 
 tilewright_api = 1
 
@@ -24,148 +17,158 @@ tilewright_api = 1
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="pages with reference counts, the lowest free one first",
-        limits={"page size": "any", "row orders": "NHD, HND", "sharing": "full pages, by fork"},
+        summary="shared pages found by their tokens, the lowest free one first",
+        limits={"page size": "any", "sharing": "full pages"},
     )
 
 
 @hookimpl
-def create_kv_allocator(request: KvAllocatorRequest) -> KvAllocator:
-    spec, pages = request.spec, request.total_pages
-    if pages is None:
-        pages = request.max_sequences * -(-request.max_seq_len // spec.page_size)
-        if spec.memory_limit is not None:
-            pages = min(pages, spec.memory_limit // spec.page_bytes)
-    if pages < 1:
-        raise OutOfPagesError(
-            f"the KV cache may take {spec.memory_limit} bytes, but one page of {spec.page_size} "
-            f"tokens takes {spec.page_bytes}: free memory or set a smaller page_size"
-        )
-    return LowestFirst(spec, pages)
+def create_kv_allocator(num_pages: int, page_size: int) -> KvAllocator:
+    return LowestFirst(num_pages, page_size)
+
+
+class Content:
+    """What full pages hold: tokens, behind other content or, in a first page, behind a salt."""
+
+    def __init__(self, before: "Content | bytes", tokens: tuple[int, ...]):
+        self.key = before, tokens
+        self.pages: list[int] = []
+        """The known pages that hold it, the first committed one first."""
+
+
+class Request:
+    def __init__(self, salt: bytes):
+        self.pages: list[int] = []
+        self.committed = 0
+        """How many of its pages, from the first, were found or committed."""
+        self.last: Content | bytes = salt
+        """The content of the last of these."""
 
 
 class LowestFirst:
     """A ``KvAllocator`` (see tilewright.types)."""
 
-    def __init__(self, spec: KvCacheSpec, total_pages: int):
-        self.spec = spec
-        self.storage = _storage(spec, total_pages)
-        self.total_pages = total_pages
-        self.free_list = list(range(total_pages))  # a heap
+    def __init__(self, num_pages: int, page_size: int):
+        self.page_size = page_size
+        self.total_pages = num_pages
+        self.requests: dict[str, Request] = {}
         self.holders: Counter[int] = Counter()
         """How many requests hold a page."""
-        self.pages: dict[str, list[int]] = {}
-        self.lengths: dict[str, int] = {}
+        self.free_list = list(range(num_pages))  # a heap
+        self.unused: OrderedDict[int, Content] = OrderedDict()
+        """Known pages that no request holds, in the order in which they are taken."""
+        self.known: dict[tuple[Content | bytes, tuple[int, ...]], Content] = {}
+        self.contents: dict[int, Content] = {}
+        """The content of each known page."""
 
     @property
     def free_pages(self) -> int:
         return len(self.free_list)
 
-    def pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.spec.page_size)
+    @property
+    def evictable_pages(self) -> int:
+        return len(self.unused)
 
-    def allocate(self, request_id: str, num_tokens: int) -> None:
-        self._check_new(request_id)
-        if num_tokens < 1:
+    def allocate(
+        self, request_id: str, token_ids: Sequence[int], *, max_cached: int, salt: bytes = b""
+    ) -> int:
+        if request_id in self.requests:
+            raise ValueError(f"request {request_id!r} exists already: free it first")
+        if not len(token_ids):
+            raise ValueError(f"request {request_id!r} needs at least one token, found none")
+        request = Request(salt)
+        for number in range(min(max_cached, len(token_ids) - 1) // self.page_size):
+            content = self.known.get((request.last, self._tokens(token_ids, number)))
+            if content is None:
+                break
+            request.last = content
+            request.pages.append(content.pages[0])
+        request.committed = len(request.pages)
+        for page in request.pages:
+            self.holders[page] += 1
+            self.unused.pop(page, None)
+        self.requests[request_id] = request
+        return request.committed * self.page_size
+
+    def extend(self, request_id: str, to_tokens: int) -> None:
+        request = self.requests[request_id]
+        wanted = self._pages_for(to_tokens) - len(request.pages)
+        if wanted > self.free_pages + self.evictable_pages:
+            raise OutOfPagesError(
+                f"request {request_id!r} needs {wanted} more pages for {to_tokens} tokens; "
+                f"{self.free_pages + self.evictable_pages} of {self.total_pages} can be taken: "
+                "raise total_pages, or run fewer or shorter requests at once"
+            )
+        for _ in range(wanted):
+            page = heappop(self.free_list) if self.free_list else self._forget()
+            self.holders[page] = 1
+            request.pages.append(page)
+
+    def truncate(self, request_id: str, to_tokens: int) -> None:
+        request = self.requests[request_id]
+        if to_tokens < request.committed * self.page_size:
             raise ValueError(
-                f"request {request_id!r}: num_tokens must be at least 1, found {num_tokens}"
+                f"request {request_id!r} cannot be truncated to {to_tokens} tokens: its first "
+                f"{request.committed * self.page_size} are committed"
             )
-        self._hold(request_id, [], num_tokens)
+        keep = self._pages_for(to_tokens)
+        self._release(request.pages[keep:])
+        del request.pages[keep:]
 
-    def extend(self, request_id: str, num_tokens: int = 1) -> None:
-        if num_tokens < 0:
+    def commit(self, request_id: str, token_ids: Sequence[int]) -> None:
+        request = self.requests[request_id]
+        if len(token_ids) > len(request.pages) * self.page_size:
             raise ValueError(
-                f"request {request_id!r}: num_tokens must be at least 0, found {num_tokens}"
+                f"request {request_id!r} has {len(request.pages)} pages of {self.page_size} tokens "
+                f"and cannot commit {len(token_ids)}: extend it first"
             )
-        pages, length = self.pages[request_id], self.lengths[request_id]
-        self._hold(request_id, pages, length + num_tokens)
+        for number in range(request.committed, len(token_ids) // self.page_size):
+            new = Content(request.last, self._tokens(token_ids, number))
+            content = self.known.setdefault(new.key, new)
+            content.pages.append(request.pages[number])
+            self.contents[request.pages[number]] = content
+            request.last = content
+            request.committed = number + 1
 
-    def num_tokens(self, request_id: str) -> int:
-        return self.lengths[request_id]
-
-    def slots(self, request_id: str, start: int, stop: int) -> "Tensor":
-        pages, size = self.pages[request_id], self.spec.page_size
-        if not 0 <= start <= stop <= self.lengths[request_id]:
-            raise IndexError(
-                f"request {request_id!r} has {self.lengths[request_id]} tokens; asked for {start} "
-                f"to {stop}"
-            )
-        slots = [pages[p // size] * size + p % size for p in range(start, stop)]
-        return torch.tensor(slots, dtype=torch.int32)
-
-    def block_table(self, request_ids: Sequence[str]) -> "Tensor":
-        rows = [self.pages[r] for r in request_ids]
-        width = max(map(len, rows), default=0)
-        padded = [row + [-1] * (width - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int32).reshape(len(rows), width)
-
-    def fork(self, parent_id: str, child_id: str) -> None:
-        pages, length = self.pages[parent_id], self.lengths[parent_id]
-        self._check_new(child_id)
-        full = length // self.spec.page_size
-        if full < len(pages) and self.spec.allocate:
-            raise ValueError(
-                f"request {parent_id!r}: its last page is not full, and is in the executor's own "
-                "storage, which the allocator cannot copy"
-            )
-        self._hold(child_id, pages[:full], length)
-        for source, target in zip(pages[full:], self.pages[child_id][full:], strict=True):
-            for layer in self.storage:
-                layer.key[target] = layer.key[source]
-                layer.value[target] = layer.value[source]
-        self.holders.update(pages[:full])
+    def pages(self, request_id: str) -> Sequence[int]:
+        return self.requests[request_id].pages
 
     def free(self, request_id: str) -> None:
-        pages = self.pages.pop(request_id)
-        del self.lengths[request_id]
-        self.holders.subtract(pages)
-        for page in pages:
-            if self.holders[page] == 0:
-                heappush(self.free_list, page)
-
-    def layers(self) -> Sequence[KvLayer]:
-        return self.storage
+        self._release(self.requests.pop(request_id).pages)
 
     def check_integrity(self) -> None:
-        held = Counter(page for pages in self.pages.values() for page in pages)
-        assert held == +self.holders, "reference counts differ from the pages that are held"
-        free = {p for p in range(self.total_pages) if p not in held}
-        assert sorted(self.free_list) == sorted(free), "a page is neither free nor held, or both"
+        held = Counter(page for request in self.requests.values() for page in request.pages)
+        assert held == self.holders, "the holders of pages differ from the pages that are held"
+        counted = sorted([*self.free_list, *self.unused, *held])
+        assert counted == list(range(self.total_pages)), "a page is not counted exactly once"
+        known = {page: content for content in self.known.values() for page in content.pages}
+        assert known == self.contents, "a known page has another content"
+        assert self.unused.items() <= known.items(), "an evictable page has another content"
+        assert not known.keys() & set(self.free_list), "a free page is known"
 
-    def _check_new(self, request_id: str) -> None:
-        if request_id in self.pages:
-            raise ValueError(f"request {request_id!r} already has pages: extend or free it")
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
 
-    def _hold(self, request_id: str, pages: list[int], num_tokens: int) -> None:
-        """Give a request these pages, and as many more as its tokens need."""
-        wanted = self.pages_for(num_tokens) - len(pages)
-        if wanted > self.free_pages:
-            raise OutOfPagesError(
-                f"request {request_id!r} needs {wanted} more pages for {num_tokens} tokens; "
-                f"{self.free_pages} of {self.total_pages} are free: raise total_pages, or run "
-                "fewer or shorter requests at once"
-            )
-        taken = [heappop(self.free_list) for _ in range(wanted)]
-        self.holders.update(taken)
-        self.pages[request_id] = pages + taken
-        self.lengths[request_id] = num_tokens
+    def _tokens(self, token_ids: Sequence[int], number: int) -> tuple[int, ...]:
+        """The tokens of a full page."""
+        return tuple(token_ids[number * self.page_size : (number + 1) * self.page_size])
 
+    def _forget(self) -> int:
+        """The page that was freed first of those that are known but not held."""
+        page, content = self.unused.popitem(last=False)
+        del self.contents[page]
+        content.pages.remove(page)
+        if not content.pages:
+            del self.known[content.key]
+        return page
 
-def _storage(spec: KvCacheSpec, total_pages: int) -> list[KvLayer]:
-    rows = (spec.page_size, spec.num_kv_heads)
-    shape = (total_pages, *(rows if spec.row_order == "NHD" else rows[::-1]), spec.head_dim)
-    dtype = torch_dtype(spec.dtype)
-
-    def make() -> "Tensor":
-        if spec.allocate:
-            made: Tensor = spec.allocate(shape, dtype)
-            return made
-        return torch.zeros(shape, dtype=dtype, device=spec.device)
-
-    try:
-        return [KvLayer(make(), make()) for _ in range(spec.num_layers)]
-    except (RuntimeError, MemoryError) as error:
-        raise OutOfPagesError(
-            f"a KV cache of {total_pages} pages takes {total_pages * spec.page_bytes} bytes, which "
-            f"could not be allocated ({error}): lower total_pages, max_seq_len or max_batch_size"
-        ) from error
+    def _release(self, pages: Sequence[int]) -> None:
+        for page in reversed(pages):  # a request's last page is to be taken first
+            self.holders[page] -= 1
+            if self.holders[page]:
+                continue
+            del self.holders[page]
+            if page in self.contents:
+                self.unused[page] = self.contents[page]
+            else:
+                heappush(self.free_list, page)

@@ -4,7 +4,6 @@ import pytest
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, plugins
 from tilewright.settings import DEMO_MODEL
-from tilewright.types import KvAllocatorRequest, KvCacheSpec
 from tilewright_testing import KvAllocatorSuite
 
 NAME = "tilewright-my-plugin:my-plugin"
@@ -18,16 +17,13 @@ class TestConformance(KvAllocatorSuite):
 
 def test_the_lowest_free_pages_are_handed_out_first() -> None:
     plugin: Any = plugins.load(plugins.find("kv_allocator", NAME))
-    spec = KvCacheSpec(num_layers=1, num_kv_heads=1, head_dim=2, page_size=4, dtype="float32")
-    request = KvAllocatorRequest(
-        spec=spec, total_pages=8, max_sequences=2, max_seq_len=16, options=None
-    )
-    cache = plugin.create_kv_allocator(request)
-    cache.allocate("a", 8)
-    cache.allocate("b", 8)
-    cache.free("a")
-    cache.allocate("c", 12)
-    assert cache.block_table(["b", "c"]).tolist() == [[2, 3, -1], [0, 1, 4]]
+    cache = plugin.create_kv_allocator(num_pages=8, page_size=4)
+    for name, num_tokens in (("a", 8), ("b", 8), ("c", 12)):
+        cache.allocate(name, [1], max_cached=0)
+        cache.extend(name, num_tokens)
+        if name == "b":
+            cache.free("a")
+    assert [list(cache.pages(name)) for name in "bc"] == [[2, 3], [0, 1, 4]]
 
 
 def test_texts_are_those_of_the_shipped_cache() -> None:
