@@ -45,7 +45,7 @@ class PluginSelection:
         "recognises the model"
     )
     executor: str = described("plugin that runs the forward pass", "torch")
-    kv_allocator: str = described("plugin that owns the KV cache", "paged")
+    kv_allocator: str = described("plugin that assigns pages of the KV cache to requests", "paged")
     sampler: str = described("plugin that chooses tokens", "top-p")
     observers: tuple[str, ...] = described("plugins that receive events", ())
 

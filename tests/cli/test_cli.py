@@ -140,7 +140,18 @@ def test_json_output_is_one_object_per_result(capsys, continuation):
     assert timings["prompt_tokens"] == len(record["prompt_token_ids"])
     assert all(len(token["top"]) == 2 for token in record["logprobs"])
     assert [token["token_id"] for token in record["logprobs"]] == record["token_ids"]
-    assert "sanitized_steps" not in record
+    assert (record["cached_tokens"], record["preemptions"]) == (0, 0)
+    assert not {"sanitized_steps", "prompt_logprobs"} & set(record)
+
+
+def test_json_output_has_log_probabilities_of_the_prompt_on_request(capsys):
+    argv = [DEMO_PROMPT, "--json", "--prompt-logprobs", "1", *SIXTEEN]
+    out, _ = printed(capsys, "generate", *argv)
+    record = json.loads(out)
+    first, *rest = record["prompt_logprobs"]
+    assert first is None
+    assert [token["token_id"] for token in rest] == record["prompt_token_ids"][1:]
+    assert all(len(token["top"]) == 1 for token in rest)
 
 
 def test_prompts_are_read_from_files_in_order(capsys, tmp_path):

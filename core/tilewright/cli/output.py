@@ -97,6 +97,8 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "prompt_token_ids": result.prompt_token_ids,
+        "cached_tokens": result.cached_tokens,
+        "preemptions": result.preemptions,
         "seed": result.seed,
         "device": result.device,
         "timings": {
@@ -113,6 +115,10 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
         record["error"] = str(result.error)
     if result.logprobs is not None:
         record["logprobs"] = [_logprobs_record(token) for token in result.logprobs]
+    if result.prompt_logprobs is not None:
+        record["prompt_logprobs"] = [
+            token and _logprobs_record(token) for token in result.prompt_logprobs
+        ]
     if result.sanitized_steps:
         record["sanitized_steps"] = result.sanitized_steps
     return record
