@@ -113,6 +113,8 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
         record["error"] = str(result.error)
     if result.logprobs is not None:
         record["logprobs"] = [_logprobs_record(token) for token in result.logprobs]
+    if result.prompt_logprobs is not None:
+        record["prompt_logprobs"] = [t and _logprobs_record(t) for t in result.prompt_logprobs]
     if result.sanitized_steps:
         record["sanitized_steps"] = result.sanitized_steps
     return record
