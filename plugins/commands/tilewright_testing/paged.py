@@ -1,6 +1,7 @@
 """Steps over pages of a KV cache, as an engine gives them to an executor."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from attrs import define, evolve, field
@@ -135,7 +136,8 @@ class Sequences:
 
 def copied(batch: StepBatch) -> StepBatch:
     """A batch with copied tensors."""
-    return evolve(batch, **{name: tensor.clone() for name, tensor in tensors(batch).items()})
+    copies: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors(batch).items()}
+    return evolve(batch, **copies)
 
 
 def tensors(batch: StepBatch) -> dict[str, Tensor]:
