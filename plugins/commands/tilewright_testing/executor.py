@@ -1197,7 +1197,8 @@ class ExecutorSuite(PluginSuite):
             steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
             for phase, all_rows in whole.steps(sequences, *steps):
                 batch = evolve(all_rows, logits_rows=all_rows.logits_rows[1::3])
-                logits = whole.run(batch)
+                # A path for steps without a tap may round otherwise.
+                logits = whole.run(batch, None if whole.limits.tap_exact else recorder({}))
                 executor = parts.executor
                 step = executor.begin(batch)
                 hidden = executor.embed(step)
