@@ -24,7 +24,11 @@ from tilewright.types import (
     PluginInfo,
     Report,
     RuntimeConfig,
+    SampledToken,
+    SamplerRow,
+    SamplingParams,
     StepBatch,
+    StepOutput,
     Tap,
     TensorSource,
 )
@@ -282,6 +286,54 @@ class AppendsForever(OwnCacheUnshared):
         for request, length in zip(batch.request_ids, batch.context_lens.tolist(), strict=True):
             self._lengths[request] = length
         return super().begin(batch)
+
+
+class Samples(TorchExecutor):
+    """Takes the most likely token itself."""
+
+    _last: Sequence[SampledToken | None] = ()
+
+    def serves(self, params: SamplingParams) -> bool:
+        return params.temperature == 0
+
+    def submit(self, batch: StepBatch, sampling: Sequence[SamplerRow | None]) -> "Done":
+        logits = self.forward(self.named(batch))
+        tokens = [
+            row and SampledToken(token_id=int(scores.argmax()))
+            for row, scores in zip(sampling, logits, strict=True)
+        ]
+        self._last = tokens
+        left = torch.tensor([row is None for row in sampling])
+        return Done(StepOutput(tokens=tokens, logits=self.left(logits, left)))
+
+    def named(self, batch: StepBatch) -> StepBatch:
+        """The batch with the tokens that it names."""
+        ids = batch.token_ids.clone()
+        for at, source in enumerate(batch.token_source.tolist()):
+            if source >= 0:
+                ids[at] = self._last[source].token_id  # type: ignore[union-attr]
+        return evolve(batch, token_ids=ids)
+
+    def left(self, logits: Tensor, left: Tensor) -> Tensor | None:
+        return logits[left] if left.any() else None
+
+
+@frozen
+class Done:
+    output: StepOutput
+
+    def wait(self) -> StepOutput:
+        return self.output
+
+
+class IgnoresNames(Samples):
+    def named(self, batch: StepBatch) -> StepBatch:
+        return batch
+
+
+class GivesAllLogits(Samples):
+    def left(self, logits: Tensor, left: Tensor) -> Tensor | None:
+        return logits
 
 
 class RemembersPages(TorchExecutor):
@@ -967,7 +1019,7 @@ class Int8Source:
 def int8(
     change: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
     rescale: float = 1.0,
-    **info: Any,
+    kv_dtypes: tuple[str, ...] = ("float32", "bfloat16"),
 ) -> Executors:
     """A plugin of executors that multiply with weights in int8, and scale each row of the result.
 
@@ -1007,7 +1059,7 @@ def int8(
         # What weight() shows is in float32: a bfloat16 would be rounded once more.
         return Int8(evolve(model, layers=layers), made.kv_cache_spec, asked.layers, source)
 
-    return Executors(make, weight_dtypes=("int8",), kv_dtypes=("float32", "bfloat16"), **info)
+    return Executors(make, weight_dtypes=("int8",), kv_dtypes=kv_dtypes)
 
 
 class Int8(TorchExecutor):
@@ -1092,6 +1144,7 @@ REFUSED = "an_unknown_device_is_refused"
 PROCESS = "the_process_is_left_unchanged"
 SHARED = "sequences_may_share_pages"
 MANY = "batches_of_many_sequences_are_correct"
+NAMED = "a_step_may_name_tokens_that_the_step_before_samples"
 PARTS = "parts_of_the_layers_give_the_results_of_the_whole"
 TAPLESS = "a_tap_does_not_change_the_results"
 
@@ -1175,6 +1228,13 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "prompts_chunks_and_decodes_may_share",
         "rounding explains|finite",
     ),
+    (
+        "ignores which tokens are named",
+        IgnoresNames,
+        NAMED,
+        "must sample the tokens",
+    ),
+    ("gives the logits of rows that it samples", GivesAllLogits, NAMED, "and of no others"),
     (
         "takes drafts for alternatives",
         with_batch(drafts_in_one_place),
@@ -1505,17 +1565,6 @@ SOME = {
 }
 
 
-def test_the_suite_passes_another_way_to_compute() -> None:
-    outcome = run(SUITE, planted("none"), own_tests(SUITE), **SOME)
-    # It taps norm and rotation of the queries, then those of the keys.
-    assert outcome.failed == ["test_taps_match_the_documentation"], outcome.why
-    assert "in the order of" in outcome.why["test_taps_match_the_documentation"]
-    skipped = [name for name, found in outcome.found.items() if found == "skipped"]
-    assert all("packed_weights" in name for name in skipped)
-    right = run(SUITE, Packing(), own_tests(SUITE), **_SMALL)
-    assert set(right.found.values()) == {"passed"}, right.why
-
-
 def outcomes(plugin: Executors, **fixtures: Any) -> tuple[list[str], set[str]]:
     """The tests that fail, with their reasons, and those that are skipped, without packing's."""
     found = run(SUITE, plugin, own_tests(SUITE), **fixtures)
@@ -1524,22 +1573,41 @@ def outcomes(plugin: Executors, **fixtures: Any) -> tuple[list[str], set[str]]:
     return reasons, {name for name in skipped if "packed_weights" not in name}
 
 
+def test_the_suite_passes_another_way_to_compute() -> None:
+    failed, skipped = outcomes(planted("none"), **SOME)
+    # It taps norm and rotation of the queries, then those of the keys.
+    (why,) = failed
+    assert why.startswith("test_taps_match_the_documentation")
+    assert "in the order of" in why
+    assert skipped == {NAMED}
+
+
+def test_the_suite_passes_weights_in_a_layout_of_the_executors_own() -> None:
+    right = run(SUITE, Packing(), own_tests(SUITE), **_SMALL)
+    assert not right.failed, right.why
+    assert [n for n, end in right.found.items() if end == "skipped"] == [f"test_{NAMED}"]
+
+
 def test_the_suite_passes_correct_executors_within_what_they_state() -> None:
-    assert outcomes(of(OwnCacheUnshared), **_SMALL) == ([], {SHARED})
+    assert outcomes(of(OwnCacheUnshared), **_SMALL) == ([], {SHARED, NAMED})
     mixed = "prompts_chunks_and_decodes_may_share_a_step"
-    assert outcomes(of(DoesNotMix), **_SMALL) == ([], {mixed})
-    assert outcomes(of(GivesThreeRows), **_SMALL) == ([], set())
-    assert outcomes(of(FasterWithoutTaps), **_SMALL) == ([], set())
+    assert outcomes(of(DoesNotMix), **_SMALL) == ([], {mixed, NAMED})
+    assert outcomes(of(GivesThreeRows), **_SMALL) == ([], {NAMED})
+    assert outcomes(of(FasterWithoutTaps), **_SMALL) == ([], {NAMED})
+    assert outcomes(of(Samples), **_SMALL) == ([], set())
 
 
 def test_the_suite_passes_quantised_weights() -> None:
-    assert outcomes(int8(), models=SOME["models"]) == ([], set())
+    assert outcomes(int8(), models=SOME["models"]) == ([], {NAMED})
+    only_bfloat16 = int8(kv_dtypes=("bfloat16",))
+    other_kv = "the_kv_cache_may_have_another_dtype"
+    assert outcomes(only_bfloat16, models=SOME["models"]) == ([], {NAMED, other_kv})
 
 
 def test_an_executor_may_refuse_models_that_it_does_not_state() -> None:
     stating = Executors(only(is_grouped), serves=lambda config: not config.qkv_bias)
     for plugin in (Executors(only(is_grouped)), stating):
-        assert outcomes(plugin, models=_BIASED["models"], dtypes=["float32"]) == ([], set())
+        assert outcomes(plugin, models=_BIASED["models"], dtypes=["float32"]) == ([], {NAMED})
 
 
 class OneAtATime:
@@ -1568,6 +1636,7 @@ def test_the_suite_keeps_to_an_executors_limits() -> None:
     assert {name for name, found in outcome.found.items() if found == "skipped"} == {
         "test_embedding_layers_and_head_give_the_logits_of_a_step",
         "test_layers_run_alone_are_correct",
+        f"test_{NAMED}",
         "test_packed_weights_match_their_declaration",
         "test_parts_of_the_layers_give_the_results_of_the_whole",
         "test_packed_weights_give_identical_logits",

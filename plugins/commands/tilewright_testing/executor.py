@@ -29,6 +29,9 @@ from tilewright.types import (
     PluginInfo,
     RopeConfig,
     RuntimeConfig,
+    SamplerRow,
+    SamplingExecutor,
+    SamplingParams,
     StepBatch,
     Tap,
     TensorSource,
@@ -721,6 +724,57 @@ class ExecutorSuite(PluginSuite):
                     length = three.sequences.lengths[name] - max(len(new) - 2, 0)
                     three.sequences.truncate(name, length)
             three.run({"c": [5], "a": [6]})
+
+    def test_a_step_may_name_tokens_that_the_step_before_samples(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
+        """For an executor that samples: two steps in flight, one row of the first left to the
+        engine."""
+        one, plain = running(case), running(case)
+        greedy = SamplingParams()
+        if not isinstance(one.executor, SamplingExecutor) or not one.executor.serves(greedy):
+            pytest.skip("the executor is not a SamplingExecutor that serves temperature 0")
+        a, b, c = case.tokens(3, 2, 4)
+        prompts = {"a": a, "b": b, "c": c}
+        sequences = case.sequences()
+        batches = [batch for _, batch in one.steps(sequences, prompts)]
+        if len(batches) > 1:
+            pytest.skip("the executor's limits do not allow three prompts in a step")
+        first = evolve(batches[0], logits_rows=batches[0].query_starts[1:].long() - 1)
+        second = sequences.batch({"c": [0], "a": [0]})
+        second.token_source.copy_(torch.tensor([2, 0]))
+
+        rows = [
+            SamplerRow(
+                request_id=name,
+                params=greedy,
+                prompt_token_ids=prompts[name],
+                output_token_ids=(),
+                position=position,
+            )
+            for position, name in ((0, "a"), (0, "c"), (1, "c"), (1, "a"))
+        ]
+        pending = [
+            one.executor.submit(copied(first), [rows[0], None, rows[1]]),
+            one.executor.submit(copied(second), rows[2:]),
+        ]
+        outputs = [step.wait() for step in pending]
+        found = [[t and t.token_id for t in output.tokens] for output in outputs]
+
+        logits = plain.run(first)
+        after = logits.argmax(1)[[2, 0]]
+        unnamed = torch.full_like(second.token_source, -1)
+        last = plain.run(evolve(second, token_ids=after, token_source=unnamed)).argmax(1)
+        expected = [[int(after[1]), None, int(after[0])], last.tolist()]
+        assert found == expected, (
+            f"submit() must sample the tokens {expected} of two steps, where None is a row that it "
+            f"was told not to sample, found {found}"
+        )
+        given = outputs[0].logits
+        assert given is not None, "wait() must return the logits of rows that it does not sample"
+        assert same_bits(given.cpu(), logits[1:2]), (
+            "wait() must return the logits of the rows that it does not sample, and of no others"
+        )
 
     def test_prompts_of_one_token_are_correct(self, trio: Any, case: Case) -> None:
         with trio(case) as three:
