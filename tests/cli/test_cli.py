@@ -127,7 +127,17 @@ def test_stats_are_printed_to_stderr_on_request(capsys):
 
 
 def test_json_output_is_one_object_per_result(capsys, continuation):
-    argv = [DEMO_PROMPT, "--json", "--logprobs", "2", "--prompt-logprobs", "0", "--seed", "5", *SIXTEEN]
+    argv = [
+        DEMO_PROMPT,
+        "--json",
+        "--logprobs",
+        "2",
+        "--prompt-logprobs",
+        "0",
+        "--seed",
+        "5",
+        *SIXTEEN,
+    ]
     out, _ = printed(capsys, "generate", *argv)
     assert out.count("\n") == 1
     record = json.loads(out)
