@@ -107,14 +107,55 @@ class Stating:
 STATING, SILENT = Stating(True), Stating(False)
 '''
 
+EXECUTORS = '''
+"""The executor torch for models with biases only: one says so, one says that it runs all."""
+
+from tilewright import hookimpl
+from tilewright.errors import ExecutorError
+from tilewright.types import PluginInfo
+from tilewright_torch import plugin as real
+
+
+class Biased:
+    tilewright_api = 1
+    serves = None
+
+    @hookimpl
+    def plugin_info(self):
+        dtypes = ("float32",)
+        return PluginInfo(
+            summary="runs biases", weight_dtypes=dtypes, kv_dtypes=dtypes, serves=self.serves
+        )
+
+    @hookimpl
+    def create_executor(self, model_config, runtime_config, weights, layers):
+        if not model_config.qkv_bias:
+            raise ExecutorError("models without biases are not run")
+        return real.create_executor(model_config, runtime_config, weights, layers, None)
+
+
+class Boasting(Biased):
+    @staticmethod
+    def serves(config):
+        return True
+
+
+BIASED, BOASTING = Biased(), Boasting()
+'''
+
 ACME = Distribution(
     "acme-formats",
-    {"acme_formats.py": FORMATS, "acme_loaders.py": LOADER},
+    {
+        "acme_formats.py": FORMATS,
+        "acme_loaders.py": LOADER,
+        "acme_executors.py": EXECUTORS,
+    },
     {
         "loader": {name: f"acme_loaders:{name.upper()}" for name in ("stating", "silent")},
         "weight_format": {
             name: f"acme_formats:{name.upper()}" for name in ("bare", "eager", "dying")
         },
+        "executor": {name: f"acme_executors:{name.upper()}" for name in ("biased", "boasting")},
     },
 )
 
@@ -203,6 +244,28 @@ def test_the_report_says_when_the_values_of_a_sample_are_not_known(
         at = lines.index(f"  not run  {checked}")
         assert "the values of the weights were not checked" in lines[at + 1]
         assert "  not run  the samples values would show a mistake" in lines
+
+
+def test_the_report_of_an_executor_says_how_many_models_ran(verify: Any, site: Install) -> None:
+    code, out, _ = verify("biased")
+    assert code == 3
+    lines = out.splitlines()
+    assert ", 0 failed, " in lines[-1]
+    assert lines[-1].endswith(" not run, ran 2 of 16 models: what was not run is not proved")
+    at = lines.index("  passed   it runs the models that it states")
+    assert lines[at + 1].strip().startswith("ran 2 of 16 models; it refused grouped, qk-norm, ")
+    assert lines[at + 1].endswith("the first of these with: models without biases are not run")
+
+
+def test_an_executor_that_refuses_a_model_that_it_states_fails(verify: Any, site: Install) -> None:
+    code, out, _ = verify("boasting", "--json")
+    assert code == 1
+    (record,) = json.loads(out)
+    assert record["summary"] == "ran 2 of 16 models"
+    failed = {s["statement"]: s["reason"] for s in record["statements"] if s["result"] == "failed"}
+    assert list(failed) == ["it runs the models that it states"]
+    (reason,) = failed.values()
+    assert "runs model 'grouped', but in float32 it refused it: models without biases" in reason
 
 
 def test_a_loader_is_verified_on_the_given_source(verify: Any, tmp_path: Path) -> None:

@@ -280,8 +280,8 @@ GOOD = Distribution(
 
             import torch
 
-            from tilewright import hookimpl
-            from tilewright.types import Check, ExecutorLimits, KvCacheSpec, PluginInfo
+            from tilewright import hookimpl, kv_storage
+            from tilewright.types import Check, ExecutorLimits, KvCacheSpec, KvLayer, PluginInfo
 
             class Bag:
                 device = "cpu"
@@ -298,10 +298,10 @@ GOOD = Distribution(
                         dtype="float32",
                     )
 
-                def bind_kv_cache(self, layers):
-                    (self.layer,) = layers
+                def allocate_kv(self, num_pages):
+                    (self.layer,) = kv_storage.allocate(self.kv_cache_spec, num_pages)
 
-                def prefill(self, batch, tap=None):
+                def forward(self, batch, tap=None):
                     rows = self.layer.key.view(-1, self.kv_cache_spec.head_dim)
                     rows[batch.slot_mapping.long()] = self.embed[batch.token_ids]
                     size = self.kv_cache_spec.page_size
@@ -314,7 +314,13 @@ GOOD = Distribution(
                             means.append(rows[slots].mean(0))
                     return torch.stack(means)[batch.logits_rows] @ self.head.T
 
-                decode = prefill
+                def read_kv(self, layer, pages):
+                    pages = list(pages)
+                    return KvLayer(self.layer.key[pages], self.layer.value[pages])
+
+                def write_kv(self, layer, pages, cache):
+                    pages = list(pages)
+                    self.layer.key[pages], self.layer.value[pages] = cache.key, cache.value
 
                 def close(self):
                     pass
@@ -324,7 +330,12 @@ GOOD = Distribution(
 
                 @hookimpl
                 def plugin_info(self):
-                    return PluginInfo(summary="bag of words", limits={"batch": "up to 4"})
+                    return PluginInfo(
+                        summary="bag of words",
+                        weight_dtypes=("float32",),
+                        kv_dtypes=("float32",),
+                        limits={"batch": "up to 4"},
+                    )
 
                 @hookimpl
                 def doctor_checks(self):

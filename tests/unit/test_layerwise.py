@@ -1,6 +1,8 @@
 """Steps of executors that run layer by layer."""
 
 import pytest
+import torch
+from attrs import evolve
 from torch import Tensor
 
 from tilewright.errors import ExecutorError
@@ -9,7 +11,8 @@ from tilewright.types import KvCacheSpec, StepBatch, Tap
 from tilewright_testing.paged import Sequences
 
 SPEC = KvCacheSpec(num_layers=2, num_kv_heads=1, head_dim=2, page_size=4, dtype="float32")
-BATCH = Sequences(page_size=4, total_pages=1).batch({"a": [5, 6, 7]}, rows=[0, 2])
+WHOLE = Sequences(page_size=4, total_pages=1).batch({"a": [5, 6, 7]})
+BATCH = evolve(WHOLE, logits_rows=torch.tensor([0, 2]))
 
 
 class Recording(LayerwiseBase[str, Tensor]):

@@ -97,8 +97,6 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "prompt_token_ids": result.prompt_token_ids,
-        "cached_tokens": result.cached_tokens,
-        "preemptions": result.preemptions,
         "seed": result.seed,
         "device": result.device,
         "timings": {
@@ -116,9 +114,7 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
     if result.logprobs is not None:
         record["logprobs"] = [_logprobs_record(token) for token in result.logprobs]
     if result.prompt_logprobs is not None:
-        record["prompt_logprobs"] = [
-            token and _logprobs_record(token) for token in result.prompt_logprobs
-        ]
+        record["prompt_logprobs"] = [t and _logprobs_record(t) for t in result.prompt_logprobs]
     if result.sanitized_steps:
         record["sanitized_steps"] = result.sanitized_steps
     return record

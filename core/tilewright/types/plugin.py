@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from attrs import field, frozen
 
-from tilewright.types.model import DTYPES, TensorSource
+from tilewright.types.model import DTYPES, ModelConfig, TensorSource
 
 Report: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being prepared, how much of it is done, and the total."""
@@ -29,6 +29,10 @@ class PluginInfo:
     """Of an executor: names of the weight dtypes that it supports."""
     kv_dtypes: tuple[str, ...] = DTYPES
     """Of an executor: names of the KV cache dtypes that it supports."""
+    serves: Callable[[ModelConfig], bool] | None = None
+    """Of an executor: whether it runs a model of that configuration, in each dtype that it
+    declares. None: it states nothing, and may refuse any model. It may also run models for which
+    this is false. The conformance suite fails an executor that refuses a model that it serves."""
     limits: Mapping[str, str] = field(factory=dict)
     """What it can and cannot do, by topic, in words."""
     ignores: tuple[str, ...] = ()

@@ -1,12 +1,15 @@
 """The conformance suite of executors.
 
 Results are judged against the executor ``torch``: in float32 it is the truth, and in the
-candidate's dtype it shows the error of rounding (``tilewright_compare.judge``).
+candidate's dtype it shows the error of rounding (``tilewright_compare.judge``). A candidate whose
+weights are quantised is judged against references with the weights that its ``weight`` shows, and
+these against the checkpoint's.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from typing import Any, ClassVar
 
@@ -19,15 +22,21 @@ from tilewright import plugins
 from tilewright.errors import ExecutorError
 from tilewright.types import (
     DTYPES,
+    ExecutorLimits,
     KvLayer,
     ModelConfig,
     PackedWeights,
+    PluginInfo,
     RopeConfig,
     RuntimeConfig,
+    SamplerRow,
+    SamplingExecutor,
+    SamplingParams,
     StepBatch,
     Tap,
+    TensorSource,
 )
-from tilewright.weights import torch_dtype
+from tilewright.weights import expected_tensors, torch_dtype
 from tilewright_compare.judge import Mode, Noise, Phase, Place, judge
 from tilewright_testing.models import (
     CONFIGS,
@@ -38,6 +47,7 @@ from tilewright_testing.models import (
     same_bits,
 )
 from tilewright_testing.paged import Sequences, Tokens, by_slot, copied, tensors
+from tilewright_testing.reporting import FOUND, SUMMARY
 from tilewright_testing.state import differences, global_state, left_alone
 from tilewright_testing.suite import Implementation, PluginSuite, no_report
 
@@ -90,7 +100,12 @@ PAGE_SIZES = (4, 16, 32, 64, 128, None)
 """The first size that an executor accepts is tested; None: the executor chooses."""
 
 MAX_SEQ_LEN = 256
-MAX_BATCH_SIZE = 6
+MAX_BATCH_SIZE = 20
+"""More than the 16 that an engine runs by default, and than kernels take at once."""
+
+QUANTISED_ERROR = 0.5
+"""Largest distance of a row of a quantised weight from the checkpoint's, over the row's norm. Four
+bits reach 0.15; a row of another weight, or in another order, is about 1.4 away."""
 
 NAN = float("nan")
 
@@ -113,6 +128,25 @@ class Case:
     def page_size(self) -> int:
         assert self.runtime.page_size
         return self.runtime.page_size
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the weight dtype is none that torch computes in."""
+        return self.runtime.weight_dtype not in DTYPES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states: the checkpoint's, which is the weights' if that is a float
+        dtype."""
+        return torch_dtype(self.model.config.dtype)
+
+    @property
+    def total_pages(self) -> int:
+        """Enough for one sequence of MAX_SEQ_LEN and for short ones."""
+        return MAX_SEQ_LEN // self.page_size + 4 * MAX_BATCH_SIZE
+
+    def sequences(self, shuffled: bool = False) -> Sequences:
+        return Sequences(self.page_size, self.total_pages, shuffled)
 
     def arguments(self, options: Any, **changed: Any) -> dict[str, Any]:
         """Arguments of the hook create_executor, some of them changed."""
@@ -150,39 +184,72 @@ class Running:
     """An executor with a KV cache."""
 
     executor: Any
-    total_pages: int
+    case: Case
+    layers: range = field()
+    """Those that it runs, by their number in the model."""
+
+    @layers.default
+    def _all_layers(self) -> range:
+        return range(self.case.model.config.num_layers)
 
     def __attrs_post_init__(self) -> None:
-        self.executor.allocate_kv(self.total_pages)
+        self.executor.allocate_kv(self.case.total_pages)
 
     @property
-    def num_layers(self) -> int:
-        layers: int = self.executor.kv_cache_spec.num_layers
-        return layers
+    def limits(self) -> ExecutorLimits:
+        """The executor's limits, and those of the settings that it was made with."""
+        limits: ExecutorLimits = self.executor.limits
+        runtime = self.case.runtime
+        return evolve(
+            limits,
+            max_batch_size=min(limits.max_batch_size or MAX_BATCH_SIZE, runtime.max_batch_size),
+            max_batch_tokens=min(
+                limits.max_batch_tokens or runtime.max_batch_tokens, runtime.max_batch_tokens
+            ),
+            max_seq_len=min(limits.max_seq_len or MAX_SEQ_LEN, MAX_SEQ_LEN),
+        )
 
-    def cached(self, layer: int) -> Iterator[Tensor]:
-        """A layer's keys, then its values, [pages, page_size, num_kv_heads, head_dim]."""
-        of = self.executor.read_kv(layer, range(self.total_pages))
+    def cached(self, layer: int, pages: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """A layer's keys, then its values, of some pages or of all: [pages, page_size,
+        num_kv_heads, head_dim]."""
+        of = self.executor.read_kv(layer, range(self.case.total_pages) if pages is None else pages)
         for storage in (of.key, of.value):
             yield by_slot(storage, self.executor.kv_cache_spec.row_order)
 
     def snapshot(self) -> list[Tensor]:
         """Copies of keys and values of all layers."""
-        return [t for i in range(self.num_layers) for t in self.cached(i)]
+        return [t for i in self.layers for t in self.cached(i)]
 
     def fill(self, value: float) -> None:
-        pages = range(self.total_pages)
-        for i in range(self.num_layers):
+        pages = range(self.case.total_pages)
+        for i in self.layers:
             now = self.executor.read_kv(i, pages)
             full = (torch.full_like(t, value) for t in (now.key, now.value))
             self.executor.write_kv(i, pages, KvLayer(*full))
 
-    def steps(self, sequences: Sequences, *several: Tokens) -> Iterator[tuple[Phase, StepBatch]]:
-        """The steps that run new tokens, one group after another, within the executor's limits."""
+    def steps(
+        self, sequences: Sequences, *several: Tokens, drafting: bool = False
+    ) -> Iterator[tuple[Phase, StepBatch]]:
+        """The steps that run new tokens, one group after another, within the executor's limits.
+
+        drafting: see ``Sequences.batch``.
+        """
         for tokens in several:
-            for step in sequences.within(tokens, self.executor.limits):
-                batch = sequences.batch(step)
-                yield "decode" if batch.max_query_len == 1 else "prefill", batch
+            for step in sequences.within(tokens, self.limits):
+                batch = sequences.batch(step, drafting)
+                rows = batch.logits_rows if drafting else self.wanted(batch, batch.logits_rows)
+                yield (
+                    "decode" if batch.max_query_len == 1 else "prefill",
+                    evolve(batch, logits_rows=rows),
+                )
+
+    def wanted(self, batch: StepBatch, rows: Tensor) -> Tensor:
+        """Those of a step's rows whose logits the executor's limits allow together."""
+        most = self.limits.max_logits_rows
+        if most is None:
+            return rows
+        beyond = ~torch.isin(rows, batch.query_starts[1:] - 1)
+        return rows[~beyond | (beyond.cumsum(0) <= most)]
 
     def run(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
         """The step's logits, on the CPU."""
@@ -245,11 +312,14 @@ class Trio:
         """Judge the keys and values of a step's tokens."""
         __tracebackhide__ = True
         slots, size = batch.slot_mapping.long(), self.case.page_size
-        for layer in range(self.candidate.num_layers):
-            caches = (r.cached(layer) for r in (self.candidate, self.near, self.true))
+        pages, page_of = torch.unique(slots // size, return_inverse=True)
+        for layer in self.candidate.layers:
+            caches = (
+                r.cached(layer, pages.tolist()) for r in (self.candidate, self.near, self.true)
+            )
             of = zip(("k_cache", "v_cache"), zip(*caches, strict=True), strict=True)
             for name, storages in of:
-                rows = [s[slots // size, slots % size] for s in storages]
+                rows = [s[page_of, slots % size] for s in storages]
                 self.judge(phase, f"layers.{layer}.{name}", *rows)
 
     def judge(self, phase: Phase, name: str, ours: Tensor, near: Tensor, true: Tensor) -> None:
@@ -276,6 +346,8 @@ class Tried:
     """Result of making an executor of each model, once per plugin."""
 
     cases: list[Case]
+    refused: dict[tuple[str, str], str]
+    """The reason for each model and weight dtype that was refused."""
     changed: list[str]
     """Process state that this changed; recorded since some changes happen only the first time."""
 
@@ -286,8 +358,9 @@ _TRIED = pytest.StashKey[dict[str, Tried]]()
 class ExecutorSuite(PluginSuite):
     """Checks one executor against ``create_executor`` and ``tilewright.types.Executor``.
 
-    Fixtures that may be given: ``models`` and ``dtypes``, of which the executor must run at least
-    one, and ``unsupported_device``.
+    It is tested with the models that it accepts, in each of the dtypes that its ``PluginInfo``
+    declares. Fixtures that may be given: ``models``, of which the executor must run at least one,
+    ``dtypes``, and ``unsupported_device``.
     """
 
     kind: ClassVar[str] = "executor"
@@ -306,9 +379,13 @@ class ExecutorSuite(PluginSuite):
         return MODELS
 
     @pytest.fixture
-    def dtypes(self) -> Sequence[str]:
-        """Dtypes of weights and KV cache; those that the executor refuses are left out."""
-        return DTYPES
+    def info(self, implementation: Implementation) -> PluginInfo:
+        return plugins.info(implementation.plugin)
+
+    @pytest.fixture
+    def dtypes(self, info: PluginInfo) -> Sequence[str]:
+        """Dtypes of the weights: by default, those that the plugin declares."""
+        return info.weight_dtypes
 
     @pytest.fixture
     def unsupported_device(self) -> str | None:
@@ -329,6 +406,7 @@ class ExecutorSuite(PluginSuite):
         request: pytest.FixtureRequest,
         implementation: Implementation,
         create: Make,
+        info: PluginInfo,
         models: Mapping[str, ModelConfig],
         dtypes: Sequence[str],
     ) -> Tried:
@@ -336,8 +414,15 @@ class ExecutorSuite(PluginSuite):
         subject = f"{id(implementation.plugin)} {implementation.options} {dtypes} {models}"
         if subject not in tried:
             before = global_state()
-            found = list(_accepted(create, models, dtypes))
-            tried[subject] = Tried(found, differences(before, global_state()))
+            cases, refused = _accepted(create, models, dtypes, info.kv_dtypes)
+            tried[subject] = Tried(cases, refused, differences(before, global_state()))
+        if not tried[subject].cases:
+            why = next(iter(tried[subject].refused.values()), "no error")
+            pytest.fail(
+                f"the executor refused all of {len(models)} models in {', '.join(dtypes)}, the "
+                f"first with: {why}; give the suite a fixture 'models' with models that it runs",
+                pytrace=False,
+            )
         return tried[subject]
 
     @pytest.fixture
@@ -357,7 +442,8 @@ class ExecutorSuite(PluginSuite):
         made: list[Running] = []
 
         def running(case: Case, **changed: Any) -> Running:
-            made.append(Running(create(case, **changed), _pages(case)))
+            layers = {"layers": changed["layers"]} if "layers" in changed else {}
+            made.append(Running(create(case, **changed), case, **layers))
             return made[-1]
 
         yield running
@@ -368,10 +454,11 @@ class ExecutorSuite(PluginSuite):
     def trio(self, create: Make) -> Callable[..., Any]:
         @contextmanager
         def trio(case: Case, shuffled: bool = False) -> Iterator[Trio]:
-            executors = [create(case), *_references(case)]
+            executors = [create(case)]
             try:
-                candidate, near, true = (Running(e, _pages(case)) for e in executors)
-                sequences = Sequences(case.page_size, _pages(case), shuffled)
+                executors += _references(case, executors[0])
+                candidate, near, true = (Running(e, case) for e in executors)
+                sequences = case.sequences(shuffled)
                 yield Trio(case, candidate, near, true, sequences)
             finally:
                 for executor in executors:
@@ -408,6 +495,56 @@ class ExecutorSuite(PluginSuite):
             assert executor.kv_cache_spec == spec, "kv_cache_spec must not change"
             executor.close()
 
+    def test_it_runs_the_models_that_it_states(
+        self,
+        info: PluginInfo,
+        tried: Tried,
+        models: Mapping[str, ModelConfig],
+        record_property: Callable[[str, str], None],
+    ) -> None:
+        ran = {case.name for case in tried.cases}
+        summary = f"ran {len(ran)} of {len(models)} models"
+        record_property(SUMMARY, summary)
+        refused = [name for name in models if name not in ran]
+        if refused:
+            why = next(why for (name, _), why in tried.refused.items() if name == refused[0])
+            record_property(
+                FOUND,
+                f"{summary}; it refused {', '.join(refused)}, the first of these with: {why}",
+            )
+        if info.serves is None:
+            return
+        for (name, dtype), why in tried.refused.items():
+            config = evolve(models[name], dtype=dtype if dtype in DTYPES else models[name].dtype)
+            assert not info.serves(config), (
+                f"PluginInfo.serves states that the executor runs model {name!r}, but in {dtype} "
+                f"it refused it: {why}"
+            )
+
+    def test_it_runs_the_dtypes_that_it_declares(
+        self, create: Make, info: PluginInfo, dtypes: Sequence[str], tried: Tried
+    ) -> None:
+        for dtype in dtypes:
+            why = next((w for (_, refused), w in tried.refused.items() if refused == dtype), "")
+            assert any(case.runtime.weight_dtype == dtype for case in tried.cases), (
+                f"PluginInfo.weight_dtypes declares {dtype}, but the executor refused all models "
+                f"in it, the first with: {why}"
+            )
+        for dtype in info.kv_dtypes:
+            refusals = []
+            for case in _one_a_dtype(tried.cases):
+                try:
+                    create(_with_kv(case, dtype)).close()
+                    break
+                except ExecutorError as refused:
+                    refusals.append(str(refused))
+            else:
+                pytest.fail(
+                    f"PluginInfo.kv_dtypes declares {dtype}, but the executor refused it with "
+                    f"weights in {', '.join(dtypes)}, first with: {refusals[0]}",
+                    pytrace=False,
+                )
+
     def test_it_uses_the_requested_page_size(self, create: Make, case: Case) -> None:
         for size in filter(None, PAGE_SIZES):
             try:
@@ -434,6 +571,10 @@ class ExecutorSuite(PluginSuite):
             limit = getattr(limits, name)
             assert limit is None or (type(limit) is int and limit >= 1), (
                 f"limits.{name} must be None or a positive int, found {limit!r}"
+            )
+        for name in ("mixed", "shares_pages", "tap_exact"):
+            assert type(getattr(limits, name)) is bool, (
+                f"limits.{name} must be True or False, found {getattr(limits, name)!r}"
             )
         executor.close()
 
@@ -481,18 +622,20 @@ class ExecutorSuite(PluginSuite):
     ) -> None:
         (prompt,) = case.tokens(3 * case.page_size + 1)
         one, two = case.page_size - 1, case.page_size + 2
-        chunked, sequences = running(case), Sequences(case.page_size, _pages(case))
-        chunks = (prompt[:one], prompt[one:two], prompt[two:])
-        parts = _logits(chunked, sequences, *({"a": chunk} for chunk in chunks))
+        chunked, sequences = running(case), case.sequences()
+        chunks: list[Tokens] = [{"a": prompt[:one]}, {"a": prompt[one:two]}, {"a": prompt[two:]}]
+        batches = [batch for _, batch in chunked.steps(sequences, *chunks)]
+        ours = torch.cat([chunked.run(batch) for batch in batches])
+        rows = torch.cat([batch.positions[batch.logits_rows] for batch in batches])
         with trio(case) as three:
             batch = three.sequences.batch({"a": prompt})
-            near, true = (r.run(batch) for r in (three.near, three.true))
-            three.judge("prefill", "logits", torch.cat(parts), near, true)
+            near, true = (r.run(batch)[rows] for r in (three.near, three.true))
+            three.judge("prefill", "logits", ours, near, true)
 
     def test_prompts_chunks_and_decodes_may_share_a_step(
         self, trio: Any, cases: list[Case], running: Callable[..., Running]
     ) -> None:
-        if not running(cases[0]).executor.limits.mixed:
+        if not running(cases[0]).limits.mixed:
             pytest.skip("limits.mixed is False: prompts and decodes run in steps of their own")
         for case in cases:
             size = case.page_size
@@ -525,30 +668,148 @@ class ExecutorSuite(PluginSuite):
                 three.run({"comes": comes})
                 three.run({"stays": [5], "comes": [6]})
 
+    def test_sequences_may_share_pages(self, trio: Any, cases: list[Case]) -> None:
+        """Full pages only, as a ``KvAllocator`` shares them."""
+        for case in cases:
+            shared, a, b, c, d = case.tokens(
+                max(1, 8 // case.page_size) * case.page_size, 3, 5, 1, 2
+            )
+            with trio(case) as three:
+                if not three.candidate.limits.shares_pages:
+                    pytest.skip("limits.shares_pages is False: each sequence has pages of its own")
+                sequences = three.sequences
+                three.run({"a": shared + a})
+                sequences.commit("a", shared)
+                three.run({"b": sequences.begin("b", shared + b)})
+                three.run({"c": sequences.begin("c", shared + c)})
+                three.run({"b": [6], "a": [7], "c": [8]})
+                sequences.free("a")
+                three.run({"d": sequences.begin("d", shared + d)})
+                three.run({"b": [9], "c": [10], "d": [11]})
+
+    def test_ended_requests_are_forgotten(self, trio: Any, case: Case) -> None:
+        """A request may have the name of one that ended before it."""
+        a, b, c = case.tokens(case.page_size + 2, 3, case.page_size + 1)
+        with trio(case) as three:
+            three.run({"a": a, "b": b})
+            three.sequences.free("a")
+            three.run({"a": c})
+            three.run({"b": [5], "a": [6]})
+            three.sequences.free("a")
+            three.run({"b": [7]})
+            three.run({"a": b})
+
+    def test_drafts_get_the_logits_of_plain_decoding(self, trio: Any, case: Case) -> None:
+        """A step that checks guesses, and goes on from some of them."""
+        prompts = case.tokens(case.page_size - 1, 5, 2)
+        drafts = {"a": [7, 8, 9], "b": [10], "c": [11, 12]}
+        with trio(case) as three:
+            three.run(dict(zip("abc", prompts, strict=True)))
+            for tokens in (drafts, {"a": [13], "b": [14, 15, 16], "c": [17]}):
+                single, steps = (
+                    deepcopy(three.sequences),
+                    list(three.candidate.steps(three.sequences, tokens, drafting=True)),
+                )
+                checked = [three.candidate.run(batch) for _, batch in steps]
+                near, true = (
+                    _one_by_one(running, deepcopy(single), [batch for _, batch in steps])
+                    for running in (three.near, three.true)
+                )
+                for batch_logits in zip(steps, checked, near, true, strict=True):
+                    (_, batch), *logits = batch_logits
+                    three.judge_cache("decode", batch)
+                    three.judge("decode", "logits", *logits)
+                # One guess of each was right, if it had any.
+                for name, new in tokens.items():
+                    length = three.sequences.lengths[name] - max(len(new) - 2, 0)
+                    three.sequences.truncate(name, length)
+            three.run({"c": [5], "a": [6]})
+
+    def test_a_step_may_name_tokens_that_the_step_before_samples(
+        self, running: Callable[..., Running], case: Case
+    ) -> None:
+        """For an executor that samples: two steps in flight, one row of the first left to the
+        engine."""
+        one, plain = running(case), running(case)
+        greedy = SamplingParams()
+        if not isinstance(one.executor, SamplingExecutor) or not one.executor.serves(greedy):
+            pytest.skip("the executor is not a SamplingExecutor that serves temperature 0")
+        a, b, c = case.tokens(3, 2, 4)
+        prompts = {"a": a, "b": b, "c": c}
+        sequences = case.sequences()
+        batches = [batch for _, batch in one.steps(sequences, prompts)]
+        if len(batches) > 1:
+            pytest.skip("the executor's limits do not allow three prompts in a step")
+        first = evolve(batches[0], logits_rows=batches[0].query_starts[1:].long() - 1)
+        second = sequences.batch({"c": [0], "a": [0]})
+        second.token_source.copy_(torch.tensor([2, 0]))
+
+        rows = [
+            SamplerRow(
+                request_id=name,
+                params=greedy,
+                prompt_token_ids=prompts[name],
+                output_token_ids=(),
+                position=position,
+            )
+            for position, name in ((0, "a"), (0, "c"), (1, "c"), (1, "a"))
+        ]
+        pending = [
+            one.executor.submit(copied(first), [rows[0], None, rows[1]]),
+            one.executor.submit(copied(second), rows[2:]),
+        ]
+        outputs = [step.wait() for step in pending]
+        found = [[t and t.token_id for t in output.tokens] for output in outputs]
+
+        logits = plain.run(first)
+        after = logits.argmax(1)[[2, 0]]
+        unnamed = torch.full_like(second.token_source, -1)
+        last = plain.run(evolve(second, token_ids=after, token_source=unnamed)).argmax(1)
+        expected = [[int(after[1]), None, int(after[0])], last.tolist()]
+        assert found == expected, (
+            f"submit() must sample the tokens {expected} of two steps, where None is a row that it "
+            f"was told not to sample, found {found}"
+        )
+        given = outputs[0].logits
+        assert given is not None, "wait() must return the logits of rows that it does not sample"
+        assert same_bits(given.cpu(), logits[1:2]), (
+            "wait() must return the logits of the rows that it does not sample, and of no others"
+        )
+
     def test_prompts_of_one_token_are_correct(self, trio: Any, case: Case) -> None:
         with trio(case) as three:
             three.run({"a": [5], "b": [6]})
             three.run({"a": [7], "b": [8], "c": [9]})
 
+    def test_batches_of_many_sequences_are_correct(self, trio: Any, cases: list[Case]) -> None:
+        """Prompts of different lengths, and decodes: more than engines and kernels take at once."""
+        for case in _one_a_dtype(cases):
+            with trio(case, shuffled=True) as three:
+                names = [str(i) for i in range(MAX_BATCH_SIZE)]
+                prompts = case.tokens(*(1 + 3 * i % 5 for i in range(len(names))))
+                three.run(dict(zip(names, prompts, strict=True)))
+                three.run({name: [3 + i] for i, name in enumerate(names)})
+                three.run({name: [30 + i] for i, name in enumerate(reversed(names))})
+
     def test_batches_may_be_as_large_as_its_limits(self, trio: Any, case: Case) -> None:
         with trio(case) as three:
-            limits = three.candidate.executor.limits
-            batch_size = min(limits.max_batch_size or MAX_BATCH_SIZE, MAX_BATCH_SIZE)
-            most = min(
-                limits.max_batch_tokens or case.runtime.max_batch_tokens,
-                case.runtime.max_batch_tokens,
-                (limits.max_seq_len or MAX_SEQ_LEN) - 1,
-            )
-            (prompt,) = case.tokens(most)
-            three.step("prefill", three.sequences.batch({"0": prompt}))
-            others = {str(i): case.tokens(1 + i)[0] for i in range(1, batch_size)}
-            three.run(others)
-            tokens = {str(i): [3 + i] for i in range(batch_size)}
-            three.step("decode", three.sequences.batch(tokens))
+            limits = three.candidate.limits
+            assert limits.max_batch_tokens
+            assert limits.max_batch_size
+            assert limits.max_seq_len
+            (prompt,) = case.tokens(min(limits.max_batch_tokens, limits.max_seq_len - 1))
+            ((_, batch),) = three.candidate.steps(three.sequences, {"0": prompt})
+            three.step("prefill", batch)
+            three.run({str(i): case.tokens(1 + i % 7)[0] for i in range(1, limits.max_batch_size)})
+            tokens = {
+                str(i): [3 + i] for i in range(min(limits.max_batch_size, limits.max_batch_tokens))
+            }
+            ((_, batch),) = three.candidate.steps(three.sequences, tokens)
+            three.step("decode", batch)
 
     def test_a_sequence_may_be_as_long_as_its_limit(self, trio: Any, case: Case) -> None:
         with trio(case) as three:
-            longest = min(three.candidate.executor.limits.max_seq_len or MAX_SEQ_LEN, MAX_SEQ_LEN)
+            longest = three.candidate.limits.max_seq_len
             (tokens,) = case.tokens(longest)
             chunk = min(case.runtime.max_batch_tokens, 48)
             for start in range(0, longest - 1, chunk):
@@ -564,13 +825,12 @@ class ExecutorSuite(PluginSuite):
                 prompts = case.tokens(case.page_size + 9, 3)
                 tokens = {"a": prompts[0], "b": prompts[1]}
                 _, batch = next(three.candidate.steps(three.sequences, tokens))
-                dtype = torch_dtype(case.runtime.weight_dtype or "float32")
                 executors = [r.executor for r in (three.candidate, three.near, three.true)]
                 begun = [executor.begin(batch) for executor in executors]
                 hidden = executors[1].embed(begun[1])
                 for layer in executors[0].layers:
                     seen: list[Seen] = [{}, {}, {}]
-                    inputs = (hidden.to(dtype), hidden, hidden.float())
+                    inputs = (hidden.to(case.dtype), hidden, hidden.float())
                     outputs = [
                         executor.run_layer(step, layer, x, recorder(taps)).cpu()
                         for executor, step, x, taps in zip(
@@ -594,33 +854,38 @@ class ExecutorSuite(PluginSuite):
                 )
                 for phase, batch in steps:
                     count = len(batch.token_ids)
-                    for rows in ([count - 1], [0], list(range(0, count, 2)), range(count), []):
-                        wanted = evolve(batch, logits_rows=torch.tensor(list(rows)).long())
-                        logits = three.step(phase, wanted)
+                    for asked in ([count - 1], [0], range(0, count, 2), range(count), []):
+                        rows = three.candidate.wanted(batch, torch.tensor(list(asked)).long())
+                        logits = three.step(phase, evolve(batch, logits_rows=rows))
                         found = (tuple(logits.shape), logits.dtype)
                         vocab = case.model.config.vocab_size
                         expected = ((len(rows), vocab), torch.float32)
                         assert found == expected, (
-                            f"{phase}: logits of rows {list(rows)} must be {expected}, found "
+                            f"{phase}: logits of rows {rows.tolist()} must be {expected}, found "
                             f"{found}"
                         )
                         assert not logits.requires_grad, "logits must not require gradients"
 
-    def test_the_kv_cache_may_have_another_dtype(self, trio: Any, create: Make, case: Case) -> None:
+    def test_the_kv_cache_may_have_another_dtype(
+        self, trio: Any, create: Make, info: PluginInfo, case: Case
+    ) -> None:
         tried = 0
-        for dtype in DTYPES:
-            mixed = evolve(case, runtime=evolve(case.runtime, kv_dtype=dtype))
+        for dtype in (dtype for dtype in info.kv_dtypes if dtype in DTYPES):
+            mixed = _with_kv(case, dtype)
             try:
                 create(mixed).close()
             except ExecutorError:
                 continue
-            tried += dtype != case.runtime.weight_dtype
+            tried += dtype != case.runtime.kv_dtype
             a, b = case.tokens(case.page_size + 1, 3)
             with trio(mixed) as three:
                 for tokens in ({"a": a, "b": b}, {"a": [5], "b": [6]}):
                     three.run(tokens)
         if not tried:
-            pytest.skip("the executor supports a KV cache only in the dtype of the weights")
+            pytest.skip(
+                "the executor supports a KV cache only in the dtype of the weights, or in one that "
+                "torch does not compute in"
+            )
 
     # --- packed weights --------------------------------------------------------------------------
 
@@ -663,7 +928,7 @@ class ExecutorSuite(PluginSuite):
             found = []
             for changed in ({}, {"weights": source, "packed": True}):
                 one = running(case, **changed)
-                found.append(_logits(one, Sequences(case.page_size, _pages(case)), *steps))
+                found.append(_logits(one, case.sequences(), *steps))
             assert all(map(same_bits, *found)), (
                 "packed weights must give the same logits, bit for bit, as the original weights"
             )
@@ -677,7 +942,7 @@ class ExecutorSuite(PluginSuite):
         self, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
-            one, sequences = running(case), Sequences(case.page_size, _pages(case), shuffled=True)
+            one, sequences = running(case), case.sequences(shuffled=True)
             one.fill(NAN)
             size = case.page_size
             a, b = case.tokens(size + 2, 3)
@@ -690,7 +955,7 @@ class ExecutorSuite(PluginSuite):
             for phase, batch in one.steps(sequences, *steps):
                 before = one.snapshot()
                 one.run(batch)
-                own = torch.zeros(_pages(case) * size, dtype=torch.bool)
+                own = torch.zeros(case.total_pages * size, dtype=torch.bool)
                 own[batch.slot_mapping.long()] = True
                 for i, (old, new) in enumerate(zip(before, one.snapshot(), strict=True)):
                     what = f"{'value' if i % 2 else 'key'} of layer {i // 2}"
@@ -712,7 +977,7 @@ class ExecutorSuite(PluginSuite):
             a, b = case.tokens(2 * case.page_size + 1, 3)
             found = []
             for value in (0.0, 1e4, NAN):
-                one, sequences = running(case), Sequences(case.page_size, _pages(case))
+                one, sequences = running(case), case.sequences()
                 one.fill(value)
                 found.append(
                     _logits(one, sequences, {"a": a, "b": b}, {"b": [5], "a": [6]}, {"b": a})
@@ -724,7 +989,7 @@ class ExecutorSuite(PluginSuite):
                 )
 
     def test_the_batch_is_not_changed(self, running: Callable[..., Running], case: Case) -> None:
-        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        one, sequences = running(case), case.sequences()
         a, b = case.tokens(case.page_size + 1, 3)
         for phase, batch in one.steps(sequences, {"a": a, "b": b}, {"a": [5], "b": [6]}):
             kept = copied(batch)
@@ -737,8 +1002,8 @@ class ExecutorSuite(PluginSuite):
     def test_weights_are_not_changed(self, create: Make, case: Case) -> None:
         kept = {name: tensor.clone() for name, tensor in case.model.tensors.items()}
         one, sequences = (
-            Running(create(case), _pages(case)),
-            Sequences(case.page_size, _pages(case)),
+            Running(create(case), case),
+            case.sequences(),
         )
         _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
         one.executor.close()
@@ -751,7 +1016,7 @@ class ExecutorSuite(PluginSuite):
         self, running: Callable[..., Running], case: Case
     ) -> None:
         source = case.model.source()
-        one, sequences = running(case, weights=source), Sequences(case.page_size, _pages(case))
+        one, sequences = running(case, weights=source), case.sequences()
         source.close()
         logits = _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
         assert all(t.isfinite().all() for t in logits), (
@@ -764,10 +1029,10 @@ class ExecutorSuite(PluginSuite):
             f"creating and closing an executor must not change the process's state, but changed "
             f"{changed}"
         )
-        sequences = Sequences(case.page_size, _pages(case))
+        sequences = case.sequences()
         with left_alone("an executor"):
             executor = create(case)
-        one = Running(executor, _pages(case))
+        one = Running(executor, case)
         with left_alone("a step"):
             _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]})
         with left_alone("close()"):
@@ -811,29 +1076,40 @@ class ExecutorSuite(PluginSuite):
                     )
 
     def test_a_tap_does_not_change_the_results(
-        self, running: Callable[..., Running], case: Case
+        self, running: Callable[..., Running], trio: Any, cases: list[Case]
     ) -> None:
-        plain, tapped = running(case), running(case)
-        a, b = case.tokens(case.page_size + 1, 3)
-        steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
-        seen: Seen = {}
-        logits = []
-        for one, tap in ((plain, None), (tapped, recorder(seen))):
-            sequences = Sequences(case.page_size, _pages(case))
-            logits.append(_logits(one, sequences, *steps, tap=tap))
-        assert all(map(same_bits, *logits)), "a tap must not change the logits"
-        assert all(map(same_bits, plain.snapshot(), tapped.snapshot())), (
-            "a tap must not change the keys and values that are written"
-        )
-        if "logits" in seen:
-            assert same_bits(seen["logits"], logits[1][-1]), (
-                "tap 'logits' must hold the logits that the step returns"
+        """Bit for bit, or within rounding for an executor whose limits.tap_exact is False."""
+        for case in _one_a_dtype(cases):
+            plain, tapped = running(case), running(case)
+            a, b = case.tokens(case.page_size + 1, 3)
+            steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
+            if not plain.limits.tap_exact:
+                for taps in (False, True):
+                    with trio(case) as three:
+                        for phase, batch in three.candidate.steps(three.sequences, *steps):
+                            three.step(phase, batch, taps)
+                continue
+            seen: Seen = {}
+            logits = []
+            for one, tap in ((plain, None), (tapped, recorder(seen))):
+                sequences = case.sequences()
+                logits.append(_logits(one, sequences, *steps, tap=tap))
+            assert all(map(same_bits, *logits)), (
+                "a tap must not change the logits: if another path computes steps without a tap, "
+                "set limits.tap_exact to False"
             )
+            assert all(map(same_bits, plain.snapshot(), tapped.snapshot())), (
+                "a tap must not change the keys and values that are written"
+            )
+            if "logits" in seen:
+                assert same_bits(seen["logits"], logits[1][-1]), (
+                    "tap 'logits' must hold the logits that the step returns"
+                )
 
     def test_a_tap_is_called_only_in_its_own_step(
         self, running: Callable[..., Running], case: Case
     ) -> None:
-        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        one, sequences = running(case), case.sequences()
         seen: Seen = {}
         _logits(one, sequences, {"a": case.tokens(5)[0]}, {"a": [3]}, tap=recorder(seen))
         seen.clear()
@@ -849,7 +1125,7 @@ class ExecutorSuite(PluginSuite):
         self, running: Callable[..., Running], cases: list[Case]
     ) -> None:
         for case in _one_a_dtype(cases):
-            one, sequences = running(case), Sequences(case.page_size, _pages(case), shuffled=True)
+            one, sequences = running(case), case.sequences(shuffled=True)
             a, b = case.tokens(case.page_size + 2, 3)
             steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}, {"b": a}]
             for phase, batch in one.steps(sequences, *steps):
@@ -865,7 +1141,7 @@ class ExecutorSuite(PluginSuite):
     def test_no_state_is_kept_between_steps(
         self, running: Callable[..., Running], case: Case
     ) -> None:
-        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        one, sequences = running(case), case.sequences()
         a, b, c = case.tokens(case.page_size + 2, 3, 2 * case.page_size)
         _, first = next(one.steps(sequences, {"a": a}))
         expected = one.run(first).clone()
@@ -879,10 +1155,7 @@ class ExecutorSuite(PluginSuite):
     ) -> None:
         steps: list[Tokens] = [{"a": case.tokens(case.page_size + 2)[0]}, {"a": [3]}, {"a": [4, 5]}]
         other = evolve(case, model=make_model(case.model.config, seed=1))
-        alone = [
-            _logits(running(one), Sequences(case.page_size, _pages(case)), *steps)
-            for one in (case, other)
-        ]
+        alone = [_logits(running(one), case.sequences(), *steps) for one in (case, other)]
         with trio(case) as mine, trio(other) as theirs:
             found: list[list[Tensor]] = [[], []]
             for tokens in steps:
@@ -903,7 +1176,7 @@ class ExecutorSuite(PluginSuite):
         found = []
         for _ in range(2):
             one = running(case)
-            found.append(_logits(one, Sequences(case.page_size, _pages(case)), *steps))
+            found.append(_logits(one, case.sequences(), *steps))
             one.executor.close()
             one.executor.close()
         assert all(map(same_bits, *found)), (
@@ -913,7 +1186,7 @@ class ExecutorSuite(PluginSuite):
     def test_a_closed_executor_raises_executor_error(
         self, running: Callable[..., Running], case: Case
     ) -> None:
-        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        one, sequences = running(case), case.sequences()
         _logits(one, sequences, {"a": case.tokens(5)[0]})
         one.executor.close()
         for tokens in ([3], [4, 5]):
@@ -945,6 +1218,7 @@ class ExecutorSuite(PluginSuite):
         self,
         create: Make,
         cases: list[Case],
+        info: PluginInfo,
         models: Mapping[str, ModelConfig],
         dtypes: Sequence[str],
     ) -> None:
@@ -953,7 +1227,7 @@ class ExecutorSuite(PluginSuite):
             for name, config in models.items():
                 if (name, dtype) in runs:
                     continue
-                case = _case(name, config, dtype, cases[0].page_size)
+                case = _case(name, config, dtype, info.kv_dtypes, cases[0].page_size)
                 source = ReadTo(case.model.tensors)
                 try:
                     create(case, weights=source).close()
@@ -972,12 +1246,13 @@ class ExecutorSuite(PluginSuite):
         for case in _one_a_dtype(cases):
             whole, parts = running(case), running(case)
             _layerwise(parts)
-            sequences = Sequences(case.page_size, _pages(case))
+            sequences = case.sequences()
             a, b = case.tokens(case.page_size + 2, 3)
             steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
             for phase, all_rows in whole.steps(sequences, *steps):
                 batch = evolve(all_rows, logits_rows=all_rows.logits_rows[1::3])
-                logits = whole.run(batch)
+                # A path for steps without a tap may round otherwise.
+                logits = whole.run(batch, None if whole.limits.tap_exact else recorder({}))
                 executor = parts.executor
                 step = executor.begin(batch)
                 hidden = executor.embed(step)
@@ -1000,12 +1275,49 @@ class ExecutorSuite(PluginSuite):
                     f"{phase}: run_layer must write the keys and values of the whole step"
                 )
 
+    def test_parts_of_the_layers_give_the_results_of_the_whole(
+        self, running: Callable[..., Running], cases: list[Case]
+    ) -> None:
+        for case in (case for case in cases if case.model.config.num_layers > 1):
+            whole, config = running(case), case.model.config
+            _layerwise(whole)
+            parts = []
+            for layers in _split(config.num_layers):
+                source = ReadTo(case.model.tensors)
+                parts.append(running(case, layers=layers, weights=source))
+                _check_part(case, parts[-1], source)
+            sequences = case.sequences()
+            a, b = case.tokens(case.page_size + 2, 3)
+            for phase, batch in whole.steps(sequences, {"a": a, "b": b}, {"a": [5], "b": [6]}):
+                begun = [one.executor.begin(copied(batch)) for one in (whole, *parts)]
+                expected = whole.executor.embed(begun[0])
+                found = parts[0].executor.embed(begun[1])
+                for part, step in zip(parts, begun[1:], strict=True):
+                    for layer in part.layers:
+                        expected = whole.executor.run_layer(begun[0], layer, expected)
+                        found = part.executor.run_layer(step, layer, found)
+                        assert same_bits(found.cpu(), expected.cpu()), (
+                            f"{case}, {phase}: layer {layer} of a part with the layers "
+                            f"{list(part.layers)} must give the hidden states of the whole model"
+                        )
+                        assert all(map(same_bits, part.cached(layer), whole.cached(layer))), (
+                            f"{case}, {phase}: layer {layer} of a part with the layers "
+                            f"{list(part.layers)} must write the keys and values of the whole model"
+                        )
+                rows = batch.logits_rows
+                logits = parts[-1].executor.run_head(begun[-1], found[rows]).cpu()
+                assert same_bits(logits, whole.executor.run_head(begun[0], expected[rows]).cpu()), (
+                    f"{case}, {phase}: the head of a part must give the logits of the whole model"
+                )
+            for part in parts:
+                _check_refuses_other_parts(part, copied(batch))
+
     def test_a_layers_cache_can_be_read_and_replaced(
         self, running: Callable[..., Running], case: Case
     ) -> None:
-        one, sequences = running(case), Sequences(case.page_size, _pages(case))
+        one, sequences = running(case), case.sequences()
         one.fill(0.0)
-        last, some = one.num_layers - 1, [3, 0, 2]
+        last, some = one.layers[-1], [3, 0, 2]
         now = one.executor.read_kv(last, some)
         random = torch.Generator().manual_seed(0)
         new = KvLayer(
@@ -1022,10 +1334,11 @@ class ExecutorSuite(PluginSuite):
             assert same_bits(alone.key[0], new.key[place]), (
                 "read_kv and write_kv must take the pages in the order given"
             )
-        found.key.fill_(7.0)
-        assert same_bits(one.executor.read_kv(last, some).key, new.key), (
-            "read_kv must return copies, not the cache itself"
-        )
+        for pages in (some, range(4)):
+            one.executor.read_kv(last, pages).key.fill_(7.0)
+            assert same_bits(one.executor.read_kv(last, some).key, new.key), (
+                "read_kv must return copies, not the cache itself"
+            )
         assert not one.executor.read_kv(last, [1]).key.any(), (
             "write_kv must write to the given pages only"
         )
@@ -1049,14 +1362,21 @@ class ExecutorSuite(PluginSuite):
         for case in cases:
             one = running(case)
             _layerwise(one)
-            dtype = torch_dtype(case.runtime.weight_dtype or "float32")
             for name, stored in case.model.tensors.items():
-                found = one.executor.weight(name)
+                found = one.executor.weight(name).cpu()
                 assert tuple(found.shape) == tuple(stored.shape), (
                     f"{case}: weight({name!r}) must have the shape {list(stored.shape)}, found "
                     f"{list(found.shape)}"
                 )
-                assert torch.equal(found.to(dtype), stored.to(dtype)), (
+                if case.quantised:
+                    error = _row_error(found, stored)
+                    assert error <= QUANTISED_ERROR, (
+                        f"{case}: each row of weight({name!r}) must be within {QUANTISED_ERROR:g} "
+                        f"of its norm from the checkpoint's, found {error:.2g}: check how it is "
+                        "quantised and packed"
+                    )
+                    continue
+                assert torch.equal(found.to(case.dtype), stored.to(case.dtype)), (
                     f"{case}: weight({name!r}) must equal the checkpoint's weight: check how it is "
                     "packed"
                 )
@@ -1076,74 +1396,100 @@ class ExecutorSuite(PluginSuite):
 
 
 def _accepted(
-    create: Make, models: Mapping[str, ModelConfig], dtypes: Sequence[str]
-) -> Iterator[Case]:
-    refusals = []
-    page_size: int | None = None
-    most = len(models)
+    create: Make,
+    models: Mapping[str, ModelConfig],
+    dtypes: Sequence[str],
+    kv_dtypes: Sequence[str],
+) -> tuple[list[Case], dict[tuple[str, str], str]]:
+    """Cases that the executor runs, and why it refuses others, by model and weight dtype."""
+    cases: list[Case] = []
+    refused: dict[tuple[str, str], str] = {}
     for dtype in dtypes:
-        count = 0
+        most = 2 if cases else len(models)
+        accepted = 0
         for name, config in models.items():
-            for size in [page_size] if page_size else PAGE_SIZES:
-                if count == most:
-                    break
-                case = _case(name, config, dtype, size)
+            if accepted == most:
+                break
+            # The last of the sizes is the executor's choice: what is refused then is the model.
+            for size in [cases[0].page_size] if cases else PAGE_SIZES:
+                case = _case(name, config, dtype, kv_dtypes, size)
                 try:
                     executor = create(case)
-                except ExecutorError as refused:
-                    refusals.append(str(refused))
+                except ExecutorError as error:
+                    refused[name, dtype] = str(error)
                     continue
                 page_size = executor.kv_cache_spec.page_size
                 executor.close()
-                count += 1
-                yield _case(name, config, dtype, page_size)
+                refused.pop((name, dtype), None)
+                cases.append(_case(name, config, dtype, kv_dtypes, page_size))
+                accepted += 1
                 break
-        if count:
-            most = 2
-    if page_size is None:
+    return cases, refused
+
+
+def _case(
+    name: str, config: ModelConfig, dtype: str, kv_dtypes: Sequence[str], page_size: int | None
+) -> Case:
+    """kv_dtypes: those that the executor declares; the weights' is taken if it is one of them, else
+    the first that torch computes in."""
+    computed = [kv_dtype for kv_dtype in kv_dtypes if kv_dtype in DTYPES]
+    if not computed:
         pytest.fail(
-            f"the executor refused all of {len(models)} models in {', '.join(dtypes)}, the first "
-            f"with: {refusals[0] if refusals else 'no error'}; give the suite a fixture 'models' "
-            "with models that it runs",
+            f"PluginInfo.kv_dtypes declares {', '.join(kv_dtypes)}, but the suite can judge only a "
+            f"KV cache in one of {', '.join(DTYPES)}",
             pytrace=False,
         )
-
-
-def _case(name: str, config: ModelConfig, dtype: str, page_size: int | None) -> Case:
+    kv_dtype = dtype if dtype in computed else computed[0]
     runtime = RuntimeConfig(
         weight_dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype,
         page_size=page_size,
         max_seq_len=MAX_SEQ_LEN,
         max_batch_size=MAX_BATCH_SIZE,
-        max_batch_tokens=6 * (page_size or 16) + 8,
+        max_batch_tokens=max(6 * (page_size or 16) + 8, 3 * MAX_BATCH_SIZE + 4),
     )
-    return Case(name=name, model=make_model(config, dtype=dtype), runtime=runtime)
+    model = make_model(config, dtype=dtype if dtype in DTYPES else kv_dtype)
+    return Case(name=name, model=model, runtime=runtime)
+
+
+def _with_kv(case: Case, dtype: str) -> Case:
+    return evolve(case, runtime=evolve(case.runtime, kv_dtype=dtype))
 
 
 @cache
-def _torch_executor() -> Any:
-    return plugins.load(plugins.find("executor", "torch"))
+def _torch_hooks() -> Any:
+    """The hooks of the executor ``torch``: made once, which takes longer than a call."""
+    manager = plugins.new_manager()
+    manager.register(plugins.load(plugins.find("executor", "torch")))
+    return manager.hook
 
 
-def _references(case: Case) -> list[Any]:
-    """The executor ``torch`` in the case's dtype, and in float32."""
+def _references(case: Case, candidate: Any) -> list[Any]:
+    """The executor ``torch`` in the case's dtype, and in float32.
+
+    They have the checkpoint's weights, or those of a candidate that quantises its own.
+    """
+    weights: TensorSource = case.model.source()
+    if case.quantised:
+        if not hasattr(candidate, "weight"):
+            pytest.fail(
+                f"{case}: an executor that quantises weights is judged with its own: it must be a "
+                "LayerwiseExecutor, whose weight(name) shows them",
+                pytrace=False,
+            )
+        weights = MemorySource({n: candidate.weight(n).float().cpu() for n in weights.names()})
+    runtime = evolve(case.runtime, weight_dtype=case.model.config.dtype)
     wide = evolve(case.runtime, weight_dtype="float32", kv_dtype="float32")
     return [
-        plugins.call(
-            _torch_executor(), "create_executor", **case.arguments(None, runtime_config=runtime)
+        _torch_hooks().create_executor(
+            **case.arguments(None, runtime_config=runtime, weights=weights)
         )
-        for runtime in (case.runtime, wide)
+        for runtime in (runtime, wide)
     ]
 
 
 def _one_a_dtype(cases: Sequence[Case]) -> list[Case]:
     return list({case.runtime.weight_dtype: case for case in reversed(cases)}.values())
-
-
-def _pages(case: Case) -> int:
-    """Enough for one sequence of MAX_SEQ_LEN and for a few short ones."""
-    return MAX_SEQ_LEN // case.page_size + 4 * MAX_BATCH_SIZE
 
 
 def _packing(implementation: Implementation, case: Case, **changed: Any) -> PackedWeights:
@@ -1159,6 +1505,85 @@ def _logits(
 ) -> list[Tensor]:
     """Copies of the logits of some steps, within the executor's limits."""
     return [one.run(batch, tap).clone() for phase, batch in one.steps(sequences, *steps)]
+
+
+def _one_by_one(
+    running: Running, sequences: Sequences, batches: Sequence[StepBatch]
+) -> list[Tensor]:
+    """The logits of each step's tokens when each runs in a step of its own."""
+    logits = []
+    for batch in batches:
+        starts = batch.query_starts.tolist()
+        parts = []
+        for i, name in enumerate(batch.request_ids):
+            for token in batch.token_ids[starts[i] : starts[i + 1]].tolist():
+                parts.append(running.run(sequences.batch({name: [token]})))
+        logits.append(torch.cat(parts))
+    return logits
+
+
+def _split(num_layers: int) -> list[range]:
+    """The first layer, those in the middle, if any, and the last one."""
+    last = num_layers - 1
+    return [range(1), *([range(1, last)] if last > 1 else []), range(last, num_layers)]
+
+
+def _check_part(case: Case, part: Running, source: ReadTo) -> None:
+    """Fail unless an executor of some layers is what was asked for."""
+    spec, layers = part.executor.kv_cache_spec, part.layers
+    what = f"{case}: an executor with the layers {list(layers)}"
+    assert part.executor.layers == layers, (
+        f"{what} must have layers = {layers}, found {part.executor.layers}"
+    )
+    assert spec.num_layers == len(layers), (
+        f"{what} must have a kv_cache_spec with num_layers = {len(layers)}, found {spec.num_layers}"
+    )
+    needed = expected_tensors(case.model.config, layers)
+    foreign = [name for name in source.read if name not in needed]
+    assert not foreign, f"{what} must read only their weights, but read {', '.join(foreign)}"
+    for name in case.model.tensors:
+        if name in needed:
+            part.executor.weight(name)
+            continue
+        try:
+            part.executor.weight(name)
+        except KeyError:
+            continue
+        pytest.fail(f"{what} must raise KeyError for weight({name!r})", pytrace=False)
+
+
+def _check_refuses_other_parts(part: Running, batch: StepBatch) -> None:
+    """Fail unless an executor of some layers raises ExecutorError for what it has not."""
+    executor, config = part.executor, part.case.model.config
+    hidden = torch.zeros(len(batch.token_ids), config.hidden_size, dtype=part.case.dtype)
+    calls: dict[str, Callable[[], object]] = {"forward": lambda: executor.forward(batch)}
+    if 0 not in part.layers:
+        calls["embed"] = lambda: executor.embed(executor.begin(batch))
+    if config.num_layers - 1 not in part.layers:
+        calls["run_head"] = lambda: executor.run_head(executor.begin(batch), hidden)
+    for name, call in calls.items():
+        try:
+            call()
+        except ExecutorError as refused:
+            _check_message(refused)
+        else:
+            pytest.fail(
+                f"{part.case}: {name} of an executor with the layers {list(part.layers)} must "
+                "raise ExecutorError",
+                pytrace=False,
+            )
+
+
+def _row_error(found: Tensor, stored: Tensor) -> float:
+    """The largest distance of a row from the stored one, over that one's norm.
+
+    A vector is one row, whose norm is that of its differences from its mean: weights of norms are
+    all near 1.
+    """
+    error, of = found.double() - stored.double(), stored.double()
+    if stored.ndim == 1:
+        error, of = error.unsqueeze(0), (of - of.mean()).unsqueeze(0)
+    return float((error.norm(dim=1) / of.norm(dim=1).clamp(min=1e-30)).max())
 
 
 def _tapped(

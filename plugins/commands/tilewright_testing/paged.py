@@ -1,6 +1,7 @@
 """Steps over pages of a KV cache, as an engine gives them to an executor."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from attrs import define, evolve, field
@@ -29,6 +30,8 @@ class Sequences:
     """Hand out pages in random order."""
     lengths: dict[str, int] = field(factory=dict)
     _pages: KvCacheManager = field(init=False)
+    _ended: list[str] = field(factory=list, init=False)
+    """Sequences that were freed since the last batch."""
 
     def __attrs_post_init__(self) -> None:
         self._pages = KvCacheManager(self.total_pages, self.page_size)
@@ -40,15 +43,32 @@ class Sequences:
             for page in torch.randperm(self.total_pages, generator=random).tolist():
                 self._pages.free(str(page))
 
-    def batch(self, tokens: Tokens, rows: Sequence[int] | None = None) -> StepBatch:
-        """The step that runs new tokens. rows: those that need logits; None: all."""
+    def begin(self, name: str, tokens: Sequence[int]) -> Sequence[int]:
+        """Begin a sequence with the known pages of its tokens; returns the tokens left to run."""
+        self.lengths[name] = self._pages.allocate(name, tokens, max_cached=len(tokens))
+        return tokens[self.lengths[name] :]
+
+    def commit(self, name: str, tokens: Sequence[int]) -> None:
+        """Make the full pages of a sequence's first tokens known, so that others can hold them."""
+        self._pages.commit(name, tokens)
+
+    def truncate(self, name: str, length: int) -> None:
+        """Take a sequence back to its first tokens."""
+        self._pages.truncate(name, length)
+        self.lengths[name] = length
+
+    def batch(self, tokens: Tokens, drafting: bool = False) -> StepBatch:
+        """The step that runs new tokens, with the logits of all of them.
+
+        drafting: each sequence's tokens behind its first are guesses, which the step checks.
+        """
         ids: list[int] = []
         positions: list[int] = []
         slots, tables, starts = [], [], [0]
         for name, new in tokens.items():
-            start = self.lengths.get(name, 0)
-            if not start:
-                self._pages.allocate(name, new, max_cached=0)
+            if name not in self.lengths:
+                self.lengths[name] = self._pages.allocate(name, new, max_cached=0)
+            start = self.lengths[name]
             self.lengths[name] = stop = start + len(new)
             self._pages.extend(name, stop)
             ids += new
@@ -56,17 +76,19 @@ class Sequences:
             slots.append(self._slots(name, start, stop))
             tables.append(torch.tensor(self._pages.pages(name), dtype=torch.int32))
             starts.append(len(ids))
+        ended, self._ended = tuple(self._ended), []
+        starts_at = torch.tensor(starts, dtype=torch.int32)
         return StepBatch(
             token_ids=torch.tensor(ids, dtype=torch.int64),
             positions=torch.tensor(positions, dtype=torch.int32),
             slot_mapping=torch.cat(slots),
             block_table=pad_sequence(tables, batch_first=True, padding_value=-1),
             context_lens=torch.tensor([self.lengths[n] for n in tokens], dtype=torch.int32),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            logits_rows=torch.tensor(
-                list(range(len(ids)) if rows is None else rows), dtype=torch.int64
-            ),
+            query_starts=starts_at,
+            num_drafts=starts_at.diff() - 1 if drafting else torch.zeros_like(starts_at[1:]),
+            logits_rows=torch.arange(len(ids)),
             request_ids=tuple(tokens),
+            ended_request_ids=ended,
         )
 
     def _slots(self, name: str, start: int, stop: int) -> Tensor:
@@ -76,7 +98,16 @@ class Sequences:
         return (pages * self.page_size + positions % self.page_size).int()
 
     def within(self, tokens: Tokens, limits: ExecutorLimits) -> Iterator[Tokens]:
-        """The new tokens in as many steps as an executor's limits require."""
+        """The new tokens in as many steps as an executor's limits require.
+
+        A sequence with context and one new token counts as decoding.
+        """
+        if not limits.mixed:
+            decoding = [n for n, new in tokens.items() if len(new) == 1 and self.lengths.get(n)]
+            prompts = {name: new for name, new in tokens.items() if name not in decoding}
+            if decoding and prompts:
+                yield from self.within({name: tokens[name] for name in decoding}, limits)
+                tokens = prompts
         most = limits.max_batch_size or len(tokens)
         left = {name: list(new) for name, new in tokens.items()}
         while left:
@@ -98,11 +129,13 @@ class Sequences:
     def free(self, name: str) -> None:
         self._pages.free(name)
         del self.lengths[name]
+        self._ended.append(name)
 
 
 def copied(batch: StepBatch) -> StepBatch:
     """A batch with copied tensors."""
-    return evolve(batch, **{name: tensor.clone() for name, tensor in tensors(batch).items()})
+    copies: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors(batch).items()}
+    return evolve(batch, **copies)
 
 
 def tensors(batch: StepBatch) -> dict[str, Tensor]:

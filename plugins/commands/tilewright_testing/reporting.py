@@ -13,6 +13,11 @@ import pytest
 
 from tilewright.plugins import cause
 
+FOUND = "tilewright-found"
+"""Name of the property (``record_property``) in which a test says what it found, passed or not."""
+SUMMARY = "tilewright-summary"
+"""Name of the property that is to be shown with the numbers of all tests."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tilewright-report", type=Path, help="file to write the test results to")
@@ -41,7 +46,11 @@ class _Report:
         report = yield
         if report.failed or report.skipped or report.when == "teardown":
             error = None if call.excinfo is None else call.excinfo.value
-            self._write(report.outcome, None if error is None else _reason(error))
+            said = dict(item.user_properties)
+            if report.when == "teardown" and SUMMARY in said:
+                self._write("summary", str(said[SUMMARY]))
+            found = str(said[FOUND]) if FOUND in said else None
+            self._write(report.outcome, found if error is None else _reason(error))
         return report
 
     def _write(self, event: str, value: str | Sequence[str] | None) -> None:

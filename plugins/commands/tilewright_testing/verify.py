@@ -23,12 +23,19 @@ class Statement(NamedTuple):
     statement: str
     result: Result
     reason: str
+    """For a test that passed: what it found, or empty."""
 
 
-def verify(
-    plugin: Plugin, options: Mapping[str, Any], source: str | None = None
-) -> list[Statement]:
-    """Run the suite of the plugin's kind in a separate process, and return its statements.
+class Verified(NamedTuple):
+    """The outcome of a suite."""
+
+    statements: list[Statement]
+    summary: str
+    """What a suite says of itself as a whole, such as ``ran 3 of 16 models``; or empty."""
+
+
+def verify(plugin: Plugin, options: Mapping[str, Any], source: str | None = None) -> Verified:
+    """Run the suite of the plugin's kind in a separate process.
 
     options: the plugin's, as a user writes them. source: for a loader, a model to load instead of
     the sample that it writes. Raises TilewrightError when the suite cannot be run.
@@ -65,7 +72,10 @@ def verify(
         said = [line for line in (ran.stdout + ran.stderr).splitlines() if line.startswith("E ")]
         why = said[-1].removeprefix("E").strip() if said else _ending(ran.returncode)
         raise TilewrightError(f"the conformance suite of {plugin} could not be run: {why}")
-    return list(_statements(map(json.loads, lines), ran.returncode))
+    events = [json.loads(line) for line in lines]
+    summary = ", ".join(value for event, value in events if event == "summary")
+    tests = ((event, value) for event, value in events if event != "summary")
+    return Verified(list(_statements(tests, ran.returncode)), summary)
 
 
 def _test(plugin: Plugin, options: Mapping[str, Any], source: str | None) -> str:

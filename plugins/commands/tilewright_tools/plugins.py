@@ -209,11 +209,12 @@ def verify(args: argparse.Namespace) -> int:
         found.append((plugin, suites.verify(plugin, given, source)))
     if args.json:
         print_json(
-            record(plugin) | {"statements": [s._asdict() for s in statements]}
-            for plugin, statements in found
+            record(plugin)
+            | {"statements": [s._asdict() for s in statements], "summary": summary or None}
+            for plugin, (statements, summary) in found
         )
     else:
-        for index, (plugin, statements) in enumerate(found):
+        for index, (plugin, (statements, summary)) in enumerate(found):
             if index:
                 print()
             print(plugin)
@@ -224,10 +225,10 @@ def verify(args: argparse.Namespace) -> int:
                     print(f"  {'':8}   {reason}")
                 said = reason
             results = [s.result for s in statements]
-            numbers = (f"{results.count(r)} {r}" for r in ("passed", "failed", "not run"))
+            numbers = [f"{results.count(r)} {r}" for r in ("passed", "failed", "not run")]
             unproved = ": what was not run is not proved" if "not run" in results else ""
-            print(f"{', '.join(numbers)}{unproved}")
-    all_results = {statement.result for _, statements in found for statement in statements}
+            print(f"{', '.join([*numbers, summary] if summary else numbers)}{unproved}")
+    all_results = {s.result for _, (statements, _) in found for s in statements}
     return 1 if "failed" in all_results else NOT_PROVED if "not run" in all_results else 0
 
 

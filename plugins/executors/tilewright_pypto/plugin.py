@@ -30,6 +30,7 @@ def plugin_info() -> PluginInfo:
         options=Options,
         weight_dtypes=("bfloat16",),
         kv_dtypes=("bfloat16",),
+        serves=_serves,
         limits={
             "device": "a card of an Ascend host, a simulator of PyPTO, or emulated on the CPU",
             "models": "dense Qwen3: q/k norm, no biases, full attention",
@@ -39,6 +40,15 @@ def plugin_info() -> PluginInfo:
             "taps": "embed, output of each layer, logits",
         },
     )
+
+
+def _serves(config: ModelConfig) -> bool:
+    """Dense Qwen3 in multiples of the kernels' tiles."""
+    biased = config.qkv_bias or config.output_bias or config.mlp_bias
+    full_attention = all(window is None for window in config.sliding_windows)
+    tiled = config.head_dim % 32 == config.hidden_size % 16 == config.intermediate_size % 16 == 0
+    plain = full_attention and config.rope.kind != "dynamic" and not biased
+    return config.qk_norm and plain and tiled and config.num_heads % config.num_kv_heads == 0
 
 
 @hookimpl

@@ -45,6 +45,7 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="the reference executor: any supported model on the CPU, with PyTorch",
         options=Options,
+        serves=_serves,
         limits={
             "device": "cpu",
             "weights and KV cache": "float32, bfloat16, float16, also different from each other",
@@ -112,6 +113,15 @@ def create_executor(
     return TorchExecutor(model, spec, layers)
 
 
+def _serves(config: ModelConfig) -> bool:
+    evenly_shared = config.num_heads % config.num_kv_heads == 0
+    return evenly_shared and config.head_dim % 2 == 0 and config.head_dim >= _least_head_dim(config)
+
+
+def _least_head_dim(config: ModelConfig) -> int:
+    return 4 if config.rope.kind == "dynamic" else 2
+
+
 def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
     if runtime.device not in (None, "cpu"):
         raise ExecutorError(
@@ -124,7 +134,7 @@ def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
             f"{config.num_heads} and {config.num_kv_heads} in {config.architecture}: check the "
             "model's configuration"
         )
-    least = 4 if config.rope.kind == "dynamic" else 2
+    least = _least_head_dim(config)
     if config.head_dim % 2 or config.head_dim < least:
         raise ExecutorError(
             f"executor torch needs an even head_dim of {least} or more for {config.rope.kind} "

@@ -285,7 +285,8 @@ def test_a_tap_receives_the_embedding_the_layer_outputs_and_the_logits(tmp_path)
     config = loaded.config
     running = Running(asked(loaded, page_size=16).of(pypto), 8)
     first, second = prompts(qwen3(), [20, 3])
-    running.run(Sequences(16, 8).batch({"a": first, "b": second}, rows=[19, 22]))
+    whole = Sequences(16, 8).batch({"a": first, "b": second})
+    running.run(evolve(whole, logits_rows=torch.tensor([19, 22])))
     hidden = (23, config.hidden_size)
     expected: dict[str, tuple[Any, ...]] = {"embed": (hidden, torch.bfloat16)}
     for i in range(config.num_layers):

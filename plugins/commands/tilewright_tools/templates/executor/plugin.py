@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tilewright import hookimpl
+from tilewright import hookimpl, kv_storage
 from tilewright.errors import ExecutorError
 from tilewright.rope import frequencies
 from tilewright.types import (
@@ -33,9 +33,11 @@ PAGE_SIZE = 16
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="the forward pass in float32, one sequence after another",
+        weight_dtypes=("float32",),
+        kv_dtypes=("float32",),
+        serves=lambda config: config.rope.kind != "dynamic",
         limits={
             "device": "cpu",
-            "weights and KV cache": "float32",
             "RoPE": "default, linear, llama3, yarn",
             "taps": "embed, layers.N.output, logits",
         },
@@ -82,13 +84,13 @@ class PlainExecutor:
         self.config = config
         self.weights = weights
         self.kv_cache_spec = spec
-        self.cache: Sequence[KvLayer] = ()
+        self.cache: list[KvLayer] = []
         self.frequencies, self.rope_scale = frequencies(config)
 
-    def bind_kv_cache(self, layers: Sequence[KvLayer]) -> None:
-        self.cache = layers
+    def allocate_kv(self, num_pages: int) -> None:
+        self.cache = kv_storage.allocate(self.kv_cache_spec, num_pages)
 
-    def prefill(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+    def forward(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
         if not self.weights:
             raise ExecutorError("executor my-plugin is closed: load the model again")
         config = self.config
@@ -113,11 +115,16 @@ class PlainExecutor:
             tap("logits", logits)
         return logits
 
-    def decode(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
-        return self.prefill(batch, tap)
+    def read_kv(self, layer: int, pages: Sequence[int]) -> KvLayer:
+        cache = self.cache[layer]
+        return KvLayer(cache.key[list(pages)], cache.value[list(pages)])
+
+    def write_kv(self, layer: int, pages: Sequence[int], cache: KvLayer) -> None:
+        own = self.cache[layer]
+        own.key[list(pages)], own.value[list(pages)] = cache.key, cache.value
 
     def close(self) -> None:
-        self.weights, self.cache = {}, ()
+        self.weights, self.cache = {}, []
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """[rows, in] to [rows, out]."""
