@@ -75,7 +75,8 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         # A decode step holds one token of each running request.
         self._max_running = min(max_batch_size, max_batch_tokens)
-        self._mixed = limits.mixed
+        self.mixed = limits.mixed
+        """Whether prompts and decoding requests may be in one step; may be set between steps."""
         self._max_scored = limits.max_logits_rows or max_batch_tokens
         self._draft = draft
         self._decoded_last = False
@@ -151,7 +152,7 @@ class Scheduler:
                 continue
             decodes = left == 1 and request.num_scheduled >= len(request.prompt_token_ids)
             (decoding if decodes else prompts).append(request)
-        if decoding and prompts and not self._mixed:
+        if decoding and prompts and not self.mixed:
             decoding, prompts = ([], prompts) if self._decoded_last else (decoding, [])
         room = self._max_batch_tokens - len(decoding)
         chosen: list[_Chosen] = []

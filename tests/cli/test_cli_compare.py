@@ -45,8 +45,8 @@ def wrong_layer(monkeypatch):
     """Layer 1 of the candidate, which is the side with pages of 7, puts out a tenth too much."""
     run_layer = TorchExecutor.run_layer
 
-    def wrong(self, layer, hidden, batch, tap=None):
-        output = run_layer(self, layer, hidden, batch, tap)
+    def wrong(self, step, layer, hidden, tap=None):
+        output = run_layer(self, step, layer, hidden, tap)
         if layer == 1 and self.kv_cache_spec.page_size == 7:
             output = output * 1.1
             if tap:
@@ -149,10 +149,10 @@ def test_a_tolerance_of_the_user_decides(capsys, wrong_layer):
 def test_an_executor_that_fails_leaves_a_report_and_ends_with_code_2(capsys, tmp_path, monkeypatch):
     run_head = TorchExecutor.run_head
 
-    def fails(self, hidden, tap=None):
+    def fails(self, step, hidden, tap=None):
         if self.kv_cache_spec.page_size == 7:
             raise RuntimeError("out of\nmemory")
-        return run_head(self, hidden, tap)
+        return run_head(self, step, hidden, tap)
 
     monkeypatch.setattr(TorchExecutor, "run_head", fails)
     page = tmp_path / "page.html"
@@ -215,7 +215,10 @@ def test_the_demo_model_has_a_prompt_of_its_own(capsys):
         ([*SEVEN, "--html", "x", "--output", "./x"], "name the same file: give each its own"),
         ([*SEVEN, "--tolerance", "*:maxabs=1"], "did you mean 'max_abs'?"),
         ([*SEVEN, "--tolerance", "layer.*:nmse=1"], "'layer.*' matches no tensor that is compared"),
-        ([*EMULATED, "-o", "candidate.runtime.weight_dtype=float32"], "kernels in bfloat16"),
+        (
+            [*EMULATED, "-o", "candidate.runtime.weight_dtype=float32"],
+            "weight_dtype = 'float32' is not supported by executor 'pypto-npu'",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_one_line(capsys, argv, message):

@@ -3,7 +3,7 @@
 from attrs import define, field
 
 from tilewright_compare.hypotheses import Reason
-from tilewright_compare.judge import Finding, LogitsAgreement
+from tilewright_compare.judge import Finding, LogitsAgreement, Mode
 from tilewright_compare.packing import WeightFinding
 
 
@@ -18,12 +18,15 @@ class Comparison:
     """The candidate's dtype; the baseline is the reference in it, the truth is in float32."""
     weights: list[WeightFinding] = field(factory=list)
     findings: list[Finding] = field(factory=list)
-    """In the order in which the tensors were computed: chained, then isolated."""
+    """In the order in which the tensors were computed: step by step, chained, then untapped; at the
+    end isolated."""
     reason: Reason | None = None
     """Diagnosis of the first layer that is wrong by itself."""
     logits: list[LogitsAgreement] = field(factory=list)
     not_compared: list[str] = field(factory=list)
     """Stages that the reference taps and the candidate does not."""
+    unreached: list[str] = field(factory=list)
+    """What an engine runs on the candidate and the comparison could not, in words."""
     perplexity: tuple[float, float] | None = None
     """Perplexity of the prompts, by the truth and by the candidate."""
     finished: bool = False
@@ -40,10 +43,17 @@ class Comparison:
 
     @property
     def divergence(self) -> Finding | None:
-        """The first tensor that is wrong by itself, else the first that is wrong at all."""
-        failed = [f for f in self.findings if not f.passed]
-        alone = [f for f in failed if f.place.mode == "isolated"]
-        return next(iter(alone or failed), None)
+        """The first tensor that is wrong by itself, else the first that is wrong with taps, else
+        the first that is wrong without."""
+        return (
+            self.first_wrong("isolated")
+            or self.first_wrong("chained")
+            or self.first_wrong("untapped")
+        )
+
+    def first_wrong(self, mode: Mode) -> Finding | None:
+        wrong = (f for f in self.findings if f.place.mode == mode and not f.passed)
+        return next(wrong, None)
 
     @property
     def sentence(self) -> str:
@@ -55,10 +65,15 @@ class Comparison:
             so_far = f"no difference in {len(self.findings)} tensors so far"
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
         if first is None:
-            return "equal: every tensor is as near to the truth as rounding allows"
+            left = f"; not compared: {', '.join(self.unreached)}" if self.unreached else ""
+            return f"equal: every tensor is as near to the truth as rounding allows{left}"
         place = first.place
         where = f"{place.phase} step {place.step}, {place.tensor}"
-        alone = "" if place.mode == "chained" else " (given the reference's own input)"
+        alone = " (given the reference's own input)" if place.mode == "isolated" else ""
+        diverges = "diverges first in"
+        if place.mode == "untapped":
+            so_far = "" if self.finished else " so far"
+            diverges = f"right with taps{so_far}, wrong without: {diverges}"
         worst = ""
         if first.candidate is not None:
             d = first.candidate
@@ -66,4 +81,4 @@ class Comparison:
             worst = (
                 f"; worst at {at}: {d.candidate_at_worst:.6g}, expected {d.reference_at_worst:.6g}"
             )
-        return f"diverges first in {where}{alone}: {first.why}{worst}"
+        return f"{diverges} {where}{alone}: {first.why}{worst}"

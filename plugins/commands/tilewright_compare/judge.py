@@ -9,10 +9,12 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from tilewright.errors import ConfigError, nearest
+from tilewright.types import Phase as Phase
 from tilewright_compare.metrics import METRICS, Difference, difference
 
-Phase = Literal["prefill", "decode"]
-Mode = Literal["chained", "isolated"]
+Mode = Literal["chained", "isolated", "untapped"]
+"""Each side on its own outputs, each layer by itself, or a step as an engine runs it, without taps.
+"""
 
 FACTOR = 1.5
 """Largest ratio of a candidate's error to the baseline's, over many rows. See ``slack``."""
@@ -141,7 +143,8 @@ class Finding:
     why: str
     """Reason in words if it did not pass; else empty."""
     candidate: Difference | None = None
-    """Difference from the truth. None: there was nothing to measure."""
+    """Difference from the truth, or what ``judge_bits`` measures. None: there was nothing to
+    measure."""
     baseline: Difference | None = None
     worst_row: tuple[float, float] = field(default=(0.0, 0.0))
     """Relative error of the worst row, of the candidate and of the baseline."""
@@ -182,7 +185,7 @@ class Noise:
         return math.sqrt(self.squares / self.rows) if self.rows else 0.0
 
 
-SCATTER: dict[Mode, float] = {"isolated": 1.0, "chained": 2.0}
+SCATTER: dict[Mode, float] = {"isolated": 1.0, "chained": 2.0, "untapped": 2.0}
 """Spread of one row's error over its mean: larger where layers have amplified the error."""
 
 
@@ -238,6 +241,33 @@ def judge(
         limits=limits,
         tolerance=tolerance,
         excess=excess,
+    )
+
+
+def judge_bits(place: Place, untapped: Tensor, tapped: Tensor) -> Finding:
+    """A tensor of a run without taps passes when it has the bits of the run with taps.
+
+    ``candidate`` is its difference from the run with taps; there is no baseline.
+    """
+    if (untapped.shape, untapped.dtype) != (tapped.shape, tapped.dtype):
+        why = (
+            f"its shape is {list(untapped.shape)} in {untapped.dtype}, and with taps "
+            f"{list(tapped.shape)} in {tapped.dtype}"
+        )
+        return Finding(place=place, passed=False, why=why)
+    ours, theirs = (
+        t.contiguous().view(torch.uint8).view(*t.shape, t.itemsize) for t in (untapped, tapped)
+    )
+    wrong = int((ours != theirs).any(-1).sum())
+    return Finding(
+        place=place,
+        passed=not wrong,
+        why=f"{wrong} of {tapped.numel()} elements differ from the run with taps, though the "
+        "executor's limits.tap_exact says that a tap changes no bit"
+        if wrong
+        else "",
+        candidate=difference(untapped, tapped),
+        excess=math.inf if wrong else 0.0,
     )
 
 

@@ -21,8 +21,10 @@ from tilewright_compare.report import (
     axes,
     cell,
     facts,
-    missing_line,
+    missing_lines,
     reason_line,
+    shown_modes,
+    untapped_line,
     verdict,
     weights_line,
     worst,
@@ -51,13 +53,14 @@ def html(comparison: Comparison) -> str:
         verdict=verdict(comparison),
         facts=facts(comparison),
         why=reason_line(comparison.reason) if comparison.reason else "",
-        missing=missing_line(comparison) if comparison.not_compared else "",
+        missing=missing_lines(comparison),
+        without_taps=untapped_line(comparison),
         advice=advice(comparison),
         modes=MODES,
         first=first,
         figures=_figures(first) if first else [],
         guesses=_guesses(comparison.reason) if first and comparison.reason else [],
-        heat_maps=[maps for mode in MODES if (maps := _heat_maps(comparison, mode))],
+        heat_maps=[_heat_maps(comparison, mode) for mode in shown_modes(comparison)],
         depth=_depth(comparison),
         logits=_logits(comparison.logits) if comparison.logits else None,
         weights=weights_line(comparison),
@@ -94,8 +97,9 @@ def _guesses(reason: Reason) -> list[tuple[str, str]]:
 
 
 def _figures(finding: Finding) -> list[tuple[object, ...]]:
+    """Rows of the candidate's figures and, if there are any, of the baseline's."""
     ours, near = finding.candidate, finding.baseline
-    if ours is None or near is None:
+    if ours is None:
         return []
     figures: dict[str, Callable[[Difference], object]] = {
         "relative RMS": lambda d: _number(d.relative_rms),
@@ -109,8 +113,10 @@ def _figures(finding: Finding) -> list[tuple[object, ...]]:
         "not finite": lambda d: d.candidate_nonfinite,
         "worst element": lambda d: list(d.worst),
         "its value": lambda d: _number(d.candidate_at_worst),
-        "in truth": lambda d: _number(d.reference_at_worst),
+        "expected": lambda d: _number(d.reference_at_worst),
     }
+    if near is None:
+        return [(name, of(ours)) for name, of in figures.items()]
     rows: list[tuple[object, ...]] = [(name, of(ours), of(near)) for name, of in figures.items()]
     rows.insert(1, ("worst row", *map(_number, finding.worst_row)))
     return rows
@@ -164,17 +170,12 @@ class HeatMap:
     top: int = _TOP
 
 
-def _heat_maps(
-    comparison: Comparison, mode: Mode
-) -> tuple[str, list[tuple[str, HeatMap]], int] | None:
-    """Title, heat maps with captions, and the number of steps without one; None for a mode that did
-    not run."""
+def _heat_maps(comparison: Comparison, mode: Mode) -> tuple[str, list[tuple[str, HeatMap]], int]:
+    """Title of a mode that ran, heat maps with captions, and the number of steps without one."""
     by_step: dict[int, list[Finding]] = {}
     for finding in comparison.findings:
         if finding.place.mode == mode:
             by_step.setdefault(finding.place.step, []).append(finding)
-    if not by_step:
-        return None
 
     def trouble(step: int) -> tuple[int, float, int]:
         found = by_step[step]

@@ -14,11 +14,14 @@ from tilewright_compare.comparison import Comparison
 from tilewright_compare.judge import Finding, Mode
 from tilewright_compare.report import (
     MODES,
+    PHASES,
     Cells,
     axes,
     facts,
-    missing_line,
+    missing_lines,
     reason_line,
+    shown_modes,
+    untapped_line,
     verdict,
     worst,
 )
@@ -61,9 +64,10 @@ def png(comparison: Comparison) -> bytes:
         blocks.insert(2, _text(f"why: {reason_line(comparison.reason)}", _MIDDLE, LIGHT.ink))
     if comparison.findings:
         blocks.append(_legend(framed=comparison.divergence is not None))
-    blocks += [panel for mode in MODES if (panel := _panel(comparison, mode))]
-    if comparison.not_compared:
-        blocks.append(_text(missing_line(comparison), _SMALL, LIGHT.faint))
+    blocks += [_panel(comparison, mode) for mode in shown_modes(comparison)]
+    for line in (untapped_line(comparison), *missing_lines(comparison)):
+        if line:
+            blocks.append(_text(line, _SMALL, LIGHT.faint))
     model = Path(comparison.model).resolve().name
     blocks.append(_text(f"model {model}; tilewright compare {__version__}", _SMALL, LIGHT.faint))
     inside = _stacked(blocks, gap=40)
@@ -163,11 +167,9 @@ def _legend(framed: bool) -> Image.Image:
     return image
 
 
-def _panel(comparison: Comparison, mode: Mode) -> Image.Image | None:
-    """Title and heat map; None for a mode that did not run."""
+def _panel(comparison: Comparison, mode: Mode) -> Image.Image:
+    """Title and heat map of a mode that ran."""
     found = [f for f in comparison.findings if f.place.mode == mode]
-    if not found:
-        return None
     first = comparison.divergence
     blocks = [
         _text(MODES[mode], _MIDDLE, LIGHT.ink),
@@ -179,7 +181,7 @@ def _panel(comparison: Comparison, mode: Mode) -> Image.Image | None:
 
 def _steps(found: Sequence[Finding]) -> str:
     told = []
-    for phase in ("prefill", "decode"):
+    for phase in PHASES:
         steps = {f.place.step for f in found if f.place.phase == phase}
         wrong = {f.place.step for f in found if f.place.phase == phase and not f.passed}
         if steps:

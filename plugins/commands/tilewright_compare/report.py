@@ -10,7 +10,7 @@ from attrs import asdict
 from tilewright import __version__
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.hypotheses import RULED_OUT, Reason
-from tilewright_compare.judge import Finding, LogitsAgreement, Mode
+from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Phase
 from tilewright_compare.metrics import Difference
 
 CHECKS = {
@@ -71,6 +71,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
             for row in comparison.logits
         ],
         "not_compared": comparison.not_compared,
+        "unreached": comparison.unreached,
         "findings": [finding_record(f) for f in comparison.findings],
     }
 
@@ -147,18 +148,18 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
         lines += prose(f"why: {reason_line(comparison.reason)}")
     lines += prose(*(f"next: {hint}" for hint in advice(comparison)))
     lines += ["", *prose(facts(comparison))]
-    for mode, title in MODES.items():
-        if table := _table(comparison, mode, width):
-            lines += ["", *prose(title), *table]
+    for mode in shown_modes(comparison):
+        lines += ["", *prose(MODES[mode]), *_table(comparison, mode, width)]
     if comparison.findings:
         lines += prose("(error over its limit, the worst of all steps; ! is too large)")
+    if without := untapped_line(comparison):
+        lines += prose(without)
     if comparison.logits:
         lines += ["", *prose("logits, candidate against truth"), *_logits(comparison)]
         if any(row.near_tie for row in comparison.logits):
             lines += prose("(~ near-tie: rounding could swap the truth's two likeliest tokens)")
     lines += ["", *prose(weights_line(comparison))]
-    if comparison.not_compared:
-        lines += prose(missing_line(comparison))
+    lines += prose(*missing_lines(comparison))
     if comparison.perplexity:
         true, ours = comparison.perplexity
         lines += prose(f"perplexity of the prompt: truth {true:.6g}, candidate {ours:.6g}")
@@ -168,17 +169,30 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
 MODES: dict[Mode, str] = {
     "isolated": "each layer by itself, on the reference's input and cache",
     "chained": "each side on its own outputs",
+    "untapped": "without taps, as an engine runs a step",
 }
+
+
+def shown_modes(comparison: Comparison) -> list[Mode]:
+    """The modes that get a table: those that ran, and the run without taps only if it is wrong."""
+    ran = {f.place.mode for f in comparison.findings}
+    if not comparison.first_wrong("untapped"):
+        ran.discard("untapped")
+    return [mode for mode in MODES if mode in ran]
+
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode", "mixed")
 
 
 def facts(comparison: Comparison) -> str:
     steps = {f.place.step: f.place.phase for f in comparison.findings}
     phases = list(steps.values())
+    told = [f"{phases.count(p)} {p}" for p in PHASES if p != "mixed" or p in phases]
     failed = sum(not f.passed for f in comparison.findings)
     return (
         f"candidate {comparison.candidate} in {comparison.dtype}, reference "
-        f"{comparison.reference}; steps: {phases.count('prefill')} prefill, "
-        f"{phases.count('decode')} decode; {len(comparison.findings)} tensors, {failed} wrong"
+        f"{comparison.reference}; steps: {', '.join(told)}; "
+        f"{len(comparison.findings)} tensors, {failed} wrong"
         f"{'' if comparison.finished else '; not finished'}"
     )
 
@@ -230,9 +244,27 @@ def weights_line(comparison: Comparison) -> str:
     return f"weights: {len(wrong)} of {len(comparison.weights)} are wrong: {shown}{more}"
 
 
-def missing_line(comparison: Comparison) -> str:
-    stages = ", ".join(comparison.not_compared)
-    return f"not compared, because {comparison.candidate} does not tap them: {stages}"
+def untapped_line(comparison: Comparison) -> str:
+    """What the run without taps showed; empty if there was none."""
+    found = [f for f in comparison.findings if f.place.mode == "untapped"]
+    wrong = [f for f in found if not f.passed]
+    if wrong:
+        steps, all_steps = (len({f.place.step for f in some}) for some in (wrong, found))
+        return (
+            f"without taps, {len(wrong)} of {len(found)} tensors are wrong, in {steps} of "
+            f"{all_steps} steps"
+        )
+    if any(f.baseline for f in found):
+        return "without taps, cache and logits are as near to the truth as rounding allows"
+    return "without taps, cache and logits have the same bits" if found else ""
+
+
+def missing_lines(comparison: Comparison) -> list[str]:
+    """What was not compared, and why."""
+    lines = [f"not compared: {what}" for what in comparison.unreached]
+    if stages := ", ".join(comparison.not_compared):
+        lines.append(f"not compared, because {comparison.candidate} does not tap them: {stages}")
+    return lines
 
 
 def worst(findings: Iterable[Finding]) -> dict[tuple[int | None, str], Finding]:
@@ -287,9 +319,12 @@ def grouped(layers: Sequence[int], special: int | None) -> list[Sequence[int]]:
 
 
 def cell(finding: Finding) -> str:
-    """``0.4``, ``12!``: the error over its limit, and a mark when it is too large."""
+    """``0.4``, ``12!``: the error over its limit, and a mark when it is too large. ``bits!``: other
+    bits than with taps."""
     if finding.candidate is None:
         return "none!" if "no such" in finding.why else "shape!"
+    if finding.baseline is None and not finding.passed:
+        return "bits!"
     x = finding.excess
     shown = (
         f"{x:.1f}" if x < 9.95 else f"{x:.0f}" if x < 999.5 else ">999" if x < math.inf else "inf"
@@ -367,7 +402,9 @@ def advice(comparison: Comparison) -> list[str]:
     first = comparison.divergence
     if first is None:
         return []
-    if gap := _untapped(comparison, first):
+    if first.place.mode == "untapped":
+        return _advice_without_taps(first)
+    if gap := _untapped_stages(comparison, first):
         hints = [
             f"look between {gap[0]}, which is right, and {gap[-1]}: to narrow it down, let the "
             f"candidate tap {', '.join(gap[1:-1])}"
@@ -381,12 +418,43 @@ def advice(comparison: Comparison) -> list[str]:
             if "isolated" in modes
             else "to try each layer alone, both executors must be able to run layer by layer"
         )
-    if first.place.phase == "decode" and first.place.mode == "chained":
-        hints.append("prefill is right: look at positions, slots and the cache of decode steps")
+    if first.place.mode == "chained" and (hint := _ABOUT_PHASES.get(first.place.phase)):
+        hints.append(hint)
+    if without := comparison.first_wrong("untapped"):
+        place = without.place
+        hints.append(
+            f"without taps, it is wrong too, first in {place.phase} step {place.step}, "
+            f"{place.tensor}: {without.why}"
+        )
     return hints
 
 
-def _untapped(comparison: Comparison, first: Finding) -> list[str]:
+_ABOUT_PHASES: dict[Phase, str] = {
+    "decode": "prefill is right: look at positions, slots and the cache of decode steps",
+    "mixed": "prefill and decode are right in steps of their own: look at what each sequence of a "
+    "step takes from query_starts, context_lens and block_table",
+}
+
+
+def _advice_without_taps(first: Finding) -> list[str]:
+    layer = first.place.layer
+    where = f"the keys and values of layer {layer}"
+    if layer is None:
+        where = "the last layer and the head"
+    elif layer:
+        where += f", and what layer {layer - 1} puts out"
+    hints = [f"look at what forward runs when it has no tap: {where}"]
+    if hint := _ABOUT_PHASES.get(first.place.phase):
+        hints.append(hint)
+    if first.baseline is None and first.candidate is not None:
+        hints.append(
+            "if rounding explains the difference, set the executor's limits.tap_exact to False: "
+            "the run without taps is then judged by its distance from the truth"
+        )
+    return hints
+
+
+def _untapped_stages(comparison: Comparison, first: Finding) -> list[str]:
     """The last stage before the first wrong one, the untapped stages between, and the wrong one."""
     order = list(CHECKS)
     layer, stage = first.place.layer, first.place.stage

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tilewright.errors import ConfigError, ExecutorError, nearest
 from tilewright.scheduler import Step
-from tilewright.types import KvLayer
+from tilewright.types import KvLayer, SamplingExecutor
 from tilewright.weights import torch_dtype
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.diagnosis import Diagnosis
@@ -23,6 +23,7 @@ from tilewright_compare.judge import (
     Place,
     Tolerance,
     judge,
+    judge_bits,
     logits_agreement,
 )
 from tilewright_compare.layer import Case
@@ -33,10 +34,13 @@ from tilewright_compare.sides import (
     StepError,
     Tensors,
     cached_slots,
+    cleared,
     copy_kv,
     joined,
+    late_request,
     open_side,
     recorder,
+    unmixed_because,
     written,
 )
 
@@ -60,7 +64,10 @@ def compare(
     tolerances: Sequence[Tolerance] = (),
     progress: Progress = lambda result, what, done, total: None,
 ) -> Comparison:
-    """Run prompts, then new_tokens - 1 decode steps with the truth's greedy tokens on all sides.
+    """Run prompts, then new_tokens - 1 decode steps with the truth's greedy tokens on all sides,
+    and a mixed step, in which one prompt decodes another token while a further one is run.
+
+    Each step runs twice on the candidate: with taps, and without, as an engine runs it.
 
     chunk: maximum number of tokens in a prefill step. isolate: run each layer alone even if the
     whole runs are equal; that finds errors that are lost in the rounding of earlier layers.
@@ -81,13 +88,25 @@ def compare(
             dtype=sides.candidate.weight_dtype,
         )
         steps = -(-sum(map(len, prompts)) // chunk) + new_tokens - 1
+        late = late_request(prompts, chunk)
+        why = unmixed_because(sides.all, late, chunk)
+        if not why:
+            steps += 1
+        elif sides.candidate.executor.limits.mixed:
+            result.unreached.append(f"steps that mix prompts and decoding ({why})")
+        if isinstance(sides.candidate.executor, SamplingExecutor):
+            result.unreached.append("the tokens that the candidate samples itself (submit)")
+        for side in sides.all:
+            if not why:
+                side.mix(evolve(late))
+            side.start()
         progress(result, "weights", 0, steps)
         result.weights = list(compared_weights(sides.candidate, sides.baseline))
         tokens: list[list[int]] = []
         try:
             for what, done in sides.chained(result, tokens):
                 progress(result, f"chained, {what}", done, steps)
-            if (isolate or result.divergence) and sides.layerwise:
+            if (isolate or result.first_wrong("chained")) and sides.layerwise:
                 for what, done in sides.isolated(result, tokens):
                     progress(result, f"isolated, {what}", done, steps)
         except StepError as error:
@@ -176,6 +195,7 @@ class _Sides:
                 )
             if not number:
                 self._check_tolerances(result)
+            result.findings += self._untapped(place, steps, ours, near, true)
             chosen = true["logits"].argmax(-1).tolist() if step.sampled else []
             if step.sampled:
                 ids = [int(r.request_id.rpartition("-")[2]) for r in step.sampled]
@@ -196,7 +216,7 @@ class _Sides:
         if hasattr(self.truth.executor, "weight"):
             diagnosis = Diagnosis.of_plugins(result.candidate, result.reference)
         for side in self.all:
-            side.restart()
+            side.start()
         for number, chosen in enumerate(tokens):
             steps = self._next()
             assert steps is not None
@@ -314,6 +334,35 @@ class _Sides:
                 found.append(self._finding(place, tensor, near[name], expected))
         return found
 
+    def _untapped(
+        self,
+        at: Place,
+        steps: tuple[Step, Step, Step],
+        ours: Tensors,
+        near: Tensors,
+        true: Tensors,
+    ) -> list[Finding]:
+        """Runs the candidate's step again without taps, and holds cache and logits to the run with
+        taps where the two have the same bits, else to the truth.
+
+        The cache is then that of the run with taps, so that each step is judged by itself.
+        """
+        step, place = steps[0], evolve(at, mode="untapped")
+        exact = self.candidate.executor.limits.tap_exact
+        layers = range(self.candidate.executor.kv_cache_spec.num_layers)
+        tapped = [joined(self.candidate, i, step) if exact else None for i in layers]
+        found = []
+        with cleared(self.candidate, step):
+            logits = self.candidate.forward(step)
+            for layer, cache in enumerate(tapped):
+                found += self._judge_kv(place, layer, step, self._joined(steps, layer), cache)
+        place = evolve(place, tensor="logits")
+        if not step.sampled:
+            return found
+        if exact and "logits" in ours:
+            return [*found, judge_bits(place, logits, ours["logits"])]
+        return [*found, self._finding(place, logits, near["logits"], true["logits"])]
+
     def _finding(
         self, place: Place, tensor: "Tensor | None", near: Tensor, true: Tensor
     ) -> Finding:
@@ -337,14 +386,25 @@ class _Sides:
         return ours, near, true
 
     def _judge_kv(
-        self, at: Place, layer: int, step: Step, caches: tuple[KvLayer, KvLayer, KvLayer]
+        self,
+        at: Place,
+        layer: int,
+        step: Step,
+        caches: tuple[KvLayer, KvLayer, KvLayer],
+        tapped: KvLayer | None = None,
     ) -> list[Finding]:
-        """Judges the cache of the step's requests, from their first token to the step's last."""
+        """Judges the cache of the step's requests, from their first token to the step's last.
+
+        tapped: what it must equal bit for bit, if given.
+        """
         found = []
         for name in ("key", "value"):
             ours, near, true = (getattr(cache, name) for cache in caches)
             place = evolve(at, tensor=f"layers.{layer}.{name[0]}_cache")
-            finding = self._finding(place, ours, near, true)
+            if tapped:
+                finding = judge_bits(place, ours, getattr(tapped, name))
+            else:
+                finding = self._finding(place, ours, near, true)
             found.append(evolve(finding, where=self._cached_at(finding, step)))
         return found
 

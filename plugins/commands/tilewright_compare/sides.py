@@ -15,7 +15,7 @@ from tilewright.errors import ConfigError, ExecutorError, TilewrightError
 from tilewright.loading import ServedModel
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
-from tilewright.types import ExecutorLimits, KvLayer, RuntimeConfig, SamplingParams, Tap
+from tilewright.types import KvCacheSpec, KvLayer, RuntimeConfig, SamplingParams, Tap
 from tilewright_compare.judge import Phase
 
 MODEL_ID = "compared"
@@ -32,10 +32,10 @@ class StepError(ExecutorError):
 
 
 def recorder(seen: Tensors) -> Tap:
-    """A tap that copies tensors to seen, since the executor may reuse their memory."""
+    """A tap that copies tensors to seen, since the executor may reuse their memory; on the CPU."""
 
     def tap(name: str, tensor: Tensor) -> None:
-        seen[name] = tensor.clone()
+        seen[name] = tensor.to("cpu", copy=True)
 
     return tap
 
@@ -64,10 +64,27 @@ class Side:
     engine: LLMEngine
     scheduler: Scheduler
     requests: Sequence[Request]
+    """One per prompt; with a mixed step, one more, the last, which joins for that step."""
+    mixes: bool = False
+    """Whether the last step is a mixed one. See ``mix``."""
     nll: Tensor = field(factory=lambda: torch.zeros(2, dtype=torch.float64))
     """Negative log-likelihood of the prompt tokens in nats, and their number; [2], float64."""
 
+    def mix(self, late: Request) -> None:
+        """Add a mixed step at the end: the last request decodes one more token, while the prompt of
+        the late request runs. Both must fit into a step and into the cache."""
+        *_, last = self.requests
+        last.max_new_tokens += 1
+        self.requests = [*self.requests, late]
+        self.mixes = True
+
     def next_step(self) -> Step | None:
+        if self.mixes and not self.scheduler.mixed:
+            *_, last, late = self.requests
+            alone = (self.scheduler.num_running, self.scheduler.num_waiting) == (1, 0)
+            if alone and len(last.output_token_ids) == last.max_new_tokens - 1:
+                self.scheduler.mixed = True
+                self.scheduler.add(late)
         self.scheduler.admit()
         return self.scheduler.schedule()
 
@@ -80,15 +97,16 @@ class Side:
             if len(request.output_token_ids) == request.max_new_tokens:
                 self.scheduler.remove(request)
 
-    def restart(self) -> None:
-        """Restarts the same requests; the cache keeps its contents."""
+    def start(self) -> None:
+        """Starts the requests, or restarts them; the cache keeps its contents."""
         for request in self.requests:
             self.scheduler.remove(request)
         self.requests = [
             evolve(r, output_token_ids=[], num_computed=0, finish_reason=None)
             for r in self.requests
         ]
-        for request in self.requests:
+        self.scheduler.mixed = False  # so that prefill and decode are judged apart
+        for request in self.requests[:-1] if self.mixes else self.requests:
             self.scheduler.add(request)
 
     def poison(self) -> None:
@@ -117,6 +135,9 @@ class Side:
 
     @staticmethod
     def phase(step: Step) -> Phase:
+        """A prompt's chunk of one token is run as decode, and called so."""
+        if {part.decoding for part in step.parts} == {True, False}:
+            return "mixed"
         return "decode" if step.batch.max_query_len == 1 else "prefill"
 
     @contextmanager
@@ -147,6 +168,12 @@ class Side:
             logits: Tensor = self.executor.run_head(begun, hidden, tap)
             return logits
 
+    def forward(self, step: Step) -> Tensor:
+        """The logits of a step that is run as an engine does, without taps: [L, vocab_size]."""
+        with self.running(step, "without taps"):
+            logits: Tensor = self.executor.forward(step.batch).cpu()
+            return logits
+
     def parts(self, step: Step) -> Iterator[Tensors]:
         """Run a step; yields its taps before, in each layer, and after."""
         seen: Tensors = {}
@@ -170,7 +197,7 @@ class Side:
         yield seen.copy()
         seen.clear()
         self.run_head(begun, hidden[batch.logits_rows], step, tap)
-        if not all(part.decoding for part in step.parts):
+        if not any(part.decoding for part in step.parts):
             self.nll += self._nll(step, self.run_head(begun, hidden, step))
         yield seen
 
@@ -229,7 +256,7 @@ def open_side(
         runtime = evolve(
             choice.runtime,
             max_seq_len=max(map(len, prompts)) + new_tokens,
-            max_batch_size=len(prompts),
+            max_batch_size=max(len(prompts), 2),  # two for a mixed step
             max_batch_tokens=chunk,
         )
         engine.init_model(MODEL_ID, model_dir, runtime, choice.model_format)
@@ -244,14 +271,34 @@ def open_side(
             Request(f"prompt-{i}", tuple(ids), SamplingParams(), new_tokens)
             for i, ids in enumerate(prompts)
         ]
-        unmixed = ExecutorLimits(mixed=False)  # so that prefill and decode are judged apart
-        scheduler = Scheduler(model.allocator, len(prompts), chunk, unmixed)
-        for request in requests:
-            scheduler.add(request)
-        return Side(name, engine, scheduler, requests)
+        size = model.runtime.max_batch_size
+        return Side(name, engine, Scheduler(model.allocator, size, chunk), requests)
     except BaseException:
         engine.close()
         raise
+
+
+def late_request(prompts: Sequence[Sequence[int]], chunk: int) -> Request:
+    """A request of at least two prompt tokens, and at most so many that one more fits the step."""
+    longest = max(prompts, key=len)
+    ids = (*longest, *longest)[: max(len(longest), 2)]
+    return Request(f"prompt-{len(prompts)}", ids[: chunk - 1], SamplingParams(), 1)
+
+
+def unmixed_because(sides: Sequence[Side], late: Request, chunk: int) -> str:
+    """Why no mixed step can be run on all sides; empty if it can."""
+    if chunk < 3:
+        return f"a step of {chunk} tokens is too small"
+    for side in sides:
+        runtime, last = side.model.runtime, side.requests[-1]
+        if not side.executor.limits.mixed:
+            return f"{side.name} runs none (limits.mixed)"
+        if runtime.max_batch_size < 2:
+            return f"{side.name} runs one sequence at a time"
+        held = (len(last.prompt_token_ids) + last.max_new_tokens, len(late.prompt_token_ids))
+        if sum(-(-tokens // runtime.page_size) for tokens in held) > runtime.total_pages:
+            return f"{side.name} has {runtime.total_pages} pages, too few for two sequences"
+    return ""
 
 
 def written(side: Side, step: Step) -> list[tuple[Request, int]]:
@@ -272,10 +319,32 @@ def joined(side: Side, layer: int, step: Step) -> KvLayer:
 
 def _at(side: Side, layer: int, slots: Tensor) -> KvLayer:
     spec = side.executor.kv_cache_spec
-    pages, page = (slots // spec.page_size).unique(return_inverse=True)
-    cache = side.executor.read_kv(layer, pages.tolist())
-    local = page * spec.page_size + slots % spec.page_size
+    pages, local = _paged(spec, slots)
+    cache = side.executor.read_kv(layer, pages)
     return KvLayer(*(Slots(t, spec.row_order)[local] for t in (cache.key, cache.value)))
+
+
+def _paged(spec: KvCacheSpec, slots: Tensor) -> tuple[list[int], Tensor]:
+    """The slots' pages, each once, and the slots in a cache of only these pages; int64."""
+    pages, page = torch.unique(slots // spec.page_size, return_inverse=True)
+    return pages.tolist(), page * spec.page_size + slots % spec.page_size
+
+
+@contextmanager
+def cleared(side: Side, step: Step) -> Iterator[None]:
+    """In the block, the slots of the step's tokens are unwritten, so that what the block leaves
+    unwritten does not pass for written; afterwards, they are as before."""
+    executor, spec = side.executor, side.executor.kv_cache_spec
+    pages, local = _paged(spec, step.batch.slot_mapping.long())
+    kept = [executor.read_kv(layer, pages) for layer in range(spec.num_layers)]
+    for layer, cache in enumerate(kept):
+        new = KvLayer(cache.key.clone(), cache.value.clone())
+        for tensor in (new.key, new.value):
+            Slots(tensor, spec.row_order)[local] = torch.tensor(UNWRITTEN, dtype=tensor.dtype)
+        executor.write_kv(layer, pages, new)
+    yield
+    for layer, cache in enumerate(kept):
+        executor.write_kv(layer, pages, cache)
 
 
 def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:

@@ -379,10 +379,10 @@ def test_an_executor_that_fails_in_a_step_ends_the_comparison_with_what_there_is
 ):
     run_layer = planted.PlantedExecutor.run_layer
 
-    def fails(self, layer, hidden, batch, tap=None):
-        if layer == 1 and len(hidden) == len(batch.context_lens):
+    def fails(self, step, layer, hidden, tap=None):
+        if layer == 1 and step.phase == "decode":
             raise ValueError("the queue is full")
-        return run_layer(self, layer, hidden, batch, tap)
+        return run_layer(self, step, layer, hidden, tap)
 
     monkeypatch.setattr(planted.PlantedExecutor, "run_layer", fails)
     found = plant("none").compare(models)
@@ -398,10 +398,10 @@ def test_an_executor_that_fails_in_a_step_ends_the_comparison_with_what_there_is
 def test_a_stage_that_is_tapped_in_some_layers_only_is_wrong(models: Path, monkeypatch):
     run_layer = planted.PlantedExecutor.run_layer
 
-    def uneven(self, layer, hidden, batch, tap=None):
+    def uneven(self, step, layer, hidden, tap=None):
         stages = ("attention",) if layer == 0 else ("o_proj",)
         kept = lambda name, x: None if name.endswith(stages) else tap(name, x)  # noqa: E731
-        return run_layer(self, layer, hidden, batch, tap and kept)
+        return run_layer(self, step, layer, hidden, tap and kept)
 
     monkeypatch.setattr(planted.PlantedExecutor, "run_layer", uneven)
     found = plant("none").compare(models)
