@@ -22,6 +22,8 @@ import tilewright_testing as testing
 from tilewright import errors, hookspecs, plugins, types
 
 FUNCTIONS = (
+    "tilewright.kv_storage.allocate",
+    "tilewright.kv_storage.page_shape",
     "tilewright.plugins.find",
     "tilewright.plugins.load",
     "tilewright.rope.dynamic_frequencies",
