@@ -85,6 +85,7 @@ class StepEvent:
     """Pages that no request holds and whose content is known."""
     total_pages: int
     seconds: float
+    """From its start, or from the end of the step before if that is later, to its end."""
 
     @property
     def num_tokens(self) -> int:
