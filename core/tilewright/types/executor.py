@@ -182,7 +182,7 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free weights, cache and device; closing again does nothing. It cannot be used
-        afterwards."""
+        afterwards. Steps are in flight only if Ctrl-C interrupted the wait for them."""
         ...
 
 
