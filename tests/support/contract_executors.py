@@ -5,18 +5,20 @@ its own for each request (``OwnPages``), and one whose logits are a hash of the 
 (``Hashing``), so that two runs differ exactly if their tokens do.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from attrs import define, evolve, field
 from torch import Tensor
 
-from tilewright import plugins
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, plugins
 from tilewright.errors import ExecutorLostError
 from tilewright.kv_cache import KvCacheManager
+from tilewright.loading import ServedModel
 from tilewright.plugins import Observers
-from tilewright.request import Request
+from tilewright.request import Request, new_request
 from tilewright.runner import Runner
+from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
     ExecutorLimits,
     KvCacheSpec,
@@ -175,12 +177,12 @@ class Device:
                 self.in_wait(step.number)
                 if self.lost:
                     raise self.lost
+                step.output = self._run(step)
             except Exception as error:
                 step.waited = True
                 if isinstance(error, ExecutorLostError):
                     self.lost = error
                 raise
-            step.output = self._run(step)
             step.waited = True
             self.events.append(("wait", step.number))
             self.now = max(self.now, step.ends) + 1.0
@@ -260,6 +262,34 @@ def make_runner(model, executor, draft=None, observers=(), total_pages=64, **run
     )
     sampler = LogitsSampler(Options(), greedy=False)
     return Runner(served, sampler, Observers(manager), "executor", "sampler", draft=draft)
+
+
+def demo_model() -> Iterator[ServedModel]:
+    """The bundled model, on the torch executor in float32 with pages of 8 tokens."""
+    with LLMEngine.from_plugins() as engine:
+        runtime = RuntimeConfig(weight_dtype="float32", page_size=8, max_batch_tokens=32)
+        engine.init_model("demo", DEMO_MODEL, runtime)
+        yield engine.model("demo")
+
+
+def requests(model, prompts, **settings) -> list[Request]:
+    """A request for each prompt, or for each pair of a prompt and settings of its own."""
+    made = []
+    for i, prompt in enumerate(prompts):
+        prompt, own = prompt if isinstance(prompt, tuple) else (prompt, {})
+        config = GenerateConfig(**({"max_new_tokens": 12} | settings | own))
+        config = config.over(model.generation_defaults)
+        made.append(new_request(f"r{i}", model, prompt, config))
+    return made
+
+
+def outcomes(model, executor, prompts, **settings):
+    """The outcomes of requests that run together, with pages enough for all of them."""
+    made = requests(model, prompts, **settings)
+    runner = make_runner(model, executor)
+    run(runner, made)
+    assert all_free(runner)
+    return [outcome(request) for request in made]
 
 
 def run(runner: Runner, requests: Iterable[Request] = ()) -> None:

@@ -12,8 +12,11 @@ from contract_executors import (
     Once,
     all_free,
     arg_max_only,
+    demo_model,
     make_runner,
     outcome,
+    outcomes,
+    requests,
     run,
 )
 
@@ -25,7 +28,6 @@ from tilewright.errors import (
     PluginError,
     RequestError,
 )
-from tilewright.request import new_request
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import SampledToken, SamplingExecutor, StepOutput
 from tilewright_torch import plugin as torch_plugin
@@ -38,30 +40,7 @@ LAST = "And for the support of this Declaration,"
 
 @pytest.fixture(scope="module")
 def demo():
-    """The bundled model, on the torch executor with pages of 8 tokens."""
-    with LLMEngine.from_plugins() as engine:
-        runtime = RuntimeConfig(weight_dtype="float32", page_size=8, max_batch_tokens=32)
-        engine.init_model("demo", DEMO_MODEL, runtime)
-        yield engine.model("demo")
-
-
-def requests(model, prompts, **settings):
-    """A request for each prompt, or for each pair of a prompt and settings of its own."""
-    made = []
-    for i, prompt in enumerate(prompts):
-        prompt, own = prompt if isinstance(prompt, tuple) else (prompt, {})
-        config = GenerateConfig(**({"max_new_tokens": 12} | settings | own))
-        config = config.over(model.generation_defaults)
-        made.append(new_request(f"r{i}", model, prompt, config))
-    return made
-
-
-def outcomes(model, executor, prompts, **settings):
-    made = requests(model, prompts, **settings)
-    runner = make_runner(model, executor)
-    run(runner, made)
-    assert all_free(runner)
-    return [outcome(request) for request in made]
+    yield from demo_model()
 
 
 _plain = {}
