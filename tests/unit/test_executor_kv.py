@@ -34,8 +34,9 @@ def own(demo):
 
 
 def kept_after_one_more(runner, model):
-    """What the executor keeps after a step of one more request."""
-    (request,) = requests(model, ["Congress shall make no law"], max_new_tokens=1)
+    """What the executor keeps after the steps of one more request, the first of which may have
+    been submitted before the last step of the others was done."""
+    (request,) = requests(model, ["Congress shall make no law"], max_new_tokens=3)
     request.request_id = "one more"
     run(runner, [request])
     own = runner.model.executor
