@@ -46,13 +46,8 @@ class Request:
 
     num_computed: int = 0
     """Number of leading tokens with keys and values in the KV cache."""
-    num_in_flight: int = 0
-    """Tokens after these that run in steps in flight."""
-    steps_in_flight: int = 0
-    source_row: int = -1
-    """Row of the step in flight in which the executor samples the request's next token; -1: none.
-    The token after it can be run before it is known."""
     sampled_by_executor: bool = False
+    """The token after one that is sampled in flight can then be run before that one is known."""
     cached_tokens: int = 0
     preemptions: int = 0
     output_token_ids: list[int] = field(factory=list)
@@ -80,14 +75,8 @@ class Request:
 
     @property
     def num_known(self) -> int:
-        """Prompt and output tokens, and the one that is sampled in flight."""
-        sampled = len(self.output_token_ids) + (self.source_row >= 0)
-        return len(self.prompt_token_ids) + sampled
-
-    @property
-    def num_scheduled(self) -> int:
-        """Leading tokens that are computed, or will be by the steps in flight."""
-        return self.num_computed + self.num_in_flight
+        """Tokens of prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def max_cached_tokens(self) -> int:
@@ -100,15 +89,15 @@ class Request:
         prompt = self.prompt_token_ids[start : min(stop, n)]
         return [*prompt, *self.output_token_ids[max(start - n, 0) : max(stop - n, 0)]]
 
-    def sampler_row(self, drafts: Sequence[int] = ()) -> SamplerRow:
-        """How the token is chosen that follows the known ones and some drafts."""
-        output = [*self.output_token_ids, *drafts] if drafts else self.output_token_ids
+    def sampler_row(self, position: int, drafts: Sequence[int] = ()) -> SamplerRow:
+        """How the token at a position of the output is chosen, after the known tokens and some
+        drafts."""
         return SamplerRow(
             request_id=self.request_id,
             params=self.params,
             prompt_token_ids=self.prompt_token_ids,
-            output_token_ids=output,
-            position=len(output) + (self.source_row >= 0),
+            output_token_ids=(*self.output_token_ids, *drafts),
+            position=position,
         )
 
     def accept(self, sampled: SampledToken) -> None:
@@ -209,6 +198,12 @@ def check_settings(model: "ServedModel", settings: GenerateConfig) -> None:
     """Raise RequestError for settings that the model cannot serve, whatever the prompt."""
     _check_bias(model, settings.logit_bias or {})
     _check_ids(model, settings.stop_token_ids or (), "stop_token_ids")
+    if settings.prompt_logprobs is not None and model.executor.limits.max_logits_rows == 0:
+        raise RequestError(
+            f"prompt_logprobs = {settings.prompt_logprobs} needs logits of prompt tokens, which "
+            f"the executor of model {model.model_id!r} does not return: leave it unset, or choose "
+            "another executor"
+        )
 
 
 def refused(

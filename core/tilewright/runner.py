@@ -75,13 +75,16 @@ class _InFlight:
     pending: PendingStep
     sampling: Sequence[SamplerRow | None]
     """For each row of logits; None for a row that is only scored."""
+    by_executor: Sequence[SamplerRow | None]
+    """For each row of logits; None also for a row that the engine samples."""
     started: float = field(factory=time.perf_counter)
 
 
 class Runner:
     """Runs a model's steps. A request leaves ``requests`` when it is over or aborted.
 
-    Up to two steps are in flight when the executor samples; a step counts once it is done.
+    Up to two steps are in flight when the executor samples and no observer listens to tensors; a
+    step counts once it is done. None is left in flight by a step after which no request is left.
     """
 
     def __init__(
@@ -111,8 +114,13 @@ class Runner:
         self._executor_name = executor_name
         self._sampler_name = sampler_name
         self._observers = observers
+        executor = model.executor
+        self._submits = executor if isinstance(executor, SamplingExecutor) else None
         self._in_flight: deque[_InFlight] = deque()
-        self._max_in_flight = 2 if isinstance(model.executor, SamplingExecutor) else 1
+        self._void = False
+        """Whether the results of the steps in flight are void, since one before them failed."""
+        self._last_done = 0.0
+        """When the last step was done, on time.perf_counter's clock."""
         runtime = model.runtime
         self._scheduler = Scheduler(
             model.allocator,
@@ -130,9 +138,8 @@ class Runner:
         """
         if self._lost:
             raise self._lost
-        executor = self.model.executor
-        if isinstance(executor, SamplingExecutor) and not request.logits_processors:
-            request.sampled_by_executor = executor.serves(request.params)
+        if self._submits and not request.logits_processors:
+            request.sampled_by_executor = self._submits.serves(request.params)
         self._begin_processing(request)
         try:
             self._scheduler.add(request)
@@ -181,23 +188,30 @@ class Runner:
         self._depth += 1
         try:
             self._step()
+            while self._in_flight and not self.requests and not self._closed:
+                self._step()
         finally:
             self._depth -= 1
             if self._closed and not self._depth:
                 self._close_executor()
 
     def _close_executor(self) -> None:
-        self._discard_in_flight()
-        self.model.executor.close()
+        try:
+            self._discard_in_flight()
+        finally:
+            self.model.executor.close()
 
     def _step(self) -> None:
-        self._finish_ended()  # left over if Ctrl-C or an observer interrupted a step
+        # Left over if Ctrl-C or an observer interrupted a step.
+        if self._void:
+            self._discard_in_flight()
+        self._finish_ended()
         running = self._next()
         if running is None:
             return
         step, plugin = running.step, self._executor_name
         try:
-            output = running.pending.wait()
+            output = self._checked(running, running.pending.wait())
             plugin = self._sampler_name
             tokens = self._sampled(running, output)
             _score(step, output)
@@ -206,41 +220,70 @@ class Runner:
             return
         # Accept tokens, then commit: if Ctrl-C falls between the two, a token is computed twice.
         for part in step.parts:
-            if part.sampled:
-                first = running.sampling[part.sampled.start]
-                assert first is not None
-                try:
-                    _accept(part, first.position, tokens)
-                except LogitsProcessorError as error:
-                    self._fail(part.request, error)
+            try:
+                _accept(part, tokens)
+            except LogitsProcessorError as error:
+                self._fail(part.request, error)
+        self._scheduler.done(step)
         if running in self._in_flight:
             self._in_flight.remove(running)
-        self._scheduler.done(step)
-        self._report(step, time.perf_counter() - running.started)
+        started, self._last_done = max(running.started, self._last_done), time.perf_counter()
+        self._report(step, self._last_done - started)
         self._finish_ended()
 
     def _next(self) -> _InFlight | None:
         """The oldest step: the one to wait for. Starts all that may be in flight."""
-        executor = self.model.executor
-        while len(self._in_flight) < self._max_in_flight:
-            for request in self._scheduler.admit():
-                self._notify("on_request_admitted", request, cached_tokens=request.cached_tokens)
-            step = self._scheduler.schedule()
+        executor, tap = self._submits, self._observers.tap(self.model.model_id)
+        if executor is None or tap:
+            if self._in_flight or not (step := self._schedule()):
+                return self._in_flight[0] if self._in_flight else None
+            forwarded = _Forwarded(self.model.executor, step.batch, tap)
+            rows = _sampling(step)
+            return _InFlight(step, forwarded, rows, [None] * len(rows))
+        while len(self._in_flight) < 2:
+            # The step after one that was refused would follow tokens that nobody samples.
+            if self._in_flight and isinstance(self._in_flight[-1].pending, _Refused):
+                break
+            step = self._schedule()
             if step is None:
                 break
-            rows = _sampling(step)
-            if not isinstance(executor, SamplingExecutor):
-                tap = self._observers.tap(self.model.model_id)
-                return _InFlight(step, _Forwarded(executor, step.batch, tap), rows)
-            mine = _sampling(step, by_executor=True)
-            started = time.perf_counter()
+            by_executor, started = _sampling(step, by_executor=True), time.perf_counter()
             try:
-                pending = executor.submit(step.batch, mine)
+                pending = executor.submit(step.batch, by_executor)
             except Exception as error:
                 pending = _Refused(error)
-            self._in_flight.append(_InFlight(step, pending, rows, started))
+            self._in_flight.append(_InFlight(step, pending, _sampling(step), by_executor, started))
             self._scheduler.launched(step)
         return self._in_flight[0] if self._in_flight else None
+
+    def _schedule(self) -> Step | None:
+        for request in self._scheduler.admit():
+            self._notify("on_request_admitted", request, cached_tokens=request.cached_tokens)
+        return self._scheduler.schedule()
+
+    def _checked(self, running: _InFlight, output: StepOutput) -> StepOutput:
+        """Raises PluginError for an output that does not answer what the executor was asked."""
+        asked = running.by_executor
+        open_rows = sum(row is None for row in asked)
+        found = 0 if output.logits is None else len(output.logits)
+        if found != open_rows and (found or open_rows):
+            raise PluginError(
+                f"{self._executor_name} must return {open_rows} rows of logits, found {found}"
+            )
+        vocab_size = self.model.loaded.config.vocab_size
+        if len(output.tokens) != len(asked) or not all(
+            token is None
+            if row is None
+            else isinstance(token, SampledToken) and 0 <= token.token_id < vocab_size
+            for row, token in zip(asked, output.tokens, strict=True)
+        ):
+            wanted = [i for i, row in enumerate(asked) if row]
+            raise PluginError(
+                f"{self._executor_name} must return one token from 0 to {vocab_size - 1}, as a "
+                f"SampledToken, for the rows {wanted!r:.60} of {len(asked)} and None for the "
+                f"others, found {output.tokens!r:.100}"
+            )
+        return output
 
     def _sampled(self, running: _InFlight, output: StepOutput) -> Sequence[SampledToken | None]:
         """A token for each row of logits that is sampled."""
@@ -274,32 +317,38 @@ class Runner:
 
     def _failed(self, running: _InFlight, plugin: str, error: Exception) -> None:
         """End the requests that a failed step concerns; the others are scheduled again."""
-        self._discard_in_flight()
         step = running.step
-        if running.pending.__class__ is _Forwarded:
-            self._scheduler.undone(step)
-        if isinstance(error, NonFiniteLogitsError):
+        if isinstance(error, ExecutorLostError):
+            self._lost = error
+        self._void = True
+        self._scheduler.undone(step)
+        if running in self._in_flight:
+            self._in_flight.remove(running)
+        self._discard_in_flight()
+        concerned: Sequence[Request] = step.requests
+        if isinstance(error, NonFiniteLogitsError) and error.request_id in step.batch.request_ids:
             # The others lose nothing: the step is not committed, and is scheduled again without it.
-            part = next(p for p in step.parts if p.request.request_id == error.request_id)
-            self._fail(part.request, _traced(error, step, part, self.model.executor))
+            part = step.parts[step.batch.request_ids.index(error.request_id)]
+            if part.request.request_id in self.requests:
+                self._fail(part.request, _traced(error, step, part, self.model.executor))
             return
         failure = _failure_of(plugin, error)
-        concerned: Sequence[Request] = step.requests
         if isinstance(error, LogitsProcessorError):
             concerned = [request for request in step.requests if request.processing]
         if isinstance(error, ExecutorLostError):
-            self._lost = error
             concerned = list(self.requests.values())
         for request in concerned:
             self._fail(request, failure)
 
     def _discard_in_flight(self) -> None:
         """Wait for the steps in flight, and forget them."""
-        for running in self._in_flight:
+        while self._in_flight:
+            running = self._in_flight[0]
             with suppress(Exception):
                 running.pending.wait()
             self._scheduler.undone(running.step)
-        self._in_flight.clear()
+            self._in_flight.popleft()
+        self._void = False
 
     def _report(self, step: Step, seconds: float) -> None:
         def event() -> StepEvent:
@@ -361,7 +410,7 @@ def _sampling(step: Step, by_executor: bool = False) -> list[SamplerRow | None]:
         if by_executor and not request.sampled_by_executor:
             rows += [None] * count
         else:
-            rows += [request.sampler_row(part.drafts[:i]) for i in range(count)]
+            rows += [request.sampler_row(part.position + i, part.drafts[:i]) for i in range(count)]
     return rows
 
 
@@ -385,17 +434,16 @@ def _end_processing(request: Request) -> None:
     request.processing.clear()
 
 
-def _accept(part: Part, position: int, tokens: Sequence[SampledToken | None]) -> None:
+def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> None:
     """Add a request's tokens, up to the first draft that was wrong.
 
-    position: of the first one in the output. It is there already when the step was interrupted
-    after its tokens had been added.
+    A token is in the output already when the step was interrupted after it had been added.
     """
     request = part.request
     for number, row in enumerate(part.sampled):
         token = tokens[row]
         assert token is not None
-        if position + number == len(request.output_token_ids):
+        if part.position + number == len(request.output_token_ids):
             request.accept(token)
         if number < len(part.drafts) and token.token_id != part.drafts[number]:
             break

@@ -21,8 +21,20 @@ Draft = Callable[[Request, int], Sequence[int]]
 """Called with a decoding request and a maximum; guesses the tokens that follow its last one."""
 
 
-_Chosen = tuple[Request, int, Sequence[int]]
-"""A request, how many of its tokens run next, drafts included, and the drafts."""
+@frozen
+class _Ready:
+    """A request's tokens that can run next."""
+
+    request: Request
+    start: int
+    """Position of the first one."""
+    left: int
+    source: int
+    """Row of logits of the step in flight whose sampled token is the last one; -1: it is known."""
+
+
+_Chosen = tuple[_Ready, int, Sequence[int]]
+"""A request, how many of its tokens run next without drafts, and the drafts that follow them."""
 
 
 @frozen
@@ -39,6 +51,11 @@ class Part:
     """Rows of the step's logits that score tokens of the prompt."""
     sampled: range
     """Rows of the step's logits that are sampled: one, and one per draft; else empty."""
+
+    @property
+    def position(self) -> int:
+        """Index in the request's output of the first token that is sampled."""
+        return self.stop - len(self.drafts) - len(self.request.prompt_token_ids)
 
 
 @frozen(eq=False)
@@ -69,7 +86,8 @@ class Scheduler:
         limits: ExecutorLimits | None = None,
         draft: Draft | None = None,
     ):
-        """draft: guesses tokens for decoding requests, which their next step checks."""
+        """draft: guesses tokens for decoding requests, which their next step checks. A request's
+        next step then waits for the last token, which the guesses follow."""
         limits = limits or ExecutorLimits()
         self._allocator = allocator
         self._max_batch_tokens = max_batch_tokens
@@ -77,12 +95,15 @@ class Scheduler:
         self._max_running = min(max_batch_size, max_batch_tokens)
         self.mixed = limits.mixed
         """Whether prompts and decoding requests may be in one step; may be set between steps."""
-        self._max_scored = limits.max_logits_rows or max_batch_tokens
+        self._max_scored = max_batch_tokens
+        if limits.max_logits_rows is not None:
+            self._max_scored = limits.max_logits_rows
         self._draft = draft
         self._decoded_last = False
-        """Whether the last step decoded; an executor that does not mix takes prompts next."""
+        """Whether the last step done decoded; an executor that does not mix takes prompts next."""
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._in_flight: list[Step] = []
         self._leaving: list[Request] = []
         """Requests that were removed while a step with them is in flight."""
         self._ended: list[str] = []
@@ -115,10 +136,8 @@ class Scheduler:
         """
         if request in self._running:
             self._running.remove(request)
-            if request.steps_in_flight:
-                self._leaving.append(request)
-            else:
-                self._free(request)
+            self._leaving.append(request)
+            self._free_left()
         elif request in self._waiting:
             self._waiting.remove(request)
 
@@ -141,121 +160,122 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step of the requests that were admitted, or None when nothing can run now.
 
-        Nothing counts as computed until ``done`` commits the step: one that failed, or was
-        interrupted, is scheduled again.
+        Called with one step in flight at most. Nothing counts as computed until ``done`` commits
+        the step: one that failed, or was interrupted, is scheduled again.
         """
-        decoding: list[Request] = []
-        prompts: list[Request] = []
+        before = self._in_flight[-1].parts if self._in_flight else ()
+        in_flight = {part.request.request_id: part for part in before}
+        decoding: list[_Ready] = []
+        prompts: list[_Ready] = []
         for request in self._running:
-            left = request.num_known - request.num_scheduled
-            if left < 1 or self._is_last(request):
-                continue
-            decodes = left == 1 and request.num_scheduled >= len(request.prompt_token_ids)
-            (decoding if decodes else prompts).append(request)
+            ready = self._ready(request, in_flight.get(request.request_id))
+            if ready:
+                decodes = ready.left == 1 and ready.start >= len(request.prompt_token_ids)
+                (decoding if decodes else prompts).append(ready)
         if decoding and prompts and not self.mixed:
-            decoding, prompts = ([], prompts) if self._decoded_last else (decoding, [])
-        room = self._max_batch_tokens - len(decoding)
+            decoded = any(part.decoding for part in before) if before else self._decoded_last
+            decoding, prompts = ([], prompts) if decoded else (decoding, [])
+        chunks = self._chunks(prompts, self._max_batch_tokens - len(decoding))
+        room = self._max_batch_tokens - len(decoding) - sum(length for _, length, _ in chunks)
         chosen: list[_Chosen] = []
-        for request in decoding:
-            drafts = self._drafts(request, room)
+        for ready in decoding:
+            drafts = self._drafts(ready.request, room)
             room -= len(drafts)
-            chosen.append((request, 1 + len(drafts), drafts))
-        for request in prompts:
-            if request.num_prompt_logprobs is not None:
-                length = min(request.num_known - request.num_scheduled, room, self._max_scored)
-            else:
-                length = min(request.num_known - request.num_scheduled, room)
-            if length == 0:
-                break
-            chosen.append((request, length, ()))
-            room -= length
+            chosen.append((ready, 1, drafts))
+        chosen += chunks
         return self._step(chosen, len(decoding)) if chosen else None
 
     def launched(self, step: Step) -> None:
         """Count a step as in flight: the next one continues where it ends."""
-        for part in step.parts:
-            request = part.request
-            request.steps_in_flight += 1
-            request.num_in_flight += part.stop - part.start
-            if part.sampled and request.sampled_by_executor and not part.drafts:
-                request.source_row = part.sampled.start
+        self._in_flight.append(step)
+        self._told(step)
 
     def done(self, step: Step) -> None:
         """Commit a step: its keys and values are in the KV cache. The tokens that it sampled must
-        have been added to their requests."""
+        have been added to their requests. Doing it again changes nothing."""
         for part in step.parts:
             request = part.request
-            known = len(request.prompt_token_ids) + len(request.output_token_ids)
             # The last token of the output has not run; drafts that were wrong do not count.
-            request.num_computed = min(part.stop, known - 1)
+            request.num_computed = min(part.stop, request.num_known - 1)
             if request.num_computed < part.stop and request in self._running:
                 self._allocator.truncate(request.request_id, request.num_computed)
-        self._landed(step)
+        self._told(step)
         self._decoded_last = any(part.decoding for part in step.parts)
+        self._landed(step)
 
     def undone(self, step: Step) -> None:
-        """Forget a step in flight that failed, or whose results are void."""
+        """Forget a step that failed, or whose results are void. Doing it again changes nothing."""
+        ended = step.batch.ended_request_ids
+        self._ended += [name for name in ended if name not in self._ended]
         self._landed(step)
-        self._ended += step.batch.ended_request_ids
 
     def _landed(self, step: Step) -> None:
-        for part in step.parts:
-            request = part.request
-            if not request.steps_in_flight:
-                continue  # the step was not in flight
-            request.steps_in_flight -= 1
-            request.num_in_flight -= part.stop - part.start
-            if request.steps_in_flight:
-                continue
-            request.source_row = -1
-            if request in self._leaving:
-                self._leaving.remove(request)
-                self._free(request)
+        if step in self._in_flight:
+            self._in_flight.remove(step)
+        self._free_left()
 
-    @staticmethod
-    def _is_last(request: Request) -> bool:
-        """Whether a request gets its last token from a step in flight, or has it."""
-        in_flight = request.source_row >= 0
-        count = len(request.output_token_ids) + in_flight
-        return bool(request.finish_reason) or (in_flight and count >= request.max_new_tokens)
+    def _told(self, step: Step) -> None:
+        if told := step.batch.ended_request_ids:
+            self._ended = [name for name in self._ended if name not in told]
+
+    def _ready(self, request: Request, before: Part | None) -> _Ready | None:
+        """before: the request's part of the step in flight."""
+        start, known, source = request.num_computed, request.num_known, -1
+        if before:
+            start = before.stop
+            in_flight = before.sampled and request.sampled_by_executor and self._draft is None
+            if in_flight and known == start:
+                known, source = known + 1, before.sampled.start
+                if known - len(request.prompt_token_ids) == request.max_new_tokens:
+                    return None
+        if request.finish_reason or known <= start:
+            return None
+        return _Ready(request, start, known - start, source)
+
+    def _chunks(self, prompts: Sequence[_Ready], room: int) -> list[_Chosen]:
+        chunks: list[_Chosen] = []
+        rows = self._max_scored
+        for ready in prompts:
+            length = min(ready.left, room)
+            if _num_scored(ready, length) > rows:
+                length = rows
+            if length:
+                chunks.append((ready, length, ()))
+                room -= length
+                rows -= _num_scored(ready, length)
+        return chunks
 
     def _drafts(self, request: Request, room: int) -> Sequence[int]:
-        if self._draft is None or request.source_row >= 0:
+        if self._draft is None:
             return ()
         most = min(room, request.max_new_tokens - len(request.output_token_ids) - 1)
         return tuple(self._draft(request, most))[:most] if most > 0 else ()
 
-    def _step(
-        self, chosen: Sequence[tuple[Request, int, Sequence[int]]], num_decoding: int
-    ) -> Step:
+    def _step(self, chosen: Sequence[_Chosen], num_decoding: int) -> Step:
         token_ids: list[int] = []
         sources: list[tuple[int, int]] = []
         rows: list[int] = []
         parts = []
-        for number, (request, length, drafts) in enumerate(chosen):
-            start, row = request.num_scheduled, len(token_ids)
-            stop = start + length
+        for number, (ready, length, drafts) in enumerate(chosen):
+            request, start, row = ready.request, ready.start, len(token_ids)
+            stop = start + length + len(drafts)
             self._allocator.extend(request.request_id, stop)
-            token_ids += request.tokens(start, stop - len(drafts))
-            token_ids += drafts
+            token_ids += request.tokens(start, start + length)
             if len(token_ids) < row + length:
-                sources.append((len(token_ids), request.source_row))
+                sources.append((len(token_ids), ready.source))
                 token_ids.append(0)
-            scored = range(0)
-            if request.num_prompt_logprobs is not None:
-                count = min(stop, len(request.prompt_token_ids) - 1) - start
-                scored = range(len(rows), len(rows) + max(count, 0))
-                rows += range(row, row + len(scored))
+            token_ids += drafts
+            scored = range(len(rows), len(rows) + _num_scored(ready, length))
+            rows += range(row, row + len(scored))
             sampled = range(0)
-            if stop == request.num_known + len(drafts):
+            if length == ready.left:
                 sampled = range(len(rows), len(rows) + 1 + len(drafts))
-                rows += range(row + length - len(sampled), row + length)
+                rows += range(len(token_ids) - len(sampled), len(token_ids))
             decoding = number < num_decoding
             parts.append(Part(request, start, stop, drafts, decoding, scored, sampled))
         batch = self._batch(parts, token_ids, rows)
         for at, source in sources:
             batch.token_source[at] = source
-        self._ended.clear()
         return Step(batch, tuple(parts))
 
     def _batch(self, parts: Sequence[Part], token_ids: list[int], rows: list[int]) -> StepBatch:
@@ -288,9 +308,20 @@ class Scheduler:
             ended_request_ids=tuple(self._ended),
         )
 
-    def _free(self, request: Request) -> None:
-        self._allocator.free(request.request_id)
-        self._ended.append(request.request_id)
+    def _free_left(self) -> None:
+        """Free the pages of the removed requests that are in no step in flight."""
+        for request in tuple(self._leaving):
+            if not any(request in step.requests for step in self._in_flight):
+                self._leaving.remove(request)
+                self._allocator.free(request.request_id)
+                self._ended.append(request.request_id)
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._allocator.page_size)
+
+
+def _num_scored(ready: _Ready, length: int) -> int:
+    """How many of the next tokens give a log-probability of the prompt token after them."""
+    if ready.request.num_prompt_logprobs is None:
+        return 0
+    return max(0, min(length, len(ready.request.prompt_token_ids) - 1 - ready.start))

@@ -105,7 +105,8 @@ class StepBatch:
     request_ids: tuple[str, ...] = ()
     """The B requests that the sequences belong to."""
     ended_request_ids: tuple[str, ...] = ()
-    """Requests that ended since the step before: what is kept for them can be dropped."""
+    """Requests that ended since the step before: what is kept for them can be dropped. Some may
+    have been in no step, and they are named again after a step that failed."""
 
     @max_query_len.default
     def _longest(self) -> int:
@@ -130,7 +131,7 @@ class ExecutorLimits:
     """Tokens of a step."""
     max_seq_len: int | None = None
     max_logits_rows: int | None = None
-    """Rows of logits of a step, beyond those that are sampled."""
+    """Rows of logits of a step, beyond those that are sampled. 0: prompts are not scored."""
     mixed: bool = True
     """Whether prompts and decoding sequences may be in one step. If not, and both wait, they take
     turns."""
@@ -181,7 +182,7 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Free weights, cache and device; closing again does nothing. It cannot be used
-        afterwards."""
+        afterwards. Steps are in flight only if Ctrl-C interrupted the wait for them."""
         ...
 
 
@@ -245,9 +246,10 @@ class PendingStep(Protocol):
 
     def wait(self) -> StepOutput:
         """Wait until the step is done. Called in the order of submission, and again if Ctrl-C
-        interrupted it.
+        interrupted it or what the engine did next: it returns the same then.
 
-        Raises what ``Executor.forward`` and ``Sampler.sample`` raise.
+        Raises what ``Executor.forward`` and ``Sampler.sample`` raise. It is called for all later
+        steps in flight too, whose results are void.
         """
         ...
 
@@ -256,7 +258,8 @@ class PendingStep(Protocol):
 class SamplingExecutor(Executor, Protocol):
     """An executor that samples where the logits are. Up to two of its steps are in flight.
 
-    Optional: for other executors, the engine calls ``forward`` and the sampler.
+    Optional: for other executors, and for all steps with a tap, the engine calls ``forward`` and
+    the sampler.
     """
 
     def serves(self, params: SamplingParams) -> bool:
@@ -269,5 +272,8 @@ class SamplingExecutor(Executor, Protocol):
         sampling: for each of the L rows of logits, how its token is chosen; None for rows whose
         logits are wanted, and sampled by the engine. The batch may name tokens of the step before
         by ``token_source``. Steps run in the order of submission.
+
+        Raises what ``Executor.forward`` raises: the step does not run then. One that was
+        interrupted, by Ctrl-C, may run; nobody waits for it, and the next one may be the same.
         """
         ...

@@ -76,6 +76,7 @@ class StepEvent:
     num_decode_tokens: int
     """Tokens of requests that decode: one each, and their drafts."""
     seconds: float
+    """From its start, or from the end of the step before if that is later, to its end."""
     num_waiting: int = 0
     """Requests that have not started, after the step."""
     num_running: int = 0
