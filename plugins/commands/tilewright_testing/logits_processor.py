@@ -624,8 +624,8 @@ class LogitsProcessorSuite(PluginSuite):
         # What is kept for requests is kept each time, unlike what others of the process keep.
         kept = min(after - before for before, after in itertools.pairwise(held))
         assert kept < _KEPT_BYTES * _REQUESTS, (
-            f"end() must free what was kept for a request, but {_REQUESTS} requests that ended left "
-            f"{kept} bytes, expected below {_KEPT_BYTES * _REQUESTS}"
+            f"end() must free what was kept for a request, but {_REQUESTS} requests that ended "
+            f"left {kept} bytes, expected below {_KEPT_BYTES * _REQUESTS}"
         )
 
     def test_an_argument_is_taken_or_refused(

@@ -25,7 +25,7 @@ def generate(choices: Any, **settings: Any) -> str:
     config = GenerateConfig(max_new_tokens=20, logits_processors={NAME: choices}, **settings)
     with LLMEngine.from_plugins() as engine:
         engine.init_model("m", DEMO_MODEL)
-        return engine.generate("m", "Congress shall", config)
+        return engine.generate_result("m", "Congress shall", config).text
 
 
 @pytest.mark.parametrize("seed", range(3))
