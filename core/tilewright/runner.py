@@ -286,7 +286,11 @@ class Runner:
         failure = _failure_of(plugin, error)
         concerned: Sequence[Request] = step.requests
         if isinstance(error, LogitsProcessorError):
-            concerned = [request for request in step.requests if request.processing]
+            concerned = [
+                request
+                for request in step.requests
+                if request.processing and error.processing in (None, request.processing)
+            ]
         if isinstance(error, ExecutorLostError):
             self._lost = error
             concerned = list(self.requests.values())
