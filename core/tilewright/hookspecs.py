@@ -199,6 +199,13 @@ class LogitsProcessorHooks:
     ) -> LogitsProcessor:
         """Make a processor for one model, when a request first names it."""
 
+    @_first
+    def sample_argument(self) -> Any:
+        """Optional: an argument that the processor takes, and with which it changes logits.
+
+        ``tilewright plugins verify`` begins requests with it; nothing else does.
+        """
+
 
 class ObserverHooks:
     """Kind ``observer``: is notified of events and cannot change them; any number of observers."""

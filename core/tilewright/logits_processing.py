@@ -20,6 +20,9 @@ FORBIDDEN = torch.finfo(torch.float32).min
 class LogitsProcessorError(PluginError):
     """A logits processor failed, which concerns only the requests that use one."""
 
+    processing: "Sequence[Processing] | None" = None
+    """The processors of the only request that is concerned; None: all of them are."""
+
 
 @frozen(eq=False)
 class Processing:
@@ -58,7 +61,7 @@ def edited(logits: "Tensor", places: Sequence[Place]) -> "Tensor":
     """A copy of logits [rows, vocab_size] with the edits of all processors.
 
     The states are afterwards what they were before. Raises LogitsProcessorError for edits that do
-    not fit the logits, or that forbid every token of a row.
+    not fit the logits, or that together forbid every token of a row.
     """
     found = [edits for depth in _by_drafts(places) for edits in _edits(depth)]
     logits = logits.clone()
@@ -66,6 +69,7 @@ def edited(logits: "Tensor", places: Sequence[Place]) -> "Tensor":
         _add(name, logits, edits)
     for name, edits in found:
         _mask(name, logits, edits)
+    _check_some_left(logits, places)
     return logits
 
 
@@ -78,7 +82,7 @@ def _by_drafts(places: Sequence[Place]) -> "list[list[Place]]":
 
 def _edits(places: Sequence[Place]) -> "list[tuple[str, LogitsEdits]]":
     """One call for each processor, with the states moved past the drafts for the time of it."""
-    rows: dict[str, tuple[LogitsProcessor, list[tuple[int, Any]]]] = {}
+    rows: dict[int, tuple[Processing, list[tuple[int, Any]]]] = {}
     moved = []
     try:
         for place in places:
@@ -87,8 +91,9 @@ def _edits(places: Sequence[Place]) -> "list[tuple[str, LogitsEdits]]":
                     moved.append((one, one.call("snapshot", one.state)))
                     for token_id in place.drafts:
                         one.call("accept", one.state, token_id)
-                rows.setdefault(one.name, (one.processor, []))[1].append((place.row, one.state))
-        made = [(name, call(name, p.edits, of_p)) for name, (p, of_p) in rows.items()]
+                own = rows.setdefault(id(one.processor), (one, []))[1]
+                own.append((place.row, one.state))
+        made = [(one.name, one.call("edits", own)) for one, own in rows.values()]
     finally:
         for one, snapshot in moved:
             one.call("restore", one.state, snapshot)
@@ -132,6 +137,23 @@ def _mask(name: str, logits: "Tensor", edits: LogitsEdits) -> None:
     at = rows.to(logits.device)
     now = logits[at]
     logits[at] = torch.where(allowed | ~now.isfinite(), now, FORBIDDEN)
+
+
+def _check_some_left(logits: "Tensor", places: Sequence[Place]) -> None:
+    """Raise LogitsProcessorError if the masks of a request leave no token, unless a draft before
+    it was forbidden: then the row is not used."""
+    rows = {(id(place.processing), len(place.drafts)): place.row for place in places}
+    left = (logits[[place.row for place in places]] != FORBIDDEN).any(1).tolist()
+    for place in [place for place, some in zip(places, left, strict=True) if not some]:
+        before = [rows[id(place.processing), i] for i in range(len(place.drafts))]
+        if (logits[before, list(place.drafts)] != FORBIDDEN).all():
+            names = " and ".join(one.name for one in place.processing)
+            error = LogitsProcessorError(
+                f"{names} together forbid every token: use one of them, or give them arguments "
+                "that agree"
+            )
+            error.processing = place.processing
+            raise error
 
 
 def _check(name: str, what: str, indices: "Tensor", stop: int) -> None:

@@ -334,7 +334,11 @@ class Runner:
             return
         failure = _failure_of(plugin, error)
         if isinstance(error, LogitsProcessorError):
-            concerned = [request for request in step.requests if request.processing]
+            concerned = [
+                request
+                for request in step.requests
+                if request.processing and error.processing in (None, request.processing)
+            ]
         if isinstance(error, ExecutorLostError):
             concerned = list(self.requests.values())
         for request in concerned:

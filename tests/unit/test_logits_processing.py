@@ -143,6 +143,51 @@ def test_two_processors_of_one_request_both_count(engine):
     ) == {150}
 
 
+def test_processors_that_together_forbid_every_token_fail_the_request(engine):
+    engine.made["other"] = Masking(engine.made["mask"].vocab_size)
+    both = {"mask": [range(100, 200)], "other": [range(199, 300)]}
+    result = engine.generate_result("demo", TRUTHS, config(logits_processors=both))
+    assert set(result.token_ids) == {199}
+    bystander = engine.stream("demo", PROMPTS[1], config(logits_processors={"mask": [[7]]}))
+    with pytest.raises(PluginError, match=r"'mask' and .* 'other' together forbid every token"):
+        engine.generate(
+            "demo", TRUTHS, config(logits_processors={**both, "other": [range(200, 300)]})
+        )
+    assert set(bystander) == {engine.model("demo").text.decode([7])}
+
+
+def test_what_follows_a_forbidden_draft_may_have_no_token_left(engine):
+    class Strays(Masking):
+        def of(self, rows):
+            strayed = [200 in state["accepted"] for _, state in rows]
+            self.strayed = self.strayed or any(strayed)
+            sets = [[range(70, 80) if wrong else range(300)] for wrong in strayed]
+            return super().of(
+                [
+                    (row, {**state, "argument": s})
+                    for (row, state), s in zip(rows, sets, strict=True)
+                ]
+            )
+
+    engine.made["other"] = Strays(engine.made["mask"].vocab_size)
+    engine.made["other"].strayed = False
+    engine._runner("demo")._scheduler._draft = lambda request, most: [200][:most]
+    both = {"mask": [range(60, 70)], "other": None}
+    result = engine.generate_result("demo", TRUTHS, config(logits_processors=both))
+    assert engine.made["other"].strayed
+    assert set(result.token_ids) <= set(range(60, 70))
+
+
+def test_two_processors_of_one_plugin_get_their_own_states(engine):
+    vocab, runner = engine.made["mask"].vocab_size, engine._runner("demo")
+    made = {"mask": Masking(vocab), "acme:mask": Masking(vocab)}
+    runner._processors = lambda name: Processing("logits_processor 'mask'", made[name], None)
+    both = {"mask": [range(100, 200)], "acme:mask": [range(199, 300)]}
+    result = engine.generate_result("demo", TRUTHS, config(logits_processors=both))
+    assert set(result.token_ids) == {199}
+    assert [len(each.calls) for each in made.values()] == [12, 12]
+
+
 def test_a_mask_follows_the_tokens_that_were_accepted(engine):
     sets = [[i] for i in range(50, 62)]
     result = engine.generate_result("demo", TRUTHS, config(logits_processors={"mask": sets}))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tilewright_testing.executor import ExecutorSuite as ExecutorSuite
     from tilewright_testing.kv_allocator import KvAllocatorSuite as KvAllocatorSuite
     from tilewright_testing.loader import LoaderSuite as LoaderSuite
+    from tilewright_testing.logits_processor import LogitsProcessorSuite as LogitsProcessorSuite
     from tilewright_testing.observer import ObserverSuite as ObserverSuite
     from tilewright_testing.sampler import SamplerSuite as SamplerSuite
     from tilewright_testing.suite import PluginSuite as PluginSuite
@@ -39,6 +40,7 @@ _MODULES = {
     "ExecutorSuite": "executor",
     "KvAllocatorSuite": "kv_allocator",
     "LoaderSuite": "loader",
+    "LogitsProcessorSuite": "logits_processor",
     "ObserverSuite": "observer",
     "PluginSuite": "suite",
     "SamplerSuite": "sampler",

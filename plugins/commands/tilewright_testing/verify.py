@@ -40,7 +40,8 @@ def verify(plugin: Plugin, options: Mapping[str, Any], source: str | None = None
     options: the plugin's, as a user writes them. source: for a loader, a model to load instead of
     the sample that it writes. Raises TilewrightError when the suite cannot be run.
     """
-    needed = ("pytest", "hypothesis") if plugin.kind == "kv_allocator" else ("pytest",)
+    walks = plugin.kind in ("kv_allocator", "logits_processor")
+    needed = ("pytest", "hypothesis") if walks else ("pytest",)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise TilewrightError(

@@ -26,21 +26,31 @@ _FILES = {
 """Template of each file that is written; None: an empty file."""
 
 _TEMPLATE_WORDS = {
-    "loader": ("Models in directories with a layout of their own", "generate --model DIR --loader"),
-    "weight_format": ("Weights in one file of a simple layout", "generate --model DIR --format"),
-    "executor": ("A forward pass in float32, written out", "generate --executor"),
+    "loader": (
+        "Models in directories with a layout of their own",
+        "generate --model DIR --loader my-plugin",
+    ),
+    "weight_format": (
+        "Weights in one file of a simple layout",
+        "generate --model DIR --format my-plugin",
+    ),
+    "executor": ("A forward pass in float32, written out", "generate --executor my-plugin"),
     "kv_allocator": (
         "A paged KV cache that hands out the lowest free page first",
-        "generate --kv-allocator",
+        "generate --kv-allocator my-plugin",
     ),
-    "sampler": ("Epsilon sampling", "generate --temperature 1 --sampler"),
+    "sampler": ("Epsilon sampling", "generate --temperature 1 --sampler my-plugin"),
+    "logits_processor": (
+        "Texts that are one of a request's choices",
+        "generate --logits-processor my-plugin=yes,no",
+    ),
     "observer": (
         "Steps, tokens and seconds, counted by model and phase",
-        "generate --observer",
+        "generate --observer my-plugin",
     ),
-    "command": ("The number of tokens in a text", ""),
+    "command": ("The number of tokens in a text", "my-plugin"),
 }
-"""The summary of each kind's template, and the command that uses it, without the plugin's name."""
+"""The summary of each kind's template, and the command that uses it, without the prompt."""
 
 
 def write(kind: str, name: str, out: Path | None = None) -> Path:
@@ -61,7 +71,7 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
     summary, use = _TEMPLATE_WORDS[kind]
     words = {
         "MY_SUMMARY": summary,
-        "MY_USE": " ".join(["tilewright", *use.split(), "my-plugin", "PROMPT"]),
+        "MY_USE": f"tilewright {use} PROMPT",
         "MY_NOUN": plugins.noun(kind),
         "MY_GROUP": plugins.KINDS[kind].group,
         "MY_KIND": kind,
