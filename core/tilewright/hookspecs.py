@@ -5,7 +5,7 @@ API version that it was written for, and functions marked with ``hookimpl``::
 
     from tilewright import hookimpl
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     @hookimpl
     def create_sampler(options):

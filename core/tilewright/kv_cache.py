@@ -16,7 +16,7 @@ from tilewright.errors import OutOfPagesError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @hookimpl

@@ -24,8 +24,25 @@ Options = Mapping[str, Mapping[str, Any]]
 """An engine's options, by kind of plugin."""
 
 
-API_VERSION = 1
+API_VERSION = 2
 """Raised when a change to a spec or a protocol would break existing plugins."""
+
+FROM_VERSION_1 = {
+    "loader": "load_model takes source, options, weight_format, formats and report instead of a "
+    "request, and write_sample returns a Sample",
+    "weight_format": "write_weights returns the tolerance of what it wrote",
+    "executor": "create_executor takes model_config, runtime_config, weights and others instead of "
+    "a request, forward replaces prefill and decode, and allocate_kv, read_kv and write_kv replace "
+    "bind_kv_cache",
+    "kv_allocator": "create_kv_allocator takes num_pages and page_size, and an allocator has pages "
+    "only: no storage, slots or block tables",
+    "sampler": "create_sampler takes model_config and options instead of a request, and draws "
+    "depend on SamplerRow.position",
+    "observer": "StepEvent has num_prompt_tokens and num_decode_tokens, and an event that raises "
+    "ends no generation",
+    "command": "nothing",
+}
+"""What changed for a plugin of each kind since version 1, for the error of an old one."""
 
 
 class Kind(NamedTuple):
@@ -285,6 +302,11 @@ def check(obj: Any, kind: str, who: str) -> None:
         )
     if declared != API_VERSION:
         cure = "upgrade tilewright" if declared > API_VERSION else "install a newer version of it"
+        if declared == 1 and kind in FROM_VERSION_1:
+            cure += (
+                f", or change it ({FROM_VERSION_1[kind]}; see docs/writing-plugins.md) and set "
+                f"tilewright_api = {API_VERSION}"
+            )
         raise PluginError(
             f"{who} is written for API version {declared}; this tilewright has API version "
             f"{API_VERSION}: {cure}"

@@ -464,7 +464,7 @@ def test_output_printed_by_plugins_goes_to_stderr(tmp_path, command):
 SHAKY = """
     from tilewright import hookimpl
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     class Shaky:
         @hookimpl

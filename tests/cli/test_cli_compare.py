@@ -512,7 +512,7 @@ def test_the_documentation_names_every_key_of_the_report():
 CHATTY = """
     from tilewright import hookimpl
 
-    tilewright_api = 1
+    tilewright_api = 2
     print("at import")
 
     class Watch:

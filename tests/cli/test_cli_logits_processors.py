@@ -23,7 +23,7 @@ from tilewright import hookimpl
 from tilewright.errors import RequestError
 from tilewright.types import LogitsEdits, PluginInfo
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @frozen
@@ -85,7 +85,7 @@ UNPROVED = '''
 from tilewright import hookimpl
 from tilewright.types import PluginInfo
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @hookimpl

@@ -384,7 +384,7 @@ def test_check_reports_a_misspelt_entry_point_group(tilewright: Any, site: Insta
 UNMARKED = """
     from tilewright import hookimpl
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     class Watch:
         @hookimpl

@@ -30,7 +30,7 @@ class Options:
 
 
 class Bare:
-    tilewright_api = 1
+    tilewright_api = 2
 
     @hookimpl
     def plugin_info(self):
@@ -78,7 +78,7 @@ from tilewright_hf import loader as real
 
 
 class Stating:
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, states):
         self.states = states
@@ -117,7 +117,7 @@ from tilewright_torch import plugin as real
 
 
 class Biased:
-    tilewright_api = 1
+    tilewright_api = 2
     serves = None
 
     @hookimpl

@@ -12,7 +12,7 @@ SHOUT = '''
 
     from tilewright.errors import ConfigError
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     def configure(parser):
         parser.add_argument("word", help="the word to print")
@@ -26,7 +26,7 @@ SHOUT = '''
 CASES = {
     "shout": SHOUT,
     "broken": '"""Never runs."""\nimport a_library_that_is_not_installed\n',
-    "wordless": "tilewright_api = 1\n",
+    "wordless": "tilewright_api = 2\n",
     "doctor": SHOUT,
     "half": '"""Use 50% (of it)s."""\n' + dists.dedent(SHOUT).partition("capitals.")[2][4:],
     "stale": None,

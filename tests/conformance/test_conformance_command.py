@@ -17,7 +17,7 @@ SUITE = CommandSuite
 class Command:
     """A command that adds arguments in some way."""
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, configure: Callable[[argparse.ArgumentParser], object]):
         self._configure = configure
@@ -47,7 +47,7 @@ def long_name(parser: argparse.ArgumentParser) -> None:
 
 
 class WithoutRun:
-    tilewright_api = 1
+    tilewright_api = 2
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         pass
@@ -94,7 +94,7 @@ MODULES = {
 }
 
 REST = """
-tilewright_api = 1
+tilewright_api = 2
 def configure(parser): pass
 def run(args): return 0
 """

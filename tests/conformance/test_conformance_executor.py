@@ -43,7 +43,7 @@ from tilewright_torch.model import Model, TorchExecutor, _Step
 class Executors:
     """A plugin that makes executors in some way."""
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, make: Callable[[Asked], Any], **info: Any):
         """info: fields of the plugin's PluginInfo."""

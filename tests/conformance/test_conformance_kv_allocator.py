@@ -29,7 +29,7 @@ from tilewright_testing.verify import verify
 class Allocators:
     """A plugin that makes allocators in some way."""
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, make: Callable[[int, int], KvAllocator]):
         self.make = make
@@ -953,7 +953,7 @@ def test_options_are_passed_to_the_plugin() -> None:
         size: int = field(default=1, metadata={"help": "a number"})
 
     class WithOptions:
-        tilewright_api = 1
+        tilewright_api = 2
         made: list[object] = []  # noqa: RUF012
 
         @hookimpl

@@ -85,7 +85,7 @@ class Right:
 class Processors:
     """A plugin that makes logits processors in some way."""
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, make: Callable[[int], LogitsProcessor], argument: Any = PATHS):
         self.make = make

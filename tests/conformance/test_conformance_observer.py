@@ -22,7 +22,7 @@ from tilewright_testing import ObserverSuite
 class Observers:
     """A plugin that makes observers in some way."""
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, make: Callable[[], object]):
         self.make = make
@@ -501,7 +501,7 @@ IMPORTING: dict[str, tuple[str, str]] = {
 MODULE = """
 from tilewright import hookimpl
 from tilewright.types import PluginInfo
-tilewright_api = 1
+tilewright_api = 2
 @hookimpl
 def plugin_info():
     return PluginInfo(summary="nothing")

@@ -37,7 +37,7 @@ from tilewright_testing.sampler import probabilities, scores
 class Samplers:
     """A plugin that makes samplers in some way."""
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, make: Callable[[], Sampler], **said: Any):
         self.make = make
@@ -388,7 +388,7 @@ class GivesAnIterator(Right):
 
 
 class SaysNothingOfItself:
-    tilewright_api = 1
+    tilewright_api = 2
 
     @hookimpl
     def create_sampler(self) -> Sampler:
@@ -396,7 +396,7 @@ class SaysNothingOfItself:
 
 
 class OfAnotherApi(Samplers):
-    tilewright_api = 2
+    tilewright_api = 3
 
 
 class Misspelt(Samplers):
@@ -428,7 +428,7 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         "was written for another API",
         OfAnotherApi(Right),
         "it_targets_this_api_version_and_its",
-        "API version 2",
+        "API version 3",
     ),
     (
         "has a hook that is none",

@@ -104,7 +104,7 @@ class RawSource:
 class Raw:
     """The format's plugin."""
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, source: type[RawSource] = RawSource):
         self.source = source

@@ -32,7 +32,7 @@ NAME = "acme.json"
 class Loader:
     """Loads acme.json with the configuration, tokenizer.json, and weights in any format."""
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     @hookimpl
     def plugin_info(self) -> PluginInfo:

@@ -43,7 +43,7 @@ from tilewright_hf.files import JsonObject
 from tilewright_torch import plugin as torch_plugin
 from tilewright_torch.model import Model, TorchExecutor, _Step
 
-tilewright_api = 1
+tilewright_api = 2
 
 DISTRIBUTION = Distribution("acme-planted", {}, {"executor": {"planted": "planted"}})
 

@@ -144,7 +144,7 @@ LIKELIEST = """
     from tilewright import hookimpl
     from tilewright.types import SampledToken
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     class Likeliest:
         def sample(self, logits, rows):
@@ -163,8 +163,8 @@ MISSPELT_HOOK = sampler(
     "acme-misspelt", "misspelt", LIKELIEST.replace("create_sampler", "create_samplr")
 )
 WRONG_ARGUMENT = sampler("acme-argument", "argument", LIKELIEST.replace("(options)", "(optons)"))
-OTHER_API = sampler("acme-api", "future", LIKELIEST.replace("api = 1", "api = 999"))
-OLD_API = sampler("acme-old", "past", LIKELIEST.replace("api = 1", "api = 0"))
+OTHER_API = sampler("acme-api", "future", LIKELIEST.replace("api = 2", "api = 999"))
+OLD_API = sampler("acme-old", "past", LIKELIEST.replace("api = 2", "api = 1"))
 UNMARKED = sampler("acme-unmarked", "unmarked", LIKELIEST.replace("@hookimpl", ""))
 RIVALS = (
     sampler("acme-one", "rival", LIKELIEST, version="1.5"),
@@ -204,7 +204,7 @@ GOOD = Distribution(
             )
             from tilewright.weights import expected_tensors
 
-            tilewright_api = 1
+            tilewright_api = 2
 
             @attrs.frozen
             class Options:
@@ -326,7 +326,7 @@ GOOD = Distribution(
                     pass
 
             class Plugin:
-                tilewright_api = 1
+                tilewright_api = 2
 
                 @hookimpl
                 def plugin_info(self):
@@ -356,7 +356,7 @@ GOOD = Distribution(
             from tilewright.errors import OutOfPagesError
             from tilewright.types import PluginInfo
 
-            tilewright_api = 1
+            tilewright_api = 2
 
             @hookimpl
             def plugin_info():
@@ -423,7 +423,7 @@ GOOD = Distribution(
             from tilewright import hookimpl
             from tilewright.types import PluginInfo
 
-            tilewright_api = 1
+            tilewright_api = 2
 
             @attrs.frozen
             class Options:

@@ -110,16 +110,16 @@ BREAKING: dict[str, tuple[Change, str]] = {
         "TensorSource: close is gone",
     ),
     "a method takes another argument": (
-        lambda r: r["protocols"]["Executor"]["prefill"]["arguments"].append(["x", "int", False]),
-        "Executor: prefill was",
+        lambda r: r["protocols"]["Executor"]["forward"]["arguments"].append(["x", "int", False]),
+        "Executor: forward was",
     ),
     "what plugins use has lost a method": (
         lambda r: r["protocols"]["WeightFormats"].pop("open"),
         "WeightFormats: open is gone",
     ),
     "a field is gone": (
-        lambda r: r["classes"]["KvAllocatorRequest"].pop("spec"),
-        "KvAllocatorRequest: field spec is gone",
+        lambda r: r["classes"]["StepBatch"].pop("slot_mapping"),
+        "StepBatch: field slot_mapping is gone",
     ),
     "a field is required": (
         lambda r: r["classes"]["ModelConfig"]["qk_norm"].update(optional=False),
@@ -175,7 +175,7 @@ HARMLESS: dict[str, Change] = {
     "a new optional hook": lambda r: r["hooks"].update(on_swap=r["hooks"]["on_close"]),
     "a new argument of a hook": lambda r: r["hooks"]["can_load"]["arguments"].update(deep="bool"),
     "a new field with a default": lambda r: r["classes"]["ModelConfig"].update(scale=OPTIONAL),
-    "a field becomes optional": lambda r: r["classes"]["KvAllocatorRequest"]["spec"].update(
+    "a field becomes optional": lambda r: r["classes"]["StepBatch"]["slot_mapping"].update(
         optional=True
     ),
     "a new class": lambda r: r["classes"].update(Swap={"a": OPTIONAL}),

@@ -19,7 +19,7 @@ CLAIMS = """
     from tilewright import hookimpl
     from tilewright.errors import ModelError
 
-    tilewright_api = 1
+    tilewright_api = 2
 
     @hookimpl
     def can_load(source):

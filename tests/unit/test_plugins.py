@@ -120,7 +120,7 @@ def test_a_wheel_on_the_path_is_found_and_other_files_are_ignored(
     monkeypatch.setattr(sys, "path", [*strange, *sys.path])
     plugin = plugins.find("sampler", "zipped")
     assert (plugin.where, plugin.version) == (str(wheel), "1.0")
-    assert plugins.load(plugin).tilewright_api == 1
+    assert plugins.load(plugin).tilewright_api == 2
     sys.modules.pop("acme_zipped")
 
 
@@ -309,24 +309,25 @@ REFUSED = {
     "newer API": (
         dists.OTHER_API,
         "sampler 'future' of acme-api 1.0 is written for API version 999; this tilewright has "
-        "API version 1: "
+        "API version 2: "
         "upgrade tilewright",
     ),
     "older API": (
         dists.OLD_API,
-        "sampler 'past' of acme-old 1.0 is written for API version 0; this tilewright has "
-        "API version 1: "
-        "install a newer version of it",
+        "sampler 'past' of acme-old 1.0 is written for API version 1; this tilewright has "
+        "API version 2: install a newer version of it, or change it (create_sampler takes "
+        "model_config and options instead of a request, and draws depend on SamplerRow.position; "
+        "see docs/writing-plugins.md) and set tilewright_api = 2",
     ),
     "no API": (
-        module(dists.LIKELIEST.replace("tilewright_api = 1", "")),
+        module(dists.LIKELIEST.replace("tilewright_api = 2", "")),
         "sampler 'x' of acme-x 1.0 does not declare its API version: expected "
-        "tilewright_api = 1 in module acme_x, found nothing",
+        "tilewright_api = 2 in module acme_x, found nothing",
     ),
     "API in words": (
-        module(dists.LIKELIEST.replace("tilewright_api = 1", "tilewright_api = '1.0'")),
+        module(dists.LIKELIEST.replace("tilewright_api = 2", "tilewright_api = '1.0'")),
         "sampler 'x' of acme-x 1.0 does not declare its API version: expected "
-        "tilewright_api = 1 in module acme_x, found '1.0'",
+        "tilewright_api = 2 in module acme_x, found '1.0'",
     ),
     "unmarked hook": (
         dists.UNMARKED,
@@ -334,7 +335,7 @@ REFUSED = {
         "sampler must (it has a function of that name: mark it with @hookimpl)",
     ),
     "no hook": (
-        module("tilewright_api = 1"),
+        module("tilewright_api = 2"),
         "sampler 'x' of acme-x 1.0 does not implement 'create_sampler', which every sampler must",
     ),
     "another kind": (
@@ -347,7 +348,7 @@ REFUSED = {
     "class": (
         dists.Distribution(
             "acme-x",
-            {"acme_x.py": "class Plugin:\n    tilewright_api = 1\n"},
+            {"acme_x.py": "class Plugin:\n    tilewright_api = 2\n"},
             {"sampler": {"x": "acme_x:Plugin"}},
         ),
         "sampler 'x' of acme-x 1.0 must be a module or an object with hooks, found class Plugin: "
@@ -408,7 +409,7 @@ def test_an_object_that_serves_two_kinds_is_registered_once(site: Install) -> No
         from tilewright import hookimpl
 
         class Both:
-            tilewright_api = 1
+            tilewright_api = 2
 
             @hookimpl
             def create_sampler(self):
@@ -455,7 +456,7 @@ class Options:
 
 
 class Plugin:
-    tilewright_api = 1
+    tilewright_api = 2
 
     def __init__(self, says: Any) -> None:
         self.says = says

@@ -21,7 +21,7 @@ from tilewright.settings import RunConfig
 if TYPE_CHECKING:
     from tilewright.engine import LLMEngine
 
-tilewright_api = 1
+tilewright_api = 2
 
 _WORDS = {
     "/reset": "forget the conversation",

@@ -25,7 +25,7 @@ from tilewright.config import DEFAULT, Resolved, resolve
 if TYPE_CHECKING:
     from tilewright.engine import GenerationStream
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

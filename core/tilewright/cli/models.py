@@ -16,7 +16,7 @@ from tilewright.cli.tables import print_columns, print_json
 from tilewright.errors import ConfigError, nearest
 from tilewright.settings import read_setting
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from tilewright.plugins import ENGINE_KINDS
 from tilewright.settings import SECTIONS, Place, keys
 from tilewright.types import BUILTIN_GENERATE
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tilewright_compare import Choice, Comparison, Tolerance
 
-tilewright_api = 1
+tilewright_api = 2
 
 SIDES = ("candidate", "reference")
 _OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")

@@ -24,7 +24,7 @@ from tilewright.types import GenerateConfig
 if TYPE_CHECKING:
     from tilewright.engine import LLMEngine
 
-tilewright_api = 1
+tilewright_api = 2
 
 _SEED = 0
 

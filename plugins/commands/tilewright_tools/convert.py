@@ -17,7 +17,7 @@ from tilewright.config import DEFAULT, resolve
 from tilewright.errors import ConfigError
 from tilewright_packed.format import OnBytes
 
-tilewright_api = 1
+tilewright_api = 2
 
 _SIZE = re.compile(r"(\d{1,12})([KMGT]?)(iB)?", re.ASCII)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}

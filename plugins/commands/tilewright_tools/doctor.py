@@ -20,7 +20,7 @@ from tilewright.errors import ConfigError, PluginError, listed
 from tilewright.machine import available_memory, total_memory
 from tilewright.types import Check
 
-tilewright_api = 1
+tilewright_api = 2
 
 GIB = 1 << 30
 LOW_MEMORY = 2 * GIB

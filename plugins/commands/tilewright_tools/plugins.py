@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tilewright.types import PluginInfo
     from tilewright.values import Option
 
-tilewright_api = 1
+tilewright_api = 2
 
 NOT_PROVED = 3
 """Exit code of ``verify`` when no test failed but some were not run."""

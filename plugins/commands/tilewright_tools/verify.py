@@ -9,7 +9,7 @@ from tilewright.cli.tables import print_columns, print_json
 from tilewright.errors import ConfigError, ModelError
 from tilewright_tools.convert import progress
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from tilewright_pypto.options import GRANTED_DEVICE, HARDWARE, Options
 if TYPE_CHECKING:
     from tilewright_pypto.device import Device
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @hookimpl

@@ -17,7 +17,7 @@ from tilewright.types import (
     TensorSource,
 )
 
-tilewright_api = 1
+tilewright_api = 2
 
 PAGE_SIZE = 16
 """Default number of tokens per page of the KV cache."""

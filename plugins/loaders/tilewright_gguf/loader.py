@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tilewright_gguf.header import GgufFile
     from tilewright_hf.files import JsonObject
 
-tilewright_api = 1
+tilewright_api = 2
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 

@@ -27,7 +27,7 @@ from tilewright_hf import loader, pytorch_format, safetensors_format
 from tilewright_hf.files import one_line
 from tilewright_hf.shards import shard_files
 
-tilewright_api = 1
+tilewright_api = 2
 
 T = TypeVar("T")
 

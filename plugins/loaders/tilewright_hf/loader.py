@@ -28,7 +28,7 @@ from tilewright_hf.tokenizer import load_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-tilewright_api = 1
+tilewright_api = 2
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

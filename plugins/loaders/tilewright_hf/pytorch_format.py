@@ -18,7 +18,7 @@ from tilewright_hf.shards import ShardedSource, not_downloaded, open_shards
 if TYPE_CHECKING:
     from torch import Tensor
 
-tilewright_api = 1
+tilewright_api = 2
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"

@@ -19,7 +19,7 @@ from tilewright_hf.shards import ShardedSource, not_downloaded, open_shards
 if TYPE_CHECKING:
     from torch import Tensor
 
-tilewright_api = 1
+tilewright_api = 2
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from tilewright.types import (
 )
 from tilewright_packed.format import MANIFEST, is_packed, load
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @frozen

@@ -4,7 +4,7 @@ from tilewright import hookimpl
 from tilewright.types import PluginInfo
 from tilewright_sampling.sampler import LogitsSampler, Options
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @hookimpl

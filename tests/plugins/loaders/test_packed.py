@@ -513,7 +513,7 @@ BACKWARDS = """
     from tilewright.weights import expected_tensors
     from tilewright_torch import plugin as torch_plugin
 
-    tilewright_api = 1
+    tilewright_api = 2
     VERSION = 1
 
     class Forwards:

@@ -84,7 +84,7 @@ class Grammar:
 
 
 class Plugin:
-    tilewright_api = 1
+    tilewright_api = 2
 
     @hookimpl
     def plugin_info(self) -> PluginInfo:

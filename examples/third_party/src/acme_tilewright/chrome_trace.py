@@ -15,7 +15,7 @@ from attrs import field, frozen, validators
 from tilewright import hookimpl
 from tilewright.types import GenerateResult, PluginInfo, StepEvent
 
-tilewright_api = 1
+tilewright_api = 2
 
 THREADS = ("load", "requests", "steps")
 """Threads of each process; a process is a model."""

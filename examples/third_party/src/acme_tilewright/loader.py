@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-tilewright_api = 1
+tilewright_api = 2
 
 FILE = "acme.toml"
 

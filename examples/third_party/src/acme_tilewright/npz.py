@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-tilewright_api = 1
+tilewright_api = 2
 
 FILE = "model.npz"
 

@@ -23,7 +23,7 @@ from tilewright.types import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @frozen

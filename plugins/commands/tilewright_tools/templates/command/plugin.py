@@ -8,7 +8,7 @@ import argparse
 from tilewright.cli import flags
 from tilewright.config import resolve
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from tilewright.types import (
 )
 from tilewright.weights import expected_tensors
 
-tilewright_api = 1
+tilewright_api = 2
 
 PAGE_SIZE = 16
 """Default number of tokens per KV cache page."""

@@ -11,7 +11,7 @@ from tilewright import hookimpl
 from tilewright.errors import OutOfPagesError
 from tilewright.types import KvAllocator, PluginInfo
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @hookimpl

@@ -25,7 +25,7 @@ from tilewright.types import (
     WeightFormats,
 )
 
-tilewright_api = 1
+tilewright_api = 2
 
 FILE = "my-plugin.json"
 

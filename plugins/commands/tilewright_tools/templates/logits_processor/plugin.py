@@ -16,7 +16,7 @@ from tilewright.types import LogitsEdits, LogitsProcessor, ModelConfig, PluginIn
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @hookimpl

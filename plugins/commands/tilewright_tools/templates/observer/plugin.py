@@ -9,7 +9,7 @@ from attrs import asdict, define, field, frozen, validators
 from tilewright import hookimpl
 from tilewright.types import Phase, PluginInfo, StepEvent
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @frozen

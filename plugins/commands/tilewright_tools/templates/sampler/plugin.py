@@ -17,7 +17,7 @@ from tilewright.types import PluginInfo, SampledToken, Sampler, SamplerRow
 if TYPE_CHECKING:
     from torch import Tensor
 
-tilewright_api = 1
+tilewright_api = 2
 
 
 @frozen

@@ -18,7 +18,7 @@ from tilewright.types import PluginInfo, TensorInfo, TensorSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-tilewright_api = 1
+tilewright_api = 2
 
 FILE = "weights.my-plugin"
 
