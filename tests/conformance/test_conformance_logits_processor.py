@@ -362,8 +362,8 @@ class Takes(Right):
 
 class RefusesInTwoLines(Takes):
     def paths(self, argument: Any) -> list[list[int]]:
-        if not isinstance(argument, list) or not argument:
-            raise RequestError("expected paths\nfound none")
+        if argument != PATHS:
+            raise RequestError("expected paths\nfound others")
         return PATHS
 
 
