@@ -405,17 +405,18 @@ class Processors:
     def __init__(self, selection: Selection, loaded: LoadedModel):
         self._selection = selection
         self._loaded = loaded
-        self._made: dict[str, Processing] = {}
+        self._made: dict[plugins.Plugin, Processing] = {}
 
     def get(self, name: str) -> Processing:
         """Raises PluginError as ``plugins.find`` and ``plugins.load`` do."""
-        if name not in self._made:
-            chosen = select(self._selection.manager, "logits_processor", name)
+        plugin = plugins.find("logits_processor", name)
+        if plugin not in self._made:
+            chosen = select(self._selection.manager, "logits_processor", plugin.qualified)
             processor = chosen.call(
                 "create_logits_processor",
                 model_config=self._loaded.config,
                 text=self._loaded.text,
                 options=chosen.read_options(self._selection.arguments["options"]),
             )
-            self._made[name] = Processing(str(chosen.plugin), processor, state=None)
-        return self._made[name]
+            self._made[plugin] = Processing(str(plugin), processor, state=None)
+        return self._made[plugin]
