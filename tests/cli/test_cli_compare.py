@@ -97,7 +97,7 @@ def test_layers_are_tried_alone_when_asked_for(capsys):
     code, out, _ = compared(capsys, *SHORT, *SEVEN, "--isolate", "--json")
     report = json.loads(out)
     assert (code, report["verdict"]) == (0, "equal")
-    assert {f["mode"] for f in report["findings"]} == {"chained", "isolated"}
+    assert {f["mode"] for f in report["findings"]} == {"chained", "isolated", "untapped"}
 
 
 def test_the_truth_is_in_float32(capsys):
@@ -176,7 +176,8 @@ def test_a_run_file_is_the_candidate(capsys, tmp_path, wrong_layer):
     code, out, _ = compared(capsys, str(path), "--new-tokens", "1", "--json")
     report = json.loads(out)
     assert (code, report["divergence"]["layer"]) == (1, 1)
-    assert {row["request"] for row in report["logits"]} == {0, 1}
+    assert {row["request"] for row in report["logits"] if row["step"] == 0} == {0, 1}
+    assert {row["request"] for row in report["logits"]} == {0, 1, 2}, "one more in the mixed step"
     assert os.listdir(tmp_path) == ["run.toml"], "a run's results are no place for a report"
 
 
