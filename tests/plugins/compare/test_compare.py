@@ -655,3 +655,13 @@ def test_an_executor_that_does_not_mix_gets_no_mixed_step(models: Path, monkeypa
     assert found.equal
     assert {f.place.phase for f in found.findings} == {"prefill", "decode"}
     assert found.unreached == []
+
+
+def test_sampling_by_the_executor_is_said_not_to_be_compared(models: Path, monkeypatch):
+    for name in ("serves", "submit"):
+        monkeypatch.setattr(planted.PlantedExecutor, name, lambda self: None, raising=False)
+    found = plant("none").compare(models)
+    assert found.equal
+    assert found.sentence.endswith(
+        "not compared: the tokens that the candidate samples itself (submit)"
+    )
