@@ -20,11 +20,11 @@ from terminal import Terminal
 from tilewright.cli import main
 from tilewright_compare import Comparison, picture
 from tilewright_compare.hypotheses import Explanation, Reason
-from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place
+from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place, judge_bits
 from tilewright_compare.metrics import difference
 from tilewright_compare.packing import WeightFinding
 from tilewright_compare.page import html
-from tilewright_compare.report import grouped, record, text
+from tilewright_compare.report import MODES, grouped, record, text
 from tilewright_compare.shades import LIGHT, PASSING
 from tilewright_torch.model import TorchExecutor
 
@@ -97,7 +97,7 @@ def test_layers_are_tried_alone_when_asked_for(capsys):
     code, out, _ = compared(capsys, *SHORT, *SEVEN, "--isolate", "--json")
     report = json.loads(out)
     assert (code, report["verdict"]) == (0, "equal")
-    assert {f["mode"] for f in report["findings"]} == {"chained", "isolated"}
+    assert {f["mode"] for f in report["findings"]} == {"chained", "isolated", "untapped"}
 
 
 def test_the_truth_is_in_float32(capsys):
@@ -132,6 +132,48 @@ def test_the_reports_of_a_wrong_layer_agree(capsys, wrong_layer, tmp_path):
         assert (image.format, image.width) == ("PNG", picture.WIDTH)
     alone = [f for f in report["findings"] if f["mode"] == "isolated" and not f["passed"]]
     assert {f["tensor"] for f in alone} == {"layers.1.output"}
+
+
+def test_a_path_that_is_wrong_without_taps_is_told_in_every_report(capsys, tmp_path, monkeypatch):
+    forward = TorchExecutor.forward
+
+    def wrong(self, batch, tap=None):
+        logits = forward(self, batch, tap)
+        return logits if tap or self.kv_cache_spec.page_size != 7 else logits + 1
+
+    monkeypatch.setattr(TorchExecutor, "forward", wrong)
+    page, heat = tmp_path / "page.html", tmp_path / "map.png"
+    files = ["--html", str(page), "--png", str(heat)]
+    code, out, _ = compared(capsys, *SHORT, *SEVEN, *files)
+    assert code == 1
+    told = "right with taps, wrong without: diverges first in prefill step 0, logits: 1999 of 1999"
+    assert out.startswith(told)
+    assert "next: look at what forward runs when it has no tap: the last layer and the head" in out
+    assert told in page.read_text()
+    assert Image.open(heat).width == picture.WIDTH
+    _, out, _ = compared(capsys, *SHORT, *SEVEN, "--json")
+    report = json.loads(out)
+    assert report["verdict"] == "diverged"
+    assert report["divergence"]["mode"] == "untapped"
+    assert report["divergence"]["candidate"]["max_abs"] == pytest.approx(1, abs=1e-3)
+    wrong_ones = [(f["mode"], f["tensor"]) for f in report["findings"] if not f["passed"]]
+    assert set(wrong_ones) == {("untapped", "logits")}
+
+
+def test_steps_that_mix_are_told_when_they_could_not_be_compared(capsys, tmp_path):
+    page, heat = tmp_path / "page.html", tmp_path / "map.png"
+    files = ["--html", str(page), "--png", str(heat)]
+    code, out, _ = compared(capsys, *SHORT, *SEVEN, "--chunk", "2", *files)
+    missed = "not compared: steps that mix prompts and decoding (a step of 2 tokens is too small)"
+    assert code == 0
+    assert out.splitlines()[0].endswith(f"; {missed}")
+    assert missed in out.splitlines()
+    assert page.read_text().count(missed) == 2
+    _, out, _ = compared(capsys, *SHORT, *SEVEN, "--chunk", "2", "--json")
+    assert missed.endswith(json.loads(out)["unreached"][0])
+    _, out, _ = compared(capsys, *SHORT, *SEVEN)
+    assert "1 decode, 1 mixed;" in out
+    assert "not compared" not in out
 
 
 def test_a_tolerance_of_the_user_decides(capsys, wrong_layer):
@@ -176,7 +218,8 @@ def test_a_run_file_is_the_candidate(capsys, tmp_path, wrong_layer):
     code, out, _ = compared(capsys, str(path), "--new-tokens", "1", "--json")
     report = json.loads(out)
     assert (code, report["divergence"]["layer"]) == (1, 1)
-    assert {row["request"] for row in report["logits"]} == {0, 1}
+    assert {row["request"] for row in report["logits"] if row["step"] == 0} == {0, 1}
+    assert {row["request"] for row in report["logits"]} == {0, 1, 2}, "one more in the mixed step"
     assert os.listdir(tmp_path) == ["run.toml"], "a run's results are no place for a report"
 
 
@@ -278,6 +321,48 @@ def made(layers: int, steps: int, wrong: int | None = None) -> Comparison:
             )
         )
     return comparison
+
+
+def without_taps(comparison: Comparison, wrong: int | None = None) -> Comparison:
+    """The comparison with a run without taps, in which the values of a layer are wrong."""
+    layers = {f.place.layer for f in comparison.findings}
+    with_taps = torch.tensor([[[1.0, 2.0]]])
+    for layer in layers:
+        for name in ("k_cache", "v_cache"):
+            off = layer == wrong and name == "v_cache"
+            tensor = f"layers.{layer}.{name}"
+            place = Place(mode="untapped", phase="decode", step=1, tensor=tensor)
+            comparison.findings.append(judge_bits(place, with_taps + off, with_taps))
+    return comparison
+
+
+def test_a_run_without_taps_takes_one_line_where_it_is_right():
+    right = without_taps(made(40, 2))
+    lines = text(right, 80, wrapped=True)
+    assert lines[0].startswith("equal: ")
+    assert "without taps, cache and logits have the same bits" in lines
+    assert len(lines) == len(text(made(40, 2), 80, wrapped=True)) + 1
+    page = html(right)
+    assert "without taps, cache and logits have the same bits" in page
+    assert MODES["untapped"] not in page
+    assert page.count("<figcaption>step") == html(made(40, 2)).count("<figcaption>step")
+
+
+def test_a_run_without_taps_has_a_table_and_pictures_where_it_is_wrong():
+    wrong = without_taps(made(40, 2), wrong=7)
+    lines = text(wrong, 80, wrapped=True)
+    assert MODES["untapped"] in lines
+    assert [line.split() for line in lines if "bits!" in line] == [["7", "0.0", "bits!"]]
+    assert "without taps, 1 of 80 tensors are wrong, in 1 of 1 steps" in lines
+    page = html(wrong)
+    assert f"Error over its limit: {MODES['untapped']}" in page
+    assert "distance from the run with taps" in page
+    assert "The bits must be the same" in page
+    assert "layers.7.v_cache: bits! 2 of 2 elements differ" in page
+    assert opened(wrong).height > opened(without_taps(made(40, 2))).height
+    report = record(wrong)
+    assert report["divergence"]["tensor"] == "layers.7.v_cache"
+    assert (report["divergence"]["excess"], report["divergence"]["baseline"]) == (None, None)
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -976,7 +976,7 @@ def test_options_are_passed_to_the_plugin() -> None:
 def test_an_allocator_need_not_share_and_the_report_says_what_was_not_run(tmp_path: Path) -> None:
     with dists.on_path(tmp_path / "site") as install:
         install(dists.GOOD)
-        statements = verify(plugins.find("kv_allocator", "slab"), {})
+        statements = verify(plugins.find("kv_allocator", "slab"), {}).statements
     results = {statement.statement.partition(" (")[0]: statement for statement in statements}
     assert {statement.result for statement in statements} == {"passed", "not run"}
     for test in (FOUND, EQUAL, OUTLIVES, OLDEST):

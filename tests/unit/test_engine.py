@@ -312,6 +312,20 @@ def test_the_first_non_finite_tensor_is_named(engine, others):
         stream.close()
 
 
+def test_logits_that_are_finite_only_with_taps_are_said_to_be(engine):
+    class Fused(Poisoning):
+        def _run(self, run, batch, tap):
+            return run(batch, tap) if tap else super()._run(run, batch, tap)
+
+    model = engine.model("demo")
+    model.executor = Fused(model.executor)
+    with pytest.raises(
+        NonFiniteLogitsError, match=r"with taps, .* only finite tensors: the path without taps is"
+    ) as caught:
+        engine.generate("demo", TRUTHS, config(5))
+    assert caught.value.first_tensor == ""
+
+
 def test_sanitising_marks_the_result():
     with LLMEngine.from_plugins(options={"sampler": {"on_nonfinite": "sanitize"}}) as engine:
         engine.init_model("demo", DEMO_MODEL, RuntimeConfig(total_pages=64))

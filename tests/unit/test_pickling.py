@@ -3,7 +3,7 @@
 import pickle
 
 import torch
-from attrs import asdict
+from attrs import asdict, evolve
 
 from tilewright.types import SampledToken, SamplerRow, SamplingParams, StepOutput, TokenLogprobs
 from tilewright_testing.paged import Sequences, tensors
@@ -18,7 +18,8 @@ def copied(value):
 def test_a_batch_keeps_its_tensors_names_and_numbers():
     sequences = Sequences(page_size=4, total_pages=8)
     sequences.batch({"a": [5, 6, 7, 8, 9]})
-    batch = sequences.batch({"a": [1, 2], "b": [3, 4, 5]}, rows=[1, 2, 4])
+    whole = sequences.batch({"a": [1, 2], "b": [3, 4, 5]})
+    batch = evolve(whole, logits_rows=torch.tensor([1, 2, 4]))
     batch.num_drafts[0] = 1
     batch.token_source[3] = 2
     copy = copied(batch)

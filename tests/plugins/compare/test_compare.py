@@ -30,7 +30,7 @@ from transformers import (
 from tilewright import hookimpl
 from tilewright.errors import ConfigError
 from tilewright.settings import DEMO_MODEL
-from tilewright.types import RuntimeConfig
+from tilewright.types import ExecutorLimits, RuntimeConfig
 from tilewright_compare import Choice, Comparison, Tolerance, compare
 from tilewright_compare.layer import Case, Operations
 
@@ -228,7 +228,7 @@ def test_pypto_npu_emulated_is_equal_to_torch(model: str, models: Path):
     found = compare(directory, TORCH, candidate, PROMPTS, new_tokens=4, chunk=8, isolate=True)
     assert unfounded(found) == []
     assert found.weights
-    assert {f.place.mode for f in found.findings} == {"chained", "isolated"}
+    assert {f.place.mode for f in found.findings} == {"chained", "isolated", "untapped"}
     stages = {f.place.stage for f in found.findings}
     assert stages == {"embed", "k_cache", "v_cache", "output", "logits"}
 
@@ -243,7 +243,7 @@ def test_steps_stay_comparable_after_a_disagreement(models: Path):
     found = plant("head tied by mistake", model="qwen3-square").compare(models)
     assert not all(row.same_argmax for row in found.logits)
     assert {f.place.stage for f in found.findings if not f.passed} == {"logits"}
-    assert {f.place.phase for f in found.findings} == {"prefill", "decode"}
+    assert {f.place.phase for f in found.findings} == {"prefill", "decode", "mixed"}
 
 
 def test_alone_only_the_layer_that_is_wrong_is_wrong(models: Path):
@@ -427,3 +427,241 @@ def test_what_is_not_finite_is_said_to_be(models: Path):
     found = plant("activation overflows").compare(models)
     assert found.divergence is not None
     assert "elements are not finite" in found.divergence.why
+
+
+# --- without taps ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Plants a path that forward takes without a tap: a function of the executor, the batch and the
+    right logits that returns other logits."""
+
+    forward = planted.PlantedExecutor.forward
+
+    def planted_path(path, **limits: Any) -> None:
+        def chosen(self, batch, tap=None):
+            logits = forward(self, batch, tap)
+            return logits if tap else path(self, batch, logits)
+
+        monkeypatch.setattr(planted.PlantedExecutor, "forward", chosen)
+        monkeypatch.setattr(planted.PlantedExecutor, "limits", ExecutorLimits(**limits))
+
+    return planted_path
+
+
+def wrong_logits(self, batch, logits):
+    return logits * 1.1
+
+
+def wrong_values(self, batch, logits):
+    """The values of layer 1 are a tenth too large; the logits are right."""
+    slots = batch.slot_mapping.long()
+    self._kv[1][1][slots] *= 1.1
+    return logits
+
+
+def writes_nothing(self, batch, logits):
+    slots = batch.slot_mapping.long()
+    for layer in self._kv:
+        for cache in layer:
+            cache[slots] = 8.0
+    return logits
+
+
+def in_decode(path):
+    return lambda self, batch, logits: (
+        path(self, batch, logits) if batch.max_query_len == 1 else logits
+    )
+
+
+@pytest.mark.parametrize("tap_exact", [True, False])
+@pytest.mark.parametrize(
+    ("path", "phase", "tensor"),
+    [
+        (wrong_logits, "prefill", "logits"),
+        (wrong_values, "prefill", "layers.1.v_cache"),
+        (in_decode(wrong_logits), "decode", "logits"),
+        (in_decode(wrong_values), "decode", "layers.1.v_cache"),
+        (writes_nothing, "prefill", "layers.0.k_cache"),
+    ],
+    ids=["logits", "cache", "logits in decode", "cache in decode", "nothing written"],
+)
+def test_what_is_wrong_without_taps_only_is_found_and_said_to_be(
+    models: Path, fused, path, phase, tensor, tap_exact
+):
+    fused(path, tap_exact=tap_exact)
+    found = plant("none", phase="both").compare(models)
+    first = found.divergence
+    assert first is not None
+    assert (first.place.mode, first.place.phase, first.place.tensor) == ("untapped", phase, tensor)
+    assert found.sentence.startswith(f"right with taps, wrong without: diverges first in {phase}")
+    assert {f.place.mode for f in found.findings if not f.passed} == {"untapped"}
+    assert {f.place.mode for f in found.findings} == {"chained", "untapped"}, (
+        "layers by themselves are not at fault"
+    )
+    assert not found.equal
+    if "cache" in tensor:
+        assert re.search(r"\(prompt-\d, token \d+, KV head \d+, slot \d+\)", found.sentence)
+    assert ("limits.tap_exact" in first.why) == tap_exact
+
+
+def rounded_otherwise(self, batch, logits):
+    """As after a sum in another order: the last bits of logits and keys are others."""
+    slots = batch.slot_mapping.long()
+    for keys, _ in self._kv:
+        keys[slots] *= 1 + 1e-7
+    return logits * (1 + 1e-7)
+
+
+def test_another_rounding_without_taps_passes_unless_the_bits_are_promised(models: Path, fused):
+    fused(rounded_otherwise, tap_exact=False)
+    right = plant("none").compare(models)
+    assert unfounded(right) == []
+    assert right.equal
+    without = [f for f in right.findings if f.place.mode == "untapped"]
+    assert {f.place.stage for f in without} == {"k_cache", "v_cache", "logits"}
+    assert all(f.baseline for f in without)
+
+
+def test_bits_that_are_promised_must_be_the_same(models: Path, fused):
+    fused(rounded_otherwise)
+    found = plant("none").compare(models)
+    assert found.divergence is not None
+    assert found.divergence.place.mode == "untapped"
+    assert found.divergence.candidate is not None
+    assert 0 < found.divergence.candidate.relative_rms < 1e-6
+    assert "though the executor's limits.tap_exact says" in found.sentence
+
+
+def test_a_tolerance_does_not_excuse_other_bits(models: Path, fused):
+    fused(wrong_logits)
+    assert not tolerated(models, Tolerance("*", "relative_rms", 0.5)).equal
+    fused(wrong_logits, tap_exact=False)
+    assert tolerated(models, Tolerance("*", "relative_rms", 0.5)).equal
+
+
+def test_what_is_wrong_with_taps_comes_before_what_is_wrong_without(models: Path, fused):
+    fused(wrong_logits)
+    found = plant("scale missing", phase="decode").compare(models)
+    assert found.divergence is not None
+    assert found.divergence.place.mode == "isolated"
+    assert found.first_wrong("untapped") is not None
+    assert found.sentence.startswith("diverges first in decode")
+
+
+def test_a_run_without_taps_leaves_the_cache_of_the_run_with_taps(models: Path, fused):
+    """Else what is wrong without taps would be found with taps in later steps."""
+    fused(writes_nothing)
+    found = plant("none").compare(models)
+    wrong = [f.place for f in found.findings if not f.passed]
+    assert {place.step for place in wrong} == {f.place.step for f in found.findings}
+    assert {place.mode for place in wrong} == {"untapped"}
+
+
+def test_a_failure_without_taps_is_said_to_be_one(models: Path, fused):
+    def fails(self, batch, logits):
+        raise ValueError("no such kernel")
+
+    fused(fails)
+    found = plant("none").compare(models)
+    assert found.sentence.startswith(
+        "candidate failed in prefill, without taps: ValueError: no such kernel"
+    )
+
+
+# --- executors without layers ---------------------------------------------------------------------
+
+
+class Whole:
+    """An executor that has ``forward`` only, made of one that runs layer by layer."""
+
+    def __init__(self, executor, wrong):
+        self._executor = executor
+        self._wrong = wrong
+
+    def __getattr__(self, name):
+        if name in ("begin", "embed", "run_layer", "run_head", "weight"):
+            raise AttributeError(name)
+        return getattr(self._executor, name)
+
+    def forward(self, batch, tap=None):
+        logits = self._executor.forward(batch, tap)
+        return wrong_values(self._executor, batch, logits) if self._wrong else logits
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_cache_of_an_executor_without_layers_is_compared(models: Path, monkeypatch, wrong):
+    create = planted.create_executor
+
+    @hookimpl(specname="create_executor")
+    def whole(model_config, runtime_config, weights, layers, options):
+        return Whole(create(model_config, runtime_config, weights, layers, options), wrong)
+
+    monkeypatch.setattr(planted, "create_executor", whole)
+    found = plant("none").compare(models)
+    assert found.finished
+    assert found.equal != wrong
+    assert found.weights == []
+    assert {f.place.stage for f in found.findings} >= {"k_cache", "v_cache", "output", "logits"}
+    assert {f.place.mode for f in found.findings} == {"chained", "untapped"}
+    if wrong:
+        assert found.divergence is not None
+        place = found.divergence.place
+        assert (place.mode, place.step, place.tensor) == ("chained", 0, "layers.1.v_cache")
+
+
+# --- mixed steps ----------------------------------------------------------------------------------
+
+
+def test_a_mistake_in_mixed_steps_only_is_found_there(models: Path, monkeypatch):
+    """The decoding sequences of a mixed step see one token too few."""
+    run_layer = planted.PlantedExecutor.run_layer
+
+    def wrong(self, step, layer, hidden, tap=None):
+        batch, alone = step.batch, step.batch.query_starts.diff() == 1
+        if layer == 1 and not alone.all():
+            step = evolve(step, batch=evolve(batch, context_lens=batch.context_lens - alone.int()))
+        return run_layer(self, step, layer, hidden, tap)
+
+    monkeypatch.setattr(planted.PlantedExecutor, "run_layer", wrong)
+    found = plant("none").compare(models)
+    assert found.divergence is not None
+    place = found.divergence.place
+    assert (place.mode, place.phase, place.layer) == ("isolated", "mixed", 1)
+    assert {f.place.phase for f in found.findings if not f.passed} == {"mixed"}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "chunk", "why"),
+    [({}, 2, "a step of 2 tokens is too small"), ({"total_pages": 3}, 8, "3 pages, too few")],
+)
+def test_a_mixed_step_that_cannot_be_run_is_said_not_to_be(models: Path, runtime, chunk, why):
+    plant("none").compare(models)
+    choice = Choice(executor="planted", runtime=RuntimeConfig(page_size=4, **runtime))
+    found = compare(
+        models / "qwen3-tied", TORCH, choice, [[5, 6, 7, 8, 9, 10]], new_tokens=3, chunk=chunk
+    )
+    assert found.equal
+    assert "mixed" not in {f.place.phase for f in found.findings}
+    assert found.sentence.startswith("equal: ")
+    assert "; not compared: steps that mix prompts and decoding (" in found.sentence
+    assert why in found.sentence
+
+
+def test_an_executor_that_does_not_mix_gets_no_mixed_step(models: Path, monkeypatch):
+    monkeypatch.setattr(planted.PlantedExecutor, "limits", ExecutorLimits(mixed=False))
+    found = plant("none").compare(models)
+    assert found.equal
+    assert {f.place.phase for f in found.findings} == {"prefill", "decode"}
+    assert found.unreached == []
+
+
+def test_sampling_by_the_executor_is_said_not_to_be_compared(models: Path, monkeypatch):
+    for name in ("serves", "submit"):
+        monkeypatch.setattr(planted.PlantedExecutor, name, lambda self: None, raising=False)
+    found = plant("none").compare(models)
+    assert found.equal
+    assert found.sentence.endswith(
+        "not compared: the tokens that the candidate samples itself (submit)"
+    )

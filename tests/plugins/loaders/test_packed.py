@@ -491,6 +491,7 @@ def test_a_damaged_source_leaves_no_files(model, tmp_path):
 def test_a_model_that_the_executor_does_not_support_is_not_converted(tmp_path, capsys):
     write_model("llama-biases", tmp_path / "source")
     command = ["convert", "--model", str(tmp_path / "source"), "--executor", "pypto-npu"]
+    command += ["--weight-dtype", "bfloat16"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "executor pypto-npu runs dense Qwen3 models" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["source"]
@@ -541,10 +542,10 @@ BACKWARDS = """
         return PackedWeights(version=VERSION, tensors=(packed(*item) for item in shapes.items()))
 
     @hookimpl
-    def create_executor(model_config, runtime_config, weights, packed):
+    def create_executor(model_config, runtime_config, weights, packed, layers):
         if packed:
             weights = Forwards(weights, model_config)
-        return torch_plugin.create_executor(model_config, runtime_config, weights, None)
+        return torch_plugin.create_executor(model_config, runtime_config, weights, layers, None)
 """
 
 
@@ -799,8 +800,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         packing(executor="tilewright:torch"),
         "packed for executor tilewright:torch",
     ),
-    "other dtype": (packing(weight_dtype="float32"), "set weight_dtype = 'bfloat16'"),
-    "no dtype": (packing(weight_dtype="int8"), "'weight_dtype' must be float32, bfloat16 or"),
+    "other dtype": (packing(weight_dtype="float32"), "set weight_dtype to 'bfloat16'"),
+    "no dtype": (
+        packing(weight_dtype="int8"),
+        "'int8', that of the checkpoint, is not supported by",
+    ),
     "shard truncated": (shard(lambda p: os.truncate(p, p.stat().st_size - 1)), "bytes, found"),
     "shard extended": (shard(lambda p: p.write_bytes(p.read_bytes() + b"\0")), "bytes, found"),
     "shard empty": (shard(lambda p: os.truncate(p, 0)), f"bytes, found 0: {AGAIN}"),
