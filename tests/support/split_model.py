@@ -48,9 +48,9 @@ def run_part(executor, batch, hidden):
         return hidden
 
 
-def serve(pipe):
+def serve(pipe, threads):
     """Answer calls, one at a time, until the pipe is closed."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     executor = None
     while True:
         try:
@@ -72,7 +72,9 @@ class Process:
     def __init__(self):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        # The bits of a matrix product depend on the number of threads.
+        arguments = (theirs, torch.get_num_threads())
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 
