@@ -1,5 +1,6 @@
 """The sampler behind both plugins."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -119,8 +120,7 @@ def _suspicious(logits: Tensor) -> list[int]:
     A sum with a non-finite term is not finite, so one pass finds them; a sum of large finite logits
     may overflow.
     """
-    rows: list[int] = (~logits.sum(1).isfinite()).nonzero().squeeze(1).tolist()
-    return rows
+    return [row for row, total in enumerate(logits.sum(1).tolist()) if not math.isfinite(total)]
 
 
 def _likeliest(logits: Tensor, rows: list[int]) -> list[int]:
