@@ -33,19 +33,14 @@ def make_part(model, dtype, layers):
     return create_executor(config, runtime, weights, layers, None)
 
 
-def run_part(executor, batch, hidden):
-    """Hidden states after the layers of a part; the logits if it has the last layer."""
+def run_part(executor, batch, hidden, is_last):
+    """Hidden states after the layers of a part; of the last part the logits."""
     step = executor.begin(batch)
     if hidden is None:
         hidden = executor.embed(step)
     for layer in executor.layers:
         hidden = executor.run_layer(step, layer, hidden)
-    try:
-        return executor.run_head(step, hidden[batch.logits_rows])
-    except Exception:
-        if executor.layers.start:
-            raise
-        return hidden
+    return executor.run_head(step, hidden[batch.logits_rows]) if is_last else hidden
 
 
 def serve(pipe, threads):
@@ -119,7 +114,7 @@ class Split:
     def forward(self, batch, tap=None):
         hidden = None
         for process in self.processes:
-            hidden = process.call("run_part", batch, hidden)
+            hidden = process.call("run_part", batch, hidden, process is self.processes[-1])
         return hidden
 
     def read_kv(self, layer, pages):

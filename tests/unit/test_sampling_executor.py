@@ -340,6 +340,35 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(demo, where):
     assert outcome(again[0]) == expected[0]
 
 
+def test_no_step_is_submitted_after_one_that_was_refused(demo):
+    numbers = []
+    refuses = Once(4, ExecutorError("no room in the queue"))
+
+    def in_submit(number):
+        numbers.append(number)
+        refuses(number)
+
+    made = requests(demo, [TRUTHS, WHEN])
+    run(make_runner(demo, Device(hashing(demo), in_submit=in_submit)), made)
+    assert numbers == [0, 1, 2, 3, 4]
+    assert [request.error for request in made] == [refuses.error] * 2
+
+
+def test_a_step_that_failed_is_not_waited_for_again(demo):
+    device = Device(hashing(demo), in_wait=Once(4, ExecutorError("a chip has failed")))
+    waited, wait = [], device.wait
+
+    def waiting(step):
+        waited.append(step.number)
+        return wait(step)
+
+    device.wait = waiting
+    made = requests(demo, [TRUTHS, WHEN])
+    run(make_runner(demo, device), made)
+    assert waited == [0, 1, 2, 3, 4, 5]
+    assert all(request.error for request in made)
+
+
 def test_a_bug_in_an_executor_that_samples_is_named(demo):
     made, _ = failing(demo, ZeroDivisionError("a bug"), "in_submit")
     for request in made:
