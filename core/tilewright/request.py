@@ -96,7 +96,9 @@ class Request:
             request_id=self.request_id,
             params=self.params,
             prompt_token_ids=self.prompt_token_ids,
-            output_token_ids=(*self.output_token_ids, *drafts),
+            output_token_ids=(
+                [*self.output_token_ids, *drafts] if drafts else self.output_token_ids
+            ),
             position=position,
         )
 

@@ -73,10 +73,8 @@ class _InFlight:
 
     step: Step
     pending: PendingStep
-    sampling: Sequence[SamplerRow | None]
-    """For each row of logits; None for a row that is only scored."""
     by_executor: Sequence[SamplerRow | None]
-    """For each row of logits; None also for a row that the engine samples."""
+    """For each row of logits, how the executor samples it; None: it returns the logits."""
     started: float = field(factory=time.perf_counter)
 
 
@@ -213,7 +211,7 @@ class Runner:
         try:
             output = self._checked(running, running.pending.wait())
             plugin = self._sampler_name
-            tokens = self._sampled(running, output)
+            tokens = self._sampled(step, output)
             _score(step, output)
         except Exception as error:
             self._failed(running, plugin, error)
@@ -238,8 +236,7 @@ class Runner:
             if self._in_flight or not (step := self._schedule()):
                 return self._in_flight[0] if self._in_flight else None
             forwarded = _Forwarded(self.model.executor, step.batch, tap)
-            rows = _sampling(step)
-            return _InFlight(step, forwarded, rows, [None] * len(rows))
+            return _InFlight(step, forwarded, [None] * len(step.batch.logits_rows))
         while len(self._in_flight) < 2:
             # The step after one that was refused would follow tokens that nobody samples.
             if self._in_flight and isinstance(self._in_flight[-1].pending, _Refused):
@@ -247,12 +244,12 @@ class Runner:
             step = self._schedule()
             if step is None:
                 break
-            by_executor, started = _sampling(step, by_executor=True), time.perf_counter()
+            by_executor, started = _by_executor(step), time.perf_counter()
             try:
                 pending = executor.submit(step.batch, by_executor)
             except Exception as error:
                 pending = _Refused(error)
-            self._in_flight.append(_InFlight(step, pending, _sampling(step), by_executor, started))
+            self._in_flight.append(_InFlight(step, pending, by_executor, started))
             self._scheduler.launched(step)
         return self._in_flight[0] if self._in_flight else None
 
@@ -272,9 +269,7 @@ class Runner:
             )
         vocab_size = self.model.loaded.config.vocab_size
         if len(output.tokens) != len(asked) or not all(
-            token is None
-            if row is None
-            else isinstance(token, SampledToken) and 0 <= token.token_id < vocab_size
+            token is None if row is None else _is_token(token, vocab_size)
             for row, token in zip(asked, output.tokens, strict=True)
         ):
             wanted = [i for i, row in enumerate(asked) if row]
@@ -285,9 +280,9 @@ class Runner:
             )
         return output
 
-    def _sampled(self, running: _InFlight, output: StepOutput) -> Sequence[SampledToken | None]:
+    def _sampled(self, step: Step, output: StepOutput) -> Sequence[SampledToken | None]:
         """A token for each row of logits that is sampled."""
-        rows, tokens = running.sampling, list(output.tokens)
+        rows, tokens = _sampling(step), list(output.tokens)
         open_rows = [i for i, token in enumerate(tokens) if token is None]
         ours = [(at, i) for at, i in enumerate(open_rows) if rows[i] is not None]
         if ours:
@@ -295,7 +290,7 @@ class Runner:
             assert logits is not None
             if len(ours) != len(logits):
                 logits = logits[[at for at, _ in ours]]
-            places = _processed(running.step, {i: row for row, (_, i) in enumerate(ours)})
+            places = _processed(step, {i: row for row, (_, i) in enumerate(ours)})
             if places:
                 logits = edited(logits, places)
             chosen = self._sample(logits, [rows[i] for _, i in ours])  # type: ignore[misc]
@@ -306,9 +301,7 @@ class Runner:
     def _sample(self, logits: "Tensor", rows: Sequence[SamplerRow]) -> Sequence[SampledToken]:
         tokens = self._sampler.sample(logits, rows)
         vocab_size = logits.shape[1]
-        if len(tokens) != len(rows) or not all(
-            isinstance(token, SampledToken) and 0 <= token.token_id < vocab_size for token in tokens
-        ):
+        if len(tokens) != len(rows) or not all(_is_token(token, vocab_size) for token in tokens):
             raise PluginError(
                 f"{self._sampler_name} must return one token from 0 to {vocab_size - 1}, as a "
                 f"SampledToken, for each of {len(rows)} rows, found {tokens!r:.100}"
@@ -402,20 +395,32 @@ class Runner:
         _end_processing(request)
 
 
-def _sampling(step: Step, by_executor: bool = False) -> list[SamplerRow | None]:
-    """How each row of a step's logits is sampled; None for a row that is only scored.
+def _is_token(token: object, vocab_size: int) -> bool:
+    return isinstance(token, SampledToken) and 0 <= token.token_id < vocab_size
 
-    by_executor: None also for the rows of requests that the executor does not sample.
-    """
+
+def _sampling(step: Step) -> list[SamplerRow | None]:
+    """How each row of a step's logits is sampled; None for a row that is only scored."""
     rows: list[SamplerRow | None] = []
     for part in step.parts:
-        request, count = part.request, len(part.sampled)
         rows += [None] * len(part.scored)
-        if by_executor and not request.sampled_by_executor:
-            rows += [None] * count
-        else:
-            rows += [request.sampler_row(part.position + i, part.drafts[:i]) for i in range(count)]
+        rows += [
+            part.request.sampler_row(part.position + i, part.drafts[:i])
+            for i in range(len(part.sampled))
+        ]
     return rows
+
+
+def _by_executor(step: Step) -> list[SamplerRow | None]:
+    """As ``_sampling``; None also for the rows of requests that the executor does not sample."""
+    asked = {part.request.request_id for part in step.parts if part.request.sampled_by_executor}
+    return [
+        # With a copy of the output, which grows while the step runs.
+        evolve(row, output_token_ids=tuple(row.output_token_ids))
+        if row and row.request_id in asked
+        else None
+        for row in _sampling(step)
+    ]
 
 
 def _processed(step: Step, at: Mapping[int, int]) -> list[Place]:

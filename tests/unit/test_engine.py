@@ -497,6 +497,22 @@ def test_log_probabilities_of_the_prompt_are_those_of_one_prefill(engine):
     assert engine.generate_result("demo", TRUTHS, config(3)).prompt_logprobs is None
 
 
+def test_a_sampler_gets_the_output_without_a_copy_for_each_token(engine, monkeypatch):
+    seen = set()
+    sampler = engine._runner("demo")._sampler
+    sample = sampler.sample
+
+    def watched(logits, rows):
+        seen.update(id(row.output_token_ids) for row in rows)
+        return sample(logits, rows)
+
+    monkeypatch.setattr(sampler, "sample", watched)
+    stream = engine.stream("demo", TRUTHS, config(9))
+    (request,) = engine._runner("demo").requests.values()
+    list(stream)
+    assert seen == {id(request.output_token_ids)}
+
+
 def test_models_are_loaded_side_by_side_under_distinct_names(engine):
     engine.init_model("second", DEMO_MODEL, RuntimeConfig(weight_dtype="bfloat16", total_pages=9))
     assert engine.model("second").runtime.kv_dtype == "bfloat16"
