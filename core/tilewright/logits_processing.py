@@ -1,6 +1,7 @@
 """Logits processors of requests: their states, and their edits of a step's logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,8 @@ class Processing:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Raises LogitsProcessorError for an unexpected exception."""
-        return call(self.name, getattr(self.processor, method), *arguments)
+        with _blaming(self.name, method):
+            return getattr(self.processor, method)(*arguments)
 
 
 @frozen
@@ -47,14 +49,15 @@ class Place:
     drafts: Sequence[int]
 
 
-def call(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a processor's method; an unexpected exception becomes an error that names it."""
+@contextmanager
+def _blaming(name: str, method: str) -> Iterator[None]:
+    """An unexpected exception becomes an error that names the processor and its method."""
     try:
-        return method(*arguments)
+        yield
     except (TilewrightError, MemoryError):
         raise
     except Exception as error:
-        raise LogitsProcessorError(f"{name}: {method.__name__}() failed: {cause(error)}") from error
+        raise LogitsProcessorError(f"{name}: {method}() failed: {cause(error)}") from error
 
 
 def edited(logits: "Tensor", places: Sequence[Place]) -> "Tensor":
@@ -65,10 +68,10 @@ def edited(logits: "Tensor", places: Sequence[Place]) -> "Tensor":
     """
     found = [edits for depth in _by_drafts(places) for edits in _edits(depth)]
     logits = logits.clone()
-    for name, edits in found:
-        _add(name, logits, edits)
-    for name, edits in found:
-        _mask(name, logits, edits)
+    for change in (_add, _mask):
+        for name, edits in found:
+            with _blaming(name, "edits"):
+                change(name, logits, edits)
     _check_some_left(logits, places)
     return logits
 
@@ -97,6 +100,11 @@ def _edits(places: Sequence[Place]) -> "list[tuple[str, LogitsEdits]]":
     finally:
         for one, snapshot in moved:
             one.call("restore", one.state, snapshot)
+    for name, edits in made:
+        if not isinstance(edits, LogitsEdits | None):
+            raise LogitsProcessorError(
+                f"{name}: edits() must return LogitsEdits or None, found {edits!r:.60}"
+            )
     return [(name, edits) for name, edits in made if edits is not None]
 
 

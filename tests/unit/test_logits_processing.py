@@ -256,6 +256,32 @@ def test_a_bug_in_a_processor_fails_its_requests_only(engine, monkeypatch, metho
     assert allocator.free_pages == allocator.total_pages
 
 
+@pytest.mark.parametrize(
+    ("edits", "said"),
+    [
+        (5, r"edits\(\) must return LogitsEdits or None, found 5"),
+        (LogitsEdits(mask_rows=[0]), r"edits\(\) "),
+        (LogitsEdits(mask_rows=torch.tensor([0.0]), masks=torch.ones(1, 63).int()), r"edits\(\) "),
+        (LogitsEdits(added_rows=[0], added_token_ids=[1], added=[1.0]), r"edits\(\) failed"),
+        (None, r"edits\(\) failed: AttributeError"),
+    ],
+    ids=["integer", "list of rows", "rows of floats", "lists", "no method"],
+)
+def test_edits_of_wrong_types_are_blamed_on_the_processor_and_fail_its_requests_only(
+    engine, monkeypatch, edits, said
+):
+    if edits is None:
+        monkeypatch.delattr(Scripted, "edits")
+    else:
+        monkeypatch.setattr(engine.made["mask"], "edits", lambda rows: edits)
+    plain = engine.generate("demo", TRUTHS, config())
+    other = engine.stream("demo", TRUTHS, config())
+    stream = engine.stream("demo", TRUTHS, config(logits_processors={"mask": [[7]]}))
+    with pytest.raises(LogitsProcessorError, match=f"logits_processor 'mask': {said}"):
+        list(stream)
+    assert "".join(other) == plain
+
+
 def test_logits_that_are_not_finite_are_not_hidden_by_a_mask(engine):
     weights = engine.model("demo").executor.weight("model.norm.weight")
     weights.fill_(float("nan"))
