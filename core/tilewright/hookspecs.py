@@ -260,7 +260,7 @@ class ObserverEvents:
 
     @_every
     def on_request_preempted(self, model_id: str, request_id: str) -> None:
-        """A request gave its pages to others. It waits again, and will be admitted again."""
+        """A request gave its pages to others. It is computed again later; no event says when."""
 
     @_every
     def on_request_finished(self, result: GenerateResult) -> None:

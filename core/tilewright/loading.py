@@ -17,6 +17,7 @@ from tilewright.text import Text
 from tilewright.types import (
     BUILTIN_GENERATE,
     Executor,
+    ExecutorLimits,
     GenerateConfig,
     KvAllocator,
     KvCacheSpec,
@@ -258,6 +259,8 @@ def _with_cache(
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             max_batch_tokens=_least(runtime.max_batch_tokens, limits.max_batch_tokens),
+            prefix_cache=_prefix_cache(selection, runtime, limits),
+            admission=runtime.admission,
         ),
         executor=executor,
         allocator=allocator,
@@ -283,6 +286,16 @@ def num_pages(spec: KvCacheSpec, asked: int | None, max_sequences: int, max_seq_
             f"tokens takes {spec.page_bytes}: free memory or set a smaller page_size"
         )
     return min(wanted, affordable)
+
+
+def _prefix_cache(selection: Selection, runtime: RuntimeConfig, limits: ExecutorLimits) -> bool:
+    if runtime.prefix_cache and not limits.shares_pages:
+        raise ConfigError(
+            f"prefix_cache = true needs an executor whose requests can share pages, which "
+            f"{selection.plugins['executor'].plugin} does not support: leave it unset, or choose "
+            "another executor"
+        )
+    return limits.shares_pages if runtime.prefix_cache is None else runtime.prefix_cache
 
 
 def _least(wanted: int, limit: int | None) -> int:

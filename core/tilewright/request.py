@@ -44,6 +44,8 @@ class Request:
     prefilled: float = 0.0
     """Time of the first token, on time.perf_counter's clock, as is ``started``."""
 
+    arrival: int = 0
+    """How many requests were queued before it."""
     num_computed: int = 0
     """Number of leading tokens with keys and values in the KV cache."""
     sampled_by_executor: bool = False
@@ -77,6 +79,12 @@ class Request:
     def num_known(self) -> int:
         """Tokens of prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted that are not known yet."""
+        wanted = self.num_prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
 
     @property
     def max_cached_tokens(self) -> int:

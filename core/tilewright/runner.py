@@ -126,6 +126,8 @@ class Runner:
             runtime.max_batch_tokens,
             model.executor.limits,
             draft,
+            runtime.admission,
+            runtime.prefix_cache,
         )
 
     def add(self, request: Request) -> None:
@@ -254,6 +256,9 @@ class Runner:
         return self._in_flight[0] if self._in_flight else None
 
     def _schedule(self) -> Step | None:
+        for request in self._scheduler.preempted():
+            if request.request_id in self.requests:
+                self._notify("on_request_preempted", request)
         for request in self._scheduler.admit():
             self._notify("on_request_admitted", request, cached_tokens=request.cached_tokens)
         return self._scheduler.schedule()

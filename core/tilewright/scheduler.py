@@ -1,13 +1,17 @@
 """Decides which tokens run in the next step.
 
-Requests wait in a queue. A request starts when the batch has a free place and the KV cache is
-guaranteed to hold its last token, whatever else is running, so a running request never runs out of
-pages. A step has a budget of tokens: requests that decode come first, with one token each, then the
-prompts in what is left, in chunks when they are long.
+Requests wait in a queue, and start in the order of their arrival, when the batch has a free place
+and the KV cache has room. A step has a budget of tokens: requests that decode come first, with one
+token each, then the prompts in what is left, in chunks when they are long.
+
+A request starts with the pages at the beginning of its tokens that are in the cache already. When
+the cache is full, the youngest request gives its pages back, waits, and is computed again; or, if
+the policy is to reserve pages, requests start only if there is room for the last token of each.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from attrs import frozen
 
 from tilewright.errors import OutOfPagesError
 from tilewright.request import Request
-from tilewright.types import ExecutorLimits, KvAllocator, StepBatch
+from tilewright.types import Admission, ExecutorLimits, KvAllocator, StepBatch
 
 Draft = Callable[[Request, int], Sequence[int]]
 """Called with a decoding request and a maximum; guesses the tokens that follow its last one."""
@@ -85,11 +89,15 @@ class Scheduler:
         max_batch_tokens: int,
         limits: ExecutorLimits | None = None,
         draft: Draft | None = None,
+        admission: Admission = "preempt",
+        prefix_cache: bool = True,
     ):
         """draft: guesses tokens for decoding requests, which their next step checks. A request's
         next step then waits for the last token, which the guesses follow."""
         limits = limits or ExecutorLimits()
         self._allocator = allocator
+        self._reserve = admission == "reserve"
+        self._prefix_cache = prefix_cache and limits.shares_pages
         self._max_batch_tokens = max_batch_tokens
         # A decode step holds one token of each running request.
         self._max_running = min(max_batch_size, max_batch_tokens)
@@ -101,11 +109,18 @@ class Scheduler:
         self._draft = draft
         self._decoded_last = False
         """Whether the last step done decoded; an executor that does not mix takes prompts next."""
-        self._waiting: deque[Request] = deque()
+        self._num_added = 0
+        self._waiting: list[Request] = []
         self._running: list[Request] = []
+        """Both in order of arrival."""
         self._in_flight: list[Step] = []
-        self._leaving: list[Request] = []
-        """Requests that were removed while a step with them is in flight."""
+        self._leaving: dict[Request, bool] = {}
+        """Requests whose pages are free once no step with them is in flight, and whether they were
+        preempted: they wait again then."""
+        self._preempted: list[Request] = []
+        """Requests that were preempted and that nobody was told of."""
+        self._refused: tuple[Request, int] | None = None
+        """The last request for which there was no room, and how much there was, in pages."""
         self._ended: list[str] = []
         """Ids of requests that the executor has not been told of."""
 
@@ -127,6 +142,8 @@ class Scheduler:
                 f"ones; the cache has {self._allocator.total_pages} "
                 f"({self._allocator.free_pages} free): raise total_pages or lower max_new_tokens"
             )
+        request.arrival = self._num_added
+        self._num_added += 1
         self._waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -136,26 +153,94 @@ class Scheduler:
         """
         if request in self._running:
             self._running.remove(request)
-            self._leaving.append(request)
+            self._leaving[request] = False
             self._free_left()
+        elif request in self._leaving:
+            self._leaving[request] = False
         elif request in self._waiting:
             self._waiting.remove(request)
 
     def admit(self) -> list[Request]:
-        """Start the requests at the head of the queue for which there is room; returns them."""
-        promised = sum(self._pages_for(r.max_cached_tokens) for r in self._running + self._leaving)
+        """Start the requests at the head of the queue for which there is room. Returns those that
+        start for the first time.
+
+        A request waits while an older one computes a page that both can hold; younger ones may
+        start before it.
+        """
         admitted = []
-        while self._waiting and len(self._running) < self._max_running:
-            request = self._waiting[0]
-            promised += self._pages_for(request.max_cached_tokens)
-            if promised > self._allocator.total_pages:
+        for request in tuple(islice(self._waiting, self._max_running)):
+            if len(self._running) == self._max_running:
                 break
-            request.cached_tokens = request.num_computed = self._allocator.allocate(
-                request.request_id, request.prompt_token_ids, max_cached=0
-            )
-            admitted.append(self._waiting.popleft())
-            self._running.append(request)
+            if self._awaits_page(request):
+                continue
+            if not self._start(request):
+                break
+            self._waiting.remove(request)
+            insort(self._running, request, key=_arrival)
+            if not request.preemptions:
+                admitted.append(request)
         return admitted
+
+    def preempted(self) -> list[Request]:
+        """The requests that were preempted since the last call."""
+        told, self._preempted = self._preempted, []
+        return told
+
+    def _awaits_page(self, request: Request) -> bool:
+        """Whether an older request is about to compute a page that this one can hold too."""
+        if not self._prefix_cache or request.num_prompt_logprobs is not None:
+            return False
+        size, mine = self._allocator.page_size, request.prompt_token_ids
+        for older in self._running:
+            if older.arrival > request.arrival:
+                break
+            start = older.num_computed // size * size
+            stop = start + size
+            if stop > len(older.prompt_token_ids) or stop >= len(mine):
+                continue
+            theirs = older.prompt_token_ids
+            if mine[start:stop] == theirs[start:stop] and mine[:start] == theirs[:start]:
+                return True
+        return False
+
+    def _start(self, request: Request) -> bool:
+        """Give a waiting request pages for its tokens so far, or nothing if there is no room."""
+        allocator, name = self._allocator, request.request_id
+        available = allocator.free_pages + allocator.evictable_pages
+        room = available - sum(map(self._may_grow, self._running))
+        if self._reserve:
+            held = [*self._running, *self._leaving]
+            promised = sum(self._pages_for(r.max_cached_tokens) for r in held)
+            if promised + self._pages_for(request.max_cached_tokens) > allocator.total_pages:
+                return False
+        elif self._refused and self._refused[0] is request and room <= self._refused[1]:
+            return False
+        tokens = request.tokens(0, request.num_known)
+        cached = allocator.allocate(name, tokens, max_cached=self._max_cached(request))
+        if not self._reserve:
+            found = available - allocator.free_pages - allocator.evictable_pages
+            missing = self._pages_for(request.num_known) - cached // allocator.page_size
+            if missing + found > room:
+                allocator.free(name)
+                self._refused = request, room
+                return False
+        allocator.extend(name, request.num_known)
+        request.num_computed = cached
+        if not request.preemptions:
+            request.cached_tokens = cached
+        return True
+
+    def _may_grow(self, request: Request) -> bool:
+        """Whether a running request may soon need one more page."""
+        held = len(self._allocator.pages(request.request_id))
+        return held < self._pages_for(request.max_cached_tokens)
+
+    def _max_cached(self, request: Request) -> int:
+        """How many tokens may be found in the cache; those of the prompt that are still to be
+        scored must be computed."""
+        if not self._prefix_cache:
+            return 0
+        return len(request.prompt_logprobs) if request.is_scoring else request.num_known - 1
 
     def schedule(self) -> Step | None:
         """The next step of the requests that were admitted, or None when nothing can run now.
@@ -172,18 +257,51 @@ class Scheduler:
             if ready:
                 decodes = ready.left == 1 and ready.start >= len(request.prompt_token_ids)
                 (decoding if decodes else prompts).append(ready)
-        if decoding and prompts and not self.mixed:
-            decoded = any(part.decoding for part in before) if before else self._decoded_last
-            decoding, prompts = ([], prompts) if decoded else (decoding, [])
+        if self.mixed or not (decoding and prompts):
+            return self._next(decoding, prompts)
+        decoded = any(part.decoding for part in before) if before else self._decoded_last
+        if decoded:
+            return self._next([], prompts) or self._next(decoding, [])
+        return self._next(decoding, []) or self._next([], prompts)
+
+    def _next(self, decoding: Sequence[_Ready], prompts: Sequence[_Ready]) -> Step | None:
+        # The oldest come first, so that nobody who is in the step gives way to one behind it.
+        decoding = [ready for ready in decoding if self._hold(ready)]
+        prompts = [ready for ready in prompts if ready.request in self._running]
         chunks = self._chunks(prompts, self._max_batch_tokens - len(decoding))
         room = self._max_batch_tokens - len(decoding) - sum(length for _, length, _ in chunks)
         chosen: list[_Chosen] = []
         for ready in decoding:
-            drafts = self._drafts(ready.request, room)
+            drafts = self._drafts(ready, room)
             room -= len(drafts)
             chosen.append((ready, 1, drafts))
         chosen += chunks
         return self._step(chosen, len(decoding)) if chosen else None
+
+    def _hold(self, ready: _Ready) -> bool:
+        """Give a decoding request a page for its next token, if need be one of a younger request.
+
+        Returns False for a request that gave way, or that must wait for a page.
+        """
+        request = ready.request
+        while request in self._running:
+            try:
+                self._allocator.extend(request.request_id, ready.start + 1)
+                return True
+            except OutOfPagesError:
+                if self._running == [request] and not self._leaving:
+                    raise  # there was room for it when it was added
+                if self._leaving or self._running[-1] is request:
+                    return False
+                self._preempt(self._running[-1])
+        return False
+
+    def _preempt(self, request: Request) -> None:
+        request.preemptions += 1
+        self._running.remove(request)
+        self._preempted.append(request)
+        self._leaving[request] = True
+        self._free_left()
 
     def launched(self, step: Step) -> None:
         """Count a step as in flight: the next one continues where it ends."""
@@ -194,11 +312,18 @@ class Scheduler:
         """Commit a step: its keys and values are in the KV cache. The tokens that it sampled must
         have been added to their requests. Doing it again changes nothing."""
         for part in step.parts:
-            request = part.request
+            request, before = part.request, part.request.num_computed
             # The last token of the output has not run; drafts that were wrong do not count.
-            request.num_computed = min(part.stop, request.num_known - 1)
-            if request.num_computed < part.stop and request in self._running:
-                self._allocator.truncate(request.request_id, request.num_computed)
+            computed = request.num_computed = min(part.stop, request.num_known - 1)
+            size = self._allocator.page_size
+            fills_page = self._prefix_cache and computed // size > before // size
+            if not (fills_page or computed < part.stop):
+                continue
+            if request in self._running or self._leaving.get(request):
+                if computed < part.stop:
+                    self._allocator.truncate(request.request_id, computed)
+                if fills_page:
+                    self._allocator.commit(request.request_id, request.tokens(0, computed))
         self._told(step)
         self._decoded_last = any(part.decoding for part in step.parts)
         self._landed(step)
@@ -245,11 +370,17 @@ class Scheduler:
                 rows -= _num_scored(ready, length)
         return chunks
 
-    def _drafts(self, request: Request, room: int) -> Sequence[int]:
+    def _drafts(self, ready: _Ready, room: int) -> Sequence[int]:
+        request = ready.request
         if self._draft is None:
             return ()
         most = min(room, request.max_new_tokens - len(request.output_token_ids) - 1)
-        return tuple(self._draft(request, most))[:most] if most > 0 else ()
+        drafts = tuple(self._draft(request, most))[:most] if most > 0 else ()
+        try:
+            self._allocator.extend(request.request_id, ready.start + 1 + len(drafts))
+        except OutOfPagesError:
+            return ()
+        return drafts
 
     def _step(self, chosen: Sequence[_Chosen], num_decoding: int) -> Step:
         token_ids: list[int] = []
@@ -259,7 +390,6 @@ class Scheduler:
         for number, (ready, length, drafts) in enumerate(chosen):
             request, start, row = ready.request, ready.start, len(token_ids)
             stop = start + length + len(drafts)
-            self._allocator.extend(request.request_id, stop)
             token_ids += request.tokens(start, start + length)
             if len(token_ids) < row + length:
                 sources.append((len(token_ids), ready.source))
@@ -309,19 +439,27 @@ class Scheduler:
         )
 
     def _free_left(self) -> None:
-        """Free the pages of the removed requests that are in no step in flight."""
-        for request in tuple(self._leaving):
-            if not any(request in step.requests for step in self._in_flight):
-                self._leaving.remove(request)
-                self._allocator.free(request.request_id)
-                self._ended.append(request.request_id)
+        """Free the pages of the leaving requests that are in no step in flight."""
+        for request, waits_again in tuple(self._leaving.items()):
+            if any(request in step.requests for step in self._in_flight):
+                continue
+            del self._leaving[request]
+            self._allocator.free(request.request_id)
+            self._ended.append(request.request_id)
+            if waits_again:
+                request.num_computed = 0
+                insort(self._waiting, request, key=_arrival)
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._allocator.page_size)
 
 
+def _arrival(request: Request) -> int:
+    return request.arrival
+
+
 def _num_scored(ready: _Ready, length: int) -> int:
     """How many of the next tokens give a log-probability of the prompt token after them."""
-    if ready.request.num_prompt_logprobs is None:
+    if not ready.request.is_scoring:
         return 0
     return max(0, min(length, len(ready.request.prompt_token_ids) - 1 - ready.start))

@@ -219,8 +219,9 @@ def test_a_token_added_before_its_step_was_committed_is_kept():
     assert (step.batch.token_ids.tolist(), step.sampled) == ([8], (a,))
 
 
-def test_a_request_waits_until_the_cache_can_hold_all_of_its_tokens():
-    cache, scheduler = make(total_pages=4)
+def test_with_reserved_pages_a_request_waits_until_the_cache_can_hold_all_of_its_tokens():
+    cache = KvCacheManager(4, 4)
+    scheduler = Admitting(cache, 4, 10, admission="reserve")
     a, b = request("a", 5, max_new_tokens=4), request("b", 5, max_new_tokens=5)
     scheduler.add(a)  # 8 tokens in the cache at the end: 2 pages
     scheduler.add(b)  # 9: 3 pages
@@ -249,15 +250,13 @@ def test_running_requests_never_exceed_the_size_of_a_decode_step():
     assert len(scheduler.schedule().requests) == 2
 
 
+@pytest.mark.parametrize("admission", ["preempt", "reserve"])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_requests_run_each_token_once_in_order_and_free_all_pages(seed):
+def test_random_requests_run_each_token_in_order_and_free_all_pages(seed, admission):
+    """Each token runs once, or again from the first one after a preemption."""
     rng = random.Random(seed)
-    cache, scheduler = make(
-        total_pages=rng.randint(8, 30),
-        page_size=rng.choice([1, 3, 16]),
-        max_batch_size=rng.randint(1, 5),
-        max_batch_tokens=rng.randint(1, 20),
-    )
+    cache = KvCacheManager(rng.randint(8, 30), rng.choice([1, 3, 16]))
+    scheduler = Admitting(cache, rng.randint(1, 5), rng.randint(1, 20), admission=admission)
     longest = cache.total_pages * cache.page_size
     waiting = []
     for name in "abcdefghij":
@@ -276,7 +275,9 @@ def test_random_requests_run_each_token_once_in_order_and_free_all_pages(seed):
         starts = step.batch.query_starts.tolist()
         assert len(step.requests) <= 5
         for i, r in enumerate(step.requests):
-            ran[r.request_id] += step.batch.token_ids[starts[i] : starts[i + 1]].tolist()
+            known, start = ran[r.request_id], step.parts[i].start
+            assert start == len(known) or r.preemptions
+            known[start:] = step.batch.token_ids[starts[i] : starts[i + 1]].tolist()
         finish(scheduler, step, token=rng.randint(0, 99))
         cache.check_integrity()
         for r in step.sampled:
@@ -284,4 +285,202 @@ def test_random_requests_run_each_token_once_in_order_and_free_all_pages(seed):
                 scheduler.remove(r)
     for r in everything:
         assert ran[r.request_id] == [*r.prompt_token_ids, *r.output_token_ids[:-1]]
-    assert cache.free_pages == cache.total_pages
+        assert admission == "preempt" or not r.preemptions
+    assert cache.free_pages + cache.evictable_pages == cache.total_pages
+
+
+def run(scheduler, requests, token=7):
+    """Run all requests to their ends; returns the steps."""
+    steps = []
+    for r in requests:
+        scheduler.add(r)
+    while step := scheduler.schedule():
+        steps.append(step)
+        finish(scheduler, step, token)
+        for r in step.sampled:
+            if len(r.output_token_ids) == r.max_new_tokens:
+                scheduler.remove(r)
+    return steps
+
+
+def computed(steps, name):
+    """Positions of a request's tokens, in the order in which they ran."""
+    return [
+        position
+        for step in steps
+        for part in step.parts
+        if part.request.request_id == name
+        for position in range(part.start, part.stop)
+    ]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_the_second_of_two_prompts_computes_only_what_they_have_not_in_common(mixed):
+    common = tuple(range(1000))
+    cache, scheduler = make(400, 4, max_batch_tokens=64, mixed=mixed)
+    a = Request("a", (*common, 1, 2, 3), SamplingParams(), 4)
+    b = Request("b", (*common, 4, 5, 6), SamplingParams(), 4)
+    run(scheduler, [a])
+    steps = run(scheduler, [b])
+    assert (a.cached_tokens, b.cached_tokens) == (0, 1000)
+    assert computed(steps, "b") == list(range(1000, 1006))
+    cache.check_integrity()
+
+
+def test_the_next_turn_of_a_conversation_reuses_the_answer_too():
+    cache, scheduler = make(64, 4)
+    a = Request("a", tuple(range(10, 20)), SamplingParams(), 7)
+    run(scheduler, [a])
+    turn = (*a.prompt_token_ids, *a.output_token_ids, 30, 31)
+    b = Request("b", turn, SamplingParams(), 1)
+    run(scheduler, [b])
+    assert b.cached_tokens == 16  # the last token of the answer has not run
+    cache.check_integrity()
+
+
+def test_equal_prompts_at_once_compute_their_full_pages_once():
+    cache, scheduler = make(64, 4, max_batch_tokens=100)
+    prompt = tuple(range(50, 64))
+    four = [Request(name, prompt, SamplingParams(), 3) for name in "abcd"]
+    steps = run(scheduler, four)
+    assert computed(steps[:1], "a") == list(range(14))
+    assert [r.cached_tokens for r in four] == [0, 12, 12, 12]
+    assert all(computed(steps, name) == [12, 13, 14, 15] for name in "bcd")
+    cache.check_integrity()
+
+
+def test_a_younger_request_may_pass_one_that_awaits_a_page_of_an_older_one():
+    _, scheduler = make(64, 4, max_batch_tokens=8)
+    prompt = tuple(range(50, 70))
+    a, b, c = (
+        Request(n, p, SamplingParams(), 3) for n, p in (("a", prompt), ("b", prompt), ("c", (1, 2)))
+    )
+    for r in (a, b, c):
+        scheduler.add(r)
+    assert [r.request_id for r in scheduler.admit()] == ["a", "c"]
+
+
+def test_a_prompt_in_full_pages_that_are_all_known_still_computes_its_last_token():
+    cache, scheduler = make(16, 4)
+    for name in "ab":
+        r = Request(name, tuple(range(8)), SamplingParams(), 2)
+        steps = run(scheduler, [r])
+    assert r.cached_tokens == 4
+    assert computed(steps, "b") == [4, 5, 6, 7, 8]
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("off", [{"prefix_cache": False}, {"shares_pages": False}])
+def test_without_a_prefix_cache_nothing_is_reused_or_kept(off):
+    cache = KvCacheManager(16, 4)
+    limits = ExecutorLimits(shares_pages=off.get("shares_pages", True))
+    on = off.get("prefix_cache", True)
+    scheduler = Admitting(cache, 4, 10, limits, prefix_cache=on)
+    for name in "ab":
+        r = Request(name, tuple(range(9)), SamplingParams(), 2)
+        run(scheduler, [r])
+        assert r.cached_tokens == 0
+        assert cache.free_pages == 16
+
+
+def test_short_prompts_with_many_new_tokens_run_at_once_and_the_youngest_give_way():
+    cache, scheduler = make(32, 16, max_batch_tokens=64)
+    four = [request(name, 8, max_new_tokens=400) for name in "abcd"]
+    steps = run(scheduler, four)
+    assert steps[0].requests == tuple(four)
+    assert four[0].preemptions == 0
+    assert all(r.preemptions for r in four[1:])
+    assert len(steps) < 4 * 400 - 200, "they hardly ran together"
+    for r in four:
+        assert len(r.output_token_ids) == 400
+        ran = set(computed(steps, r.request_id))
+        assert ran == set(range(r.max_cached_tokens))
+    assert cache.free_pages + cache.evictable_pages == 32
+    cache.check_integrity()
+
+
+def test_a_preempted_request_finds_its_own_pages_and_does_not_count_them_as_cached():
+    cache, scheduler = make(5, 4, max_batch_tokens=16)
+    a, b = request("a", 8, max_new_tokens=9), request("b", 4, max_new_tokens=9)
+    steps = run(scheduler, [a, b])
+    assert b.preemptions == 1
+    assert (a.cached_tokens, b.cached_tokens) == (0, 0)
+    resumed = next(
+        part
+        for step in steps
+        for part in step.parts
+        if part.request is b and part.start >= 4 and not part.decoding
+    )
+    assert resumed.start % 4 == 0
+    cache.check_integrity()
+
+
+def test_a_request_that_gives_way_while_its_step_is_in_flight_keeps_that_step():
+    """Its pages return when the step ends, and the token that it sampled counts."""
+    cache, scheduler = make(4, 2, max_batch_tokens=16)
+    a, b = request("a", 3, max_new_tokens=5), request("b", 2, max_new_tokens=5)
+    for r in (a, b):
+        scheduler.add(r)
+        r.sampled_by_executor = True
+    first = scheduler.schedule()
+    scheduler.launched(first)
+    second = scheduler.schedule()
+    scheduler.launched(second)
+    assert second.requests == (a, b)
+    finish(scheduler, first)
+    third = scheduler.schedule()  # a needs a third page, and b is in flight
+    assert third is None
+    assert scheduler.preempted() == [b]
+    assert len(cache.pages("b")) == 2
+    finish(scheduler, second)
+    assert (len(b.output_token_ids), b.num_computed) == (2, 0)
+    with pytest.raises(KeyError):
+        cache.pages("b")
+    step = scheduler.schedule()
+    assert step.requests == (a,)
+    assert step.batch.ended_request_ids == ("b",)
+    cache.check_integrity()
+
+
+def test_a_preempted_request_that_is_removed_does_not_come_back():
+    cache, scheduler = make(4, 2, max_batch_tokens=16)
+    a, b = request("a", 3, max_new_tokens=5), request("b", 2, max_new_tokens=5)
+    for r in (a, b):
+        scheduler.add(r)
+    finish(scheduler, scheduler.schedule())
+    finish(scheduler, scheduler.schedule())
+    assert scheduler.schedule().requests == (a,)
+    assert (scheduler.preempted(), scheduler.num_waiting) == ([b], 1)
+    scheduler.remove(b)
+    scheduler.remove(a)
+    assert scheduler.schedule() is None
+    assert cache.free_pages + cache.evictable_pages == 4
+
+
+def test_a_prompt_that_is_scored_is_computed_from_its_first_unscored_token():
+    cache, scheduler = make(16, 4)
+    run(scheduler, [request("a", 9, max_new_tokens=1)])
+    again = Request("b", tuple(range(100, 109)), SamplingParams(), 1, num_prompt_logprobs=0)
+    scheduler.add(again)
+    step = scheduler.schedule()
+    assert (again.cached_tokens, step.parts[0].start) == (0, 0)
+    assert step.parts[0].scored == range(8)
+
+
+def test_nothing_waits_for_ever_while_short_requests_keep_arriving():
+    _, scheduler = make(16, 4, max_batch_size=3, max_batch_tokens=6)
+    long = request("z", 40, max_new_tokens=4)
+    arriving = iter(range(10_000))
+    scheduler.add(request("a", 3))
+    scheduler.add(long)
+    for _ in range(60):
+        name = f"a{next(arriving)}"
+        scheduler.add(Request(name, (next(arriving), 1, 2), SamplingParams(), 3))
+        step = scheduler.schedule()
+        finish(scheduler, step)
+        for r in step.sampled:
+            if len(r.output_token_ids) == r.max_new_tokens:
+                scheduler.remove(r)
+        if len(long.output_token_ids) == 4:
+            return
+    raise AssertionError("the long prompt is still waiting")

@@ -5,6 +5,7 @@ it. They share no field. Nothing here imports torch at run time.
 """
 
 from tilewright.types.executor import (
+    Admission,
     Executor,
     ExecutorLimits,
     LayerwiseExecutor,
@@ -57,6 +58,7 @@ from tilewright.types.sampling import (
 __all__ = [
     "BUILTIN_GENERATE",
     "DTYPES",
+    "Admission",
     "Check",
     "CheckStatus",
     "Command",

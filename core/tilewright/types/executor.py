@@ -1,7 +1,7 @@
 """What an executor runs, step by step, and within which limits."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from attrs import field, frozen, validators
 from attrs.converters import optional
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Tap: TypeAlias = "Callable[[str, Tensor], None]"
 """Called by an executor with a tensor's name and the tensor; see docs/tensors.md for the names."""
+
+Admission = Literal["preempt", "reserve"]
+"""Which requests start; see RuntimeConfig."""
 
 
 @frozen(field_transformer=checked)
@@ -53,6 +56,16 @@ class RuntimeConfig:
         2048,
         validator=validators.ge(1),
     )
+    prefix_cache: bool | None = described(
+        "keep the pages of requests that ended, and reuse them for prompts that begin with the "
+        "same tokens; default: on if the executor can share pages"
+    )
+    admission: Admission = described(
+        "which requests start: preempt, those whose tokens so far fit into the KV cache (when it "
+        "is full, the youngest gives its pages back and is computed again); reserve, those whose "
+        "last token is sure to fit, so that none is interrupted",
+        "preempt",
+    )
 
 
 @frozen(kw_only=True)
@@ -68,6 +81,8 @@ class ResolvedRuntime:
     max_seq_len: int
     max_batch_size: int
     max_batch_tokens: int
+    prefix_cache: bool = True
+    admission: Admission = "preempt"
 
 
 @frozen(kw_only=True, eq=False)
@@ -105,7 +120,8 @@ class StepBatch:
     request_ids: tuple[str, ...] = ()
     """The B requests that the sequences belong to."""
     ended_request_ids: tuple[str, ...] = ()
-    """Requests that ended since the step before: what is kept for them can be dropped. Some may
+    """Requests that ended, or gave their pages back, since the step before: what is kept for them
+    must be dropped before this step, which may begin one of them again at its first token. Some may
     have been in no step, and they are named again after a step that failed."""
 
     @max_query_len.default
