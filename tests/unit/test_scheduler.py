@@ -458,7 +458,7 @@ def test_a_preempted_request_that_is_removed_does_not_come_back():
 
 
 def test_a_prompt_that_is_scored_is_computed_from_its_first_unscored_token():
-    cache, scheduler = make(16, 4)
+    _, scheduler = make(16, 4)
     run(scheduler, [request("a", 9, max_new_tokens=1)])
     again = Request("b", tuple(range(100, 109)), SamplingParams(), 1, num_prompt_logprobs=0)
     scheduler.add(again)
