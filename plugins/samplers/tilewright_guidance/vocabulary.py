@@ -42,21 +42,18 @@ def read_vocabulary(text: Text, vocab_size: int, ends: Collection[int]) -> Vocab
     tokenizer = text.assets.tokenizer
     ids = [i for i in range(vocab_size) if i not in ends and text.has_text(i)]
     names = {i: tokenizer.id_to_token(i) or "" for i in ids}
-    parts: dict[int, bytes] = {}
+    parts: dict[int, bytes] = {}  # of characters, which decode only together
     if tokenizer.decoder is not None and tokenizer.decoder.decode(["Ã", "©"]) == "é":
         first = later = {i: _of_byte_level(name) for i, name in names.items()}
     else:
-        once = tokenizer.decode_batch([[i] for i in ids])
-        twice = tokenizer.decode_batch([[i, i] for i in ids])
         values = {i: int(names[i][3:5], 16) for i in ids if text.is_byte(i)}
         parts = {i: bytes([value]) for i, value in values.items() if value >= 0x80}
-        first = {i: one.encode() for i, one in zip(ids, once, strict=True)} | parts
-        later = {
-            i: two[len(one) :].encode() for i, one, two in zip(ids, once, twice, strict=True)
-        } | parts
+        once = {i: text.decode([i]) for i in ids}
+        first = {i: once[i].encode() for i in ids} | parts
+        later = {i: text.decode([i, i])[len(once[i]) :].encode() for i in ids} | parts
     whole = [i for i in ids if i not in parts]
     expected = b"".join(later[i] if n else first[i] for n, i in enumerate(whole))
-    if tokenizer.decode(whole) != expected.decode(errors="replace"):
+    if text.decode(whole) != expected.decode(errors="replace"):
         raise RequestError(
             "in this model's tokenizer the text of a token depends on the tokens beside it, so it "
             "is not known which tokens a text may consist of: use a model with another tokenizer"
@@ -85,9 +82,8 @@ def _byte_level_alphabet() -> dict[str, int]:
     """The byte of each character: printable Latin-1 is itself, the others follow from U+0100 on
     (bytes_to_unicode of GPT-2's encoder.py)."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return dict(
-        zip(characters, sorted(range(256), key=lambda b: chr(b) not in characters), strict=True)
-    )
+    values = sorted(range(256), key=lambda value: chr(value) not in characters)
+    return dict(zip(characters, values, strict=True))
 
 
 _BYTES = _byte_level_alphabet()
