@@ -147,7 +147,8 @@ def test_after_the_end_nothing_but_ends_is_generated(engine: LLMEngine) -> None:
     for result in engine.generate_batch("m", [PROMPT] * 10, made):
         assert result.finish_reason == "length"
         assert result.text in (" no", " not")
-        assert len([i for i in result.token_ids if i in ends]) > 10
+        first = next(n for n, i in enumerate(result.token_ids) if i in ends)
+        assert set(result.token_ids[first:]) <= ends
 
 
 @pytest.mark.parametrize(
@@ -281,6 +282,19 @@ def test_a_token_after_which_a_choice_cannot_be_spelled_is_not_allowed() -> None
     assert allowed_tokens(effects(processor, [(0, state)], 10)[0]) == [0]
     with pytest.raises(RequestError, match="no tokens of the model spell 'ac'"):
         processor.begin("a", ["ad", "ac"], [])
+
+
+def test_a_token_without_a_text_is_not_allowed() -> None:
+    def make() -> Tokenizer:
+        tokenizer = Tokenizer(models.WordLevel({"a": 0, "": 1, "b": 2, "</s>": 3}))
+        tokenizer.decoder = decoders.Fuse()
+        return tokenizer
+
+    processor, _ = processor_of(make, eos_token_ids=(3,))
+    state = processor.begin("a", ["ab"], [])
+    for expected in ([0], [2], [3]):
+        assert allowed_tokens(effects(processor, [(0, state)], 9)[0]) == expected
+        processor.accept(state, expected[0])
 
 
 def test_a_choice_that_would_be_decoded_to_another_text_is_refused() -> None:
