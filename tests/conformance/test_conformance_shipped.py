@@ -1,6 +1,7 @@
 """What is shipped passes its suite, and so do the plugins that the documentation shows."""
 
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tilewright_testing import (
     ExecutorSuite,
     KvAllocatorSuite,
     LoaderSuite,
+    LogitsProcessorSuite,
     ObserverSuite,
     SamplerSuite,
     WeightFormatSuite,
@@ -95,6 +97,24 @@ class TestSamplers(SamplerSuite):
     @pytest.fixture(params=["greedy", "top-p"])
     def plugin(self, request: pytest.FixtureRequest) -> Any:
         return request.param
+
+
+class TestChoice(LogitsProcessorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "choice"
+
+    @pytest.fixture
+    def wrong_arguments(self) -> Sequence[Any]:
+        return [[], "", "yes,", '["yes"', "[1]", ["yes", ""], ["yes", 1], {"yes": "no"}, 3, None]
+
+
+class TestChoiceOfBytes(TestChoice):
+    """Choices whose tokens are parts of characters, of which some begin others."""
+
+    @pytest.fixture
+    def argument(self) -> list[str]:
+        return ["hello", "hell", "h", "數学", "数", "数学"]
 
 
 class TestCommands(CommandSuite):

@@ -1,0 +1,1 @@
+"""Logits processor ``choice``, and the bytes of a vocabulary's tokens."""
