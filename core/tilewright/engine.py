@@ -1,22 +1,35 @@
 """The engine: models under names, and generation with them."""
 
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 from attrs import evolve
 
 from tilewright import loading
-from tilewright.errors import ConfigError, OutOfPagesError, RequestError, nearest
+from tilewright.errors import (
+    ConfigError,
+    OutOfPagesError,
+    RequestError,
+    TilewrightError,
+    nearest,
+)
 from tilewright.loading import ServedModel
 from tilewright.plugins import Observers, Selection, select_all
 from tilewright.request import Request, check_settings, new_request, refused
 from tilewright.runner import Runner
+from tilewright.stepping import SteppingThread
 from tilewright.types import (
     GenerateConfig,
+    GenerateDelta,
     GenerateResult,
     LoadedModel,
+    ModelStats,
     PackedTensor,
     Packing,
     RuntimeConfig,
@@ -29,40 +42,49 @@ Message = Mapping[str, Any]
 
 
 class GenerationStream(Iterator[str]):
-    """The text of one generation, in pieces. The pieces join to exactly ``result.text``.
+    """The text of one generation, in pieces. Read to the end, they join to exactly ``result.text``.
 
-    ``result`` is None until the stream has ended. Closing it, leaving its ``with`` block, or an
-    exception in it (Ctrl-C included) ends the request and frees its pages. A stream that did not
-    end by itself, because its engine was closed or its model unloaded, raises RequestError.
+    The text is generated whether it is read or not; any thread may read it. ``result`` is None
+    until the generation has ended. Closing the stream, leaving its ``with`` block, or an exception
+    in it (Ctrl-C included) ends the request and frees its pages; nothing is left to read then. A
+    generation that did not end by itself, because its engine was closed or its model unloaded,
+    raises RequestError.
     """
 
-    def __init__(self, runner: Runner, request: Request):
-        self._runner = runner
+    def __init__(self, engine: "LLMEngine", thread: SteppingThread, request: Request):
+        self._engine = engine  # which closes when nobody holds it
+        self._thread = thread
         self._request = request
+        self._deltas: SimpleQueue[GenerateDelta] = SimpleQueue()
+        deltas = self._deltas  # the request must not keep the stream alive
+        self._last: GenerateDelta | None = None
+        request.on_news = lambda request: deltas.put(request.take())
 
     @property
     def result(self) -> GenerateResult | None:
         return self._request.result
 
     def __next__(self) -> str:
-        request = self._request
-        while not request.unread:
-            if request.over:
-                if request.error:
-                    raise request.error
-                raise StopIteration
-            if request.request_id not in self._runner.requests:
-                raise StopIteration
-            try:
-                self._runner.step()
-            except BaseException:
-                self.close()
-                raise
-        return request.unread.popleft()
+        try:
+            while self._last is None:
+                delta = self._thread.receive(self._deltas)
+                if delta.result or delta.error:
+                    self._last = delta
+                if delta.text:
+                    return delta.text
+        except BaseException:
+            self.close()
+            raise
+        if self._last.error:
+            raise self._last.error
+        raise StopIteration
 
     def close(self) -> None:
         """End the request if it is not finished: its result has what was generated until now."""
-        self._runner.abort(self._request)
+        if not self._request.over:
+            self._thread.submit(lambda: self._thread.runner.abort(self._request)).result()
+        if self._last is None:
+            self._last = self._request.take()
 
     def __enter__(self) -> "GenerationStream":
         return self
@@ -71,23 +93,28 @@ class GenerationStream(Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not self._request.over:
+            self._thread.abort(self._request)
 
 
 class LLMEngine:
     """Runs models with a fixed set of plugins.
 
-    Use an engine from one thread at a time. Streams may be read in turns: a step run for one of
-    them advances all requests of that model.
+    Any thread may call any method. Each loaded model has a thread that runs its steps, in which all
+    requests of that model take part, whoever made them.
     """
 
     def __init__(self, selection: Selection):
         """Use ``from_plugins`` or ``from_config``."""
         self._selection = selection
         self._observers = Observers(selection.manager)
-        self._runners: dict[str, Runner] = {}
-        self._num_requests = 0
+        self._models: dict[str, SteppingThread] = {}
+        self._loading: set[str] = set()
+        self._lock = Lock()
+        """Held while the names of models change."""
+        self._numbers = count(1)
         self._closed = False
+        weakref.finalize(self, _stop_all, self._models).atexit = False
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -149,15 +176,18 @@ class LLMEngine:
     def close(self) -> None:
         """End all requests with a RequestError, and free all models.
 
-        A closed engine cannot be used again. Closing it in a step, as an observer may, lets the
-        step end first.
+        A closed engine cannot be used again. Steps that are running end first.
         """
-        if self._closed:
-            return
-        self._closed = True
-        for runner in self._runners.values():
-            runner.close(RequestError("the engine was closed before this request had finished"))
-        self._runners.clear()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            threads = list(self._models.values())
+            self._models.clear()
+        for thread in threads:
+            thread.stop(_engine_closed())
+        for thread in threads:
+            thread.close(_engine_closed())
         self._observers.notify("on_close")
 
     def __enter__(self) -> "LLMEngine":
@@ -186,15 +216,33 @@ class LLMEngine:
         for faulty files, ExecutorError for a model that the executor cannot run, OutOfPagesError
         for a KV cache that is too small, and PluginError for a plugin that fails.
         """
-        self._check_open()
         _check_type(runtime_config, RuntimeConfig, "runtime_config")
-        if model_id in self._runners:
-            raise ConfigError(
-                f"a model named {model_id!r} is already loaded; choose another model_id"
-            )
-        started = time.perf_counter()
-        loaded = self._load(model_id, model_dir, model_format, loader_options)
-        asked = runtime_config or RuntimeConfig()
+        with self._lock:
+            self._check_open()
+            if model_id in self._models or model_id in self._loading:
+                raise ConfigError(
+                    f"a model named {model_id!r} is already loaded; choose another model_id"
+                )
+            self._loading.add(model_id)
+        try:
+            started = time.perf_counter()
+            loaded = self._load(model_id, model_dir, model_format, loader_options)
+            runner = self._make_runner(model_id, loaded, runtime_config or RuntimeConfig(), started)
+            with self._lock:
+                if not self._closed:
+                    self._models[model_id] = SteppingThread(runner)
+            if self._closed:
+                runner.close(_engine_closed())
+                self._check_open()
+        finally:
+            self._loading.remove(model_id)
+        event = {"model_config": loaded.config, "seconds": runner.model.load_seconds}
+        self._observers.notify("on_model_loaded", lambda: {"model_id": model_id, **event})
+        return loaded
+
+    def _make_runner(
+        self, model_id: str, loaded: LoadedModel, asked: RuntimeConfig, started: float
+    ) -> Runner:
         model = loading.make_ready(
             self._selection, self._observers, model_id, loaded, asked, started
         )
@@ -205,27 +253,35 @@ class LLMEngine:
             raise
         names = [str(self._selection.plugins[kind].plugin) for kind in ("executor", "sampler")]
         processors = loading.Processors(self._selection, loaded)
-        self._runners[model_id] = Runner(
-            model, sampler, self._observers, names[0], names[1], processors.get
-        )
-        event = {"model_config": loaded.config, "seconds": model.load_seconds}
-        self._observers.notify("on_model_loaded", lambda: {"model_id": model_id, **event})
-        return loaded
+        return Runner(model, sampler, self._observers, names[0], names[1], processors.get)
 
     def unload(self, model_id: str) -> None:
         """End a model's requests with a RequestError, free it, and make its name free to be used.
 
         Raises RequestError for an unknown name.
         """
-        runner = self._runner(model_id)
-        del self._runners[model_id]
-        runner.close(
+        with self._lock:
+            thread = self._thread(model_id)
+            del self._models[model_id]
+        thread.close(
             RequestError(f"model {model_id!r} was unloaded before this request had finished")
         )
 
     def model(self, model_id: str) -> ServedModel:
         """A loaded model. Raises RequestError, listing the known ones, for an unknown name."""
-        return self._runner(model_id).model
+        return self._thread(model_id).runner.model
+
+    def stats(self, model_id: str) -> ModelStats:
+        """What a model is doing, and has done since it was loaded."""
+        return self._thread(model_id).runner.stats()
+
+    def runner(self, model_id: str) -> Runner:
+        """A model's runner, for a caller that runs the model's steps in a loop of its own.
+
+        The engine then refuses requests for the model, but closes it. Raises RequestError when the
+        model has had a request of the engine.
+        """
+        return self._thread(model_id).release()
 
     def default_config(self, model_id: str) -> GenerateConfig:
         """Settings for what a request leaves unset: the model's, else the built-in defaults."""
@@ -269,15 +325,15 @@ class LLMEngine:
             loader_options,
         )
 
-    def _runner(self, model_id: str) -> Runner:
+    def _thread(self, model_id: str) -> SteppingThread:
         self._check_open()
-        if model_id not in self._runners:
-            known = ", ".join(map(repr, self._runners)) or "none; call init_model first"
+        thread = self._models.get(model_id)
+        if thread is None:
+            known = ", ".join(map(repr, self._models)) or "none; call init_model first"
             raise RequestError(
-                f"no model is named {model_id!r}{nearest(model_id, self._runners)} "
-                f"(loaded: {known})"
+                f"no model is named {model_id!r}{nearest(model_id, self._models)} (loaded: {known})"
             )
-        return self._runners[model_id]
+        return thread
 
     def _check_open(self) -> None:
         if self._closed:
@@ -293,7 +349,7 @@ class LLMEngine:
         Raises RequestError for a prompt or settings that cannot be served, OutOfPagesError when
         the KV cache is too small for them, NonFiniteLogitsError, and ExecutorError.
         """
-        if _settings(self._runner(model_id), config).stream:
+        if _settings(self.model(model_id), config).stream:
             return self.stream(model_id, prompt, config)
         return self.generate_result(model_id, prompt, config).text
 
@@ -301,10 +357,18 @@ class LLMEngine:
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> GenerationStream:
         """Like ``generate`` with ``config.stream`` set: the text in pieces, as it is generated."""
-        runner = self._runner(model_id)
-        settings = _settings(runner, config)
-        check_settings(runner.model, settings)
-        return GenerationStream(runner, self._submit(runner, prompt, settings))
+        thread = self._thread(model_id)
+        model = thread.runner.model
+        settings = _settings(model, config)
+        check_settings(model, settings)
+        request = new_request(self._next_id(model), model, prompt, settings)
+        stream = GenerationStream(self, thread, request)
+        try:
+            thread.submit(lambda: thread.runner.add(request)).result()
+        except BaseException:
+            thread.abort(request)
+            raise
+        return stream
 
     def generate_result(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
@@ -326,29 +390,28 @@ class LLMEngine:
         """
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: use generate() for one")
-        runner = self._runner(model_id)
-        settings = _settings(runner, config)
-        check_settings(runner.model, settings)
-        requests: list[Request] = []
-        results: list[GenerateResult | Request] = []
-        try:
-            for i, prompt in enumerate(prompts):
-                seed = None if settings.seed is None else (settings.seed + i) % 2**63
-                mine = evolve(settings, seed=seed)
-                try:
-                    requests.append(self._submit(runner, prompt, mine))
-                    results.append(requests[-1])
-                except (RequestError, OutOfPagesError) as error:
-                    results.append(refused(self._next_id(runner), runner.model, mine, error))
-            while not all(request.over for request in requests):
-                runner.step()
-                for request in requests:
-                    if request.error:
-                        raise request.error
-        finally:
-            for request in requests:
-                runner.abort(request)
-        return [r.result if isinstance(r, Request) else r for r in results]  # type: ignore[misc]
+        thread = self._thread(model_id)
+        model = thread.runner.model
+        settings = _settings(model, config)
+        check_settings(model, settings)
+        asked = [
+            evolve(settings, seed=None if settings.seed is None else (settings.seed + i) % 2**63)
+            for i in range(len(prompts))
+        ]
+        requests: dict[int, Request] = {}
+        errors: dict[int, TilewrightError] = {}
+        for i, prompt in enumerate(prompts):
+            try:
+                requests[i] = new_request(self._next_id(model), model, prompt, asked[i])
+            except RequestError as error:
+                errors[i] = error
+        errors |= _run(thread, requests)
+        return [
+            refused(self._next_id(model), model, asked[i], errors[i])
+            if i in errors
+            else requests[i].result  # type: ignore[misc]
+            for i in range(len(prompts))
+        ]
 
     def chat(
         self, model_id: str, messages: Sequence[Message], config: GenerateConfig | None = None
@@ -366,14 +429,8 @@ class LLMEngine:
         # Templates write their own special tokens.
         return text.encode(text.render_chat(messages), add_special_tokens=False)
 
-    def _submit(self, runner: Runner, prompt: Prompt, settings: GenerateConfig) -> Request:
-        request = new_request(self._next_id(runner), runner.model, prompt, settings)
-        runner.add(request)
-        return request
-
-    def _next_id(self, runner: Runner) -> str:
-        self._num_requests += 1
-        return f"{runner.model.model_id}-{self._num_requests}"
+    def _next_id(self, model: ServedModel) -> str:
+        return f"{model.model_id}-{next(self._numbers)}"
 
 
 def _make_sampler(selection: Selection, loaded: LoadedModel) -> Sampler:
@@ -383,10 +440,54 @@ def _make_sampler(selection: Selection, loaded: LoadedModel) -> Sampler:
     return sampler
 
 
-def _settings(runner: Runner, config: GenerateConfig | None) -> GenerateConfig:
+def _settings(model: ServedModel, config: GenerateConfig | None) -> GenerateConfig:
     """A request's settings, with the model's defaults for what is not set."""
     _check_type(config, GenerateConfig, "config")
-    return (config or GenerateConfig()).over(runner.model.generation_defaults)
+    return (config or GenerateConfig()).over(model.generation_defaults)
+
+
+def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, TilewrightError]:
+    """Run requests until all have ended, or one has failed, whose error is raised.
+
+    Returns the errors of those that were refused.
+    """
+    ended: SimpleQueue[Request] = SimpleQueue()
+    runner = thread.runner
+
+    def add() -> dict[int, TilewrightError]:
+        errors: dict[int, TilewrightError] = {}
+        for i, request in requests.items():
+            try:
+                runner.add(request)
+            except (RequestError, OutOfPagesError) as error:
+                errors[i] = error
+        return errors
+
+    def abort() -> None:
+        for request in requests.values():
+            runner.abort(request)
+
+    for request in requests.values():
+        request.on_news = lambda request: ended.put(request) if request.over else None
+    try:
+        errors = thread.submit(add).result()
+        for _ in range(len(requests) - len(errors)):
+            request = thread.receive(ended)
+            if request.error:
+                raise request.error
+    except BaseException:
+        thread.submit(abort).result()
+        raise
+    return errors
+
+
+def _engine_closed() -> RequestError:
+    return RequestError("the engine was closed before this request had finished")
+
+
+def _stop_all(models: Mapping[str, SteppingThread]) -> None:
+    for thread in list(models.values()):
+        thread.stop(_engine_closed())
 
 
 def _check_type(value: object, type_: type, name: str) -> None:

@@ -2,8 +2,7 @@
 
 import secrets
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from tilewright.text import TextStream
 from tilewright.types import (
     FinishReason,
     GenerateConfig,
+    GenerateDelta,
     GenerateResult,
     SampledToken,
     SamplerRow,
@@ -65,11 +65,13 @@ class Request:
     sanitized_steps: int = 0
     pieces: list[str] = field(factory=list)
     """The text so far."""
-    unread: deque[str] = field(factory=deque)
-    """The pieces of text that no stream has taken yet."""
+    taken: tuple[int, int] = (0, 0)
+    """How many pieces and tokens ``take`` has returned."""
+    on_news: "Callable[[Request], None] | None" = None
+    """Called by a ``SteppingThread`` after a step that added tokens to the request or ended it."""
     finish_reason: FinishReason | None = None
     result: GenerateResult | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def over(self) -> bool:
@@ -143,7 +145,21 @@ class Request:
     def _emit(self, piece: str) -> None:
         if piece:
             self.pieces.append(piece)
-            self.unread.append(piece)
+
+    def take(self) -> GenerateDelta:
+        """What was generated since the last call."""
+        (pieces, tokens), logprobs = self.taken, None
+        if self.params.logprobs is not None:
+            logprobs = tuple(self.logprobs[tokens:])
+        self.taken = len(self.pieces), len(self.output_token_ids)
+        return GenerateDelta(
+            request_id=self.request_id,
+            text="".join(self.pieces[pieces:]),
+            token_ids=tuple(self.output_token_ids[tokens:]),
+            logprobs=logprobs,
+            result=self.result,
+            error=self.error,
+        )
 
     def finish(self, model: "ServedModel") -> GenerateResult:
         """Make the result of a request that has a finish reason; the model is the one it ran on."""

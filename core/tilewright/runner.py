@@ -28,6 +28,7 @@ from tilewright.request import Request
 from tilewright.scheduler import Draft, Part, Scheduler, Step
 from tilewright.types import (
     Executor,
+    ModelStats,
     PendingStep,
     SampledToken,
     Sampler,
@@ -79,10 +80,12 @@ class _InFlight:
 
 
 class Runner:
-    """Runs a model's steps. A request leaves ``requests`` when it is over or aborted.
+    """Runs a model's steps: ``add`` requests, ``step`` while there are ``requests``, and ``poll``
+    for those that have something new. A request leaves ``requests`` when it is over or aborted.
 
-    Up to two steps are in flight when the executor samples and no observer listens to tensors; a
-    step counts once it is done. None is left in flight by a step after which no request is left.
+    One thread at a time may use it. Up to two steps are in flight when the executor samples and no
+    observer listens to tensors; a step counts once it is done. None is left in flight by a step
+    after which no request is left.
     """
 
     def __init__(
@@ -104,7 +107,13 @@ class Runner:
         self.model = model
         self.requests: dict[str, Request] = {}
         self.num_steps = 0
-        self._closed = False
+        self._num_requests = self._num_preemptions = 0
+        self._num_prompt_tokens = self._num_cached_tokens = 0
+        self._num_new_tokens = 0
+        """Of requests that have ended."""
+        self._closed: RequestError | None = None
+        """Why no request is accepted any more."""
+        self._news: dict[Request, None] = {}
         self._lost: ExecutorLostError | None = None
         self._depth = 0
         """Steps that are running: an observer may run one in a step's events."""
@@ -133,11 +142,19 @@ class Runner:
     def add(self, request: Request) -> None:
         """Queue a request.
 
-        Raises OutOfPagesError if the whole cache is too small for it, and ExecutorLostError when
-        the device of the executor is gone.
+        Raises OutOfPagesError if the whole cache is too small for it, ExecutorLostError when the
+        device of the executor is gone, and RequestError for a request id that is in use, for an
+        argument that a logits processor cannot take, and after ``close``.
         """
+        if self._closed:
+            raise self._closed
         if self._lost:
             raise self._lost
+        if request.request_id in self.requests:
+            raise RequestError(
+                f"a request of model {self.model.model_id!r} has the id {request.request_id!r} "
+                "already: choose another, or wait until that request has ended"
+            )
         if self._submits and not request.logits_processors:
             request.sampled_by_executor = self._submits.serves(request.params)
         self._begin_processing(request)
@@ -147,6 +164,7 @@ class Runner:
             _end_processing(request)
             raise
         self.requests[request.request_id] = request
+        self._num_requests += 1
         self._notify(
             "on_request_submitted",
             request,
@@ -175,11 +193,50 @@ class Runner:
             request.finish_reason = "aborted"
             self._finish(request, "on_request_aborted")
 
-    def close(self, reason: RequestError) -> None:
-        """End all requests with an error, and free the model: at once, or when a step has ended."""
+    def poll(self) -> list[Request]:
+        """The requests that have new tokens, or have ended, since the last call."""
+        news, self._news = list(self._news), {}
+        return news
+
+    def stats(self) -> ModelStats:
+        """May be called from any thread."""
+        running = sum(len(r.output_token_ids) for r in list(self.requests.values()))
+        return ModelStats(
+            model_id=self.model.model_id,
+            **self._counts(),
+            num_steps=self.num_steps,
+            num_requests=self._num_requests,
+            num_preemptions=self._num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_new_tokens=self._num_new_tokens + running,
+        )
+
+    def _counts(self) -> dict[str, int]:
+        """What is in the queue, in the batch and in the KV cache now."""
+        allocator, evictable = self.model.allocator, self.model.allocator.evictable_pages
+        return {
+            "num_waiting": self._scheduler.num_waiting,
+            "num_running": self._scheduler.num_running,
+            "used_pages": allocator.total_pages - allocator.free_pages - evictable,
+            "cached_pages": evictable,
+            "total_pages": allocator.total_pages,
+        }
+
+    def fail(self, error: BaseException) -> None:
+        """End all requests with an error."""
         for request in list(self.requests.values()):
-            self._fail(request, reason)
-        self._closed = True
+            self._fail(request, error)
+
+    def close(self, reason: RequestError) -> None:
+        """End all requests with an error, and free the model: at once, or when a step has ended.
+
+        Closing again does nothing.
+        """
+        if self._closed:
+            return
+        self._closed = reason
+        self.fail(reason)
         if not self._depth:
             self._close_executor()
 
@@ -208,6 +265,12 @@ class Runner:
         self._finish_ended()
         running = self._next()
         if running is None:
+            if self.requests:
+                raise PluginError(
+                    f"no request of model {self.model.model_id!r} can run, though the KV cache is "
+                    "large enough for each: its kv_allocator does not give the pages that it "
+                    "counts as free or evictable"
+                )
             return
         step, plugin = running.step, self._executor_name
         try:
@@ -220,6 +283,8 @@ class Runner:
             return
         # Accept tokens, then commit: if Ctrl-C falls between the two, a token is computed twice.
         for part in step.parts:
+            if part.sampled:
+                self._news[part.request] = None
             try:
                 _accept(part, tokens)
             except LogitsProcessorError as error:
@@ -257,9 +322,12 @@ class Runner:
 
     def _schedule(self) -> Step | None:
         for request in self._scheduler.preempted():
+            self._num_preemptions += 1
             if request.request_id in self.requests:
                 self._notify("on_request_preempted", request)
         for request in self._scheduler.admit():
+            self._num_prompt_tokens += len(request.prompt_token_ids)
+            self._num_cached_tokens += request.cached_tokens
             self._notify("on_request_admitted", request, cached_tokens=request.cached_tokens)
         return self._scheduler.schedule()
 
@@ -338,7 +406,7 @@ class Runner:
                 if request.processing and error.processing in (None, request.processing)
             ]
         if isinstance(error, ExecutorLostError):
-            concerned = list(self.requests.values())
+            self.fail(failure)
         for request in concerned:
             self._fail(request, failure)
 
@@ -355,19 +423,13 @@ class Runner:
     def _report(self, step: Step, seconds: float) -> None:
         def event() -> StepEvent:
             lengths = [(part.stop - part.start, part.decoding) for part in step.parts]
-            allocator = self.model.allocator
-            idle = allocator.free_pages + allocator.evictable_pages
             return StepEvent(
                 model_id=self.model.model_id,
                 step=self.num_steps,
                 request_ids=step.batch.request_ids,
                 num_prompt_tokens=sum(n for n, decoding in lengths if not decoding),
                 num_decode_tokens=sum(n for n, decoding in lengths if decoding),
-                num_waiting=self._scheduler.num_waiting,
-                num_running=self._scheduler.num_running,
-                used_pages=allocator.total_pages - idle,
-                cached_pages=allocator.evictable_pages,
-                total_pages=allocator.total_pages,
+                **self._counts(),
                 seconds=seconds,
             )
 
@@ -388,7 +450,7 @@ class Runner:
         self._drop(request)
         self._observers.notify(event, lambda: {"result": result})
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
         if request.request_id in self.requests:  # an observer may have ended it
             request.error = error
             self._drop(request)
@@ -396,6 +458,8 @@ class Runner:
 
     def _drop(self, request: Request) -> None:
         del self.requests[request.request_id]
+        self._news[request] = None
+        self._num_new_tokens += len(request.output_token_ids)
         self._scheduler.remove(request)
         _end_processing(request)
 

@@ -168,10 +168,12 @@ class Scheduler:
         start before it.
         """
         admitted = []
+        leaving = {request.request_id for request in self._leaving}
         for request in tuple(islice(self._waiting, self._max_running)):
             if len(self._running) == self._max_running:
                 break
-            if self._awaits_page(request):
+            # A request may have the id of one that was aborted and is still in a step in flight.
+            if request.request_id in leaving or self._awaits_page(request):
                 continue
             if not self._start(request):
                 break

@@ -2,11 +2,13 @@
 
 import gc
 import re
+import time
 from math import inf
 
 import numpy as np
 import pytest
 import torch
+from contract_executors import press_ctrl_c
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
 from tilewright.errors import (
@@ -20,8 +22,9 @@ from tilewright.errors import (
     TilewrightError,
 )
 from tilewright.hookspecs import ObserverEvents
+from tilewright.request import Request
 from tilewright.settings import DEMO_MODEL
-from tilewright.types import SampledToken
+from tilewright.types import SampledToken, SamplingParams
 
 TRUTHS = "We hold these truths to be self-evident,"
 CONTINUED = " that all men are created equal, that they are endowed by their Creator"
@@ -202,8 +205,8 @@ def test_an_abandoned_stream_frees_its_pages(engine, how):
     if how == "close":
         stream.close()
         assert stream.result.finish_reason == "aborted"
-        assert CONTINUED.startswith(stream.result.text)
-        assert len(stream.result.token_ids) == 1
+        read = stream.result.text[: len(CONTINUED)]
+        assert CONTINUED.startswith(read)
         assert list(stream) == []
     elif how == "with":
         with stream:
@@ -211,20 +214,31 @@ def test_an_abandoned_stream_frees_its_pages(engine, how):
     else:
         del stream
         gc.collect()
+        eventually(lambda: free_pages(engine) == before)
     assert free_pages(engine) == before
 
 
-class Interrupting:
-    """An executor that is interrupted once, after so many steps."""
+def eventually(condition):
+    """Wait for what the thread of a model does after its step."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
-    def __init__(self, executor, steps, error):
+
+class Interrupting:
+    """An executor that fails once, after so many steps; None: Ctrl-C is pressed then."""
+
+    def __init__(self, executor, steps, error=None):
         self.executor, self.steps, self.error = executor, steps, error
 
     def _run(self, run, batch, tap):
         self.steps -= 1
         logits = run(batch, tap)
-        if self.steps == 0:
+        if self.steps == 0 and self.error:
             raise self.error
+        if self.steps == 0:
+            press_ctrl_c()
         return logits
 
     def forward(self, batch, tap=None):
@@ -238,20 +252,24 @@ class Interrupting:
 def test_ctrl_c_in_a_stream_frees_its_pages_and_leaves_other_streams_intact(engine, steps):
     expected = [engine.generate("demo", p, config(20)) for p in (TRUTHS, WHEN)]
     model = engine.model("demo")
+    model.executor = Interrupting(model.executor, steps)
     other = engine.generate("demo", WHEN, config(20, stream=True))
-    stream = engine.generate("demo", TRUTHS, config(20, stream=True))
-    model.executor = Interrupting(model.executor, steps, KeyboardInterrupt())
+
+    def read():
+        with engine.stream("demo", TRUTHS, config(20)) as stream:
+            list(stream)
+            time.sleep(30)
+
     with pytest.raises(KeyboardInterrupt):
-        list(stream)
-    assert len(engine._runner("demo").requests) == 1
-    model.allocator.check_integrity()
+        read()
     assert "".join(other) == expected[1]
+    eventually(lambda: not engine.stats("demo").num_running)
     assert engine.generate("demo", TRUTHS, config(20)) == expected[0]
 
 
 def test_ctrl_c_in_a_batch_frees_all_of_its_pages(engine):
     model = engine.model("demo")
-    model.executor = Interrupting(model.executor, 3, KeyboardInterrupt())
+    model.executor = Interrupting(model.executor, 3)
     with pytest.raises(KeyboardInterrupt):
         engine.generate_batch("demo", [TRUTHS, WHEN, PEOPLE], config(20))
     assert free_pages(engine) == model.allocator.total_pages
@@ -270,32 +288,32 @@ def test_a_failing_executor_fails_the_requests_of_its_step(engine):
 
 
 class Poisoning(Interrupting):
-    """An executor that makes one logit NaN in the row of the longest context."""
+    """An executor that makes a logit NaN: in rows of a context of so many tokens, or in all."""
 
-    def __init__(self, executor):
-        self.executor = executor
+    def __init__(self, executor, tokens=None):
+        self.executor, self.tokens = executor, tokens
 
     def _run(self, run, batch, tap):
         logits = run(batch, tap).clone()
-        if len(logits):
-            logits[batch.context_lens.argmax(), 17] = float("nan")
+        for row, token in enumerate(batch.logits_rows):
+            if self.tokens in (None, batch.positions[token] + 1):
+                logits[row, 17] = float("nan")
         return logits
 
 
 def test_non_finite_logits_fail_only_their_own_request(engine):
     expected = engine.generate("demo", WHEN, config(20))
     model = engine.model("demo")
+    prompt = f"{TRUTHS}{CONTINUED}{CONTINUED}"
+    model.executor = Poisoning(model.executor, len(model.text.encode(prompt)))
     other = engine.generate("demo", WHEN, config(20, stream=True))
-    read = next(other)
-    executor, model.executor = model.executor, Poisoning(model.executor)
-    long = engine.generate("demo", f"{TRUTHS}{CONTINUED}", config(20, stream=True))
+    long = engine.generate("demo", prompt, config(20, stream=True))
     with pytest.raises(
         NonFiniteLogitsError, match=r"step 0: 1 of \d+ logits .* ids 17\)"
     ) as caught:
         list(long)
     assert caught.value.token_ids == (17,)
-    model.executor = executor
-    assert read + "".join(other) == expected
+    assert "".join(other) == expected
 
 
 @pytest.mark.parametrize("others", [0, 2])
@@ -393,7 +411,7 @@ class Answering:
 @pytest.mark.parametrize("token_ids", [(), (1, 2), (-1,), (10**6,)])
 def test_a_sampler_that_breaks_its_contract_is_named(engine, monkeypatch, token_ids):
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner("demo"), "_sampler", Answering(*token_ids))
+        patch.setattr(engine._thread("demo").runner, "_sampler", Answering(*token_ids))
         with pytest.raises(PluginError, match=r"'top-p' of tilewright .* one token from 0 to \d+"):
             engine.generate("demo", TRUTHS, config(5))
     assert engine.generate("demo", TRUTHS, config(5))
@@ -404,7 +422,7 @@ def test_a_sampler_that_returns_integers_breaks_its_contract(engine, monkeypatch
         def sample(self, logits, rows):
             return [int(row.argmax()) for row in logits]
 
-    monkeypatch.setattr(engine._runner("demo"), "_sampler", Integers())
+    monkeypatch.setattr(engine._thread("demo").runner, "_sampler", Integers())
     with pytest.raises(PluginError, match=r"'top-p' .* as a SampledToken, .* found \[\d+\]"):
         engine.generate("demo", TRUTHS, config(5))
 
@@ -419,7 +437,7 @@ def test_a_bug_in_a_plugin_is_an_error_that_names_the_plugin_and_the_line(
     if part == "executor":
         monkeypatch.setattr(engine.model("demo").executor, "forward", broken)
     else:
-        monkeypatch.setattr(engine._runner("demo")._sampler, "sample", broken)
+        monkeypatch.setattr(engine._thread("demo").runner._sampler, "sample", broken)
     name = {"executor": "executor 'torch'", "sampler": "sampler 'top-p'"}[part]
     with pytest.raises(PluginError, match=name) as caught:
         engine.generate("demo", TRUTHS, config(5))
@@ -500,7 +518,7 @@ def test_log_probabilities_of_the_prompt_are_those_of_one_prefill(engine):
 
 def test_a_sampler_gets_the_output_without_a_copy_for_each_token(engine, monkeypatch):
     seen = set()
-    sampler = engine._runner("demo")._sampler
+    sampler = engine._thread("demo").runner._sampler
     sample = sampler.sample
 
     def watched(logits, rows):
@@ -509,7 +527,7 @@ def test_a_sampler_gets_the_output_without_a_copy_for_each_token(engine, monkeyp
 
     monkeypatch.setattr(sampler, "sample", watched)
     stream = engine.stream("demo", TRUTHS, config(9))
-    (request,) = engine._runner("demo").requests.values()
+    (request,) = engine._thread("demo").runner.requests.values()
     list(stream)
     assert seen == {id(request.output_token_ids)}
 
@@ -548,7 +566,7 @@ def test_invalid_requests_are_refused_before_anything_runs(engine):
         engine.generate("demo", TRUTHS, config(logit_bias=dict.fromkeys(range(size), -inf)))
     with pytest.raises(RequestError, match="expected a list of prompts"):
         engine.generate_batch("demo", TRUTHS)
-    assert not engine._runner("demo").requests
+    assert not engine._thread("demo").runner.requests
     assert (
         len(engine.generate_result("demo", [3] * 250, config(99, ignore_eos=True)).token_ids) == 6
     )
@@ -668,7 +686,7 @@ def test_observers_receive_every_event():
 EVENTS = [
     name
     for name in vars(ObserverEvents)
-    if name.startswith("on_") and name != "on_request_preempted"  # no policy preempts yet
+    if name.startswith("on_") and name != "on_request_preempted"  # which ``watched`` does not make
 ]
 
 
@@ -688,12 +706,12 @@ def watched(*observers):
     with LLMEngine.from_plugins(observers=observers) as engine:
         engine.init_model("demo", DEMO_MODEL)
         engine._observers.reporter("demo")("kernels", 1, 3)
-        engine.stream("demo", TRUTHS, config(3)).close()
+        engine.stream("demo", TRUTHS, config(100)).close()
         text = engine.generate("demo", TRUTHS, config(3))
-        stream = engine.stream("demo", TRUTHS, config(3))
+        stream = engine.stream("demo", TRUTHS, config(100))
         engine.unload("demo")
         with pytest.raises(RequestError, match="unloaded"):
-            next(stream)
+            list(stream)
         return text
 
 
@@ -710,13 +728,15 @@ def test_an_observer_that_raises_is_told_of_once_and_detached(event):
         r"line \d+\); it gets no further events",
         warning,
     )
-    assert before.events == after.events == alone.events
+    assert before.events == after.events
     assert broken.events.count(event) == 1
     assert broken.events[-1] == event
-    assert broken.events[:-1] == alone.events[: len(broken.events) - 1]
+    assert broken.events[:-1] == before.events[: len(broken.events) - 1]
+    # How far a stream is when it is closed is a matter of chance.
+    assert {e[0] for e in before.events} == {e[0] for e in alone.events}
 
 
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("event", [name for name in EVENTS if name != "on_request_finished"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_in_an_observer_interrupts(event, error):
     with pytest.raises(error):
@@ -769,14 +789,19 @@ def test_requests_that_ended_in_an_interrupted_step_are_finished_and_not_run_aga
     runtime = RuntimeConfig(page_size=8, total_pages=3)
     with LLMEngine.from_plugins(observers=[breaking("on_step", KeyboardInterrupt())]) as engine:
         engine.init_model("demo", DEMO_MODEL, runtime)
-        prompts = [[token] * 8 for token in (10, 20, 30)]  # with one new token, a page each
-        streams = [engine.generate("demo", p, config(1, stream=True)) for p in prompts]
+        runner = engine.runner("demo")
+        prompts = [(token,) * 8 for token in (10, 20, 30)]  # with one new token, a page each
+        requests = [
+            Request(f"r{i}", prompt, SamplingParams(), 1) for i, prompt in enumerate(prompts)
+        ]
+        for request in requests:
+            runner.add(request)
         with pytest.raises(KeyboardInterrupt):
-            next(streams[0])
-        for stream in streams[1:]:
-            assert "".join(stream) == stream.result.text
-            assert stream.result.finish_reason == "length"
-        assert engine._runner("demo").num_steps == 0  # none ran after the interrupted one
+            runner.step()
+        runner.step()
+        for request in requests:
+            assert request.result.finish_reason == "length"
+        assert runner.num_steps == 0  # none ran after the interrupted one
         assert free_pages(engine) == 3
 
 
@@ -855,7 +880,7 @@ class Closing:
         self.event, self.engine, self.executors = event, None, []
 
     def close(self):
-        executor = self.engine._runners and self.engine.model("demo").executor
+        executor = self.engine._models and self.engine.model("demo").executor
         if executor:
             self.executors.append(executor)
         self.engine.close()
@@ -942,6 +967,6 @@ def test_non_finite_logits_of_a_request_that_has_ended_leave_its_error(engine, m
         engine.close()
         raise NonFiniteLogitsError(rows[0].request_id, 0, [1], logits.shape[1])
 
-    monkeypatch.setattr(engine._runner("demo")._sampler, "sample", sample)
+    monkeypatch.setattr(engine._thread("demo").runner._sampler, "sample", sample)
     with pytest.raises(RequestError, match="engine was closed"):
         engine.generate("demo", TRUTHS, config(5))

@@ -6,6 +6,7 @@ from math import inf
 import pytest
 import torch
 from attrs import evolve
+from contract_executors import outcome, outcomes, requests, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,7 +84,7 @@ class Adding(Scripted):
 def engine():
     with LLMEngine.from_plugins() as engine:
         engine.init_model("demo", DEMO_MODEL, RuntimeConfig(max_batch_size=4))
-        runner, vocab = engine._runner("demo"), engine.model("demo").loaded.config.vocab_size
+        runner, vocab = engine._thread("demo").runner, engine.model("demo").loaded.config.vocab_size
         made = {"mask": Masking(vocab), "add": Adding(vocab)}
         engine.made = made
         runner._processors = lambda name: Processing(f"logits_processor {name!r}", made[name], None)
@@ -122,14 +123,14 @@ def test_what_is_added_to_logits_is_a_bias(engine, settings):
 
 
 def test_a_processor_is_called_once_a_step_for_the_rows_of_its_requests(engine):
-    plain = engine.generate("demo", PROMPTS[0], config())
-    masks = [
-        engine.stream("demo", p, config(logits_processors={"mask": [[7]]})) for p in PROMPTS[:2]
-    ]
-    other = engine.stream("demo", PROMPTS[0], config())
-    for stream in masks:
-        assert set(stream) == {engine.model("demo").text.decode([7])}
-    assert "".join(other) == plain
+    (plain,) = outcomes(engine.model("demo"), engine.model("demo").executor, PROMPTS[:1])
+    runner, seven = engine.runner("demo"), {"logits_processors": {"mask": [[7]]}}
+    masked = [(prompt, seven) for prompt in PROMPTS[:2]]
+    made = requests(runner.model, [*masked, PROMPTS[0]])
+    run(runner, made)
+    for request in made[:2]:
+        assert request.result.token_ids == (7,) * 12
+    assert outcome(made[2]) == plain
     calls = engine.made["mask"].calls
     assert calls == [[0, 1]] * 12
     for state in engine.made["mask"].states:
@@ -171,7 +172,7 @@ def test_what_follows_a_forbidden_draft_may_have_no_token_left(engine):
 
     engine.made["other"] = Strays(engine.made["mask"].vocab_size)
     engine.made["other"].strayed = False
-    engine._runner("demo")._scheduler._draft = lambda request, most: [200][:most]
+    engine._thread("demo").runner._scheduler._draft = lambda request, most: [200][:most]
     both = {"mask": [range(60, 70)], "other": None}
     result = engine.generate_result("demo", TRUTHS, config(logits_processors=both))
     assert engine.made["other"].strayed
@@ -179,7 +180,7 @@ def test_what_follows_a_forbidden_draft_may_have_no_token_left(engine):
 
 
 def test_two_processors_of_one_plugin_get_their_own_states(engine):
-    vocab, runner = engine.made["mask"].vocab_size, engine._runner("demo")
+    vocab, runner = engine.made["mask"].vocab_size, engine._thread("demo").runner
     made = {"mask": Masking(vocab), "acme:mask": Masking(vocab)}
     runner._processors = lambda name: Processing("logits_processor 'mask'", made[name], None)
     both = {"mask": [range(100, 200)], "acme:mask": [range(199, 300)]}
@@ -196,7 +197,7 @@ def test_a_mask_follows_the_tokens_that_were_accepted(engine):
 
 def test_drafts_are_checked_against_the_mask_of_their_place_and_states_are_restored(engine):
     sets = [[i % 3 + 60] for i in range(12)]
-    runner = engine._runner("demo")
+    runner = engine._thread("demo").runner
     runner._scheduler._draft = lambda request, most: [
         (len(request.output_token_ids) + i) % 3 + 60 for i in range(min(most, 4))
     ]
@@ -225,7 +226,7 @@ def test_an_unknown_processor_is_refused_when_the_request_is_made():
         engine.init_model("demo", DEMO_MODEL)
         with pytest.raises(PluginError, match="'grammer'"):
             engine.generate("demo", TRUTHS, config(logits_processors={"grammer": 1}))
-        assert not engine._runner("demo").requests
+        assert not engine._thread("demo").runner.requests
         assert engine.generate("demo", TRUTHS, config(max_new_tokens=1))
 
 
@@ -237,7 +238,7 @@ def test_a_processor_that_refuses_its_argument_ends_what_was_begun(engine, monke
     with pytest.raises(RequestError, match="expected a grammar"):
         engine.generate("demo", TRUTHS, config(logits_processors={"mask": [[7]], "add": {}}))
     assert engine.made["mask"].states[0]["ended"]
-    assert not engine._runner("demo").requests
+    assert not engine._thread("demo").runner.requests
 
 
 @pytest.mark.parametrize("method", ["edits", "accept"])

@@ -16,6 +16,7 @@ from contract_executors import (
     make_runner,
     outcome,
     outcomes,
+    press_ctrl_c,
     requests,
     run,
 )
@@ -543,7 +544,7 @@ def config(max_new_tokens=12, **settings):
 @pytest.mark.parametrize("way", ["close", "unload"])
 def test_closing_waits_for_the_steps_in_flight_and_ends_their_requests(devices, way):
     engine = engine_with()
-    stream = engine.stream("demo", TRUTHS, config())
+    stream = engine.stream("demo", TRUTHS, config(200))
     next(stream)
     (device,) = devices
     assert device.in_flight
@@ -557,8 +558,9 @@ def test_closing_waits_for_the_steps_in_flight_and_ends_their_requests(devices, 
 
 def test_an_executor_is_closed_even_if_ctrl_c_interrupts_the_last_wait(devices):
     engine = engine_with()
-    stream = engine.stream("demo", TRUTHS, config())
-    next(stream)
+    runner = engine.runner("demo")
+    runner.add(*requests(runner.model, [TRUTHS]))
+    runner.step()
     (device,) = devices
     device.in_wait = Once(device.in_flight[0].number, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -591,13 +593,12 @@ def test_ctrl_c_ends_a_stream_and_leaves_the_engine_as_it_was(devices):
     with engine_with() as engine:
         whole = engine.generate("demo", WHEN, config())
         (device,) = devices
-        device.in_wait = Once(len(device.steps) + 3, KeyboardInterrupt())
-        stream = engine.stream("demo", TRUTHS, config())
+        pressed = len(device.steps) + 3
+        device.in_wait = lambda number: number == pressed and press_ctrl_c()
         with pytest.raises(KeyboardInterrupt):
-            list(stream)
-        assert stream.result.finish_reason == "aborted"
+            engine.generate("demo", TRUTHS, config(100))
         assert engine.generate("demo", WHEN, config()) == whole
-        assert all_free(engine._runner("demo"))
+        assert all_free(engine._thread("demo").runner)
 
 
 def test_an_observer_may_generate_while_a_step_is_in_flight(devices):

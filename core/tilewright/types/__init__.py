@@ -44,7 +44,15 @@ from tilewright.types.plugin import (
     Report,
     WeightFormats,
 )
-from tilewright.types.results import FinishReason, GenerateResult, Phase, StepEvent, Timings
+from tilewright.types.results import (
+    FinishReason,
+    GenerateDelta,
+    GenerateResult,
+    ModelStats,
+    Phase,
+    StepEvent,
+    Timings,
+)
 from tilewright.types.sampling import (
     BUILTIN_GENERATE,
     GenerateConfig,
@@ -67,6 +75,7 @@ __all__ = [
     "ExecutorLimits",
     "FinishReason",
     "GenerateConfig",
+    "GenerateDelta",
     "GenerateResult",
     "Hypothesis",
     "KvAllocator",
@@ -77,6 +86,7 @@ __all__ = [
     "LogitsEdits",
     "LogitsProcessor",
     "ModelConfig",
+    "ModelStats",
     "PackedTensor",
     "PackedWeights",
     "Packing",

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from tilewright.errors import TilewrightError
 from tilewright.types.sampling import TokenLogprobs
@@ -60,6 +60,58 @@ class GenerateResult:
     """Steps whose logits were not finite and were sanitised; do not rely on such text."""
     error: TilewrightError | None = None
     """Why a prompt of a batch was refused; its text and tokens are empty."""
+
+
+@frozen(kw_only=True)
+class GenerateDelta:
+    """What a generation has added to the delta before it."""
+
+    request_id: str
+    text: str
+    """May be empty: text that can still become part of a stop string or of a character waits."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    """For each of the tokens, if they were asked for."""
+    result: GenerateResult | None = None
+    """The whole generation, in its last delta."""
+    error: BaseException | None = None
+    """Why it ended without a result."""
+
+    def joined(self, following: "GenerateDelta") -> "GenerateDelta":
+        """This delta and the one that follows it as one."""
+        logprobs = self.logprobs
+        if logprobs is not None:
+            logprobs += following.logprobs or ()
+        return evolve(
+            following,
+            text=self.text + following.text,
+            token_ids=self.token_ids + following.token_ids,
+            logprobs=logprobs,
+        )
+
+
+@frozen(kw_only=True)
+class ModelStats:
+    """What a loaded model's engine is doing, and has done since the model was loaded."""
+
+    model_id: str
+    num_waiting: int
+    """Requests that have not started, or that were preempted."""
+    num_running: int
+    used_pages: int
+    """Pages of the KV cache that requests hold."""
+    cached_pages: int
+    """Pages that no request holds and whose content is known."""
+    total_pages: int
+    num_steps: int
+    num_requests: int
+    """Requests that were accepted."""
+    num_preemptions: int
+    num_prompt_tokens: int
+    """Tokens of the prompts of requests that have started."""
+    num_cached_tokens: int
+    """How many of these were in the KV cache."""
+    num_new_tokens: int
 
 
 @frozen(kw_only=True)

@@ -272,7 +272,10 @@ def open_side(
             for i, ids in enumerate(prompts)
         ]
         size = model.runtime.max_batch_size
-        return Side(name, engine, Scheduler(model.allocator, size, chunk), requests)
+        scheduler = Scheduler(
+            model.allocator, size, chunk, admission="reserve", prefix_cache=False
+        )
+        return Side(name, engine, scheduler, requests)
     except BaseException:
         engine.close()
         raise

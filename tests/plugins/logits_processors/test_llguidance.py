@@ -115,7 +115,7 @@ def engine() -> Iterator[LLMEngine]:
     with LLMEngine.from_plugins() as engine:
         loaded = engine.init_model("m", DEMO_MODEL)
         made = Grammar(loaded.config, loaded.text)
-        engine._runner("m")._processors = lambda name: Processing(name, made, None)
+        engine._thread("m").runner._processors = lambda name: Processing(name, made, None)
         yield engine
 
 
@@ -138,7 +138,7 @@ class TestTexts:
         expected = engine.generate_result("m", "We the People", config)
         draws = list(expected.token_ids)
         draws[5:7] = [0, 7]  # wrong ones, too
-        scheduler = engine._runner("m")._scheduler
+        scheduler = engine._thread("m").runner._scheduler
         scheduler._draft = lambda request, most: draws[len(request.output_token_ids) :][
             : min(most, 4)
         ]
