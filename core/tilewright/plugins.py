@@ -578,6 +578,19 @@ class Selected(NamedTuple):
         except Exception as error:
             raise PluginError(f"{self.plugin}: {hook}() failed: {cause(error)}") from error
 
+    def create(self, hook: str, protocol: type, **arguments: Any) -> Any:
+        """The object that a hook creates. Raises PluginError if it lacks names of its protocol."""
+        made = self.call(hook, **arguments)
+        names = [n for cls in protocol.__mro__ for n in vars(cls) if not n.startswith("_")]
+        # Without isinstance, which would not say what is missing.
+        if missing := [name for name in names if not hasattr(made, name)]:
+            raise PluginError(
+                f"{self.plugin}: {hook}() must return an object with all of "
+                f"{protocol.__name__}, but {_described(made)} lacks {', '.join(missing)} "
+                "(see docs/hooks.md)"
+            )
+        return made
+
     def read_options(self, options: Options, **more: Any) -> Any:
         """This plugin's part of an engine's options, overridden by more, as its options class."""
         given = options.get(self.plugin.kind, {})

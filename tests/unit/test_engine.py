@@ -379,6 +379,35 @@ def test_a_model_whose_sampler_cannot_be_made_is_closed(engine, monkeypatch, err
     engine.init_model("other", DEMO_MODEL)
 
 
+@pytest.mark.parametrize(
+    ("module", "hook", "plugin", "missing"),
+    [
+        ("tilewright_torch.plugin", "create_executor", "executor 'torch'", "device, limits, "),
+        ("tilewright.kv_cache", "create_kv_allocator", "kv allocator 'paged'", "page_size, "),
+        ("tilewright_sampling.top_p", "create_sampler", "sampler 'top-p'", "sample "),
+        ("tilewright_hf.safetensors_format", "open_weights", "'safetensors'", "names, info, get "),
+    ],
+)
+def test_an_object_that_lacks_methods_is_refused_when_the_model_is_loaded(
+    engine, monkeypatch, module, hook, plugin, missing
+):
+    class Unfinished:
+        def close(self):
+            pass
+
+    def create():
+        return Unfinished()
+
+    create.__name__ = hook
+    monkeypatch.setattr(f"{module}.{hook}", hookimpl(create))
+    with pytest.raises(PluginError) as caught:
+        engine.init_model("other", DEMO_MODEL)
+    said = str(caught.value)
+    assert plugin in said
+    assert f"{hook}() must return an object with all of " in said
+    assert f"a Unfinished object lacks {missing}" in said
+
+
 class Answering:
     """A sampler that ignores what it is asked."""
 
