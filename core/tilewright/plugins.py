@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tilewright.errors import ConfigError, PluginError, TilewrightError, nearest
+from tilewright.errors import ConfigError, PluginError, PluginWarning, TilewrightError, nearest
 
 if TYPE_CHECKING:
     from pluggy import HookImpl, PluginManager
@@ -450,6 +450,18 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' if said else ''}{said}{at}"
 
 
+def warn(message: str) -> None:
+    """Show a PluginWarning, also if it was shown before. Where warnings are errors, it is shown
+    and not raised, since a generation must not end."""
+    import warnings
+
+    try:
+        # An empty registry, since Python shows a text only once for each registry.
+        warnings.warn_explicit(message, PluginWarning, __file__, 0, __name__, registry={})
+    except PluginWarning as raised:
+        warnings.showwarning(raised, PluginWarning, __file__, 0)
+
+
 def _described(obj: Any) -> str:
     """What an object is, for messages: ``module x``, ``class X``, ``function f``."""
     name = getattr(obj, "__name__", None)
@@ -681,7 +693,7 @@ def select_all(
 class Observers:
     """The observers of an engine. An event that none of them listens to is not created.
 
-    One that raises an Exception other than MemoryError is named in a RuntimeWarning, with the event
+    One that raises an Exception other than MemoryError is named in a PluginWarning, with the event
     and the cause, and gets no further events.
     """
 
@@ -738,15 +750,9 @@ class Observers:
                 self._detach(listener.plugin_name, event, error)
 
     def _detach(self, name: str, event: str, error: Exception) -> None:
-        from warnings import warn
-
         if name not in self._failed:
             self._failed.add(name)
-            warn(
-                f"{name} failed in {event}: {cause(error)}; it gets no further events",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+            warn(f"{name} failed in {event}: {cause(error)}; it gets no further events")
 
 
 # --- metadata -------------------------------------------------------------------------------------

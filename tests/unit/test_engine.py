@@ -2,6 +2,7 @@
 
 import gc
 import re
+import warnings
 from math import inf
 
 import numpy as np
@@ -742,6 +743,19 @@ def test_an_observer_that_raises_is_told_of_once_and_detached(event):
     assert broken.events.count(event) == 1
     assert broken.events[-1] == event
     assert broken.events[:-1] == alone.events[: len(broken.events) - 1]
+
+
+@pytest.mark.parametrize("action", ["default", "error"])
+def test_each_engine_tells_of_its_observer_whatever_happens_to_warnings(monkeypatch, action):
+    shown = []
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        monkeypatch.setattr(warnings, "showwarning", lambda said, *_: shown.append(str(said)))
+        texts = [watched(breaking("on_step", ValueError("same"))) for _ in range(2)]
+    assert texts == [watched()] * 2
+    first, second = shown
+    assert first == second
+    assert first.startswith("observer Breaking failed in on_step: ValueError: same (")
 
 
 @pytest.mark.parametrize("event", EVENTS)

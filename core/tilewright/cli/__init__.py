@@ -3,13 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from tilewright import __version__, plugins
 from tilewright.cli.parser import Parser
-from tilewright.errors import ConfigError, TilewrightError
+from tilewright.errors import ConfigError, PluginWarning, TilewrightError
 
 if TYPE_CHECKING:
     from tilewright.types import Command
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     try:
         _prepare_streams()
-        code = _run(argv)
+        with _plain_warnings():
+            code = _run(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -93,6 +95,26 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """In this block, a PluginWarning is one line on stderr, and others are as Python shows them."""
+    import warnings
+
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *at: Any, **more: Any) -> None:
+        if issubclass(category, PluginWarning):
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        else:
+            usual(message, category, *at, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def _leave_threads(code: int) -> None:
