@@ -156,6 +156,16 @@ def test_json_output_is_one_object_per_result(capsys, continuation):
     assert "sanitized_steps" not in record
 
 
+@pytest.mark.parametrize("flag", ["--logprobs", "--prompt-logprobs"])
+def test_log_probabilities_that_are_not_printed_are_a_warning(capsys, flag):
+    argv = ["generate", *GREEDY, flag, "2", "We"]
+    _, err = printed(capsys, *argv)
+    assert err == f"warning: {flag}: text has no log-probabilities: add --json for them\n"
+    out, err = printed(capsys, *argv, "--json")
+    assert err == ""
+    assert json.loads(out)[flag.removeprefix("--").replace("-", "_")]
+
+
 def test_prompts_are_read_from_files_in_order(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("We the People of the United States,\n")
     (tmp_path / "b.jsonl").write_text('"Congress shall make no law"\n\n{"prompt": "No person"}\n')
