@@ -22,7 +22,7 @@ from tilewright.errors import (
 )
 from tilewright.hookspecs import ObserverEvents
 from tilewright.settings import DEMO_MODEL
-from tilewright.types import SampledToken
+from tilewright.types import ExecutorLimits, SampledToken
 
 TRUTHS = "We hold these truths to be self-evident,"
 CONTINUED = " that all men are created equal, that they are endowed by their Creator"
@@ -969,6 +969,26 @@ def test_a_refused_prompt_of_a_batch_fails_alone(engine):
         assert (results[i].text, results[i].token_ids) == ("", ())
     assert len({result.request_id for result in results}) == len(prompts)
     assert engine.generate_batch("demo", [""])[0].error
+
+
+@pytest.mark.parametrize(
+    ("of_executor", "advice"),
+    [
+        (None, "shorten it, or raise max_seq_len, to at most 2048"),
+        (32, "shorten it, or raise max_seq_len, to at most 32"),
+        (16, "shorten it"),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_told_to_raise_max_seq_len_only_where_that_is_possible(
+    monkeypatch, of_executor, advice
+):
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=16))
+        executor = engine.model("demo").executor
+        monkeypatch.setattr(executor, "limits", ExecutorLimits(max_seq_len=of_executor))
+        with pytest.raises(RequestError) as caught:
+            engine.generate("demo", [3] * 16)
+    assert str(caught.value).endswith(f"max_seq_len = 16 of model 'demo': {advice}")
 
 
 def test_a_prompt_that_the_cache_cannot_hold_fails_alone():
