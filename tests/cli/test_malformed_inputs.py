@@ -371,6 +371,28 @@ def test_a_closed_standard_stream_is_a_one_line_error(redirection, message):
     assert message in done.stderr.decode()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("flags", "output"),
+    [
+        ([], "standard output"),
+        (["--json"], "standard output"),
+        (["--output", "/dev/full"], "output file '/dev/full'"),
+    ],
+)
+def test_output_for_which_there_is_no_space_is_a_one_line_error(flags, output, unbuffered):
+    command = [sys.executable, "-m", "tilewright", "generate", "We", "--max-new-tokens", "2"]
+    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, *flags], stdout=full, stderr=subprocess.PIPE, env=environ, timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode() == (
+        f"tilewright: error: {output} cannot be written: No space left on device\n"
+    )
+
+
 def test_debug_prints_the_traceback_of_an_error(capsys):
     assert main(["generate", "--page-size", "x", "--debug"]) == 2
     err = capsys.readouterr().err

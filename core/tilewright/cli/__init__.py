@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _prepare_streams()
         with _plain_warnings():
             code = _run(argv)
-        sys.stdout.flush()
+        with naming_unwritable("standard output"):
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
@@ -115,6 +116,19 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = usual
+
+
+@contextmanager
+def naming_unwritable(what: str) -> Iterator[None]:
+    """Make an OSError of writing, which names no file, a ConfigError that names what is written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ConfigError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
 def _leave_threads(code: int) -> None:
