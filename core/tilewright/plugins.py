@@ -40,9 +40,10 @@ FROM_VERSION_1 = {
     "depend on SamplerRow.position",
     "observer": "StepEvent has num_prompt_tokens and num_decode_tokens, and an event that raises "
     "ends no generation",
-    "command": "nothing",
+    "command": "configure and run are as before, but an engine's results and runtime have other "
+    "fields",
 }
-"""What changed for a plugin of each kind since version 1, for the error of an old one."""
+"""What a plugin of each kind has to change since version 1, for the error of an old one."""
 
 
 class Kind(NamedTuple):
