@@ -10,7 +10,6 @@ import pytest
 from plugin_distributions import Distribution
 
 from tilewright import GenerateConfig, LLMEngine
-from tilewright.cli import main
 from tilewright.settings import DEMO_MODEL
 
 SPELLING = '''
@@ -110,16 +109,6 @@ def _installed(tmp_path: Path) -> Iterator[None]:
     with dists.on_path(tmp_path / "site") as install:
         install(ACME)
         yield
-
-
-@pytest.fixture
-def tilewright(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize("name", ["spelling", "acme-spelling:spelling"])
