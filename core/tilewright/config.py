@@ -129,6 +129,10 @@ def _check_plugins(config: RunConfig, given: Layer) -> None:
         (("plugins", kind), kind, getattr(config.plugins, kind)) for kind in _SINGLE_KINDS
     ]
     chosen += [(("plugins", "observers"), "observer", name) for name in config.plugins.observers]
+    chosen += [
+        (("generate", "logits_processors"), "logits_processor", name)
+        for name in config.generate.logits_processors or ()
+    ]
     if config.model.format is not None:
         chosen.append((("model", "format"), "weight_format", config.model.format))
     chosen += [

@@ -434,8 +434,8 @@ class LLMEngine:
 
 
 def _make_sampler(selection: Selection, loaded: LoadedModel) -> Sampler:
-    sampler: Sampler = selection.plugins["sampler"].call(
-        "create_sampler", model_config=loaded.config, options=selection.options["sampler"]
+    sampler: Sampler = selection.plugins["sampler"].create(
+        "create_sampler", Sampler, model_config=loaded.config, options=selection.options["sampler"]
     )
     return sampler
 

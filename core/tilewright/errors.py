@@ -78,6 +78,10 @@ class NonFiniteLogitsError(TilewrightError):
         )
 
 
+class PluginWarning(RuntimeWarning):
+    """A plugin failed in a place where that ends no generation."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``"; did you mean 'top-p'?"``, or ``""`` when nothing is close."""
     from difflib import get_close_matches

@@ -27,18 +27,14 @@ def allocate(spec: KvCacheSpec, num_pages: int) -> list[KvLayer]:
     try:
         return [KvLayer(zeros(shape, dtype), zeros(shape, dtype)) for _ in range(spec.num_layers)]
     except (MemoryError, OSError, OverflowError) as error:
-        raise out_of_memory(spec, num_pages, error) from error
+        size = f"{num_pages * spec.page_bytes / 2**30:.1f} GiB"
+        raise OutOfPagesError(
+            f"a KV cache of {num_pages} pages takes {size}, which could not be allocated "
+            f"({error}): lower total_pages, max_seq_len or max_batch_size"
+        ) from error
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Like ``torch.zeros``, which would touch every page of memory now."""
     memory = mmap(-1, prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).reshape(shape)
-
-
-def out_of_memory(spec: KvCacheSpec, num_pages: int, error: Exception) -> OutOfPagesError:
-    """The error of a cache for which a device has no memory."""
-    return OutOfPagesError(
-        f"a KV cache of {num_pages} pages takes {num_pages * spec.page_bytes / 2**30:.1f} GiB, "
-        f"which could not be allocated ({error}): lower total_pages, max_seq_len or max_batch_size"
-    )

@@ -22,6 +22,7 @@ from tilewright.types import (
     KvAllocator,
     KvCacheSpec,
     LoadedModel,
+    LogitsProcessor,
     PackedTensor,
     PackedWeights,
     Packing,
@@ -207,8 +208,9 @@ def _create_executor(
             observers.notify("on_load_progress", lambda: {"model_id": model_id, **read})
 
         weights = MeteredSource(weights, on_read)
-    executor: Executor = selection.plugins["executor"].call(
+    executor: Executor = selection.plugins["executor"].create(
         "create_executor",
+        Executor,
         model_config=loaded.config,
         runtime_config=runtime,
         weights=weights,
@@ -240,8 +242,9 @@ def _with_cache(
     max_seq_len = _least(runtime.max_seq_len, limits.max_seq_len)
     max_batch_size = _least(runtime.max_batch_size, limits.max_batch_size)
     total_pages = num_pages(spec, runtime.total_pages, max_batch_size, max_seq_len)
-    allocator: KvAllocator = selection.plugins["kv_allocator"].call(
+    allocator: KvAllocator = selection.plugins["kv_allocator"].create(
         "create_kv_allocator",
+        KvAllocator,
         num_pages=total_pages,
         page_size=spec.page_size,
         options=selection.options["kv_allocator"],
@@ -383,8 +386,11 @@ class InstalledFormats:
 
     def open(self, directory: Path, name: str | None = None) -> TensorSource:
         chosen = select(self._manager, "weight_format", name or self._detect(directory))
-        source: TensorSource = chosen.call(
-            "open_weights", directory=directory, options=chosen.read_options(self._options)
+        source: TensorSource = chosen.create(
+            "open_weights",
+            TensorSource,
+            directory=directory,
+            options=chosen.read_options(self._options),
         )
         return source
 
@@ -425,8 +431,9 @@ class Processors:
         plugin = plugins.find("logits_processor", name)
         if plugin not in self._made:
             chosen = select(self._selection.manager, "logits_processor", plugin.qualified)
-            processor = chosen.call(
+            processor = chosen.create(
                 "create_logits_processor",
+                LogitsProcessor,
                 model_config=self._loaded.config,
                 text=self._loaded.text,
                 options=chosen.read_options(self._selection.arguments["options"]),

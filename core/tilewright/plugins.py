@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tilewright.errors import ConfigError, PluginError, TilewrightError, nearest
+from tilewright.errors import ConfigError, PluginError, PluginWarning, TilewrightError, nearest
 
 if TYPE_CHECKING:
     from pluggy import HookImpl, PluginManager
@@ -40,9 +40,10 @@ FROM_VERSION_1 = {
     "depend on SamplerRow.position",
     "observer": "StepEvent has num_prompt_tokens and num_decode_tokens, and an event that raises "
     "ends no generation",
-    "command": "nothing",
+    "command": "configure and run are as before, but an engine's results and runtime have other "
+    "fields",
 }
-"""What changed for a plugin of each kind since version 1, for the error of an old one."""
+"""What a plugin of each kind has to change since version 1, for the error of an old one."""
 
 
 class Kind(NamedTuple):
@@ -450,6 +451,18 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' if said else ''}{said}{at}"
 
 
+def warn(message: str) -> None:
+    """Show a PluginWarning, also if it was shown before. Where warnings are errors, it is shown
+    and not raised, since a generation must not end."""
+    import warnings
+
+    try:
+        # An empty registry, since Python shows a text only once for each registry.
+        warnings.warn_explicit(message, PluginWarning, __file__, 0, __name__, registry={})
+    except PluginWarning as raised:
+        warnings.showwarning(raised, PluginWarning, __file__, 0)
+
+
 def _described(obj: Any) -> str:
     """What an object is, for messages: ``module x``, ``class X``, ``function f``."""
     name = getattr(obj, "__name__", None)
@@ -578,6 +591,19 @@ class Selected(NamedTuple):
         except Exception as error:
             raise PluginError(f"{self.plugin}: {hook}() failed: {cause(error)}") from error
 
+    def create(self, hook: str, protocol: type, **arguments: Any) -> Any:
+        """The object that a hook creates. Raises PluginError if it lacks names of its protocol."""
+        made = self.call(hook, **arguments)
+        names = [n for cls in protocol.__mro__ for n in vars(cls) if not n.startswith("_")]
+        # Without isinstance, which would not say what is missing.
+        if missing := [name for name in names if not hasattr(made, name)]:
+            raise PluginError(
+                f"{self.plugin}: {hook}() must return an object with all of "
+                f"{protocol.__name__}, but {_described(made)} lacks {', '.join(missing)} "
+                "(see docs/hooks.md)"
+            )
+        return made
+
     def read_options(self, options: Options, **more: Any) -> Any:
         """This plugin's part of an engine's options, overridden by more, as its options class."""
         given = options.get(self.plugin.kind, {})
@@ -668,7 +694,7 @@ def select_all(
 class Observers:
     """The observers of an engine. An event that none of them listens to is not created.
 
-    One that raises an Exception other than MemoryError is named in a RuntimeWarning, with the event
+    One that raises an Exception other than MemoryError is named in a PluginWarning, with the event
     and the cause, and gets no further events.
     """
 
@@ -725,15 +751,9 @@ class Observers:
                 self._detach(listener.plugin_name, event, error)
 
     def _detach(self, name: str, event: str, error: Exception) -> None:
-        from warnings import warn
-
         if name not in self._failed:
             self._failed.add(name)
-            warn(
-                f"{name} failed in {event}: {cause(error)}; it gets no further events",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+            warn(f"{name} failed in {event}: {cause(error)}; it gets no further events")
 
 
 # --- metadata -------------------------------------------------------------------------------------

@@ -273,10 +273,12 @@ def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:
     if not ids:
         raise RequestError("the prompt is empty: expected at least one token")
     if len(ids) >= limit:
+        longest = model.loaded.config.max_position_embeddings
+        longest = min(longest, model.executor.limits.max_seq_len or longest)
+        also = f", or raise max_seq_len, to at most {longest}" if limit < longest else ""
         raise RequestError(
             f"the prompt has {len(ids)} tokens, which leaves no room for a new token within "
-            f"max_seq_len = {limit} of model {model.model_id!r}: shorten it, or raise "
-            f"max_seq_len if it is below {model.loaded.config.max_position_embeddings}"
+            f"max_seq_len = {limit} of model {model.model_id!r}: shorten it{also}"
         )
     _check_ids(model, ids, "the prompt")
 

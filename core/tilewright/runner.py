@@ -1,7 +1,6 @@
 """One loaded model and its requests: runs their steps and ends them with a result or an error."""
 
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from tilewright.logits_processing import (
     Processing,
     edited,
 )
-from tilewright.plugins import Observers, cause
+from tilewright.plugins import Observers, cause, warn
 from tilewright.request import Request
 from tilewright.scheduler import Draft, Part, Scheduler, Step
 from tilewright.types import (
@@ -104,6 +103,8 @@ class Runner:
         draft: guesses the next tokens of a request, which are checked many at a time.
         """
         self._processors = processors
+        self._failed_to_end: set[str] = set()
+        """Names of the logits processors whose ``end`` has raised."""
         self.model = model
         self.requests: dict[str, Request] = {}
         self.num_steps = 0
@@ -161,7 +162,7 @@ class Runner:
         try:
             self._scheduler.add(request)
         except BaseException:
-            _end_processing(request)
+            self._end_processing(request)
             raise
         self.requests[request.request_id] = request
         self._num_requests += 1
@@ -181,8 +182,22 @@ class Runner:
                 state = one.call("begin", request.request_id, argument, prompt)
                 request.processing.append(evolve(one, state=state))
         except BaseException:
-            _end_processing(request)
+            self._end_processing(request)
             raise
+
+    def _end_processing(self, request: Request) -> None:
+        """Tell the logits processors that a request has ended, which nothing can change any more.
+
+        Warns of the first failure of each.
+        """
+        for one in request.processing:
+            try:
+                one.call("end", one.state)
+            except Exception as error:
+                if one.name not in self._failed_to_end:
+                    self._failed_to_end.add(one.name)
+                    warn(str(error))
+        request.processing.clear()
 
     def abort(self, request: Request) -> None:
         """End a request with what it has generated; does nothing if it has ended.
@@ -461,7 +476,7 @@ class Runner:
         self._news[request] = None
         self._num_new_tokens += len(request.output_token_ids)
         self._scheduler.remove(request)
-        _end_processing(request)
+        self._end_processing(request)
 
 
 def _is_token(token: object, vocab_size: int) -> bool:
@@ -500,16 +515,6 @@ def _processed(step: Step, at: Mapping[int, int]) -> list[Place]:
         if part.request.processing
         for number, row in enumerate(part.sampled)
     ]
-
-
-def _end_processing(request: Request) -> None:
-    """Tell the logits processors that a request has ended, which nothing can change any more."""
-    for one in request.processing:
-        try:
-            one.call("end", one.state)
-        except Exception as error:
-            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-    request.processing.clear()
 
 
 def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> None:

@@ -10,7 +10,6 @@ import pytest
 from plugin_distributions import Distribution
 
 from tilewright import GenerateConfig, LLMEngine
-from tilewright.cli import main
 from tilewright.settings import DEMO_MODEL
 
 SPELLING = '''
@@ -112,16 +111,6 @@ def _installed(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def tilewright(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 @pytest.mark.parametrize("name", ["spelling", "acme-spelling:spelling"])
 def test_a_flag_names_the_processor_and_its_argument(tilewright: Any, name: str) -> None:
     flag = ["--logits-processor", f"{name}=tile"]
@@ -184,7 +173,18 @@ def test_a_variable_holds_the_processors_as_json(
     ("flags", "message"),
     [
         (["spelling=no word"], "spelling: expected a word, found 'no word'"),
-        (["speling=tile"], "no logits processor is named 'speling'; did you mean 'spelling'?"),
+        (
+            ["speling=tile"],
+            "--logits-processor: no logits processor is named 'speling'; did you mean 'spelling'?",
+        ),
+        (
+            ["spelling=a", "--logits-processor", "spelling=b"],
+            "--logits-processor: 'spelling' is given twice: give it once",
+        ),
+        (
+            ["spelling=tile", "-o", "logits_processor.unproved.x=1"],
+            "-o logits_processor.unproved.x: no request uses logits processor 'unproved'",
+        ),
         (["spelling"], "--logits-processor: expected NAME=ARGUMENT, found 'spelling'"),
         (
             ["spelling=tile", "-o", "logits_processor.spelling.uper=true"],
@@ -201,6 +201,30 @@ def test_a_mistake_is_an_error_of_one_line(tilewright: Any, flags: list[str], me
     assert code == 2
     (line,) = err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('spelling = "tile"', 'speling = "tile"', ":6: no logits processor is named 'speling'"),
+        ('spelling = "tile"', "", ":10: no request uses logits processor 'spelling'"),
+    ],
+)
+def test_a_mistake_in_a_run_file_is_named_with_its_line(
+    tilewright: Any, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    file = tmp_path / "run.toml"
+    assert old in RUN_FILE
+    file.write_text(RUN_FILE.replace(old, new))
+    code, _, err = tilewright("run", str(file))
+    assert code == 2
+    assert err.startswith(f"tilewright: error: {file}{message}")
+
+
+def test_an_option_may_name_the_processors_distribution(tilewright: Any) -> None:
+    flags = ["-o", "logits_processor.acme-spelling:spelling.upper=true", "--max-new-tokens", "4"]
+    code, out, _ = tilewright("generate", "We", "--logits-processor", "spelling=tile", *flags)
+    assert (code, out) == (0, "TILE\n")
 
 
 def test_requests_with_and_without_a_processor_run_together() -> None:

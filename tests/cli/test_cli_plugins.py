@@ -11,23 +11,11 @@ import pytest
 from attrs import evolve
 from plugin_distributions import Install
 
-from tilewright.cli import main
-
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Install]:
     with dists.on_path(tmp_path / "site") as install:
         yield install
-
-
-@pytest.fixture
-def tilewright(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def described(**parts: str) -> dists.Distribution:

@@ -250,6 +250,7 @@ def test_a_wrong_value_of_a_flag_is_an_error_that_names_the_flag(capsys, place, 
         (["generate", "--logit-bias", "3"], "--logit-bias: expected ID=VALUE, found '3'"),
         (["generate", "--logit-bias", "a=1"], "'logit_bias' must be a table from integers"),
         (["generate", "--logit-bias", "=1"], "--logit-bias: expected ID=VALUE"),
+        (["generate", *["--logit-bias", "3=1"] * 2], "--logit-bias: '3' is given twice"),
         (["generate", "-o", "x"], "-o: expected KEY=VALUE, found 'x'"),
         (["generate", "-o", "=1"], "-o: expected KEY=VALUE"),
         (["generate", "-o", "samplr.x=1"], "unknown kind of plugin 'samplr'; did you mean 'sampl"),
@@ -368,6 +369,28 @@ def test_a_closed_standard_stream_is_a_one_line_error(redirection, message):
     done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
     assert message in done.stderr.decode()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("flags", "output"),
+    [
+        ([], "standard output"),
+        (["--json"], "standard output"),
+        (["--output", "/dev/full"], "output file '/dev/full'"),
+    ],
+)
+def test_output_for_which_there_is_no_space_is_a_one_line_error(flags, output, unbuffered):
+    command = [sys.executable, "-m", "tilewright", "generate", "We", "--max-new-tokens", "2"]
+    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, *flags], stdout=full, stderr=subprocess.PIPE, env=environ, timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode() == (
+        f"tilewright: error: {output} cannot be written: No space left on device\n"
+    )
 
 
 def test_debug_prints_the_traceback_of_an_error(capsys):

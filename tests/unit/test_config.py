@@ -272,6 +272,14 @@ def test_every_setting_is_shown_with_its_origin(tmp_path):
     assert {key for section in SECTIONS for key in keys(section)} <= named
 
 
+def test_what_no_model_recommends_is_shown_as_what_it_is():
+    lines = show(resolve(environ={})).splitlines()
+    assert "# seed: random" in lines
+    assert "# logprobs: none" in lines
+    assert "# prompt_logprobs: none" in lines
+    assert "# logits_processors: none" in lines
+
+
 def test_an_installed_distribution_declares_the_variable_of_its_queue(tmp_path, monkeypatch):
     info = tmp_path / "acme_queue-1.dist-info"
     info.mkdir()

@@ -3,6 +3,7 @@
 import gc
 import re
 import time
+import warnings
 from math import inf
 
 import numpy as np
@@ -24,7 +25,7 @@ from tilewright.errors import (
 from tilewright.hookspecs import ObserverEvents
 from tilewright.request import Request
 from tilewright.settings import DEMO_MODEL
-from tilewright.types import SampledToken, SamplingParams
+from tilewright.types import ExecutorLimits, SampledToken, SamplingParams
 
 TRUTHS = "We hold these truths to be self-evident,"
 CONTINUED = " that all men are created equal, that they are endowed by their Creator"
@@ -398,6 +399,35 @@ def test_a_model_whose_sampler_cannot_be_made_is_closed(engine, monkeypatch, err
     engine.init_model("other", DEMO_MODEL)
 
 
+@pytest.mark.parametrize(
+    ("module", "hook", "plugin", "missing"),
+    [
+        ("tilewright_torch.plugin", "create_executor", "executor 'torch'", "device, limits, "),
+        ("tilewright.kv_cache", "create_kv_allocator", "kv allocator 'paged'", "page_size, "),
+        ("tilewright_sampling.top_p", "create_sampler", "sampler 'top-p'", "sample "),
+        ("tilewright_hf.safetensors_format", "open_weights", "'safetensors'", "names, info, get "),
+    ],
+)
+def test_an_object_that_lacks_methods_is_refused_when_the_model_is_loaded(
+    engine, monkeypatch, module, hook, plugin, missing
+):
+    class Unfinished:
+        def close(self):
+            pass
+
+    def create():
+        return Unfinished()
+
+    create.__name__ = hook
+    monkeypatch.setattr(f"{module}.{hook}", hookimpl(create))
+    with pytest.raises(PluginError) as caught:
+        engine.init_model("other", DEMO_MODEL)
+    said = str(caught.value)
+    assert plugin in said
+    assert f"{hook}() must return an object with all of " in said
+    assert f"a Unfinished object lacks {missing}" in said
+
+
 class Answering:
     """A sampler that ignores what it is asked."""
 
@@ -736,6 +766,19 @@ def test_an_observer_that_raises_is_told_of_once_and_detached(event):
     assert {e[0] for e in before.events} == {e[0] for e in alone.events}
 
 
+@pytest.mark.parametrize("action", ["default", "error"])
+def test_each_engine_tells_of_its_observer_whatever_happens_to_warnings(monkeypatch, action):
+    shown = []
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        monkeypatch.setattr(warnings, "showwarning", lambda said, *_: shown.append(str(said)))
+        texts = [watched(breaking("on_step", ValueError("same"))) for _ in range(2)]
+    assert texts == [watched()] * 2
+    first, second = shown
+    assert first == second
+    assert first.startswith("observer Breaking failed in on_step: ValueError: same (")
+
+
 @pytest.mark.parametrize("event", [name for name in EVENTS if name != "on_request_finished"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_in_an_observer_interrupts(event, error):
@@ -952,6 +995,26 @@ def test_a_refused_prompt_of_a_batch_fails_alone(engine):
         assert (results[i].text, results[i].token_ids) == ("", ())
     assert len({result.request_id for result in results}) == len(prompts)
     assert engine.generate_batch("demo", [""])[0].error
+
+
+@pytest.mark.parametrize(
+    ("of_executor", "advice"),
+    [
+        (None, "shorten it, or raise max_seq_len, to at most 2048"),
+        (32, "shorten it, or raise max_seq_len, to at most 32"),
+        (16, "shorten it"),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_told_to_raise_max_seq_len_only_where_that_is_possible(
+    monkeypatch, of_executor, advice
+):
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("demo", DEMO_MODEL, RuntimeConfig(max_seq_len=16))
+        executor = engine.model("demo").executor
+        monkeypatch.setattr(executor, "limits", ExecutorLimits(max_seq_len=of_executor))
+        with pytest.raises(RequestError) as caught:
+            engine.generate("demo", [3] * 16)
+    assert str(caught.value).endswith(f"max_seq_len = 16 of model 'demo': {advice}")
 
 
 def test_a_prompt_that_the_cache_cannot_hold_fails_alone():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
-from tilewright.errors import PluginError, RequestError
+from tilewright.errors import PluginError, PluginWarning, RequestError
 from tilewright.logits_processing import FORBIDDEN, LogitsProcessorError, Place, Processing, edited
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import LogitsEdits
@@ -239,6 +239,19 @@ def test_a_processor_that_refuses_its_argument_ends_what_was_begun(engine, monke
         engine.generate("demo", TRUTHS, config(logits_processors={"mask": [[7]], "add": {}}))
     assert engine.made["mask"].states[0]["ended"]
     assert not engine._thread("demo").runner.requests
+
+
+def test_a_processor_that_cannot_end_is_told_of_once_and_ends_no_generation(engine, monkeypatch):
+    def broken(state):
+        raise ZeroDivisionError(f"a bug in {state['id']}")
+
+    monkeypatch.setattr(engine.made["mask"], "end", broken)
+    asked = config(logits_processors={"mask": [[7]]})
+    with pytest.warns(PluginWarning) as caught:
+        results = engine.generate_batch("demo", PROMPTS, asked)
+    assert [result.token_ids for result in results] == [(7,) * 12] * len(PROMPTS)
+    (warning,) = caught
+    assert "end() failed: ZeroDivisionError: a bug in demo-" in str(warning.message)
 
 
 @pytest.mark.parametrize("method", ["edits", "accept"])

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import plugin_distributions as dists
@@ -486,6 +487,13 @@ def test_what_a_sampler_ignores_must_be_settings_of_sampling() -> None:
         "sampler 'x': 'ignores' in its plugin_info must name settings of sampling, found 'top_kk'; "
         "did you mean 'top_k'? (settings: temperature, top_k, "
     )
+
+
+@pytest.mark.parametrize("kind", sorted(plugins.FROM_VERSION_1))
+def test_the_error_of_a_plugin_for_version_1_says_what_to_change(kind: str) -> None:
+    old = SimpleNamespace(tilewright_api=1)
+    with pytest.raises(PluginError, match=r"or change it [(](?!nothing).+; see docs/writing-plug"):
+        plugins.check(old, kind, "x")
 
 
 def test_a_create_hook_that_returns_none_is_an_error_of_the_plugin() -> None:

@@ -3,13 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from tilewright import __version__, plugins
 from tilewright.cli.parser import Parser
-from tilewright.errors import ConfigError, TilewrightError
+from tilewright.errors import ConfigError, PluginWarning, TilewrightError
 
 if TYPE_CHECKING:
     from tilewright.types import Command
@@ -25,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     try:
         _prepare_streams()
-        code = _run(argv)
-        sys.stdout.flush()
+        with _plain_warnings():
+            code = _run(argv)
+        with naming_unwritable("standard output"):
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
@@ -93,6 +96,39 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """In this block, a PluginWarning is one line on stderr, and others are as Python shows them."""
+    import warnings
+
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *at: Any, **more: Any) -> None:
+        if issubclass(category, PluginWarning):
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        else:
+            usual(message, category, *at, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
+@contextmanager
+def naming_unwritable(what: str) -> Iterator[None]:
+    """Make an OSError of writing, which names no file, a ConfigError that names what is written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ConfigError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
 def _leave_threads(code: int) -> None:

@@ -107,7 +107,11 @@ def layer(args: argparse.Namespace) -> Layer:
     for key, form in _TABLES.items():
         flag = flag_name("generate", key)
         if isinstance(items := getattr(args, f"generate.{key}", None), list):
-            table = dict(split(item, flag, form) for item in items)
+            table: dict[str, str] = {}
+            for name, value in (split(item, flag, form) for item in items):
+                if name in table:
+                    raise ConfigError(f"{flag}: {name!r} is given twice: give it once")
+                table[name] = value
             given["generate", key] = Given(table, flag)
     for item in getattr(args, _OPTIONS, None) or ():
         key, value = split(item, "-o", "KEY=VALUE")

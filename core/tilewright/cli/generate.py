@@ -66,6 +66,11 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
         elif len(prompts) == 1 and file.isatty() and sys.stderr.isatty():
             print(prompts[0], end="", file=sys.stderr, flush=True)
         model_id = config.model.id
+        if config.output.format == "text":
+            for key in ("logprobs", "prompt_logprobs"):
+                if getattr(config.generate, key) is not None:
+                    origin = resolved.origin("generate", key)
+                    note(f"warning: {origin}: text has no log-probabilities: add --json for them")
         if config.output.format == "jsonl":
             results = engine.generate_batch(model_id, prompts, config.generate)
             source = engine.model(model_id).loaded.source

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import IO, Any, BinaryIO
 
+from tilewright.cli import naming_unwritable
 from tilewright.errors import ConfigError
 from tilewright.types import GenerateResult, TokenLogprobs
 
@@ -31,10 +32,11 @@ _STDOUT = (None, "-", "/dev/stdout")
 def opened(path: str | None) -> Iterator[IO[str]]:
     """Standard output (None, ``-``, /dev/stdout), or a file that appears when the block succeeds.
 
-    Raises ConfigError at once when the file cannot be created.
+    Raises ConfigError at once when the file cannot be created, and when it cannot be written.
     """
     if path in _STDOUT:
-        yield sys.stdout
+        with naming_unwritable("standard output"):
+            yield sys.stdout
         return
     assert path is not None
     with _replaced(path) as raw, TextIOWrapper(raw, "utf-8", line_buffering=raw.isatty()) as file:
@@ -64,7 +66,7 @@ def _replaced(path: str) -> Iterator[BinaryIO]:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"output file {path!r} cannot be written: {why}") from error
     try:
-        with file:
+        with naming_unwritable(f"output file {path!r}"), file:
             yield file
         if regular:
             os.replace(unfinished, target)

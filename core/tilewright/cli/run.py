@@ -68,8 +68,10 @@ def _lines(resolved: Resolved, section: str) -> Iterator[str]:
             yield f"{toml.setting(key, value)}  # {resolved.origin(section, key)}"
         elif section == "generate":
             builtin = getattr(BUILTIN_GENERATE, key)
-            otherwise = "" if builtin is None else f", or else {toml.written(builtin)}"
-            yield f"# {key}: as the model recommends{otherwise}"
+            if builtin is None:  # models recommend none of these
+                yield f"# {key}: {'random' if key == 'seed' else 'none'}"
+            else:
+                yield f"# {key}: as the model recommends, or else {toml.written(builtin)}"
         elif resolved.origin(section, key) != DEFAULT:
             yield f"# {key}: set by {resolved.origin(section, key)}"
         else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import fields
 
+from tilewright import plugins
 from tilewright.cli.output import note
 from tilewright.config import DEFAULT, Resolved
 from tilewright.errors import ConfigError, ExecutorError, ModelError, TilewrightError
@@ -28,6 +29,7 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
     """
     from tilewright.engine import LLMEngine
 
+    _check_options_of_processors(resolved)
     config = resolved.config
     selection = config.selection()
     selection["observers"] = (*selection["observers"], *observers)
@@ -53,6 +55,20 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
         if text := recommended(loaded, config.generate):
             note(f"note: using the model's recommended settings: {text}")
         yield engine
+
+
+def _check_options_of_processors(resolved: Resolved) -> None:
+    """Raise ConfigError for an option of a logits processor that no request of the run uses."""
+    named = resolved.config.generate.logits_processors or ()
+    used = [plugins.find("logits_processor", name) for name in named]
+    for place, origin in resolved.origins.items():
+        if place[:2] == ("options", "logits_processor"):
+            name = place[2]
+            if plugins.find("logits_processor", name) not in used:
+                raise ConfigError(
+                    f"{origin}: no request uses logits processor {name!r}: name it with "
+                    "--logits-processor or in [generate.logits_processors], or drop the option"
+                )
 
 
 def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:

@@ -1,7 +1,7 @@
 """The KV cache: its shape, and which requests hold which pages."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from attrs import field, frozen
 
@@ -13,16 +13,6 @@ if TYPE_CHECKING:
 RowOrder = Literal["NHD", "HND"]
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def _page_bytes(spec: Any) -> int:
-    if spec.dtype not in _ITEM_BYTES:
-        raise ConfigError(
-            f"KvCacheSpec.page_bytes must be given for a cache of dtype {spec.dtype!r}: it is "
-            f"computed only for {', '.join(_ITEM_BYTES)}"
-        )
-    vectors = 2 * spec.num_layers * spec.page_size * spec.num_kv_heads
-    return int(vectors * spec.head_dim * _ITEM_BYTES[spec.dtype])
 
 
 @frozen(kw_only=True)
@@ -49,7 +39,13 @@ class KvCacheSpec:
 
     @page_bytes.default
     def _default_page_bytes(self) -> int:
-        return _page_bytes(self)
+        if self.dtype not in _ITEM_BYTES:
+            raise ConfigError(
+                f"KvCacheSpec.page_bytes must be given for a cache of dtype {self.dtype!r}: it is "
+                f"computed only for {', '.join(_ITEM_BYTES)}"
+            )
+        vectors = 2 * self.num_layers * self.page_size * self.num_kv_heads
+        return vectors * self.head_dim * _ITEM_BYTES[self.dtype]
 
 
 @frozen

@@ -26,19 +26,19 @@ class PluginInfo:
     options: type | None = None
     """An attrs class; each field's ``metadata["help"]`` is its line of help. None: no options."""
     weight_dtypes: tuple[str, ...] = DTYPES
-    """Of an executor: names of the weight dtypes that it supports."""
+    """Names of the weight dtypes that an executor supports."""
     kv_dtypes: tuple[str, ...] = DTYPES
-    """Of an executor: names of the KV cache dtypes that it supports."""
+    """Names of the KV cache dtypes that an executor supports."""
     serves: Callable[[ModelConfig], bool] | None = None
-    """Of an executor: whether it runs a model of that configuration, in each dtype that it
-    declares. None: it states nothing, and may refuse any model. It may also run models for which
-    this is false. The conformance suite fails an executor that refuses a model that it serves."""
+    """Whether an executor runs a model of that configuration, in each dtype that it declares. It
+    may also run models for which this is false; None: it states nothing, and may refuse any model.
+    The conformance suite fails an executor that refuses a model that it serves."""
     limits: Mapping[str, str] = field(factory=dict)
     """What it can and cannot do, by topic, in words."""
     ignores: tuple[str, ...] = ()
-    """Samplers: the fields of SamplingParams that have no effect."""
+    """The fields of SamplingParams that have no effect on a sampler."""
     distribution: str = ""
-    """Samplers: what tokens are drawn from; empty: the softmax of what the settings leave."""
+    """What a sampler draws tokens from; empty: the softmax of what the settings leave."""
 
 
 CheckStatus = Literal["ok", "warning", "failed"]

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Protocol, overload
 
 import pytest
 from attrs import define, field
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -26,11 +25,11 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from tilewright.errors import OutOfPagesError
 from tilewright.types import KvAllocator
+from tilewright_testing.random_calls import run_random_calls
 from tilewright_testing.suite import Implementation, PluginSuite
 
 PAGE_SIZE = 4
@@ -755,19 +754,7 @@ class KvAllocatorSuite(PluginSuite):
 
     def test_random_calls_agree_with_a_reference_model(self, make: Make) -> None:
         sharing = shares(make)
-        run_state_machine_as_test(
-            lambda: AllocatorMachine(make, sharing),  # type: ignore[arg-type]  # only called
-            settings=settings(
-                max_examples=150,
-                stateful_step_count=40,
-                deadline=None,
-                database=None,
-                derandomize=True,
-                print_blob=False,
-                phases=(Phase.generate, Phase.shrink),
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+        run_random_calls(lambda: AllocatorMachine(make, sharing), max_examples=150, calls=40)
 
     # --- known pages -----------------------------------------------------------------------------
 

@@ -13,19 +13,18 @@ from typing import Any, ClassVar, Protocol
 import pytest
 import torch
 from attrs import evolve, frozen
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from torch import Tensor
 
 from tilewright.errors import RequestError
 from tilewright.types import LogitsEdits, LogitsProcessor, TextAssets
+from tilewright_testing.random_calls import run_random_calls
 from tilewright_testing.state import left_alone
 from tilewright_testing.suite import Implementation, PluginSuite
 
@@ -682,19 +681,7 @@ class LogitsProcessorSuite(PluginSuite):
     def test_random_calls_agree_with_requests_alone(
         self, make: Make, argument: Any, sizes: Sequence[int]
     ) -> None:
-        run_state_machine_as_test(
-            lambda: RequestsMachine(make, argument, sizes),  # type: ignore[arg-type]  # only called
-            settings=settings(
-                max_examples=40,
-                stateful_step_count=25,
-                deadline=None,
-                database=None,
-                derandomize=True,
-                print_blob=False,
-                phases=(Phase.generate, Phase.shrink),
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+        run_random_calls(lambda: RequestsMachine(make, argument, sizes), max_examples=40, calls=25)
 
 
 def _begun(processor: LogitsProcessor, argument: Any, walks: Sequence[Walk]) -> list[Any]:
