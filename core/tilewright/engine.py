@@ -290,8 +290,9 @@ class LLMEngine:
     ) -> "str | GenerationStream":
         """Continue a prompt (text or token ids). Returns text, or a stream if ``config.stream``.
 
-        Raises RequestError for a prompt or settings that cannot be served, OutOfPagesError when
-        the KV cache is too small for them, NonFiniteLogitsError, and ExecutorError.
+        Raises RequestError for a prompt or settings that cannot be served, such as ``n`` above 1,
+        OutOfPagesError when the KV cache is too small for them, NonFiniteLogitsError, and
+        ExecutorError.
         """
         if _settings(self._runner(model_id), config).stream:
             return self.stream(model_id, prompt, config)
@@ -303,6 +304,7 @@ class LLMEngine:
         """Like ``generate`` with ``config.stream`` set: the text in pieces, as it is generated."""
         runner = self._runner(model_id)
         settings = _settings(runner, config)
+        _check_single(settings)
         check_settings(runner.model, settings)
         return GenerationStream(runner, self._submit(runner, prompt, settings))
 
@@ -310,6 +312,7 @@ class LLMEngine:
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> GenerateResult:
         """Like ``generate``; the result has tokens, finish reason, logprobs and timings too."""
+        _check_single(_settings(self._runner(model_id), config))
         (result,) = self.generate_batch(model_id, [prompt], config)
         if result.error:
             raise result.error
@@ -318,11 +321,12 @@ class LLMEngine:
     def generate_batch(
         self, model_id: str, prompts: Sequence[Prompt], config: GenerateConfig | None = None
     ) -> list[GenerateResult]:
-        """Like ``generate_result`` for many prompts at once; results are in prompt order.
+        """Like ``generate_result`` for many prompts at once, with ``config.n`` results for each.
 
-        With a seed, prompt i is sampled with seed + i, so equal prompts may give different
-        texts. A prompt that cannot be served, for example since it is too long, has the reason in
-        its result's ``error``. When a step fails, all are ended and the error is raised.
+        Results are in prompt order, those of a prompt next to each other. With a seed, result j of
+        prompt i is sampled with seed + i * n + j, so equal prompts may give different texts. A
+        prompt that cannot be served, for example since it is too long, has the reason in its
+        results' ``error``. When a step fails, all are ended and the error is raised.
         """
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: use generate() for one")
@@ -332,7 +336,8 @@ class LLMEngine:
         requests: list[Request] = []
         results: list[GenerateResult | Request] = []
         try:
-            for i, prompt in enumerate(prompts):
+            choices = [prompt for prompt in prompts for _ in range(settings.n or 1)]
+            for i, prompt in enumerate(choices):
                 seed = None if settings.seed is None else (settings.seed + i) % 2**63
                 mine = evolve(settings, seed=seed)
                 try:
@@ -387,6 +392,14 @@ def _settings(runner: Runner, config: GenerateConfig | None) -> GenerateConfig:
     """A request's settings, with the model's defaults for what is not set."""
     _check_type(config, GenerateConfig, "config")
     return (config or GenerateConfig()).over(runner.model.generation_defaults)
+
+
+def _check_single(settings: GenerateConfig) -> None:
+    if settings.n != 1:
+        raise RequestError(
+            f"expected n = 1 for a single result, found n = {settings.n}: use generate_batch, "
+            "which returns a list of results"
+        )
 
 
 def _check_type(value: object, type_: type, name: str) -> None:
