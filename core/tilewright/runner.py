@@ -425,9 +425,7 @@ def _by_executor(step: Step) -> list[SamplerRow | None]:
     ]
 
 
-def _processed(
-    step: Step, rows: Sequence[SamplerRow | None], at: Mapping[int, int]
-) -> list[Place]:
+def _processed(step: Step, rows: Sequence[SamplerRow | None], at: Mapping[int, int]) -> list[Place]:
     """The sampled rows of requests with logits processors. at: their places in the logits."""
     return [
         Place(at[row], part.request.processing, part.drafts[:number], _forbidden(rows[row]))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from tilewright.errors import ModelError, RequestError, TilewrightError
@@ -191,7 +190,7 @@ class TextStream:
 
     def _release(self, new: str, final: bool = False) -> str:
         held = self._held + new
-        plain = len(commonprefix([held, self._plain]))
+        plain = _common(held, self._plain)
         if plain < len(held):
             self._plain = held[:plain]
         # The first place of each stop string at which it ends after the plain text.
@@ -211,6 +210,12 @@ class TextStream:
 
     def _begins_stop(self, ending: str) -> bool:
         return any(len(ending) < len(s) and s.startswith(ending) for s in self._stop)
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(a), len(b)))
 
 
 def _compile(source: str) -> "jinja2.Template":

@@ -134,7 +134,7 @@ def stats_line(results: Sequence[GenerateResult]) -> str:
     if len(results) > 1:
         seconds = max(t.prefill_seconds + t.decode_seconds for t in timings)
         return (
-            f"{len(results)} prompts: {prompt_tokens} prompt tokens and {new_tokens} new tokens "
+            f"{len(results)} results: {prompt_tokens} prompt tokens and {new_tokens} new tokens "
             f"in {seconds:.2f} s; {loading}"
         )
     return (

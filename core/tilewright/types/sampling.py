@@ -93,7 +93,7 @@ class GenerateConfig:
         validator=if_set(validators.ge(0), validators.lt(2**63)),
     )
     n: int | None = described(
-        "number of results for each prompt; above 1 only in a batch (1)",
+        "number of results for each prompt, which generate_batch returns (1)",
         validator=if_set(validators.ge(1)),
     )
     logprobs: int | None = described(
@@ -109,8 +109,8 @@ class GenerateConfig:
     )
     stop: tuple[str, ...] | None = described("end the text before any of these strings")
     include_stop_str: bool | None = described(
-        "keep the stop string that ended the text at its end; the text of a stop token id is never "
-        "kept, unlike with vLLM's include_stop_str_in_output (false)"
+        "keep the stop string that ended the text; unlike in vLLM, the text of a stop token id is "
+        "never kept (false)"
     )
     stop_token_ids: tuple[int, ...] | None = described("end generation at any of these token ids")
     ignore_eos: bool | None = described("continue after an end-of-sequence token (false)")
