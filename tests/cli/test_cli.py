@@ -168,7 +168,7 @@ def test_json_output_says_what_ended_the_text(capsys):
 
 
 def test_the_end_of_the_text_is_chosen_by_flags(capsys, continuation):
-    argv = [DEMO_PROMPT, *SIXTEEN, "--stop", "e", "--min-new-tokens", "3", "--include-stop-str"]
+    argv = [DEMO_PROMPT, *SIXTEEN, "--stop", "e", "--min-new-tokens", "3", "--include-stop"]
     out, _ = printed(capsys, "generate", *argv)
     assert out == continuation[: continuation.index("e", len(" that all men")) + 1] + "\n"
     assert main(["generate", *GREEDY, "--min-new-tokens", "200"]) == 2
