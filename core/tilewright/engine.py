@@ -346,8 +346,9 @@ class LLMEngine:
     ) -> "str | GenerationStream":
         """Continue a prompt (text or token ids). Returns text, or a stream if ``config.stream``.
 
-        Raises RequestError for a prompt or settings that cannot be served, OutOfPagesError when
-        the KV cache is too small for them, NonFiniteLogitsError, and ExecutorError.
+        Raises RequestError for a prompt or settings that cannot be served, such as ``n`` above 1,
+        OutOfPagesError when the KV cache is too small for them, NonFiniteLogitsError, and
+        ExecutorError.
         """
         if _settings(self.model(model_id), config).stream:
             return self.stream(model_id, prompt, config)
@@ -360,6 +361,7 @@ class LLMEngine:
         thread = self._thread(model_id)
         model = thread.runner.model
         settings = _settings(model, config)
+        _check_single(settings)
         check_settings(model, settings)
         request = new_request(self._next_id(model), model, prompt, settings)
         stream = GenerationStream(self, thread, request)
@@ -374,7 +376,10 @@ class LLMEngine:
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> GenerateResult:
         """Like ``generate``; the result has tokens, finish reason, logprobs and timings too."""
-        (result,) = self.generate_batch(model_id, [prompt], config)
+        thread = self._thread(model_id)
+        settings = _settings(thread.runner.model, config)
+        _check_single(settings)
+        (result,) = self._generate(thread, [prompt], settings)
         if result.error:
             raise result.error
         return result
@@ -382,25 +387,31 @@ class LLMEngine:
     def generate_batch(
         self, model_id: str, prompts: Sequence[Prompt], config: GenerateConfig | None = None
     ) -> list[GenerateResult]:
-        """Like ``generate_result`` for many prompts at once; results are in prompt order.
+        """Like ``generate_result`` for many prompts at once, with ``config.n`` results for each.
 
-        With a seed, prompt i is sampled with seed + i, so equal prompts may give different
-        texts. A prompt that cannot be served, for example since it is too long, has the reason in
-        its result's ``error``. When a step fails, all are ended and the error is raised.
+        Results are in prompt order, those of a prompt next to each other. With a seed, result j of
+        prompt i is sampled with seed + i * n + j, so equal prompts may give different texts. A
+        prompt that cannot be served, for example since it is too long, has the reason in its
+        results' ``error``. When a step fails, all are ended and the error is raised.
         """
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: use generate() for one")
         thread = self._thread(model_id)
+        return self._generate(thread, prompts, _settings(thread.runner.model, config))
+
+    def _generate(
+        self, thread: SteppingThread, prompts: Sequence[Prompt], settings: GenerateConfig
+    ) -> list[GenerateResult]:
         model = thread.runner.model
-        settings = _settings(model, config)
         check_settings(model, settings)
+        choices = [prompt for prompt in prompts for _ in range(settings.n or 1)]
         asked = [
             evolve(settings, seed=None if settings.seed is None else (settings.seed + i) % 2**63)
-            for i in range(len(prompts))
+            for i in range(len(choices))
         ]
         requests: dict[int, Request] = {}
         errors: dict[int, TilewrightError] = {}
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(choices):
             try:
                 requests[i] = new_request(self._next_id(model), model, prompt, asked[i])
             except RequestError as error:
@@ -410,7 +421,7 @@ class LLMEngine:
             refused(self._next_id(model), model, asked[i], errors[i])
             if i in errors
             else requests[i].result  # type: ignore[misc]
-            for i in range(len(prompts))
+            for i in range(len(choices))
         ]
 
     def chat(
@@ -488,6 +499,14 @@ def _engine_closed() -> RequestError:
 def _stop_all(models: Mapping[str, SteppingThread]) -> None:
     for thread in list(models.values()):
         thread.stop(_engine_closed())
+
+
+def _check_single(settings: GenerateConfig) -> None:
+    if settings.n != 1:
+        raise RequestError(
+            f"expected n = 1 for a single result, found n = {settings.n}: use generate_batch, "
+            "which returns a list of results"
+        )
 
 
 def _check_type(value: object, type_: type, name: str) -> None:

@@ -47,6 +47,8 @@ class Place:
     row: int
     processing: Sequence[Processing]
     drafts: Sequence[int]
+    forbidden: Sequence[int] = ()
+    """Ids of tokens that the request's logit_bias and min_new_tokens forbid."""
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def edited(logits: "Tensor", places: Sequence[Place]) -> "Tensor":
     """A copy of logits [rows, vocab_size] with the edits of all processors.
 
     The states are afterwards what they were before. Raises LogitsProcessorError for edits that do
-    not fit the logits, or that together forbid every token of a row.
+    not fit the logits, or that leave no token of a row which the request's settings allow.
     """
     found = [edits for depth in _by_drafts(places) for edits in _edits(depth)]
     logits = logits.clone()
@@ -148,17 +150,26 @@ def _mask(name: str, logits: "Tensor", edits: LogitsEdits) -> None:
 
 
 def _check_some_left(logits: "Tensor", places: Sequence[Place]) -> None:
-    """Raise LogitsProcessorError if the masks of a request leave no token, unless a draft before
-    it was forbidden: then the row is not used."""
-    rows = {(id(place.processing), len(place.drafts)): place.row for place in places}
-    left = (logits[[place.row for place in places]] != FORBIDDEN).any(1).tolist()
-    for place in [place for place, some in zip(places, left, strict=True) if not some]:
-        before = [rows[id(place.processing), i] for i in range(len(place.drafts))]
-        if (logits[before, list(place.drafts)] != FORBIDDEN).all():
+    """Raise LogitsProcessorError if the masks of a request and its settings leave no token, unless
+    a draft before it was forbidden: then the row is not used."""
+    allowed = logits[[place.row for place in places]] != FORBIDDEN
+    masked = allowed.any(1).logical_not().tolist()
+    for number, place in enumerate(places):
+        if place.forbidden:
+            allowed[number, list(place.forbidden)] = False
+    numbers = {(id(place.processing), len(place.drafts)): i for i, place in enumerate(places)}
+    left = allowed.any(1).tolist()
+    for number in [number for number, some in enumerate(left) if not some]:
+        place = places[number]
+        before = [numbers[id(place.processing), i] for i in range(len(place.drafts))]
+        if allowed[before, list(place.drafts)].all():
             names = " and ".join(one.name for one in place.processing)
             error = LogitsProcessorError(
                 f"{names} together forbid every token: use one of them, or give them arguments "
                 "that agree"
+                if masked[number]
+                else f"{names} allows only tokens that logit_bias or min_new_tokens forbids: "
+                "change these settings or its argument, so that they agree"
             )
             error.processing = place.processing
             raise error

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, evolve, field, fields
+from attrs import Factory, define, evolve, field, fields
 
 from tilewright.errors import RequestError, TilewrightError
 from tilewright.logits_processing import Processing
@@ -36,6 +36,9 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     max_new_tokens: int
+    min_new_tokens: int = 0
+    early_params: SamplingParams = field(default=Factory(lambda self: self.params, takes_self=True))
+    """In place of ``params`` for the first ``min_new_tokens`` tokens."""
     eos_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
     stream: TextStream | None = None
@@ -70,6 +73,7 @@ class Request:
     on_news: "Callable[[Request], None] | None" = None
     """Called by a ``SteppingThread`` after a step that added tokens to the request or ended it."""
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     result: GenerateResult | None = None
     error: BaseException | None = None
 
@@ -104,7 +108,7 @@ class Request:
         drafts."""
         return SamplerRow(
             request_id=self.request_id,
-            params=self.params,
+            params=self.early_params if position < self.min_new_tokens else self.params,
             prompt_token_ids=self.prompt_token_ids,
             output_token_ids=(
                 [*self.output_token_ids, *drafts] if drafts else self.output_token_ids
@@ -127,9 +131,9 @@ class Request:
         self.sanitized_steps += sampled.sanitized > 0
         stream = self.stream
         if token in self.eos_ids:
-            self.finish_reason = "eos"
+            self.finish_reason, self.stop_reason = "eos", token
         elif token in self.stop_ids:
-            self.finish_reason = "stop"
+            self.finish_reason, self.stop_reason = "stop", token
         else:
             self._emit(stream.push(token) if stream else "")
             if stream and stream.stopped:
@@ -140,7 +144,7 @@ class Request:
             self._emit(stream.finish())
             # Text that was held back may complete a stop string only now.
             if stream.stopped:
-                self.finish_reason = "stop"
+                self.finish_reason, self.stop_reason = "stop", stream.stop_string
 
     def _emit(self, piece: str) -> None:
         if piece:
@@ -171,6 +175,7 @@ class Request:
             text="".join(self.pieces),
             token_ids=tuple(self.output_token_ids),
             finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
             prompt_token_ids=self.prompt_token_ids,
             seed=self.params.seed,
             logprobs=tuple(self.logprobs) if self.params.logprobs is not None else None,
@@ -207,14 +212,22 @@ def new_request(
     _check_prompt(model, ids)
     assert settings.max_new_tokens is not None
     seed = secrets.randbits(_SEED_BITS) if settings.seed is None else settings.seed
+    params = evolve(_sampling_params(settings), seed=seed)
+    least = settings.min_new_tokens or 0
+    eos_ids, stop_ids = _ending_ids(model, settings)
+    early = {**params.logit_bias, **dict.fromkeys(eos_ids | stop_ids, -inf)}
     return Request(
         request_id=request_id,
         prompt_token_ids=ids,
-        params=evolve(_sampling_params(settings), seed=seed),
+        params=params,
         max_new_tokens=min(settings.max_new_tokens, model.runtime.max_seq_len - len(ids)),
-        eos_ids=frozenset(() if settings.ignore_eos else model.loaded.config.eos_token_ids),
-        stop_ids=frozenset(settings.stop_token_ids or ()),
-        stream=TextStream(model.text, settings.stop or ()),
+        min_new_tokens=least,
+        early_params=evolve(params, logit_bias=early) if least else params,
+        eos_ids=eos_ids,
+        stop_ids=stop_ids,
+        stream=TextStream(
+            model.text, settings.stop or (), least, include_stop=bool(settings.include_stop_str)
+        ),
         num_prompt_logprobs=settings.prompt_logprobs,
         logits_processors=settings.logits_processors or {},
     )
@@ -222,8 +235,9 @@ def new_request(
 
 def check_settings(model: "ServedModel", settings: GenerateConfig) -> None:
     """Raise RequestError for settings that the model cannot serve, whatever the prompt."""
-    _check_bias(model, settings.logit_bias or {})
+    _check_ids(model, settings.logit_bias or {}, "logit_bias")
     _check_ids(model, settings.stop_token_ids or (), "stop_token_ids")
+    _check_some_allowed(model, settings)
     if settings.prompt_logprobs is not None and model.executor.limits.max_logits_rows == 0:
         raise RequestError(
             f"prompt_logprobs = {settings.prompt_logprobs} needs logits of prompt tokens, which "
@@ -283,10 +297,27 @@ def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:
     _check_ids(model, ids, "the prompt")
 
 
-def _check_bias(model: "ServedModel", bias: Mapping[int, float]) -> None:
-    _check_ids(model, bias, "logit_bias")
-    if list(bias.values()).count(-inf) == model.loaded.config.vocab_size:
+def _check_some_allowed(model: "ServedModel", settings: GenerateConfig) -> None:
+    vocab_size = model.loaded.config.vocab_size
+    forbidden = {i for i, bias in (settings.logit_bias or {}).items() if bias == -inf}
+    if len(forbidden) == vocab_size:
         raise RequestError("logit_bias forbids every token: allow at least one")
+    if settings.min_new_tokens:
+        ending = frozenset().union(*_ending_ids(model, settings))
+        if len(forbidden | ending) == vocab_size:
+            raise RequestError(
+                f"logit_bias allows only tokens that end the text, and min_new_tokens = "
+                f"{settings.min_new_tokens} forbids these at first: allow another token, or set "
+                "min_new_tokens to 0"
+            )
+
+
+def _ending_ids(
+    model: "ServedModel", settings: GenerateConfig
+) -> tuple[frozenset[int], frozenset[int]]:
+    """The end-of-sequence tokens and the stop token ids that end a text."""
+    eos_ids = () if settings.ignore_eos else model.loaded.config.eos_token_ids
+    return frozenset(eos_ids), frozenset(settings.stop_token_ids or ())
 
 
 def _check_ids(model: "ServedModel", ids: Iterable[int], where: str) -> None:

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
@@ -157,7 +158,8 @@ class Runner:
                 "already: choose another, or wait until that request has ended"
             )
         if self._submits and not request.logits_processors:
-            request.sampled_by_executor = self._submits.serves(request.params)
+            params = (request.params, request.early_params)
+            request.sampled_by_executor = all(map(self._submits.serves, params))
         self._begin_processing(request)
         try:
             self._scheduler.add(request)
@@ -378,7 +380,7 @@ class Runner:
             assert logits is not None
             if len(ours) != len(logits):
                 logits = logits[[at for at, _ in ours]]
-            places = _processed(step, {i: row for row, (_, i) in enumerate(ours)})
+            places = _processed(step, rows, {i: row for row, (_, i) in enumerate(ours)})
             if places:
                 logits = edited(logits, places)
             chosen = self._sample(logits, [rows[i] for _, i in ours])  # type: ignore[misc]
@@ -507,14 +509,19 @@ def _by_executor(step: Step) -> list[SamplerRow | None]:
     ]
 
 
-def _processed(step: Step, at: Mapping[int, int]) -> list[Place]:
+def _processed(step: Step, rows: Sequence[SamplerRow | None], at: Mapping[int, int]) -> list[Place]:
     """The sampled rows of requests with logits processors. at: their places in the logits."""
     return [
-        Place(at[row], part.request.processing, part.drafts[:number])
+        Place(at[row], part.request.processing, part.drafts[:number], _forbidden(rows[row]))
         for part in step.parts
         if part.request.processing
         for number, row in enumerate(part.sampled)
     ]
+
+
+def _forbidden(row: SamplerRow | None) -> list[int]:
+    bias = row.params.logit_bias if row else {}
+    return [token_id for token_id, value in bias.items() if value == -inf]
 
 
 def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> None:

@@ -109,31 +109,68 @@ class Text:
 
 
 class TextStream:
-    """Incremental text of one request, ended before the first stop string.
+    """Incremental text of one request, ended by the first stop string.
 
     The results of push and finish, joined, are the text of all tokens, cut where the leftmost stop
-    string begins. Text that may still change or become a stop string is held back. The cost of a
+    string begins, or where it ends if it is included; of several that begin at the same place, the
+    shortest counts. Text that may still change or become a stop string is held back. The cost of a
     token does not depend on the number of earlier tokens.
+
+    A stop string that ends within the text of the first ``min_tokens`` tokens does not count. That
+    text is what the decoded first tokens and the decoded whole have in common at their beginning:
+    a character that a later token completes is not part of it.
     """
 
-    def __init__(self, text: Text, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        text: Text,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
+    ):
         """Raises RequestError for an empty stop string."""
         if "" in stop:
             raise RequestError(
                 "expected stop strings of at least one character, found an empty one"
             )
-        self.stopped = False
-        """A stop string was found: all text before it has been returned, nothing follows."""
+        self.stop_string: str | None = None
+        """The stop string that was found; nothing follows what has been returned."""
         self._text = text
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         self._window: list[int] = []
         self._shown = 0  # characters of the window's text that have left the window
         self._held = ""  # text that may be, or begin, a stop string
+        self._include_stop = include_stop
+        self._early = min_tokens  # tokens to come that complete no stop string
+        self._plain = ""  # text of these tokens, from the beginning of _held
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.stop_string is not None
 
     def push(self, token_id: int) -> str:
         """Add a token. Returns the text that is now final, often one token late; may be empty."""
-        if self.stopped or not self._text.has_text(token_id):
+        if self.stopped:
+            return ""
+        new = self._decoded(token_id)
+        if self._early:
+            self._early -= 1
+            self._plain = self._held + new + ("" if self._early else self._rest())
+        return self._release(new)
+
+    def finish(self) -> str:
+        """The rest of the text, after the last token; nothing follows."""
+        rest = self._rest()
+        if self._early:
+            self._plain = self._held + rest
+        self._window, self._shown = [], 0
+        return "" if self.stopped else self._release(rest, final=True)
+
+    def _decoded(self, token_id: int) -> str:
+        """The text that has become certain with a token."""
+        if not self._text.has_text(token_id):
             return ""
         self._window.append(token_id)
         if self._text.is_byte(token_id):
@@ -141,13 +178,11 @@ class TextStream:
         new = self._certain()[self._shown :]
         self._window = self._window[-_CONTEXT_TOKENS:]
         self._shown = len(self._certain())
-        return self._release(new)
+        return new
 
-    def finish(self) -> str:
-        """The rest of the text, after the last token; nothing follows."""
-        rest = self._text.decode(self._window)[self._shown :]
-        self._window, self._shown = [], 0
-        return "" if self.stopped else self._release(rest, final=True)
+    def _rest(self) -> str:
+        """The text that the next token may still change."""
+        return self._text.decode(self._window)[self._shown :]
 
     def _certain(self) -> str:
         # A replacement character at the end may be the beginning of a character.
@@ -155,20 +190,32 @@ class TextStream:
 
     def _release(self, new: str, final: bool = False) -> str:
         held = self._held + new
-        found = min((i for s in self._stop if (i := held.find(s)) >= 0), default=None)
+        plain = _common(held, self._plain)
+        if plain < len(held):
+            self._plain = held[:plain]
+        # The first place of each stop string at which it ends after the plain text.
+        places = [(held.find(s, max(0, plain + 1 - len(s))), len(s), s) for s in self._stop]
+        found, length, stop = min((p for p in places if p[0] >= 0), default=(None, 0, None))
         undecided = len(held)
         if not final:
             begins = range(max(0, len(held) - self._longest + 1), len(held))
             undecided = next((i for i in begins if self._begins_stop(held[i:])), undecided)
         if found is not None and found <= undecided:
-            self.stopped = True
+            self.stop_string = stop
             self._held = ""
-            return held[:found]
+            return held[: found + length if self._include_stop else found]
         self._held = held[undecided:]
+        self._plain = self._plain[undecided:]
         return held[:undecided]
 
     def _begins_stop(self, ending: str) -> bool:
         return any(len(ending) < len(s) and s.startswith(ending) for s in self._stop)
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(a), len(b)))
 
 
 def _compile(source: str) -> "jinja2.Template":

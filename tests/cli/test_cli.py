@@ -166,6 +166,59 @@ def test_log_probabilities_that_are_not_printed_are_a_warning(capsys, flag):
     assert json.loads(out)[flag.removeprefix("--").replace("-", "_")]
 
 
+def test_json_output_says_what_ended_the_text(capsys):
+    out, _ = printed(capsys, "generate", DEMO_PROMPT, "--json", "--stop", " men", *SIXTEEN)
+    assert (json.loads(out)["finish_reason"], json.loads(out)["stop_reason"]) == ("stop", " men")
+    token = json.loads(out)["token_ids"][0]
+    argv = [DEMO_PROMPT, "--json", "--stop-token-ids", str(token), *SIXTEEN]
+    out, _ = printed(capsys, "generate", *argv)
+    assert (json.loads(out)["finish_reason"], json.loads(out)["stop_reason"]) == ("stop", token)
+    out, _ = printed(capsys, "generate", DEMO_PROMPT, "--json", *SIXTEEN)
+    assert json.loads(out)["stop_reason"] is None
+
+
+def test_the_end_of_the_text_is_chosen_by_flags(capsys, continuation):
+    argv = [DEMO_PROMPT, *SIXTEEN, "--stop", "e", "--min-new-tokens", "3", "--include-stop"]
+    out, _ = printed(capsys, "generate", *argv)
+    assert out == continuation[: continuation.index("e", len(" that all men")) + 1] + "\n"
+    assert main(["generate", *GREEDY, "--min-new-tokens", "200"]) == 2
+    assert "'min_new_tokens' must be <= max_new_tokens = 8: 200" in capsys.readouterr().err
+
+
+def test_the_results_of_a_prompt_are_printed_next_to_each_other(capsys, tmp_path):
+    hot = ["--temperature", "3", "--seed", "5", "--max-new-tokens", "6"]
+    out, _ = printed(capsys, "generate", DEMO_PROMPT, *hot, "--n", "3", "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["seed"] for record in records] == [5, 6, 7]
+    assert {record["prompt"] for record in records} == {DEMO_PROMPT}
+    out, err = printed(capsys, "generate", DEMO_PROMPT, *hot, "--n", "3", "--stats")
+    assert out == "\n".join(f"{record['text']}\n" for record in records)
+    assert err.startswith("3 results: ")
+    path = tmp_path / "run.toml"
+    path.write_text('[generate]\nn = 2\nmax_new_tokens = 2\n[prompts]\ntext = ["We", "No"]\n')
+    out, _ = printed(capsys, "run", str(path), "--json")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["We", "We", "No", "No"]
+
+
+def test_a_refused_prompt_with_several_results_is_told_of_once(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"We"\n' + json.dumps("a " * 3000) + "\n")
+    argv = ["generate", "--prompt-file", str(prompts), *GREEDY, "--max-new-tokens", "2"]
+    assert main([*argv, "--n", "2", "--json"]) == 2
+    out, err = capsys.readouterr()
+    reasons = [json.loads(line)["finish_reason"] for line in out.splitlines()]
+    assert reasons == ["length", "length", "error", "error"]
+    assert err.startswith("tilewright: error: prompt 2 of 2: ")
+    assert err.count("prompt 2 of 2") == 1
+
+
+def test_a_chat_refuses_several_results(capsys, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_GENERATE_N", "2")
+    assert main(["chat"]) == 2
+    said = "TILEWRIGHT_GENERATE_N: expected n = 1, since a chat has one answer to each message"
+    assert said in capsys.readouterr().err
+
+
 def test_prompts_are_read_from_files_in_order(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("We the People of the United States,\n")
     (tmp_path / "b.jsonl").write_text('"Congress shall make no law"\n\n{"prompt": "No person"}\n')

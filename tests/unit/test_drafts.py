@@ -90,6 +90,21 @@ def test_an_end_of_sequence_token_within_accepted_drafts_ends_the_text(demo):
     assert steps <= len(whole) // 4 + 2
 
 
+@pytest.mark.parametrize("least", [5, 14, 15, 16, 40])
+def test_drafts_of_tokens_that_end_a_text_are_not_accepted_before_min_new_tokens(demo, least):
+    free = outcomes(demo, demo.executor, [LAST], max_new_tokens=60, ignore_eos=True)[0][1]
+    settings = {"max_new_tokens": 60, "min_new_tokens": least}
+
+    def draft(request, most):
+        """The tokens of a text that goes on after its eos token."""
+        at = len(request.output_token_ids)
+        return list(free[at : at + 4])[:most]
+
+    found, steps = drafted(demo, [LAST], draft, **settings)
+    assert found == outcomes(demo, demo.executor, [LAST], **settings)
+    assert steps < len(found[0][1])
+
+
 def test_pages_of_drafts_that_were_wrong_are_given_back(demo):
     wrong = [5, 6, 7, 8]
     runner = make_runner(demo, demo.executor, draft=lambda request, most: wrong[:most])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from contract_executors import press_ctrl_c
+from transformers import AutoModelForCausalLM
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
 from tilewright.errors import (
@@ -99,6 +100,113 @@ def test_a_stop_string_is_cut_from_the_text_wherever_it_occurs(engine):
         assert result.finish_reason == "stop"
 
 
+def test_a_stop_string_may_be_included_in_the_text(engine):
+    whole = engine.generate("demo", TRUTHS, config(60))
+    for stop in (" equal", "qual, th", "l", " that all men are created"):
+        settings = config(60, stop=(stop,), include_stop_str=True)
+        expected = whole[: whole.index(stop) + len(stop)]
+        assert engine.generate_result("demo", TRUTHS, settings).text == expected
+        with engine.stream("demo", TRUTHS, settings) as stream:
+            assert "".join(stream) == expected == stream.result.text
+
+
+def test_a_result_says_what_ended_its_text(engine):
+    by_eos = engine.generate_result("demo", LAST, config(100))
+    assert (by_eos.finish_reason, by_eos.stop_reason) == ("eos", by_eos.token_ids[-1])
+    token = by_eos.token_ids[4]
+    by_id = engine.generate_result("demo", LAST, config(100, stop_token_ids=(token,)))
+    assert (by_id.finish_reason, by_id.stop_reason) == ("stop", token)
+    # Both begin at the same place.
+    by_text = engine.generate_result("demo", TRUTHS, config(60, stop=("that all", "th", "l")))
+    assert (by_text.finish_reason, by_text.stop_reason) == ("stop", "th")
+    assert engine.generate_result("demo", TRUTHS, config(5)).stop_reason is None
+    with engine.stream("demo", TRUTHS, config()) as stream:
+        next(stream)
+    assert (stream.result.finish_reason, stream.result.stop_reason) == ("aborted", None)
+
+
+# --- min_new_tokens -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_transformers():
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+
+    def generate(ids, **settings):
+        out = model.generate(torch.tensor([ids]), do_sample=False, **settings)
+        return tuple(out[0, len(ids) :].tolist())
+
+    return generate
+
+
+def test_min_new_tokens_gives_the_greedy_tokens_of_transformers(engine, by_transformers):
+    first = engine.generate_result("demo", LAST, config(100))
+    length = len(first.token_ids)
+    for least in (1, length - 1, length, length + 1, length + 20):
+        settings = {"min_new_tokens": least, "max_new_tokens": length + 30}
+        found = engine.generate_result("demo", LAST, GenerateConfig(**settings))
+        assert found.token_ids == by_transformers(list(first.prompt_token_ids), **settings)
+        assert (found.token_ids == first.token_ids) == (least < length)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_token_that_ends_a_text_is_sampled_before_min_new_tokens(engine, seed):
+    ids = range(100, 1900)  # nearly every token ends the text
+    settings = {"temperature": 2.0, "seed": seed, "stop_token_ids": tuple(ids)}
+    found = engine.generate_result("demo", TRUTHS, config(30, min_new_tokens=7, **settings))
+    assert found.finish_reason == "stop"
+    at = next(i for i, token in enumerate(found.token_ids) if token in ids)
+    assert 7 <= at == len(found.token_ids) - 1
+
+
+def test_min_new_tokens_leaves_an_ignored_eos_token_alone(engine):
+    settings = {"ignore_eos": True, "stop_token_ids": (5,)}
+    free = engine.generate_result("demo", LAST, config(60, **settings))
+    eos = engine.model("demo").loaded.config.eos_token_ids
+    assert set(eos) & set(free.token_ids)
+    found = engine.generate_result("demo", LAST, config(60, min_new_tokens=60, **settings))
+    assert found.token_ids == free.token_ids
+
+
+@pytest.mark.parametrize("stop", [(" all",), ("e",), ("created", "ed"), (" men are", "t"), ("qq",)])
+def test_a_stop_string_counts_only_if_a_token_after_min_new_tokens_completes_it(engine, stop):
+    whole = engine.generate_result("demo", TRUTHS, config(40))
+    decode = engine.model("demo").text.decode
+    for least in (0, 1, 2, 3, 5, 8, 40):
+        plain = len(decode(whole.token_ids[:least]))
+        at, found = min(
+            ((i, s) for s in stop for i in range(40 * 12) if whole.text.startswith(s, i)
+             and i + len(s) > plain),
+            default=(len(whole.text), None),
+        )  # fmt: skip
+        result = engine.generate_result("demo", TRUTHS, config(40, stop=stop, min_new_tokens=least))
+        assert (result.text, result.stop_reason) == (whole.text[:at], found)
+
+
+def test_min_new_tokens_beyond_the_context_lasts_until_the_context_is_full(engine):
+    result = engine.generate_result("demo", [3] * 250, config(99, min_new_tokens=99))
+    assert (len(result.token_ids), result.finish_reason) == (6, "length")
+
+
+def test_a_request_that_can_sample_no_token_is_refused_before_it_runs(engine):
+    loaded = engine.model("demo").loaded.config
+    eos = loaded.eos_token_ids[0]
+    bias = {i: -inf for i in range(loaded.vocab_size) if i not in (eos, 7)}
+    settings = {"logit_bias": bias, "stop_token_ids": (7,)}
+    assert engine.generate_result("demo", TRUTHS, config(**settings)).stop_reason in (eos, 7)
+    with pytest.raises(RequestError, match="min_new_tokens = 3 forbids these at first"):
+        engine.generate("demo", TRUTHS, config(min_new_tokens=3, **settings))
+    less = config(min_new_tokens=3, ignore_eos=True, **settings)
+    assert engine.generate_result("demo", TRUTHS, less).token_ids[:3] == (eos,) * 3
+
+
+def test_min_new_tokens_above_max_new_tokens_is_an_error(engine):
+    with pytest.raises(ConfigError, match="'min_new_tokens' must be <= max_new_tokens = 8: 9"):
+        config(8, min_new_tokens=9)
+    with pytest.raises(ConfigError, match="<= max_new_tokens = 128: 200; lower it, or raise"):
+        engine.generate("demo", TRUTHS, GenerateConfig(min_new_tokens=200))
+
+
 WRONG_SETTINGS = [
     ({"top_k": 1.5}, "'top_k' must be an integer or none, found 1.5"),
     ({"logprobs": True}, "'logprobs' must be an integer or none, found True"),
@@ -113,6 +221,8 @@ WRONG_SETTINGS = [
     ({"stop_token_ids": 5}, "'stop_token_ids' must be a list of integers or none, found 5"),
     ({"stop": "END"}, "'stop' must be a list of strings or none, found 'END'"),
     ({"stop": ["a", 5]}, "'stop' must be a list of strings or none"),
+    ({"min_new_tokens": -1}, "'min_new_tokens' must be >= 0: -1"),
+    ({"n": 0}, "'n' must be >= 1: 0"),
     ({"ignore_eos": 1}, "'ignore_eos' must be true, false or none, found 1"),
 ]
 WRONG_RUNTIMES = [
@@ -495,6 +605,30 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine):
     next(other)
     assert engine.generate_result("demo", TRUTHS, config(10, **hot)).token_ids == alone.token_ids
     other.close()
+
+
+def test_a_batch_has_n_results_for_each_prompt_with_seeds_in_a_row(engine):
+    hot = {"temperature": 3.0}
+    results = engine.generate_batch("demo", [TRUTHS, WHEN], config(8, n=3, seed=2**63 - 2, **hot))
+    seeds = [2**63 - 2, 2**63 - 1, 0, 1, 2, 3]
+    assert [result.seed for result in results] == seeds
+    assert [result.token_ids for result in results] == [
+        engine.generate_result("demo", prompt, config(8, seed=seed, **hot)).token_ids
+        for prompt, seed in zip([TRUTHS] * 3 + [WHEN] * 3, seeds, strict=True)
+    ]
+    assert len({result.token_ids for result in results}) == 6
+    unseeded = engine.generate_batch("demo", [TRUTHS], config(8, n=4, **hot))
+    assert len({result.seed for result in unseeded}) == 4
+    refused = engine.generate_batch("demo", [TRUTHS, ""], config(2, n=2))
+    assert [result.finish_reason for result in refused] == ["length", "length", "error", "error"]
+
+
+@pytest.mark.parametrize("how", ["generate", "generate_result", "stream", "chat"])
+def test_a_call_with_one_result_refuses_n_above_1(engine, how):
+    prompt = [{"role": "user", "content": "Hi"}] if how == "chat" else TRUTHS
+    with pytest.raises(RequestError, match="found n = 2: use generate_batch"):
+        getattr(engine, how)("demo", prompt, config(n=2))
+    assert getattr(engine, how)("demo", prompt, config(2, n=1))
 
 
 def test_a_randomly_drawn_seed_reproduces_the_result(engine):

@@ -157,6 +157,19 @@ def test_processors_that_together_forbid_every_token_fail_the_request(engine):
     assert set(bystander) == {engine.model("demo").text.decode([7])}
 
 
+@pytest.mark.parametrize("how", ["min_new_tokens", "logit_bias"])
+def test_a_mask_that_leaves_only_what_the_settings_forbid_fails_its_request(engine, how):
+    eos = engine.model("demo").loaded.config.eos_token_ids[0]
+    mask = {"logits_processors": {"mask": [[7], [eos]]}}
+    assert engine.generate_result("demo", TRUTHS, config(**mask)).token_ids == (7, eos)
+    assert engine.generate("demo", TRUTHS, config(min_new_tokens=1, **mask))
+    settings = {"min_new_tokens": 2} if how == "min_new_tokens" else {"logit_bias": {eos: -inf}}
+    other = engine.stream("demo", TRUTHS, config())
+    with pytest.raises(PluginError, match="'mask' allows only tokens that logit_bias or min_new"):
+        engine.generate("demo", TRUTHS, config(**settings, **mask))
+    assert "".join(other) == engine.generate("demo", TRUTHS, config())
+
+
 def test_what_follows_a_forbidden_draft_may_have_no_token_left(engine):
     class Strays(Masking):
         def of(self, rows):

@@ -93,6 +93,17 @@ def test_requests_that_the_device_does_not_serve_are_sampled_by_the_engine_in_th
     assert {row.request_id for step in device.steps for row in step.sampling if row} == {"r0", "r4"}
 
 
+def test_a_device_samples_with_min_new_tokens_only_if_it_serves_what_this_forbids(demo):
+    least = {"min_new_tokens": 30, "max_new_tokens": 40}
+    prompts = [(LAST, least), (LAST, least | {"ignore_eos": True}), LAST]
+    device = Device(demo.executor)
+    assert outcomes(demo, device, prompts) == plain(demo, prompts)
+    assert {row.request_id for step in device.steps for row in step.sampling if row} == {"r1", "r2"}
+    biased = Device(demo.executor, serves=lambda params: True)
+    assert outcomes(demo, biased, prompts) == plain(demo, prompts)
+    assert all(step.output.logits is None for step in biased.steps)
+
+
 def test_a_step_with_a_tap_is_run_by_forward_and_sampled_by_the_engine(demo):
     class Tapping:
         names = ()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from small_tokenizers import (
     no_decoder,
     word_piece,
 )
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, processors
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
@@ -203,13 +204,15 @@ class CountingTokenizer:
         return getattr(self.tokenizer, name)
 
 
+@pytest.mark.parametrize("min_tokens", [0, 1000, 3000])
 @pytest.mark.parametrize("data", [b"plain text ", b"\xff", b"\xf0", b"\x80", "👍".encode()])
-def test_the_work_per_token_is_constant(data: bytes) -> None:
+def test_the_work_per_token_is_constant(data: bytes, min_tokens: int) -> None:
     counting = CountingTokenizer(byte_level())
-    running = TextStream(Text(TextAssets(tokenizer=counting)), ["\n\nQ:"])  # type: ignore[arg-type]
+    text = Text(TextAssets(tokenizer=counting))  # type: ignore[arg-type]
+    running = TextStream(text, ["\n\nQ:"], min_tokens)
     for token_id in byte_ids(byte_level, data * (2000 // len(data))):
         running.push(token_id)
-    assert len(counting.lengths) <= 2 * 2000
+    assert len(counting.lengths) <= 2 * 2000 + 1
     assert max(counting.lengths) <= 8
 
 
@@ -257,6 +260,115 @@ def test_repetitive_text_is_cut_before_overlapping_stop_strings(
     parts, stopped = stream(text, ids, stop)
     assert "".join(parts) == cut(whole, stop)
     assert stopped == any(s in whole for s in stop)
+
+
+def ended(
+    text: Text, ids: Sequence[int], stop: Sequence[str], min_tokens: int, include: bool
+) -> tuple[str, str | None]:
+    """The expected text and stop string, by trying every place of the whole text."""
+    whole = text.decode(ids)
+    pairs = zip(whole, text.decode(ids[:min_tokens]), strict=False)
+    plain = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    places = [(i, len(s), s) for s in stop for i in range(len(whole)) if whole.startswith(s, i)]
+    counted = [place for place in places if sum(place[:2]) > plain]
+    if not counted:
+        return whole, None
+    at, length, found = min(counted)
+    return whole[: at + length * include], found
+
+
+def check_ended(
+    text: Text, ids: Sequence[int], stop: Sequence[str], min_tokens: int, include: bool
+) -> None:
+    running = TextStream(text, stop, min_tokens, include)
+    pieces = [running.push(i) for i in ids]
+    pieces.append(running.finish())
+    expected = ended(text, ids, stop, min_tokens, include)
+    assert ("".join(pieces), running.stop_string) == expected
+
+
+@every_tokenizer
+def test_stop_strings_that_the_first_tokens_complete_are_plain_text(
+    make: Callable[[], Tokenizer],
+) -> None:
+    text = text_of(make)
+
+    @relaxed
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        ids = data.draw(token_ids(make))
+        whole = text.decode(ids)
+        positions = st.integers(0, max(len(whole) - 1, 0))
+        within = st.tuples(positions, st.integers(1, 9)).map(lambda p: whole[p[0] : sum(p)])
+        any_text = st.text(st.sampled_from(whole or "a"), min_size=1, max_size=4)
+        stop = data.draw(st.lists(st.one_of(within, any_text).filter(bool), max_size=4))
+        min_tokens = data.draw(st.integers(0, len(ids) + 2))
+        check_ended(text, ids, stop, min_tokens, data.draw(st.booleans()))
+
+    check()
+
+
+@settings(max_examples=400, deadline=None, database=None)
+@given(
+    st.lists(st.text("ab👍", min_size=1, max_size=3), max_size=15),
+    st.lists(st.text("ab👍", min_size=1, max_size=5), max_size=4),
+    st.integers(0, 20),
+    st.booleans(),
+)
+def test_first_tokens_may_end_anywhere_in_overlapping_stop_strings(
+    pieces: list[str], stop: list[str], min_tokens: int, include: bool
+) -> None:
+    text = text_of(byte_level)
+    ids = [i for piece in pieces for i in text.encode(piece)]
+    check_ended(text, ids, stop, min_tokens, include)
+    for make in (byte_level, llama_2):
+        each = byte_ids(make, "".join(pieces).encode())
+        check_ended(text_of(make), each, stop, min_tokens, include)
+
+
+@pytest.mark.parametrize("make", [byte_level, llama_2])
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "expected"),
+    [
+        (0, "a", ("", "a")),
+        (1, "a", ("a👍b", "a")),  # the first one is plain text, the second one counts
+        (5, "👍", ("a👍ba", None)),
+        (4, "👍", ("a", "👍")),  # the fifth token completes the character
+        (5, "👍b", ("a", "👍b")),
+        (6, "👍b", ("a👍ba", None)),
+        (7, "a", ("a👍ba", None)),
+        (9, "a", ("a👍ba", None)),
+    ],
+)
+def test_a_stop_string_counts_from_the_token_on_that_completes_it(
+    make: Callable[[], Tokenizer], min_tokens: int, stop: str, expected: tuple[str, str | None]
+) -> None:
+    running = TextStream(text_of(make), [stop], min_tokens)
+    pieces = [running.push(i) for i in byte_ids(make, "a👍ba".encode())]
+    assert ("".join([*pieces, running.finish()]), running.stop_string) == expected
+
+
+def test_tokens_without_text_count_as_first_tokens() -> None:
+    text = text_of(byte_level)
+    ids = [id_of(text.assets.tokenizer, "<|im_end|>"), *byte_ids(byte_level, b"aa")]
+    found = []
+    for min_tokens in range(4):
+        running = TextStream(text, ["a"], min_tokens)
+        found.append("".join([*map(running.push, ids), running.finish()]))
+    assert found == ["", "", "a", "aa"]
+
+
+@pytest.mark.parametrize("order", [("ab", "abc"), ("abc", "ab")])
+def test_of_stop_strings_that_begin_at_one_place_the_shortest_ends_the_text(
+    order: tuple[str, str],
+) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("xabc")])
+    text = Text(TextAssets(tokenizer=tokenizer))
+    for ids in ([id_of(tokenizer, "xabc")], byte_ids(byte_level, b"xabc")):
+        running = TextStream(text, order, include_stop=True)
+        assert "".join([*map(running.push, ids), running.finish()]) == "xab"
+        assert running.stop_string == "ab"
 
 
 def test_only_a_possible_prefix_of_a_stop_string_is_held_back() -> None:

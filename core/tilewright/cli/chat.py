@@ -15,7 +15,7 @@ from tilewright.cli.generate import print_stream
 from tilewright.cli.output import note, warn_sanitized
 from tilewright.cli.session import open_engine
 from tilewright.config import resolve
-from tilewright.errors import RequestError, TilewrightError, nearest
+from tilewright.errors import ConfigError, RequestError, TilewrightError, nearest
 from tilewright.settings import RunConfig
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise RequestError("standard input is closed: expected messages there")
     resolved = resolve(flags=flags.layer(args))
+    if (n := resolved.config.generate.n) not in (None, 1):
+        raise ConfigError(
+            f"{resolved.origin('generate', 'n')}: expected n = 1, since a chat has one answer to "
+            f"each message, found n = {n}"
+        )
     with open_engine(resolved) as engine:
         conversation = Conversation(engine, resolved.config)
         conversation.begin(args.system)

@@ -14,6 +14,7 @@ from tilewright.values import Option, options_of
 _TABLES = {"logit_bias": "ID=VALUE", "logits_processors": "NAME=ARGUMENT"}
 """Settings whose flag is given once for each entry of a table."""
 _NAMES = {
+    ("generate", "include_stop_str"): "--include-stop",
     ("generate", "logits_processors"): "--logits-processor",
     ("model", "path"): "--model",
     ("plugins", "observers"): "--observer",

@@ -55,17 +55,19 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
     trace = NonFiniteTrace() if args.trace_nonfinite else None
     with ExitStack() as stack:
         file = stack.enter_context(opened(config.output.file))
-        streamed = len(prompts) == 1 and file is sys.stdout
+        to_stdout = file is sys.stdout
         # What plugins print is not part of the results.
         stack.enter_context(redirect_stdout(sys.stderr))
         engine = stack.enter_context(open_engine(resolved, [trace] if trace else []))
         if trace:
             stack.enter_context(trace.ending(engine))
+        model_id = config.model.id
+        n = config.generate.over(engine.default_config(model_id)).n or 1
+        single = len(prompts) * n == 1
         if resolved.origin("prompts", "text") == DEFAULT and not config.prompts.file:
             note(f"prompt: {prompts[0]}")
-        elif len(prompts) == 1 and file.isatty() and sys.stderr.isatty():
+        elif single and file.isatty() and sys.stderr.isatty():
             print(prompts[0], end="", file=sys.stderr, flush=True)
-        model_id = config.model.id
         if config.output.format == "text":
             for key in ("logprobs", "prompt_logprobs"):
                 if getattr(config.generate, key) is not None:
@@ -74,9 +76,9 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
         if config.output.format == "jsonl":
             results = engine.generate_batch(model_id, prompts, config.generate)
             source = engine.model(model_id).loaded.source
-            for result, prompt in zip(results, prompts, strict=True):
-                write_json(result_record(result, prompt, source), file)
-        elif streamed:
+            for i, result in enumerate(results):
+                write_json(result_record(result, prompts[i // n], source), file)
+        elif single and to_stdout:
             stream = engine.stream(model_id, prompts[0], config.generate)
             print_stream(stream, [], file)
             assert stream.result is not None
@@ -85,10 +87,10 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
             results = engine.generate_batch(model_id, prompts, config.generate)
             write_text(results, file)
         warn_sanitized(results)
-        refused = {i: result.error for i, result in enumerate(results, 1) if result.error}
-        for i, error in refused.items():
-            note(f"tilewright: error: prompt {i} of {len(results)}: {error}")
-        if (args.stats or sys.stderr.isatty()) and len(refused) < len(results):
+        refused = {i // n + 1: result.error for i, result in enumerate(results) if result.error}
+        for number, error in refused.items():
+            note(f"tilewright: error: prompt {number} of {len(prompts)}: {error}")
+        if (args.stats or sys.stderr.isatty()) and len(refused) < len(prompts):
             note(stats_line([result for result in results if not result.error]))
     return USER_ERROR if refused else 0
 

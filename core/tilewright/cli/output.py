@@ -98,6 +98,7 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
         "prompt_token_ids": result.prompt_token_ids,
         "seed": result.seed,
         "device": result.device,
@@ -135,7 +136,7 @@ def stats_line(results: Sequence[GenerateResult]) -> str:
     if len(results) > 1:
         seconds = max(t.prefill_seconds + t.decode_seconds for t in timings)
         return (
-            f"{len(results)} prompts: {prompt_tokens} prompt tokens and {new_tokens} new tokens "
+            f"{len(results)} results: {prompt_tokens} prompt tokens and {new_tokens} new tokens "
             f"in {seconds:.2f} s; {loading}"
         )
     return (

@@ -52,6 +52,10 @@ class GenerateResult:
     """The device that it ran on, as named by the executor."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """For each token of the prompt, given those before it; None for the first one."""
+    stop_reason: str | int | None = None
+    """What ended the text: for ``stop`` the stop string or the stop token id, for ``eos`` the
+    token id, otherwise None. The stop string is the one that begins first in the text and, of
+    several that begin there, the shortest."""
     cached_tokens: int = 0
     """Tokens of the prompt whose keys and values were in the KV cache and were not computed."""
     preemptions: int = 0

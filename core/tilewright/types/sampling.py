@@ -8,6 +8,7 @@ from attrs import field, fields, frozen, validators
 from tilewright.types.fields import checked, described, if_set
 
 if TYPE_CHECKING:
+    from attrs import Attribute
     from torch import Tensor
 
 
@@ -32,12 +33,28 @@ class SamplingParams:
     logprobs: int | None = None
 
 
+def _at_most_max_new_tokens(
+    config: "GenerateConfig", of: "Attribute[Any]", value: int | None
+) -> None:
+    most = config.max_new_tokens
+    if value is not None and most is not None and value > most:
+        raise ValueError(
+            f"'min_new_tokens' must be <= max_new_tokens = {most}: {value}; lower it, or raise "
+            "max_new_tokens"
+        )
+
+
 @frozen(field_transformer=checked)
 class GenerateConfig:
     """A user's settings for one generation. None: as the model's files recommend, else built-in."""
 
     max_new_tokens: int | None = described(
         "maximum number of tokens to generate (128)", validator=if_set(validators.ge(1))
+    )
+    min_new_tokens: int | None = described(
+        "number of tokens before which neither an end-of-sequence token, nor a stop token id, nor "
+        "a stop string that these tokens complete ends the text (0)",
+        validator=if_set(validators.ge(0), _at_most_max_new_tokens),
     )
     temperature: float | None = described(
         "randomness of sampling; 0: always the most likely token (0)",
@@ -72,8 +89,12 @@ class GenerateConfig:
     )
     seed: int | None = described(
         "random seed; equal seeds give equal tokens, whatever else is in the batch; with several "
-        "prompts, prompt i uses seed + i, counted from 0 (random)",
+        "prompts, result j of prompt i, both counted from 0, uses seed + i * n + j (random)",
         validator=if_set(validators.ge(0), validators.lt(2**63)),
+    )
+    n: int | None = described(
+        "number of results for each prompt, which generate_batch returns (1)",
+        validator=if_set(validators.ge(1)),
     )
     logprobs: int | None = described(
         "return log-probabilities of the chosen token and of the n most likely tokens",
@@ -87,6 +108,10 @@ class GenerateConfig:
         "logits processors of this generation: each plugin's name, with what it needs to know"
     )
     stop: tuple[str, ...] | None = described("end the text before any of these strings")
+    include_stop_str: bool | None = described(
+        "keep the stop string that ended the text; unlike in vLLM, the text of a stop token id is "
+        "never kept (false)"
+    )
     stop_token_ids: tuple[int, ...] | None = described("end generation at any of these token ids")
     ignore_eos: bool | None = described("continue after an end-of-sequence token (false)")
     stream: bool | None = described("make generate() return a stream of text (false)")
@@ -100,6 +125,7 @@ class GenerateConfig:
 
 BUILTIN_GENERATE = GenerateConfig(
     max_new_tokens=128,
+    min_new_tokens=0,
     temperature=0.0,
     top_k=0,
     top_p=1.0,
@@ -108,7 +134,9 @@ BUILTIN_GENERATE = GenerateConfig(
     presence_penalty=0.0,
     frequency_penalty=0.0,
     logit_bias={},
+    n=1,
     stop=(),
+    include_stop_str=False,
     stop_token_ids=(),
     ignore_eos=False,
     stream=False,
