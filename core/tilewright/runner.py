@@ -207,7 +207,7 @@ class Runner:
         Its pages are free when the steps in flight that it is in have ended; if no request is left,
         they are waited for.
         """
-        if request.request_id in self.requests:
+        if self.requests.get(request.request_id) is request:
             request.finish_reason = "aborted"
             self._finish(request, "on_request_aborted")
             self._settle()
@@ -476,7 +476,7 @@ class Runner:
         self._observers.notify(event, lambda: {"result": result})
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        if request.request_id in self.requests:  # an observer may have ended it
+        if self.requests.get(request.request_id) is request:  # an observer may have ended it
             request.error = error
             self._drop(request)
             self._notify("on_request_failed", request, error=error)
