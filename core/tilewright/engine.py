@@ -368,6 +368,19 @@ class LLMEngine:
             raise
         return stream
 
+    def new_request(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        config: GenerateConfig | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """A request for ``add`` of the model's ``runner``. Raises what ``generate`` raises for it.
+
+        request_id: default: chosen by the engine.
+        """
+        return self._new_request(self._thread(model_id), prompt, config, request_id)
+
     def _new_request(
         self,
         thread: SteppingThread,
