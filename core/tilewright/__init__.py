@@ -6,10 +6,12 @@ Names are imported when they are first used, so ``import tilewright`` costs next
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilewright.async_engine import AsyncLLMEngine as AsyncLLMEngine
     from tilewright.engine import LLMEngine as LLMEngine
     from tilewright.errors import TilewrightError as TilewrightError
     from tilewright.hookspecs import hookimpl as hookimpl
     from tilewright.types import GenerateConfig as GenerateConfig
+    from tilewright.types import GenerateDelta as GenerateDelta
     from tilewright.types import GenerateResult as GenerateResult
     from tilewright.types import ModelConfig as ModelConfig
     from tilewright.types import RuntimeConfig as RuntimeConfig
@@ -17,17 +19,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncLLMEngine": "tilewright.async_engine",
     "LLMEngine": "tilewright.engine",
     "TilewrightError": "tilewright.errors",
     "hookimpl": "tilewright.hookspecs",
     "GenerateConfig": "tilewright.types",
+    "GenerateDelta": "tilewright.types",
     "GenerateResult": "tilewright.types",
     "ModelConfig": "tilewright.types",
     "RuntimeConfig": "tilewright.types",
 }
 
 __all__ = [
+    "AsyncLLMEngine",
     "GenerateConfig",
+    "GenerateDelta",
     "GenerateResult",
     "LLMEngine",
     "ModelConfig",

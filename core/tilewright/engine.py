@@ -359,11 +359,7 @@ class LLMEngine:
     ) -> GenerationStream:
         """Like ``generate`` with ``config.stream`` set: the text in pieces, as it is generated."""
         thread = self._thread(model_id)
-        model = thread.runner.model
-        settings = _settings(model, config)
-        _check_single(settings)
-        check_settings(model, settings)
-        request = new_request(self._next_id(model), model, prompt, settings)
+        request = self._new_request(thread, prompt, config)
         stream = GenerationStream(self, thread, request)
         try:
             thread.submit(lambda: thread.runner.add(request)).result()
@@ -371,6 +367,32 @@ class LLMEngine:
             thread.abort(request)
             raise
         return stream
+
+    def new_request(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        config: GenerateConfig | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """A request for ``add`` of the model's ``runner``. Raises what ``generate`` raises for it.
+
+        request_id: default: chosen by the engine.
+        """
+        return self._new_request(self._thread(model_id), prompt, config, request_id)
+
+    def _new_request(
+        self,
+        thread: SteppingThread,
+        prompt: Prompt,
+        config: GenerateConfig | None,
+        request_id: str | None = None,
+    ) -> Request:
+        model = thread.runner.model
+        settings = _settings(model, config)
+        _check_single(settings)
+        check_settings(model, settings)
+        return new_request(request_id or self._next_id(model), model, prompt, settings)
 
     def generate_result(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None

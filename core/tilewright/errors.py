@@ -44,7 +44,8 @@ class NonFiniteLogitsError(TilewrightError):
 
     Attributes:
         request_id: the request whose logits they are.
-        step: the index of the token that was sampled, in the request's output.
+        step: the index of the token that was sampled, in the request's output. It is negative for
+            logits that score a token of the prompt: -1 is the prompt's last one.
         token_ids: the vocabulary ids whose logits are not finite, ascending.
         first_tensor: the first tapped tensor of the step with a non-finite element of this request;
             None when it was not searched for, as in a sampler, and empty when the step was run

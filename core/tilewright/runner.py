@@ -204,11 +204,13 @@ class Runner:
     def abort(self, request: Request) -> None:
         """End a request with what it has generated; does nothing if it has ended.
 
-        Its pages are free when the steps in flight that it is in have ended.
+        Its pages are free when the steps in flight that it is in have ended; if no request is left,
+        they are waited for.
         """
-        if request.request_id in self.requests:
+        if self.requests.get(request.request_id) is request:
             request.finish_reason = "aborted"
             self._finish(request, "on_request_aborted")
+            self._settle()
 
     def poll(self) -> list[Request]:
         """The requests that have new tokens, or have ended, since the last call."""
@@ -244,6 +246,12 @@ class Runner:
         """End all requests with an error."""
         for request in list(self.requests.values()):
             self._fail(request, error)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what is in flight if no request is left, so that its pages are free."""
+        if not self.requests and not self._depth:
+            self._discard_in_flight()
 
     def close(self, reason: RequestError) -> None:
         """End all requests with an error, and free the model: at once, or when a step has ended.
@@ -468,7 +476,7 @@ class Runner:
         self._observers.notify(event, lambda: {"result": result})
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        if request.request_id in self.requests:  # an observer may have ended it
+        if self.requests.get(request.request_id) is request:  # an observer may have ended it
             request.error = error
             self._drop(request)
             self._notify("on_request_failed", request, error=error)
@@ -553,8 +561,23 @@ def _score(step: Step, output: StepOutput) -> None:
         first = open_rows.index(part.scored.start)
         following = request.prompt_token_ids[part.start + 1 :][: len(part.scored)]
         rows = logits[first : first + len(part.scored)]
+        _check_finite(request, part, rows)
         scored = _logprobs(rows, following, request.num_prompt_logprobs)
         request.prompt_logprobs[part.start :] = scored
+
+
+def _check_finite(request: Request, part: Part, rows: "Tensor") -> None:
+    """Raise NonFiniteLogitsError for rows that score a request's prompt."""
+    finite = rows.isfinite()
+    if finite.all():
+        return
+    row = int((~finite.all(-1)).nonzero()[0])
+    raise NonFiniteLogitsError(
+        request.request_id,
+        part.start + row + 1 - len(request.prompt_token_ids),
+        (~finite[row]).nonzero().flatten().tolist(),
+        rows.shape[1],
+    )
 
 
 def _logprobs(logits: "Tensor", token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:
@@ -592,7 +615,8 @@ def _traced(
     if (batch.token_source >= 0).any():
         return error  # its tokens are known to the device only
     tokens = slice(*batch.query_starts[at : at + 2].tolist())
-    rows = slice(part.sampled.start, part.sampled.stop)
+    wanted = [*part.scored, *part.sampled]
+    rows = slice(wanted[0], wanted[-1] + 1)
     found: list[str] = []
 
     def tap(name: str, tensor: "Tensor") -> None:

@@ -40,10 +40,13 @@ class SteppingThread:
         self._close_error: BaseException | None = None
 
     def submit(self, function: Callable[[], T]) -> "Future[T]":
-        """Have a function called before the next step. The future has what it returns or raises."""
+        """Have a function called before the next step, unless the future is cancelled before. The
+        future has what it returns or raises."""
         future: Future[T] = Future()
 
         def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function())
             except BaseException as error:

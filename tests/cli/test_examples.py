@@ -129,6 +129,19 @@ def test_documented_commands_are_accepted_by_task_submit_and_get_its_card():
             assert words[:2] == ["python", "examples/qwen3_14b_local_generate.py"]
 
 
+def test_the_loops_of_the_engine_page_generate(capsys):
+    page = (ROOT / "docs/engine.md").read_text()
+    asynchronous, own = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "MODEL" in block
+    ]
+    exec(asynchronous, {"MODEL": DEMO_MODEL})
+    assert capsys.readouterr().out.startswith(" to be self-evident")
+    exec(own, {"MODEL": DEMO_MODEL})
+    printed = capsys.readouterr().out
+    assert re.findall(r"(r\d) ended by (\w+)", printed) == [(f"r{i}", "length") for i in range(3)]
+    assert "r0 ' to'" in printed
+
+
 def test_the_npu_page_lists_every_option():
     page = (ROOT / "docs/npu.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)

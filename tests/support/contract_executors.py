@@ -246,10 +246,20 @@ class OwnPages:
         return self.inner.forward(own, tap)
 
 
-def make_runner(model, executor, draft=None, observers=(), total_pages=64, **runtime) -> Runner:
+def make_runner(
+    model,
+    executor,
+    draft=None,
+    observers=(),
+    total_pages=64,
+    allocator=None,
+    processors=None,
+    **runtime,
+) -> Runner:
     """A runner of a loaded model's requests on an executor, with an empty cache.
 
-    runtime: fields of ResolvedRuntime that differ from the model's.
+    allocator: default: a KvCacheManager of the executor's page size. processors: the logits
+    processor of a name. runtime: fields of ResolvedRuntime that differ from the model's.
     """
     executor.allocate_kv(total_pages)
     manager = plugins.new_manager()
@@ -259,11 +269,19 @@ def make_runner(model, executor, draft=None, observers=(), total_pages=64, **run
     served = evolve(
         model,
         executor=executor,
-        allocator=KvCacheManager(total_pages, spec.page_size),
+        allocator=allocator or KvCacheManager(total_pages, spec.page_size),
         runtime=evolve(model.runtime, page_size=spec.page_size, total_pages=total_pages, **runtime),
     )
     sampler = LogitsSampler(Options(), greedy=False)
-    return Runner(served, sampler, Observers(manager), "executor", "sampler", draft=draft)
+    return Runner(
+        served,
+        sampler,
+        Observers(manager),
+        "executor",
+        "sampler",
+        processors=processors,
+        draft=draft,
+    )
 
 
 def demo_model() -> Iterator[ServedModel]:

@@ -363,10 +363,10 @@ class Interrupting:
 def test_ctrl_c_in_a_stream_frees_its_pages_and_leaves_other_streams_intact(engine, steps):
     expected = [engine.generate("demo", p, config(20)) for p in (TRUTHS, WHEN)]
     model = engine.model("demo")
-    model.executor = Interrupting(model.executor, steps)
     other = engine.generate("demo", WHEN, config(20, stream=True))
 
     def read():
+        model.executor = Interrupting(model.executor, steps)
         with engine.stream("demo", TRUTHS, config(20)) as stream:
             list(stream)
             time.sleep(30)

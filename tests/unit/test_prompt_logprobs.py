@@ -22,6 +22,25 @@ def demo():
     yield from demo_model()
 
 
+class NotFinite(Hashing):
+    """One whose logits after a token are not finite."""
+
+    def forward(self, batch, tap=None):
+        logits = super().forward(batch, tap)
+        logits[batch.token_ids[batch.logits_rows] == 105, 9] = float("nan")
+        return logits
+
+
+@pytest.mark.parametrize("max_batch_tokens", [4, 64])
+def test_a_prompt_whose_score_is_not_finite_fails_and_nothing_else_does(demo, max_batch_tokens):
+    executor = NotFinite(demo.loaded.config.vocab_size)
+    runner = make_runner(demo, executor, max_batch_tokens=max_batch_tokens)
+    scored, other = made = requests(demo, [PROMPTS[0], list(range(60, 75))])
+    run(runner, made)
+    assert (scored.error.step, scored.error.token_ids) == (6 - 20, (9,))
+    assert other.result.finish_reason == "length"
+
+
 @pytest.mark.parametrize("max_batch_tokens", [1, 5, 64])
 @pytest.mark.parametrize("in_flight", [False, True])
 def test_steps_score_no_more_rows_than_the_executor_returns(demo, max_batch_tokens, in_flight):

@@ -1,0 +1,226 @@
+"""AsyncLLMEngine: an LLMEngine for asyncio, on the same stepping threads."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import reduce
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from attrs import define
+
+from tilewright.engine import LLMEngine, Prompt
+from tilewright.errors import RequestError
+from tilewright.request import Request
+from tilewright.stepping import SteppingThread
+from tilewright.types import (
+    GenerateConfig,
+    GenerateDelta,
+    GenerateResult,
+    LoadedModel,
+    ModelStats,
+    RuntimeConfig,
+)
+
+
+class AsyncLLMEngine:
+    """Generates from any number of tasks, in one event loop or several.
+
+    ``engine`` is the engine behind it, for all that does not wait; other threads may go on to use
+    it. Methods that wait for a model do so in another thread, never in the event loop.
+    """
+
+    def __init__(self, engine: LLMEngine):
+        self.engine = engine
+        self._open: dict[str, _Open] = {}
+        self._wakers: dict[asyncio.AbstractEventLoop, _Waker] = {}
+
+    @classmethod
+    def from_plugins(cls, **arguments: Any) -> "AsyncLLMEngine":
+        """See ``LLMEngine.from_plugins``."""
+        return cls(LLMEngine.from_plugins(**arguments))
+
+    @classmethod
+    async def from_config(cls, path: str | Path) -> "AsyncLLMEngine":
+        """See ``LLMEngine.from_config``."""
+        return cls(await asyncio.to_thread(LLMEngine.from_config, path))
+
+    async def init_model(
+        self,
+        model_id: str,
+        model_dir: str | Path,
+        runtime_config: RuntimeConfig | None = None,
+        model_format: str | None = None,
+        **loader_options: Any,
+    ) -> LoadedModel:
+        """See ``LLMEngine.init_model``."""
+        return await asyncio.to_thread(
+            self.engine.init_model,
+            model_id,
+            model_dir,
+            runtime_config,
+            model_format,
+            **loader_options,
+        )
+
+    async def unload(self, model_id: str) -> None:
+        """See ``LLMEngine.unload``."""
+        await asyncio.to_thread(self.engine.unload, model_id)
+
+    async def close(self) -> None:
+        """End all generations with a RequestError, and free all models.
+
+        Waits for the steps that are running. Closing again does nothing.
+        """
+        await asyncio.to_thread(self.engine.close)
+
+    async def __aenter__(self) -> "AsyncLLMEngine":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def stats(self, model_id: str) -> ModelStats:
+        """See ``LLMEngine.stats``."""
+        return self.engine.stats(model_id)
+
+    async def generate(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        config: GenerateConfig | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncIterator[GenerateDelta]:
+        """Continue a prompt (text or token ids), in deltas as they are generated.
+
+        The last delta has the result. What a slow reader has not taken yet arrives as one delta, so
+        a reader never holds up others, and what waits for it is at most one text. A generation that
+        is cancelled, or not read to its end, is aborted.
+
+        request_id: names the generation, for ``abort``; default: chosen by the engine.
+
+        Raises what ``LLMEngine.generate`` raises, and RequestError for a request id that is in use.
+        """
+        thread = self.engine._thread(model_id)
+        name = request_id or self.engine._next_id(thread.runner.model)
+        if name in self._open:
+            raise RequestError(
+                f"request id {name!r} is in use: choose another, or wait until that generation "
+                "has ended"
+            )
+        loop = asyncio.get_running_loop()
+        reader = _Reader(self._wakers.setdefault(loop, _Waker(loop)), thread)
+        generation = self._open[name] = _Open(thread)
+        try:
+            arguments = thread, prompt, config, name
+            if isinstance(prompt, str):  # a long text takes a while
+                request = await asyncio.to_thread(self.engine._new_request, *arguments)
+            else:
+                request = self.engine._new_request(*arguments)
+            request.on_news = reader.receive
+            generation.request = request
+            await asyncio.wrap_future(thread.submit(lambda: thread.runner.add(request)))
+            if generation.aborted:
+                thread.abort(request)
+            while True:
+                delta = await reader.next()
+                if delta.token_ids or delta.result:
+                    yield delta
+                if delta.error:
+                    raise delta.error
+                if delta.result:
+                    return
+        finally:
+            del self._open[name]
+            if generation.request:
+                thread.abort(generation.request)
+
+    async def generate_result(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        config: GenerateConfig | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> GenerateResult:
+        """Like ``generate``, when all of it is there."""
+        result = None
+        async for delta in self.generate(model_id, prompt, config, request_id=request_id):
+            result = delta.result
+        assert result is not None
+        return result
+
+    def abort(self, request_id: str) -> None:
+        """End a generation with what it has until now, after the step that is running.
+
+        Does nothing for one that has ended.
+        """
+        generation = self._open.get(request_id)
+        if generation:
+            generation.aborted = True
+            if generation.request:
+                generation.thread.abort(generation.request)
+
+
+@define
+class _Open:
+    """A generation that has not ended."""
+
+    thread: SteppingThread
+    request: Request | None = None
+    """None while its prompt is tokenised."""
+    aborted: bool = False
+
+
+class _Waker:
+    """Wakes the readers of one event loop that have something new: all those of a step at once,
+    since a call from another thread costs more than the step's part of a reader."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._lock = Lock()
+        self._readers: list[_Reader] = []
+
+    def wake(self, reader: "_Reader") -> None:
+        """Called in a stepping thread. Raises RuntimeError when the event loop is closed."""
+        with self._lock:
+            self._readers.append(reader)
+            if len(self._readers) > 1:
+                return
+        self._loop.call_soon_threadsafe(self._wake_all)
+
+    def _wake_all(self) -> None:
+        with self._lock:
+            readers, self._readers = self._readers, []
+        for reader in readers:
+            reader.arrived.set()
+
+
+class _Reader:
+    """What a generation has made and its task has not taken."""
+
+    def __init__(self, waker: _Waker, thread: SteppingThread):
+        self._waker = waker
+        self._thread = thread
+        self._lock = Lock()
+        self._deltas: list[GenerateDelta] = []
+        self.arrived = asyncio.Event()
+
+    def receive(self, request: Request) -> None:
+        """Called in the stepping thread."""
+        with self._lock:
+            self._deltas.append(request.take())
+            if len(self._deltas) > 1:
+                return
+        try:
+            self._waker.wake(self)
+        except RuntimeError:  # its event loop is closed: nobody will read it
+            self._thread.abort(request)
+
+    async def next(self) -> GenerateDelta:
+        await self.arrived.wait()
+        self.arrived.clear()
+        with self._lock:
+            deltas, self._deltas = self._deltas, []
+        return reduce(GenerateDelta.joined, deltas)
