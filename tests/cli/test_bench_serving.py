@@ -12,6 +12,7 @@ from terminal import Terminal
 from tilewright import LLMEngine
 from tilewright_tools import bench
 from tilewright_tools.bench_serving import latency, poisson_arrivals
+from tilewright_torch.model import TorchExecutor
 
 SMALL = ["bench", "--num-requests", "6", "--prompt-tokens", "40", "--new-tokens", "5"]
 PAGES = ["--page-size", "16"]
@@ -256,6 +257,21 @@ def test_requests_that_cannot_be_served_are_an_error(tilewright, argv, message):
     code, out, err = tilewright(*SMALL, "--concurrency", "2", *argv)
     assert (code, out) == (2, "")
     assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_step_that_fails_is_a_one_line_error(tilewright, monkeypatch):
+    forward, steps = TorchExecutor.forward, iter(range(100))
+
+    def failing(*arguments: Any) -> Any:
+        if next(steps) == 8:
+            raise ZeroDivisionError("a bug")
+        return forward(*arguments)
+
+    monkeypatch.setattr(TorchExecutor, "forward", failing)
+    code, out, err = tilewright(*SMALL, "--concurrency", "3")
+    assert (code, out) == (2, "")
+    assert "failed in a step: ZeroDivisionError: a bug" in err
     assert err.count("\n") == 1
 
 

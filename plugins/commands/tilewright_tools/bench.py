@@ -1,6 +1,7 @@
-"""Measure the speed of prefill and decode, or what callers of requests see.
+"""Measure how fast a model is served.
 
-The times of prefill and decode are those that the engine reports.
+Times of batches are those that the engine reports. Requests that arrive over time are measured by
+their callers (bench_serving.py).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tilewright.config import resolve
 from tilewright.errors import ConfigError
 from tilewright.types import GenerateConfig, ResolvedRuntime
 from tilewright_tools import bench_serving
-from tilewright_tools.bench_serving import ServingFigure, block, random_tokens
+from tilewright_tools.bench_serving import ServingFigure, random_tokens, table
 
 if TYPE_CHECKING:
     from tilewright.engine import LLMEngine
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         for figure in measure(engine, config.model.id, args):
             figures.append(figure)
             if not args.json:
-                shown = _row(figure) if isinstance(figure, Figure) else block(figure)
+                shown = _row(figure) if isinstance(figure, Figure) else table(figure)
                 print(shown, file=out, flush=True)
         if args.json:
             report = {

@@ -210,7 +210,7 @@ async def _ask(
 _LINE = "{:<20}{:>10}{:>10}"
 
 
-def block(figure: ServingFigure) -> str:
+def table(figure: ServingFigure) -> str:
     """A figure as lines of at most 40 characters."""
     load = f"concurrency {figure.concurrency}"
     if figure.request_rate is not None:
