@@ -190,6 +190,7 @@ class Request:
                 decode_seconds=now - (self.prefilled or now),
                 prompt_tokens=len(self.prompt_token_ids),
                 new_tokens=len(self.output_token_ids),
+                cached_tokens=self.cached_tokens,
             ),
             device=model.runtime.device,
             sanitized_steps=self.sanitized_steps,

@@ -100,6 +100,8 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
         "finish_reason": result.finish_reason,
         "stop_reason": result.stop_reason,
         "prompt_token_ids": result.prompt_token_ids,
+        "cached_tokens": result.cached_tokens,
+        "preemptions": result.preemptions,
         "seed": result.seed,
         "device": result.device,
         "timings": {

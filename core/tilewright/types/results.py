@@ -23,10 +23,14 @@ class Timings:
     decode_seconds: float
     prompt_tokens: int
     new_tokens: int
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the KV cache."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Counts the tokens of the prompt that were computed."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
