@@ -159,6 +159,7 @@ class Scheduler:
             self._leaving[request] = False
         elif request in self._waiting:
             self._waiting.remove(request)
+            self._refused = None
 
     def admit(self) -> list[Request]:
         """Start the requests at the head of the queue for which there is room. Returns those that
