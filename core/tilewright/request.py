@@ -55,6 +55,8 @@ class Request:
     """The token after one that is sampled in flight can then be run before that one is known."""
     cached_tokens: int = 0
     preemptions: int = 0
+    takes_drafts: bool = True
+    """False after a step with drafts of the request has failed."""
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     ngrams: dict[tuple[int, ...], int] = field(factory=dict)

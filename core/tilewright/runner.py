@@ -413,19 +413,29 @@ class Runner:
             self._in_flight.remove(running)
         self._discard_in_flight()
         concerned: Sequence[Request] = step.requests
-        if isinstance(error, NonFiniteLogitsError) and error.request_id in step.batch.request_ids:
-            # The others lose nothing: the step is not committed, and is scheduled again without it.
-            part = step.parts[step.batch.request_ids.index(error.request_id)]
-            if part.request.request_id in self.requests:
-                self._fail(part.request, _traced(error, step, part, self.model.executor))
-            return
-        failure = _failure_of(plugin, error)
         if isinstance(error, LogitsProcessorError):
             concerned = [
                 request
                 for request in step.requests
                 if request.processing and error.processing in (None, request.processing)
             ]
+        part = None
+        if isinstance(error, NonFiniteLogitsError) and error.request_id in step.batch.request_ids:
+            part = step.parts[step.batch.request_ids.index(error.request_id)]
+            concerned = (part.request,)
+        if part or isinstance(error, LogitsProcessorError):
+            # The row that failed may follow a wrong draft: the step is scheduled again without.
+            drafted = [p.request for p in step.parts if p.drafts and p.request in concerned]
+            for request in drafted:
+                request.takes_drafts = False
+            if drafted:
+                return
+        if part and isinstance(error, NonFiniteLogitsError):
+            # The others lose nothing: the step is not committed, and is scheduled again without it.
+            if part.request.request_id in self.requests:
+                self._fail(part.request, _traced(error, step, part, self.model.executor))
+            return
+        failure = _failure_of(plugin, error)
         if isinstance(error, ExecutorLostError):
             self.fail(failure)
         for request in concerned:

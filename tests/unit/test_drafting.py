@@ -15,7 +15,7 @@ from contract_executors import (
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
 from tilewright.drafting import LONGEST, MOST_DRAFTS, SHORTEST, ngram_drafts
-from tilewright.errors import ConfigError
+from tilewright.errors import ConfigError, NonFiniteLogitsError
 from tilewright.request import Request
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import SamplingParams
@@ -307,3 +307,60 @@ def test_speculation_is_off_unless_it_is_asked_for(engines):
     assert RuntimeConfig().speculation is None
     with pytest.raises(ConfigError, match="speculation"):
         RuntimeConfig(speculation="eagle")
+
+
+# --- errors that only a wrong draft leads to ---------------------------------------------------
+
+
+def test_a_dead_end_behind_a_wrong_draft_ends_no_request(engines):
+    """After " of gamma" only the end of the text is allowed, which min_new_tokens forbids."""
+    prompt = "Alpha beta of gamma delta. Alpha beta"
+    choice = [" of gamma", " of the United States, and of the People of the States, in order"]
+    config = GenerateConfig(
+        max_new_tokens=40, min_new_tokens=8, logits_processors={"choice": choice}
+    )
+    plain, found = (e.generate_result("demo", prompt, config) for e in engines.values())
+    assert plain.text == choice[1]
+    assert content(found) == content(plain)
+
+
+class NotFiniteAfter(Hashing):
+    """Whose logits are NaN in the rows of a token, from a position on."""
+
+    def __init__(self, vocab_size, token, start):
+        super().__init__(vocab_size)
+        self.bad = token, start
+
+    def forward(self, batch, tap=None):
+        logits = super().forward(batch, tap)
+        token, start = self.bad
+        rows = batch.logits_rows
+        bad = (batch.token_ids[rows] == token) & (batch.positions[rows] >= start)
+        logits[bad] = float("nan")
+        return logits
+
+
+def test_logits_that_are_not_finite_behind_a_wrong_draft_end_no_request(demo):
+    # Token 4 follows 0, 1 in the prompt, and is not sampled.
+    prompts = [[0, 1, 4] * 4, [3, 2, 3, 2]]
+    settings = {"max_new_tokens": 30, "ignore_eos": True, "logit_bias": {4: -20.0}}
+    plain = outcomes(demo, Hashing(5), prompts, **settings)
+    assert 4 not in plain[0][1]
+    executor = NotFiniteAfter(5, token=4, start=12)
+    runner = make_runner(demo, executor, draft=ngram_drafts)
+    made = requests(demo, prompts, **settings)
+    run(runner, made)
+    assert [outcome(r) for r in made] == plain
+    assert not made[0].takes_drafts
+    assert made[1].takes_drafts
+
+
+def test_logits_that_are_not_finite_end_a_request_that_drafts(demo):
+    executor = NotFiniteAfter(5, token=2, start=20)
+    runner = make_runner(demo, executor, draft=ngram_drafts)
+    made = requests(demo, [[0, 1, 2] * 5], max_new_tokens=60, ignore_eos=True)
+    run(runner, made)
+    error = made[0].error
+    assert isinstance(error, NonFiniteLogitsError)
+    assert error.step == len(made[0].output_token_ids)
+    assert made[0].output_token_ids[-1] == 2
