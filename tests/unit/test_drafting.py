@@ -4,6 +4,7 @@ import random
 
 import pytest
 from contract_executors import (
+    Device,
     Hashing,
     demo_model,
     make_runner,
@@ -258,6 +259,8 @@ def test_random_requests_have_the_texts_of_plain_decoding(demo, seed):
         "total_pages": rng.randint(14, 30),
     }
     executor = Hashing(5, mixed=rng.random() < 0.7)
+    if rng.random() < 0.3:
+        executor = Device(executor)
     runner = make_runner(demo, executor, draft=ngram_drafts, **runtime)
     made = requests(demo, prompts)
     run(runner, made)
