@@ -64,6 +64,10 @@ class GenerateResult:
     """Tokens of the prompt whose keys and values were in the KV cache and were not computed."""
     preemptions: int = 0
     """How often the request gave up its pages to others and was computed again."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed, and checked by steps that compute the next token."""
+    accepted_tokens: int = 0
+    """How many of these were right, each of which saved a step."""
     sanitized_steps: int = 0
     """Steps whose logits were not finite and were sanitised; do not rely on such text."""
     error: TilewrightError | None = None
@@ -120,6 +124,10 @@ class ModelStats:
     num_cached_tokens: int
     """How many of these were in the KV cache."""
     num_new_tokens: int
+    num_drafted_tokens: int = 0
+    """Tokens that were guessed, and checked by steps."""
+    num_accepted_tokens: int = 0
+    """How many of these were right, each of which saved a step."""
 
 
 @frozen(kw_only=True)
@@ -146,6 +154,10 @@ class StepEvent:
     cached_pages: int = 0
     """Pages that no request holds and whose content is known."""
     total_pages: int = 0
+    num_drafted_tokens: int = 0
+    """How many of the tokens that decode were drafts."""
+    num_accepted_tokens: int = 0
+    """How many of these were right: tokens that requests got in addition to one each."""
 
     @property
     def num_tokens(self) -> int:
