@@ -12,6 +12,7 @@ from typing import Any
 from attrs import evolve
 
 from tilewright import loading
+from tilewright.drafting import ngram_drafts
 from tilewright.errors import (
     ConfigError,
     OutOfPagesError,
@@ -253,7 +254,8 @@ class LLMEngine:
             raise
         names = [str(self._selection.plugins[kind].plugin) for kind in ("executor", "sampler")]
         processors = loading.Processors(self._selection, loaded)
-        return Runner(model, sampler, self._observers, names[0], names[1], processors.get)
+        draft = ngram_drafts if model.runtime.speculation else None
+        return Runner(model, sampler, self._observers, names[0], names[1], processors.get, draft)
 
     def unload(self, model_id: str) -> None:
         """End a model's requests with a RequestError, free it, and make its name free to be used.

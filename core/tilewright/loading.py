@@ -264,6 +264,7 @@ def _with_cache(
             max_batch_tokens=_least(runtime.max_batch_tokens, limits.max_batch_tokens),
             prefix_cache=_prefix_cache(selection, runtime, limits),
             admission=runtime.admission,
+            speculation=runtime.speculation,
         ),
         executor=executor,
         allocator=allocator,

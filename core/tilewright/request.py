@@ -55,6 +55,14 @@ class Request:
     """The token after one that is sampled in flight can then be run before that one is known."""
     cached_tokens: int = 0
     preemptions: int = 0
+    takes_drafts: bool = True
+    """False after a step with drafts of the request has failed."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    ngrams: dict[tuple[int, ...], int] = field(factory=dict)
+    """The position of the token that followed an n-gram most recently."""
+    num_indexed: int = 0
+    """Number of leading tokens that ``ngrams`` knows."""
     output_token_ids: list[int] = field(factory=list)
     logprobs: list[TokenLogprobs] = field(factory=list)
     logits_processors: Mapping[str, Any] = field(factory=dict)
@@ -184,12 +192,15 @@ class Request:
             ),
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
             timings=Timings(
                 load_seconds=model.load_seconds,
                 prefill_seconds=(self.prefilled or now) - self.started,
                 decode_seconds=now - (self.prefilled or now),
                 prompt_tokens=len(self.prompt_token_ids),
                 new_tokens=len(self.output_token_ids),
+                cached_tokens=self.cached_tokens,
             ),
             device=model.runtime.device,
             sanitized_steps=self.sanitized_steps,

@@ -113,6 +113,7 @@ class Runner:
         self._num_prompt_tokens = self._num_cached_tokens = 0
         self._num_new_tokens = 0
         """Of requests that have ended."""
+        self._num_drafted_tokens = self._num_accepted_tokens = 0
         self._closed: RequestError | None = None
         """Why no request is accepted any more."""
         self._news: dict[Request, None] = {}
@@ -229,6 +230,8 @@ class Runner:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_new_tokens=self._num_new_tokens + running,
+            num_drafted_tokens=self._num_drafted_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
         )
 
     def _counts(self) -> dict[str, int]:
@@ -307,18 +310,19 @@ class Runner:
             self._failed(running, plugin, error)
             return
         # Accept tokens, then commit: if Ctrl-C falls between the two, a token is computed twice.
+        accepted = 0
         for part in step.parts:
             if part.sampled:
                 self._news[part.request] = None
             try:
-                _accept(part, tokens)
+                accepted += _accept(part, tokens)
             except LogitsProcessorError as error:
                 self._fail(part.request, error)
         self._scheduler.done(step)
         if running in self._in_flight:
             self._in_flight.remove(running)
         started, self._last_done = max(running.started, self._last_done), time.perf_counter()
-        self._report(step, self._last_done - started)
+        self._report(step, accepted, self._last_done - started)
         self._finish_ended()
 
     def _next(self) -> _InFlight | None:
@@ -417,19 +421,29 @@ class Runner:
             self._in_flight.remove(running)
         self._discard_in_flight()
         concerned: Sequence[Request] = step.requests
-        if isinstance(error, NonFiniteLogitsError) and error.request_id in step.batch.request_ids:
-            # The others lose nothing: the step is not committed, and is scheduled again without it.
-            part = step.parts[step.batch.request_ids.index(error.request_id)]
-            if part.request.request_id in self.requests:
-                self._fail(part.request, _traced(error, step, part, self.model.executor))
-            return
-        failure = _failure_of(plugin, error)
         if isinstance(error, LogitsProcessorError):
             concerned = [
                 request
                 for request in step.requests
                 if request.processing and error.processing in (None, request.processing)
             ]
+        part = None
+        if isinstance(error, NonFiniteLogitsError) and error.request_id in step.batch.request_ids:
+            part = step.parts[step.batch.request_ids.index(error.request_id)]
+            concerned = (part.request,)
+        if part or isinstance(error, LogitsProcessorError):
+            # The row that failed may follow a wrong draft: the step is scheduled again without.
+            drafted = [p.request for p in step.parts if p.drafts and p.request in concerned]
+            for request in drafted:
+                request.takes_drafts = False
+            if drafted:
+                return
+        if part and isinstance(error, NonFiniteLogitsError):
+            # The others lose nothing: the step is not committed, and is scheduled again without it.
+            if part.request.request_id in self.requests:
+                self._fail(part.request, _traced(error, step, part, self.model.executor))
+            return
+        failure = _failure_of(plugin, error)
         if isinstance(error, ExecutorLostError):
             self.fail(failure)
         for request in concerned:
@@ -445,7 +459,11 @@ class Runner:
             self._in_flight.popleft()
         self._void = False
 
-    def _report(self, step: Step, seconds: float) -> None:
+    def _report(self, step: Step, accepted: int, seconds: float) -> None:
+        drafted = sum(len(part.drafts) for part in step.parts)
+        self._num_drafted_tokens += drafted
+        self._num_accepted_tokens += accepted
+
         def event() -> StepEvent:
             lengths = [(part.stop - part.start, part.decoding) for part in step.parts]
             return StepEvent(
@@ -455,6 +473,8 @@ class Runner:
                 num_prompt_tokens=sum(n for n, decoding in lengths if not decoding),
                 num_decode_tokens=sum(n for n, decoding in lengths if decoding),
                 **self._counts(),
+                num_drafted_tokens=drafted,
+                num_accepted_tokens=accepted,
                 seconds=seconds,
             )
 
@@ -487,6 +507,7 @@ class Runner:
         self._num_new_tokens += len(request.output_token_ids)
         self._scheduler.remove(request)
         self._end_processing(request)
+        request.ngrams.clear()  # the caller may keep the request
 
 
 def _is_token(token: object, vocab_size: int) -> bool:
@@ -532,12 +553,14 @@ def _forbidden(row: SamplerRow | None) -> list[int]:
     return [token_id for token_id, value in bias.items() if value == -inf]
 
 
-def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> None:
-    """Add a request's tokens, up to the first draft that was wrong.
+def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> int:
+    """Add a request's tokens, up to the first draft that was wrong. Returns how many drafts added
+    a token.
 
     A token is in the output already when the step was interrupted after it had been added.
     """
-    request = part.request
+    request, before = part.request, len(part.request.output_token_ids)
+    request.drafted_tokens += len(part.drafts)
     for number, row in enumerate(part.sampled):
         token = tokens[row]
         assert token is not None
@@ -545,6 +568,9 @@ def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> None:
             request.accept(token)
         if number < len(part.drafts) and token.token_id != part.drafts[number]:
             break
+    accepted = max(len(request.output_token_ids) - before - 1, 0)
+    request.accepted_tokens += accepted
+    return accepted
 
 
 def _score(step: Step, output: StepOutput) -> None:

@@ -93,7 +93,8 @@ class Scheduler:
         prefix_cache: bool = True,
     ):
         """draft: guesses tokens for decoding requests, which their next step checks. A request's
-        next step then waits for the last token, which the guesses follow."""
+        next step then waits for the last token, which the guesses follow: it is never in flight
+        together with the one before it."""
         limits = limits or ExecutorLimits()
         self._allocator = allocator
         self._reserve = admission == "reserve"
@@ -159,6 +160,7 @@ class Scheduler:
             self._leaving[request] = False
         elif request in self._waiting:
             self._waiting.remove(request)
+            self._refused = None
 
     def admit(self) -> list[Request]:
         """Start the requests at the head of the queue for which there is room. Returns those that
@@ -374,7 +376,7 @@ class Scheduler:
 
     def _drafts(self, ready: _Ready, room: int) -> Sequence[int]:
         request = ready.request
-        if self._draft is None:
+        if self._draft is None or not request.takes_drafts:
             return ()
         most = min(room, request.max_new_tokens - len(request.output_token_ids) - 1)
         drafts = tuple(self._draft(request, most))[:most] if most > 0 else ()

@@ -126,6 +126,21 @@ def test_stats_are_printed_to_stderr_on_request(capsys):
     assert out.startswith(" no law")
 
 
+def test_json_and_stats_count_the_tokens_that_were_drafted(capsys):
+    law = "Congress shall make no law respecting an establishment of religion. Congress shall make"
+    argv = ["generate", law, "--temperature", "0", "--max-new-tokens", "12", "--json", "--stats"]
+    out, err = printed(capsys, *argv, "--speculation", "ngram")
+    record = json.loads(out)
+    drafted, accepted = record["drafted_tokens"], record["accepted_tokens"]
+    assert drafted >= accepted > 0
+    assert f" {accepted} of {drafted} drafted tokens accepted, " in err
+    out, err = printed(capsys, *argv)
+    plain = json.loads(out)
+    assert plain["token_ids"] == record["token_ids"]
+    assert "drafted_tokens" not in plain
+    assert "drafted" not in err
+
+
 def test_json_output_is_one_object_per_result(capsys, continuation):
     argv = [
         DEMO_PROMPT,

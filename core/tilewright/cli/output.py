@@ -100,6 +100,8 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
         "finish_reason": result.finish_reason,
         "stop_reason": result.stop_reason,
         "prompt_token_ids": result.prompt_token_ids,
+        "cached_tokens": result.cached_tokens,
+        "preemptions": result.preemptions,
         "seed": result.seed,
         "device": result.device,
         "timings": {
@@ -118,6 +120,9 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
         record["logprobs"] = [_logprobs_record(token) for token in result.logprobs]
     if result.prompt_logprobs is not None:
         record["prompt_logprobs"] = [t and _logprobs_record(t) for t in result.prompt_logprobs]
+    if result.drafted_tokens:
+        record["drafted_tokens"] = result.drafted_tokens
+        record["accepted_tokens"] = result.accepted_tokens
     if result.sanitized_steps:
         record["sanitized_steps"] = result.sanitized_steps
     return record
@@ -132,15 +137,18 @@ def stats_line(results: Sequence[GenerateResult]) -> str:
     timings = [result.timings for result in results]
     prompt_tokens = sum(t.prompt_tokens for t in timings)
     new_tokens = sum(t.new_tokens for t in timings)
+    drafted = sum(result.drafted_tokens for result in results)
+    accepted = sum(result.accepted_tokens for result in results)
+    drafts = f"{accepted} of {drafted} drafted tokens accepted, " if drafted else ""
     loading = f"the model loaded in {timings[0].load_seconds:.2f} s on {results[0].device}"
     if len(results) > 1:
         seconds = max(t.prefill_seconds + t.decode_seconds for t in timings)
         return (
             f"{len(results)} results: {prompt_tokens} prompt tokens and {new_tokens} new tokens "
-            f"in {seconds:.2f} s; {loading}"
+            f"in {seconds:.2f} s; {drafts}{loading}"
         )
     return (
         f"{prompt_tokens} prompt tokens ({timings[0].prefill_tokens_per_second:.1f} tokens/s), "
         f"{new_tokens} new tokens ({timings[0].decode_tokens_per_second:.1f} tokens/s), "
-        f"ended by {results[0].finish_reason}; {loading}"
+        f"{drafts}ended by {results[0].finish_reason}; {loading}"
     )

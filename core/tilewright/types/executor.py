@@ -19,6 +19,9 @@ Tap: TypeAlias = "Callable[[str, Tensor], None]"
 Admission = Literal["preempt", "reserve"]
 """Which requests start; see RuntimeConfig."""
 
+Speculation = Literal["ngram"]
+"""How tokens are guessed; see RuntimeConfig."""
+
 
 @frozen(field_transformer=checked)
 class RuntimeConfig:
@@ -66,6 +69,11 @@ class RuntimeConfig:
         "last token is sure to fit, so that none is interrupted",
         "preempt",
     )
+    speculation: Speculation | None = described(
+        "guess several tokens, and check them in one step: ngram, what followed the last tokens "
+        "when they occurred before in prompt or output; pays off for text that repeats itself; "
+        "default: no guesses"
+    )
 
 
 @frozen(kw_only=True)
@@ -83,6 +91,7 @@ class ResolvedRuntime:
     max_batch_tokens: int
     prefix_cache: bool = True
     admission: Admission = "preempt"
+    speculation: Speculation | None = None
 
 
 @frozen(kw_only=True, eq=False)

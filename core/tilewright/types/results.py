@@ -23,10 +23,14 @@ class Timings:
     decode_seconds: float
     prompt_tokens: int
     new_tokens: int
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the KV cache."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Counts the tokens of the prompt that were computed."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -60,6 +64,10 @@ class GenerateResult:
     """Tokens of the prompt whose keys and values were in the KV cache and were not computed."""
     preemptions: int = 0
     """How often the request gave up its pages to others and was computed again."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed, and checked by steps that compute the next token."""
+    accepted_tokens: int = 0
+    """How many of these were right, each of which saved a step."""
     sanitized_steps: int = 0
     """Steps whose logits were not finite and were sanitised; do not rely on such text."""
     error: TilewrightError | None = None
@@ -116,6 +124,10 @@ class ModelStats:
     num_cached_tokens: int
     """How many of these were in the KV cache."""
     num_new_tokens: int
+    num_drafted_tokens: int = 0
+    """Tokens that were guessed, and checked by steps."""
+    num_accepted_tokens: int = 0
+    """How many of these were right, each of which saved a step."""
 
 
 @frozen(kw_only=True)
@@ -142,6 +154,10 @@ class StepEvent:
     cached_pages: int = 0
     """Pages that no request holds and whose content is known."""
     total_pages: int = 0
+    num_drafted_tokens: int = 0
+    """How many of the tokens that decode were drafts."""
+    num_accepted_tokens: int = 0
+    """How many of these were right: tokens that requests got in addition to one each."""
 
     @property
     def num_tokens(self) -> int:

@@ -244,6 +244,20 @@ def test_the_bundled_model_gives_its_known_text_and_reports_the_emulated_device(
     assert (len(result.token_ids), result.device) == (32, "emulated")
 
 
+def test_drafts_are_checked_in_steps_of_decoding(emulated):
+    prompt = (
+        "Congress shall make no law respecting an establishment of religion. Congress shall make"
+    )
+    config = GenerateConfig(max_new_tokens=12)
+    for model_id, speculation in (("plain", None), ("drafts", "ngram")):
+        emulated.init_model(model_id, DEMO_MODEL, RuntimeConfig(speculation=speculation))
+    plain = emulated.generate_result("plain", prompt, config)
+    found = emulated.generate_result("drafts", prompt, config)
+    assert found.token_ids == plain.token_ids
+    assert found.accepted_tokens
+    assert emulated.stats("drafts").num_steps == 12 - found.accepted_tokens
+
+
 def test_a_closed_engine_can_be_recreated_from_its_selection(emulated):
     runtime = RuntimeConfig(max_seq_len=64)
     emulated.init_model("demo", DEMO_MODEL, runtime)
