@@ -109,8 +109,7 @@ class AsyncLLMEngine:
                 f"request id {name!r} is in use: choose another, or wait until that generation "
                 "has ended"
             )
-        loop = asyncio.get_running_loop()
-        reader = _Reader(self._wakers.setdefault(loop, _Waker(loop)), thread)
+        reader = _Reader(self._waker(), thread)
         generation = self._open[name] = _Open(thread)
         try:
             arguments = thread, prompt, config, name
@@ -151,6 +150,13 @@ class AsyncLLMEngine:
         assert result is not None
         return result
 
+    def _waker(self) -> "_Waker":
+        """That of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._wakers:
+            self._wakers = {one: w for one, w in self._wakers.items() if not one.is_closed()}
+        return self._wakers.setdefault(loop, _Waker(loop))
+
     def abort(self, request_id: str) -> None:
         """End a generation with what it has until now, after the step that is running.
 
@@ -183,18 +189,25 @@ class _Waker:
         self._readers: list[_Reader] = []
 
     def wake(self, reader: "_Reader") -> None:
-        """Called in a stepping thread. Raises RuntimeError when the event loop is closed."""
+        """Called in a stepping thread."""
         with self._lock:
             self._readers.append(reader)
-            if len(self._readers) > 1:
+            if len(self._readers) > 1 and not self._loop.is_closed():
                 return
-        self._loop.call_soon_threadsafe(self._wake_all)
+        try:
+            self._loop.call_soon_threadsafe(self._wake_all)
+        except RuntimeError:  # the event loop is closed
+            for nobody in self._take():
+                nobody.abort()
 
     def _wake_all(self) -> None:
+        for reader in self._take():
+            reader.arrived.set()
+
+    def _take(self) -> "list[_Reader]":
         with self._lock:
             readers, self._readers = self._readers, []
-        for reader in readers:
-            reader.arrived.set()
+        return readers
 
 
 class _Reader:
@@ -203,20 +216,23 @@ class _Reader:
     def __init__(self, waker: _Waker, thread: SteppingThread):
         self._waker = waker
         self._thread = thread
+        self._request: Request | None = None
         self._lock = Lock()
         self._deltas: list[GenerateDelta] = []
         self.arrived = asyncio.Event()
 
     def receive(self, request: Request) -> None:
         """Called in the stepping thread."""
+        self._request = request
         with self._lock:
             self._deltas.append(request.take())
             if len(self._deltas) > 1:
                 return
-        try:
-            self._waker.wake(self)
-        except RuntimeError:  # its event loop is closed: nobody will read it
-            self._thread.abort(request)
+        self._waker.wake(self)
+
+    def abort(self) -> None:
+        if self._request:
+            self._thread.abort(self._request)
 
     async def next(self) -> GenerateDelta:
         await self.arrived.wait()

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 import pytest
 
@@ -244,15 +244,18 @@ def test_a_generation_of_an_event_loop_that_is_closed_is_aborted():
         inner.init_model("demo", DEMO_MODEL, RUNTIME)
         engine = AsyncLLMEngine(inner)
         loop = asyncio.new_event_loop()
-        generation = engine.generate("demo", TRUTHS, config(200))
-        loop.run_until_complete(anext(generation))
+        generations = [engine.generate("demo", p, config(200)) for p in (TRUTHS, WHEN)]
+        for generation in generations:
+            loop.run_until_complete(anext(generation))
         loop.close()
         deadline = time.monotonic() + 30
         while engine.stats("demo").num_running and time.monotonic() < deadline:
             time.sleep(0.001)
-        assert engine.stats("demo").num_new_tokens < 200
-        with suppress(RuntimeError):
-            del generation
+        assert not engine.stats("demo").num_running
+        assert engine.stats("demo").num_new_tokens < 400
+        other = asyncio.run(engine.generate_result("demo", TRUTHS, config(5)))
+        assert len(other.token_ids) == 5
+        assert len(engine._wakers) == 1
 
 
 def test_event_loops_of_several_threads_and_plain_calls_share_an_engine():
