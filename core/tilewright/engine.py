@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from attrs import evolve
@@ -17,6 +17,7 @@ from tilewright.errors import (
     OutOfPagesError,
     RequestError,
     TilewrightError,
+    copied,
     nearest,
 )
 from tilewright.loading import ServedModel
@@ -70,27 +71,44 @@ class GenerationStream(Iterator[str]):
                 delta = self._thread.receive(self._deltas)
                 if delta.result or delta.error:
                     self._last = delta
+                    self._deltas.put(evolve(delta, text=""))  # for another thread that reads
                 if delta.text:
                     return delta.text
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         if self._last.error:
-            raise self._last.error
+            raise copied(self._last.error)
         raise StopIteration
 
     def close(self) -> None:
         """End the request if it is not finished: its result has what was generated until now."""
         if not self._request.over:
-            self._thread.submit(lambda: self._thread.runner.abort(self._request)).result()
+            self._thread.call(lambda: self._thread.runner.abort(self._request))
+        self._end()
+
+    def _end(self) -> None:
+        """Let nothing be left to read."""
         if self._last is None:
-            self._last = self._request.take()
+            request = self._request
+            self._last = GenerateDelta(
+                request_id=request.request_id,
+                text="",
+                token_ids=(),
+                logprobs=None,
+                result=request.result,
+                error=request.error,
+            )
 
     def __enter__(self) -> "GenerationStream":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None = None, *exc: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self.close()
+        else:  # Ctrl-C does not wait for the step that is running
+            self.__del__()
+            self._end()
 
     def __del__(self) -> None:
         if not self._request.over:
@@ -110,8 +128,8 @@ class LLMEngine:
         self._observers = Observers(selection.manager)
         self._models: dict[str, SteppingThread] = {}
         self._loading: set[str] = set()
-        self._lock = Lock()
-        """Held while the names of models change."""
+        self._lock = RLock()
+        """Held while the names of models change; a finaliser may then close the engine."""
         self._numbers = count(1)
         self._closed = False
         weakref.finalize(self, _stop_all, self._models).atexit = False
@@ -329,9 +347,10 @@ class LLMEngine:
         self._check_open()
         thread = self._models.get(model_id)
         if thread is None:
-            known = ", ".join(map(repr, self._models)) or "none; call init_model first"
+            names = list(self._models)
+            known = ", ".join(map(repr, names)) or "none; call init_model first"
             raise RequestError(
-                f"no model is named {model_id!r}{nearest(model_id, self._models)} (loaded: {known})"
+                f"no model is named {model_id!r}{nearest(model_id, names)} (loaded: {known})"
             )
         return thread
 
@@ -366,7 +385,7 @@ class LLMEngine:
         request = new_request(self._next_id(model), model, prompt, settings)
         stream = GenerationStream(self, thread, request)
         try:
-            thread.submit(lambda: thread.runner.add(request)).result()
+            thread.call(lambda: thread.runner.add(request))
         except BaseException:
             thread.abort(request)
             raise
@@ -481,13 +500,17 @@ def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, T
     for request in requests.values():
         request.on_news = lambda request: ended.put(request) if request.over else None
     try:
-        errors = thread.submit(add).result()
+        errors = thread.call(add)
         for _ in range(len(requests) - len(errors)):
             request = thread.receive(ended)
             if request.error:
-                raise request.error
-    except BaseException:
-        thread.submit(abort).result()
+                raise copied(request.error)
+    except Exception:
+        thread.call(abort)
+        raise
+    except BaseException:  # Ctrl-C does not wait for the step that is running
+        for request in requests.values():
+            thread.abort(request)
         raise
     return errors
 

@@ -15,6 +15,7 @@ from tilewright.errors import (
     PluginError,
     RequestError,
     TilewrightError,
+    copied,
 )
 from tilewright.loading import ServedModel
 from tilewright.logits_processing import (
@@ -116,7 +117,8 @@ class Runner:
         self._closed: RequestError | None = None
         """Why no request is accepted any more."""
         self._news: dict[Request, None] = {}
-        self._lost: ExecutorLostError | None = None
+        self._lost: str | None = None
+        """How the executor was lost."""
         self._depth = 0
         """Steps that are running: an observer may run one in a step's events."""
         self._sampler = sampler
@@ -149,9 +151,9 @@ class Runner:
         argument that a logits processor cannot take, and after ``close``.
         """
         if self._closed:
-            raise self._closed
+            raise copied(self._closed)
         if self._lost:
-            raise self._lost
+            raise ExecutorLostError(self._lost)
         if request.request_id in self.requests:
             raise RequestError(
                 f"a request of model {self.model.model_id!r} has the id {request.request_id!r} "
@@ -204,16 +206,19 @@ class Runner:
     def abort(self, request: Request) -> None:
         """End a request with what it has generated; does nothing if it has ended.
 
-        Its pages are free when the steps in flight that it is in have ended.
+        Its pages are free when the steps in flight that it is in have ended. A finaliser may call
+        this anywhere in a step, so the request leaves only at the step's end.
         """
-        if request.request_id in self.requests:
-            request.finish_reason = "aborted"
-            self._finish(request, "on_request_aborted")
+        if request.request_id in self.requests and request.result is None:
+            request.finish_reason = request.finish_reason or "aborted"
+            request.finish(self.model)
+            if not self._depth:
+                self._finish(request)
 
     def poll(self) -> list[Request]:
         """The requests that have new tokens, or have ended, since the last call."""
-        news, self._news = list(self._news), {}
-        return news
+        news, self._news = self._news, {}
+        return list(news)
 
     def stats(self) -> ModelStats:
         """May be called from any thread."""
@@ -253,9 +258,11 @@ class Runner:
         if self._closed:
             return
         self._closed = reason
-        self.fail(reason)
-        if not self._depth:
-            self._close_executor()
+        try:
+            self.fail(reason)
+        finally:
+            if not self._depth:
+                self._close_executor()
 
     def step(self) -> None:
         """Run until the oldest step is done, for every request that is in it."""
@@ -402,7 +409,7 @@ class Runner:
         """End the requests that a failed step concerns; the others are scheduled again."""
         step = running.step
         if isinstance(error, ExecutorLostError):
-            self._lost = error
+            self._lost = str(error)
         self._void = True
         self._scheduler.undone(step)
         if running in self._in_flight:
@@ -460,15 +467,21 @@ class Runner:
     def _finish_ended(self) -> None:
         for request in list(self.requests.values()):
             if request.finish_reason:
-                self._finish(request, "on_request_finished")
+                self._finish(request)
 
-    def _finish(self, request: Request, event: str) -> None:
-        result = request.finish(self.model)
+    def _finish(self, request: Request) -> None:
+        result = request.result or request.finish(self.model)
+        if request.request_id not in self.requests:  # aborted by a finaliser just now
+            return
         self._drop(request)
+        aborted = result.finish_reason == "aborted"
+        event = "on_request_aborted" if aborted else "on_request_finished"
         self._observers.notify(event, lambda: {"result": result})
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        if request.request_id in self.requests:  # an observer may have ended it
+        if request.result:
+            self._finish(request)
+        elif request.request_id in self.requests:  # an observer may have ended it
             request.error = error
             self._drop(request)
             self._notify("on_request_failed", request, error=error)
