@@ -382,6 +382,7 @@ class LLMEngine:
         settings = _settings(model, config)
         _check_single(settings)
         check_settings(model, settings)
+        thread.runner.make_processors(settings.logits_processors or ())
         request = new_request(self._next_id(model), model, prompt, settings)
         stream = GenerationStream(self, thread, request)
         try:
@@ -423,6 +424,7 @@ class LLMEngine:
     ) -> list[GenerateResult]:
         model = thread.runner.model
         check_settings(model, settings)
+        thread.runner.make_processors(settings.logits_processors or ())
         choices = [prompt for prompt in prompts for _ in range(settings.n or 1)]
         asked = [
             evolve(settings, seed=None if settings.seed is None else (settings.seed + i) % 2**63)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import inf
 from typing import TYPE_CHECKING
@@ -117,8 +117,7 @@ class Runner:
         self._closed: RequestError | None = None
         """Why no request is accepted any more."""
         self._news: dict[Request, None] = {}
-        self._lost: str | None = None
-        """How the executor was lost."""
+        self._lost: ExecutorLostError | None = None
         self._depth = 0
         """Steps that are running: an observer may run one in a step's events."""
         self._sampler = sampler
@@ -153,7 +152,7 @@ class Runner:
         if self._closed:
             raise copied(self._closed)
         if self._lost:
-            raise ExecutorLostError(self._lost)
+            raise copied(self._lost)
         if request.request_id in self.requests:
             raise RequestError(
                 f"a request of model {self.model.model_id!r} has the id {request.request_id!r} "
@@ -176,6 +175,16 @@ class Runner:
             num_prompt_tokens=len(request.prompt_token_ids),
             max_new_tokens=request.max_new_tokens,
         )
+
+    def make_processors(self, names: Iterable[str]) -> None:
+        """Make the logits processors of these names, which may read a vocabulary for seconds.
+
+        Any thread may call this. Otherwise ``add`` makes those that a request is the first to name.
+        Raises PluginError for a name that means no plugin, and for a plugin that fails.
+        """
+        assert self._processors or not names
+        for name in names:
+            self._processors(name)  # type: ignore[misc]
 
     def _begin_processing(self, request: Request) -> None:
         assert self._processors or not request.logits_processors
@@ -409,7 +418,7 @@ class Runner:
         """End the requests that a failed step concerns; the others are scheduled again."""
         step = running.step
         if isinstance(error, ExecutorLostError):
-            self._lost = str(error)
+            self._lost = error
         self._void = True
         self._scheduler.undone(step)
         if running in self._in_flight:
