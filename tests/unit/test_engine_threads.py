@@ -23,6 +23,7 @@ import tilewright_torch.plugin as torch_plugin
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
 from tilewright.errors import ConfigError, ExecutorLostError, PluginError, RequestError
 from tilewright.settings import DEMO_MODEL
+from tilewright_guidance import choice
 
 TRUTHS = "We hold these truths to be self-evident,"
 WHEN = "When in the Course of human events,"
@@ -315,6 +316,28 @@ def test_a_model_in_a_long_step_does_not_stop_another_one(executors):
         assert stream.result is None
         blocked.__exit__()
         assert "".join(stream) == stream.result.text
+
+
+def test_a_logits_processor_is_made_once_and_by_a_caller(engine, executors, monkeypatch):
+    makers, original = [], choice.create_logits_processor
+
+    @hookimpl
+    def create_logits_processor(model_config, text):
+        makers.append(threading.current_thread().name)
+        time.sleep(0.05)
+        return original(model_config, text)
+
+    monkeypatch.setattr(choice, "create_logits_processor", create_logits_processor)
+    asked = config(8, ignore_eos=False, logits_processors={"choice": ["yes", "no"]})
+    found = in_threads(
+        lambda: "".join(engine.stream("demo", TRUTHS, asked)),
+        lambda: engine.generate("demo", TRUTHS, asked),
+        lambda: engine.generate_batch("demo", [TRUTHS], asked)[0].text,
+    )
+    assert found[0] in ("yes", "no")
+    assert len(set(found)) == 1
+    assert len(makers) == 1
+    assert makers[0] != "tilewright demo"
 
 
 # --- the end --------------------------------------------------------------------------------------
