@@ -47,8 +47,8 @@ class GenerationStream(Iterator[str]):
 
     The text is generated whether it is read or not; any thread may read it. ``result`` is None
     until the generation has ended. Closing the stream, leaving its ``with`` block, or an exception
-    in it (Ctrl-C included) ends the request and frees its pages; nothing is left to read then. A
-    generation that did not end by itself, because its engine was closed or its model unloaded,
+    in it ends the request and frees its pages; nothing is left to read then. Only after Ctrl-C, and
+    when a generator that holds the block is closed, the request ends a step later. A generation that did not end by itself, because its engine was closed or its model unloaded,
     raises RequestError.
     """
 
