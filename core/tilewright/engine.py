@@ -47,9 +47,10 @@ class GenerationStream(Iterator[str]):
 
     The text is generated whether it is read or not; any thread may read it. ``result`` is None
     until the generation has ended. Closing the stream, leaving its ``with`` block, or an exception
-    in it ends the request and frees its pages; nothing is left to read then. Only after Ctrl-C, and
-    when a generator that holds the block is closed, the request ends a step later. A generation that did not end by itself, because its engine was closed or its model unloaded,
-    raises RequestError.
+    in it ends the request and frees its pages; nothing is left to read then. Only Ctrl-C, and a
+    generator that is closed, leave the block before the request has ended, which its next step
+    does. A generation that did not end by itself, because its engine was closed or its model
+    unloaded, raises RequestError.
     """
 
     def __init__(self, engine: "LLMEngine", thread: SteppingThread, request: Request):
