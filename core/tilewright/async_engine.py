@@ -10,7 +10,7 @@ from typing import Any
 from attrs import define
 
 from tilewright.engine import LLMEngine, Prompt
-from tilewright.errors import RequestError
+from tilewright.errors import RequestError, copied
 from tilewright.request import Request
 from tilewright.stepping import SteppingThread
 from tilewright.types import (
@@ -127,7 +127,7 @@ class AsyncLLMEngine:
                 if delta.token_ids or delta.result:
                     yield delta
                 if delta.error:
-                    raise delta.error
+                    raise copied(delta.error)
                 if delta.result:
                     return
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from attrs import evolve
@@ -18,6 +18,7 @@ from tilewright.errors import (
     OutOfPagesError,
     RequestError,
     TilewrightError,
+    copied,
     nearest,
 )
 from tilewright.loading import ServedModel
@@ -47,9 +48,10 @@ class GenerationStream(Iterator[str]):
 
     The text is generated whether it is read or not; any thread may read it. ``result`` is None
     until the generation has ended. Closing the stream, leaving its ``with`` block, or an exception
-    in it (Ctrl-C included) ends the request and frees its pages; nothing is left to read then. A
-    generation that did not end by itself, because its engine was closed or its model unloaded,
-    raises RequestError.
+    in it ends the request and frees its pages; nothing is left to read then. Only Ctrl-C, and a
+    generator that is closed, leave the block before the request has ended, which its next step
+    does. A generation that did not end by itself, because its engine was closed or its model
+    unloaded, raises RequestError.
     """
 
     def __init__(self, engine: "LLMEngine", thread: SteppingThread, request: Request):
@@ -71,27 +73,44 @@ class GenerationStream(Iterator[str]):
                 delta = self._thread.receive(self._deltas)
                 if delta.result or delta.error:
                     self._last = delta
+                    self._deltas.put(evolve(delta, text=""))  # for another thread that reads
                 if delta.text:
                     return delta.text
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         if self._last.error:
-            raise self._last.error
+            raise copied(self._last.error)
         raise StopIteration
 
     def close(self) -> None:
         """End the request if it is not finished: its result has what was generated until now."""
         if not self._request.over:
-            self._thread.submit(lambda: self._thread.runner.abort(self._request)).result()
+            self._thread.call(lambda: self._thread.runner.abort(self._request))
+        self._end()
+
+    def _end(self) -> None:
+        """Let nothing be left to read."""
         if self._last is None:
-            self._last = self._request.take()
+            request = self._request
+            self._last = GenerateDelta(
+                request_id=request.request_id,
+                text="",
+                token_ids=(),
+                logprobs=None,
+                result=request.result,
+                error=request.error,
+            )
 
     def __enter__(self) -> "GenerationStream":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None = None, *exc: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self.close()
+        else:  # Ctrl-C does not wait for the step that is running
+            self.__del__()
+            self._end()
 
     def __del__(self) -> None:
         if not self._request.over:
@@ -111,8 +130,8 @@ class LLMEngine:
         self._observers = Observers(selection.manager)
         self._models: dict[str, SteppingThread] = {}
         self._loading: set[str] = set()
-        self._lock = Lock()
-        """Held while the names of models change."""
+        self._lock = RLock()
+        """Held while the names of models change; a finaliser may then close the engine."""
         self._numbers = count(1)
         self._closed = False
         weakref.finalize(self, _stop_all, self._models).atexit = False
@@ -331,9 +350,10 @@ class LLMEngine:
         self._check_open()
         thread = self._models.get(model_id)
         if thread is None:
-            known = ", ".join(map(repr, self._models)) or "none; call init_model first"
+            names = list(self._models)
+            known = ", ".join(map(repr, names)) or "none; call init_model first"
             raise RequestError(
-                f"no model is named {model_id!r}{nearest(model_id, self._models)} (loaded: {known})"
+                f"no model is named {model_id!r}{nearest(model_id, names)} (loaded: {known})"
             )
         return thread
 
@@ -364,7 +384,7 @@ class LLMEngine:
         request = self._new_request(thread, prompt, config)
         stream = GenerationStream(self, thread, request)
         try:
-            thread.submit(lambda: thread.runner.add(request)).result()
+            thread.call(lambda: thread.runner.add(request))
         except BaseException:
             thread.abort(request)
             raise
@@ -394,6 +414,7 @@ class LLMEngine:
         settings = _settings(model, config)
         _check_single(settings)
         check_settings(model, settings)
+        thread.runner.make_processors(settings.logits_processors or ())
         return new_request(request_id or self._next_id(model), model, prompt, settings)
 
     def generate_result(
@@ -428,6 +449,7 @@ class LLMEngine:
     ) -> list[GenerateResult]:
         model = thread.runner.model
         check_settings(model, settings)
+        thread.runner.make_processors(settings.logits_processors or ())
         choices = [prompt for prompt in prompts for _ in range(settings.n or 1)]
         asked = [
             evolve(settings, seed=None if settings.seed is None else (settings.seed + i) % 2**63)
@@ -505,13 +527,17 @@ def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, T
     for request in requests.values():
         request.on_news = lambda request: ended.put(request) if request.over else None
     try:
-        errors = thread.submit(add).result()
+        errors = thread.call(add)
         for _ in range(len(requests) - len(errors)):
             request = thread.receive(ended)
             if request.error:
-                raise request.error
-    except BaseException:
-        thread.submit(abort).result()
+                raise copied(request.error)
+    except Exception:
+        thread.call(abort)
+        raise
+    except BaseException:  # Ctrl-C does not wait for the step that is running
+        for request in requests.values():
+            thread.abort(request)
         raise
     return errors
 

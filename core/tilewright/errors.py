@@ -5,6 +5,9 @@ command line prints it without a traceback and exits with code 2.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class TilewrightError(Exception):
@@ -81,6 +84,22 @@ class NonFiniteLogitsError(TilewrightError):
 
 class PluginWarning(RuntimeWarning):
     """A plugin failed in a place where that ends no generation."""
+
+
+def copied(error: E) -> E:
+    """A copy to raise of an error that other threads may raise or keep.
+
+    Raising an exception adds the caller's frames to it, and all that they refer to. An exception
+    that cannot be copied is returned as it is.
+    """
+    from copy import copy
+
+    try:
+        made = copy(error)
+    except Exception:
+        return error
+    made.__cause__, made.__suppress_context__ = error.__cause__, error.__suppress_context__
+    return made.with_traceback(error.__traceback__)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

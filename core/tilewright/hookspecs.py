@@ -218,6 +218,17 @@ class ObserverHooks:
 class ObserverEvents:
     """Events for observers. All observers are called, those named last first.
 
+    The thread that calls ``init_model`` makes the events of loading: ``on_load_progress``,
+    ``on_prepare`` and ``on_model_loaded``. ``on_close`` comes in the thread that closes the engine,
+    after the last event of each model, unless an observer closes it. Each model has a thread of its
+    own that makes all its other events, one after another. So an observer of an engine with several
+    models is called by several threads, perhaps at once, and must guard what it shares between
+    models; a first request may be submitted before ``on_model_loaded`` is called.
+
+    An observer may call the engine in an event. Its model runs no step for other callers until the
+    event is over. Where the observers of two models wait for each other's model, one of them gets a
+    RequestError.
+
     An event without a listener costs nothing: it is not created. An observer that raises an
     Exception other than MemoryError ends nobody's generation: a RuntimeWarning names it, the event
     and the cause, and it gets no further events.

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from attrs import define, evolve
@@ -420,24 +421,33 @@ class InstalledFormats:
 
 
 class Processors:
-    """The logits processors of one model. Each is made when a request first names it."""
+    """The logits processors of one model. Each is made once, when a request first names it.
+
+    Any thread may call ``get``.
+    """
 
     def __init__(self, selection: Selection, loaded: LoadedModel):
         self._selection = selection
         self._loaded = loaded
         self._made: dict[plugins.Plugin, Processing] = {}
+        self._making = RLock()
 
     def get(self, name: str) -> Processing:
         """Raises PluginError as ``plugins.find`` and ``plugins.load`` do."""
         plugin = plugins.find("logits_processor", name)
         if plugin not in self._made:
-            chosen = select(self._selection.manager, "logits_processor", plugin.qualified)
-            processor = chosen.create(
-                "create_logits_processor",
-                LogitsProcessor,
-                model_config=self._loaded.config,
-                text=self._loaded.text,
-                options=chosen.read_options(self._selection.arguments["options"]),
-            )
-            self._made[plugin] = Processing(str(plugin), processor, state=None)
+            with self._making:
+                if plugin not in self._made:
+                    self._made[plugin] = self._make(plugin)
         return self._made[plugin]
+
+    def _make(self, plugin: plugins.Plugin) -> Processing:
+        chosen = select(self._selection.manager, "logits_processor", plugin.qualified)
+        processor = chosen.create(
+            "create_logits_processor",
+            LogitsProcessor,
+            model_config=self._loaded.config,
+            text=self._loaded.text,
+            options=chosen.read_options(self._selection.arguments["options"]),
+        )
+        return Processing(str(plugin), processor, state=None)

@@ -7,6 +7,7 @@ name imports that plugin and no other.
 
 import os
 import sys
+from _thread import allocate_lock  # threading takes longer to import
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -403,14 +404,19 @@ def unmarked_events(obj: Any) -> list[str]:
     ]
 
 
+_registering = allocate_lock()
+"""Held while a plugin is registered: threads may load models that need the same one."""
+
+
 def register(manager: "PluginManager", plugin: Plugin) -> Any:
     """Load a plugin and register it with a manager; returns it.
 
     It is registered as ``kind:distribution:name``; an object of two kinds only once.
     """
     obj = load(plugin)
-    if not manager.is_registered(obj):
-        manager.register(obj, f"{plugin.kind}:{plugin.qualified}")
+    with _registering:
+        if not manager.is_registered(obj):
+            manager.register(obj, f"{plugin.kind}:{plugin.qualified}")
     return obj
 
 

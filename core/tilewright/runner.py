@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import inf
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from tilewright.errors import (
     PluginError,
     RequestError,
     TilewrightError,
+    copied,
 )
 from tilewright.loading import ServedModel
 from tilewright.logits_processing import (
@@ -150,9 +151,9 @@ class Runner:
         argument that a logits processor cannot take, and after ``close``.
         """
         if self._closed:
-            raise self._closed
+            raise copied(self._closed)
         if self._lost:
-            raise self._lost
+            raise copied(self._lost)
         if request.request_id in self.requests:
             raise RequestError(
                 f"a request of model {self.model.model_id!r} has the id {request.request_id!r} "
@@ -175,6 +176,16 @@ class Runner:
             num_prompt_tokens=len(request.prompt_token_ids),
             max_new_tokens=request.max_new_tokens,
         )
+
+    def make_processors(self, names: Iterable[str]) -> None:
+        """Make the logits processors of these names, which may read a vocabulary for seconds.
+
+        Any thread may call this. Otherwise ``add`` makes those that a request is the first to name.
+        Raises PluginError for a name that means no plugin, and for a plugin that fails.
+        """
+        assert self._processors or not names
+        for name in names:
+            self._processors(name)  # type: ignore[misc]
 
     def _begin_processing(self, request: Request) -> None:
         assert self._processors or not request.logits_processors
@@ -206,17 +217,20 @@ class Runner:
         """End a request with what it has generated; does nothing if it has ended.
 
         Its pages are free when the steps in flight that it is in have ended; if no request is left,
-        they are waited for.
+        they are waited for. A finaliser may call this anywhere in a step, so the request leaves at
+        the step's end.
         """
-        if self.requests.get(request.request_id) is request:
-            request.finish_reason = "aborted"
-            self._finish(request, "on_request_aborted")
-            self._settle()
+        if self.requests.get(request.request_id) is request and request.result is None:
+            request.finish_reason = request.finish_reason or "aborted"
+            request.finish(self.model)
+            if not self._depth:
+                self._finish(request)
+                self._settle()
 
     def poll(self) -> list[Request]:
         """The requests that have new tokens, or have ended, since the last call."""
-        news, self._news = list(self._news), {}
-        return news
+        news, self._news = self._news, {}
+        return list(news)
 
     def stats(self) -> ModelStats:
         """May be called from any thread."""
@@ -264,9 +278,11 @@ class Runner:
         if self._closed:
             return
         self._closed = reason
-        self.fail(reason)
-        if not self._depth:
-            self._close_executor()
+        try:
+            self.fail(reason)
+        finally:
+            if not self._depth:
+                self._close_executor()
 
     def step(self) -> None:
         """Run until the oldest step is done, for every request that is in it."""
@@ -488,15 +504,21 @@ class Runner:
     def _finish_ended(self) -> None:
         for request in list(self.requests.values()):
             if request.finish_reason:
-                self._finish(request, "on_request_finished")
+                self._finish(request)
 
-    def _finish(self, request: Request, event: str) -> None:
-        result = request.finish(self.model)
+    def _finish(self, request: Request) -> None:
+        result = request.result or request.finish(self.model)
+        if self.requests.get(request.request_id) is not request:  # a finaliser aborted it just now
+            return
         self._drop(request)
+        aborted = result.finish_reason == "aborted"
+        event = "on_request_aborted" if aborted else "on_request_finished"
         self._observers.notify(event, lambda: {"result": result})
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        if self.requests.get(request.request_id) is request:  # an observer may have ended it
+        if request.result:
+            self._finish(request)
+        elif self.requests.get(request.request_id) is request:  # an observer may have ended it
             request.error = error
             self._drop(request)
             self._notify("on_request_failed", request, error=error)

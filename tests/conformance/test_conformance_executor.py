@@ -1,6 +1,7 @@
 """The suite of executors finds each of these broken ones, by the test that is meant for it."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -1148,7 +1149,32 @@ NAMED = "a_step_may_name_tokens_that_the_step_before_samples"
 PARTS = "parts_of_the_layers_give_the_results_of_the_whole"
 TAPLESS = "a_tap_does_not_change_the_results"
 
+
 # name, plugin or class of its executors, test that fails, words of the failure
+class OfItsThread(TorchExecutor):
+    """Keeps a buffer for each thread, and makes it once."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._local = threading.local()
+        self._local.buffer = torch.zeros(1)
+
+    def forward(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        return super().forward(batch, tap) + self._local.buffer
+
+
+class ScalesInItsThread(TorchExecutor):
+    """Has a setting of the thread that creates it."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._creator = threading.get_ident()
+
+    def forward(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        logits = super().forward(batch, tap)
+        return logits if threading.get_ident() == self._creator else 2 * logits
+
+
 _FAULTS: list[tuple[str, Any, str, str]] = [
     # of itself
     (
@@ -1168,6 +1194,18 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
         OtherSpecEachTime,
         "kv_cache_spec_matches_the_model_and_the",
         "must not change",
+    ),
+    (
+        "a buffer of the thread that creates it",
+        of(OfItsThread),
+        "steps_may_run_in_another_thread",
+        "found AttributeError: .*buffer",
+    ),
+    (
+        "a setting of the thread that creates it",
+        of(ScalesInItsThread),
+        "steps_may_run_in_another_thread",
+        "the same logits",
     ),
     ("names no device", NoDevice, "it_names_its_device", "device"),
     ("chooses no page size", Executors(no_page_size), "it_names_its_device", "page_size"),

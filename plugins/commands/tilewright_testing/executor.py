@@ -8,6 +8,7 @@ these against the checkpoint's.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
@@ -1168,6 +1169,32 @@ class ExecutorSuite(PluginSuite):
                 )
             theirs.candidate.executor.close()
             mine.run({"a": [6]})
+
+    def test_steps_may_run_in_another_thread_than_the_one_that_created_it(
+        self, create: Make, case: Case
+    ) -> None:
+        def run(one: Running) -> list[Tensor]:
+            found = _logits(one, case.sequences(), {"a": prompt}, {"a": [3]})
+            one.executor.close()
+            return found
+
+        prompt = case.tokens(case.page_size + 2)[0]
+        expected = run(Running(create(case), case))
+        one = Running(create(case), case)
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(run, one).result()
+        except Exception as error:
+            one.executor.close()
+            pytest.fail(
+                "a thread other than the one that created the executor must be able to run its "
+                f"steps and close it, found {type(error).__name__}: {error}",
+                pytrace=False,
+            )
+        assert all(map(same_bits, expected, found)), (
+            "steps in another thread than the one that created the executor must give the same "
+            "logits"
+        )
 
     def test_it_may_be_closed_twice_and_created_again(
         self, running: Callable[..., Running], case: Case

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,10 +34,13 @@ def global_state() -> dict[str, Any]:
     if "torch" in sys.modules:
         import torch
 
+        # A new thread shows what another thread has set: this one goes on as it was.
+        with ThreadPoolExecutor(1) as pool:
+            in_new_thread = pool.submit(torch.get_num_threads)
         state |= {
             "torch's default dtype": torch.get_default_dtype(),
             "torch's default device": str(torch.get_default_device()),
-            "torch's number of threads": torch.get_num_threads(),
+            "torch's number of threads": (torch.get_num_threads(), in_new_thread.result()),
             "torch's gradient mode": torch.is_grad_enabled(),
             "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
             "torch's float32 matmul precision": torch.get_float32_matmul_precision(),

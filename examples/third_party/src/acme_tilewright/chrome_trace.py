@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -55,6 +56,8 @@ class ChromeTrace:
         self._clock = clock
         self._start = clock()
         self._models: list[str] = []
+        self._lock = Lock()
+        """Held while a model is added: each has a thread that makes its events."""
         self._events: list[dict[str, Any]] = []
 
     @hookimpl
@@ -101,8 +104,9 @@ class ChromeTrace:
         self, model_id: str, thread: str, name: str, seconds: float, about: dict[str, Any]
     ) -> None:
         """Something that took some seconds has just ended. Times in the file are microseconds."""
-        if model_id not in self._models:
-            self._models.append(model_id)
+        with self._lock:
+            if model_id not in self._models:
+                self._models.append(model_id)
         end = self._clock() - self._start
         self._events.append(
             {
