@@ -207,6 +207,7 @@ class Runner:
         Its pages are free when the steps in flight that it is in have ended; if no request is left,
         they are waited for.
         """
+        self._tell_preempted()
         if self.requests.get(request.request_id) is request:
             request.finish_reason = "aborted"
             self._finish(request, "on_request_aborted")
@@ -346,15 +347,18 @@ class Runner:
         return self._in_flight[0] if self._in_flight else None
 
     def _schedule(self) -> Step | None:
-        for request in self._scheduler.preempted():
-            self._num_preemptions += 1
-            if request.request_id in self.requests:
-                self._notify("on_request_preempted", request)
+        self._tell_preempted()
         for request in self._scheduler.admit():
             self._num_prompt_tokens += len(request.prompt_token_ids)
             self._num_cached_tokens += request.cached_tokens
             self._notify("on_request_admitted", request, cached_tokens=request.cached_tokens)
         return self._scheduler.schedule()
+
+    def _tell_preempted(self) -> None:
+        for request in self._scheduler.preempted():
+            self._num_preemptions += 1
+            if self.requests.get(request.request_id) is request:
+                self._notify("on_request_preempted", request)
 
     def _checked(self, running: _InFlight, output: StepOutput) -> StepOutput:
         """Raises PluginError for an output that does not answer what the executor was asked."""
@@ -466,8 +470,9 @@ class Runner:
         self._observers.notify(event, lambda: {**ids, **arguments})
 
     def _finish_ended(self) -> None:
+        self._tell_preempted()
         for request in list(self.requests.values()):
-            if request.finish_reason:
+            if request.finish_reason and not request.over:  # an observer may have aborted it
                 self._finish(request, "on_request_finished")
 
     def _finish(self, request: Request, event: str) -> None:
@@ -476,6 +481,7 @@ class Runner:
         self._observers.notify(event, lambda: {"result": result})
 
     def _fail(self, request: Request, error: BaseException) -> None:
+        self._tell_preempted()
         if self.requests.get(request.request_id) is request:  # an observer may have ended it
             request.error = error
             self._drop(request)
