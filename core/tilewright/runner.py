@@ -262,9 +262,11 @@ class Runner:
         if self._closed:
             return
         self._closed = reason
-        self.fail(reason)
-        if not self._depth:
-            self._close_executor()
+        try:
+            self.fail(reason)
+        finally:
+            if not self._depth:
+                self._close_executor()
 
     def step(self) -> None:
         """Run until the oldest step is done, for every request that is in it."""
