@@ -272,9 +272,7 @@ def open_side(
             for i, ids in enumerate(prompts)
         ]
         size = model.runtime.max_batch_size
-        scheduler = Scheduler(
-            model.allocator, size, chunk, admission="reserve", prefix_cache=False
-        )
+        scheduler = Scheduler(model.allocator, size, chunk, admission="reserve", prefix_cache=False)
         return Side(name, engine, scheduler, requests)
     except BaseException:
         engine.close()
