@@ -224,6 +224,7 @@ class Runner:
             request.finish_reason = request.finish_reason or "aborted"
             request.finish(self.model)
             if not self._depth:
+                self._tell_preempted()
                 self._finish(request)
                 self._settle()
 
@@ -366,15 +367,18 @@ class Runner:
         return self._in_flight[0] if self._in_flight else None
 
     def _schedule(self) -> Step | None:
-        for request in self._scheduler.preempted():
-            self._num_preemptions += 1
-            if request.request_id in self.requests:
-                self._notify("on_request_preempted", request)
+        self._tell_preempted()
         for request in self._scheduler.admit():
             self._num_prompt_tokens += len(request.prompt_token_ids)
             self._num_cached_tokens += request.cached_tokens
             self._notify("on_request_admitted", request, cached_tokens=request.cached_tokens)
         return self._scheduler.schedule()
+
+    def _tell_preempted(self) -> None:
+        for request in self._scheduler.preempted():
+            self._num_preemptions += 1
+            if self.requests.get(request.request_id) is request:
+                self._notify("on_request_preempted", request)
 
     def _checked(self, running: _InFlight, output: StepOutput) -> StepOutput:
         """Raises PluginError for an output that does not answer what the executor was asked."""
@@ -502,6 +506,7 @@ class Runner:
         self._observers.notify(event, lambda: {**ids, **arguments})
 
     def _finish_ended(self) -> None:
+        self._tell_preempted()
         for request in list(self.requests.values()):
             if request.finish_reason:
                 self._finish(request)
@@ -516,6 +521,7 @@ class Runner:
         self._observers.notify(event, lambda: {"result": result})
 
     def _fail(self, request: Request, error: BaseException) -> None:
+        self._tell_preempted()
         if request.result:
             self._finish(request)
         elif self.requests.get(request.request_id) is request:  # an observer may have ended it

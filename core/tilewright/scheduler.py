@@ -120,8 +120,9 @@ class Scheduler:
         preempted: they wait again then."""
         self._preempted: list[Request] = []
         """Requests that were preempted and that nobody was told of."""
-        self._refused: tuple[Request, int] | None = None
-        """The last request for which there was no room, and how much there was, in pages."""
+        self._refused: tuple[int, int] | None = None
+        """The arrival of the last request for which there was no room, and how much there was, in
+        pages."""
         self._ended: list[str] = []
         """Ids of requests that the executor has not been told of."""
 
@@ -217,7 +218,7 @@ class Scheduler:
             promised = sum(self._pages_for(r.max_cached_tokens) for r in held)
             if promised + self._pages_for(request.max_cached_tokens) > allocator.total_pages:
                 return False
-        elif self._refused and self._refused[0] is request and room <= self._refused[1]:
+        elif self._refused and self._refused[0] == request.arrival and room <= self._refused[1]:
             return False
         tokens = request.tokens(0, request.num_known)
         cached = allocator.allocate(name, tokens, max_cached=self._max_cached(request))
@@ -226,7 +227,7 @@ class Scheduler:
             missing = self._pages_for(request.num_known) - cached // allocator.page_size
             if missing + found > room:
                 allocator.free(name)
-                self._refused = request, room
+                self._refused = request.arrival, room
                 return False
         allocator.extend(name, request.num_known)
         request.num_computed = cached

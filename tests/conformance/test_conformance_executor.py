@@ -189,6 +189,17 @@ def tokens_up_to(most: int) -> Any:
     return change
 
 
+def one_table_for_a_first_page(batch: StepBatch, spec: KvCacheSpec) -> StepBatch:
+    """As if prompts that begin with the same page were in the same pages altogether."""
+    if batch.max_query_len == 1:
+        return batch
+    like = batch.block_table[:, :1] == batch.block_table[:, 0]
+    first = like.int().argmax(1)
+    longest = (batch.block_table[first] >= 0).sum(1) >= (batch.block_table >= 0).sum(1)
+    table = torch.where(longest.unsqueeze(1), batch.block_table[first], batch.block_table)
+    return evolve(batch, block_table=table)
+
+
 def drafts_in_one_place(batch: StepBatch, spec: KvCacheSpec) -> StepBatch:
     """As if the guesses were alternatives for one position."""
     firsts = (batch.query_starts[:-1] + 1).repeat_interleave(batch.query_starts.diff())
@@ -1255,6 +1266,12 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     # results
     ("keeps a cache by first page", OwnCacheByPage, SHARED, "rounding explains"),
     ("keeps a cache by request", OwnCache, SHARED, "rounding explains"),
+    (
+        "takes prompts for equal that begin with the same page",
+        with_batch(one_table_for_a_first_page),
+        SHARED,
+        "rounding explains",
+    ),
     ("goes on where a request ended", AppendsForever, "ended_requests_are_forgotten", "k_cache"),
     ("turns logits from row 9 on", turned_from(8), MANY, "rounding explains"),
     ("turns logits from row 16 on", turned_from(15), MANY, "rounding explains"),

@@ -109,7 +109,8 @@ def test_requests_that_ended_are_named_again_if_the_step_that_names_them_does_no
     if isinstance(error, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
             runner.step()
-        runner.abort(request)
+        own.forward = forward
+        runner.abort(request)  # waits for the step that was interrupted
     else:
         runner.step()
         assert request.error is error

@@ -670,20 +670,20 @@ class ExecutorSuite(PluginSuite):
                 three.run({"stays": [5], "comes": [6]})
 
     def test_sequences_may_share_pages(self, trio: Any, cases: list[Case]) -> None:
-        """Full pages only, as a ``KvAllocator`` shares them."""
+        """Sequences begin in one step behind pages that another one wrote, and decode with them,
+        also when that one has ended. Full pages only, as a ``KvAllocator`` shares them."""
         for case in cases:
-            shared, a, b, c, d = case.tokens(
-                max(1, 8 // case.page_size) * case.page_size, 3, 5, 1, 2
-            )
+            size = case.page_size
+            shared, a, b, c, d, e = case.tokens(max(1, 8 // size) * size, 3, 5, 1, 2, size + 2)
+            begin = (("b", b), ("c", c), ("e", e))
             with trio(case) as three:
                 if not three.candidate.limits.shares_pages:
                     pytest.skip("limits.shares_pages is False: each sequence has pages of its own")
                 sequences = three.sequences
                 three.run({"a": shared + a})
                 sequences.commit("a", shared)
-                three.run({"b": sequences.begin("b", shared + b)})
-                three.run({"c": sequences.begin("c", shared + c)})
-                three.run({"b": [6], "a": [7], "c": [8]})
+                three.run({name: sequences.begin(name, shared + new) for name, new in begin})
+                three.run({"b": [6], "a": [7], "c": [8], "e": [6]})
                 sequences.free("a")
                 three.run({"d": sequences.begin("d", shared + d)})
                 three.run({"b": [9], "c": [10], "d": [11]})
