@@ -123,7 +123,7 @@ def test_drafts_do_not_change_a_text(settings: dict[str, Any]) -> None:
         engine.init_model("m", DEMO_MODEL)
         made = config([" maybe", " maybe later", " no law respecting"], **settings)
         expected = engine.generate_result("m", PROMPT, made).token_ids
-        runner = engine._runner("m")
+        runner = engine._thread("m").runner
         for wrong in ({}, {0: 7}, {1: 0, 2: 8}, {3: expected[-1]}):
             drafts = [wrong.get(n, i) for n, i in enumerate(expected)]
             runner._scheduler._draft = lambda request, most, drafts=drafts: drafts[
