@@ -130,6 +130,45 @@ def test_many_tasks_with_random_cancellation_get_the_texts_of_each_alone():
     run(test, RuntimeConfig(weight_dtype="float32", page_size=4, total_pages=30))
 
 
+def test_handlers_whose_clients_disconnect_leave_nothing_behind():
+    """As starlette streams a response: one task sends and another waits for the disconnect; the
+    first of them that ends cancels the other."""
+    anyio = pytest.importorskip("anyio")
+    rng = random.Random(6)
+
+    async def test(engine):
+        whole = (await engine.generate_result("demo", TRUTHS, config(20))).text
+        sent = []
+
+        async def handler(patience):
+            text = ""
+
+            async def respond(group):
+                nonlocal text
+                async for delta in engine.generate("demo", TRUTHS, config(20)):
+                    await anyio.sleep(0)
+                    text += delta.text
+                group.cancel_scope.cancel()
+
+            async def wait_for_disconnect(group):
+                await anyio.sleep(patience)
+                group.cancel_scope.cancel()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(respond, group)
+                group.start_soon(wait_for_disconnect, group)
+            sent.append(text)
+
+        async with anyio.create_task_group() as clients:
+            for _ in range(60):
+                clients.start_soon(handler, rng.choice([0.0, 0.005, 0.05, 100.0]))
+        assert all(whole.startswith(text) for text in sent)
+        assert whole in sent
+        assert not engine._open
+
+    run(test)
+
+
 def test_a_generation_that_is_not_read_to_its_end_is_aborted():
     async def test(engine):
         async with aclosing(engine.generate("demo", TRUTHS, config(100))) as generation:
