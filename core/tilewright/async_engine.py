@@ -7,8 +7,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from attrs import define
-
 from tilewright.engine import LLMEngine, Prompt
 from tilewright.errors import RequestError, copied
 from tilewright.request import Request
@@ -26,13 +24,14 @@ from tilewright.types import (
 class AsyncLLMEngine:
     """Generates from any number of tasks, in one event loop or several.
 
-    ``engine`` is the engine behind it, for all that does not wait; other threads may go on to use
-    it. Methods that wait for a model do so in another thread, never in the event loop.
+    ``engine`` is the engine behind it, for calls that do not block, such as ``chat_tokens``; other
+    threads may use it too. Methods that wait for a model do so in another thread, never in the
+    event loop.
     """
 
     def __init__(self, engine: LLMEngine):
         self.engine = engine
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, _Generation] = {}
         self._wakers: dict[asyncio.AbstractEventLoop, _Waker] = {}
 
     @classmethod
@@ -94,36 +93,38 @@ class AsyncLLMEngine:
     ) -> AsyncIterator[GenerateDelta]:
         """Continue a prompt (text or token ids), in deltas as they are generated.
 
-        The last delta has the result. What a slow reader has not taken yet arrives as one delta, so
-        a reader never holds up others, and what waits for it is at most one text. A generation that
-        is cancelled, or not read to its end, is aborted.
+        The last delta has the result. If the generation fails, what it had made comes first and
+        the error is raised then. What a slow reader has not taken arrives as one delta, so it
+        delays no other request, and at most one text is buffered for it. A generation whose task is
+        cancelled, or that is closed (``contextlib.aclosing``), is aborted.
 
         request_id: names the generation, for ``abort``; default: chosen by the engine.
 
-        Raises what ``LLMEngine.generate`` raises, and RequestError for a request id that is in use.
+        Raises, when it is first read, what ``LLMEngine.generate`` raises, and RequestError for a
+        request id that is in use.
         """
         thread = self.engine._thread(model_id)
         name = request_id or self.engine._next_id(thread.runner.model)
-        if name in self._open:
+        generation = _Generation(self._waker(), thread)
+        if self._open.setdefault(name, generation) is not generation:
             raise RequestError(
                 f"request id {name!r} is in use: choose another, or wait until that generation "
                 "has ended"
             )
-        reader = _Reader(self._waker(), thread)
-        generation = self._open[name] = _Open(thread)
         try:
             arguments = thread, prompt, config, name
-            if isinstance(prompt, str):  # a long text takes a while
+            if isinstance(prompt, str) or getattr(config, "logits_processors", None):
+                # A long text takes a while, and so does a vocabulary.
                 request = await asyncio.to_thread(self.engine._new_request, *arguments)
             else:
                 request = self.engine._new_request(*arguments)
-            request.on_news = reader.receive
+            request.on_news = generation.receive
             generation.request = request
             await asyncio.wrap_future(thread.submit(lambda: thread.runner.add(request)))
             if generation.aborted:
                 thread.abort(request)
             while True:
-                delta = await reader.next()
+                delta = await generation.next()
                 if delta.token_ids or delta.result:
                     yield delta
                 if delta.error:
@@ -132,8 +133,7 @@ class AsyncLLMEngine:
                     return
         finally:
             del self._open[name]
-            if generation.request:
-                thread.abort(generation.request)
+            generation.abort()
 
     async def generate_result(
         self,
@@ -143,7 +143,7 @@ class AsyncLLMEngine:
         *,
         request_id: str | None = None,
     ) -> GenerateResult:
-        """Like ``generate``, when all of it is there."""
+        """Like ``generate``, but returns only the final result."""
         result = None
         async for delta in self.generate(model_id, prompt, config, request_id=request_id):
             result = delta.result
@@ -154,7 +154,8 @@ class AsyncLLMEngine:
         """That of the running event loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._wakers:
-            self._wakers = {one: w for one, w in self._wakers.items() if not one.is_closed()}
+            known = list(self._wakers.items())
+            self._wakers = {one: waker for one, waker in known if not one.is_closed()}
         return self._wakers.setdefault(loop, _Waker(loop))
 
     def abort(self, request_id: str) -> None:
@@ -164,31 +165,19 @@ class AsyncLLMEngine:
         """
         generation = self._open.get(request_id)
         if generation:
-            generation.aborted = True
-            if generation.request:
-                generation.thread.abort(generation.request)
-
-
-@define
-class _Open:
-    """A generation that has not ended."""
-
-    thread: SteppingThread
-    request: Request | None = None
-    """None while its prompt is tokenised."""
-    aborted: bool = False
+            generation.abort()
 
 
 class _Waker:
-    """Wakes the readers of one event loop that have something new: all those of a step at once,
-    since a call from another thread costs more than the step's part of a reader."""
+    """Wakes the readers of one event loop that have something new: all those of a step by one call
+    from another thread, which costs more than a step's part of one reader."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
         self._lock = Lock()
-        self._readers: list[_Reader] = []
+        self._readers: list[_Generation] = []
 
-    def wake(self, reader: "_Reader") -> None:
+    def wake(self, reader: "_Generation") -> None:
         """Called in a stepping thread."""
         with self._lock:
             self._readers.append(reader)
@@ -204,26 +193,27 @@ class _Waker:
         for reader in self._take():
             reader.arrived.set()
 
-    def _take(self) -> "list[_Reader]":
+    def _take(self) -> "list[_Generation]":
         with self._lock:
             readers, self._readers = self._readers, []
         return readers
 
 
-class _Reader:
-    """What a generation has made and its task has not taken."""
+class _Generation:
+    """A generation that has not ended, and what it has made and its task has not taken."""
 
     def __init__(self, waker: _Waker, thread: SteppingThread):
         self._waker = waker
         self._thread = thread
-        self._request: Request | None = None
+        self.request: Request | None = None
+        """None while its prompt is tokenised."""
+        self.aborted = False
         self._lock = Lock()
         self._deltas: list[GenerateDelta] = []
         self.arrived = asyncio.Event()
 
     def receive(self, request: Request) -> None:
         """Called in the stepping thread."""
-        self._request = request
         with self._lock:
             self._deltas.append(request.take())
             if len(self._deltas) > 1:
@@ -231,8 +221,9 @@ class _Reader:
         self._waker.wake(self)
 
     def abort(self) -> None:
-        if self._request:
-            self._thread.abort(self._request)
+        self.aborted = True
+        if self.request:
+            self._thread.abort(self.request)
 
     async def next(self) -> GenerateDelta:
         await self.arrived.wait()

@@ -196,7 +196,8 @@ class LLMEngine:
     def close(self) -> None:
         """End all requests with a RequestError, and free all models.
 
-        A closed engine cannot be used again. Steps that are running end first.
+        A closed engine cannot be used again. Steps that are running end first. Raises what the
+        ``close`` of an executor raises, when all are closed.
         """
         with self._lock:
             if self._closed:
@@ -206,9 +207,15 @@ class LLMEngine:
             self._models.clear()
         for thread in threads:
             thread.stop(_engine_closed())
+        errors = []
         for thread in threads:
-            thread.close(_engine_closed())
+            try:
+                thread.close(_engine_closed())
+            except Exception as error:
+                errors.append(error)
         self._observers.notify("on_close")
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> "LLMEngine":
         return self

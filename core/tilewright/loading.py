@@ -430,16 +430,19 @@ class Processors:
         self._selection = selection
         self._loaded = loaded
         self._made: dict[plugins.Plugin, Processing] = {}
+        self._named: dict[str, Processing] = {}
+        """By the names that requests give; finding a plugin takes milliseconds."""
         self._making = RLock()
 
     def get(self, name: str) -> Processing:
         """Raises PluginError as ``plugins.find`` and ``plugins.load`` do."""
-        plugin = plugins.find("logits_processor", name)
-        if plugin not in self._made:
+        if name not in self._named:
+            plugin = plugins.find("logits_processor", name)
             with self._making:
                 if plugin not in self._made:
                     self._made[plugin] = self._make(plugin)
-        return self._made[plugin]
+                self._named[name] = self._made[plugin]
+        return self._named[name]
 
     def _make(self, plugin: plugins.Plugin) -> Processing:
         chosen = select(self._selection.manager, "logits_processor", plugin.qualified)

@@ -113,7 +113,6 @@ class Runner:
         self._num_requests = self._num_preemptions = 0
         self._num_prompt_tokens = self._num_cached_tokens = 0
         self._num_new_tokens = 0
-        """Of requests that have ended."""
         self._num_drafted_tokens = self._num_accepted_tokens = 0
         self._closed: RequestError | None = None
         """Why no request is accepted any more."""
@@ -128,6 +127,8 @@ class Runner:
         executor = model.executor
         self._submits = executor if isinstance(executor, SamplingExecutor) else None
         self._in_flight: deque[_InFlight] = deque()
+        self._computing = False
+        """Whether the executor is in a step."""
         self._void = False
         """Whether the results of the steps in flight are void, since one before them failed."""
         self._last_done = 0.0
@@ -235,7 +236,6 @@ class Runner:
 
     def stats(self) -> ModelStats:
         """May be called from any thread."""
-        running = sum(len(r.output_token_ids) for r in list(self.requests.values()))
         return ModelStats(
             model_id=self.model.model_id,
             **self._counts(),
@@ -244,7 +244,7 @@ class Runner:
             num_preemptions=self._num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
-            num_new_tokens=self._num_new_tokens + running,
+            num_new_tokens=self._num_new_tokens,
             num_drafted_tokens=self._num_drafted_tokens,
             num_accepted_tokens=self._num_accepted_tokens,
         )
@@ -286,7 +286,11 @@ class Runner:
                 self._close_executor()
 
     def step(self) -> None:
-        """Run until the oldest step is done, for every request that is in it."""
+        """Run until the oldest step is done, for every request that is in it.
+
+        Raises RequestError in an ``on_tensor`` event, in which the executor is computing a step.
+        """
+        self.check_not_computing()
         self._depth += 1
         try:
             self._step()
@@ -296,6 +300,13 @@ class Runner:
             self._depth -= 1
             if self._closed and not self._depth:
                 self._close_executor()
+
+    def check_not_computing(self) -> None:
+        if self._computing:
+            raise RequestError(
+                f"an observer of model {self.model.model_id!r} generates with that model in an "
+                "on_tensor event, while the executor computes a step: do it in on_step"
+            )
 
     def _close_executor(self) -> None:
         try:
@@ -319,7 +330,11 @@ class Runner:
             return
         step, plugin = running.step, self._executor_name
         try:
-            output = self._checked(running, running.pending.wait())
+            self._computing = True
+            try:
+                output = self._checked(running, running.pending.wait())
+            finally:
+                self._computing = False
             plugin = self._sampler_name
             tokens = self._sampled(step, output)
             _score(step, output)
@@ -329,12 +344,15 @@ class Runner:
         # Accept tokens, then commit: if Ctrl-C falls between the two, a token is computed twice.
         accepted = 0
         for part in step.parts:
-            if part.sampled:
-                self._news[part.request] = None
+            request, before = part.request, len(part.request.output_token_ids)
             try:
                 accepted += _accept(part, tokens)
             except LogitsProcessorError as error:
-                self._fail(part.request, error)
+                self._fail(request, error)
+            added = len(request.output_token_ids) - before
+            self._num_new_tokens += added
+            if added:
+                self._news[request] = None
         self._scheduler.done(step)
         if running in self._in_flight:
             self._in_flight.remove(running)
@@ -532,7 +550,6 @@ class Runner:
     def _drop(self, request: Request) -> None:
         del self.requests[request.request_id]
         self._news[request] = None
-        self._num_new_tokens += len(request.output_token_ids)
         self._scheduler.remove(request)
         self._end_processing(request)
         request.ngrams.clear()  # the caller may keep the request

@@ -120,6 +120,8 @@ class Scheduler:
         preempted: they wait again then."""
         self._preempted: list[Request] = []
         """Requests that were preempted and that nobody was told of."""
+        self._finds_pages: bool | None = None
+        """Whether the allocator finds pages that were committed; None: not known yet."""
         self._refused: tuple[int, int] | None = None
         """The arrival of the last request for which there was no room, and how much there was, in
         pages."""
@@ -205,7 +207,7 @@ class Scheduler:
                 continue
             theirs = older.prompt_token_ids
             if mine[start:stop] == theirs[start:stop] and mine[:start] == theirs[:start]:
-                return True
+                return self._finds_pages is not False
         return False
 
     def _start(self, request: Request) -> bool:
@@ -229,6 +231,7 @@ class Scheduler:
                 allocator.free(name)
                 self._refused = request.arrival, room
                 return False
+        self._refused = None
         allocator.extend(name, request.num_known)
         request.num_computed = cached
         if not request.preemptions:
@@ -248,7 +251,8 @@ class Scheduler:
         return len(request.prompt_logprobs) if request.is_scoring else request.num_known - 1
 
     def schedule(self) -> Step | None:
-        """The next step of the requests that were admitted, or None when nothing can run now.
+        """The next step of the requests that were admitted, or None when nothing can run now. May
+        preempt the youngest of them, so that older ones get a page.
 
         Called with one step in flight at most. Nothing counts as computed until ``done`` commits
         the step: one that failed, or was interrupted, is scheduled again.
@@ -325,13 +329,23 @@ class Scheduler:
             if not (fills_page or computed < part.stop):
                 continue
             if request in self._running or self._leaving.get(request):
-                if computed < part.stop:
+                # The pages of one that has ended may be in the step that follows in flight.
+                if computed < part.stop and not request.finish_reason:
                     self._allocator.truncate(request.request_id, computed)
                 if fills_page:
-                    self._allocator.commit(request.request_id, request.tokens(0, computed))
+                    self._commit(request)
         self._told(step)
         self._decoded_last = any(part.decoding for part in step.parts)
         self._landed(step)
+
+    def _commit(self, request: Request) -> None:
+        tokens = request.tokens(0, request.num_computed)
+        self._allocator.commit(request.request_id, tokens)
+        if self._finds_pages is None:
+            another = "\0"
+            found = self._allocator.allocate(another, [*tokens, 0], max_cached=len(tokens))
+            self._allocator.free(another)
+            self._finds_pages = found > 0
 
     def undone(self, step: Step) -> None:
         """Forget a step that failed, or whose results are void. Doing it again changes nothing."""

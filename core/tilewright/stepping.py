@@ -81,7 +81,8 @@ class SteppingThread:
 
     def abort(self, request: Request) -> None:
         """End a request, which was submitted, before the next step; does not wait for it."""
-        self._post(lambda: self._abort(request))
+        if self._thread:
+            self._post(lambda: self._abort(request))
 
     def receive(self, mailbox: "SimpleQueue[T]") -> T:
         """The next item of a mailbox that a request's ``on_news`` fills."""
@@ -89,6 +90,7 @@ class SteppingThread:
             try:
                 return mailbox.get_nowait()
             except Empty:
+                self.runner.check_not_computing()
                 self._step()
         self._check_process()
         with self._awaited():
@@ -259,7 +261,9 @@ class SteppingThread:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        while self.runner.requests:
+        """End all requests; those that an observer adds meanwhile may go on."""
+        failed = self.runner.requests.keys() | set()
+        while failed & self.runner.requests.keys():
             try:
                 self.runner.fail(error)
             except BaseException as another:  # of an observer

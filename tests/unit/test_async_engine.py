@@ -233,6 +233,29 @@ def test_a_request_id_is_used_once_at_a_time():
     run(test)
 
 
+def test_a_request_id_of_two_event_loops_is_used_once(monkeypatch):
+    with LLMEngine.from_plugins() as inner:
+        inner.init_model("demo", DEMO_MODEL, RUNTIME)
+        engine, found, together = AsyncLLMEngine(inner), [], threading.Barrier(6)
+
+        async def one():
+            together.wait()
+            try:
+                result = await engine.generate_result("demo", TRUTHS, config(), request_id="x")
+                found.append(result.text)
+            except RequestError as error:
+                found.append(type(error))
+
+        threads = [threading.Thread(target=lambda: asyncio.run(one())) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(found) <= {RequestError, inner.generate("demo", TRUTHS, config())}
+        assert len(found) == 6
+        assert not engine._open
+
+
 def test_errors_reach_the_task_and_no_other(monkeypatch):
     async def test(engine):
         other = asyncio.create_task(engine.generate_result("demo", WHEN, config(60)))

@@ -21,7 +21,13 @@ from contract_executors import Hashing, press_ctrl_c
 
 import tilewright_torch.plugin as torch_plugin
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
-from tilewright.errors import ConfigError, ExecutorLostError, PluginError, RequestError
+from tilewright.errors import (
+    ConfigError,
+    ExecutorError,
+    ExecutorLostError,
+    PluginError,
+    RequestError,
+)
 from tilewright.settings import DEMO_MODEL
 from tilewright_guidance import choice
 
@@ -552,6 +558,67 @@ def test_an_observer_that_exits_hangs_nobody(executors, event):
         executors[0].before = lambda: None
         all_free(engine)
     assert executors[0].closed.is_set()
+
+
+def test_an_observer_that_makes_requests_when_others_fail_does_not_keep_them_failing(executors):
+    class Again:
+        asked = 0
+
+        @hookimpl
+        def on_request_failed(self):
+            self.asked += 1
+            executors[0].before = lambda: None
+            self.engine.stream("demo", [5, 6], config(3))
+
+    again = Again()
+    with new_engine(observers=[again]) as engine:
+        again.engine = engine
+
+        def leave():
+            raise SystemExit(4)
+
+        executors[0].before = leave
+        with pytest.raises(SystemExit):
+            engine.generate("demo", TRUTHS, config(3))
+        all_free(engine)
+    assert again.asked == 1
+
+
+def test_an_observer_may_not_generate_while_the_executor_computes(executors):
+    """A step inside a step would write to the pages that the outer one uses."""
+
+    class Generating:
+        error = None
+
+        @hookimpl
+        def on_tensor(self):
+            if self.error is None:
+                with pytest.raises(RequestError, match=r"on_tensor event.* do it in on_step") as e:
+                    self.engine.generate("demo", WHEN, config(3))
+                self.error = e.value
+
+    generating = Generating()
+    with new_engine() as engine:
+        alone = engine.generate("demo", TRUTHS, config(6))
+    with new_engine(observers=[generating]) as engine:
+        generating.engine = engine
+        assert engine.generate("demo", TRUTHS, config(6)) == alone
+        assert generating.error
+        all_free(engine)
+
+
+def test_all_models_are_closed_though_the_executor_of_one_fails(executors):
+    engine = new_engine("one", "two")
+    for name in ("one", "two"):
+        engine.generate(name, TRUTHS, config(1))
+
+    def fail():
+        raise ExecutorError("stuck")
+
+    executors[0].close = fail
+    with pytest.raises(ExecutorError, match="stuck"):
+        engine.close()
+    assert executors[1].closed.is_set()
 
 
 class Acting:

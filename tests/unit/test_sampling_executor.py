@@ -600,6 +600,26 @@ def test_an_observer_may_close_the_engine_while_a_step_is_in_flight(devices, ste
     assert closing.steps == tuple(range(step + 1))
 
 
+def test_a_request_that_ends_while_a_step_with_it_is_in_flight_is_told_of_once(devices):
+    prompts = [TRUTHS, WHEN]
+    with engine_with() as engine:
+        whole = engine.generate_batch("demo", prompts, config(20))
+        short = next(t for t in whole[1].token_ids[2:9] if t not in whole[0].token_ids)
+        results = engine.generate_batch("demo", prompts, config(20, stop_token_ids=(short,)))
+        assert results[0].token_ids == whole[0].token_ids
+        assert results[1].token_ids == whole[1].token_ids[: len(results[1].token_ids)]
+    with engine_with() as engine:
+        runner = engine.runner("demo")
+        made = requests(runner.model, prompts, max_new_tokens=20, stop_token_ids=(short,))
+        for request in made:
+            runner.add(request)
+        ended = []
+        while runner.requests:
+            runner.step()
+            ended += [request for request in runner.poll() if request.over]
+        assert sorted(ended, key=made.index) == made
+
+
 def test_ctrl_c_ends_a_stream_and_leaves_the_engine_as_it_was(devices):
     with engine_with() as engine:
         whole = engine.generate("demo", WHEN, config())

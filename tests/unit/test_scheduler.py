@@ -484,3 +484,46 @@ def test_nothing_waits_for_ever_while_short_requests_keep_arriving():
         if len(long.output_token_ids) == 4:
             return
     raise AssertionError("the long prompt is still waiting")
+
+
+class Private(KvCacheManager):
+    """An allocator that does not share pages."""
+
+    def allocate(self, request_id, token_ids, *, max_cached, salt=b""):
+        return super().allocate(request_id, token_ids, max_cached=0, salt=salt)
+
+    def commit(self, request_id, token_ids):
+        pass
+
+
+def test_equal_prompts_wait_for_each_other_only_if_the_allocator_shares_pages():
+    steps = []
+    for allocator in (Private, KvCacheManager):
+        cache = allocator(400, 4)
+        scheduler = Admitting(cache, 8, 256)
+        four = [Request(name, tuple(range(65)), SamplingParams(), 1) for name in "abcd"]
+        steps.append(len(run(scheduler, four)))
+        again = [Request(name, tuple(range(200, 265)), SamplingParams(), 1) for name in "efgh"]
+        steps.append(len(run(scheduler, again)))
+        cache.check_integrity()
+    # The first step finds out. Three prompts of 65 tokens fit into one step, four ends of them too.
+    assert steps == [2, 2, 2, 2]
+
+
+def test_pages_of_a_request_that_ended_stay_while_the_step_behind_is_in_flight():
+    cache, scheduler = make(16, 2, max_batch_tokens=16)
+    a = request("a", 3, max_new_tokens=9)
+    scheduler.add(a)
+    a.sampled_by_executor = True
+    first = scheduler.schedule()
+    scheduler.launched(first)
+    second = scheduler.schedule()
+    scheduler.launched(second)
+    third_page = second.batch.block_table[0, 1].item()
+    a.finish_reason = "aborted"  # in the middle of the first step: its token is not taken
+    scheduler.done(first)
+    assert third_page in cache.pages("a")
+    scheduler.remove(a)
+    assert third_page in cache.pages("a")
+    scheduler.done(second)
+    assert cache.free_pages + cache.evictable_pages == 16

@@ -40,6 +40,8 @@ class LogitsProcessor(Protocol):
     def begin(self, request_id: str, argument: Any, prompt_token_ids: Sequence[int]) -> Any:
         """The state of a new request. argument: what the request gave for this processor.
 
+        All requests of the model wait meanwhile, so what takes long belongs in the factory.
+
         Raises RequestError for an argument that it cannot take.
         """
         ...
