@@ -48,9 +48,9 @@ class GenerationStream(Iterator[str]):
 
     The text is generated whether it is read or not; any thread may read it. ``result`` is None
     until the generation has ended. Closing the stream, leaving its ``with`` block, or an exception
-    in it ends the request and frees its pages; nothing is left to read then. Only Ctrl-C, and a
-    generator that is closed, leave the block before the request has ended, which its next step
-    does. A generation that did not end by itself, because its engine was closed or its model
+    in it ends the request and frees its pages; nothing is left to read then. After Ctrl-C,
+    or when an enclosing generator is closed, the block does not wait: the request ends before the
+    next step. A generation that did not end by itself, because its engine was closed or its model
     unloaded, raises RequestError.
     """
 

@@ -83,7 +83,7 @@ class NonFiniteLogitsError(TilewrightError):
 
 
 class PluginWarning(RuntimeWarning):
-    """A plugin failed in a place where that ends no generation."""
+    """A plugin failed, and no generation was ended by it."""
 
 
 def copied(error: E) -> E:

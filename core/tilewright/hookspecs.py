@@ -230,7 +230,7 @@ class ObserverEvents:
     RequestError.
 
     An event without a listener costs nothing: it is not created. An observer that raises an
-    Exception other than MemoryError ends nobody's generation: a RuntimeWarning names it, the event
+    Exception other than MemoryError ends nobody's generation: a PluginWarning names it, the event
     and the cause, and it gets no further events.
     """
 

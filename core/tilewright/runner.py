@@ -85,8 +85,8 @@ class Runner:
     for those that have something new. A request leaves ``requests`` when it is over or aborted.
 
     One thread at a time may use it. Up to two steps are in flight when the executor samples and no
-    observer listens to tensors; a step counts once it is done. None is left in flight by a step
-    after which no request is left.
+    observer listens to tensors; a step counts once it is done. A step that ends the last
+    request also waits for all steps in flight.
     """
 
     def __init__(

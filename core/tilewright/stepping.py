@@ -16,12 +16,12 @@ from tilewright.runner import Runner
 T = TypeVar("T")
 
 _started: "set[SteppingThread]" = set()
-"""Those for which the end of the process waits."""
+"""Threads that are joined when the process ends."""
 
 
 class _Local(local):
     runs: "SteppingThread | None" = None
-    """The one whose thread this is."""
+    """The SteppingThread that runs in this thread."""
 
 
 _local = _Local()
@@ -33,8 +33,8 @@ class SteppingThread:
     """Runs the steps of one runner. Other threads post what they want done between two steps.
 
     The thread starts when it is first needed, and waits while there is no request. It calls the
-    executor, the sampler, logits processors and observers; what these call of the engine's model is
-    done at once, in the middle of a step.
+    executor, the sampler, logits processors and observers; if these call the engine for the same
+    model, the call runs at once, in the middle of a step.
     """
 
     def __init__(self, runner: Runner):

@@ -104,7 +104,7 @@ class GenerateDelta:
 
 @frozen(kw_only=True)
 class ModelStats:
-    """What a loaded model's engine is doing, and has done since the model was loaded."""
+    """What a loaded model is doing, and has done since it was loaded."""
 
     model_id: str
     num_waiting: int

@@ -93,7 +93,7 @@ class GenerateConfig:
         validator=if_set(validators.ge(0), validators.lt(2**63)),
     )
     n: int | None = described(
-        "number of results for each prompt, which generate_batch returns (1)",
+        "results for each prompt; only generate_batch and the command line take more than 1 (1)",
         validator=if_set(validators.ge(1)),
     )
     logprobs: int | None = described(
