@@ -1,6 +1,7 @@
 """Fixtures that many tests share."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,12 @@ from fake_pypto import checkout, machine, unimported
 
 from tilewright import LLMEngine, RuntimeConfig
 from tilewright.settings import DEMO_MODEL
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> None:
+    # A job in the background of a shell ignores Ctrl-C, and so do the processes that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,6 +15,7 @@ from tilewright import loading
 from tilewright.drafting import ngram_drafts
 from tilewright.errors import (
     ConfigError,
+    NonFiniteLogitsError,
     OutOfPagesError,
     RequestError,
     TilewrightError,
@@ -22,6 +23,7 @@ from tilewright.errors import (
     nearest,
 )
 from tilewright.loading import ServedModel
+from tilewright.logits_processing import LogitsProcessorError
 from tilewright.plugins import Observers, Selection, select_all
 from tilewright.request import Request, check_settings, new_request, refused
 from tilewright.runner import Runner
@@ -444,7 +446,8 @@ class LLMEngine:
         Results are in prompt order, those of a prompt next to each other. With a seed, result j of
         prompt i is sampled with seed + i * n + j, so equal prompts may give different texts. A
         prompt that cannot be served, for example since it is too long, has the reason in its
-        results' ``error``. When a step fails, all are ended and the error is raised.
+        results' ``error``; so has a generation whose logits are not finite or whose logits
+        processor fails. When a step fails, all are ended and the error is raised.
         """
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: use generate() for one")
@@ -511,10 +514,8 @@ def _settings(model: ServedModel, config: GenerateConfig | None) -> GenerateConf
 
 
 def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, TilewrightError]:
-    """Run requests until all have ended, or one has failed, whose error is raised.
-
-    Returns the errors of those that were refused.
-    """
+    """Run requests until all have ended. Returns the errors that concern one request alone: those
+    of refused ones, of logits that are not finite, and of logits processors. Raises any other."""
     ended: SimpleQueue[Request] = SimpleQueue()
     runner = thread.runner
 
@@ -535,9 +536,12 @@ def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, T
         request.on_news = lambda request: ended.put(request) if request.over else None
     try:
         errors = thread.call(add)
+        numbers = {request: i for i, request in requests.items()}
         for _ in range(len(requests) - len(errors)):
             request = thread.receive(ended)
-            if request.error:
+            if isinstance(request.error, (NonFiniteLogitsError, LogitsProcessorError)):
+                errors[numbers[request]] = copied(request.error)
+            elif request.error:
                 raise copied(request.error)
     except Exception:
         thread.call(abort)
@@ -561,8 +565,8 @@ def _stop_all(models: Mapping[str, SteppingThread]) -> None:
 def _check_single(settings: GenerateConfig) -> None:
     if settings.n != 1:
         raise RequestError(
-            f"expected n = 1 for a single result, found n = {settings.n}: use generate_batch, "
-            "which returns a list of results"
+            f"expected n = 1 for a single result, found n = {settings.n}: use generate_batch of "
+            "LLMEngine, which returns a list of results, or one call for each"
         )
 
 

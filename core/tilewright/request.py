@@ -47,8 +47,8 @@ class Request:
     prefilled: float = 0.0
     """Time of the first token, on time.perf_counter's clock, as is ``started``."""
 
-    arrival: int = 0
-    """How many requests were queued before it."""
+    arrival: int = -1
+    """How many requests were queued before it; -1: it was not queued yet."""
     num_computed: int = 0
     """Number of leading tokens with keys and values in the KV cache."""
     sampled_by_executor: bool = False
@@ -260,7 +260,7 @@ def check_settings(model: "ServedModel", settings: GenerateConfig) -> None:
 def refused(
     request_id: str, model: "ServedModel", settings: GenerateConfig, error: TilewrightError
 ) -> GenerateResult:
-    """The result of a prompt that was refused."""
+    """The result of a prompt that was refused, or whose generation failed."""
     return GenerateResult(
         model_id=model.model_id,
         request_id=request_id,

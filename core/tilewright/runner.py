@@ -155,6 +155,10 @@ class Runner:
             raise copied(self._closed)
         if self._lost:
             raise copied(self._lost)
+        if request.arrival >= 0:
+            raise RequestError(
+                f"request {request.request_id!r} was added before: make a new one for each use"
+            )
         if request.request_id in self.requests:
             raise RequestError(
                 f"a request of model {self.model.model_id!r} has the id {request.request_id!r} "

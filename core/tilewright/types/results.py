@@ -10,7 +10,7 @@ from tilewright.types.sampling import TokenLogprobs
 Phase = Literal["prefill", "decode", "mixed"]
 FinishReason = Literal["eos", "stop", "length", "aborted", "error"]
 """What ended a text. ``aborted``: its caller did, and the text is what was generated until then;
-``error``: it was not begun, since the prompt was refused."""
+``error``: in a batch, the prompt was refused or its generation failed."""
 
 
 @frozen(kw_only=True)
@@ -71,7 +71,7 @@ class GenerateResult:
     sanitized_steps: int = 0
     """Steps whose logits were not finite and were sanitised; do not rely on such text."""
     error: TilewrightError | None = None
-    """Why a prompt of a batch was refused; its text and tokens are empty."""
+    """Why a prompt of a batch was refused, or its generation failed; text and tokens are empty."""
 
 
 @frozen(kw_only=True)

@@ -88,7 +88,8 @@ class GenerateConfig:
         validator=if_set(validators.deep_mapping(validators.ge(0), validators.lt(float("inf")))),
     )
     seed: int | None = described(
-        "random seed; equal seeds give equal tokens, whatever else is in the batch; with several "
+        "random seed; equal seeds give equal tokens, whatever else is in the batch (but for "
+        "rounding, which may differ with the batch's shape in bfloat16 and float16); with several "
         "prompts, result j of prompt i, both counted from 0, uses seed + i * n + j (random)",
         validator=if_set(validators.ge(0), validators.lt(2**63)),
     )

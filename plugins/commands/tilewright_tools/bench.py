@@ -266,6 +266,9 @@ def _round(
 ) -> tuple[float, float]:
     """Prefill and decode speed. A phase of a batch lasts as long as its slowest request."""
     results = engine.generate_batch(model_id, prompts, _generation(new_tokens))
+    for result in results:
+        if result.error:
+            raise result.error
     timings = [result.timings for result in results]
     prefill, decode = (
         max(t.prefill_seconds for t in timings),
@@ -290,6 +293,13 @@ def _check_lengths(args: argparse.Namespace, runtime: ResolvedRuntime) -> None:
             "would run in parts: lower it, or raise --max-batch-size if the executor allows it"
         )
     longest = max(args.prompt_tokens) + args.new_tokens
+    pages = batch * -(-(longest - 1) // runtime.page_size)
+    if args.batch and batch > 1 and pages > runtime.total_pages:
+        raise ConfigError(
+            f"--batch {batch} needs {pages} KV cache pages, above total_pages = "
+            f"{runtime.total_pages}, so the batch would run in parts: lower it, or raise "
+            "--total-pages"
+        )
     if longest > runtime.max_seq_len:
         raise ConfigError(
             f"--prompt-tokens {max(args.prompt_tokens)} and --new-tokens {args.new_tokens} make "

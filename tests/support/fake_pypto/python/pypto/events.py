@@ -20,7 +20,7 @@ def at(place):
     note(place)
     plan = json.loads(os.environ.get("FAKE_PYPTO", "{}")).get(place)
     if plan in SIGNALS:
-        os.kill(os.getpid(), getattr(signal, plan))
+        signal.raise_signal(getattr(signal, plan))
     if isinstance(plan, str):
         raise RuntimeError(plan)
     if plan is not None:
