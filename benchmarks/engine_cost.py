@@ -2,7 +2,8 @@
 
 The executor returns ready logits of a vocabulary of 1,024. The scheduler, the paged allocator, the
 greedy sampler and the requests are the product's own. One row per number of running requests and
-length of their prompts, and one with detokenisation.
+length of their prompts, and one with detokenisation. Pages of full prompts and outputs are committed
+for reuse, as by default.
 
     OMP_NUM_THREADS=1 python benchmarks/engine_cost.py
 """
@@ -136,8 +137,9 @@ def per_token(
     options = plugins.Selected(plugins.find("sampler", "greedy"), greedy).read_options({})
     sampler = plugins.call(greedy, "create_sampler", model_config=loaded.config, options=options)
     runner = Runner(model, sampler, Observers(plugins.new_manager()), "executor", "sampler")
-    prompt = tuple(i % VOCABULARY for i in range(prompt_tokens))
     for i in range(num_requests):
+        # Prompts that begin alike would wait for each other.
+        prompt = tuple((i + at) % VOCABULARY for at in range(prompt_tokens))
         stream = TextStream(model.text, ()) if text else None
         runner.add(Request(f"m-{i}", prompt, SamplingParams(), new_tokens, stream=stream))
     runner.step()  # the prompts
