@@ -2,8 +2,8 @@
 
 The executor returns ready logits of a vocabulary of 1,024. The scheduler, the paged allocator, the
 greedy sampler and the requests are the product's own. One row per number of running requests and
-length of their prompts, and one with detokenisation. Pages of full prompts and outputs are committed
-for reuse, as by default.
+length of their prompts, and one with detokenisation. Full pages are committed for reuse, as by
+default.
 
     OMP_NUM_THREADS=1 python benchmarks/engine_cost.py
 """
