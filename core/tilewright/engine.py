@@ -381,16 +381,24 @@ class LLMEngine:
         OutOfPagesError when the KV cache is too small for them, NonFiniteLogitsError, and
         ExecutorError.
         """
-        if _settings(self.model(model_id), config).stream:
-            return self.stream(model_id, prompt, config)
-        return self.generate_result(model_id, prompt, config).text
+        thread = self._thread(model_id)
+        settings = _settings(thread.runner, config, single=True)
+        if settings.stream:
+            return self._stream(thread, prompt, settings)
+        return self._generate_one(thread, prompt, settings).text
 
     def stream(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> GenerationStream:
         """Like ``generate`` with ``config.stream`` set: the text in pieces, as it is generated."""
         thread = self._thread(model_id)
-        request = self._new_request(thread, prompt, config)
+        return self._stream(thread, prompt, _settings(thread.runner, config, single=True))
+
+    def _stream(
+        self, thread: SteppingThread, prompt: Prompt, settings: GenerateConfig
+    ) -> GenerationStream:
+        model = thread.runner.model
+        request = new_request(self._next_id(model), model, prompt, settings)
         stream = GenerationStream(self, thread, request)
         try:
             thread.call(lambda: thread.runner.add(request))
@@ -420,10 +428,7 @@ class LLMEngine:
         request_id: str | None = None,
     ) -> Request:
         model = thread.runner.model
-        settings = _settings(model, config)
-        _check_single(settings)
-        check_settings(model, settings)
-        thread.runner.make_processors(settings.logits_processors or ())
+        settings = _settings(thread.runner, config, single=True)
         return new_request(request_id or self._next_id(model), model, prompt, settings)
 
     def generate_result(
@@ -431,8 +436,11 @@ class LLMEngine:
     ) -> GenerateResult:
         """Like ``generate``; the result has tokens, finish reason, logprobs and timings too."""
         thread = self._thread(model_id)
-        settings = _settings(thread.runner.model, config)
-        _check_single(settings)
+        return self._generate_one(thread, prompt, _settings(thread.runner, config, single=True))
+
+    def _generate_one(
+        self, thread: SteppingThread, prompt: Prompt, settings: GenerateConfig
+    ) -> GenerateResult:
         (result,) = self._generate(thread, [prompt], settings)
         if result.error:
             raise result.error
@@ -452,31 +460,28 @@ class LLMEngine:
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: use generate() for one")
         thread = self._thread(model_id)
-        return self._generate(thread, prompts, _settings(thread.runner.model, config))
+        return self._generate(thread, prompts, _settings(thread.runner, config))
 
     def _generate(
         self, thread: SteppingThread, prompts: Sequence[Prompt], settings: GenerateConfig
     ) -> list[GenerateResult]:
         model = thread.runner.model
-        check_settings(model, settings)
-        thread.runner.make_processors(settings.logits_processors or ())
         choices = [prompt for prompt in prompts for _ in range(settings.n or 1)]
         asked = [
             evolve(settings, seed=None if settings.seed is None else (settings.seed + i) % 2**63)
             for i in range(len(choices))
         ]
+        names = [self._next_id(model) for _ in choices]
         requests: dict[int, Request] = {}
         errors: dict[int, TilewrightError] = {}
         for i, prompt in enumerate(choices):
             try:
-                requests[i] = new_request(self._next_id(model), model, prompt, asked[i])
+                requests[i] = new_request(names[i], model, prompt, asked[i])
             except RequestError as error:
                 errors[i] = error
         errors |= _run(thread, requests)
         return [
-            refused(self._next_id(model), model, asked[i], errors[i])
-            if i in errors
-            else requests[i].result  # type: ignore[misc]
+            refused(names[i], model, asked[i], errors[i]) if i in errors else requests[i].result  # type: ignore[misc]
             for i in range(len(choices))
         ]
 
@@ -507,10 +512,24 @@ def _make_sampler(selection: Selection, loaded: LoadedModel) -> Sampler:
     return sampler
 
 
-def _settings(model: ServedModel, config: GenerateConfig | None) -> GenerateConfig:
-    """A request's settings, with the model's defaults for what is not set."""
+def _settings(
+    runner: Runner, config: GenerateConfig | None, single: bool = False
+) -> GenerateConfig:
+    """A request's settings, with the model's defaults for what is not set. Makes the logits
+    processors that they name.
+
+    single: one result is wanted. Raises RequestError for settings that the model cannot serve.
+    """
     _check_type(config, GenerateConfig, "config")
-    return (config or GenerateConfig()).over(model.generation_defaults)
+    settings = (config or GenerateConfig()).over(runner.model.generation_defaults)
+    if single and settings.n != 1:
+        raise RequestError(
+            f"expected n = 1 for a single result, found n = {settings.n}: use generate_batch of "
+            "LLMEngine, which returns a list of results, or one call for each"
+        )
+    check_settings(runner.model, settings)
+    runner.make_processors(settings.logits_processors or ())
+    return settings
 
 
 def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, TilewrightError]:
@@ -560,14 +579,6 @@ def _engine_closed() -> RequestError:
 def _stop_all(models: Mapping[str, SteppingThread]) -> None:
     for thread in list(models.values()):
         thread.stop(_engine_closed())
-
-
-def _check_single(settings: GenerateConfig) -> None:
-    if settings.n != 1:
-        raise RequestError(
-            f"expected n = 1 for a single result, found n = {settings.n}: use generate_batch of "
-            "LLMEngine, which returns a list of results, or one call for each"
-        )
 
 
 def _check_type(value: object, type_: type, name: str) -> None:

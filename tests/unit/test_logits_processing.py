@@ -309,6 +309,31 @@ def test_edits_of_wrong_types_are_blamed_on_the_processor_and_fail_its_requests_
     assert "".join(other) == plain
 
 
+def test_a_generation_of_a_batch_that_fails_keeps_its_id_and_the_others_their_results(
+    engine, monkeypatch
+):
+    ids = []
+    add = type(engine._thread("demo").runner).add
+    monkeypatch.setattr(
+        type(engine._thread("demo").runner),
+        "add",
+        lambda self, request: (ids.append(request.request_id), add(self, request))[1],
+    )
+    accept = engine.made["mask"].accept
+
+    def failing(state, token_id):
+        if state["id"] == ids[1]:
+            raise ValueError("a bug")
+        accept(state, token_id)
+
+    monkeypatch.setattr(engine.made["mask"], "accept", failing)
+    settings = config(logits_processors={"mask": [[7]]})
+    results = engine.generate_batch("demo", PROMPTS, settings)
+    assert [result.request_id for result in results] == ids
+    assert [result.finish_reason for result in results] == ["length", "error", "length"]
+    assert isinstance(results[1].error, LogitsProcessorError)
+
+
 def test_logits_that_are_not_finite_are_not_hidden_by_a_mask(engine):
     weights = engine.model("demo").executor.weight("model.norm.weight")
     weights.fill_(float("nan"))
