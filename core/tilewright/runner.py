@@ -334,11 +334,7 @@ class Runner:
             return
         step, plugin = running.step, self._executor_name
         try:
-            self._computing = True
-            try:
-                output = self._checked(running, running.pending.wait())
-            finally:
-                self._computing = False
+            output = self._output(running)
             plugin = self._sampler_name
             tokens = self._sampled(step, output)
             _score(step, output)
@@ -350,11 +346,14 @@ class Runner:
         for part in step.parts:
             request, before = part.request, len(part.request.output_token_ids)
             try:
-                accepted += _accept(part, tokens)
+                _accept(part, tokens)
             except LogitsProcessorError as error:
                 self._fail(request, error)
             added = len(request.output_token_ids) - before
             self._num_new_tokens += added
+            request.drafted_tokens += len(part.drafts)
+            request.accepted_tokens += max(added - 1, 0)
+            accepted += max(added - 1, 0)
             if added:
                 self._news[request] = None
         self._scheduler.done(step)
@@ -401,6 +400,14 @@ class Runner:
             self._num_preemptions += 1
             if self.requests.get(request.request_id) is request:
                 self._notify("on_request_preempted", request)
+
+    def _output(self, running: _InFlight) -> StepOutput:
+        self._computing = True
+        try:
+            output = running.pending.wait()
+        finally:
+            self._computing = False
+        return self._checked(running, output)
 
     def _checked(self, running: _InFlight, output: StepOutput) -> StepOutput:
         """Raises PluginError for an output that does not answer what the executor was asked."""
@@ -602,14 +609,12 @@ def _forbidden(row: SamplerRow | None) -> list[int]:
     return [token_id for token_id, value in bias.items() if value == -inf]
 
 
-def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> int:
-    """Add a request's tokens, up to the first draft that was wrong. Returns how many drafts added
-    a token.
+def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> None:
+    """Add a request's tokens, up to the first draft that was wrong.
 
     A token is in the output already when the step was interrupted after it had been added.
     """
-    request, before = part.request, len(part.request.output_token_ids)
-    request.drafted_tokens += len(part.drafts)
+    request = part.request
     for number, row in enumerate(part.sampled):
         token = tokens[row]
         assert token is not None
@@ -617,9 +622,6 @@ def _accept(part: Part, tokens: Sequence[SampledToken | None]) -> int:
             request.accept(token)
         if number < len(part.drafts) and token.token_id != part.drafts[number]:
             break
-    accepted = max(len(request.output_token_ids) - before - 1, 0)
-    request.accepted_tokens += accepted
-    return accepted
 
 
 def _score(step: Step, output: StepOutput) -> None:

@@ -55,9 +55,11 @@ class ServingFigure:
     concurrency: int | None
     num_requests: int
     prompt_tokens: int
-    """Of each request, as are the next two."""
+    """Tokens of each request's prompt."""
     shared_prefix_tokens: int
+    """How many of them, from the first, all prompts have in common."""
     new_tokens: int
+    """New tokens of each request."""
     seconds: float
     """From the start of the measurement to the last token."""
     new_tokens_per_second: float
