@@ -2,13 +2,13 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fake_pypto import checkout, machine, unimported
+from other_threads import eventually
 
 from tilewright import LLMEngine, RuntimeConfig
 from tilewright.settings import DEMO_MODEL
@@ -42,13 +42,9 @@ def engine() -> Iterator[LLMEngine]:
         engine.init_model("demo", DEMO_MODEL, runtime)
         yield engine
         if not engine._closed:
-            deadline = time.monotonic() + 30
-            while engine.stats("demo").used_pages and time.monotonic() < deadline:
-                time.sleep(0.001)  # a stream that was dropped ends after the step
-            allocator = engine.model("demo").allocator
-            allocator.check_integrity()
-            held = allocator.total_pages - allocator.free_pages - allocator.evictable_pages
-            assert held == 0, "a test left pages behind"
+            # No test leaves pages behind; a stream that was dropped ends after the step.
+            eventually(lambda: not engine.stats("demo").used_pages)
+            engine.model("demo").allocator.check_integrity()
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ its own for each request (``OwnPages``), and one whose logits are a hash of the 
 (``Hashing``), so that two runs differ exactly if their tokens do.
 """
 
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -344,11 +342,6 @@ def all_free(runner: Runner) -> bool:
     allocator = runner.model.allocator
     allocator.check_integrity()
     return allocator.free_pages + allocator.evictable_pages == allocator.total_pages
-
-
-def press_ctrl_c() -> None:
-    """What a terminal does: Python raises KeyboardInterrupt in the main thread."""
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 @define

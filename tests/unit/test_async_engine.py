@@ -3,10 +3,10 @@
 import asyncio
 import random
 import threading
-import time
 from contextlib import aclosing
 
 import pytest
+from other_threads import eventually
 
 from tilewright import AsyncLLMEngine, GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.errors import ConfigError, ExecutorError, OutOfPagesError, RequestError
@@ -312,10 +312,7 @@ def test_a_generation_of_an_event_loop_that_is_closed_is_aborted():
         for generation in generations:
             loop.run_until_complete(anext(generation))
         loop.close()
-        deadline = time.monotonic() + 30
-        while engine.stats("demo").num_running and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert not engine.stats("demo").num_running
+        eventually(lambda: not engine.stats("demo").num_running)
         assert engine.stats("demo").num_new_tokens < 400
         other = asyncio.run(engine.generate_result("demo", TRUTHS, config(5)))
         assert len(other.token_ids) == 5

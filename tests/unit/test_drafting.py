@@ -237,7 +237,7 @@ def demo():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_requests_have_the_texts_of_plain_decoding(demo, seed):
-    """Of an executor with 5 tokens, whose n-grams recur, by chance often with what followed."""
+    """The executor has 5 tokens, so n-grams recur, by chance often with what followed."""
     rng = random.Random(seed)
     prompts = []
     for _ in range(rng.randint(1, 6)):

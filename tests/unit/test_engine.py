@@ -9,7 +9,7 @@ from math import inf
 import numpy as np
 import pytest
 import torch
-from contract_executors import press_ctrl_c
+from other_threads import eventually, press_ctrl_c
 from transformers import AutoModelForCausalLM
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
@@ -328,14 +328,6 @@ def test_an_abandoned_stream_frees_its_pages(engine, how):
         gc.collect()
         eventually(lambda: free_pages(engine) == before)
     assert free_pages(engine) == before
-
-
-def eventually(condition):
-    """Wait for what the thread of a model does after its step."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 class Interrupting:

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from textwrap import dedent
 
 import pytest
-from contract_executors import Hashing, press_ctrl_c
+from contract_executors import Hashing
+from other_threads import eventually, press_ctrl_c
 
 import tilewright_torch.plugin as torch_plugin
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
@@ -54,13 +55,6 @@ def _no_thread_is_left():
 
 def stepping_threads():
     return [t for t in threading.enumerate() if t.name.startswith("tilewright ")]
-
-
-def eventually(condition):
-    deadline = time.monotonic() + FOR_EVER
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 class Gated(Hashing):

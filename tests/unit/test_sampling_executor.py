@@ -16,10 +16,10 @@ from contract_executors import (
     make_runner,
     outcome,
     outcomes,
-    press_ctrl_c,
     requests,
     run,
 )
+from other_threads import press_ctrl_c
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
 from tilewright.errors import (

@@ -45,6 +45,13 @@ def finish(scheduler, step, token=7):
     scheduler.done(step)
 
 
+def launch(scheduler):
+    """Put the next step in flight."""
+    step = scheduler.schedule()
+    scheduler.launched(step)
+    return step
+
+
 def test_prompts_share_a_step_and_long_ones_are_chunked():
     cache, scheduler = make(mixed=False)
     a, b = request("a", 3), request("b", 12)
@@ -422,10 +429,7 @@ def test_a_request_that_gives_way_while_its_step_is_in_flight_keeps_that_step():
     for r in (a, b):
         scheduler.add(r)
         r.sampled_by_executor = True
-    first = scheduler.schedule()
-    scheduler.launched(first)
-    second = scheduler.schedule()
-    scheduler.launched(second)
+    first, second = launch(scheduler), launch(scheduler)
     assert second.requests == (a, b)
     finish(scheduler, first)
     third = scheduler.schedule()  # a needs a third page, and b is in flight
@@ -515,15 +519,12 @@ def test_pages_of_a_request_that_ended_stay_while_the_step_behind_is_in_flight()
     a = request("a", 3, max_new_tokens=9)
     scheduler.add(a)
     a.sampled_by_executor = True
-    first = scheduler.schedule()
-    scheduler.launched(first)
-    second = scheduler.schedule()
-    scheduler.launched(second)
-    third_page = second.batch.block_table[0, 1].item()
+    first, second = launch(scheduler), launch(scheduler)
+    second_page = second.batch.block_table[0, 1].item()
     a.finish_reason = "aborted"  # in the middle of the first step: its token is not taken
     scheduler.done(first)
-    assert third_page in cache.pages("a")
+    assert second_page in cache.pages("a")
     scheduler.remove(a)
-    assert third_page in cache.pages("a")
+    assert second_page in cache.pages("a")
     scheduler.done(second)
     assert cache.free_pages + cache.evictable_pages == 16

@@ -219,6 +219,14 @@ def test_the_work_per_token_is_constant(data: bytes, min_tokens: int) -> None:
 # --- stop strings ---------------------------------------------------------------------------------
 
 
+def stop_strings(whole: str) -> st.SearchStrategy[list[str]]:
+    """Parts of a text, and other strings of its characters."""
+    positions = st.integers(0, max(len(whole) - 1, 0))
+    within = st.tuples(positions, st.integers(1, 9)).map(lambda p: whole[p[0] : sum(p)])
+    any_text = st.text(st.sampled_from(whole or "a"), min_size=1, max_size=4)
+    return st.lists(st.one_of(within, any_text).filter(bool), max_size=4)
+
+
 def cut(whole: str, stop: Sequence[str]) -> str:
     """The expected text: cut before the leftmost stop string."""
     return whole[: min((whole.find(s) for s in stop if s in whole), default=len(whole))]
@@ -233,10 +241,7 @@ def test_the_text_is_cut_before_the_leftmost_stop_string(make: Callable[[], Toke
     def check(data: st.DataObject) -> None:
         ids = data.draw(token_ids(make))
         whole = text.decode(ids)
-        positions = st.integers(0, max(len(whole) - 1, 0))
-        within = st.tuples(positions, st.integers(1, 9)).map(lambda p: whole[p[0] : sum(p)])
-        any_text = st.text(st.sampled_from(whole or "a"), min_size=1, max_size=4)
-        stop = data.draw(st.lists(st.one_of(within, any_text).filter(bool), max_size=4))
+        stop = data.draw(stop_strings(whole))
         parts, stopped = stream(text, ids, stop)
         assert "".join(parts) == cut(whole, stop)
         assert stopped == any(s in whole for s in stop)
@@ -298,10 +303,7 @@ def test_stop_strings_that_the_first_tokens_complete_are_plain_text(
     def check(data: st.DataObject) -> None:
         ids = data.draw(token_ids(make))
         whole = text.decode(ids)
-        positions = st.integers(0, max(len(whole) - 1, 0))
-        within = st.tuples(positions, st.integers(1, 9)).map(lambda p: whole[p[0] : sum(p)])
-        any_text = st.text(st.sampled_from(whole or "a"), min_size=1, max_size=4)
-        stop = data.draw(st.lists(st.one_of(within, any_text).filter(bool), max_size=4))
+        stop = data.draw(stop_strings(whole))
         min_tokens = data.draw(st.integers(0, len(ids) + 2))
         check_ended(text, ids, stop, min_tokens, data.draw(st.booleans()))
 
