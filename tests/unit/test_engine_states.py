@@ -681,5 +681,5 @@ def test_a_planted_fault_is_found(monkeypatch, plant):
     plant(monkeypatch)
     before = num_calls()
     with pytest.raises((AssertionError, PluginError)):
-        run_machines(11, 100_000, examples=40, phases=[Phase.generate], verbosity=Verbosity.quiet)
+        run_machines(11, 400_000, examples=40, phases=[Phase.generate], verbosity=Verbosity.quiet)
     print(f"found after {num_calls() - before} calls")
