@@ -10,9 +10,9 @@ from attrs import evolve, frozen
 
 from tilewright.errors import ModelError
 from tilewright.types import DType, ModelConfig, RopeConfig
-from tilewright_gguf.header import GgufFile
+from tilewright_gguf.header import GgufFile, StoredTensor
 from tilewright_gguf.rope import from_factors
-from tilewright_gguf.weights import ROPE_FACTORS, hf_name, read
+from tilewright_gguf.weights import EMBEDDING, HEAD, ROPE_FACTORS, hf_name, read
 from tilewright_hf.architecture import FAMILIES, MAX_LAYERS, head_size
 from tilewright_hf.files import MAX_INT, JsonObject, shown
 
@@ -23,6 +23,14 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 INTERLEAVED = ("llama",)
 """Architectures where query and key rows alternate between the two halves of a head."""
+
+_OTHER_FILES = {
+    "adapter": "merge this adapter into its model, and load the file of the whole model",
+    "mmproj": "this file only holds a model's encoder of images or sound; load the file of its "
+    "language model",
+    "vocab": "this file only holds a vocabulary; load the file of the whole model",
+    "imatrix": "this file only holds statistics for quantisation; load the file of the model",
+}
 
 _REFUSED = {
     "expert_count": "mixtures of experts",
@@ -97,16 +105,26 @@ class Keys:
         return JsonObject(self.header.where, {name: value[0]})
 
 
-def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) -> ModelConfig:
-    """The model that a header describes; eos_token_ids are left to the tokenizer.
+def model_config(
+    header: JsonObject, files: Sequence[GgufFile], dtype: DType
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model that a header describes, and warnings.
 
-    The tensors decide which biases exist, and whether the head is separate.
+    bos_token_id and eos_token_ids are left to the tokenizer.
+
+    The tensors decide the vocabulary's size, which biases exist, and whether the head is separate.
     Raises ModelError for missing, out-of-range or unsupported values.
     """
     architecture = _architecture(header)
     keys = Keys(header, architecture)
     _check_supported(keys)
-    vocab_size = keys.integer("vocab_size", None) or _tokens(header)
+    tensors = {hf_name(name): tensor for f in files for name, tensor in f.tensors.items()}
+    vocab_size, warnings = _vocab_size(keys, tensors.get(EMBEDDING) or tensors.get(HEAD))
+    if EMBEDDING not in tensors:
+        warnings += (
+            f"{header.where}: has no token_embd.weight; output.weight is used for both the "
+            "embedding and the head",
+        )
     hidden_size = keys.required("embedding_length")
     num_layers = keys.required("block_count", MAX_LAYERS)
     num_heads = keys.required("attention.head_count")
@@ -129,7 +147,6 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
     if keys.has("attention.sliding_window"):
         window = keys.integer("attention.sliding_window", None)
     first = "model.layers.0."
-    names = {hf_name(name) for f in files for name in f.tensors}
     family = FAMILIES[architecture]
     config = ModelConfig(
         architecture=family.architecture,
@@ -144,17 +161,14 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
         rope=_rope(keys, max_positions),
         max_position_embeddings=max_positions,
         dtype=dtype,
-        qkv_bias=family.qkv_bias or f"{first}self_attn.q_proj.bias" in names,
-        output_bias=f"{first}self_attn.o_proj.bias" in names,
-        mlp_bias=f"{first}mlp.down_proj.bias" in names,
+        qkv_bias=family.qkv_bias or f"{first}self_attn.q_proj.bias" in tensors,
+        output_bias=f"{first}self_attn.o_proj.bias" in tensors,
+        mlp_bias=f"{first}mlp.down_proj.bias" in tensors,
         qk_norm=family.qk_norm,
-        tie_word_embeddings="lm_head.weight" not in names,
+        tie_word_embeddings=not {EMBEDDING, HEAD} <= tensors.keys(),
         sliding_windows=(window,) * num_layers if window else (),
-        bos_token_id=header.optional_integer(
-            "tokenizer.ggml.bos_token_id", None, minimum=0, maximum=vocab_size - 1
-        ),
     )
-    return _with_factors(config, files)
+    return _with_factors(config, files), warnings
 
 
 def _check_supported(keys: Keys) -> None:
@@ -174,10 +188,8 @@ def _norm_eps(keys: Keys) -> float:
 def _architecture(header: JsonObject) -> str:
     kind = header.string("general.type", "model")
     if kind != "model":
-        raise ModelError(
-            f'{header.where}: general.type is {shown(kind)}, expected "model": merge an '
-            "adapter into its model, and load the file of the whole model"
-        )
+        what = _OTHER_FILES.get(kind, "load the file of the whole model")
+        raise ModelError(f'{header.where}: general.type is {shown(kind)}, expected "model": {what}')
     architecture = header.string("general.architecture", None)
     if architecture not in ARCHITECTURES:
         found = "is missing" if architecture is None else f"{shown(architecture)} is not supported"
@@ -188,14 +200,27 @@ def _architecture(header: JsonObject) -> str:
     return architecture
 
 
-def _tokens(header: JsonObject) -> int:
-    tokens = header.strings("tokenizer.ggml.tokens")
+def _vocab_size(keys: Keys, embedding: StoredTensor | None) -> tuple[int, tuple[str, ...]]:
+    """Number of rows of the embedding, and a warning if the header has another number."""
+    tokens = keys.header.strings("tokenizer.ggml.tokens")
     if not tokens:
         raise ModelError(
-            f"{header.where}: tokenizer.ggml.tokens is missing: expected the model's vocabulary; "
-            "use a file that was converted together with its tokenizer"
+            f"{keys.header.where}: tokenizer.ggml.tokens is missing: expected the model's "
+            "vocabulary; use a file that was converted together with its tokenizer"
         )
-    return len(tokens)
+    if embedding is None:
+        raise ModelError(
+            f"{keys.header.where}: has no token_embd.weight; a file of the vocabulary alone cannot "
+            "be run: use the file of the whole model"
+        )
+    rows, key = embedding.shape[0], "vocab_size"
+    said = keys.integer(key, rows)
+    if said == rows:
+        return rows, ()
+    return rows, (
+        f"{keys.header.where}: {keys.architecture}.{key} is {said}, but {embedding.name} has "
+        f"{rows} rows, which counts",
+    )
 
 
 def _rope(keys: Keys, max_positions: int) -> RopeConfig:

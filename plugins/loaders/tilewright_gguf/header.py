@@ -87,7 +87,10 @@ def open_file(path: Path) -> GgufFile:
     memory = _map(path)
     start = bytes(memory[:8])
     if start[:4] != MAGIC:
-        raise ModelError(f"{path}: expected a GGUF file, found a file that begins with {start!r}")
+        found = f"a file that begins with {start!r}"
+        if start[1:4] in (b"mgg", b"jgg"):
+            found = "a GGML file, which is older: convert the model again, or download a GGUF of it"
+        raise ModelError(f"{path}: expected a GGUF file, found {found}")
     return _Header(path, memory).read()
 
 
@@ -273,7 +276,7 @@ class _Header:
             if end > self._size:
                 raise ModelError(
                     f"{self._path}: truncated: tensor {shown} ends at byte {end}, the file at "
-                    f"{self._size}; download it again"
+                    f"{self._size}; download it again, or join its parts if it was cut into parts"
                 )
             placed[info.name] = evolve(info, start=start)
         if self._size - end > alignment:

@@ -15,8 +15,12 @@ from tilewright.types import GenerateConfig, LoadedModel, PluginInfo
 if TYPE_CHECKING:
     from tilewright_gguf.header import GgufFile
     from tilewright_hf.files import JsonObject
+    from tilewright_hf.generation import Recommended
 
 tilewright_api = 2
+
+MAGICS = (b"GGUF", b"lmgg", b"fmgg", b"tjgg")
+"""First bytes of GGUF files, and of the formats before it, which are refused by name."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -28,6 +32,11 @@ _SAMPLING = {
     "penalty_repeat": "repetition_penalty",
 }
 """Maps keys of ``general.sampling.*`` to names in a generation_config.json."""
+
+
+_NO_SAMPLING = {"xtc_probability": 0.0, "mirostat": 0, "sequence": ""}
+"""Keys of ``general.sampling.*`` that would change the text, with the values that have no effect;
+other unsupported keys only refine these."""
 
 
 @hookimpl
@@ -56,7 +65,7 @@ def can_load(source: str) -> bool:
         if path.endswith(".gguf"):
             return True
         with open(path, "rb") as file:
-            return file.read(4) == b"GGUF"
+            return file.read(4) in MAGICS
     except (OSError, ValueError):
         return False
 
@@ -66,7 +75,7 @@ def load_model(source: str, weight_format: str | None) -> LoadedModel:
     """Read the header of a file and, for Llama 3's scaling, the small ``rope_freqs.weight``."""
     from tilewright_gguf.architecture import INTERLEAVED, model_config
     from tilewright_gguf.header import open_file
-    from tilewright_gguf.tokenizer import load_text
+    from tilewright_gguf.tokenizer import load_text, special_ids
     from tilewright_gguf.weights import check_kinds, compute_dtype, gguf_source
     from tilewright_hf.files import JsonObject
 
@@ -80,17 +89,19 @@ def load_model(source: str, weight_format: str | None) -> LoadedModel:
     _check_shards(files)
     check_kinds(files)
     header = JsonObject(str(path), dict(files[0].values))
-    config = model_config(header, files, compute_dtype(files))
-    text, end_ids, warnings = load_text(header, config.vocab_size)
+    config, warnings = model_config(header, files, compute_dtype(files))
+    special, special_warnings = special_ids(header)
+    text, end_ids, text_warnings = load_text(header, config.vocab_size, special)
+    generation = _generation(header, config.vocab_size)
     return LoadedModel(
-        config=evolve(config, eos_token_ids=end_ids),
+        config=evolve(config, bos_token_id=special.get("bos"), eos_token_ids=end_ids),
         weights=gguf_source(
             files, config, interleaved=header.values["general.architecture"] in INTERLEAVED
         ),
         text=text,
-        generation_defaults=_generation(header, config.vocab_size),
+        generation_defaults=generation.defaults,
         source=str(path),
-        warnings=warnings,
+        warnings=warnings + special_warnings + text_warnings + generation.warnings,
     )
 
 
@@ -153,10 +164,10 @@ def _check_shards(files: Sequence["GgufFile"]) -> None:
         )
 
 
-def _generation(header: "JsonObject", vocab_size: int) -> GenerateConfig:
+def _generation(header: "JsonObject", vocab_size: int) -> "Recommended":
     """The settings that a header recommends."""
     from tilewright_hf.files import JsonObject
-    from tilewright_hf.generation import recommended
+    from tilewright_hf.generation import Recommended, recommended
 
     prefix = "general.sampling."
     given = {
@@ -165,6 +176,12 @@ def _generation(header: "JsonObject", vocab_size: int) -> GenerateConfig:
         if f"{prefix}{theirs}" in header.values
     }
     if not given:
-        return GenerateConfig()
+        return Recommended(defaults=GenerateConfig())
     given["do_sample"] = True
-    return recommended(JsonObject(f"{header.where}: {prefix}*", given), vocab_size).defaults
+    found = recommended(JsonObject(f"{header.where}: {prefix}*", given), vocab_size)
+    unsupported = tuple(
+        f"{header.where}: {prefix}{key} is not supported and has no effect"
+        for key, neutral in _NO_SAMPLING.items()
+        if header.values.get(f"{prefix}{key}", neutral) != neutral
+    )
+    return evolve(found, warnings=found.warnings + unsupported)

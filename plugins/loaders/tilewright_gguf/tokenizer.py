@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF header -> TextAssets, and the tokens that end a text."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -34,6 +34,11 @@ _NAMED = {
     "sep_token": "seperator",  # GGUF's spelling
     "mask_token": "mask",
 }
+
+_SENTENCE_PIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+"""Ids of a SentencePiece vocabulary whose header has none, or wrong ones. As in llama.cpp."""
+
+_MOST = 2**64 - 1
 
 _ENDS = frozenset(
     {
@@ -107,30 +112,51 @@ SPLITTINGS = {
 
 @frozen(kw_only=True)
 class Vocabulary:
-    """Tokens and kinds, indexed by id; checked for equal length and for duplicates."""
+    """Tokens and kinds, indexed by id; checked for equal length and for duplicates.
+
+    special: ids by the names that the header's keys have, such as ``eos``.
+    """
 
     header: JsonObject
     tokens: tuple[str, ...]
     kinds: Sequence[int]
-
-    def id(self, name: str) -> int | None:
-        """The id in a key such as ``tokenizer.ggml.eos_token_id``, if any."""
-        return self.header.integer(
-            f"{_PREFIX}{name}_token_id", None, minimum=0, maximum=len(self.tokens) - 1
-        )
+    special: Mapping[str, int]
 
     def of_kind(self, *kinds: int) -> list[str]:
         return [t for t, kind in zip(self.tokens, self.kinds, strict=True) if kind in kinds]
 
 
+def special_ids(header: JsonObject) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The ids in keys such as ``tokenizer.ggml.eos_token_id``, by ``eos`` and so on, and warnings
+    about those that are not ids of the vocabulary, which are left out."""
+    count = len(header.strings(f"{_PREFIX}tokens") or ())
+    is_sentence_piece = header.values.get(f"{_PREFIX}model") == "llama"
+    usual = _SENTENCE_PIECE_IDS if is_sentence_piece else {}
+    ids, warnings = {}, []
+    for name in (*_NAMED.values(), "eot", "eom"):
+        key = f"{_PREFIX}{name}_token_id"
+        found = header.integer(key, None, minimum=-1, maximum=_MOST)
+        in_vocabulary = found is not None and 0 <= found < count
+        token_id = found if in_vocabulary else usual.get(name)
+        if token_id is not None and token_id < count:
+            ids[name] = token_id
+        if found is not None and not in_vocabulary:
+            instead = f"{token_id} is used" if name in ids else "it is ignored"
+            warnings.append(
+                f"{header.where}: {key} is {found}, but the vocabulary has ids 0 to {count - 1}; "
+                f"{instead}"
+            )
+    return ids, tuple(warnings)
+
+
 def load_text(
-    header: JsonObject, vocab_size: int
+    header: JsonObject, vocab_size: int, special: Mapping[str, int]
 ) -> tuple[TextAssets, tuple[int, ...], tuple[str, ...]]:
     """Tokenizer, chat template and special tokens, the ids that end a text, and warnings.
 
-    Raises ModelError for missing, damaged or unsupported values.
+    special: see ``special_ids``. Raises ModelError for missing, damaged or unsupported values.
     """
-    vocabulary = _vocabulary(header, vocab_size)
+    vocabulary = _vocabulary(header, vocab_size, special)
     kind = header.string(f"{_PREFIX}model", None)
     warnings: tuple[str, ...] = ()
     if kind == "gpt2":
@@ -144,10 +170,10 @@ def load_text(
             f"{header.where}: {_PREFIX}model {found}; gguf supports gpt2 (byte-level BPE) and "
             "llama (SentencePiece)"
         )
-    special, plain = vocabulary.of_kind(CONTROL, UNKNOWN), vocabulary.of_kind(USER_DEFINED)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    control, plain = vocabulary.of_kind(CONTROL, UNKNOWN), vocabulary.of_kind(USER_DEFINED)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
-    named = {key: i for key, name in _NAMED.items() if (i := vocabulary.id(name)) is not None}
+    named = {key: special[name] for key, name in _NAMED.items() if name in special}
     assets = TextAssets(
         tokenizer=tokenizer,
         chat_template=header.string("tokenizer.chat_template", None),
@@ -156,7 +182,7 @@ def load_text(
     return assets, _end_ids(vocabulary), warnings
 
 
-def _vocabulary(header: JsonObject, vocab_size: int) -> Vocabulary:
+def _vocabulary(header: JsonObject, vocab_size: int, special: Mapping[str, int]) -> Vocabulary:
     tokens = header.strings(f"{_PREFIX}tokens") or ()
     if not 0 < len(tokens) <= vocab_size:
         raise ModelError(
@@ -175,12 +201,12 @@ def _vocabulary(header: JsonObject, vocab_size: int) -> Vocabulary:
     ):
         header.fail(f"{_PREFIX}token_type", f"a list of {len(tokens)} numbers from 0 to {BYTE}")
     kinds = [CONTROL if t in _ENDS else kind for t, kind in zip(tokens, kinds, strict=True)]
-    return Vocabulary(header=header, tokens=tokens, kinds=kinds)
+    return Vocabulary(header=header, tokens=tokens, kinds=kinds, special=special)
 
 
 def _end_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
     """The ids that the header names, then those of tokens that end a text by name."""
-    ids = [vocabulary.id(name) for name in ("eos", "eot", "eom")]
+    ids = [vocabulary.special.get(name) for name in ("eos", "eot", "eom")]
     ids += [i for i, token in enumerate(vocabulary.tokens) if token in _ENDS]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
@@ -302,7 +328,7 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, add_bos: bool) -> No
     header = vocabulary.header
     tokens = []
     for name, default in (("bos", add_bos), ("eos", False)):
-        key, token_id = f"{_PREFIX}add_{name}_token", vocabulary.id(name)
+        key, token_id = f"{_PREFIX}add_{name}_token", vocabulary.special.get(name)
         if not header.boolean(key, default and token_id is not None):
             continue
         if token_id is None:

@@ -19,6 +19,7 @@ from tilewright_hf.shards import ShardedSource
 if TYPE_CHECKING:
     from torch import Tensor
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 
 _STORED_AS: dict[GGMLQuantizationType, DType] = {
@@ -33,10 +34,25 @@ QUANTISED = (
     GGMLQuantizationType.Q5_0,
     GGMLQuantizationType.Q5_1,
     GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.Q2_K,
+    GGMLQuantizationType.Q3_K,
     GGMLQuantizationType.Q4_K,
     GGMLQuantizationType.Q5_K,
     GGMLQuantizationType.Q6_K,
+    GGMLQuantizationType.IQ1_S,
+    GGMLQuantizationType.IQ1_M,
+    GGMLQuantizationType.IQ2_XXS,
+    GGMLQuantizationType.IQ2_XS,
+    GGMLQuantizationType.IQ2_S,
+    GGMLQuantizationType.IQ3_XXS,
+    GGMLQuantizationType.IQ3_S,
+    GGMLQuantizationType.IQ4_NL,
+    GGMLQuantizationType.IQ4_XS,
+    GGMLQuantizationType.TQ1_0,
+    GGMLQuantizationType.TQ2_0,
+    GGMLQuantizationType.MXFP4,
 )
+"""What the gguf library dequantises. NVFP4 also needs scales that are tensors of their own."""
 
 SUPPORTED = (*_STORED_AS, *QUANTISED)
 
@@ -108,6 +124,8 @@ def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: boo
             name = hf_name(tensor.name)
             if name == ROPE_FACTORS:
                 continue
+            if name == HEAD and config.tie_word_embeddings:
+                name = EMBEDDING  # one matrix, stored as the head
             if name in home:
                 raise ModelError(
                     f"{file.path}: tensor {printable(tensor.name)} is also in {home[name]}; "
@@ -133,9 +151,16 @@ def check_kinds(files: Sequence[GgufFile]) -> None:
         if odd:
             kinds = sorted({t.kind.name for t in odd})
             raise ModelError(
-                f"{file.path}: {len(odd)} of {len(file.tensors)} tensors have types that are not "
-                f"supported ({listed(kinds)}; first {printable(odd[0].name)}), expected "
-                f"{', '.join(kind.name for kind in SUPPORTED)}; quantise the model to one of these"
+                f"{file.path}: {len(odd)} of {len(file.tensors)} tensors have a type that cannot "
+                f"be dequantised: {listed(kinds)} (first {printable(odd[0].name)}); use another "
+                "file of the model, such as Q8_0, Q6_K or Q4_K_M"
+            )
+        scales = [name for name in file.tensors if name.endswith(".scale")]
+        if scales:
+            raise ModelError(
+                f"{file.path}: {len(scales)} tensors are scales of quantised weights (first "
+                f"{printable(scales[0])}), which are not supported; use another file of the model, "
+                "such as Q8_0, Q6_K or Q4_K_M"
             )
 
 

@@ -123,7 +123,7 @@ FAMILIES = {
     "qwen2": small(Qwen2Config, tie_word_embeddings=True),
     "qwen3": small(Qwen3Config, head_dim=128),
 }
-WRITABLE = [kind for kind in SUPPORTED if not kind.name.endswith("_K")]
+WRITABLE = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
 
 
 @pytest.mark.parametrize("kind", WRITABLE, ids=lambda kind: kind.name)
@@ -149,12 +149,16 @@ def test_weights_and_logits_match_transformers_on_the_same_file(
     torch.testing.assert_close(logits(loaded, prompt), of_transformers, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+FIVE_BITS = ("Q5_0", "Q5_1")
+IN_TRANSFORMERS = [k for k in QUANTISED if k.value in dequant._DEQUANT or k.name in FIVE_BITS]
+
+
+@pytest.mark.parametrize("kind", IN_TRANSFORMERS, ids=lambda kind: kind.name)
 def test_random_blocks_are_dequantised_correctly(kind: Kind, tmp_path: Path) -> None:
     columns, rows = 512, 24
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(0).integers(0, 256, (rows, columns // block * block_bytes), "u1")
-    if kind in (Kind.Q5_0, Kind.Q5_1):
+    if kind.name in FIVE_BITS:
         expected = five_bits(raw, kind, columns)
     else:
         expected = dequant.dequantize(torch.from_numpy(raw), kind.value).view(rows, columns)
@@ -670,3 +674,183 @@ def test_importing_the_loader_imports_no_heavy_library() -> None:
     code = code.replace("HEAVY", "{'torch', 'numpy', 'gguf', 'tokenizers'}")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- files as they are found ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "MXFP4"])
+def test_ternary_and_mxfp4_matrices_are_dequantised_as_the_gguf_library_quantised_them(
+    kind: str, tmp_path: Path
+) -> None:
+    config = small(LlamaConfig)
+    config.intermediate_size = 256  # a whole block
+    model = random_model(config)
+    path = write(model, tmp_path / "model.gguf", Kind[kind])
+    ours = load_checked(path).weights.get("model.layers.0.mlp.down_proj.weight")
+    theirs = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_down.weight")
+    assert theirs.tensor_type.name == kind
+    expected = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
+    assert torch.equal(ours, torch.from_numpy(expected))
+
+
+LOW_BITS = ["Q2_K", "Q3_K", "IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]
+LOW_BITS += ["IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"]
+
+
+@pytest.mark.parametrize("name", LOW_BITS)
+def test_logits_of_low_bit_matrices_match_llama_cpp(name: str, tmp_path: Path) -> None:
+    """The bytes of the blocks are random, their scales are small."""
+    from llama_cpp import LlamaCpp
+
+    kind, config = Kind[name], small(LlamaConfig)
+    config.intermediate_size = 256
+    model = random_model(config)
+    tensors = {name: stored(values) for name, values in tensors_of(model).items()}
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows = tensors["blk.0.ffn_down.weight"][0].shape[0]
+    raw = np.random.default_rng(0).integers(0, 256, (rows * 256 // block, block_bytes), "u1")
+    scale = np.array([0.01], np.float16).view("u1")
+    match name:
+        case "MXFP4":
+            raw[:, 0] = 120  # a power of two, as its biased exponent
+        case "Q2_K":
+            raw[:, -4:-2] = raw[:, -2:] = scale
+        case "Q3_K" | "TQ1_0" | "TQ2_0":
+            raw[:, -2:] = scale
+        case _:
+            raw[:, :2] = scale
+    tensors["blk.0.ffn_down.weight"] = (raw.reshape(rows, -1), kind)
+    path = tmp_path / "model.gguf"
+    write_file(path, header_of(model) | word_text(80), tensors)
+    (prompt,) = prompts(config, [41])
+    (step,) = LlamaCpp(path).greedy(prompt, 1, 80)
+    ours = logits(load_checked(path), prompt)[-1].log_softmax(-1)
+    for token, logprob in step.top.items():
+        assert abs(ours[token].item() - logprob) < 0.15  # llama.cpp quantises the activations too
+    tensors["blk.0.ffn_down.weight"] = (np.zeros_like(raw).reshape(rows, -1), kind)
+    write_file(path, header_of(model) | word_text(80), tensors)
+    without = logits(load_checked(path), prompt)[-1].log_softmax(-1)
+    assert (without - ours).abs().max() > 0.5, "the matrix makes too little difference"
+
+
+@pytest.mark.parametrize("name", ["NVFP4", "Q8_K", "F64", "I8"])
+def test_a_type_that_cannot_be_dequantised_is_named(name: str, tmp_path: Path) -> None:
+    kind, model = Kind[name], random_model(small(LlamaConfig))
+    tensors = {name: stored(values) for name, values in tensors_of(model).items()}
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    plain = {"F64": np.float64, "I8": np.int8}
+    values = np.zeros((4, 256 // block * block_bytes), np.uint8)
+    if name in plain:
+        values = np.zeros((4, 256), plain[name])
+    tensors["blk.0.ffn_up.weight"] = values, kind
+    write_file(tmp_path / "model.gguf", header_of(model) | word_text(80), tensors)
+    with pytest.raises(ModelError, match=rf"1 of \d+ tensors .* {name} \(first blk.0.ffn_up"):
+        load(tmp_path / "model.gguf")
+
+
+def test_scales_beside_the_weights_are_refused(tmp_path: Path) -> None:
+    model = random_model(small(LlamaConfig))
+    tensors = {name: stored(values) for name, values in tensors_of(model).items()}
+    tensors["blk.0.ffn_up.scale"] = stored(np.ones(1, np.float32))
+    write_file(tmp_path / "model.gguf", header_of(model) | word_text(80), tensors)
+    with pytest.raises(ModelError, match=r"1 tensors are scales .* \(first blk.0.ffn_up.scale\)"):
+        load(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "padding", "unknown", "seperator", "eot"])
+@pytest.mark.parametrize("value", [80, -1, np.uint32(2**32 - 1), np.uint64(2**64 - 1)])
+def test_special_ids_outside_the_vocabulary_are_a_warning(
+    name: str, value: Any, tmp_path: Path
+) -> None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    path = write(random_model(FAMILIES["qwen2"]), tmp_path / "m.gguf", changed={key: value})
+    loaded = load_checked(path)
+    found = [w for w in loaded.warnings if key in w]
+    assert found == [
+        f"{path}: {key} is {int(value)}, but the vocabulary has ids 0 to 79; it is ignored"
+    ]
+    assert loaded.config.bos_token_id == (None if name == "bos" else 1)
+    assert loaded.config.eos_token_ids == (() if name == "eos" else (2,))
+
+
+@pytest.mark.parametrize("bos", [None, 300, 99_999, np.uint32(2**32 - 1)], ids=str)
+def test_a_sentencepiece_vocabulary_without_a_bos_id_begins_as_in_llama_cpp(
+    bos: int | None, sentence_piece: dict[str, Any], tmp_path: Path
+) -> None:
+    from llama_cpp import LlamaCpp
+
+    text = sentence_piece | {"tokenizer.ggml.bos_token_id": bos}
+    count = len(text["tokenizer.ggml.tokens"])
+    config = small(LlamaConfig)
+    config.vocab_size = count
+    path = write(random_model(config), tmp_path / "model.gguf", text=text)
+    loaded = load_checked(path)
+    assert loaded.text.tokenizer.encode("the quick").ids == LlamaCpp(path).tokenize("the quick")
+    warned = [w for w in loaded.warnings if "bos_token_id" in w]
+    assert len(warned) == (bos is not None and bos >= count)
+
+
+def test_recommended_sampling_settings_that_are_off_or_unsupported_are_a_warning(
+    tmp_path: Path,
+) -> None:
+    sampling = {"temp": 0.5, "top_k": -1, "mirostat": 2, "xtc_probability": 0.0}
+    changed = {f"general.sampling.{key}": value for key, value in sampling.items()}
+    loaded = load(write(random_model(FAMILIES["qwen2"]), tmp_path / "m.gguf", changed=changed))
+    assert loaded.generation_defaults.temperature == 0.5
+    assert loaded.generation_defaults.top_k == 0
+    assert any("general.sampling.mirostat" in w for w in loaded.warnings)
+    assert not any("xtc" in w for w in loaded.warnings)
+
+
+def test_the_rows_of_the_embedding_count_where_the_header_has_another_number(
+    tmp_path: Path,
+) -> None:
+    model = random_model(FAMILIES["llama"])
+    path = write(model, tmp_path / "m.gguf", changed={"llama.vocab_size": 88})
+    loaded = load_checked(path)
+    assert loaded.config.vocab_size == 80
+    assert any("llama.vocab_size is 88" in w for w in loaded.warnings)
+
+
+def test_a_tied_matrix_may_be_stored_as_the_head(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["qwen2"])
+    assert model.config.tie_word_embeddings
+    tensors = {name: stored(values) for name, values in tensors_of(model).items()}
+    tensors["output.weight"] = tensors.pop("token_embd.weight")
+    write_file(tmp_path / "head.gguf", header_of(model) | word_text(80), tensors)
+    (prompt,) = prompts(model.config, [30])
+    with torch.inference_mode():
+        of_transformers = model.float()(torch.tensor([prompt])).logits[0]
+    loaded = load_checked(tmp_path / "head.gguf")
+    assert any("output.weight is used for both" in w for w in loaded.warnings)
+    ours = logits(loaded, prompt)
+    torch.testing.assert_close(ours, of_transformers, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"general.type": "adapter"}, "merge this adapter into its model"),
+        ({"general.type": "mmproj", "general.architecture": "clip"}, "encoder of images"),
+        ({"general.type": "imatrix"}, "statistics for quantisation"),
+        ({}, "no token_embd.weight; a file of the vocabulary alone"),
+    ],
+    ids=["adapter", "mmproj", "imatrix", "vocabulary"],
+)
+def test_files_that_are_not_a_model_are_named(
+    header: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    model = random_model(FAMILIES["llama"])
+    values = header_of(model) | word_text(80) | header
+    write_file(tmp_path / "m.gguf", values, {"x": stored(np.zeros((4, 4), np.float32))})
+    with pytest.raises(ModelError, match=said):
+        load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("magic", [b"lmgg", b"fmgg", b"tjgg"])
+def test_formats_before_gguf_are_named(magic: bytes, tmp_path: Path) -> None:
+    (tmp_path / "ggml-model.bin").write_bytes(magic + bytes(100))
+    assert can_load(str(tmp_path / "ggml-model.bin"))
+    with pytest.raises(ModelError, match="a GGML file, which is older: convert the model again"):
+        load(tmp_path / "ggml-model.bin")

@@ -303,7 +303,6 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "a layer more": ({"llama.block_count": 3}, "missing"),
     "a layer fewer": ({"llama.block_count": 1}, "unexpected"),
     "another size": ({"llama.embedding_length": 64}, "value_length|wrong|head"),
-    "more tokens": ({"llama.vocab_size": 41}, "wrong, expected"),
     "heads in no ratio": ({"llama.attention.head_count_kv": 3}, "must be a multiple"),
     "more KV heads than heads": ({"llama.attention.head_count_kv": 8}, "head_count_kv"),
     "an odd head": (
@@ -345,8 +344,6 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0] * 40},
         "tokens for bytes",
     ),
-    "a BOS that is no token": ({"tokenizer.ggml.bos_token_id": 40}, "bos_token_id"),
-    "an EOS that is no token": ({"tokenizer.ggml.eos_token_id": 4_000_000_000}, "eos_token_id"),
     "a BOS that is not named": (
         {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.add_bos_token": True},
         "bos_token_id",
@@ -380,6 +377,8 @@ def test_missing_or_misshapen_tensors_are_refused(name: str, how: str, path: Pat
     elif how != "missing":
         new = {"transposed": values[None].T, "flat": np.concatenate([values.ravel()] * 2)}[how]
         tensors[name] = (np.ascontiguousarray(new), kind)
+    if name == "token_embd.weight" and how == "missing":
+        del tensors["output.weight"]  # which would be taken for a tied matrix
     write_file(path, header_of(MODEL) | word_text(40), tensors)
     message = refusal(path)
     assert ("token_embd" if how == "as integers" else "model.") in message or name in message
