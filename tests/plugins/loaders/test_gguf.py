@@ -47,7 +47,7 @@ from tilewright.errors import ModelError
 from tilewright.types import LoadedModel, RopeConfig
 from tilewright_gguf.loader import can_load
 from tilewright_gguf.tokenizer import SPLITTINGS
-from tilewright_gguf.weights import QUANTISED, SUPPORTED
+from tilewright_gguf.weights import QUANTISED
 from tilewright_testing import LoaderSuite
 from tilewright_testing.samples import write_gguf
 
