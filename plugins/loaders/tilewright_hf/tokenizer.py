@@ -47,6 +47,7 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
         tokenizer=tokenizer,
         chat_template=template,
         special_tokens={key: token.content for key, token in named.items()},
+        turn_end_ids=_turn_ends(tokenizer, named, config),
     )
     return assets, warnings + template_warnings
 
@@ -166,6 +167,15 @@ def _add_special(
             known.special = True
             tokenizer.add_special_tokens([known])
     return tuple(warnings)
+
+
+def _turn_ends(
+    tokenizer: Tokenizer, named: dict[str, AddedToken], config: ModelConfig
+) -> tuple[int, ...]:
+    """Ids of the tokens that end a turn in the tokenizer's settings, but not in config."""
+    ends = [named[key].content for key in ("eos_token", "eot_token") if key in named]
+    ids = dict.fromkeys(tokenizer.token_to_id(token) for token in ends)
+    return tuple(i for i in ids if i is not None and i not in config.eos_token_ids)
 
 
 def _next_id(tokenizer: Tokenizer) -> int:

@@ -757,6 +757,25 @@ def test_special_tokens_can_be_strings_or_objects(directory: Path) -> None:
     assert special == {"bos_token": "t7", "eos_token": "t2"}
 
 
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ({}, ()),  # t2, which generation_config.json has too
+        ({"eos_token": "t9"}, (9,)),
+        ({"eos_token": {"content": "t9"}, "eot_token": "t8"}, (9, 8)),
+        ({"eos_token": "t9", "extra_special_tokens": {"eot_token": "t9"}}, (9,)),
+        ({"eos_token": None}, ()),
+    ],
+)
+def test_a_turn_also_ends_at_the_end_tokens_of_the_tokenizer(
+    declared: dict[str, Any], expected: tuple[int, ...], directory: Path
+) -> None:
+    change_json(directory / "tokenizer_config.json", **declared)
+    model = load(directory)
+    assert model.config.eos_token_ids == (2, 3)
+    assert model.text.turn_end_ids == expected
+
+
 # --- the source -----------------------------------------------------------------------------------
 
 
