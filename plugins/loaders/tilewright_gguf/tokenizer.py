@@ -19,7 +19,7 @@ from tokenizers import (
 from tilewright.errors import ModelError, listed
 from tilewright.types import TextAssets
 from tilewright_hf.files import JsonObject, shown
-from tilewright_hf.tokenizer import refusing
+from tilewright_hf.tokenizer import QWEN2_WORDS, refusing
 
 _PREFIX = "tokenizer.ggml."
 
@@ -78,7 +78,6 @@ class Splitting:
 _LLAMA3 = Splitting(
     patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole_words=True, add_bos=True
 )
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 _DIGITS = Splitting(patterns=(r"\p{N}", _GPT2))
 
 SPLITTINGS = {
@@ -89,8 +88,8 @@ SPLITTINGS = {
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
     "pixtral": _LLAMA3,
-    "qwen2": Splitting(patterns=(_QWEN2,), nfc=True),
-    "deepseek-r1-qwen": Splitting(patterns=(_QWEN2,)),
+    "qwen2": Splitting(patterns=(QWEN2_WORDS,), nfc=True),
+    "deepseek-r1-qwen": Splitting(patterns=(QWEN2_WORDS,)),
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "refact": _DIGITS,

@@ -2,7 +2,9 @@
 
 tokenizer.json alone defines how text becomes ids, including special tokens at the start:
 ``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json have no effect in a directory that
-has a tokenizer.json, as in transformers 5.
+has a tokenizer.json, as in transformers 5. Some classes of transformers 5 replace the rules that
+split a text by their own. Those of tokenizer.json are followed nevertheless, since the model was
+trained with them and llama.cpp has the same; where the ids differ, there is a warning.
 """
 
 import re
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import ModelConfig, TextAssets
@@ -21,6 +23,9 @@ from tilewright_hf.files import JsonObject, is_there, one_line, read_json, read_
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 _SUBWORD_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
+
+_SPLIT = "the  way it's 12\n\n x_y, Größe e\u0301"
+"""Text that the rules of tokenizers split in different ways."""
 
 _UNLIKELY = "zqxj \U0010fffd Ω漢7"
 """Text in several scripts, with words that no vocabulary has."""
@@ -36,9 +41,12 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
     path = directory / "tokenizer.json"
     tokenizer = _read_tokenizer(path)
     settings = _optional_json(directory / "tokenizer_config.json")
-    special = _special_tokens(directory, settings)
+    rules = _class_rules(tokenizer, settings, config)
+    special = _special_tokens(directory, tokenizer, settings, rules)
     where, declared = _declared_tokens(directory, tokenizer, settings, special)
     warnings = _add(tokenizer, where, declared, special)
+    if rules is not None:
+        warnings += _follow(tokenizer, rules, special, settings)
     if settings.values.get("split_special_tokens"):
         warnings += (
             f"{settings.where}: split_special_tokens is ignored: a special token in a text is "
@@ -100,6 +108,59 @@ def _optional_json(path: Path) -> JsonObject:
 
 
 @frozen
+class _Rules:
+    """What a tokenizer class of transformers 5 does, whatever tokenizer.json says."""
+
+    name: str
+    tokens: Mapping[str, str]
+    """Special tokens that are declared by default."""
+    normalizer: normalizers.Normalizer | None
+    pre_tokenizer: pre_tokenizers.PreTokenizer
+
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _class_rules(tokenizer: Tokenizer, settings: JsonObject, config: ModelConfig) -> _Rules | None:
+    """The rules of the class that AutoTokenizer of transformers 5 chooses, if it has any."""
+    named = settings.values.get("tokenizer_class")
+    name = named.removesuffix("Fast") if isinstance(named, str) else None
+    if config.architecture == "Qwen2ForCausalLM":
+        name = "Qwen2Tokenizer"
+    elif config.architecture == "Qwen3ForCausalLM":
+        name = name or "Qwen2Tokenizer"
+    elif config.architecture == "MistralForCausalLM":
+        return None
+    prefix = settings.values.get("add_prefix_space")
+    if name == "LlamaTokenizer" and not _is_byte_level(tokenizer):
+        scheme = "always" if settings.values.get("legacy") else "first"
+        return _Rules(
+            name,
+            {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+            None,
+            pre_tokenizers.Metaspace(
+                prepend_scheme="never" if prefix is False else scheme, split=False
+            ),
+        )
+    if name == "GPT2Tokenizer":
+        end = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+        return _Rules(name, end, None, pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix)))
+    if name == "Qwen2Tokenizer":
+        end = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
+        words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+        characters = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
+        return _Rules(name, end, normalizers.NFC(), pre_tokenizers.Sequence([words, characters]))
+    return None
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    return any("ByteLevel" in repr(part) for part in (tokenizer.pre_tokenizer, tokenizer.decoder))
+
+
+@frozen
 class _Special:
     """The special tokens that the files beside tokenizer.json declare."""
 
@@ -113,7 +174,9 @@ _STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "c
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
-def _special_tokens(directory: Path, settings: JsonObject) -> _Special:
+def _special_tokens(
+    directory: Path, tokenizer: Tokenizer, settings: JsonObject, rules: _Rules | None
+) -> _Special:
     """The special tokens, of which special_tokens_map.json redefines some in an older directory.
 
     An older directory has no ``added_tokens_decoder`` in its tokenizer_config.json.
@@ -129,6 +192,10 @@ def _special_tokens(directory: Path, settings: JsonObject) -> _Special:
         origin |= dict.fromkeys(older.values, older)
         key = _LISTS[1] if _LISTS[1] in older.values or extra[0][2] else _LISTS[0]
         extra.append((older, key, older.values.get(key)))
+    for key, content in rules.tokens.items() if rules else ():
+        if tokenizer.token_to_id(content) is not None:
+            origin.setdefault(key, settings)
+            values.setdefault(key, content)
     named = {
         key: _special_token(origin[key], key, value, named=True)
         for key, value in values.items()
@@ -216,6 +283,35 @@ def _add(
     if not others:
         return ()
     return (f"{where}: its ids are not those of the tokenizer, which are used: {listed(others)}",)
+
+
+def _follow(
+    tokenizer: Tokenizer, rules: _Rules, special: _Special, settings: JsonObject
+) -> tuple[str, ...]:
+    """Do what a class adds to tokenizer.json, and warn where it would give other ids."""
+    if rules.name == "Qwen2Tokenizer":
+        tokens = (*special.named.values(), *special.nameless)
+        tokenizer.add_tokens([AddedToken(token.content, special=True) for token in tokens])
+    kept = tokenizer.normalizer, tokenizer.pre_tokenizer
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    probes = [_SPLIT, f" {_SPLIT}", *(f"{token}{_SPLIT}" for token in added[:1])]
+    own = [tokenizer.encode(text).ids for text in probes]
+    tokenizer.normalizer, tokenizer.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    if rules.name == "LlamaTokenizer" and settings.values.get("add_prefix_space") is False:
+        # Every reader of the file follows this setting, llama.cpp's converter too.
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        return ()
+    same = [tokenizer.encode(text).ids for text in probes] == own
+    tokenizer.normalizer, tokenizer.pre_tokenizer = kept
+    if same:
+        return ()
+    return (
+        f"{settings.where}: transformers 5 replaces the rules that split a text in tokenizer.json "
+        f"by those of its class {rules.name}; tokenizer.json is followed, so some texts have other "
+        "ids: save the tokenizer with transformers 5 if those are wanted",
+    )
 
 
 def _turn_ends(

@@ -1,14 +1,15 @@
 """Added and special tokens of a Hugging Face directory have the ids that transformers gives."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from model_directories import change_json, load, write_directory
-from small_tokenizers import byte_level
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from small_tokenizers import byte_level, llama_2
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
@@ -16,7 +17,8 @@ from tilewright.errors import ModelError, RequestError
 from tilewright.text import Text
 from tilewright.types import ModelConfig, RopeConfig, TextAssets
 from tilewright_guidance.vocabulary import read_vocabulary
-from tilewright_hf.tokenizer import load_text
+from tilewright_hf.architecture import FAMILIES
+from tilewright_hf.tokenizer import QWEN2_WORDS, load_text
 
 NEXT = 407
 """The first id that the tokenizer below does not have."""
@@ -144,9 +146,11 @@ def write_beside(directory: Path, files: dict[str, Any]) -> None:
         (directory / name).write_text(json.dumps(values))
 
 
-def loaded_text(directory: Path, vocab_size: int = 500) -> tuple[TextAssets, tuple[str, ...]]:
+def loaded_text(
+    directory: Path, vocab_size: int = 500, family: str = "llama"
+) -> tuple[TextAssets, tuple[str, ...]]:
     config = ModelConfig(
-        architecture="LlamaForCausalLM",
+        architecture=FAMILIES[family].architecture,
         vocab_size=vocab_size,
         hidden_size=8,
         intermediate_size=8,
@@ -176,6 +180,87 @@ def test_tokens_are_those_of_transformers(way: str, place: Path) -> None:
     assert text.special_tokens == oracle.special_tokens_map
     assert len(warnings) == (way in OTHER_IDS)
     assert all("its ids are not those of the tokenizer" in warning for warning in warnings)
+
+
+# --- classes of transformers ----------------------------------------------------------------------
+
+SPLIT = [" it's  Größe 12", "<s>fox\n\n x_y, </s> the", "fox", "the  fox e\u0301"]
+LLAMA = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>"}
+
+
+def qwen2() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+    characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, characters])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "settings", "differ"),
+    [
+        (llama_2, "llama", {}, False),
+        (llama_2, "llama", LLAMA, True),
+        (llama_2, "llama", LLAMA | {"legacy": True}, True),
+        (llama_2, "llama", LLAMA | {"add_prefix_space": True}, True),
+        (llama_2, "llama", LLAMA | {"add_prefix_space": False}, False),
+        (llama_2, "llama", {"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+        (llama_2, "mistral", LLAMA | {"add_prefix_space": False}, False),
+        (byte_level, "llama", LLAMA, False),
+        (byte_level, "llama", {"tokenizer_class": "GPT2Tokenizer"}, False),
+        (byte_level, "llama", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, True),
+        (byte_level, "llama", {"tokenizer_class": "Qwen2Tokenizer"}, True),
+        (byte_level, "mistral", {"tokenizer_class": "Qwen2Tokenizer"}, False),
+        (byte_level, "qwen2", {"tokenizer_class": "PreTrainedTokenizerFast"}, True),
+        (byte_level, "qwen3", {"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+        (qwen2, "qwen2", {"tokenizer_class": "Qwen2Tokenizer"}, False),
+        (qwen2, "qwen2", {"eos_token": typed("</s>", rstrip=True)}, False),
+        (qwen2, "qwen3", {}, False),
+        (qwen2, "qwen3", {"tokenizer_class": "Qwen2TokenizerFast", BOTH[0]: ["<think>"]}, False),
+    ],
+)
+def test_ids_differ_from_those_of_a_class_of_transformers_only_with_a_warning(
+    make: Callable[[], Tokenizer],
+    family: str,
+    settings: dict[str, Any],
+    differ: bool,
+    tmp_path: Path,
+) -> None:
+    make().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    write_beside(tmp_path, {CONFIG: settings})
+    oracle = AutoTokenizer.from_pretrained(tmp_path)
+    text, warnings = loaded_text(tmp_path, family=family)
+    encoded = [text.tokenizer.encode(sample).ids for sample in SPLIT]
+    expected = [oracle.encode(sample) for sample in SPLIT]
+    assert (encoded != expected) == differ
+    assert [w for w in warnings if "transformers 5 replaces" in w] == list(warnings)
+    assert len(warnings) == differ
+    for ids in expected:
+        ours = text.tokenizer.decode(ids, skip_special_tokens=True)
+        assert ours == oracle.decode(ids, skip_special_tokens=True)
+    if differ:  # what the warning suggests
+        oracle.save_pretrained(tmp_path)
+        text, warnings = loaded_text(tmp_path, family=family)
+        assert [text.tokenizer.encode(sample).ids for sample in SPLIT] == expected
+        assert not warnings
+
+
+def test_a_class_declares_special_tokens(tmp_path: Path) -> None:
+    llama_2().save(str(tmp_path / "tokenizer.json"))
+    write_beside(tmp_path, {CONFIG: {"tokenizer_class": "LlamaTokenizer", "unk_token": None}})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    text, _ = loaded_text(tmp_path)
+    assert text.special_tokens == AutoTokenizer.from_pretrained(tmp_path).special_tokens_map
+    assert text.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_special_tokens_that_are_to_be_split_are_a_warning(place: Path) -> None:
+    write_beside(place, {CONFIG: {"split_special_tokens": True}})
+    text, (warning,) = loaded_text(place)
+    assert "split_special_tokens is ignored" in warning
+    assert text.tokenizer.encode("</s>").ids == [1]
 
 
 # --- ids beyond the vocabulary, and embeddings without a token ------------------------------------
