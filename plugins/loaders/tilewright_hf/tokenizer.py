@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import ModelConfig, TextAssets
@@ -126,6 +126,8 @@ QWEN2_WORDS = (
 
 def _class_rules(tokenizer: Tokenizer, settings: JsonObject, config: ModelConfig) -> _Rules | None:
     """The rules of the class that AutoTokenizer of transformers 5 chooses, if it has any."""
+    if not isinstance(tokenizer.model, models.BPE):
+        return None
     named = settings.values.get("tokenizer_class")
     name = named.removesuffix("Fast") if isinstance(named, str) else None
     if config.architecture == "Qwen2ForCausalLM":
