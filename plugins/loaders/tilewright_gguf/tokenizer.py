@@ -35,7 +35,7 @@ _NAMED = {
     "mask_token": "mask",
 }
 
-_ENDS = frozenset(
+ENDS = frozenset(
     {
         "<|eot_id|>",
         "<|eom_id|>",
@@ -47,6 +47,18 @@ _ENDS = frozenset(
         "<end_of_utterance>",
         "<EOT>",
         "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
+        "<|fim_pad|>",
+        "<|repo_name|>",
+        "<|file_sep|>",
+        "<fim_pad>",
+        "<reponame>",
     }
 )
 """Tokens that end a text by name, and are control tokens whatever the header says. A header can
@@ -173,14 +185,14 @@ def _vocabulary(header: JsonObject, vocab_size: int) -> Vocabulary:
         or not all(isinstance(kind, int) and 0 <= kind <= BYTE for kind in kinds)
     ):
         header.fail(f"{_PREFIX}token_type", f"a list of {len(tokens)} numbers from 0 to {BYTE}")
-    kinds = [CONTROL if t in _ENDS else kind for t, kind in zip(tokens, kinds, strict=True)]
+    kinds = [CONTROL if t in ENDS else kind for t, kind in zip(tokens, kinds, strict=True)]
     return Vocabulary(header=header, tokens=tokens, kinds=kinds)
 
 
 def _end_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
     """The ids that the header names, then those of tokens that end a text by name."""
     ids = [vocabulary.id(name) for name in ("eos", "eot", "eom")]
-    ids += [i for i, token in enumerate(vocabulary.tokens) if token in _ENDS]
+    ids += [i for i, token in enumerate(vocabulary.tokens) if token in ENDS]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
