@@ -334,11 +334,15 @@ def _ending_ids(
 def _check_ids(model: "ServedModel", ids: Iterable[int], where: str) -> None:
     vocab_size = model.loaded.config.vocab_size
     bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if bad is not None:
-        raise RequestError(
-            f"token id {bad} in {where} is outside the vocabulary of model "
-            f"{model.model_id!r} (0 to {vocab_size - 1})"
-        )
+    if bad is None:
+        return
+    token = model.text.token(bad)
+    named = "" if token is None else f" ({token!r:.80})"
+    cure = "" if token is None else "; leave this token out: the model has no embedding for it"
+    raise RequestError(
+        f"token id {bad}{named} in {where} is outside the vocabulary of model "
+        f"{model.model_id!r} (0 to {vocab_size - 1}){cure}"
+    )
 
 
 def _sampling_params(settings: GenerateConfig) -> SamplingParams:

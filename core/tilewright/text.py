@@ -52,6 +52,10 @@ class Text:
         """The text of token ids. Special tokens and unknown ids are skipped; spaces are kept."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
+    def token(self, token_id: int) -> str | None:
+        """The tokenizer's name of a token, or None for an id that it does not have."""
+        return self._tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+
     def has_text(self, token_id: int) -> bool:
         """Whether decode uses the token: it is known and not special."""
         return token_id not in self._special_ids and (

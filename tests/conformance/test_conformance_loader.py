@@ -181,6 +181,12 @@ _FAULTS: list[tuple[str, Any, str, str]] = [
     ("knows one eos id", Configured(eos_token_ids=2), "token_ids_are_within", "must be a tuple"),
     ("ends past the end", Configured(eos_token_ids=(131,)), "token_ids_are_within", "0 to 130"),
     (
+        "ends a turn past the end",
+        loaders.EndsATurnPastTheEnd(),
+        "token_ids_are_within",
+        "turn_end_ids must be from 0 to 130",
+    ),
+    (
         "adds a token past the end",
         loaders.AddsATokenPastTheEnd(),
         "token_ids_are_within",

@@ -421,6 +421,11 @@ class HasABrokenTemplate(Loader):
         return TextAssets(tokenizer=tokenizer, chat_template="{% for m in messages %}{{ m }}")
 
 
+class EndsATurnPastTheEnd(Loader):
+    def text(self, tokenizer: Tokenizer) -> TextAssets:
+        return TextAssets(tokenizer=tokenizer, turn_end_ids=(131,))
+
+
 class AddsATokenPastTheEnd(Loader):
     def text(self, tokenizer: Tokenizer) -> TextAssets:
         tokenizer.add_tokens(["<extra>"])

@@ -49,6 +49,19 @@ class LlamaCpp:
             for token in answer["choices"][0]["logprobs"]["content"]
         ]
 
+    def ends_with(self, token_id: int) -> bool:
+        """Whether a text ends at a token, which is made the likeliest one."""
+        request = {
+            "prompt": [5],
+            "n_predict": 2,
+            "temperature": 0,
+            "logit_bias": [[token_id, 1e6]],
+            "cache_prompt": False,
+        }
+        answer = self._server.handle_completions(request)
+        found: bool = answer["choices"][0]["finish_reason"] == "stop"
+        return found
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a prompt, including BOS; special tokens are parsed from their text."""
         content = {"content": text, "add_special": True, "parse_special": True}

@@ -118,6 +118,9 @@ class TextAssets:
     """Jinja2 source, or None if the model has no template."""
     special_tokens: Mapping[str, str] = field(factory=dict)
     """``bos_token``, ``eos_token``, ... as chat templates name them."""
+    turn_end_ids: tuple[int, ...] = ()
+    """Ids that also end an answer in a chat: the tokenizer's ``eos_token`` and ``eot_token`` where
+    the model's ``eos_token_ids`` lack them."""
 
 
 @frozen(kw_only=True)

@@ -378,6 +378,10 @@ class LoaderSuite(TensorSourceSuite):
         assert type(eos) is tuple, f"eos_token_ids must be a tuple, found {eos!r}"
         bad = [i for i in (*eos, *([] if bos is None else [bos])) if not 0 <= i < size]
         assert not bad, f"bos and eos ids must be from 0 to {size - 1}, found {bad}"
+        ends = model.text.turn_end_ids
+        assert type(ends) is tuple, f"turn_end_ids must be a tuple, found {ends!r}"
+        bad = [i for i in ends if not 0 <= i < size]
+        assert not bad, f"turn_end_ids must be from 0 to {size - 1}, found {bad}"
 
     def test_text_survives_a_round_trip_through_the_tokenizer(self, load: Load) -> None:
         model = load()

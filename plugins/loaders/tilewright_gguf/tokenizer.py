@@ -19,7 +19,7 @@ from tokenizers import (
 from tilewright.errors import ModelError, listed
 from tilewright.types import TextAssets
 from tilewright_hf.files import JsonObject, shown
-from tilewright_hf.tokenizer import refusing
+from tilewright_hf.tokenizer import QWEN2_WORDS, refusing
 
 _PREFIX = "tokenizer.ggml."
 
@@ -40,7 +40,7 @@ _SENTENCE_PIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
 _MOST = 2**64 - 1
 
-_ENDS = frozenset(
+ENDS = frozenset(
     {
         "<|eot_id|>",
         "<|eom_id|>",
@@ -52,6 +52,18 @@ _ENDS = frozenset(
         "<end_of_utterance>",
         "<EOT>",
         "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
+        "<|fim_pad|>",
+        "<|repo_name|>",
+        "<|file_sep|>",
+        "<fim_pad>",
+        "<reponame>",
     }
 )
 """Tokens that end a text by name, and are control tokens whatever the header says. A header can
@@ -83,7 +95,6 @@ class Splitting:
 _LLAMA3 = Splitting(
     patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), whole_words=True, add_bos=True
 )
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 _DIGITS = Splitting(patterns=(r"\p{N}", _GPT2))
 
 SPLITTINGS = {
@@ -94,8 +105,8 @@ SPLITTINGS = {
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
     "pixtral": _LLAMA3,
-    "qwen2": Splitting(patterns=(_QWEN2,), nfc=True),
-    "deepseek-r1-qwen": Splitting(patterns=(_QWEN2,)),
+    "qwen2": Splitting(patterns=(QWEN2_WORDS,), nfc=True),
+    "deepseek-r1-qwen": Splitting(patterns=(QWEN2_WORDS,)),
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "refact": _DIGITS,
@@ -200,14 +211,14 @@ def _vocabulary(header: JsonObject, vocab_size: int, special: Mapping[str, int])
         or not all(isinstance(kind, int) and 0 <= kind <= BYTE for kind in kinds)
     ):
         header.fail(f"{_PREFIX}token_type", f"a list of {len(tokens)} numbers from 0 to {BYTE}")
-    kinds = [CONTROL if t in _ENDS else kind for t, kind in zip(tokens, kinds, strict=True)]
+    kinds = [CONTROL if t in ENDS else kind for t, kind in zip(tokens, kinds, strict=True)]
     return Vocabulary(header=header, tokens=tokens, kinds=kinds, special=special)
 
 
 def _end_ids(vocabulary: Vocabulary) -> tuple[int, ...]:
     """The ids that the header names, then those of tokens that end a text by name."""
     ids = [vocabulary.special.get(name) for name in ("eos", "eot", "eom")]
-    ids += [i for i, token in enumerate(vocabulary.tokens) if token in _ENDS]
+    ids += [i for i, token in enumerate(vocabulary.tokens) if token in ENDS]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 

@@ -2,16 +2,19 @@
 
 tokenizer.json alone defines how text becomes ids, including special tokens at the start:
 ``add_bos_token`` and ``add_eos_token`` of tokenizer_config.json have no effect in a directory that
-has a tokenizer.json, as in transformers 5.
+has a tokenizer.json, as in transformers 5. Some classes of transformers 5 replace the rules that
+split a text by their own. Those of tokenizer.json are followed nevertheless, since the model was
+trained with them and llama.cpp has the same; where the ids differ, there is a warning.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from attrs import frozen
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import ModelConfig, TextAssets
@@ -21,6 +24,9 @@ _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 _SUBWORD_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 
+_SPLIT = "the  way it's 12\n\n x_y, Größe e\u0301"
+"""Text that the rules of tokenizers split in different ways."""
+
 _UNLIKELY = "zqxj \U0010fffd Ω漢7"
 """Text in several scripts, with words that no vocabulary has."""
 
@@ -28,25 +34,36 @@ _UNLIKELY = "zqxj \U0010fffd Ω漢7"
 def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[str, ...]]:
     """Tokenizer, chat template and special tokens of a directory, and warnings.
 
-    Raises ModelError for damaged files and for ids outside the model's vocabulary.
+    Added tokens may have ids beyond the model's vocabulary: then they are a warning, and no special
+    token is taken from them. Raises ModelError for damaged files, and for a tokenizer whose own
+    vocabulary is larger than the model's.
     """
     path = directory / "tokenizer.json"
     tokenizer = _read_tokenizer(path)
     settings = _optional_json(directory / "tokenizer_config.json")
-    named, nameless = _special_tokens(directory, settings)
-    _add_declared(tokenizer, settings, config.vocab_size)
-    warnings = _add_special(
-        tokenizer, [*named.values(), *nameless], config.vocab_size, settings.where
-    )
+    rules = _class_rules(tokenizer, settings, config)
+    special = _special_tokens(directory, tokenizer, settings, rules)
+    where, declared = _declared_tokens(directory, tokenizer, settings, special)
+    warnings = _add(tokenizer, where, declared, special)
+    if rules is not None:
+        warnings += _follow(tokenizer, rules, special, settings)
+    if settings.values.get("split_special_tokens"):
+        warnings += (
+            f"{settings.where}: split_special_tokens is ignored: a special token in a text is "
+            "always one token",
+        )
     # Saved settings of a training run would truncate or pad every prompt.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _check_ids(tokenizer, config.vocab_size, path)
+    beyond = _beyond(tokenizer, config.vocab_size, path)
+    warnings += _beyond_warnings(beyond, config.vocab_size, path)
+    names = {key: t.content for key, t in special.named.items() if t.content not in beyond}
     template, template_warnings = _chat_template(directory, settings)
     assets = TextAssets(
         tokenizer=tokenizer,
         chat_template=template,
-        special_tokens={key: token.content for key, token in named.items()},
+        special_tokens=names,
+        turn_end_ids=_turn_ends(tokenizer, names, config),
     )
     return assets, warnings + template_warnings
 
@@ -90,31 +107,118 @@ def _optional_json(path: Path) -> JsonObject:
     return read_json(path) if is_there(path) else JsonObject(str(path), {})
 
 
+@frozen
+class _Rules:
+    """What a tokenizer class of transformers 5 does, whatever tokenizer.json says."""
+
+    name: str
+    tokens: Mapping[str, str]
+    """Special tokens that are declared by default."""
+    normalizer: normalizers.Normalizer | None
+    pre_tokenizer: pre_tokenizers.PreTokenizer
+
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _class_rules(tokenizer: Tokenizer, settings: JsonObject, config: ModelConfig) -> _Rules | None:
+    """The rules of the class that AutoTokenizer of transformers 5 chooses, if it has any."""
+    if not isinstance(tokenizer.model, models.BPE):
+        return None
+    named = settings.values.get("tokenizer_class")
+    name = named.removesuffix("Fast") if isinstance(named, str) else None
+    if config.architecture == "Qwen2ForCausalLM":
+        name = "Qwen2Tokenizer"
+    elif config.architecture == "Qwen3ForCausalLM":
+        name = name or "Qwen2Tokenizer"
+    elif config.architecture == "MistralForCausalLM":
+        return None
+    prefix = settings.values.get("add_prefix_space")
+    if name == "LlamaTokenizer" and not _is_byte_level(tokenizer):
+        scheme = "always" if settings.values.get("legacy") else "first"
+        return _Rules(
+            name,
+            {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+            None,
+            pre_tokenizers.Metaspace(
+                prepend_scheme="never" if prefix is False else scheme, split=False
+            ),
+        )
+    if name == "GPT2Tokenizer":
+        end = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+        return _Rules(name, end, None, pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix)))
+    if name == "Qwen2Tokenizer":
+        end = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
+        words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+        characters = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
+        return _Rules(name, end, normalizers.NFC(), pre_tokenizers.Sequence([words, characters]))
+    return None
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    return any("ByteLevel" in repr(part) for part in (tokenizer.pre_tokenizer, tokenizer.decoder))
+
+
+@frozen
+class _Special:
+    """The special tokens that the files beside tokenizer.json declare."""
+
+    named: Mapping[str, AddedToken]
+    """By name, in the order in which new ones get their ids."""
+    nameless: Sequence[AddedToken]
+
+
+_STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+             "mask_token")  # fmt: skip
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
 def _special_tokens(
-    directory: Path, settings: JsonObject
-) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The special tokens with a name (``bos_token``, ...), and those without one."""
-    sources = [settings]
-    if "added_tokens_decoder" not in settings.values:
-        sources.append(_optional_json(directory / "special_tokens_map.json"))
-    named: dict[str, AddedToken] = {}
+    directory: Path, tokenizer: Tokenizer, settings: JsonObject, rules: _Rules | None
+) -> _Special:
+    """The special tokens, of which special_tokens_map.json redefines some in an older directory.
+
+    An older directory has no ``added_tokens_decoder`` in its tokenizer_config.json.
+    """
+    values = dict(settings.values)
+    old = _LISTS[0] if not values.get(_LISTS[1]) else _LISTS[1]
+    extra = [(settings, old, values.get(old))]
+    origin = dict.fromkeys(values, settings)
+    if "added_tokens_decoder" not in values:
+        older = _optional_json(directory / "special_tokens_map.json")
+        for key, value in older.values.items():
+            values[key] = value | {"special": True} if isinstance(value, dict) else value
+        origin |= dict.fromkeys(older.values, older)
+        key = _LISTS[1] if _LISTS[1] in older.values or extra[0][2] else _LISTS[0]
+        extra.append((older, key, older.values.get(key)))
+    for key, content in rules.tokens.items() if rules else ():
+        if tokenizer.token_to_id(content) is not None:
+            origin.setdefault(key, settings)
+            values.setdefault(key, content)
+    named = {
+        key: _special_token(origin[key], key, value, named=True)
+        for key, value in values.items()
+        if key.endswith("_token") and not key.startswith("add_") and value is not None
+    }
     nameless: list[AddedToken] = []
-    for source in sources:
-        for key, value in source.values.items():
-            if key in ("additional_special_tokens", "extra_special_tokens"):
-                if isinstance(value, dict):
-                    named |= {k: _special_token(source, k, v) for k, v in value.items()}
-                elif isinstance(value, list):
-                    nameless += [_special_token(source, key, v) for v in value]
-            elif key.endswith("_token") and not key.startswith("add_") and value is not None:
-                named[key] = _special_token(source, key, value)
-    return named, nameless
+    for source, key, value in extra:
+        if isinstance(value, dict):
+            named |= {k: _special_token(source, k, v, named=True) for k, v in value.items()}
+        elif isinstance(value, list):
+            nameless += [_special_token(source, key, v) for v in value]
+    standard = {key: named[key] for key in _STANDARD if key in named}
+    return _Special(standard | named, nameless)
 
 
-def _special_token(where: JsonObject, key: str, value: Any) -> AddedToken:
+def _special_token(where: JsonObject, key: str, value: Any, named: bool = False) -> AddedToken:
     if isinstance(value, str):
-        return AddedToken(value, special=True, normalized=False)
-    return _added_token(where, key, value)
+        return AddedToken(value, special=True)
+    token = _added_token(where, key, value)
+    token.special |= named
+    return token
 
 
 def _added_token(where: JsonObject, key: str, value: Any) -> AddedToken:
@@ -126,62 +230,127 @@ def _added_token(where: JsonObject, key: str, value: Any) -> AddedToken:
     return AddedToken(value["content"], **given)
 
 
-def _add_declared(tokenizer: Tokenizer, settings: JsonObject, vocab_size: int) -> None:
-    """Add the tokens of ``added_tokens_decoder``, and check that their ids match."""
-    declared = settings.object("added_tokens_decoder")
-    if declared is None:
-        return
-    tokens: dict[int, AddedToken] = {}
-    for key, value in declared.values.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
-            raise ModelError(
-                f"{declared.where}: expected token ids below {vocab_size} (vocab_size of "
-                f"config.json) as keys, found {shown(key)}"
-            )
-        tokens[int(key)] = _added_token(declared, key, value)
-    tokenizer.add_tokens([token for _, token in sorted(tokens.items())])
-    for token_id, token in tokens.items():
-        found = tokenizer.token_to_id(token.content)
-        if found != token_id:
-            raise ModelError(
-                f"{declared.where}: {shown(token.content)} is declared with id {token_id}, but "
-                f"tokenizer.json gives it id {found}"
-            )
+def _declared_tokens(
+    directory: Path, tokenizer: Tokenizer, settings: JsonObject, special: _Special
+) -> tuple[str, dict[int, AddedToken]]:
+    """The added tokens by the ids that a file declares, and the file.
+
+    They are those of ``added_tokens_decoder``; without it, those of added_tokens.json, and those of
+    tokenizer.json, which win where both have an id.
+    """
+    if "added_tokens_decoder" in settings.values:
+        found = settings.object("added_tokens_decoder")
+        if found is None:
+            return settings.where, {}
+        wrong = next((k for k in found.values if not re.fullmatch("[0-9]{1,9}", k)), None)
+        if wrong is not None:
+            raise ModelError(f"{found.where}: expected token ids as keys, found {shown(wrong)}")
+        tokens = {int(key): _added_token(found, key, value) for key, value in found.values.items()}
+        return found.where, tokens
+    added = _optional_json(directory / "added_tokens.json")
+    specials = {token.content for token in (*special.named.values(), *special.nameless)}
+    tokens = {
+        added.integer(content, 0, minimum=0): AddedToken(
+            content, special=content in specials, normalized=content not in specials
+        )
+        for content in added.values
+    }
+    return added.where, tokens | tokenizer.get_added_tokens_decoder()
 
 
-def _add_special(
-    tokenizer: Tokenizer, tokens: list[AddedToken], vocab_size: int, where: str
+def _add(
+    tokenizer: Tokenizer, where: str, declared: Mapping[int, AddedToken], special: _Special
 ) -> tuple[str, ...]:
-    """Ensure that special tokens are never split. A new one without a free id is left out."""
-    warnings = []
-    declared = {t.content: t for t in tokenizer.get_added_tokens_decoder().values()}
+    """Add declared and special tokens, so that they are never split, in transformers' order.
+
+    A new token gets the next free id: another one than where declares is a warning.
+    """
+    own = tokenizer.get_added_tokens_decoder()
+    tokens = [token for _, token in sorted(declared.items())]
+    names = {token.content for token in special.named.values()}
     for token in tokens:
-        known = declared.get(token.content, token)
-        if tokenizer.token_to_id(token.content) is None and _next_id(tokenizer) >= vocab_size:
-            warnings.append(
-                f"{where}: special token {shown(token.content)} is left out: tokenizer.json does "
-                f"not have it, and all {vocab_size} ids of the vocabulary are taken"
-            )
-        elif not (known.special and token.content in declared):
-            known.special = True
-            tokenizer.add_special_tokens([known])
-    return tuple(warnings)
+        token.special |= token.content in names
+    known = {token.content for token in (*own.values(), *tokens)}
+    for token in (*special.named.values(), *special.nameless):
+        if token.content not in known:
+            known.add(token.content)
+            tokens.append(token)
+    tokenizer.add_tokens(tokens)
+    found = {i: tokenizer.token_to_id(token.content) for i, token in declared.items()}
+    others = [
+        f"{shown(declared[i].content)} has id {other}, not {i}"
+        for i, other in found.items()
+        if other is not None and other != i
+    ]
+    if not others:
+        return ()
+    return (f"{where}: its ids are not those of the tokenizer, which are used: {listed(others)}",)
 
 
-def _next_id(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def _follow(
+    tokenizer: Tokenizer, rules: _Rules, special: _Special, settings: JsonObject
+) -> tuple[str, ...]:
+    """Do what a class adds to tokenizer.json, and warn where it would give other ids."""
+    if rules.name == "Qwen2Tokenizer":
+        tokens = (*special.named.values(), *special.nameless)
+        tokenizer.add_tokens([AddedToken(token.content, special=True) for token in tokens])
+    kept = tokenizer.normalizer, tokenizer.pre_tokenizer
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    probes = [_SPLIT, f" {_SPLIT}", *(f"{token}{_SPLIT}" for token in added[:1])]
+    own = [tokenizer.encode(text).ids for text in probes]
+    tokenizer.normalizer, tokenizer.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    if rules.name == "LlamaTokenizer" and settings.values.get("add_prefix_space") is False:
+        # Every reader of the file follows this setting, llama.cpp's converter too.
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        return ()
+    same = [tokenizer.encode(text).ids for text in probes] == own
+    tokenizer.normalizer, tokenizer.pre_tokenizer = kept
+    if same:
+        return ()
+    return (
+        f"{settings.where}: transformers 5 replaces the rules that split a text in tokenizer.json "
+        f"by those of its class {rules.name}; tokenizer.json is followed, so some texts have other "
+        "ids: save the tokenizer with transformers 5 if those are wanted",
+    )
 
 
-def _check_ids(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
+def _turn_ends(
+    tokenizer: Tokenizer, names: Mapping[str, str], config: ModelConfig
+) -> tuple[int, ...]:
+    """Ids of the tokens that end a turn in the tokenizer's settings, but not in config."""
+    ends = [names[key] for key in ("eos_token", "eot_token") if key in names]
+    ids = dict.fromkeys(tokenizer.token_to_id(token) for token in ends)
+    return tuple(i for i in ids if i is not None and i not in config.eos_token_ids)
+
+
+def _beyond(tokenizer: Tokenizer, vocab_size: int, path: Path) -> dict[str, int]:
+    """The added tokens whose ids are beyond the model's vocabulary, in the order of these."""
     with refusing(f"{path}: cannot encode and decode words that are not in its vocabulary"):
         probe = tokenizer.encode(_UNLIKELY).ids
         tokenizer.decode(probe)
-    highest = max([_next_id(tokenizer) - 1, *probe])
+    added = tokenizer.get_added_tokens_decoder()
+    contents = {token.content for token in added.values()}
+    own = [i for t, i in tokenizer.get_vocab(False).items() if t not in contents]
+    highest = max([*own, *(i for i in probe if i not in added)], default=0)
     if highest >= vocab_size:
         raise ModelError(
             f"{path}: has token ids up to {highest}, but vocab_size in config.json is "
             f"{vocab_size}: the tokenizer belongs to another model"
         )
+    return {token.content: i for i, token in sorted(added.items()) if i >= vocab_size}
+
+
+def _beyond_warnings(beyond: Mapping[str, int], vocab_size: int, path: Path) -> tuple[str, ...]:
+    if not beyond:
+        return ()
+    count = f"{len(beyond)} added token{'s' if len(beyond) > 1 else ''}"
+    some = listed([f"{shown(token)} ({i})" for token, i in beyond.items()])
+    return (
+        f"{path}: the model has no embedding for {count} with ids from {vocab_size} (vocab_size in "
+        f"config.json): {some}; a prompt with such a token is refused",
+    )
 
 
 def _chat_template(directory: Path, settings: JsonObject) -> tuple[str | None, tuple[str, ...]]:

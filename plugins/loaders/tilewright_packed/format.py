@@ -96,6 +96,7 @@ class Description:
     generation_defaults: GenerateConfig
     chat_template: str | None
     special_tokens: Mapping[str, str]
+    turn_end_ids: tuple[int, ...] = ()
 
 
 @frozen(kw_only=True)
@@ -135,6 +136,7 @@ def load(
                 tokenizer=_tokenizer(directory / TOKENIZER),
                 chat_template=described.chat_template,
                 special_tokens=described.special_tokens,
+                turn_end_ids=described.turn_end_ids,
             ),
             generation_defaults=described.generation_defaults,
             source=str(directory),

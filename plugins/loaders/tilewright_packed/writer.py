@@ -106,6 +106,7 @@ def plan(
         generation_defaults=loaded.generation_defaults,
         chat_template=text.chat_template,
         special_tokens=text.special_tokens,
+        turn_end_ids=text.turn_end_ids,
     )
     return Plan(
         loaded=loaded,

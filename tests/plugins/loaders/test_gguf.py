@@ -46,7 +46,7 @@ from tilewright.cli import main
 from tilewright.errors import ModelError
 from tilewright.types import LoadedModel, RopeConfig
 from tilewright_gguf.loader import can_load
-from tilewright_gguf.tokenizer import SPLITTINGS
+from tilewright_gguf.tokenizer import ENDS, SPLITTINGS
 from tilewright_gguf.weights import QUANTISED
 from tilewright_testing import LoaderSuite
 from tilewright_testing.samples import write_gguf
@@ -488,6 +488,26 @@ def test_special_and_added_tokens_are_read_and_unused_ones_dropped(
     assert loaded.text.special_tokens == {
         "bos_token": "<|endoftext|>",
         "eos_token": "<|im_end|>",
+    }
+
+
+QWEN_CODE, STAR_CODE = {"<|fim_pad|>", "<|repo_name|>"}, {"<fim_pad>", "<reponame>"}
+
+
+@pytest.mark.parametrize("absent", [QWEN_CODE, STAR_CODE], ids=["star", "qwen"])
+def test_texts_end_at_the_tokens_at_which_they_end_in_llama_cpp(
+    absent: set[str], byte_level: Tokenizer, tmp_path: Path
+) -> None:
+    from llama_cpp import LlamaCpp
+
+    tokenizer = Tokenizer.from_str(byte_level.to_str())
+    names = [*sorted(ENDS - absent), "<|tool_call|>", "<|im_sep|>", "<file_sep>", "</s>"]
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+    path = with_tokenizer(tmp_path, bpe_text(tokenizer.to_str(), "qwen2", eos_token_id=2))
+    ends, theirs = load(path).config.eos_token_ids, LlamaCpp(path)
+    ids = {name: tokenizer.token_to_id(name) for name in names}
+    assert {n for n, i in ids.items() if i in ends} == {
+        n for n, i in ids.items() if theirs.ends_with(i)
     }
 
 

@@ -700,22 +700,13 @@ def test_saved_truncation_and_padding_are_disabled(directory: Path) -> None:
 
 
 def test_a_vocabulary_can_be_smaller_than_that_of_the_model_but_not_larger(directory: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     small = Tokenizer(models.WordLevel({f"t{i}": i for i in range(100)}, unk_token="t0"))
     small.save(str(directory / "tokenizer.json"))
     assert load(directory).text.tokenizer.get_vocab_size() == 100
-    tokenizer.add_tokens(["one too many"])
-    tokenizer.save(str(directory / "tokenizer.json"))
+    large = Tokenizer(models.WordLevel({f"t{i}": i for i in range(132)}, unk_token="t0"))
+    large.save(str(directory / "tokenizer.json"))
     with pytest.raises(ModelError, match=r"ids up to 131, but vocab_size in config\.json is 131"):
         load(directory)
-
-
-def test_a_special_token_beyond_the_vocabulary_is_ignored_with_a_warning(directory: Path) -> None:
-    change_json(directory / "tokenizer_config.json", pad_token="[PAD]")
-    model = load(directory)
-    (warning,) = model.warnings
-    assert "[PAD]" in warning
-    assert model.text.tokenizer.token_to_id("[PAD]") is None
 
 
 def test_an_unsupported_tokenizer_file_is_an_error_that_says_how_to_convert_it(
@@ -755,6 +746,25 @@ def test_special_tokens_can_be_strings_or_objects(directory: Path) -> None:
     )
     special = load(directory).text.special_tokens
     assert special == {"bos_token": "t7", "eos_token": "t2"}
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ({}, ()),  # t2, which generation_config.json has too
+        ({"eos_token": "t9"}, (9,)),
+        ({"eos_token": {"content": "t9"}, "eot_token": "t8"}, (9, 8)),
+        ({"eos_token": "t9", "extra_special_tokens": {"eot_token": "t9"}}, (9,)),
+        ({"eos_token": None}, ()),
+    ],
+)
+def test_a_turn_also_ends_at_the_end_tokens_of_the_tokenizer(
+    declared: dict[str, Any], expected: tuple[int, ...], directory: Path
+) -> None:
+    change_json(directory / "tokenizer_config.json", **declared)
+    model = load(directory)
+    assert model.config.eos_token_ids == (2, 3)
+    assert model.text.turn_end_ids == expected
 
 
 # --- the source -----------------------------------------------------------------------------------
