@@ -1,9 +1,8 @@
 """Loader ``hf-local``: a directory in the layout of Hugging Face checkpoints."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from attrs import evolve
 
@@ -16,21 +15,20 @@ from tilewright.types import (
     LoadedModel,
     ModelConfig,
     PluginInfo,
-    TensorInfo,
     TensorSource,
     WeightFormats,
 )
+from tilewright.weights import NamedSource, expected_tensors, printable
 from tilewright_hf.architecture import FAMILIES, declared_dtype, model_config
 from tilewright_hf.files import is_there, local_path, read_json
 from tilewright_hf.generation import Recommended, recommended
 from tilewright_hf.tokenizer import load_text
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 tilewright_api = 2
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FIRST = "layers.0.input_layernorm.weight"
+"""The name of a tensor of every model, without the model's prefix."""
 
 
 @hookimpl
@@ -61,14 +59,9 @@ def load_model(source: str, weight_format: str | None, formats: WeightFormats) -
     if generation.eos_token_ids is not None:
         config = evolve(config, eos_token_ids=generation.eos_token_ids)
     text, text_warnings = load_text(directory, config)
-    weights = _needed(formats.open(directory, weight_format), config)
-    warnings += generation.warnings + text_warnings
-    if config.tie_word_embeddings and HEAD in weights.names():
-        config = evolve(config, tie_word_embeddings=False)
-        warnings += (
-            f"{config_file.where}: tie_word_embeddings is true, but the weights have a "
-            "separate lm_head.weight, which is used",
-        )
+    opened = formats.open(directory, weight_format)
+    weights, config, weight_warnings = _weights(opened, config, config_file.where)
+    warnings += generation.warnings + text_warnings + weight_warnings
     if declared_dtype(config_file) is None:
         config = evolve(config, dtype=_stored_dtype(weights))
     return LoadedModel(
@@ -119,32 +112,62 @@ def _stored_dtype(weights: TensorSource) -> DType:
     return stored if stored in DTYPES else "float32"
 
 
-class _Subset:
-    """A subset of a source's tensors."""
+def _weights(
+    source: TensorSource, config: ModelConfig, where: str
+) -> tuple[TensorSource, ModelConfig, tuple[str, ...]]:
+    """A checkpoint's weights under the names that the configuration needs, that configuration, and
+    warnings.
 
-    def __init__(self, source: TensorSource, names: Collection[str]):
-        self._source = source
-        self._names = names
+    Leaves out ``rotary_emb.inv_freq``, which older checkpoints contain (config.json defines it),
+    and a tied head that is the embedding under a second name, if the format can tell.
+    """
+    stored = {name: name for name in source.names() if not name.endswith("rotary_emb.inv_freq")}
+    present = stored.keys() - getattr(source, "absent", {}).keys()
+    renamed, warnings = _without_prefix(present, config, where)
+    taken = set(renamed.values())
+    stored = {name: found for name, found in stored.items() if found not in taken} | renamed
+    if config.tie_word_embeddings and stored.get(HEAD) in present:
+        same = getattr(source, "same", None)
+        if EMBEDDING not in stored:
+            stored[EMBEDDING] = stored.pop(HEAD)
+        elif same is not None and same(stored[HEAD], stored[EMBEDDING]):
+            del stored[HEAD]
+        else:
+            config = evolve(config, tie_word_embeddings=False)
+            warnings += (
+                f"{where}: tie_word_embeddings is true, but the weights have a "
+                "separate lm_head.weight, which is used",
+            )
+    whole = len(stored) == len(source.names()) and all(k == v for k, v in stored.items())
+    return source if whole else NamedSource(source, stored), config, warnings
 
-    def names(self) -> Collection[str]:
-        return self._names
 
-    def info(self, name: str) -> TensorInfo:
-        return self._source.info(name)
+def _without_prefix(
+    names: Collection[str], config: ModelConfig, where: str
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The stored name of each tensor of a model whose names have another prefix than ``model.``.
 
-    def get(self, name: str) -> "Tensor":
-        return self._source.get(name)
+    Empty unless there is one prefix under which a whole model is stored; a warning states it.
+    """
+    prefixes = [name.removesuffix(FIRST) for name in names if name.endswith(FIRST)]
+    if "model." in prefixes:
+        return {}, ()
+    whole = [(p, stored) for p in prefixes if (stored := _prefixed(p, names, config))]
+    if len(whole) != 1:
+        return {}, ()
+    ((prefix, stored),) = whole
+    found = f"begin with {printable(prefix)!r}" if prefix else "have no prefix"
+    return stored, (f"{where}: the tensors' names {found} where 'model.' was expected: renamed",)
 
-    def close(self) -> None:
-        self._source.close()
 
-
-def _needed(source: TensorSource, config: ModelConfig) -> TensorSource:
-    """Leave out ``rotary_emb.inv_freq``, which older checkpoints contain (config.json defines it),
-    and a tied head that is the embedding under a second name, if the format can tell."""
-    names = source.names()
-    kept = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
-    same = getattr(source, "same", None)
-    if config.tie_word_embeddings and HEAD in names and same is not None and same(HEAD, EMBEDDING):
-        kept.remove(HEAD)
-    return source if len(kept) == len(names) else _Subset(source, frozenset(kept))
+def _prefixed(prefix: str, names: Collection[str], config: ModelConfig) -> dict[str, str]:
+    """The stored names of a model's tensors; empty where not all are among names."""
+    heads = {f"{p}{HEAD}" for p in ("", prefix, prefix.removesuffix("model."))} & set(names)
+    stored = {n: f"{prefix}{n.removeprefix('model.')}" for n in expected_tensors(config)}
+    stored.pop(HEAD, None)
+    if len(heads) == 1:
+        (stored[HEAD],) = heads
+    if config.tie_word_embeddings and HEAD in stored and stored[EMBEDDING] not in names:
+        del stored[EMBEDDING]
+    headless = HEAD not in stored and (heads or not config.tie_word_embeddings)
+    return {} if headless or not set(stored.values()) <= set(names) else stored
