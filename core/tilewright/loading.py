@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -11,7 +11,15 @@ from attrs import define, evolve
 from pluggy import PluginManager
 
 from tilewright import plugins
-from tilewright.errors import ConfigError, ModelError, OutOfPagesError, PluginError, nearest
+from tilewright.directories import other_layout
+from tilewright.errors import (
+    ConfigError,
+    ModelError,
+    OutOfPagesError,
+    PluginError,
+    listed,
+    nearest,
+)
 from tilewright.logits_processing import Processing
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
@@ -333,7 +341,32 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
             "(in Python: loader=...)"
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
+    path = os.path.expanduser(source)
+    if held := _held(installed, Path(path)):
+        raise ModelError(f"{_shown(source)} holds {held}")
     raise ModelError(f"{_found(source)} (loaders asked: {asked}){also}")
+
+
+def _held(installed: Sequence[plugins.Plugin], directory: Path) -> str | None:
+    """What a directory that no loader accepts holds, and what to do, if that is known."""
+    try:
+        names = sorted(os.listdir(directory))
+    except (OSError, ValueError):
+        return None
+    if held := other_layout(directory, names):
+        return held
+    models = [
+        name
+        for name in names[:_MOST_NAMES]
+        if claimants(installed, "can_load", source=str(directory / name))[0]
+    ]
+    if not models:
+        return None
+    return f"models, of which one must be given: {listed([ascii(name) for name in models])}"
+
+
+_MOST_NAMES = 200
+"""Names in a directory of which it is asked whether they are models."""
 
 
 def _found(source: str) -> str:

@@ -1,12 +1,14 @@
 """Loader ``hf-local``: a directory in the layout of Hugging Face checkpoints."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from attrs import evolve
 
-from tilewright.errors import ModelError
+from tilewright.directories import ADAPTER, adapter, other_layout
+from tilewright.errors import ModelError, listed, shortened
 from tilewright.hookspecs import hookimpl
 from tilewright.types import (
     DTYPES,
@@ -19,9 +21,11 @@ from tilewright.types import (
     WeightFormats,
 )
 from tilewright.weights import NamedSource, expected_tensors, printable
+from tilewright_hf import cache
 from tilewright_hf.architecture import FAMILIES, declared_dtype, model_config
-from tilewright_hf.files import is_there, local_path, read_json
+from tilewright_hf.files import JsonObject, is_there, local_path, read_json
 from tilewright_hf.generation import Recommended, recommended
+from tilewright_hf.shards import WEIGHTS
 from tilewright_hf.tokenizer import load_text
 
 tilewright_api = 2
@@ -46,14 +50,17 @@ def plugin_info() -> PluginInfo:
 @hookimpl
 def can_load(source: str) -> bool:
     directory = os.path.expanduser(source)
-    return os.path.isdir(directory) and os.path.isfile(os.path.join(directory, "config.json"))
+    if os.path.isfile(os.path.join(directory, "config.json")):
+        return True
+    return cache.is_folder(Path(directory)) and not cache.holds_gguf(Path(directory))
 
 
 @hookimpl
 def load_model(source: str, weight_format: str | None, formats: WeightFormats) -> LoadedModel:
     """Read configuration, tokenizer and weight headers of a directory."""
-    directory = _directory(source)
+    directory, notes = _directory(source)
     config_file = read_json(directory / "config.json")
+    _check_plain(config_file)
     config, warnings = model_config(config_file)
     generation = _generation(directory, config.vocab_size)
     if generation.eos_token_ids is not None:
@@ -61,7 +68,7 @@ def load_model(source: str, weight_format: str | None, formats: WeightFormats) -
     text, text_warnings = load_text(directory, config)
     opened = formats.open(directory, weight_format)
     weights, config, weight_warnings = _weights(opened, config, config_file.where)
-    warnings += generation.warnings + text_warnings + weight_warnings
+    warnings = notes + warnings + generation.warnings + text_warnings + weight_warnings
     if declared_dtype(config_file) is None:
         config = evolve(config, dtype=_stored_dtype(weights))
     return LoadedModel(
@@ -74,8 +81,11 @@ def load_model(source: str, weight_format: str | None, formats: WeightFormats) -
     )
 
 
-def _directory(source: str) -> Path:
-    """The directory that a source names. Raises ModelError with what was found instead."""
+def _directory(source: str) -> tuple[Path, tuple[str, ...]]:
+    """The directory that a source names, and warnings.
+
+    Raises ModelError with what was found instead.
+    """
     takes = "hf-local loads a local directory that holds config.json"
     path = local_path(source, "model directory", takes)
     if path.suffix == ".gguf":
@@ -88,15 +98,57 @@ def _directory(source: str) -> Path:
             f"{path}: expected a directory that holds config.json, found a file; "
             f"give its directory, {path.parent}"
         )
+    warnings: tuple[str, ...] = ()
+    folder = path
+    if cache.is_folder(path):
+        path = cache.snapshot(path)
+        warnings = (f"{folder}: a folder of the hub's cache, of which {path} is loaded",)
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    weights = [n for n in names if n.endswith(WEIGHTS) and not n.startswith("adapter_")]
+    held = other_layout(path, names)
+    if held and ("config.json" not in names or not weights):
+        raise ModelError(f"{path}: holds {held}")
     if "config.json" not in names:
+        if folder is not path:
+            raise cache.incomplete(folder)
         found = f"found {', '.join(ascii(n) for n in names[:5])}" if names else "it is empty"
         more = " and more" if len(names) > 5 else ""
         raise ModelError(f"{path}: expected a directory that holds config.json; {found}{more}")
-    return path
+    if weights and all(name.endswith(".gguf") for name in weights):
+        raise ModelError(
+            f"{path}: its weights are in GGUF files; give one of them: "
+            f"{listed([ascii(name) for name in weights])}"
+        )
+    if ADAPTER in names:
+        warnings += (f"{path}: {adapter(path)} beside the model is not applied",)
+    return path, warnings
+
+
+def _check_plain(config: JsonObject) -> None:
+    """Raise ModelError for a config.json of a known family that says that weights are quantised."""
+    for key in ("quantization_config", "compression_config"):
+        values = config.values.get(key)
+        if values and config.values.get("model_type") in FAMILIES:
+            raise ModelError(
+                f"{config.where}: {key!r}: the weights are quantised{_scheme(values)}, which "
+                "hf-local does not read; take the model's checkpoint in bfloat16 or float16, or a "
+                "GGUF file of it"
+            )
+
+
+def _scheme(quantisation: Any) -> str:
+    """``" (gptq, 4 bits)"``, of a quantisation's settings; empty if they do not say."""
+    if not isinstance(quantisation, dict):
+        return ""
+    method, bits = quantisation.get("quant_method"), quantisation.get("bits")
+    if method is None and {"group_size", "bits"} <= quantisation.keys():
+        method = "MLX"  # which names no method
+    known = [shortened(method)] if isinstance(method, str) and method.isprintable() else []
+    known += [f"{bits} bits"] if type(bits) is int else []
+    return f" ({', '.join(known)})" if known else ""
 
 
 def _generation(directory: Path, vocab_size: int) -> Recommended:

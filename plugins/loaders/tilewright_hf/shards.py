@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 """Endings of files that hold weights, which an error lists."""
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -136,7 +136,7 @@ def open_shards(
                 f"{listed([printable(f) for f in absent])}; download them"
             )
         return _open_unindexed(directory, files, expected, open_shard)
-    found = [printable(name) for name in names if name.endswith(_WEIGHTS)]
+    found = [printable(name) for name in names if name.endswith(WEIGHTS)]
     cure = f"; give the one to load the name {single}" if sets else ""
     raise ModelError(f"{directory}: {expected}; found {listed(found) or 'no weights'}{cure}")
 
