@@ -53,8 +53,9 @@ def can_load(source: str) -> bool:
     try:
         if os.path.isdir(path):
             directory = _directory(path)
-            plain = not os.path.lexists(directory / "config.json")
-            return plain and len(_models(directory)) == 1
+            names = _models(directory)
+            whole = len(names) == 1 and (directory / names[0]).is_file()
+            return whole and not os.path.lexists(directory / "config.json")
         if not os.path.isfile(path):
             return False
         if path.endswith(".gguf"):
