@@ -31,6 +31,11 @@ def other_layout(directory: Path, names: Collection[str]) -> str | None:
             f"{found}, not a whole model: merge it into the base model (merge_and_unload of peft) "
             "and save that, or give the base model"
         )
+    return layout_of_maker(names)
+
+
+def layout_of_maker(names: Collection[str]) -> str | None:
+    """Whose own layout files with these names have, and what converts them; None if nobody's."""
     for maker, pattern, script in (
         ("Meta", r"consolidated\.\d+\.pth", "convert_llama_weights_to_hf.py"),
         ("Mistral", r"consolidated.*\.safetensors", "convert_mistral_weights_to_hf.py"),

@@ -135,13 +135,13 @@ def test_a_missing_output_head_suggests_tie_word_embeddings() -> None:
 
 
 def test_names_of_tensors_are_escaped_and_shortened() -> None:
-    name = "model.layers.2.mlp.up_proj.q\nweight"
+    name = "new\nline"
     loaded = needed_tensors(of(expected_tensors(CONFIG) | {name: (1,), "x" * 100_000: (2,)}))
     (warning,) = loaded.warnings
     assert len(warning) < 400
     assert warning.isprintable()
     assert set(loaded.weights.names()) == set(expected_tensors(CONFIG))
-    message = problem(Dictionary(expected_tensors(CONFIG) | {f"{name}\n_proj.qweight": (1,)}))
+    message = problem(Dictionary(expected_tensors(CONFIG) | {f"{name}.up_proj.qweight": (1,)}))
     assert "the weights are quantised" in message
     assert printable("model.norm.weight") == "model.norm.weight"
     assert printable("\ud800").isascii()
