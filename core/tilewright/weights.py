@@ -144,8 +144,8 @@ def without(loaded: LoadedModel, extra: Collection[str]) -> LoadedModel:
     some = listed([printable(name) for name in sorted(extra)], 3)
     bias = "; transformers ignores lm_head.bias too" if "lm_head.bias" in extra else ""
     warning = (
-        f"{loaded.source}: tensors that the configuration does not need are ignored, "
-        f"{len(extra)}: {some}{bias}"
+        f"{loaded.source}: tensors that the configuration does not need are ignored "
+        f"({len(extra)} in all): {some}{bias}"
     )
     kept = {name: name for name in set(loaded.weights.names()).difference(extra)}
     return evolve(

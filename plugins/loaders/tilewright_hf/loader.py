@@ -67,7 +67,7 @@ def load_model(source: str, weight_format: str | None, formats: WeightFormats) -
         config = evolve(config, eos_token_ids=generation.eos_token_ids)
     text, text_warnings = load_text(directory, config)
     opened = formats.open(directory, weight_format)
-    weights, config, weight_warnings = _weights(opened, config, config_file.where)
+    weights, config, weight_warnings = _weights(opened, config, str(directory))
     warnings = notes + warnings + generation.warnings + text_warnings + weight_warnings
     if declared_dtype(config_file) is None:
         config = evolve(config, dtype=_stored_dtype(weights))
@@ -187,7 +187,7 @@ def _weights(
         else:
             config = evolve(config, tie_word_embeddings=False)
             warnings += (
-                f"{where}: tie_word_embeddings is true, but the weights have a "
+                f"{where}: tie_word_embeddings in config.json is true, but the weights have a "
                 "separate lm_head.weight, which is used",
             )
     whole = len(stored) == len(source.names()) and all(k == v for k, v in stored.items())
@@ -209,11 +209,14 @@ def _without_prefix(
         return {}, ()
     ((prefix, stored),) = whole
     found = f"begin with {printable(prefix)!r}" if prefix else "have no prefix"
-    return stored, (f"{where}: the tensors' names {found} where 'model.' was expected: renamed",)
+    return stored, (
+        f"{where}: the tensors' names {found} where 'model.' was expected; they are read as if "
+        "they had it",
+    )
 
 
 def _prefixed(prefix: str, names: Collection[str], config: ModelConfig) -> dict[str, str]:
-    """The stored names of a model's tensors; empty where not all are among names."""
+    """The stored names of a model's tensors; empty unless all but the head are among names."""
     heads = {f"{p}{HEAD}" for p in ("", prefix, prefix.removesuffix("model."))} & set(names)
     stored = {n: f"{prefix}{n.removeprefix('model.')}" for n in expected_tensors(config)}
     stored.pop(HEAD, None)
@@ -221,5 +224,4 @@ def _prefixed(prefix: str, names: Collection[str], config: ModelConfig) -> dict[
         (stored[HEAD],) = heads
     if config.tie_word_embeddings and HEAD in stored and stored[EMBEDDING] not in names:
         del stored[EMBEDDING]
-    headless = HEAD not in stored and (heads or not config.tie_word_embeddings)
-    return {} if headless or not set(stored.values()) <= set(names) else stored
+    return stored if len(heads) < 2 and set(stored.values()) <= set(names) else {}

@@ -151,7 +151,8 @@ def test_a_base_model_without_a_tied_head_is_refused_for_its_missing_head(direct
     del tensors[HEAD]
     store(directory, {n.removeprefix("model."): t for n, t in tensors.items()})
     change_json(directory / "config.json", architectures=["LlamaModel"])
-    assert "missing" in refusal(directory)
+    message = refusal(directory)
+    assert "missing: lm_head.weight [131, 64]; without it, the configuration needs tie" in message
 
 
 def body(prefix: str) -> Callable[[str], str]:
@@ -213,12 +214,12 @@ def multiplied(ending: str) -> Change:
 EXTRA: dict[str, tuple[Change, list[str]]] = {
     "a value head": (
         more(v_head__summary__weight=torch.ones(1, 64), v_head__summary__bias=torch.ones(1)),
-        ["2: v_head.summary.bias, v_head.summary.weight"],
+        ["(2 in all): v_head.summary.bias, v_head.summary.weight"],
     ),
-    "a score head": (more(score__weight=torch.ones(2, 64)), ["1: score.weight"]),
+    "a score head": (more(score__weight=torch.ones(2, 64)), ["(1 in all): score.weight"]),
     "a bias of the head": (
         more(lm_head__bias=torch.randn(131)),
-        ["1: lm_head.bias", "transformers ignores lm_head.bias too"],
+        ["(1 in all): lm_head.bias", "transformers ignores lm_head.bias too"],
     ),
     "a bias that the configuration lacks": (
         more(model__layers__0__self_attn__q_proj__bias=torch.randn(64)),
@@ -232,11 +233,11 @@ EXTRA: dict[str, tuple[Change, list[str]]] = {
         more(model__layers__0__self_attn__k_proj__k_scale=torch.ones(1)),
         ["k_scale"],
     ),
-    "more layers": (multiplied("layers.2."), ["9: model.layers.2.", "and 6 more"]),
-    "a layer that predicts further tokens": (multiplied("mtp.0."), ["9: model.mtp.0."]),
+    "more layers": (multiplied("layers.2."), ["(9 in all): model.layers.2.", "and 6 more"]),
+    "a layer that predicts further tokens": (multiplied("mtp.0."), ["(9 in all): model.mtp.0."]),
     "fewer layers in the configuration": (
         lambda directory: change_json(directory / "config.json", num_hidden_layers=1),
-        ["9: model.layers.1."],
+        ["(9 in all): model.layers.1."],
     ),
 }
 
@@ -264,7 +265,7 @@ def test_more_layers_of_a_gguf_file_are_a_warning(tmp_path: Path) -> None:
     path = write(whole, tmp_path / "model.gguf", changed={"llama.block_count": 1})
     tokens, loaded = generated(path)
     assert tokens == greedy(first)
-    assert "are ignored, 9: model.layers.1." in loaded.warnings[-1]
+    assert "are ignored (9 in all): model.layers.1." in loaded.warnings[-1]
 
 
 def test_the_only_gguf_file_of_a_directory_is_loaded(tmp_path: Path) -> None:
@@ -272,6 +273,9 @@ def test_the_only_gguf_file_of_a_directory_is_loaded(tmp_path: Path) -> None:
     write(whole, tmp_path / "model.gguf")
     (tmp_path / "mmproj-model.gguf").write_bytes(b"GGUF")
     assert generated(tmp_path)[0] == greedy(whole)
+    (tmp_path / "config.json").write_text("{}")
+    assert "its weights are in GGUF files; give one of them: " in refusal(tmp_path)
+    (tmp_path / "config.json").unlink()
     shutil.copy(tmp_path / "model.gguf", tmp_path / "other.gguf")
     assert "of which one must be given: 'mmproj-model.gguf', 'model.gguf'" in refusal(tmp_path)
 
@@ -307,7 +311,7 @@ FIRST_SHARD = "model-00001-of-00003.safetensors"
 INDEXES: dict[str, tuple[Change, str]] = {
     "an entry that no shard has": (
         indexed(lambda _, m: m.update({INVERSE: FIRST_SHARD})),
-        f"are ignored, 1: {INVERSE}",
+        f"are ignored (1 in all): {INVERSE}",
     ),
     "a tensor in two shards": (indexed(into_second), f"{NORM} is in model-"),
     "a tensor that is not listed": (indexed(lambda _, m: m.pop(NORM)), "listed in none"),
