@@ -267,7 +267,7 @@ class LLMEngine:
             self._loading.remove(model_id)
         event = {"model_config": loaded.config, "seconds": runner.model.load_seconds}
         self._observers.notify("on_model_loaded", lambda: {"model_id": model_id, **event})
-        return loaded
+        return runner.model.loaded
 
     def _make_runner(
         self, model_id: str, loaded: LoadedModel, asked: RuntimeConfig, started: float

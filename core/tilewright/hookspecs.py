@@ -111,7 +111,10 @@ class WeightFormatHooks:
 
     @_first
     def open_weights(self, directory: Path, options: Any) -> TensorSource:  # type: ignore[empty-body]
-        """Open the weights, reading headers only. Raises ModelError for damaged or absent files."""
+        """Open the weights, reading headers only. Raises ModelError for damaged or absent files.
+
+        The source may have an attribute ``warnings``, a tuple of lines, which the user sees.
+        """
 
     @_first
     def write_weights(self, directory: Path, tensors: "Mapping[str, Tensor]") -> float:  # type: ignore[empty-body]

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -11,7 +11,15 @@ from attrs import define, evolve
 from pluggy import PluginManager
 
 from tilewright import plugins
-from tilewright.errors import ConfigError, ModelError, OutOfPagesError, PluginError, nearest
+from tilewright.directories import other_layout
+from tilewright.errors import (
+    ConfigError,
+    ModelError,
+    OutOfPagesError,
+    PluginError,
+    listed,
+    nearest,
+)
 from tilewright.logits_processing import Processing
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
@@ -36,7 +44,9 @@ from tilewright.weights import (
     check_packed,
     check_packing,
     check_tensors,
+    needed_tensors,
     typed_tensors,
+    without,
 )
 
 
@@ -70,19 +80,21 @@ def load(
     """Load a model's configuration and tokenizer, and open its weights, which are not read."""
     given = selection.arguments["options"]
     loader = selection.plugins.get("loader") or choose_loader(selection.manager, source)
+    formats = InstalledFormats(selection.manager, given)
     loaded: LoadedModel = loader.call(
         "load_model",
         source=source,
         options=loader.read_options(given, **loader_options),
         weight_format=weight_format,
-        formats=InstalledFormats(selection.manager, given),
+        formats=formats,
         report=observers.reporter(model_id),
     )
     if not isinstance(loaded, LoadedModel):
         raise PluginError(
             f"{loader.plugin}: load_model() must return a LoadedModel, found {loaded!r:.80}"
         )
-    return loaded
+    loaded = evolve(loaded, warnings=(*formats.warnings, *loaded.warnings))
+    return needed_tensors(loaded)
 
 
 def make_ready(
@@ -99,7 +111,7 @@ def make_ready(
     """
     try:
         runtime = _resolved(selection, asked, loaded)
-        _check_weights(selection, loaded, runtime)
+        loaded = _checked(selection, loaded, runtime)
         executor = _create_executor(selection, observers, model_id, loaded, runtime)
     finally:
         loaded.weights.close()
@@ -162,17 +174,18 @@ def _resolved(selection: Selection, runtime: RuntimeConfig, loaded: LoadedModel)
 # --- the executor and its weights -----------------------------------------------------------------
 
 
-def _check_weights(selection: Selection, loaded: LoadedModel, runtime: RuntimeConfig) -> None:
+def _checked(selection: Selection, loaded: LoadedModel, runtime: RuntimeConfig) -> LoadedModel:
+    """The model with the tensors that it needs. Raises ModelError where they do not fit."""
     if loaded.packing is None:
         check_tensors(loaded.weights, loaded.config, loaded.source)
-        return
+        return loaded
     executor = selection.plugins["executor"].plugin.qualified
     if loaded.packing.executor == executor:  # others may not understand it
         expected, tensors = _packed(selection, loaded, runtime)
     else:
         expected, tensors = evolve(loaded.packing, executor=executor), []
     check_packing(loaded.packing, expected, loaded.source)
-    check_packed(loaded.weights, tensors, loaded.source)
+    return without(loaded, check_packed(loaded.weights, tensors, loaded.source))
 
 
 def _packed(
@@ -328,7 +341,32 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
             "(in Python: loader=...)"
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
+    path = os.path.expanduser(source)
+    if held := _held(installed, Path(path)):
+        raise ModelError(f"{_shown(source)} holds {held}")
     raise ModelError(f"{_found(source)} (loaders asked: {asked}){also}")
+
+
+def _held(installed: Sequence[plugins.Plugin], directory: Path) -> str | None:
+    """What a directory that no loader accepts holds, and what to do, if that is known."""
+    try:
+        names = sorted(os.listdir(directory))
+    except (OSError, ValueError):
+        return None
+    if held := other_layout(directory, names):
+        return held
+    models = [
+        name
+        for name in names[:_MOST_NAMES]
+        if claimants(installed, "can_load", source=str(directory / name))[0]
+    ]
+    if not models:
+        return None
+    return f"models, of which one must be given: {listed([ascii(name) for name in models])}"
+
+
+_MOST_NAMES = 200
+"""Names in a directory of which it is asked whether they are models."""
 
 
 def _found(source: str) -> str:
@@ -385,6 +423,8 @@ class InstalledFormats:
         """options: the engine's options; only its ``weight_format`` entry is used here."""
         self._manager = manager
         self._options = options
+        self.warnings: tuple[str, ...] = ()
+        """What the opened sources warn of."""
 
     def open(self, directory: Path, name: str | None = None) -> TensorSource:
         chosen = select(self._manager, "weight_format", name or self._detect(directory))
@@ -394,6 +434,7 @@ class InstalledFormats:
             directory=directory,
             options=chosen.read_options(self._options),
         )
+        self.warnings += tuple(getattr(source, "warnings", ()))
         return source
 
     def _detect(self, directory: Path) -> str:

@@ -1,12 +1,16 @@
 """Which tensors a model needs, and whether a source has them."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
+
+from attrs import evolve
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import (
     DTYPES,
+    LoadedModel,
     ModelConfig,
     PackedTensor,
     Packing,
@@ -93,30 +97,86 @@ def expected_tensors(
     return expected
 
 
+_FLOATS = (*DTYPES, "float64")
+"""Dtypes of weights; each is converted to the weight dtype when it is read."""
+
+_SCHEMES = {
+    r"lora_\w+(\..+)?|base_layer\..+|modules_to_save\..+": "a LoRA adapter that is not merged",
+    r"qweight|qzeros|g_idx": "GPTQ or AWQ",
+    r"weight_scale_inv|weight_scale": "FP8, INT8 or FP4",
+    r"weight_(packed|shape|zero_point|g_idx|global_scale|scale_2)": "compressed-tensors",
+    r"SCB|weight_format|weight\.(absmax|quant_map|quant_state\..+|nested_\w+)": "bitsandbytes",
+    r"scales|biases|zeros": "MLX",
+}
+"""What stores a projection in several tensors, by the end of the names of those beside it."""
+
+
+def scheme(name: str, info: TensorInfo | None = None) -> str | None:
+    """How a projection that this tensor is a part of was changed from plain weights: the name of a
+    quantisation, or of an adapter; None for plain weights, as far as name and dtype tell.
+    """
+    part = re.search(r"\.\w+_(?:proj|head|tokens)\.(.+)", f".{name}")
+    for pattern, what in _SCHEMES.items():
+        if part and re.fullmatch(pattern, part[1]):
+            return what
+    if info and info.dtype.startswith("float8"):
+        return f"FP8, {info.dtype}"
+    return None
+
+
+def needed_tensors(loaded: LoadedModel) -> LoadedModel:
+    """The model without the tensors that its configuration does not need, and a warning of them.
+
+    Parts of quantised weights and of adapters stay, for ``check_tensors`` to refuse.
+    """
+    if loaded.packing is not None:  # only the executor knows its tensors
+        return loaded
+    expected = expected_tensors(loaded.config)
+    return without(
+        loaded, [n for n in loaded.weights.names() if n not in expected and scheme(n) is None]
+    )
+
+
+def without(loaded: LoadedModel, extra: Collection[str]) -> LoadedModel:
+    """The model without some of its tensors, and a warning of them."""
+    if not extra:
+        return loaded
+    some = listed([printable(name) for name in sorted(extra)], 3)
+    bias = "; transformers ignores lm_head.bias too" if "lm_head.bias" in extra else ""
+    warning = (
+        f"{loaded.source}: tensors that the configuration does not need are ignored "
+        f"({len(extra)} in all): {some}{bias}"
+    )
+    kept = {name: name for name in set(loaded.weights.names()).difference(extra)}
+    return evolve(
+        loaded,
+        weights=NamedSource(loaded.weights, kept),
+        warnings=(*loaded.warnings, warning),
+    )
+
+
 def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None:
-    """Raise ModelError unless a source has exactly the expected tensors. Reads headers only."""
+    """Raise ModelError unless a source has the expected tensors as plain numbers.
+
+    Other tensors are ignored. Reads headers only.
+    """
     expected = expected_tensors(config)
     names = set(source.names())
     missing = [n for n in expected if n not in names]
-    unexpected = sorted(names - expected.keys())
+    found = {name: source.info(name) for name in expected if name in names}
+    _check_plain(source, found, where)
     wrong = []
-    for name, shape in expected.items():
-        if name not in names:
-            continue
-        info = source.info(name)
-        if info.shape != shape:
-            wrong.append(f"{name} {list(shape)}, found {list(info.shape)} in {info.location}")
-        elif info.dtype not in DTYPES:
+    for name, info in found.items():
+        if info.shape != expected[name]:
+            shapes = f"{list(expected[name])}, found {list(info.shape)}"
+            wrong.append(f"{name} {shapes} in {info.location}")
+        elif info.dtype not in _FLOATS:
             wrong.append(f"{name} in a floating dtype, found {info.dtype} in {info.location}")
     problems = [
         f"{title}: {listed(tensors)}"
         for title, tensors in (
             ("missing", [f"{n} {list(expected[n])}" for n in missing]),
             ("wrong, expected", wrong),
-            (
-                "unexpected",
-                [f"{printable(n)} {list(source.info(n).shape)}" for n in unexpected],
-            ),
         )
         if tensors
     ]
@@ -127,6 +187,24 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
             f"{where}: the weights do not fit the configuration ({config.architecture}): "
             f"{'; '.join(problems)}"
         )
+
+
+def _check_plain(source: TensorSource, found: Mapping[str, TensorInfo], where: str) -> None:
+    """Raise ModelError for parts of quantised weights, and for an adapter's."""
+    changed = [(n, s) for n in sorted(source.names()) if (s := scheme(n, found.get(n)))]
+    if not changed:
+        return
+    name, how = changed[0]
+    first = f"{len(changed)} tensors such as {printable(name)}"
+    if "LoRA" in how:
+        raise ModelError(
+            f"{where}: the weights hold {how} ({first}): merge it into the model (merge_and_unload "
+            "of peft) and save that"
+        )
+    raise ModelError(
+        f"{where}: the weights are quantised ({how}; {first}), which cannot be read: take the "
+        "model's checkpoint in bfloat16 or float16, or a GGUF file of it"
+    )
 
 
 def typed_tensors(config: ModelConfig, weights: TensorSource, dtype: str) -> Iterator[PackedTensor]:
@@ -161,23 +239,28 @@ def check_packing(found: Packing, expected: Packing, where: str) -> None:
         )
 
 
-def check_packed(source: TensorSource, expected: Iterable[PackedTensor], where: str) -> None:
-    """Raise ModelError unless a source has exactly these tensors. Reads headers only."""
+def check_packed(source: TensorSource, expected: Iterable[PackedTensor], where: str) -> list[str]:
+    """Raise ModelError unless a source has these tensors. Reads headers only.
+
+    Returns the names of others.
+    """
     wanted = {t.name: (t.shape, t.dtype) for t in expected}
     names = set(source.names())
-    found = {name: (i.shape, i.dtype) for name in names for i in (source.info(name),)}
+    found = {
+        name: (i.shape, i.dtype) for name in names & wanted.keys() for i in (source.info(name),)
+    }
     problems = [
         f"{name} {list(shape)} {dtype}, found "
         + (f"{list(found[name][0])} {found[name][1]}" if name in found else "none")
         for name, (shape, dtype) in wanted.items()
         if found.get(name) != (shape, dtype)
     ]
-    problems += [f"no {printable(name)}" for name in sorted(names - wanted.keys())]
     if problems:
         raise ModelError(
             f"{where}: the packed weights do not match the executor's layout: expected "
             f"{listed(problems)}; convert the model again from its source"
         )
+    return sorted(names - wanted.keys())
 
 
 def printable(name: str) -> str:
@@ -185,6 +268,27 @@ def printable(name: str) -> str:
     if len(name) > 120:
         name = f"{name[:117]}..."
     return name if name.isprintable() else ascii(name)
+
+
+class NamedSource:
+    """A tensor source with other names, or with fewer of them."""
+
+    def __init__(self, source: TensorSource, stored: Mapping[str, str]):
+        """stored: maps this source's names to those of the other one."""
+        self._source = source
+        self._stored = stored
+
+    def names(self) -> Collection[str]:
+        return self._stored.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        return self._source.info(self._stored[name])
+
+    def get(self, name: str) -> "Tensor":
+        return self._source.get(self._stored[name])
+
+    def close(self) -> None:
+        self._source.close()
 
 
 class MeteredSource:

@@ -60,13 +60,18 @@ def plugin_info() -> PluginInfo:
 def can_load(source: str) -> bool:
     path = os.path.expanduser(source)
     try:
+        if os.path.isdir(path):
+            directory = _directory(path)
+            names = _models(directory)
+            whole = len(names) == 1 and (directory / names[0]).is_file()
+            return whole and not os.path.lexists(directory / "config.json")
         if not os.path.isfile(path):
             return False
         if path.endswith(".gguf"):
             return True
         with open(path, "rb") as file:
             return file.read(4) in MAGICS
-    except (OSError, ValueError):
+    except (OSError, ValueError, ModelError):
         return False
 
 
@@ -111,16 +116,39 @@ def _file(source: str) -> Path:
 
     path = local_path(source, "model file", "gguf loads a local .gguf file")
     if path.is_dir():
+        path = _directory(path)
         try:
-            names = sorted(n for n in os.listdir(path) if n.endswith(".gguf"))
+            names = _models(path)
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+        if len(names) == 1:
+            return path / names[0]
         held = f"give one of the files in it: {listed([ascii(n) for n in names])}"
         raise ModelError(
             f"{path}: expected a .gguf file, found a directory; "
             f"{held if names else 'it contains none'}"
         )
     return path
+
+
+def _directory(path: str | Path) -> Path:
+    """The directory itself, or the snapshot of a folder of the hub's cache."""
+    from tilewright_hf import cache
+
+    directory = Path(path)
+    return cache.snapshot(directory) if cache.is_folder(directory) else directory
+
+
+def _models(directory: Path) -> list[str]:
+    """The .gguf files in a directory, without further shards and the image projectors of others."""
+    files = [name for name in os.listdir(directory) if name.endswith(".gguf")]
+    shards = {name: found for name in files if (found := _SHARD.fullmatch(name))}
+    return sorted(
+        name
+        for name in files
+        if not name.startswith("mmproj")
+        and (name not in shards or int(shards[name]["number"]) == 1)
+    )
 
 
 def _shards(path: Path) -> list[Path]:

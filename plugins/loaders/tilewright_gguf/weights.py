@@ -14,7 +14,7 @@ from tilewright.errors import ModelError, listed
 from tilewright.types import DType, ModelConfig, TensorInfo
 from tilewright.weights import printable
 from tilewright_gguf.header import GgufFile, StoredTensor
-from tilewright_hf.shards import ShardedSource
+from tilewright_hf.shards import Opened, ShardedSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +141,7 @@ def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: boo
                 heads=_interleaved_heads(stored, config) if interleaved else {},
             )
         )
-    return ShardedSource(shards)
+    return ShardedSource(Opened(shards=shards))
 
 
 def check_kinds(files: Sequence[GgufFile]) -> None:

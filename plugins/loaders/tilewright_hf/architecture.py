@@ -248,7 +248,9 @@ def _family(config: JsonObject) -> Family:
             raise ModelError(
                 f"{config.where}: model_type {shown(model_type)} is not supported ({more})"
             )
-    if not families or (architectures and families[0].architecture not in architectures):
+    decoder = families[0].architecture.replace("ForCausalLM", "Model") if families else ""
+    known = {families[0].architecture, decoder if model_type else ""} if families else set()
+    if not families or (architectures and not known & set(architectures)):
         of = f" for model_type {model_type!r}" if model_type else ""
         found = ", ".join(shown(name) for name in architectures[:3])
         raise ModelError(f"{config.where}: architecture {found} is not supported{of} ({more})")

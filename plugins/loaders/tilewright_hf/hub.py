@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 from attrs import define, evolve, field, frozen
 
+from tilewright.directories import ADAPTER, layout_of_maker
 from tilewright.errors import ConfigError, ModelError, listed
 from tilewright.hookspecs import hookimpl
 from tilewright.types import LoadedModel, PluginInfo, Report, WeightFormats, described
 from tilewright.weights import printable
 from tilewright_hf import loader, pytorch_format, safetensors_format
 from tilewright_hf.files import one_line
-from tilewright_hf.shards import shard_files
+from tilewright_hf.shards import other_sets, shard_files
 
 tilewright_api = 2
 
@@ -269,6 +270,10 @@ def _configuration(wanted: _Wanted, names: Collection[str]) -> list[str]:
             if gguf
             else ""
         )
+        if ADAPTER in names:
+            cure = "; it is an adapter: give the base model that its adapter_config.json names"
+        elif made := layout_of_maker(names):
+            cure = f"; it has {made}"
         raise ModelError(
             f"{wanted.name} has no config.json: expected a transformers model, found "
             f"{listed(sorted(map(printable, names))) or 'no files'}{cure}"
@@ -277,7 +282,8 @@ def _configuration(wanted: _Wanted, names: Collection[str]) -> list[str]:
 
 
 def _weights(wanted: _Wanted, names: Collection[str]) -> list[str]:
-    """The file with all weights or the index; all top-level files for a format of a plugin."""
+    """The file with all weights, the index, or the only set of shards or variant; all top-level
+    files for a format of a plugin."""
     format_ = (wanted.weight_format or "").rpartition(":")[2]
     if format_ and format_ not in _LAYOUTS:  # a plugin's format, which knows its files
         return [name for name in names if "/" not in name and name not in _CONFIGURATION]
@@ -285,6 +291,9 @@ def _weights(wanted: _Wanted, names: Collection[str]) -> list[str]:
         for name in layout:
             if name in names:
                 return [name]
+        sets = list(other_sets(names, layout[0]).values())
+        if len(sets) == 1:
+            return sorted(set(sets[0]) & set(names))
     expected = [file for layout in _LAYOUTS.values() for file in layout]
     raise ModelError(
         f"{wanted.name} has no weights that can be loaded: expected one of {', '.join(expected)}, "

@@ -13,7 +13,7 @@ from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo, TensorSource
 from tilewright.weights import printable
 from tilewright_hf.files import check_file, one_line
-from tilewright_hf.shards import ShardedSource, not_downloaded, open_shards
+from tilewright_hf.shards import ShardedSource, not_downloaded, open_shards, other_sets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,8 @@ def plugin_info() -> PluginInfo:
 @hookimpl
 def can_open(directory: Path) -> bool:
     try:
-        return any(n in (SINGLE, INDEX) for n in os.listdir(directory))
+        names = os.listdir(directory)
+        return INDEX in names or bool(other_sets(names, SINGLE))
     except OSError:
         return False
 

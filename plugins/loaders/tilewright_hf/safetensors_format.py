@@ -52,7 +52,10 @@ def plugin_info() -> PluginInfo:
 @hookimpl
 def can_open(directory: Path) -> bool:
     try:
-        return any(n == INDEX or n.endswith(".safetensors") for n in os.listdir(directory))
+        return any(
+            n == INDEX or (n.endswith(".safetensors") and not n.startswith("adapter_"))
+            for n in os.listdir(directory)
+        )
     except OSError:
         return False
 

@@ -1,9 +1,12 @@
 """Checkpoints of one or more files, in any format that stores named tensors."""
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from attrs import field, frozen
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import TensorInfo
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 """Endings of files that hold weights, which an error lists."""
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -37,22 +40,41 @@ class Shard(Protocol):
 S = TypeVar("S", bound=Shard)
 
 
-class ShardedSource:
-    """A ``TensorSource`` over open files. Any thread may call ``get``."""
+@frozen(kw_only=True)
+class Opened(Generic[S]):
+    """The open files of a checkpoint."""
 
-    def __init__(self, shards: Collection[Shard]):
-        self._shards: Mapping[str, Shard] | None = {
-            name: shard for shard in shards for name in shard.tensors
+    shards: Collection[S]
+    home: Mapping[str, S] | None = None
+    """Which file to take a tensor from; None: no two files have the same tensor."""
+    absent: Mapping[str, str] = field(factory=dict)
+    """Tensors that the index names and no file has, and why, as a message."""
+    warnings: tuple[str, ...] = ()
+
+
+class ShardedSource:
+    """A ``TensorSource`` over open files. Any thread may call ``get``.
+
+    Its names include the tensors that an index names and no file has, since a model may not need
+    them; asking for one raises ModelError.
+    """
+
+    def __init__(self, opened: Opened[Any]):
+        self._shards: Mapping[str, Shard] | None = opened.home or {
+            name: shard for shard in opened.shards for name in shard.tensors
         }
+        self.absent = opened.absent
+        """Tensors without a file, and why, as a message."""
+        self.warnings = opened.warnings
 
     def names(self) -> Collection[str]:
-        return self._open().keys()
+        return self._open().keys() | self.absent.keys()
 
     def info(self, name: str) -> TensorInfo:
-        return self._open()[name].tensors[name]
+        return self._shard(name).tensors[name]
 
     def get(self, name: str) -> "Tensor":
-        shard = self._open()[name]
+        shard = self._shard(name)
         try:
             return shard.read(name)
         except Exception as error:
@@ -63,6 +85,12 @@ class ShardedSource:
     def close(self) -> None:
         """Tensors that were returned stay valid."""
         self._shards = None
+
+    def _shard(self, name: str) -> Shard:
+        shards = self._open()
+        if name in self.absent:
+            raise ModelError(self.absent[name])
+        return shards[name]
 
     def _open(self) -> Mapping[str, Shard]:
         if self._shards is None:
@@ -86,51 +114,124 @@ def shard_files(index: Path) -> dict[str, str]:
 
 def open_shards(
     directory: Path, single: str, index: str, open_shard: Callable[[Path], S]
-) -> list[S]:
-    """Open the file named single, or else the files that an index names.
+) -> Opened[S]:
+    """Open the file named single, or else the files that an index names, or else the only complete
+    set of files with similar names (see ``other_sets``).
 
     Raises ModelError if there is neither, and for an index that does not match its files.
     """
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     if single in names:
-        return [open_shard(directory / single)]
+        return Opened(shards=[open_shard(directory / single)])
     if index in names:
         return _open_indexed(directory / index, open_shard)
-    found = [printable(name) for name in names if name.endswith(_WEIGHTS)]
-    raise ModelError(
-        f"{directory}: expected {single}, or {index} and its shards; found "
-        f"{listed(found) or 'no weights'}"
+    expected = f"expected {single}, or {index} and its shards"
+    sets = other_sets(names, single)
+    if len(sets) == 1:
+        (files,) = sets.values()
+        absent = [file for file in files if file not in names]
+        if absent:
+            raise ModelError(
+                f"{directory}: {len(absent)} of the {len(files)} shards are missing: "
+                f"{listed([printable(f) for f in absent])}; download them"
+            )
+        return _open_unindexed(directory, files, expected, open_shard)
+    found = [printable(name) for name in names if name.endswith(WEIGHTS)]
+    cure = f"; give the one to load the name {single}" if sets else ""
+    raise ModelError(f"{directory}: {expected}; found {listed(found) or 'no weights'}{cure}")
+
+
+def other_sets(names: Collection[str], single: str) -> dict[tuple[str, int], list[str]]:
+    """Sets of weights whose names differ from the usual ones: a variant, such as
+    ``model.fp16.safetensors``, and shards that no index lists.
+
+    single: the usual name of the file with all weights. The keys are the variant, or an empty
+    string, and the number of shards that the names state, 0 without one; the values are the files,
+    those that are missing included.
+    """
+    stem, ending = os.path.splitext(single)
+    pattern = re.compile(
+        rf"{stem}(?:\.(?P<variant>\w+))?(?:-\d{{5}}-of-(?P<count>\d{{5}}))?{re.escape(ending)}",
+        re.ASCII,
     )
+    sets: dict[tuple[str, int], list[str]] = {}
+    for found in filter(None, map(pattern.fullmatch, names)):
+        variant, count = found["variant"] or "", int(found["count"] or 0)
+        start = f"{stem}.{variant}" if variant else stem
+        shards = [f"{start}-{i:05}-of-{count:05}{ending}" for i in range(1, count + 1)]
+        sets[variant, count] = shards or [f"{start}{ending}"]
+    return sets
 
 
-def _open_indexed(index: Path, open_shard: Callable[[Path], S]) -> list[S]:
-    """Open the files that an index names. Raises ModelError if they do not match it."""
-    weight_map = shard_files(index)
-    files = sorted(set(weight_map.values()))
-    absent = [f for f in files if not is_there(index.parent / f)]
-    if absent:
-        raise ModelError(
-            f"{index}: {len(absent)} of the {len(files)} files that it names are missing: "
-            f"{listed([printable(f) for f in absent])}; download them"
-        )
-    shards = {file: open_shard(index.parent / file) for file in files}
+def _open_unindexed(
+    directory: Path, files: Collection[str], expected: str, open_shard: Callable[[Path], S]
+) -> Opened[S]:
+    shards = {file: open_shard(directory / file) for file in files}
     home: dict[str, str] = {}
     for file, shard in shards.items():
         for name in shard.tensors:
             if name in home:
-                raise ModelError(
-                    f"{index.parent}: tensor {printable(name)} is in two shards, {home[name]} "
-                    f"and {file}; remove the files that do not belong to this checkpoint"
-                )
+                raise _in_two(directory, name, home[name], file)
             home[name] = file
-    for name, file in weight_map.items():
-        if home.get(name) != file:
-            where = f"is in {home[name]}" if name in home else "is in none of the shards"
-            raise ModelError(
-                f"{index}: names {file} for tensor {printable(name)}, which {where}; index and "
-                "shards are from different checkpoints"
-            )
-    return list(shards.values())
+    read = listed([printable(file) for file in files], 3)
+    return Opened(
+        shards=list(shards.values()), warnings=(f"{directory}: {expected}; reading {read}",)
+    )
+
+
+def _in_two(directory: Path, name: str, file: str, other: str) -> ModelError:
+    return ModelError(
+        f"{directory}: tensor {printable(name)} is in two shards, {file} and {other}; remove the "
+        "files that do not belong to this checkpoint"
+    )
+
+
+def _open_indexed(index: Path, open_shard: Callable[[Path], S]) -> Opened[S]:
+    """Open the files that an index names, as far as they are there.
+
+    Raises ModelError if none is, and for a tensor of two files where the index does not say which.
+    """
+    directory, weight_map = index.parent, shard_files(index)
+    files = sorted(set(weight_map.values()))
+    lost = [f for f in files if not is_there(directory / f)]
+    missing = (
+        f"{index}: {len(lost)} of the {len(files)} files that it names are missing: "
+        f"{listed([printable(f) for f in lost])}; download them"
+    )
+    if len(lost) == len(files):
+        raise ModelError(missing)
+    shards = {file: open_shard(directory / file) for file in files if file not in lost}
+    homes: dict[str, list[str]] = {}
+    for file, shard in shards.items():
+        for name in shard.tensors:
+            homes.setdefault(name, []).append(file)
+    chosen, odd = {}, []
+    for name, found in homes.items():
+        named = weight_map.get(name)
+        if len(found) > 1 and named not in found:
+            raise _in_two(directory, name, found[0], found[1])
+        chosen[name] = shards[named if named in found else found[0]]
+        if found != [named]:
+            places = " and ".join(map(printable, found))
+            odd.append(f"{printable(name)} is in {places}, listed in {named or 'none'}")
+    absent = {
+        name: missing
+        if file in lost
+        else f"{index}: names {file} for tensor {printable(name)}, which is in none of the shards; "
+        "index and shards are from different checkpoints"
+        for name, file in weight_map.items()
+        if name not in homes
+    }
+    warnings = (
+        f"{index}: does not fit the shards for {len(odd)} of {len(homes)} tensors, which are read "
+        f"from the shard that it lists, or else from the one that has them: {listed(odd, 1)}",
+    )
+    return Opened(
+        shards=list(shards.values()),
+        home=chosen,
+        absent=absent,
+        warnings=warnings if odd else (),
+    )
 
 
 def not_downloaded(path: Path) -> str | None:

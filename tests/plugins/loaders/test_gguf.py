@@ -614,7 +614,7 @@ def test_sources_that_are_not_a_gguf_file_are_refused(file: Path, tmp_path: Path
         str(tmp_path / "pipe.gguf"): "expected a file, found a device",
         "Qwen/Qwen3-0.6B-GGUF": "local .gguf file",
         "nul\0byte": "null byte",
-        str(file.parent): "give one of the files in it: 'model.gguf'",
+        str(tmp_path): "give one of the files in it: 'empty.gguf', 'link.gguf', ",
         str(tmp_path / "empty"): "it contains none",
         str(tmp_path / "weights.bin"): "expected a GGUF file",
         str(tmp_path / "pointer.gguf"): "git lfs pull",

@@ -145,11 +145,25 @@ def test_pytorch_files_are_downloaded_if_selected_or_if_there_are_no_others(
     assert cached(commit) == NEEDED - {"model.safetensors"} | {"pytorch_model.bin"}
 
 
+def test_the_only_set_of_weights_of_a_repository_may_have_other_names(
+    hub: Hub, model: Path
+) -> None:
+    files: Files = files_of(model)
+    content = files.pop("model.safetensors")
+    commit = hub.add(NAME, files | {"model.fp16.safetensors": content})
+    assert "reading model.fp16.safetensors" in load().warnings[0]
+    assert cached(commit) == NEEDED - {"model.safetensors"} | {"model.fp16.safetensors"}
+
+
 def test_a_repository_without_a_model_is_refused_before_any_download(hub: Hub, model: Path) -> None:
     hub.add("acme/gguf", {"a-Q4_0.gguf": b"", "README.md": b""})
     said = refusal("acme/gguf")
     assert said.startswith("acme/gguf has no config.json: expected a transformers model, found RE")
     assert "`hf download acme/gguf a-Q4_0.gguf`, then load it" in said
+    hub.add("acme/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+    assert "it is an adapter: give the base model that its adapter_config" in refusal("acme/lora")
+    hub.add("acme/own", {"consolidated.safetensors": b"", "params.json": b""})
+    assert "it has weights in Mistral's own layout" in refusal("acme/own")
     files: Files = files_of(model)
     del files["model.safetensors"]
     hub.add("acme/bare", files | {"flax_model.msgpack": b""})

@@ -830,7 +830,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config no layers": (config(num_layers=0), "invalid num_layers = 0"),
     "config layers in words": (config(num_layers="many"), "'num_layers' must be an integer"),
     "config many layers": (config(num_layers=10**9), "invalid num_layers = 1000000000"),
-    "config one layer less": (config(num_layers=1), "do not match the executor's layout"),
+    "config one layer more": (config(num_layers=3), "do not match the executor's layout"),
     "config windows": (config(sliding_windows=[3]), "invalid len(sliding_windows) = 1"),
     "config unknown": (config(colour=1), "unknown option 'colour'"),
     "config no JSON": (rewritten("model.json", lambda data: b"\xff"), "not valid JSON"),
@@ -868,6 +868,15 @@ def test_damage_is_a_one_line_error_and_leaves_no_files(name, converted, tmp_pat
             assert said in err
             assert any(word in err for word in ADVICE)
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_tensors_that_the_executors_layout_lacks_are_a_warning(converted, tmp_path):
+    directory = shutil.copytree(converted, tmp_path / "packed")
+    config(num_layers=1)(directory)
+    loaded, _, _ = run(directory, EMULATED)
+    (warning,) = loaded.warnings
+    assert "tensors that the configuration does not need are ignored" in warning
+    assert str(directory) in warning
 
 
 def test_a_changed_weight_is_found_only_by_verification(converted, tmp_path, capsys):

@@ -196,10 +196,12 @@ def test_can_open_checks_only_file_names(tmp_path: Path) -> None:
     assert "no weights" in refusal(tmp_path / "absent")
 
 
-def test_shards_without_an_index_are_named_in_the_error(directory: Path) -> None:
+def test_shards_without_an_index_must_all_be_there(directory: Path) -> None:
     split_weights(directory)
     (directory / "model.safetensors.index.json").unlink()
-    assert "model-00001-of-00003.safetensors" in refusal(directory)
+    assert set(open_weights(directory).names()) == set(tensors())
+    (directory / "model-00001-of-00003.safetensors").unlink()
+    assert "1 of the 3 shards are missing: model-00001-of-00003.saf" in refusal(directory)
 
 
 # --- damaged files --------------------------------------------------------------------------------
@@ -269,11 +271,19 @@ def test_all_missing_shards_are_named(directory: Path, weight_map: dict[str, str
     files = sorted(set(weight_map.values()))
     for file in files[1:]:
         (directory / file).unlink()
-    message = refusal(directory)
-    assert "2 of the 3 files" in message
+    source = open_weights(directory)
+    lost = [name for name, file in weight_map.items() if file != files[0]]
+    assert set(weight_map) == set(source.names())
+    with pytest.raises(ModelError, match="2 of the 3 files") as error:
+        source.info(lost[0])
+    message = str(error.value)
+    with pytest.raises(ModelError, match="2 of the 3 files"):
+        source.get(lost[-1])
     assert files[1] in message
     assert files[2] in message
     assert files[0] not in message
+    (directory / files[0]).unlink()
+    assert "3 of the 3 files" in refusal(directory)
 
 
 def test_a_truncated_shard_is_named(directory: Path, weight_map: dict[str, str]) -> None:
@@ -302,20 +312,25 @@ def test_an_index_without_a_valid_weight_map_is_refused(
     assert "weight_map" in refusal(directory)
 
 
-def test_an_index_entry_for_a_wrong_shard_or_a_missing_tensor_is_refused(
+def test_an_index_may_list_a_tensor_in_another_shard_but_not_one_that_none_has(
     directory: Path, weight_map: dict[str, str]
 ) -> None:
     file, other = weight_map["float32"], weight_map["bfloat16"]
     assert file != other
-    write_index(directory, weight_map | {"float32": other})
-    assert f"names {other} for tensor float32, which is in {file}" in refusal(directory)
-    write_index(directory, weight_map | {"absent": file})
-    assert "for tensor absent, which is in none of the shards" in refusal(directory)
+    write_index(directory, weight_map | {"float32": other, "absent": file})
+    source = open_weights(directory)
+    assert torch.equal(source.get("float32"), tensors()["float32"])
+    with pytest.raises(ModelError, match="for tensor absent, which is in none of the shards"):
+        source.info("absent")
 
 
-def test_a_tensor_in_two_shards_is_refused(directory: Path, weight_map: dict[str, str]) -> None:
+def test_a_tensor_in_two_shards_is_refused_unless_the_index_lists_it_in_one_of_them(
+    directory: Path, weight_map: dict[str, str]
+) -> None:
     file, other = weight_map["float32"], weight_map["bfloat16"]
     save_file(load_file(directory / other) | {"float32": torch.zeros(2)}, directory / other)
+    assert torch.equal(open_weights(directory).get("float32"), tensors()["float32"])
+    write_index(directory, {n: f for n, f in weight_map.items() if n != "float32"})
     message = refusal(directory)
     assert "tensor float32 is in two shards" in message
     assert file in message
