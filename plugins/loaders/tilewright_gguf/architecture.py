@@ -94,7 +94,7 @@ class Keys:
             raise ModelError(
                 f"{self.header.where}: {name} differs by layer, which is not supported by gguf"
             )
-        return JsonObject(self.header.where, {name: value[0]})
+        return JsonObject(self.header.where, {name: value[0]}, self.header.notes, typed=True)
 
 
 def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) -> ModelConfig:

@@ -79,7 +79,7 @@ def load_model(source: str, weight_format: str | None) -> LoadedModel:
     files = [open_file(shard) for shard in _shards(path)]
     _check_shards(files)
     check_kinds(files)
-    header = JsonObject(str(path), dict(files[0].values))
+    header = JsonObject(str(path), dict(files[0].values), typed=True)
     config = model_config(header, files, compute_dtype(files))
     text, end_ids, warnings = load_text(header, config.vocab_size)
     return LoadedModel(
@@ -90,7 +90,7 @@ def load_model(source: str, weight_format: str | None) -> LoadedModel:
         text=text,
         generation_defaults=_generation(header, config.vocab_size),
         source=str(path),
-        warnings=warnings,
+        warnings=(*warnings, *header.notes),
     )
 
 
@@ -167,4 +167,5 @@ def _generation(header: "JsonObject", vocab_size: int) -> GenerateConfig:
     if not given:
         return GenerateConfig()
     given["do_sample"] = True
-    return recommended(JsonObject(f"{header.where}: {prefix}*", given), vocab_size).defaults
+    settings = JsonObject(f"{header.where}: {prefix}*", given, header.notes, typed=True)
+    return recommended(settings, vocab_size).defaults
