@@ -152,8 +152,10 @@ def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
     max_positions = config.integer("max_position_embeddings", family.max_position_embeddings)
     bias = family.attention_bias_key and config.boolean("attention_bias", False)
     rope, warnings = _rope(config, max_positions, head_dim)
-    if family.window != "some" and config.values.get("layer_types") is not None:
-        warnings += (f"{config.where}: 'layer_types' has no effect on {family.architecture}",)
+    without_effect = {"none": ("sliding_window", "layer_types"), "all": ("layer_types",)}
+    for key in without_effect.get(family.window, ()):
+        if config.values.get(key) is not None:
+            warnings += (f"{config.where}: {key!r} has no effect on {family.architecture}",)
     eos_token_ids = family.eos_token_ids
     if "eos_token_id" in config.values:
         eos_token_ids = config.token_ids("eos_token_id", vocab_size) or ()
