@@ -32,6 +32,7 @@ from tilewright.types import (
     KvCacheSpec,
     LoadedModel,
     LogitsProcessor,
+    ModelConfig,
     PackedTensor,
     PackedWeights,
     Packing,
@@ -142,11 +143,11 @@ def _resolved(selection: Selection, runtime: RuntimeConfig, loaded: LoadedModel)
     Raises ConfigError for a dtype that the executor does not support.
     """
     config = loaded.config
-    longest = config.max_position_embeddings
+    longest = config.context_length
     if runtime.max_seq_len is not None and runtime.max_seq_len > longest:
         raise ConfigError(
             f"max_seq_len = {runtime.max_seq_len} is above the limit of {loaded.source}, "
-            f"max_position_embeddings = {longest}: lower it"
+            f"{_length_in_words(config)}: lower it"
         )
     stored = loaded.packing.weight_dtype if loaded.packing else config.dtype
     weight_dtype = runtime.weight_dtype or stored
@@ -169,6 +170,18 @@ def _resolved(selection: Selection, runtime: RuntimeConfig, loaded: LoadedModel)
         kv_dtype=kv_dtype,
         max_seq_len=runtime.max_seq_len or longest,
     )
+
+
+def _length_in_words(config: ModelConfig) -> str:
+    """The context's length, and the settings of the model's files that it comes from."""
+    rope, positions = config.rope, config.max_position_embeddings
+    if config.context_length == positions:
+        return f"max_position_embeddings = {positions}"
+    of = f"max_position_embeddings = {positions}"
+    if rope.kind == "yarn" and rope.original_max_position:
+        of = f"original_max_position_embeddings = {rope.original_max_position}"
+    scaling = f"{rope.kind} RoPE with factor {rope.factor:g}"
+    return f"{config.context_length} tokens ({of}, and {scaling})"
 
 
 # --- the executor and its weights -----------------------------------------------------------------

@@ -298,7 +298,7 @@ def _check_prompt(model: "ServedModel", ids: tuple[int, ...]) -> None:
     if not ids:
         raise RequestError("the prompt is empty: expected at least one token")
     if len(ids) >= limit:
-        longest = model.loaded.config.max_position_embeddings
+        longest = model.loaded.config.context_length
         longest = min(longest, model.executor.limits.max_seq_len or longest)
         also = f", or raise max_seq_len, to at most {longest}" if limit < longest else ""
         raise RequestError(

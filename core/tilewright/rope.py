@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from tilewright.types import ModelConfig
+from tilewright.types import ModelConfig, StepBatch
 
 
 def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -28,10 +28,22 @@ def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return frequency, 1.0
 
 
-def dynamic_frequencies(config: ModelConfig, lengths: Tensor) -> Tensor:
-    """NTK-aware scaling that grows with the length: [B, head_dim / 2] float32 from lengths [B].
+def dynamic_lengths(batch: StepBatch) -> Tensor:
+    """The length [T] int32 whose dynamic frequencies rotate each of a step's tokens.
 
-    The base grows once a sequence is longer than max_position_embeddings.
+    For a token of the prompt it is the prompt's length, and for a later one the length up to that
+    token, as when transformers runs the prompt at once and decodes with a cache. It depends neither
+    on other sequences, nor on how the tokens are divided into steps.
+    """
+    of_prompts = batch.prompt_lens.repeat_interleave(batch.query_starts.diff())
+    return torch.maximum(of_prompts, batch.positions + 1)
+
+
+def dynamic_frequencies(config: ModelConfig, lengths: Tensor) -> Tensor:
+    """NTK-aware scaling that grows with the length: [N, head_dim / 2] float32 from lengths [N].
+
+    The base grows once a length is above max_position_embeddings. ``dynamic_lengths`` has the
+    lengths of a step's tokens.
     """
     rope, dim, limit = config.rope, config.head_dim, config.max_position_embeddings
     length = lengths.clamp(min=limit).unsqueeze(1)

@@ -133,7 +133,7 @@ class Runner:
         """Whether the results of the steps in flight are void, since one before them failed."""
         self._last_done = 0.0
         """When the last step was done, on time.perf_counter's clock."""
-        runtime = model.runtime
+        runtime, config = model.runtime, model.loaded.config
         self._scheduler = Scheduler(
             model.allocator,
             runtime.max_batch_size,
@@ -142,6 +142,7 @@ class Runner:
             draft,
             runtime.admission,
             runtime.prefix_cache,
+            config.max_position_embeddings if config.rope.kind == "dynamic" else None,
         )
 
     def add(self, request: Request) -> None:

@@ -91,14 +91,19 @@ class Scheduler:
         draft: Draft | None = None,
         admission: Admission = "preempt",
         prefix_cache: bool = True,
+        alike_up_to: int | None = None,
     ):
         """draft: guesses tokens for decoding requests, which their next step checks. A request's
         next step then waits for the last token, which the guesses follow: it is never in flight
-        together with the one before it."""
+        together with the one before it.
+
+        alike_up_to: for dynamic RoPE, max_position_embeddings: the keys of a longer prompt depend
+        on its length, so that it shares pages only with prompts of the same length."""
         limits = limits or ExecutorLimits()
         self._allocator = allocator
         self._reserve = admission == "reserve"
         self._prefix_cache = prefix_cache and limits.shares_pages
+        self._alike_up_to = alike_up_to
         self._max_batch_tokens = max_batch_tokens
         # A decode step holds one token of each running request.
         self._max_running = min(max_batch_size, max_batch_tokens)
@@ -206,6 +211,8 @@ class Scheduler:
             if stop > len(older.prompt_token_ids) or stop >= len(mine):
                 continue
             theirs = older.prompt_token_ids
+            if self._salt(older) != self._salt(request):
+                continue
             if mine[start:stop] == theirs[start:stop] and mine[:start] == theirs[:start]:
                 return self._finds_pages is not False
         return False
@@ -223,7 +230,9 @@ class Scheduler:
         elif self._refused and self._refused[0] == request.arrival and room <= self._refused[1]:
             return False
         tokens = request.tokens(0, request.num_known)
-        cached = allocator.allocate(name, tokens, max_cached=self._max_cached(request))
+        cached = allocator.allocate(
+            name, tokens, max_cached=self._max_cached(request), salt=self._salt(request)
+        )
         if not self._reserve:
             found = available - allocator.free_pages - allocator.evictable_pages
             missing = self._pages_for(request.num_known) - cached // allocator.page_size
@@ -237,6 +246,12 @@ class Scheduler:
         if not request.preemptions:
             request.cached_tokens = cached
         return True
+
+    def _salt(self, request: Request) -> bytes:
+        length = len(request.prompt_token_ids)
+        if self._alike_up_to is None or length <= self._alike_up_to:
+            return b""
+        return length.to_bytes(8, "little")
 
     def _may_grow(self, request: Request) -> bool:
         """Whether a running request may soon need one more page."""
@@ -343,7 +358,9 @@ class Scheduler:
         self._allocator.commit(request.request_id, tokens)
         if self._finds_pages is None:
             another = "\0"
-            found = self._allocator.allocate(another, [*tokens, 0], max_cached=len(tokens))
+            found = self._allocator.allocate(
+                another, [*tokens, 0], max_cached=len(tokens), salt=self._salt(request)
+            )
             self._allocator.free(another)
             self._finds_pages = found > 0
 
@@ -453,6 +470,9 @@ class Scheduler:
             max_query_len=int(lengths.max()),
             num_drafts=torch.tensor([len(part.drafts) for part in parts], dtype=torch.int32),
             logits_rows=torch.tensor(rows, dtype=torch.int64),
+            prompt_lens=torch.tensor(
+                [len(part.request.prompt_token_ids) for part in parts], dtype=torch.int32
+            ),
             request_ids=tuple(part.request.request_id for part in parts),
             ended_request_ids=tuple(self._ended),
         )

@@ -27,6 +27,7 @@ FUNCTIONS = (
     "tilewright.plugins.find",
     "tilewright.plugins.load",
     "tilewright.rope.dynamic_frequencies",
+    "tilewright.rope.dynamic_lengths",
     "tilewright.rope.frequencies",
     "tilewright.sampling.philox4x32",
     "tilewright.sampling.uniform",

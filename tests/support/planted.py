@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3Config
 
 from tilewright import hookimpl
-from tilewright.rope import dynamic_frequencies, frequencies
+from tilewright.rope import dynamic_frequencies, dynamic_lengths, frequencies
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
     KvCacheSpec,
@@ -65,10 +65,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotation(config: ModelConfig, batch: StepBatch) -> Tensor:
     """RoPE angles [T, head_dim / 2]."""
     if config.rope.kind == "dynamic":
-        frequency = dynamic_frequencies(config, batch.context_lens)
-        return batch.positions.float().unsqueeze(1) * frequency.repeat_interleave(
-            batch.query_starts.diff(), dim=0
-        )
+        frequency = dynamic_frequencies(config, dynamic_lengths(batch))
+        return batch.positions.float().unsqueeze(1) * frequency
     return batch.positions.float().unsqueeze(1) * frequencies(config)[0]
 
 

@@ -227,6 +227,18 @@ def test_expected_types_are_described_in_words() -> None:
     assert expected(dict[str, list[int]]) == "a table from strings to lists of integers"
 
 
+def test_top_k_minus_1_is_all_tokens_and_top_p_0_needs_temperature_0() -> None:
+    written = structure(GenerateConfig, {"top_k": "-1", "top_p": "0", "temperature": "0"}, "x")
+    assert written == GenerateConfig(top_k=0, top_p=0.0, temperature=0.0)
+    wrong = "'top_p' must be > 0 unless temperature is 0: 0.0; for the most likely token, set"
+    with pytest.raises(ConfigError, match=wrong):
+        structure(GenerateConfig, {"top_p": "0", "temperature": "0.7"}, "x")
+    with pytest.raises(ConfigError, match=wrong):
+        GenerateConfig(top_p=0.0).over(GenerateConfig(temperature=0.7))
+    with pytest.raises(ConfigError, match="'top_k' must be >= 0: -2"):
+        GenerateConfig(top_k=-2)
+
+
 def test_a_plugin_without_options_refuses_every_option() -> None:
     info = PluginInfo(summary="x")
     assert read_options("sampler 'x'", info, {}) is None

@@ -101,7 +101,8 @@ class StepBatch:
     Tensors are on the CPU, and a batch can be pickled. The tokens of sequence i are rows
     query_starts[i] to query_starts[i + 1]. They are the last ones of its context: position =
     context_lens[i] - (query_starts[i + 1] - row). The fields with a default are for steps that
-    check drafts or follow a step in flight, and for executors that keep something per request.
+    check drafts or follow a step in flight, for dynamic RoPE, and for executors that keep something
+    per request.
     """
 
     token_ids: "Tensor"
@@ -126,6 +127,10 @@ class StepBatch:
     token_source: "Tensor" = field()
     """[T] int32: -1, or the row of the L of the step before whose sampled token stands here; the
     token id is 0 then. Only for executors that sample (``SamplingExecutor``)."""
+    prompt_lens: "Tensor" = field()
+    """[B] int32: tokens of each sequence's whole prompt, however many of them run in this step.
+    Only dynamic RoPE needs it (``tilewright.rope.dynamic_lengths``). Default: context_lens, as for
+    prompts that end in this step."""
     request_ids: tuple[str, ...] = ()
     """The B requests that the sequences belong to."""
     ended_request_ids: tuple[str, ...] = ()
@@ -144,6 +149,10 @@ class StepBatch:
     @token_source.default
     def _all_known(self) -> "Tensor":
         return self.slot_mapping.new_full((len(self.slot_mapping),), -1)
+
+    @prompt_lens.default
+    def _prompts_end_here(self) -> "Tensor":
+        return self.context_lens
 
 
 @frozen(kw_only=True)

@@ -15,6 +15,9 @@ DType = Literal["float32", "bfloat16", "float16"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 DTYPES: tuple[DType, ...] = get_args(DType)
 
+MAX_POSITIONS = 2**31 - 1
+"""Positions are int32."""
+
 
 @frozen(kw_only=True)
 class RopeConfig:
@@ -67,6 +70,22 @@ class ModelConfig:
     """Per layer: how many positions back attention reaches, itself included; None: all."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a sequence, prompt and output together, that the files allow.
+
+        At least max_position_embeddings. Linear and dynamic scaling multiply that by the factor,
+        and YaRN multiplies the original length; Llama 3's files state the scaled length.
+        """
+        rope, positions = self.rope, self.max_position_embeddings
+        if rope.kind in ("linear", "dynamic"):
+            scaled = positions * rope.factor
+        elif rope.kind == "yarn":
+            scaled = (rope.original_max_position or positions) * rope.factor
+        else:
+            return positions
+        return max(positions, int(min(scaled, MAX_POSITIONS)))
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer in tokens, or None for full attention."""

@@ -44,6 +44,21 @@ def _at_most_max_new_tokens(
         )
 
 
+def _without_minus_1(top_k: int | None) -> int | None:
+    """vLLM and llama.cpp write all tokens as -1."""
+    return 0 if top_k == -1 else top_k
+
+
+def _above_0_unless_greedy(
+    config: "GenerateConfig", of: "Attribute[Any]", value: float | None
+) -> None:
+    if value == 0 and config.temperature:  # not known yet: checked once it is
+        raise ValueError(
+            f"'top_p' must be > 0 unless temperature is 0: {value}; for the most likely token, "
+            "set temperature to 0"
+        )
+
+
 @frozen(field_transformer=checked)
 class GenerateConfig:
     """A user's settings for one generation. None: as the model's files recommend, else built-in."""
@@ -61,11 +76,13 @@ class GenerateConfig:
         validator=if_set(validators.ge(0.0), validators.lt(float("inf"))),
     )
     top_k: int | None = described(
-        "sample among the k most likely tokens; 0: all (0)", validator=if_set(validators.ge(0))
+        "sample among the k most likely tokens; 0 or -1: all (0)",
+        converter=_without_minus_1,
+        validator=if_set(validators.ge(0)),
     )
     top_p: float | None = described(
         "sample among the fewest tokens whose probabilities add up to at least p (1)",
-        validator=if_set(validators.gt(0.0), validators.le(1.0)),
+        validator=if_set(validators.ge(0.0), validators.le(1.0), _above_0_unless_greedy),
     )
     min_p: float | None = described(
         "drop tokens less likely than min_p times the most likely one (0)",

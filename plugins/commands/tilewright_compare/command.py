@@ -301,7 +301,7 @@ def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> li
         loaded.weights.close()
     text = Text(loaded.text)
     ids = [text.encode(prompt) for prompt in prompts]
-    limit = loaded.config.max_position_embeddings
+    limit = loaded.config.context_length
     for number, prompt in enumerate(ids, 1):
         if not prompt or len(prompt) + new_tokens > limit:
             raise RequestError(

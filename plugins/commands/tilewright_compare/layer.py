@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attrs import define, field, frozen
 from torch import Tensor
 
-from tilewright.rope import dynamic_frequencies, frequencies
+from tilewright.rope import dynamic_frequencies, dynamic_lengths, frequencies
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RowOrder, StepBatch
 from tilewright.weights import expected_tensors
 from tilewright_compare.judge import Limits, Tolerance
@@ -106,10 +106,8 @@ def angles(case: Case) -> Tensor:
     """Rotation angle of each pair of dimensions, [T, head_dim / 2]."""
     config, batch = case.config, case.batch
     if config.rope.kind == "dynamic":
-        of_sequence = dynamic_frequencies(config, batch.context_lens)
-        return batch.positions.float().unsqueeze(1) * of_sequence.repeat_interleave(
-            batch.query_starts.diff(), dim=0
-        )
+        of_token = dynamic_frequencies(config, dynamic_lengths(batch))
+        return batch.positions.float().unsqueeze(1) * of_token
     return batch.positions.float().unsqueeze(1) * frequencies(config)[0]
 
 

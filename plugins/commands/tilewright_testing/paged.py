@@ -152,5 +152,6 @@ def tensors(batch: StepBatch) -> dict[str, Tensor]:
             "logits_rows",
             "num_drafts",
             "token_source",
+            "prompt_lens",
         )
     }

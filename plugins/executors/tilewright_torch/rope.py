@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tilewright.rope import dynamic_frequencies, frequencies
+from tilewright.rope import dynamic_frequencies, dynamic_lengths, frequencies
 from tilewright.types import ModelConfig, StepBatch
 
 Rotary: TypeAlias = Callable[[StepBatch], tuple[Tensor, Tensor]]
@@ -20,15 +20,14 @@ Rotary: TypeAlias = Callable[[StepBatch], tuple[Tensor, Tensor]]
 def rotary(config: ModelConfig) -> Rotary:
     """The rotary embedding of a model.
 
-    With dynamic scaling, the frequencies of a step's tokens depend on the length of their sequence
-    after the step. Keys that are already cached keep the rotation they were written with, as in
-    transformers when it decodes with a cache. Other sequences in the batch have no effect.
+    With dynamic scaling, each token has frequencies of its own (``dynamic_lengths``). Keys that are
+    already cached keep the rotation they were written with, as in transformers when it decodes with
+    a cache. Other sequences in the batch have no effect.
     """
     if config.rope.kind == "dynamic":
 
         def dynamic(batch: StepBatch) -> tuple[Tensor, Tensor]:
-            of_sequence = dynamic_frequencies(config, batch.context_lens)
-            of_token = of_sequence.repeat_interleave(batch.query_starts.diff(), dim=0)
+            of_token = dynamic_frequencies(config, dynamic_lengths(batch))
             return _tables(batch.positions, of_token, 1.0)
 
         return dynamic

@@ -80,6 +80,9 @@ class Keys:
         """Whether the key is present and neither 0, false nor empty."""
         return bool(self.header.values.get(self._name(key)))
 
+    def note(self, key: str, what: str) -> None:
+        self.header.note(self._name(key), what)
+
     def fail(self, key: str, expected: str) -> NoReturn:
         self.header.fail(self._name(key), expected)
 
@@ -102,13 +105,11 @@ class Keys:
             raise ModelError(
                 f"{self.header.where}: {name} differs by layer, which is not supported by gguf"
             )
-        return JsonObject(self.header.where, {name: value[0]})
+        return JsonObject(self.header.where, {name: value[0]}, self.header.notes, typed=True)
 
 
-def model_config(
-    header: JsonObject, files: Sequence[GgufFile], dtype: DType
-) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The model that a header describes, and warnings.
+def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) -> ModelConfig:
+    """The model that a header describes.
 
     bos_token_id and eos_token_ids are left to the tokenizer.
 
@@ -119,11 +120,11 @@ def model_config(
     keys = Keys(header, architecture)
     _check_supported(keys)
     tensors = {hf_name(name): tensor for f in files for name, tensor in f.tensors.items()}
-    vocab_size, warnings = _vocab_size(keys, tensors.get(EMBEDDING) or tensors.get(HEAD))
+    vocab_size = _vocab_size(keys, tensors.get(EMBEDDING) or tensors.get(HEAD))
     if EMBEDDING not in tensors:
-        warnings += (
+        header.notes.append(
             f"{header.where}: has no token_embd.weight; output.weight is used for both the "
-            "embedding and the head",
+            "embedding and the head"
         )
     hidden_size = keys.required("embedding_length")
     num_layers = keys.required("block_count", MAX_LAYERS)
@@ -168,7 +169,7 @@ def model_config(
         tie_word_embeddings=not {EMBEDDING, HEAD} <= tensors.keys(),
         sliding_windows=(window,) * num_layers if window else (),
     )
-    return _with_factors(config, files), warnings
+    return _with_factors(config, files)
 
 
 def _check_supported(keys: Keys) -> None:
@@ -200,8 +201,8 @@ def _architecture(header: JsonObject) -> str:
     return architecture
 
 
-def _vocab_size(keys: Keys, embedding: StoredTensor | None) -> tuple[int, tuple[str, ...]]:
-    """Number of rows of the embedding, and a warning if the header has another number."""
+def _vocab_size(keys: Keys, embedding: StoredTensor | None) -> int:
+    """Number of rows of the embedding, with a note if the header has another number."""
     tokens = keys.header.strings("tokenizer.ggml.tokens")
     if not tokens:
         raise ModelError(
@@ -213,14 +214,10 @@ def _vocab_size(keys: Keys, embedding: StoredTensor | None) -> tuple[int, tuple[
             f"{keys.header.where}: has no token_embd.weight; a file of the vocabulary alone cannot "
             "be run: use the file of the whole model"
         )
-    rows, key = embedding.shape[0], "vocab_size"
-    said = keys.integer(key, rows)
-    if said == rows:
-        return rows, ()
-    return rows, (
-        f"{keys.header.where}: {keys.architecture}.{key} is {said}, but {embedding.name} has "
-        f"{rows} rows, which counts",
-    )
+    rows = embedding.shape[0]
+    if keys.integer("vocab_size", rows) != rows:
+        keys.note("vocab_size", f"{rows} is used, the rows of {embedding.name}")
+    return rows
 
 
 def _rope(keys: Keys, max_positions: int) -> RopeConfig:

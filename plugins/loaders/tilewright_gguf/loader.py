@@ -15,7 +15,6 @@ from tilewright.types import GenerateConfig, LoadedModel, PluginInfo
 if TYPE_CHECKING:
     from tilewright_gguf.header import GgufFile
     from tilewright_hf.files import JsonObject
-    from tilewright_hf.generation import Recommended
 
 tilewright_api = 2
 
@@ -93,20 +92,19 @@ def load_model(source: str, weight_format: str | None) -> LoadedModel:
     files = [open_file(shard) for shard in _shards(path)]
     _check_shards(files)
     check_kinds(files)
-    header = JsonObject(str(path), dict(files[0].values))
-    config, warnings = model_config(header, files, compute_dtype(files))
-    special, special_warnings = special_ids(header)
-    text, end_ids, text_warnings = load_text(header, config.vocab_size, special)
-    generation = _generation(header, config.vocab_size)
+    header = JsonObject(str(path), dict(files[0].values), typed=True)
+    config = model_config(header, files, compute_dtype(files))
+    special = special_ids(header)
+    text, end_ids, warnings = load_text(header, config.vocab_size, special)
     return LoadedModel(
         config=evolve(config, bos_token_id=special.get("bos"), eos_token_ids=end_ids),
         weights=gguf_source(
             files, config, interleaved=header.values["general.architecture"] in INTERLEAVED
         ),
         text=text,
-        generation_defaults=generation.defaults,
+        generation_defaults=_generation(header, config.vocab_size),
         source=str(path),
-        warnings=warnings + special_warnings + text_warnings + generation.warnings,
+        warnings=(*warnings, *header.notes),
     )
 
 
@@ -192,24 +190,22 @@ def _check_shards(files: Sequence["GgufFile"]) -> None:
         )
 
 
-def _generation(header: "JsonObject", vocab_size: int) -> "Recommended":
+def _generation(header: "JsonObject", vocab_size: int) -> GenerateConfig:
     """The settings that a header recommends."""
     from tilewright_hf.files import JsonObject
-    from tilewright_hf.generation import Recommended, recommended
+    from tilewright_hf.generation import recommended
 
     prefix = "general.sampling."
+    for key, neutral in _NO_SAMPLING.items():
+        if header.values.get(f"{prefix}{key}", neutral) != neutral:
+            header.note(f"{prefix}{key}", "it is not supported and has no effect")
     given = {
         ours: header.values[f"{prefix}{theirs}"]
         for theirs, ours in _SAMPLING.items()
         if f"{prefix}{theirs}" in header.values
     }
     if not given:
-        return Recommended(defaults=GenerateConfig())
+        return GenerateConfig()
     given["do_sample"] = True
-    found = recommended(JsonObject(f"{header.where}: {prefix}*", given), vocab_size)
-    unsupported = tuple(
-        f"{header.where}: {prefix}{key} is not supported and has no effect"
-        for key, neutral in _NO_SAMPLING.items()
-        if header.values.get(f"{prefix}{key}", neutral) != neutral
-    )
-    return evolve(found, warnings=found.warnings + unsupported)
+    settings = JsonObject(f"{header.where}: {prefix}*", given, header.notes, typed=True)
+    return recommended(settings, vocab_size).defaults

@@ -137,13 +137,13 @@ class Vocabulary:
         return [t for t, kind in zip(self.tokens, self.kinds, strict=True) if kind in kinds]
 
 
-def special_ids(header: JsonObject) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The ids in keys such as ``tokenizer.ggml.eos_token_id``, by ``eos`` and so on, and warnings
-    about those that are not ids of the vocabulary, which are left out."""
+def special_ids(header: JsonObject) -> dict[str, int]:
+    """The ids in keys such as ``tokenizer.ggml.eos_token_id``, by ``eos`` and so on. Those that are
+    not ids of the vocabulary are left out with a note."""
     count = len(header.strings(f"{_PREFIX}tokens") or ())
     is_sentence_piece = header.values.get(f"{_PREFIX}model") == "llama"
     usual = _SENTENCE_PIECE_IDS if is_sentence_piece else {}
-    ids, warnings = {}, []
+    ids = {}
     for name in (*_NAMED.values(), "eot", "eom"):
         key = f"{_PREFIX}{name}_token_id"
         found = header.integer(key, None, minimum=-1, maximum=_MOST)
@@ -153,11 +153,8 @@ def special_ids(header: JsonObject) -> tuple[dict[str, int], tuple[str, ...]]:
             ids[name] = token_id
         if found is not None and not in_vocabulary:
             instead = f"{token_id} is used" if name in ids else "it is ignored"
-            warnings.append(
-                f"{header.where}: {key} is {found}, but the vocabulary has ids 0 to {count - 1}; "
-                f"{instead}"
-            )
-    return ids, tuple(warnings)
+            header.note(key, f"the vocabulary has ids 0 to {count - 1}, and {instead}")
+    return ids
 
 
 def load_text(

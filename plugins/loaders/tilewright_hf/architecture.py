@@ -90,12 +90,16 @@ _REFUSED = {
     "num_experts": "mixtures of experts",
     "num_local_experts": "mixtures of experts",
     "n_routed_experts": "mixtures of experts",
-    "moe_intermediate_size": "mixtures of experts",
     "per_layer_config": "layers that differ in shape",
     "is_encoder_decoder": "encoder-decoder models",
     "vision_config": "images",
     "audio_config": "audio",
 }
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+_WIDER = ("float64", "double")
+"""Dtypes whose weights are read as float32."""
 
 _ROPE_FIELDS: dict[RopeKind, tuple[str, ...]] = {
     "default": (),
@@ -122,7 +126,8 @@ _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The model that a config.json describes, and warnings about settings without effect.
+    """The model that a config.json describes, and warnings about settings that have no effect or
+    that were read although they are odd.
 
     ModelConfig.dtype is float32 when config.json names none (see ``declared_dtype``).
     Raises ModelError for missing, out-of-range or unsupported values.
@@ -147,12 +152,14 @@ def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
     max_positions = config.integer("max_position_embeddings", family.max_position_embeddings)
     bias = family.attention_bias_key and config.boolean("attention_bias", False)
     rope, warnings = _rope(config, max_positions, head_dim)
-    if family.window != "some" and config.values.get("layer_types") is not None:
-        warnings += (f"{config.where}: 'layer_types' has no effect on {family.architecture}",)
+    without_effect = {"none": ("sliding_window", "layer_types"), "all": ("layer_types",)}
+    for key in without_effect.get(family.window, ()):
+        if config.values.get(key) is not None:
+            warnings += (f"{config.where}: {key!r} has no effect on {family.architecture}",)
     eos_token_ids = family.eos_token_ids
     if "eos_token_id" in config.values:
         eos_token_ids = config.token_ids("eos_token_id", vocab_size) or ()
-    return ModelConfig(
+    model = ModelConfig(
         architecture=family.architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -171,21 +178,24 @@ def model_config(config: JsonObject) -> tuple[ModelConfig, tuple[str, ...]]:
         qk_norm=family.qk_norm,
         tie_word_embeddings=config.boolean("tie_word_embeddings", False),
         sliding_windows=_sliding_windows(config, family, num_layers),
-        bos_token_id=config.optional_integer(
-            "bos_token_id", family.bos_token_id, minimum=0, maximum=vocab_size - 1
-        ),
+        bos_token_id=config.token_id("bos_token_id", family.bos_token_id, vocab_size),
         eos_token_ids=eos_token_ids,
-    ), warnings
+    )
+    return model, (*config.notes, *warnings)
 
 
 def _check_supported(config: JsonObject) -> None:
     for key, what in _REFUSED.items():
-        if config.values.get(key):
+        value = config.values.get(key)
+        if value and not (key in _EXPERTS and value == 1):
             raise ModelError(
                 f"{config.where}: {key!r} is set, but {what} are not supported by hf-local; "
                 "use another checkpoint of the model, or a loader plugin that reads this one"
             )
-    if config.string("hidden_act", "silu") != "silu":
+    for key in (*_EXPERTS, "moe_intermediate_size"):
+        if config.values.get(key):
+            config.note(key, "it has no effect on a model without experts")
+    if config.string("hidden_act", "silu") not in ("silu", "swish"):
         config.fail("hidden_act", "silu, the activation of the supported families")
 
 
@@ -220,11 +230,22 @@ def head_size(
 
 
 def declared_dtype(config: JsonObject) -> DType | None:
-    """The dtype that config.json names (``dtype``, or ``torch_dtype`` of older files), if any."""
+    """The dtype that config.json names (``dtype``, or ``torch_dtype`` of older files), if any.
+
+    Names are those of torch, with or without ``torch.``; float64 becomes float32, with a note.
+    """
     for key in ("dtype", "torch_dtype"):
         value = config.values.get(key)
-        if value is not None and value != "auto":
-            return cast(DType, config.choice(key, None, DTYPES))
+        if value is None or value == "auto":
+            continue
+        name = value.removeprefix("torch.") if isinstance(value, str) else value
+        if name in _WIDER:
+            config.note(key, "float32 is used")
+            return "float32"
+        name = _DTYPE_ALIASES.get(name, name) if isinstance(name, str) else name
+        if name not in DTYPES:
+            config.fail(key, f"one of {', '.join(DTYPES)}")
+        return cast(DType, name)
     return None
 
 
@@ -260,14 +281,13 @@ def _family(config: JsonObject) -> Family:
 def _sliding_windows(config: JsonObject, family: Family, num_layers: int) -> tuple[int | None, ...]:
     if family.window == "none":
         return ()
-    window = config.optional_integer("sliding_window", 4096)
+    slides = family.window == "all" or config.boolean("use_sliding_window", False)
+    window = config.optional_integer("sliding_window", 4096) if slides else None
     if family.window == "all":
         return (window,) * num_layers if window else ()
-    if not config.boolean("use_sliding_window", False):
-        window = None
-    first = config.integer("max_window_layers", 28, minimum=0)
     types = config.strings("layer_types")
     if types is None:
+        first = config.integer("max_window_layers", 28, minimum=0) if slides else 0
         return tuple(window if i >= first else None for i in range(num_layers)) if window else ()
     known = ("full_attention", "sliding_attention")
     if len(types) != num_layers or not set(types) <= set(known):

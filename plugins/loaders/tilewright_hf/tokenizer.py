@@ -65,7 +65,7 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
         special_tokens=names,
         turn_end_ids=_turn_ends(tokenizer, names, config),
     )
-    return assets, warnings + template_warnings
+    return assets, (*settings.notes, *warnings, *template_warnings)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -225,7 +225,7 @@ def _added_token(where: JsonObject, key: str, value: Any) -> AddedToken:
     flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise where.wrong(key, "a token, an object with a 'content'", value)
-    declared = JsonObject(f"{where.where}: {key[:60]}", value)
+    declared = JsonObject(f"{where.where}: {key[:60]}", value, where.notes)
     given = {flag: declared.boolean(flag, False) for flag in flags if flag in value}
     return AddedToken(value["content"], **given)
 

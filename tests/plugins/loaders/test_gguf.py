@@ -788,7 +788,7 @@ def test_special_ids_outside_the_vocabulary_are_a_warning(
     loaded = load_checked(path)
     found = [w for w in loaded.warnings if key in w]
     assert found == [
-        f"{path}: {key} is {int(value)}, but the vocabulary has ids 0 to 79; it is ignored"
+        f"{path}: {key!r} is {int(value)}; the vocabulary has ids 0 to 79, and it is ignored"
     ]
     assert loaded.config.bos_token_id == (None if name == "bos" else 1)
     assert loaded.config.eos_token_ids == (() if name == "eos" else (2,))
@@ -830,7 +830,7 @@ def test_the_rows_of_the_embedding_count_where_the_header_has_another_number(
     path = write(model, tmp_path / "m.gguf", changed={"llama.vocab_size": 88})
     loaded = load_checked(path)
     assert loaded.config.vocab_size == 80
-    assert any("llama.vocab_size is 88" in w for w in loaded.warnings)
+    assert any("'llama.vocab_size' is 88; 80 is used" in w for w in loaded.warnings)
 
 
 def test_a_tied_matrix_may_be_stored_as_the_head(tmp_path: Path) -> None:

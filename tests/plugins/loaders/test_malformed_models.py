@@ -88,7 +88,6 @@ WHOLE: dict[str, Damage] = {
     "prose": lambda path: path.write_text("see the model card"),
     "a list": lambda path: path.write_text("[]"),
     "a number": lambda path: path.write_text("7"),
-    "a byte order mark": lambda path: path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes()),
     "UTF-16": lambda path: path.write_bytes(path.read_text().encode("utf-16")),
     "Latin-1": lambda path: path.write_bytes(b'{"a": "\xe9"}'),
     "zeros": lambda path: path.write_bytes(b"\0" * 100),
@@ -124,9 +123,9 @@ def test_a_missing_file_is_an_error_that_names_the_directory(file: str, director
 
 
 @pytest.mark.parametrize(
-    "text", ['"hidden_size": 64', '"rope_theta": ' + "9" * 5000], ids=["key twice", "5000 digits"]
+    "text", ['"rope_theta": ' + "9" * 5000, '"rope_theta": 1e'], ids=["5000 digits", "no number"]
 )
-def test_ambiguous_json_is_refused(text: str, directory: Path) -> None:
+def test_a_number_that_cannot_be_read_is_refused(text: str, directory: Path) -> None:
     path = directory / "config.json"
     path.write_text(path.read_text().rstrip().removesuffix("}") + ", " + text + "}")
     assert str(path) in refusal(directory)
@@ -144,7 +143,7 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-NO_SIZES: list[Any] = ["64", -1, 0, 2.5, True, 10**30, [4], {"a": 4}]
+NO_SIZES: list[Any] = ["six", "64.5", -1, 0, 2.5, True, 10**30, [4], {"a": 4}]
 
 
 @pytest.mark.parametrize("key", SIZES)
@@ -185,19 +184,14 @@ CONFIGS: list[dict[str, Any]] = [
     {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     {"num_local_experts": 8, "num_experts_per_tok": 2},
     {"hidden_act": "gelu"},
-    {"hidden_act": None},
     {"partial_rotary_factor": 0.5},
     {"partial_rotary_factor": "half"},
     {"is_encoder_decoder": True},
     # numbers, flags and names
     {"rms_norm_eps": -1e-6},
-    {"rms_norm_eps": "1e-6"},
     {"rms_norm_eps": float("nan")},
     {"rms_norm_eps": float("inf")},
     {"rms_norm_eps": 10**400},
-    {"tie_word_embeddings": "true"},
-    {"tie_word_embeddings": 1},
-    {"tie_word_embeddings": None},
     {"attention_bias": "no"},
     {"attention_bias": True},
     {"mlp_bias": []},
@@ -206,21 +200,19 @@ CONFIGS: list[dict[str, Any]] = [
     {"dtype": {"text": "bfloat16"}},
     {"dtype": None, "torch_dtype": "bf16"},
     # tokens
-    {"eos_token_id": "2"},
-    {"eos_token_id": -1},
-    {"eos_token_id": 131},
+    {"eos_token_id": "two"},
     {"eos_token_id": [2, None]},
     {"eos_token_id": [[2]]},
-    {"eos_token_id": 2.0},
     {"eos_token_id": True},
-    {"bos_token_id": [1]},
-    {"bos_token_id": 10**12},
+    {"bos_token_id": [1, 2]},
+    {"bos_token_id": []},
+    {"bos_token_id": True},
     # RoPE
     {"rope_parameters": "default"},
     {"rope_parameters": [10000.0]},
     {"rope_parameters": {"rope_theta": -1.0}},
+    {"rope_parameters": {"rope_theta": "10k"}},
     {"rope_parameters": {"rope_theta": 0}},
-    {"rope_parameters": {"rope_theta": "10000"}},
     {"rope_parameters": {"rope_theta": float("nan")}},
     {"rope_parameters": ROPE},
     {"rope_parameters": ROPE | {"rope_type": "longrope"}},
@@ -229,7 +221,6 @@ CONFIGS: list[dict[str, Any]] = [
     {"rope_parameters": ROPE | {"rope_type": ["linear"]}},
     {"rope_parameters": {"rope_type": "linear"}},
     {"rope_parameters": {"rope_type": "dynamic", "factor": None}},
-    {"rope_parameters": {"rope_type": "linear", "factor": "2"}},
     {"rope_parameters": {"rope_type": "linear", "factor": 0}},
     {"rope_parameters": {"rope_type": "linear", "factor": -2.0}},
     {"rope_parameters": {"rope_type": "linear", "factor": float("inf")}},
@@ -239,7 +230,6 @@ CONFIGS: list[dict[str, Any]] = [
     {"rope_parameters": LLAMA3 | {"low_freq_factor": 0}},
     {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32.5}},
     {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 0}},
-    {"rope_parameters": YARN | {"beta_fast": "32"}},
     {"rope_parameters": YARN | {"attention_factor": -1}},
     {"rope_parameters": YARN | {"truncate": "yes"}},
     {"rope_parameters": YARN | {"mscale": [1]}},
@@ -247,7 +237,6 @@ CONFIGS: list[dict[str, Any]] = [
     {"rope_scaling": {"type": "su", "factor": 2.0}},
     {"rope_scaling": {"type": "linear"}},
     {"rope_scaling": 2.0},
-    {"original_max_position_embeddings": "32", "rope_parameters": YARN},
 ]
 
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
@@ -255,7 +244,6 @@ QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_slid
 
 WINDOWS: list[dict[str, Any]] = [
     MISTRAL | {"sliding_window": 0},
-    MISTRAL | {"sliding_window": "4096"},
     MISTRAL | {"sliding_window": -5},
     QWEN2 | {"sliding_window": 0},
     QWEN2 | {"use_sliding_window": "yes"},
@@ -281,21 +269,18 @@ def test_an_inconsistent_configuration_is_refused(values: dict[str, Any], direct
 # --- generation_config.json -----------------------------------------------------------------------
 
 GENERATION: list[dict[str, Any]] = [
-    {"eos_token_id": "2"},
-    {"eos_token_id": -1},
-    {"eos_token_id": [2, 131]},
+    {"eos_token_id": "</s>"},
     {"eos_token_id": {"id": 2}},
-    {"do_sample": "true"},
-    {"do_sample": 1},
+    {"do_sample": "yes"},
+    {"do_sample": 2},
+    {"top_p": "nucleus"},
+    {"top_p": -0.1},
     {"temperature": -0.1},
-    {"temperature": "0.7"},
+    {"temperature": "cold"},
     {"temperature": float("nan")},
     {"temperature": float("inf")},
     {"temperature": True},
-    {"top_k": -1},
     {"top_k": 50.5},
-    {"top_k": "50"},
-    {"top_p": 0},
     {"top_p": 1.01},
     {"top_p": [0.9]},
     {"min_p": -0.1},
@@ -305,7 +290,6 @@ GENERATION: list[dict[str, Any]] = [
     {"repetition_penalty": {}},
     {"max_new_tokens": 0},
     {"max_new_tokens": -5},
-    {"max_new_tokens": 1e3},
     {"max_new_tokens": 10**20},
 ]
 
@@ -413,7 +397,7 @@ TOKENIZER_CONFIGS: list[dict[str, Any]] = [
     {"added_tokens_decoder": {str(10**30): {"content": "t1"}}},
     {"added_tokens_decoder": {"1": "t1"}},
     {"added_tokens_decoder": {"1": {"content": None}}},
-    {"added_tokens_decoder": {"1": {"content": "t1", "special": 1}}},
+    {"added_tokens_decoder": {"1": {"content": "t1", "special": 2}}},
 ]
 
 
