@@ -12,6 +12,7 @@ from typing import Any
 from attrs import evolve
 
 from tilewright import loading
+from tilewright.chat import Chat, Message
 from tilewright.drafting import ngram_drafts
 from tilewright.errors import (
     ConfigError,
@@ -41,8 +42,7 @@ from tilewright.types import (
 )
 from tilewright.values import shown
 
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Chat
 
 
 class GenerationStream(Iterator[str]):
@@ -375,7 +375,7 @@ class LLMEngine:
     def generate(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> "str | GenerationStream":
-        """Continue a prompt (text or token ids). Returns text, or a stream if ``config.stream``.
+        """Continue a prompt (text, token ids or a ``Chat``). Returns text, or a stream if ``config.stream``.
 
         Raises RequestError for a prompt or settings that cannot be served, such as ``n`` above 1,
         OutOfPagesError when the KV cache is too small for them, NonFiniteLogitsError, and
@@ -486,20 +486,66 @@ class LLMEngine:
         ]
 
     def chat(
-        self, model_id: str, messages: Sequence[Message], config: GenerateConfig | None = None
+        self,
+        model_id: str,
+        messages: Sequence[Message],
+        config: GenerateConfig | None = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
     ) -> "str | GenerationStream":
-        """Answer a conversation, as ``generate`` does, through the model's chat template.
+        """Answer a conversation, as ``generate`` does for a ``Chat``, whose fields explain the rest.
 
-        Messages are mappings with ``role`` and ``content``. Raises RequestError when the model has
-        no template or the template refuses them.
+        Raises RequestError when the model has no template or the template refuses the messages.
         """
-        return self.generate(model_id, self.chat_tokens(model_id, messages), config)
+        prompt = Chat(messages, template_options or {}, tools, continue_last)
+        return self.generate(model_id, prompt, config)
 
-    def chat_tokens(self, model_id: str, messages: Sequence[Message]) -> list[int]:
-        """The prompt that ``chat`` makes from a conversation, as token ids."""
-        text = self.model(model_id).text
-        # Templates write their own special tokens.
-        return text.encode(text.render_chat(messages), add_special_tokens=False)
+    def chat_result(
+        self,
+        model_id: str,
+        messages: Sequence[Message],
+        config: GenerateConfig | None = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
+    ) -> GenerateResult:
+        """Like ``chat``; the result has tokens, finish reason, logprobs and timings too."""
+        prompt = Chat(messages, template_options or {}, tools, continue_last)
+        return self.generate_result(model_id, prompt, config)
+
+    def chat_stream(
+        self,
+        model_id: str,
+        messages: Sequence[Message],
+        config: GenerateConfig | None = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
+    ) -> GenerationStream:
+        """Like ``chat`` with ``config.stream`` set: the text in pieces, as it is generated."""
+        prompt = Chat(messages, template_options or {}, tools, continue_last)
+        return self.stream(model_id, prompt, config)
+
+    def chat_tokens(
+        self,
+        model_id: str,
+        messages: Sequence[Message],
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
+    ) -> list[int]:
+        """The prompt that ``chat`` makes from a conversation, as token ids.
+
+        A generation from these ids does not end at the tokens that end an answer in a chat alone;
+        one from a ``Chat`` does.
+        """
+        prompt = Chat(messages, template_options or {}, tools, continue_last)
+        return self.model(model_id).text.encode_chat(prompt)
 
     def _next_id(self, model: ServedModel) -> str:
         return f"{model.model_id}-{next(self._numbers)}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import Factory, define, evolve, field, fields
 
+from tilewright.chat import Chat
 from tilewright.errors import RequestError, TilewrightError
 from tilewright.logits_processing import Processing
 from tilewright.text import TextStream
@@ -213,13 +214,23 @@ _SEED_BITS = 53
 
 
 def new_request(
-    request_id: str, model: "ServedModel", prompt: str | Sequence[int], settings: GenerateConfig
+    request_id: str,
+    model: "ServedModel",
+    prompt: str | Sequence[int] | Chat,
+    settings: GenerateConfig,
 ) -> Request:
     """A request for a model. settings: every field but the optional ones is filled.
 
+    A ``Chat`` also ends at the tokens that end an answer in a chat, unless ``ignore_eos`` is set.
     Raises RequestError for a prompt that the model cannot serve.
     """
-    ids = tuple(model.text.encode(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
+    if isinstance(prompt, Chat):
+        ids = tuple(model.text.encode_chat(prompt))
+        if not settings.ignore_eos:
+            ends = (*(settings.stop_token_ids or ()), *model.text.assets.turn_end_ids)
+            settings = evolve(settings, stop_token_ids=ends)
+    else:
+        ids = tuple(model.text.encode(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
     _check_prompt(model, ids)
     assert settings.max_new_tokens is not None
     seed = secrets.randbits(_SEED_BITS) if settings.seed is None else settings.seed

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from tilewright.chat import Chat, Message
 from tilewright.errors import ModelError, RequestError, TilewrightError
 from tilewright.types import TextAssets
 
@@ -67,17 +68,20 @@ class Text:
         return token_id in self._byte_ids
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        chat: Chat | Sequence[Message],
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt for a conversation, by the model's chat template.
 
-        messages: mappings with ``role``, ``content`` and whatever else the template reads.
-        add_generation_prompt: end with the beginning of the assistant's answer.
+        add_generation_prompt: end with the beginning of the assistant's answer; not for a chat
+        whose last message is continued.
 
         Raises RequestError when the model has no template or the template does not accept the
         messages, ModelError when the template itself is wrong.
         """
-        for index, message in enumerate(messages):
+        chat = chat if isinstance(chat, Chat) else Chat(chat)
+        for index, message in enumerate(chat.messages):
             if not isinstance(message, Mapping):
                 raise RequestError(
                     f"chat message {index}: expected a mapping such as "
@@ -87,13 +91,23 @@ class Text:
         try:
             return template.render(
                 **self.assets.special_tokens,
-                messages=[dict(message) for message in messages],
-                tools=None,
+                messages=[dict(message) for message in chat.messages],
+                tools=chat.tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
+                **chat.template_options,
             )
         except Exception as error:
             raise _template_error(error) from error
+
+    def encode_chat(self, chat: Chat) -> list[int]:
+        """The token ids of a conversation. Raises what ``render_chat`` raises."""
+        # Templates write their own special tokens.
+        return self.encode(self.render_chat(chat), add_special_tokens=False)
+
+    def opens_thinking(self, chat: Chat) -> bool:
+        """Whether the prompt of a chat ends within the model's thinking, after ``<think>``."""
+        return self.render_chat(chat).rstrip().endswith("<think>")
 
     @cached_property
     def _chat_template(self) -> "jinja2.Template":

@@ -116,8 +116,13 @@ class TextAssets:
     tokenizer: "Tokenizer"
     chat_template: str | None = None
     """Jinja2 source, or None if the model has no template."""
+    tool_chat_template: str | None = None
+    """Jinja2 source for chats with tools; None: ``chat_template`` is for these too."""
     special_tokens: Mapping[str, str] = field(factory=dict)
     """``bos_token``, ``eos_token``, ... as chat templates name them."""
+    turn_end_ids: tuple[int, ...] = ()
+    """Ids that also end an answer in a chat: the tokenizer's ``eos_token`` and ``eot_token`` where
+    the model's ``eos_token_ids`` lack them."""
 
 
 @frozen(kw_only=True)
