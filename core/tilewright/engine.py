@@ -26,7 +26,7 @@ from tilewright.errors import (
 from tilewright.loading import ServedModel
 from tilewright.logits_processing import LogitsProcessorError
 from tilewright.plugins import Observers, Selection, select_all
-from tilewright.request import Request, check_settings, new_request, refused
+from tilewright.request import Request, check_settings, drawn_seed, new_request, refused
 from tilewright.runner import Runner
 from tilewright.stepping import SteppingThread
 from tilewright.types import (
@@ -441,13 +441,16 @@ class LLMEngine:
     def _generate_one(
         self, thread: SteppingThread, prompt: Prompt, settings: GenerateConfig
     ) -> GenerateResult:
-        (result,) = self._generate(thread, [prompt], settings)
+        (result,) = self._generate(thread, [(prompt, settings)], {})
         if result.error:
             raise result.error
         return result
 
     def generate_batch(
-        self, model_id: str, prompts: Sequence[Prompt], config: GenerateConfig | None = None
+        self,
+        model_id: str,
+        prompts: Sequence[Prompt],
+        config: GenerateConfig | Sequence[GenerateConfig] | None = None,
     ) -> list[GenerateResult]:
         """Like ``generate_result`` for many prompts at once, with ``config.n`` results for each.
 
@@ -456,27 +459,62 @@ class LLMEngine:
         prompt that cannot be served, for example since it is too long, has the reason in its
         results' ``error``; so has a generation whose logits are not finite or whose logits
         processor fails. When a step fails, all are ended and the error is raised.
+
+        config: of all prompts, or a sequence with one for each. Then result j of prompt i is
+        sampled with ``config[i].seed + j``, and settings that the model cannot serve are errors of
+        that prompt's results.
         """
         if isinstance(prompts, str):
             raise RequestError("expected a list of prompts, found a string: use generate() for one")
         thread = self._thread(model_id)
-        return self._generate(thread, prompts, _settings(thread.runner, config))
+        model, errors = thread.runner.model, {}
+        each: list[GenerateConfig] = []
+        if isinstance(config, Sequence):
+            if len(config) != len(prompts):
+                raise RequestError(
+                    f"expected a configuration for each of {len(prompts)} prompts, found "
+                    f"{len(config)}"
+                )
+            for i, one in enumerate(config):
+                try:
+                    each.append(_settings(thread.runner, one))
+                except (RequestError, ConfigError) as error:
+                    each.append(one)
+                    errors[i] = error
+        else:
+            settings = _settings(thread.runner, config)
+            each = [
+                evolve(settings, seed=_later(settings.seed, i * (settings.n or 1)))
+                for i in range(len(prompts))
+            ]
+        choices: list[tuple[Prompt, GenerateConfig]] = []
+        failed: dict[int, TilewrightError] = {}
+        for i, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
+            for j in range(settings.n or model.generation_defaults.n or 1):
+                if i in errors:
+                    failed[len(choices)] = errors[i]
+                choices.append((prompt, evolve(settings, seed=_later(settings.seed, j))))
+        return self._generate(thread, choices, failed)
 
     def _generate(
-        self, thread: SteppingThread, prompts: Sequence[Prompt], settings: GenerateConfig
+        self,
+        thread: SteppingThread,
+        choices: Sequence[tuple[Prompt, GenerateConfig]],
+        errors: Mapping[int, TilewrightError],
     ) -> list[GenerateResult]:
+        """A result for each pair of a prompt and its settings. errors: of those refused already."""
         model = thread.runner.model
-        choices = [prompt for prompt in prompts for _ in range(settings.n or 1)]
+        errors = dict(errors)
         asked = [
-            evolve(settings, seed=None if settings.seed is None else (settings.seed + i) % 2**63)
-            for i in range(len(choices))
+            settings if settings.seed is not None else evolve(settings, seed=drawn_seed())
+            for _, settings in choices
         ]
         names = [self._next_id(model) for _ in choices]
         requests: dict[int, Request] = {}
-        errors: dict[int, TilewrightError] = {}
-        for i, prompt in enumerate(choices):
+        for i, (prompt, _) in enumerate(choices):
             try:
-                requests[i] = new_request(names[i], model, prompt, asked[i])
+                if i not in errors:
+                    requests[i] = new_request(names[i], model, prompt, asked[i])
             except RequestError as error:
                 errors[i] = error
         errors |= _run(thread, requests)
@@ -576,6 +614,11 @@ def _settings(
     check_settings(runner.model, settings)
     runner.make_processors(settings.logits_processors or ())
     return settings
+
+
+def _later(seed: int | None, by: int) -> int | None:
+    """The seed of a later result. Seeds have 63 bits, and 0 follows the largest."""
+    return None if seed is None else (seed + by) % 2**63
 
 
 def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, TilewrightError]:

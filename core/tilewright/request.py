@@ -213,6 +213,10 @@ _SEED_BITS = 53
 """Bits of a seed that is drawn: JavaScript and jq read larger integers as other numbers."""
 
 
+def drawn_seed() -> int:
+    return secrets.randbits(_SEED_BITS)
+
+
 def new_request(
     request_id: str,
     model: "ServedModel",
@@ -233,7 +237,7 @@ def new_request(
         ids = tuple(model.text.encode(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
     _check_prompt(model, ids)
     assert settings.max_new_tokens is not None
-    seed = secrets.randbits(_SEED_BITS) if settings.seed is None else settings.seed
+    seed = drawn_seed() if settings.seed is None else settings.seed
     params = evolve(_sampling_params(settings), seed=seed)
     least = settings.min_new_tokens or 0
     eos_ids, stop_ids = _ending_ids(model, settings)

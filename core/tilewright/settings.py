@@ -141,7 +141,8 @@ SECTIONS: dict[str, type] = {
 """The tables of a run file except ``[options.<kind>]``."""
 PATH = ("model", "path")
 TEXT, FILE = ("prompts", "text"), ("prompts", "file")
-FILES = (FILE, ("chat", "tools"), ("output", "file"))
+TOOLS = ("chat", "tools")
+FILES = (FILE, TOOLS, ("output", "file"))
 """Settings that name a file."""
 _STREAM = ("generate", "stream")
 
