@@ -45,6 +45,11 @@ class PromptEntry:
 def read_prompts(resolved: Resolved) -> list[str]:
     """At least one prompt, none of them empty, for a command that takes only texts."""
     entries = _entries(resolved)
+    if resolved.config.prompts.chat:
+        raise ConfigError(
+            f"{resolved.origin('prompts', 'chat')}: expected prompts to continue, found chat = "
+            "true: this command has no conversations"
+        )
     for entry in entries:
         if isinstance(entry.prompt, Chat) or entry.settings != GenerateConfig():
             raise ConfigError(
@@ -72,8 +77,8 @@ def read_entries(resolved: Resolved) -> list[PromptEntry]:
         for place, origin in resolved.origins.items():
             if place[0] == "chat" and not origin.startswith(ENVIRONMENT_PREFIX):
                 raise ConfigError(
-                    f"{origin}: {place[1]} is for conversations, and every prompt is text to continue: "
-                    "add --chat, or chat = true in [prompts]"
+                    f"{origin}: {place[1]} is for conversations, and every prompt is text to "
+                    "continue: add --chat, or chat = true in [prompts]"
                 )
         return entries
     common = common_chat(resolved)
