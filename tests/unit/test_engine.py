@@ -211,6 +211,7 @@ WRONG_SETTINGS = [
     ({"top_k": 1.5}, "'top_k' must be an integer or none, found 1.5"),
     ({"logprobs": True}, "'logprobs' must be an integer or none, found True"),
     ({"seed": 1.5}, "'seed' must be an integer or none, found 1.5"),
+    ({"stop": ("a", "")}, "'stop' must be a list of strings of at least one character"),
     ({"seed": 2**63}, "'seed' must be < 9223372036854775808"),
     ({"max_new_tokens": 2.5}, "'max_new_tokens' must be an integer or none, found 2.5"),
     ({"max_new_tokens": "5"}, "'max_new_tokens' must be an integer or none, found '5'"),
@@ -730,8 +731,8 @@ def test_invalid_requests_are_refused_before_anything_runs(engine):
 
 
 def test_a_refused_request_leaves_nothing_behind(engine):
-    with pytest.raises(RequestError, match="empty one"):
-        engine.generate("demo", TRUTHS, config(stop=("",)))
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        engine.generate("demo", "", config())
     assert CONTINUED.startswith(engine.generate("demo", TRUTHS, config()))
 
 

@@ -47,8 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         f"Chat with a model. Ctrl-C stops an answer. A line may also be {', '.join(_WORDS)}; "
         "//TEXT sends a message that begins with one slash, and on a terminal "
-        f"{_BLOCK} begins and ends a message of several lines. Without a terminal, each line of standard input is a message, "
-        "also one that begins with a slash, unless it is one of these commands."
+        f"{_BLOCK} begins and ends a message of several lines. Without a terminal, each line of "
+        "standard input is a message, also one that begins with a slash, unless it is one of "
+        "these commands."
     )
     parser.add_argument(
         "--session",

@@ -183,9 +183,9 @@ def print_stream(
     with stream:
         try:
             for piece in pieces:
+                printed.append(piece)  # first, so that Ctrl-C loses nothing that is shown
                 file.write(piece)
                 file.flush()
-                printed.append(piece)
         finally:
             if printed or stream.result:
                 file.write("\n")
