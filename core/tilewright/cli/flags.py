@@ -203,6 +203,8 @@ def _action(section: str, option: Option) -> dict[str, Any]:
         return {"action": "append", "metavar": _TABLES[section, option.name]}
     if (section, option.name) in FILES:
         return {"metavar": "FILE"}
+    if section == "chat" and type_ is str:
+        return {"metavar": "TEXT"}
     return {"metavar": metavar}
 
 
