@@ -26,13 +26,12 @@ _TOOL_ROLES = ("tool", "ipython")
 """Roles whose content may be data: the result of a tool."""
 
 _DEEPEST = 100
+"""How many levels of lists and mappings a message may have."""
 
 _MARK = "tilewrightlooksforthis"
 """Text that stands for the content of messages when a template is tried out."""
 
-_END_DEEPEST = 100
-
-_MARK = "tilewrightgoesonhere "
+_END_MARK = "tilewrightgoesonhere "
 """Text at the end of a message that is continued. Whether its space survives tells whether the
 template trims the message."""
 
