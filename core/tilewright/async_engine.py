@@ -26,8 +26,8 @@ class AsyncLLMEngine:
     """Generates from any number of tasks, in one event loop or several.
 
     ``engine`` is the engine behind it, for calls that do not block, such as ``default_config``;
-    other threads may use it too. Methods that wait for a model do so in another thread, never in the
-    event loop.
+    other threads may use it too. Methods that wait for a model do so in another thread, never in
+    the event loop.
     """
 
     def __init__(self, engine: LLMEngine):

@@ -375,7 +375,9 @@ class LLMEngine:
     def generate(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> "str | GenerationStream":
-        """Continue a prompt (text, token ids or a ``Chat``). Returns text, or a stream if ``config.stream``.
+        """Continue a prompt: text, token ids or a ``Chat``.
+
+        Returns text, or a stream if ``config.stream``.
 
         Raises RequestError for a prompt or settings that cannot be served, such as ``n`` above 1,
         OutOfPagesError when the KV cache is too small for them, NonFiniteLogitsError, and
@@ -464,8 +466,9 @@ class LLMEngine:
         sampled with ``config[i].seed + j``, and settings that the model cannot serve are errors of
         that prompt's results.
         """
-        if isinstance(prompts, str):
-            raise RequestError("expected a list of prompts, found a string: use generate() for one")
+        if isinstance(prompts, (str, Chat)):
+            found = "a string" if isinstance(prompts, str) else "a Chat"
+            raise RequestError(f"expected a list of prompts, found {found}: use generate() for one")
         thread = self._thread(model_id)
         model, errors = thread.runner.model, {}
         each: list[GenerateConfig] = []
@@ -533,9 +536,10 @@ class LLMEngine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_last: bool = False,
     ) -> "str | GenerationStream":
-        """Answer a conversation, as ``generate`` does for a ``Chat``, whose fields explain the rest.
+        """Answer a conversation, by the model's chat template: ``generate`` of a ``Chat``.
 
-        Raises RequestError when the model has no template or the template refuses the messages.
+        The fields of ``Chat`` explain the arguments. Raises RequestError when the model has no
+        template or the template refuses the messages, and ModelError for a faulty template.
         """
         prompt = Chat(messages, template_options or {}, tools, continue_last)
         return self.generate(model_id, prompt, config)

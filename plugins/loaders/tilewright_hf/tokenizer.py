@@ -42,10 +42,11 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _check_ids(tokenizer, config.vocab_size, path)
-    template, template_warnings = _chat_template(directory, settings)
+    template, tool_template, template_warnings = _chat_templates(directory, settings)
     assets = TextAssets(
         tokenizer=tokenizer,
         chat_template=template,
+        tool_chat_template=tool_template,
         special_tokens={key: token.content for key, token in named.items()},
     )
     return assets, warnings + template_warnings
@@ -184,15 +185,20 @@ def _check_ids(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
         )
 
 
-def _chat_template(directory: Path, settings: JsonObject) -> tuple[str | None, tuple[str, ...]]:
+def _chat_templates(
+    directory: Path, settings: JsonObject
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """The templates named ``default`` and ``tool_use``, and warnings."""
+    extra = directory / "additional_chat_templates" / "tool_use.jinja"
+    tool_use = read_text(extra) if is_there(extra) else None
     path = directory / "chat_template.jinja"
     if is_there(path):
-        return read_text(path), ()
+        return read_text(path), tool_use, ()
     path = directory / "chat_template.json"
     source = read_json(path) if is_there(path) else settings
     value = source.values.get("chat_template")
     if value is None or isinstance(value, str):
-        return value, ()
+        return value, tool_use, ()
     named: dict[str, str] = {}
     entries = value if isinstance(value, list) else [value]
     for entry in entries:
@@ -201,7 +207,8 @@ def _chat_template(directory: Path, settings: JsonObject) -> tuple[str | None, t
                 named[name] = template
             case _:
                 source.fail("chat_template", "a string or a list of {'name', 'template'} objects")
+    warnings: tuple[str, ...] = ()
     if named and "default" not in named:
         names = listed([shown(name) for name in named])
-        return None, (f"{source.where}: no chat template is named 'default', only {names}",)
-    return named.get("default"), ()
+        warnings = (f"{source.where}: no chat template is named 'default', only {names}",)
+    return named.get("default"), tool_use or named.get("tool_use"), warnings

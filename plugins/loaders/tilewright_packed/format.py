@@ -95,6 +95,7 @@ class Description:
     config: ModelConfig
     generation_defaults: GenerateConfig
     chat_template: str | None
+    tool_chat_template: str | None = None
     special_tokens: Mapping[str, str]
 
 
@@ -134,6 +135,7 @@ def load(
             text=TextAssets(
                 tokenizer=_tokenizer(directory / TOKENIZER),
                 chat_template=described.chat_template,
+                tool_chat_template=described.tool_chat_template,
                 special_tokens=described.special_tokens,
             ),
             generation_defaults=described.generation_defaults,
