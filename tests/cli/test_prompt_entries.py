@@ -297,6 +297,35 @@ def test_a_question_is_answered_and_streamed(tilewright, engine, model):
     assert tilewright("generate", *argv, HI["content"])[1] == f"{answer}\n"
 
 
+THOUGHT = "<think>\nWell.\n</think>\n\nYes."
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("command", ["generate", "run", "chat"])
+def test_thinking_is_hidden_on_request(tilewright, monkeypatch, engine, model, command, opened):
+    """The model's text is chosen: one that thinks, in a template that may open the thinking."""
+    template = TEMPLATE.replace("{%- if mood", "{{ '<think>' }}{%- if mood") if opened else TEMPLATE
+    shutil.copytree(model, "thinker")
+    Path("thinker/chat_template.jinja").write_text(template)
+    text = THOUGHT.removeprefix("<think>") if opened else THOUGHT
+    ids = engine.model("m").text.encode(text)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
+    bias = [f"--logits-processor=choice={json.dumps([text])}", "-n", str(len(ids) + 9)]
+    Path("run.toml").write_text('[prompts]\ntext = "hi"\nchat = true\n')
+    argv = {"generate": ["--chat", "hi"], "run": ["run.toml"], "chat": []}[command]
+    argv = [command, *argv, "--model", "thinker", *bias]
+    assert tilewright(*argv)[1] == f"{text}\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
+    more = ["--session", "s.json"] if command == "chat" else []
+    assert tilewright(*argv, "--hide-thinking", *more)[1] == "Yes.\n"
+    if command == "chat":
+        assert json.loads(Path("s.json").read_text())["messages"][-1]["content"] == "Yes."
+    else:
+        record = json.loads(tilewright(*argv, "--hide-thinking", "--json")[1])
+        assert record["text"] == "Yes."
+        assert engine.model("m").text.decode(record["token_ids"]) == text
+
+
 def test_settings_of_conversations_come_from_the_environment(records, monkeypatch, model):
     monkeypatch.setenv("TILEWRIGHT_CHAT_SYSTEM", "Be brief.")
     monkeypatch.setenv("TILEWRIGHT_CHAT_TEMPLATE_OPTIONS", '{"mood": "glad"}')

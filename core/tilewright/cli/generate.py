@@ -101,7 +101,9 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
                     model_id, prompts, settings if own else config.generate
                 )
             shown = [
-                _without_thinking(result, hider(engine, model_id, resolved, prompts[i]))
+                result
+                if result.error
+                else _without_thinking(result, hider(engine, model_id, resolved, prompts[i]))
                 for i, result in zip(numbers, results, strict=True)
             ]
             if config.output.format == "jsonl":
