@@ -178,7 +178,7 @@ class LLMEngine:
     def from_config(cls, path: str | Path) -> "LLMEngine":
         """Make an engine from a run file, with the file's model loaded (see docs/run-files.md).
 
-        ``[generate]``, ``[prompts]`` and ``[output]`` affect only ``tilewright run``.
+        ``[generate]``, ``[prompts]``, ``[chat]`` and ``[output]`` affect only ``tilewright run``.
         The environment's TILEWRIGHT_ variables override the file. Raises ConfigError naming the
         file, line and key of an error, and what ``from_plugins`` and ``init_model`` raise.
         """
