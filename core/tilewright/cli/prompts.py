@@ -75,7 +75,11 @@ def read_entries(resolved: Resolved) -> list[PromptEntry]:
         ]
     if not any(isinstance(entry.prompt, Chat) for entry in entries):
         for place, origin in resolved.origins.items():
-            if place[0] == "chat" and not origin.startswith(ENVIRONMENT_PREFIX):
+            if (
+                place[0] == "chat"
+                and getattr(resolved.config.chat, place[1])
+                and not origin.startswith(ENVIRONMENT_PREFIX)
+            ):
                 raise ConfigError(
                     f"{origin}: {place[1]} is for conversations, and every prompt is text to "
                     "continue: add --chat, or chat = true in [prompts]"
