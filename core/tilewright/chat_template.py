@@ -56,7 +56,7 @@ class _Allowance:
     """What is left for the renderings of a conversation."""
 
     until: float = field(factory=lambda: time.thread_time() + RENDER_SECONDS)
-    characters: int = _MOST_CHARACTERS
+    characters: int = field(factory=lambda: _MOST_CHARACTERS)
 
     def check_time(self) -> None:
         if time.thread_time() > self.until:
