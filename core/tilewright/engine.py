@@ -472,7 +472,7 @@ class LLMEngine:
         thread = self._thread(model_id)
         model, errors = thread.runner.model, {}
         each: list[GenerateConfig] = []
-        if isinstance(config, Sequence):
+        if isinstance(config, Sequence) and not isinstance(config, str):
             if len(config) != len(prompts):
                 raise RequestError(
                     f"expected a configuration for each of {len(prompts)} prompts, found "

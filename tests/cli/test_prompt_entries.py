@@ -180,6 +180,12 @@ def test_settings_of_a_line_replace_those_of_the_run(records, engine):
     ]
 
 
+def test_the_only_line_of_a_file_is_named_too(tilewright):
+    Path("p.jsonl").write_text('{"prompt": "We", "stop_token_ids": [99999]}')
+    _, _, err = tilewright("generate", "--prompt-file", "p.jsonl", "--stop-token-ids", "1")
+    assert err.startswith("tilewright: error: p.jsonl:1: token id 99999 in stop_token_ids is")
+
+
 def test_a_json_file_is_a_list_of_what_lines_may_be(records):
     Path("p.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     Path("p.json").write_text(json.dumps(LINES, indent=1))
@@ -379,12 +385,15 @@ def test_each_command_with_a_long_flag_has_its_short_form(command):
         (["--logits-processor", "choice=["], "--logits-processor: choice: expected a list of str"),
         (["--logit-bias", "99999=1"], "--logit-bias: token id 99999 in logit_bias is outside"),
         (["--stop-token-ids", "99999"], "--stop-token-ids: token id 99999 in stop_token_ids is"),
+        (["--template-option", "thnk=1"], "--template-option: the chat template reads no variable"),
+        (["--tools", "tools.json"], "--tools: the chat template does not read 'tools'"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "generate --json", "chat"])
 def test_a_setting_that_is_refused_names_its_flag(tilewright, monkeypatch, command, argv, said):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi")))
-    prompt = [] if command == "chat" else ["hi"]
+    Path("tools.json").write_text(json.dumps(TOOLS))
+    prompt = [] if command == "chat" else ["hi", "--chat"]
     code, _, err = tilewright(*command.split(), *prompt, *argv)
     assert code == 2
     assert re.fullmatch(r"tilewright: error: (prompt 1 of 1: )?(.*)\n", err)[2].startswith(said)

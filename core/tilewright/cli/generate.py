@@ -88,7 +88,7 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
         elif single and isinstance(first, str) and file.isatty() and sys.stderr.isatty():
             print(first, end="", file=sys.stderr, flush=True)
         if single and to_stdout and config.output.format == "text":
-            with naming_settings(resolved):
+            with naming_settings(resolved, _origins(entries[0])):
                 stream = engine.stream(model_id, first, settings[0])
                 pieces = answer_pieces(stream, hider(engine, model_id, resolved, first))
                 print_stream(stream, pieces, [], file)

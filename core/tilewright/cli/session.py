@@ -129,23 +129,29 @@ def with_origin(message: str, resolved: Resolved) -> str:
 
 
 @contextmanager
-def naming_settings(resolved: Resolved) -> Iterator[None]:
-    """Make errors of a request name where the setting was given that they are about."""
+def naming_settings(resolved: Resolved, line: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Make errors of a request name where the setting was given that they are about.
+
+    line: as ``with_setting`` takes it.
+    """
     try:
         yield
     except (ConfigError, RequestError) as error:
-        raise type(error)(with_setting(str(error), resolved)) from error
+        raise type(error)(with_setting(str(error), resolved, line)) from error
 
 
 def with_setting(message: str, resolved: Resolved, line: Mapping[str, str] | None = None) -> str:
-    """Add the origin of a ``[generate]`` setting to a message about it.
+    """Add the origin of a setting of a generation or of conversations to a message about it.
 
-    Messages have the setting's name in quotation marks, before ``=``, after ``in``, or as the first
-    word; those of a logits processor begin with the plugin's name. line: origins of the keys that a
-    prompt sets for itself.
+    Messages have the name of the setting, or of a template option, in quotation marks, before
+    ``=``, after ``in``, or as the first word; those of a logits processor begin with the plugin's
+    name. line: origins of the keys that a prompt sets for itself.
     """
-    origins = {place[1]: at for place, at in resolved.origins.items() if place[0] == "generate"}
-    origins.update(line or {})
+    sections = ("generate", "chat")
+    origins = {place[1]: at for place, at in resolved.origins.items() if place[0] in sections}
+    options = origins.get("template_options", "")
+    origins |= {re.escape(name): options for name in resolved.config.chat.template_options or ()}
+    origins |= line or {}
     named = [
         (found.start(), origin)
         for key, origin in origins.items()
