@@ -4,6 +4,7 @@ A setting has a place, such as ``("runtime", "page_size")``: section and key.
 """
 
 import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -200,7 +201,11 @@ def read_text(path: Path, what: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{what} {str(path)!r}, line {line}: expected UTF-8, found byte "
-            f"0x{data[error.start]:02x}"
-        ) from error
+        raise ConfigError(f"{what} {str(path)!r}, line {line}: {not_utf8(error)}") from error
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What to say of bytes that are not UTF-8: the first wrong one, or that they are UTF-16."""
+    if error.start == 0 and error.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
+        return "expected UTF-8, found UTF-16, as PowerShell writes it: save it as UTF-8"
+    return f"expected UTF-8, found byte 0x{error.object[error.start]:02x}"

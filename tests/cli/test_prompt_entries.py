@@ -96,6 +96,18 @@ def test_a_prompt_is_read_from_standard_input_without_byte_order_mark(
     assert records("generate", *argv, *TWO)[0]["prompt"] == "We the"
 
 
+def test_text_in_utf16_is_named(tilewright, monkeypatch):
+    said = "expected UTF-8, found UTF-16, as PowerShell writes it: save it as UTF-8\n"
+    for argv, where in (
+        (["generate", "-"], "standard input"),
+        (["chat"], "standard input, line 1"),
+        (["generate", "--prompt-file", "stdin"], "--prompt-file: prompt file 'stdin', line 1"),
+        (["run", "stdin"], "run file 'stdin', line 1"),
+    ):
+        stdin_from(monkeypatch, "We the".encode("utf-16"))
+        assert tilewright(*argv) == (2, "", f"tilewright: error: {where}: {said}")
+
+
 def test_a_prompt_that_is_given_leaves_standard_input_alone(records, monkeypatch):
     stdin_from(monkeypatch, b"from the pipe")
     Path("run.toml").write_text('[prompts]\ntext = "of the file"\n')
@@ -145,7 +157,7 @@ def test_a_pipe_to_which_nobody_writes_is_not_waited_for(tilewright, monkeypatch
 LINES = [
     {"prompt": "We the", "max_new_tokens": 3, "id": 7},
     {"id": {"a": None}, "prompt": "No person", "temperature": 2.0, "seed": 5, "n": 2},
-    "Congress shall",
+    "Congress\u2028shall",
     {"prompt": "We the", "stop": "[", "logit_bias": {"265": -1e9}, "seed": None, "id": "x"},
     {"prompt": "We the", "logits_processors": {"choice": ["yes", "no"]}},
 ]
@@ -162,7 +174,7 @@ def test_settings_of_a_line_replace_those_of_the_run(records, engine):
         ("We the", GenerateConfig(max_new_tokens=3, seed=100)),
         ("No person", GenerateConfig(temperature=2.0, seed=5)),
         ("No person", GenerateConfig(temperature=2.0, seed=6)),
-        ("Congress shall", GenerateConfig(seed=103)),
+        ("Congress\u2028shall", GenerateConfig(seed=103)),
         ("We the", GenerateConfig(seed=104, stop=("[",), logit_bias={265: -1e9})),
         ("We the", GenerateConfig(seed=105, logits_processors={"choice": ["yes", "no"]})),
     ]
@@ -187,7 +199,8 @@ def test_the_only_line_of_a_file_is_named_too(tilewright):
 
 
 def test_a_json_file_is_a_list_of_what_lines_may_be(records):
-    Path("p.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    lines = [json.dumps(line, ensure_ascii=False) for line in LINES]
+    Path("p.jsonl").write_text("\n".join(lines))
     Path("p.json").write_text(json.dumps(LINES, indent=1))
     Path("run.toml").write_text('[prompts]\nfile = "p.json"\n[generate]\nseed = 1\n')
     one = records("generate", "--prompt-file", "p.jsonl", "--seed", "1", *TWO)

@@ -21,7 +21,7 @@ from tilewright.cli.prompts import checked_messages, common_chat
 from tilewright.cli.session import naming_settings, note_turn_ends, open_engine
 from tilewright.config import ENVIRONMENT_PREFIX, Resolved, resolve
 from tilewright.errors import ConfigError, RequestError, TilewrightError, nearest
-from tilewright.settings import read_text
+from tilewright.settings import not_utf8, read_text
 
 if TYPE_CHECKING:
     from tilewright.engine import LLMEngine
@@ -219,10 +219,7 @@ def _read_messages(conversation: Conversation) -> None:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise RequestError(
-                f"standard input, line {number}: expected UTF-8, found byte "
-                f"0x{error.object[error.start]:02x}"
-            ) from error
+            raise RequestError(f"standard input, line {number}: {not_utf8(error)}") from error
         if not _take(conversation, text, on_terminal=sys.stdin.isatty()):
             return
 

@@ -83,10 +83,18 @@ def write_text(results: Sequence[GenerateResult], file: IO[str]) -> None:
     file.write("\n".join(f"{result.text}\n" for result in results))
 
 
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+"""Ends of lines that JSON does not escape."""
+
+
 def write_json(value: Any, file: IO[str]) -> None:
-    """JSON in one line, escaped to ASCII where the stream cannot encode Unicode."""
+    """JSON in one line, escaped to ASCII where the stream cannot encode Unicode.
+
+    Characters at which ``str.splitlines`` ends a line are escaped in any case.
+    """
     unicode = (getattr(file, "encoding", None) or "").lower().startswith("utf")
-    file.write(json.dumps(value, ensure_ascii=not unicode) + "\n")
+    line = json.dumps(value, ensure_ascii=not unicode)
+    file.write(line.translate(_LINE_ENDS) + "\n")
     file.flush()
 
 

@@ -16,7 +16,7 @@ from tilewright.chat import Chat
 from tilewright.cli.output import note
 from tilewright.config import DEFAULT, ENVIRONMENT_PREFIX, Resolved
 from tilewright.errors import ConfigError, PluginError, nearest
-from tilewright.settings import TOOLS, keys, read_text
+from tilewright.settings import TOOLS, keys, not_utf8, read_text
 from tilewright.types import GenerateConfig
 from tilewright.values import shown, structure
 
@@ -299,9 +299,7 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"standard input: expected UTF-8, found byte 0x{error.object[error.start]:02x}"
-        ) from error
+        raise ConfigError(f"standard input: {not_utf8(error)}") from error
 
 
 def _without_last_newline(text: str) -> str:
