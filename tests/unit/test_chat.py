@@ -608,6 +608,8 @@ ENDLESS = {
     "lists of one list": GROWING.replace("%s", "{% set ns.l = [ns.l, ns.l] %}") + "{{ ns.l }}",
     "lists as JSON": GROWING.replace("%s", "{% set ns.l = [ns.l, ns.l] %}")
     + "{{ ns.l | tojson }}",
+    "lists as text": GROWING.replace("%s", "{% set ns.l = [ns.l, ns.l] %}")
+    + "{{ ns.l | replace('a', 'b') }}",
     "text in a loop": "{% for i in range(99999) %}" + "y" * 99999 + "{% endfor %}",
     "slices that are kept": "{% set ns = namespace(l=[]) %}{% set x = 'x' * 10**7 %}"
     "{% for i in range(99999) %}{% set ns.l = ns.l + [x[1:]] %}{% endfor %}",
@@ -627,6 +629,9 @@ ENDLESS = {
     "a format method of a width": "{{ '{:{}}'.format(1, 10000000000) }}",
     "wide JSON": "{{ [1] | tojson(indent=10000000000) }}",
     "a wide batch": "{{ [1] | batch(10000000000, 'x') | list }}",
+    "a long list": "{{ [1] * 10 ** 7 }}",
+    "a list of characters": "{{ ('a ' * 10 ** 6) | list }}",
+    "a slow filter": "{{ ('a-' * 10 ** 6) | wordwrap(1) }}",
     "a filter of each": "{{ range(99999) | map('center', 9999) | list | length }}",
     "a translation": "{{ ('a' * 99999).translate({97: 'b' * 99999}) }}",
 }  # fmt: skip
