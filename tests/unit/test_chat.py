@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -649,6 +650,17 @@ def test_a_template_without_end_is_stopped(template: str, monkeypatch: pytest.Mo
     assert type(found) is ModelError
     assert re.search("still running|more than|at most|width|recursion", str(found))
     assert re.search(r"^chat template, line \d: ", str(found))
+
+
+def test_a_template_without_end_is_stopped_in_its_own_thread_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat_template_module, "RENDER_SECONDS", 0.3)
+    with ThreadPoolExecutor(2) as pool:
+        endless = pool.submit(failure, ENDLESS["loops"])
+        texts = [pool.submit(chat(QWEN_3).render_chat, [USER]) for _ in range(50)]
+        assert {text.result() for text in texts} == {wanted(QWEN_3, [USER], {})}
+        assert "still running" in str(endless.result())
 
 
 def test_a_long_conversation_is_far_from_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
