@@ -35,10 +35,14 @@ RENDER_SECONDS = 3.0
 of 1,000 characters takes a few hundredths of a second."""
 
 _MOST_CHARACTERS = 2 * 10**9
-"""How many characters and elements a template may make, all its values and output together."""
+"""How many characters a template may make, all its values and output together. An element of a
+list counts as eight."""
 
 _MOST_AT_ONCE = 10**8
-"""How many of them one value may have."""
+"""How many characters one text may have."""
+
+_MOST_ELEMENTS = 10**6
+"""How many elements one list may have, and characters a text that is taken apart."""
 
 _WIDEST = 10_000
 """The largest width of padding, indentation and the like."""
@@ -66,9 +70,21 @@ class _Allowance:
         self.characters -= characters
         if characters > _MOST_AT_ONCE or self.characters < 0:
             raise TemplateLimitError(
-                f"makes a text or list of more than {_MOST_AT_ONCE:,} elements, or more than "
+                f"makes a text of more than {_MOST_AT_ONCE:,} characters, or more than "
                 f"{_MOST_CHARACTERS:,} in all"
             )
+
+    def spend_elements(self, elements: int) -> None:
+        if elements > _MOST_ELEMENTS:
+            raise TemplateLimitError(f"makes a list of more than {_MOST_ELEMENTS:,} elements")
+        self.spend(8 * elements)
+
+    def spend_value(self, value: Any) -> None:
+        """For a value that has been made."""
+        if isinstance(value, str):
+            self.spend(len(value))
+        elif isinstance(value, (list, tuple)):
+            self.spend_elements(len(value))
 
 
 _allowance: ContextVar[_Allowance] = ContextVar("_allowance")
@@ -182,8 +198,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return True
 
     def counted(self, value: Any) -> Any:
-        if isinstance(value, (str, list, tuple)):
-            _allowance.get().spend(len(value))
+        _allowance.get().spend_value(value)
         return value
 
     def output(self, value: Any) -> Any:
@@ -237,8 +252,10 @@ def _limited(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
     def limited(context: Context, value: Any = "", *args: Any, **kwargs: Any) -> Any:
         allowance = _allowance.get()
         allowance.check_time()
-        _check_widths(name, [*args, *kwargs.values()])
         given = [*args, *kwargs.values()]
+        _check_widths(name, given)
+        if name in ("replace", "format", "indent"):
+            allowance.spend(_text_length(value))
         if name == "join":
             value = list(value)
             _check_join(value, given[0] if given else "")
@@ -253,11 +270,11 @@ def _limited(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
         elif name == "tojson":
             breadth = sum(i if isinstance(i, int) else _text_length(i) for i in given)
             allowance.spend(_text_length(value) * (1 + breadth))
-        elif name == "wordwrap":
-            allowance.spend(
-                _text_length(value) * (1 + sum(len(i) for i in given if isinstance(i, str)))
-            )
-        elif name not in _KEEPING:
+        elif name in _TAKING_APART and isinstance(value, str):
+            allowance.spend_elements(len(value))
+        elif name in _SLOW:
+            allowance.spend_elements(_text_length(value))
+        elif name not in _KEEPING | _TAKING_APART:
             allowance.spend(_text_length(value))
         extra = {
             _PassArg.context: (context,),
@@ -265,8 +282,7 @@ def _limited(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
             _PassArg.environment: (context.environment,),
         }.get(wants, ())  # type: ignore[arg-type]
         made = filter(*extra, value, *args, **kwargs)
-        if isinstance(made, (str, list, tuple)):
-            allowance.spend(len(made))
+        allowance.spend_value(made)
         return made
 
     return limited
@@ -303,12 +319,12 @@ def _text_length(value: Any) -> int:
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
     allowance = _allowance.get()
-    sizes = [len(i) for i in (left, right) if isinstance(i, (str, list, tuple))]
     numbers = [i for i in (left, right) if isinstance(i, int)]
-    if operator == "+":
-        allowance.spend(sum(sizes))
-    elif operator == "*" and sizes and numbers:
-        allowance.spend(sizes[0] * max(numbers[0], 0))
+    held = [i for i in (left, right) if isinstance(i, (str, list, tuple))]
+    if operator in "+*" and held:
+        spend = allowance.spend if isinstance(held[0], str) else allowance.spend_elements
+        factor = max(*numbers, 0) if operator == "*" and numbers else 1
+        spend(sum(map(len, held)) * factor)
     elif operator == "%" and isinstance(left, str):
         if re.search(r"%[^a-zA-Z%]*(\*|\d{5})", left):
             raise TemplateLimitError(f"formats with a width above {_WIDEST}, or one that varies")
@@ -325,10 +341,17 @@ _WITH_WIDTH = frozenset(
     | {"round"}
 )
 
+_TAKING_APART = frozenset(
+    {"batch", "groupby", "list", "map", "max", "min", "random", "reject", "rejectattr"}
+    | {"reverse", "select", "selectattr", "slice", "sort", "sum", "unique"}
+)
+"""Filters that read one element after the other."""
+
+_SLOW = frozenset({"pprint", "striptags", "title", "urlize", "wordcount", "wordwrap"})
+"""Filters of texts that take a while for each character."""
+
 _KEEPING = frozenset(
-    {"attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last"}
-    | {"length", "list", "map", "max", "min", "random", "reject", "rejectattr", "reverse"}
-    | {"select", "selectattr", "slice", "sort", "sum", "unique"}
+    {"attr", "count", "d", "default", "dictsort", "first", "items", "last"} | {"length"}
 )
 """Filters that make no text of a list."""
 

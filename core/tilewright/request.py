@@ -304,7 +304,8 @@ def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
         return tuple(converted(token_id, int) for token_id in prompt)
     except Exception as error:
         raise RequestError(
-            f"a prompt must be text, a list of token ids or a Chat, found {shown(prompt)}"
+            f"a prompt must be text or a list of token ids, found {shown(prompt)}; a conversation "
+            "is given as Chat(messages)"
         ) from error
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -608,6 +609,8 @@ ENDLESS = {
     "lists of one list": GROWING.replace("%s", "{% set ns.l = [ns.l, ns.l] %}") + "{{ ns.l }}",
     "lists as JSON": GROWING.replace("%s", "{% set ns.l = [ns.l, ns.l] %}")
     + "{{ ns.l | tojson }}",
+    "lists as text": GROWING.replace("%s", "{% set ns.l = [ns.l, ns.l] %}")
+    + "{{ ns.l | replace('a', 'b') }}",
     "text in a loop": "{% for i in range(99999) %}" + "y" * 99999 + "{% endfor %}",
     "slices that are kept": "{% set ns = namespace(l=[]) %}{% set x = 'x' * 10**7 %}"
     "{% for i in range(99999) %}{% set ns.l = ns.l + [x[1:]] %}{% endfor %}",
@@ -627,6 +630,9 @@ ENDLESS = {
     "a format method of a width": "{{ '{:{}}'.format(1, 10000000000) }}",
     "wide JSON": "{{ [1] | tojson(indent=10000000000) }}",
     "a wide batch": "{{ [1] | batch(10000000000, 'x') | list }}",
+    "a long list": "{{ [1] * 10 ** 7 }}",
+    "a list of characters": "{{ ('a ' * 10 ** 6) | list }}",
+    "a slow filter": "{{ ('a-' * 10 ** 6) | wordwrap(1) }}",
     "a filter of each": "{{ range(99999) | map('center', 9999) | list | length }}",
     "a translation": "{{ ('a' * 99999).translate({97: 'b' * 99999}) }}",
 }  # fmt: skip
@@ -644,6 +650,17 @@ def test_a_template_without_end_is_stopped(template: str, monkeypatch: pytest.Mo
     assert type(found) is ModelError
     assert re.search("still running|more than|at most|width|recursion", str(found))
     assert re.search(r"^chat template, line \d: ", str(found))
+
+
+def test_a_template_without_end_is_stopped_in_its_own_thread_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat_template_module, "RENDER_SECONDS", 0.3)
+    with ThreadPoolExecutor(2) as pool:
+        endless = pool.submit(failure, ENDLESS["loops"])
+        texts = [pool.submit(chat(QWEN_3).render_chat, [USER]) for _ in range(50)]
+        assert {text.result() for text in texts} == {wanted(QWEN_3, [USER], {})}
+        assert "still running" in str(endless.result())
 
 
 def test_a_long_conversation_is_far_from_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
