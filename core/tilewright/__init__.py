@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tilewright.async_engine import AsyncLLMEngine as AsyncLLMEngine
+    from tilewright.chat import Chat as Chat
     from tilewright.engine import LLMEngine as LLMEngine
     from tilewright.errors import TilewrightError as TilewrightError
     from tilewright.hookspecs import hookimpl as hookimpl
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncLLMEngine": "tilewright.async_engine",
+    "Chat": "tilewright.chat",
     "LLMEngine": "tilewright.engine",
     "TilewrightError": "tilewright.errors",
     "hookimpl": "tilewright.hookspecs",
@@ -32,6 +34,7 @@ _HOMES = {
 
 __all__ = [
     "AsyncLLMEngine",
+    "Chat",
     "GenerateConfig",
     "GenerateDelta",
     "GenerateResult",

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from tilewright.chat import Chat
 from tilewright.engine import LLMEngine, Prompt
 from tilewright.errors import RequestError, copied
 from tilewright.request import Request
@@ -24,9 +25,9 @@ from tilewright.types import (
 class AsyncLLMEngine:
     """Generates from any number of tasks, in one event loop or several.
 
-    ``engine`` is the engine behind it, for calls that do not block, such as ``chat_tokens``; other
-    threads may use it too. Methods that wait for a model do so in another thread, never in the
-    event loop.
+    ``engine`` is the engine behind it, for calls that do not block, such as ``default_config``;
+    other threads may use it too. Methods that wait for a model do so in another thread, never in
+    the event loop.
     """
 
     def __init__(self, engine: LLMEngine):
@@ -91,7 +92,7 @@ class AsyncLLMEngine:
         *,
         request_id: str | None = None,
     ) -> AsyncIterator[GenerateDelta]:
-        """Continue a prompt (text or token ids), in deltas as they are generated.
+        """Continue a prompt (text, token ids or a ``Chat``), in deltas as they are generated.
 
         The last delta has the result. If the generation fails, what it had made comes first and
         the error is raised then. What a slow reader has not taken arrives as one delta, so it
@@ -113,8 +114,8 @@ class AsyncLLMEngine:
             )
         try:
             arguments = thread, prompt, config, name
-            if isinstance(prompt, str) or getattr(config, "logits_processors", None):
-                # A long text takes a while, and so does a vocabulary.
+            if isinstance(prompt, (str, Chat)) or getattr(config, "logits_processors", None):
+                # A long text takes a while, and so do a chat template and a vocabulary.
                 request = await asyncio.to_thread(self.engine._new_request, *arguments)
             else:
                 request = self.engine._new_request(*arguments)

@@ -24,7 +24,6 @@ from tilewright.settings import (
     Given,
     Layer,
     Place,
-    Prompts,
     RunConfig,
     keys,
     located,
@@ -89,15 +88,27 @@ def resolve(
         else:
             values[section][rest[0]] = read_setting((section, rest[0]), setting)
     config = RunConfig(
-        options=options, **{section: cls(**values[section]) for section, cls in SECTIONS.items()}
+        options=options,
+        **{section: _made(section, values[section], given) for section in SECTIONS},
     )
     _check_plugins(config, given)
     if TEXT not in given and FILE not in given and config.model.path == str(DEMO_MODEL):
-        config = evolve(config, prompts=Prompts(text=(DEMO_PROMPT,)))
+        config = evolve(config, prompts=evolve(config.prompts, text=(DEMO_PROMPT,)))
     if not config.model.id:
         name = Path(config.model.path).absolute().name or "model"
         config = evolve(config, model=evolve(config.model, id=name))
     return Resolved(config, {place: setting.origin for place, setting in given.items()})
+
+
+def _made(section: str, values: Mapping[str, Any], given: Layer) -> Any:
+    """The settings of a section, which are right one by one. Raises ConfigError, which begins with
+    an origin, for those that contradict each other."""
+    try:
+        return SECTIONS[section](**values)
+    except ConfigError as error:
+        origins = {key: given[section, key].origin for key in values}
+        named = [origin for key, origin in origins.items() if str(error).startswith(f"{key!r} ")]
+        raise ConfigError(f"{', '.join(named)}: {error}" if named else str(error)) from error
 
 
 _DEVICES = {("runtime", "device"), ("options", "executor", "device")}

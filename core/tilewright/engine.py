@@ -12,6 +12,7 @@ from typing import Any
 from attrs import evolve
 
 from tilewright import loading
+from tilewright.chat import Chat, Message
 from tilewright.drafting import ngram_drafts
 from tilewright.errors import (
     ConfigError,
@@ -25,7 +26,7 @@ from tilewright.errors import (
 from tilewright.loading import ServedModel
 from tilewright.logits_processing import LogitsProcessorError
 from tilewright.plugins import Observers, Selection, select_all
-from tilewright.request import Request, check_settings, new_request, refused
+from tilewright.request import Request, check_settings, drawn_seed, new_request, refused
 from tilewright.runner import Runner
 from tilewright.stepping import SteppingThread
 from tilewright.types import (
@@ -41,8 +42,7 @@ from tilewright.types import (
 )
 from tilewright.values import shown
 
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Chat
 
 
 class GenerationStream(Iterator[str]):
@@ -178,7 +178,7 @@ class LLMEngine:
     def from_config(cls, path: str | Path) -> "LLMEngine":
         """Make an engine from a run file, with the file's model loaded (see docs/run-files.md).
 
-        ``[generate]``, ``[prompts]`` and ``[output]`` affect only ``tilewright run``.
+        ``[generate]``, ``[prompts]``, ``[chat]`` and ``[output]`` affect only ``tilewright run``.
         The environment's TILEWRIGHT_ variables override the file. Raises ConfigError naming the
         file, line and key of an error, and what ``from_plugins`` and ``init_model`` raise.
         """
@@ -375,7 +375,9 @@ class LLMEngine:
     def generate(
         self, model_id: str, prompt: Prompt, config: GenerateConfig | None = None
     ) -> "str | GenerationStream":
-        """Continue a prompt (text or token ids). Returns text, or a stream if ``config.stream``.
+        """Continue a prompt: text, token ids or a ``Chat``.
+
+        Returns text, or a stream if ``config.stream``.
 
         Raises RequestError for a prompt or settings that cannot be served, such as ``n`` above 1,
         OutOfPagesError when the KV cache is too small for them, NonFiniteLogitsError, and
@@ -441,13 +443,16 @@ class LLMEngine:
     def _generate_one(
         self, thread: SteppingThread, prompt: Prompt, settings: GenerateConfig
     ) -> GenerateResult:
-        (result,) = self._generate(thread, [prompt], settings)
+        (result,) = self._generate(thread, [(prompt, settings)], {})
         if result.error:
             raise result.error
         return result
 
     def generate_batch(
-        self, model_id: str, prompts: Sequence[Prompt], config: GenerateConfig | None = None
+        self,
+        model_id: str,
+        prompts: Sequence[Prompt],
+        config: GenerateConfig | Sequence[GenerateConfig] | None = None,
     ) -> list[GenerateResult]:
         """Like ``generate_result`` for many prompts at once, with ``config.n`` results for each.
 
@@ -456,27 +461,63 @@ class LLMEngine:
         prompt that cannot be served, for example since it is too long, has the reason in its
         results' ``error``; so has a generation whose logits are not finite or whose logits
         processor fails. When a step fails, all are ended and the error is raised.
+
+        config: of all prompts, or a sequence with one for each. Then result j of prompt i is
+        sampled with ``config[i].seed + j``, and settings that the model cannot serve are errors of
+        that prompt's results.
         """
-        if isinstance(prompts, str):
-            raise RequestError("expected a list of prompts, found a string: use generate() for one")
+        if isinstance(prompts, (str, Chat)):
+            found = "a string" if isinstance(prompts, str) else "a Chat"
+            raise RequestError(f"expected a list of prompts, found {found}: use generate() for one")
         thread = self._thread(model_id)
-        return self._generate(thread, prompts, _settings(thread.runner, config))
+        model, errors = thread.runner.model, {}
+        each: list[GenerateConfig] = []
+        if isinstance(config, Sequence) and not isinstance(config, str):
+            if len(config) != len(prompts):
+                raise RequestError(
+                    f"expected a configuration for each of {len(prompts)} prompts, found "
+                    f"{len(config)}"
+                )
+            for i, one in enumerate(config):
+                try:
+                    each.append(_settings(thread.runner, one))
+                except (RequestError, ConfigError) as error:
+                    each.append(one)
+                    errors[i] = error
+        else:
+            settings = _settings(thread.runner, config)
+            each = [
+                evolve(settings, seed=_later(settings.seed, i * (settings.n or 1)))
+                for i in range(len(prompts))
+            ]
+        choices: list[tuple[Prompt, GenerateConfig]] = []
+        failed: dict[int, TilewrightError] = {}
+        for i, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
+            for j in range(settings.n or model.generation_defaults.n or 1):
+                if i in errors:
+                    failed[len(choices)] = errors[i]
+                choices.append((prompt, evolve(settings, seed=_later(settings.seed, j))))
+        return self._generate(thread, choices, failed)
 
     def _generate(
-        self, thread: SteppingThread, prompts: Sequence[Prompt], settings: GenerateConfig
+        self,
+        thread: SteppingThread,
+        choices: Sequence[tuple[Prompt, GenerateConfig]],
+        errors: Mapping[int, TilewrightError],
     ) -> list[GenerateResult]:
+        """A result for each pair of a prompt and its settings. errors: of those refused already."""
         model = thread.runner.model
-        choices = [prompt for prompt in prompts for _ in range(settings.n or 1)]
+        errors = dict(errors)
         asked = [
-            evolve(settings, seed=None if settings.seed is None else (settings.seed + i) % 2**63)
-            for i in range(len(choices))
+            settings if settings.seed is not None else evolve(settings, seed=drawn_seed())
+            for _, settings in choices
         ]
         names = [self._next_id(model) for _ in choices]
         requests: dict[int, Request] = {}
-        errors: dict[int, TilewrightError] = {}
-        for i, prompt in enumerate(choices):
+        for i, (prompt, _) in enumerate(choices):
             try:
-                requests[i] = new_request(names[i], model, prompt, asked[i])
+                if i not in errors:
+                    requests[i] = new_request(names[i], model, prompt, asked[i])
             except RequestError as error:
                 errors[i] = error
         errors |= _run(thread, requests)
@@ -486,20 +527,67 @@ class LLMEngine:
         ]
 
     def chat(
-        self, model_id: str, messages: Sequence[Message], config: GenerateConfig | None = None
+        self,
+        model_id: str,
+        messages: Sequence[Message],
+        config: GenerateConfig | None = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
     ) -> "str | GenerationStream":
-        """Answer a conversation, as ``generate`` does, through the model's chat template.
+        """Answer a conversation, by the model's chat template: ``generate`` of a ``Chat``.
 
-        Messages are mappings with ``role`` and ``content``. Raises RequestError when the model has
-        no template or the template refuses them.
+        The fields of ``Chat`` explain the arguments. Raises RequestError when the model has no
+        template or the template refuses the messages, and ModelError for a faulty template.
         """
-        return self.generate(model_id, self.chat_tokens(model_id, messages), config)
+        prompt = Chat(messages, template_options or {}, tools, continue_last)
+        return self.generate(model_id, prompt, config)
 
-    def chat_tokens(self, model_id: str, messages: Sequence[Message]) -> list[int]:
-        """The prompt that ``chat`` makes from a conversation, as token ids."""
-        text = self.model(model_id).text
-        # Templates write their own special tokens.
-        return text.encode(text.render_chat(messages), add_special_tokens=False)
+    def chat_result(
+        self,
+        model_id: str,
+        messages: Sequence[Message],
+        config: GenerateConfig | None = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
+    ) -> GenerateResult:
+        """Like ``chat``; the result has tokens, finish reason, logprobs and timings too."""
+        prompt = Chat(messages, template_options or {}, tools, continue_last)
+        return self.generate_result(model_id, prompt, config)
+
+    def chat_stream(
+        self,
+        model_id: str,
+        messages: Sequence[Message],
+        config: GenerateConfig | None = None,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
+    ) -> GenerationStream:
+        """Like ``chat`` with ``config.stream`` set: the text in pieces, as it is generated."""
+        prompt = Chat(messages, template_options or {}, tools, continue_last)
+        return self.stream(model_id, prompt, config)
+
+    def chat_tokens(
+        self,
+        model_id: str,
+        messages: Sequence[Message],
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_last: bool = False,
+    ) -> list[int]:
+        """The prompt that ``chat`` makes from a conversation, as token ids.
+
+        A generation from these ids does not end at the tokens that end an answer in a chat alone;
+        one from a ``Chat`` does.
+        """
+        prompt = Chat(messages, template_options or {}, tools, continue_last)
+        return self.model(model_id).text.encode_chat(prompt)
 
     def _next_id(self, model: ServedModel) -> str:
         return f"{model.model_id}-{next(self._numbers)}"
@@ -530,6 +618,11 @@ def _settings(
     check_settings(runner.model, settings)
     runner.make_processors(settings.logits_processors or ())
     return settings
+
+
+def _later(seed: int | None, by: int) -> int | None:
+    """The seed of a later result. Seeds have 63 bits, and 0 follows the largest."""
+    return None if seed is None else (seed + by) % 2**63
 
 
 def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, TilewrightError]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import Factory, define, evolve, field, fields
 
+from tilewright.chat import Chat
 from tilewright.errors import RequestError, TilewrightError
 from tilewright.logits_processing import Processing
 from tilewright.text import TextStream
@@ -212,17 +213,31 @@ _SEED_BITS = 53
 """Bits of a seed that is drawn: JavaScript and jq read larger integers as other numbers."""
 
 
+def drawn_seed() -> int:
+    return secrets.randbits(_SEED_BITS)
+
+
 def new_request(
-    request_id: str, model: "ServedModel", prompt: str | Sequence[int], settings: GenerateConfig
+    request_id: str,
+    model: "ServedModel",
+    prompt: str | Sequence[int] | Chat,
+    settings: GenerateConfig,
 ) -> Request:
     """A request for a model. settings: every field but the optional ones is filled.
 
+    A ``Chat`` also ends at the tokens that end an answer in a chat, unless ``ignore_eos`` is set.
     Raises RequestError for a prompt that the model cannot serve.
     """
-    ids = tuple(model.text.encode(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
+    if isinstance(prompt, Chat):
+        ids = tuple(model.text.encode_chat(prompt))
+        if not settings.ignore_eos:
+            ends = (*(settings.stop_token_ids or ()), *model.text.assets.turn_end_ids)
+            settings = evolve(settings, stop_token_ids=ends)
+    else:
+        ids = tuple(model.text.encode(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
     _check_prompt(model, ids)
     assert settings.max_new_tokens is not None
-    seed = secrets.randbits(_SEED_BITS) if settings.seed is None else settings.seed
+    seed = drawn_seed() if settings.seed is None else settings.seed
     params = evolve(_sampling_params(settings), seed=seed)
     least = settings.min_new_tokens or 0
     eos_ids, stop_ids = _ending_ids(model, settings)
@@ -289,7 +304,8 @@ def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
         return tuple(converted(token_id, int) for token_id in prompt)
     except Exception as error:
         raise RequestError(
-            f"a prompt must be text or a list of token ids, found {shown(prompt)}"
+            f"a prompt must be text or a list of token ids, found {shown(prompt)}; a conversation "
+            "is given as Chat(messages)"
         ) from error
 
 

@@ -4,6 +4,7 @@ A setting has a place, such as ``("runtime", "page_size")``: section and key.
 """
 
 import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +70,32 @@ class Prompts:
 
     text: tuple[str, ...] = described("text to continue", ())
     file: tuple[str, ...] = described(
-        "file that holds one prompt, or one JSON prompt per line if its name ends in .jsonl", ()
+        "file that holds one prompt; if its name ends in .jsonl, one JSON prompt or conversation "
+        "per line, and if it ends in .json, a list of these",
+        (),
+    )
+    chat: bool = described(
+        "make each prompt a user's message, and ask for the answer through the chat template",
+        False,
+    )
+
+
+@frozen
+class ChatSettings:
+    """What conversations have in common."""
+
+    system: str | None = described(
+        "system message of conversations that do not begin with one of their own"
+    )
+    template_options: Mapping[str, Any] | None = described(
+        "set a variable of the chat template, such as enable_thinking=false; the value is JSON, "
+        "else text"
+    )
+    tools: str | None = described(
+        "file with a JSON list of tools that the model may call, in OpenAI's form"
+    )
+    hide_thinking: bool = described(
+        "leave out of an answer what the model thinks between <think> and </think>", False
     )
 
 
@@ -96,6 +122,7 @@ class RunConfig:
     runtime: RuntimeConfig
     generate: GenerateConfig
     prompts: Prompts
+    chat: ChatSettings
     output: Output
 
     def selection(self) -> dict[str, Any]:
@@ -109,11 +136,15 @@ SECTIONS: dict[str, type] = {
     "runtime": RuntimeConfig,
     "generate": GenerateConfig,
     "prompts": Prompts,
+    "chat": ChatSettings,
     "output": Output,
 }
 """The tables of a run file except ``[options.<kind>]``."""
 PATH = ("model", "path")
 TEXT, FILE = ("prompts", "text"), ("prompts", "file")
+TOOLS = ("chat", "tools")
+FILES = (FILE, TOOLS, ("output", "file"))
+"""Settings that name a file."""
 _STREAM = ("generate", "stream")
 
 
@@ -125,7 +156,7 @@ def keys(section: str) -> list[str]:
 def read_setting(place: Place, setting: Given) -> Any:
     """A value with the type of its setting. Raises ConfigError, which begins with its origin."""
     (section, key), value = place, setting.value
-    if section == "prompts" and isinstance(value, str):
+    if place in (TEXT, FILE) and isinstance(value, str):
         value = [value]  # never parsed as a JSON list
     return getattr(structure(SECTIONS[section], {key: value}, setting.origin), key)
 
@@ -138,7 +169,7 @@ def located(place: Place, setting: Given, folder: Path) -> Given:
     value = setting.value
     if isinstance(value, list) and place == FILE:
         value = [_in_folder(folder, item) for item in value]
-    elif place in (FILE, ("output", "file")) or (place == PATH and _is_path(folder, value)):
+    elif place in FILES or (place == PATH and _is_path(folder, value)):
         value = _in_folder(folder, value)
     return Given(value, setting.origin)
 
@@ -170,7 +201,11 @@ def read_text(path: Path, what: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{what} {str(path)!r}, line {line}: expected UTF-8, found byte "
-            f"0x{data[error.start]:02x}"
-        ) from error
+        raise ConfigError(f"{what} {str(path)!r}, line {line}: {not_utf8(error)}") from error
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What to say of bytes that are not UTF-8: the first wrong one, or that they are UTF-16."""
+    if error.start == 0 and error.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
+        return "expected UTF-8, found UTF-16, as PowerShell writes it: save it as UTF-8"
+    return f"expected UTF-8, found byte 0x{error.object[error.start]:02x}"

@@ -1,14 +1,17 @@
 """Text to token ids and back: tokenizer, chat template, incremental detokenisation."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-from tilewright.errors import ModelError, RequestError, TilewrightError
+from tilewright.chat import (
+    BEGIN_THINKING,
+    END_THINKING,
+    Chat,
+    Message,
+    last_text,
+    render,
+)
+from tilewright.errors import RequestError
 from tilewright.types import TextAssets
-
-if TYPE_CHECKING:
-    import jinja2
 
 _REPLACEMENT = "\ufffd"
 
@@ -71,45 +74,50 @@ class Text:
         return token_id in self._byte_ids
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        chat: Chat | Sequence[Message],
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt for a conversation, by the model's chat template.
 
-        messages: mappings with ``role``, ``content`` and whatever else the template reads.
-        add_generation_prompt: end with the beginning of the assistant's answer.
+        add_generation_prompt: end with the beginning of the assistant's answer; not for a chat
+        whose last message is continued.
 
         Raises RequestError when the model has no template or the template does not accept the
         messages, ModelError when the template itself is wrong.
         """
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping):
-                raise RequestError(
-                    f"chat message {index}: expected a mapping such as "
-                    f'{{"role": "user", "content": "Hi"}}, found {type(message).__name__}'
-                )
-        template = self._chat_template
-        try:
-            return template.render(
-                **self.assets.special_tokens,
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:
-            raise _template_error(error) from error
+        from tilewright.chat_template import compiled
 
-    @cached_property
-    def _chat_template(self) -> "jinja2.Template":
-        if self.assets.chat_template is None:
+        chat = chat if isinstance(chat, Chat) else Chat(chat)
+        source = self.assets.chat_template
+        if chat.tools is not None and self.assets.tool_chat_template is not None:
+            source = self.assets.tool_chat_template
+        if source is None:
+            also = " for chats without tools" if self.assets.tool_chat_template else ""
             raise RequestError(
-                "this model has no chat template: use generate with the whole prompt as text, or "
-                "add a chat_template.jinja beside its tokenizer.json"
+                f"this model has no chat template{also}: use generate with the whole prompt as "
+                "text, or add a chat_template.jinja beside its tokenizer.json"
             )
-        try:
-            return _compile(self.assets.chat_template)
-        except Exception as error:
-            raise _template_error(error) from error
+        return render(chat, compiled(source), self.assets.special_tokens, add_generation_prompt)
+
+    def encode_chat(self, chat: Chat) -> list[int]:
+        """The token ids of a conversation. Raises what ``render_chat`` raises."""
+        # Templates write their own special tokens.
+        return self.encode(self.render_chat(chat), add_special_tokens=False)
+
+    def opens_thinking(self, chat: Chat) -> bool:
+        """Whether the answer to a chat begins within the model's thinking.
+
+        That is so where the prompt ends after ``<think>``. It is False for a tokenizer that has
+        ``</think>`` as a special token, since no text shows then where the thinking ends.
+        """
+        visible = self.decode(self.encode(END_THINKING, add_special_tokens=False))
+        if END_THINKING not in visible:
+            return False
+        begun = last_text(chat) if chat.continue_last else ""
+        return begun.rfind(BEGIN_THINKING) > begun.rfind(END_THINKING) or self.render_chat(
+            chat
+        ).rstrip().endswith(BEGIN_THINKING)
 
 
 class TextStream:
@@ -220,77 +228,3 @@ def _common(a: str, b: str) -> int:
     """How many characters two texts have in common at their beginning."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (one, other) in pairs if one != other), min(len(a), len(b)))
-
-
-def _compile(source: str) -> "jinja2.Template":
-    """Compile a chat template as transformers does: same sandbox, white space, and functions."""
-    import json
-    from datetime import datetime
-
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """``{% generation %}`` marks the assistant's part for training; here it has no effect."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(source)
-
-
-def _template_error(error: Exception) -> TilewrightError:
-    """The error for a failing chat template, with the line that failed."""
-    import traceback
-
-    from jinja2 import TemplateSyntaxError
-    from jinja2.exceptions import SecurityError
-
-    if isinstance(error, TilewrightError):
-        return error
-    if isinstance(error, TemplateSyntaxError):
-        line = error.lineno
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f.lineno or 0 for f in reversed(frames) if f.filename == "<template>"), 0)
-    where = f"chat template, line {line}: " if line else "chat template: "
-    what = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
-    if isinstance(error, TemplateSyntaxError):
-        return ModelError(f"{where}{what}; correct the template, or use another one")
-    if isinstance(error, SecurityError):
-        return ModelError(
-            f"{where}{what}; templates may not do this: use a template that you trust"
-        )
-    return RequestError(f"{where}{what}; the template does not accept these messages")

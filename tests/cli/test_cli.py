@@ -79,7 +79,7 @@ def test_the_overview_has_a_line_for_each_command(capsys):
     out, _ = printed(capsys, "--help")
     lines = [line.split(maxsplit=1) for line in out.partition("  COMMAND\n")[2].splitlines()]
     assert [name for name, _ in lines] == COMMANDS
-    assert dict(lines)["generate"] == "Continue a prompt"
+    assert dict(lines)["generate"] == "Continue a prompt, or answer a question"
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -169,16 +169,6 @@ def test_json_output_is_one_object_per_result(capsys, continuation):
     assert first is None
     assert [token["token_id"] for token in rest] == record["prompt_token_ids"][1:]
     assert "sanitized_steps" not in record
-
-
-@pytest.mark.parametrize("flag", ["--logprobs", "--prompt-logprobs"])
-def test_log_probabilities_that_are_not_printed_are_a_warning(capsys, flag):
-    argv = ["generate", *GREEDY, flag, "2", "We"]
-    _, err = printed(capsys, *argv)
-    assert err == f"warning: {flag}: text has no log-probabilities: add --json for them\n"
-    out, err = printed(capsys, *argv, "--json")
-    assert err == ""
-    assert json.loads(out)[flag.removeprefix("--").replace("-", "_")]
 
 
 def test_json_output_says_what_ended_the_text(capsys):

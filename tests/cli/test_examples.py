@@ -129,11 +129,13 @@ def test_documented_commands_are_accepted_by_task_submit_and_get_its_card():
             assert words[:2] == ["python", "examples/qwen3_14b_local_generate.py"]
 
 
-def test_the_loops_of_the_engine_page_generate(capsys):
+def test_the_examples_of_the_engine_page_generate(capsys):
     page = (ROOT / "docs/engine.md").read_text()
-    asynchronous, own = [
+    chats, asynchronous, own = [
         block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "MODEL" in block
     ]
+    exec(chats, {"MODEL": DEMO_MODEL})
+    assert re.match(r"(length|eos)\n Course of human events", capsys.readouterr().out)
     exec(asynchronous, {"MODEL": DEMO_MODEL})
     assert capsys.readouterr().out.startswith(" to be self-evident")
     exec(own, {"MODEL": DEMO_MODEL})

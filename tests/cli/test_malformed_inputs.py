@@ -295,7 +295,7 @@ def test_a_misspelt_flag_of_any_command_is_an_error_with_a_suggestion(capsys, co
     [
         ("{", "invalid JSON"),
         ("3", "expected a string"),
-        ('{"text": "x"}', "expected a string"),
+        ('{"text": "x"}', "unknown key 'text'"),
         ('{"prompt": ["x"]}', "expected a string"),
         ("null", "expected a string"),
         ("[" * 100_000, "invalid JSON"),

@@ -211,6 +211,7 @@ WRONG_SETTINGS = [
     ({"top_k": 1.5}, "'top_k' must be an integer or none, found 1.5"),
     ({"logprobs": True}, "'logprobs' must be an integer or none, found True"),
     ({"seed": 1.5}, "'seed' must be an integer or none, found 1.5"),
+    ({"stop": ("a", "")}, "'stop' must be a list of strings of at least one character"),
     ({"seed": 2**63}, "'seed' must be < 9223372036854775808"),
     ({"max_new_tokens": 2.5}, "'max_new_tokens' must be an integer or none, found 2.5"),
     ({"max_new_tokens": "5"}, "'max_new_tokens' must be an integer or none, found '5'"),
@@ -624,6 +625,32 @@ def test_a_call_with_one_result_refuses_n_above_1(engine, how):
     assert getattr(engine, how)("demo", prompt, config(2, n=1))
 
 
+def test_a_batch_may_have_a_configuration_for_each_prompt(engine):
+    asked = [
+        (TRUTHS, config(8, n=2, seed=2**63 - 1, temperature=3.0)),
+        (WHEN, config(3)),
+        (WHEN, config(3, logit_bias={10**6: 1.0}, n=2)),
+        (WHEN, config(3, min_new_tokens=2, seed=4)),
+    ]
+    prompts, configs = zip(*asked, strict=True)
+    *good, bad, worse, last = engine.generate_batch("demo", prompts, configs)
+    alone = [
+        (TRUTHS, config(8, seed=2**63 - 1, temperature=3.0)),
+        (TRUTHS, config(8, seed=0, temperature=3.0)),
+        (WHEN, config(3)),
+        asked[-1],
+    ]
+    for result, (prompt, settings) in zip([*good, last], alone, strict=True):
+        assert result.token_ids == engine.generate_result("demo", prompt, settings).token_ids
+    for result in (bad, worse):
+        assert isinstance(result.error, RequestError)
+        assert "logit_bias is outside the vocabulary" in str(result.error)
+    with pytest.raises(RequestError, match="a configuration for each of 4 prompts, found 3"):
+        engine.generate_batch("demo", prompts, configs[:3])
+    with pytest.raises(ConfigError, match="config must be a GenerateConfig or None, found 'x'"):
+        engine.generate_batch("demo", ["a"], "x")
+
+
 def test_a_randomly_drawn_seed_reproduces_the_result(engine):
     first = engine.generate_result("demo", TRUTHS, config(10, temperature=3.0))
     again = engine.generate_result("demo", TRUTHS, config(10, temperature=3.0, seed=first.seed))
@@ -730,8 +757,8 @@ def test_invalid_requests_are_refused_before_anything_runs(engine):
 
 
 def test_a_refused_request_leaves_nothing_behind(engine):
-    with pytest.raises(RequestError, match="empty one"):
-        engine.generate("demo", TRUTHS, config(stop=("",)))
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        engine.generate("demo", "", config())
     assert CONTINUED.startswith(engine.generate("demo", TRUTHS, config()))
 
 

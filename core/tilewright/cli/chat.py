@@ -4,19 +4,24 @@ A conversation on a terminal, or one message per line from a pipe.
 """
 
 import argparse
+import json
+import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import define, field
+from attrs import define, evolve, field
 
+from tilewright.chat import Chat, Message
 from tilewright.cli import INTERRUPTED, flags
-from tilewright.cli.generate import print_stream
-from tilewright.cli.output import note, warn_sanitized
-from tilewright.cli.session import open_engine
-from tilewright.config import resolve
+from tilewright.cli.generate import answer_pieces, hider, note_logprobs, print_stream
+from tilewright.cli.output import note, opened, warn_sanitized
+from tilewright.cli.prompts import checked_messages, common_chat
+from tilewright.cli.session import naming_settings, note_turn_ends, open_engine
+from tilewright.config import ENVIRONMENT_PREFIX, Resolved, resolve
 from tilewright.errors import ConfigError, RequestError, TilewrightError, nearest
-from tilewright.settings import RunConfig
+from tilewright.settings import not_utf8, read_text
 
 if TYPE_CHECKING:
     from tilewright.engine import LLMEngine
@@ -29,15 +34,29 @@ _WORDS = {
     "/quit": "end the chat, like Ctrl-D",
     "/help": "show this list",
 }
+_KNOWN = [usage.partition(" ")[0] for usage in _WORDS]
+_BLOCK = '"""'
+_FORMS = {
+    "//TEXT": "send a message that begins with one slash",
+    _BLOCK: f"begin a message of several lines, which ends at the next {_BLOCK}",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright chat [options]"
     parser.description = (
-        "Chat with a model. Ctrl-C stops an answer. Without a terminal, each line of standard "
-        f"input is a message. A line may also be {', '.join(_WORDS)}."
+        f"Chat with a model. Ctrl-C stops an answer. A line may also be {', '.join(_WORDS)}; "
+        "//TEXT sends a message that begins with one slash, and on a terminal "
+        f"{_BLOCK} begins and ends a message of several lines. Without a terminal, each line of "
+        "standard input is a message, also one that begins with a slash, unless it is one of "
+        "these commands."
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument(
+        "--session",
+        metavar="FILE",
+        help="keep the conversation in this file, in JSON, and go on with it if the file exists",
+    )
+    flags.add_chat_flags(parser)
     flags.add_generate_flags(parser)
     flags.add_engine_flags(parser)
 
@@ -51,13 +70,58 @@ def run(args: argparse.Namespace) -> int:
             f"{resolved.origin('generate', 'n')}: expected n = 1, since a chat has one answer to "
             f"each message, found n = {n}"
         )
+    common = common_chat(resolved)
+    messages = list(common.messages)
+    if args.session is not None and (saved := _saved(args.session)):
+        _check_system(saved, resolved)
+        messages = saved
     with open_engine(resolved) as engine:
-        conversation = Conversation(engine, resolved.config)
-        conversation.begin(args.system)
+        note_turn_ends(engine, resolved)
+        conversation = Conversation(engine, resolved, common, args.session, messages)
         if sys.stdin.isatty() and sys.stdout.isatty():
             return _talk(conversation)
         _read_messages(conversation)
     return 0
+
+
+def _saved(path: str) -> list[Message]:
+    """The messages of a session file; none if it does not exist.
+
+    Raises ConfigError for a file that is not a session, and where none can be written.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    if path == "-" or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"--session: session file {path!r} cannot be written: expected the name of a file in a "
+            "folder in which you may write"
+        )
+    if not os.path.exists(path):
+        return []
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"--session: {path!r} is not a file: expected a session of tilewright chat"
+        )
+    text = read_text(Path(path), "--session: session file")
+    wrong = f"--session: {path!r} is not a session of tilewright chat, and is left as it is"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{wrong}: invalid JSON: {error}") from error
+    if not isinstance(value, dict) or set(value) != {"messages"}:
+        raise ConfigError(f'{wrong}: expected a JSON object with "messages" and nothing else')
+    return [*checked_messages(value["messages"], wrong, at_least=0)]
+
+
+def _check_system(saved: list[Message], resolved: Resolved) -> None:
+    """Raise ConfigError if a flag sets another system message than the session has."""
+    system, origin = resolved.config.chat.system, resolved.origin("chat", "system")
+    if not system or origin.startswith(ENVIRONMENT_PREFIX):
+        return
+    if saved[0] != {"role": "system", "content": system}:
+        raise ConfigError(
+            f"{origin}: the session has begun with another system message, or with none: omit "
+            "the flag, or name a new session file"
+        )
 
 
 @define
@@ -65,30 +129,44 @@ class Conversation:
     """The messages so far, and the engine that answers them."""
 
     engine: "LLMEngine"
-    config: RunConfig
-    messages: list[dict[str, str]] = field(factory=list)
+    resolved: Resolved
+    common: Chat
+    """Tools and template options."""
+    session: str | None = None
+    """The file that keeps the messages."""
+    messages: list[Message] = field(factory=list)
 
     def begin(self, system: str | None) -> None:
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self._keep([{"role": "system", "content": system}] if system else [])
 
     def answer(self, text: str) -> None:
         """Print the answer to a message. The text of an interrupted answer is kept."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        model_id = self.config.model.id
-        prompt = self.engine.chat_tokens(model_id, messages)
-        stream = self.engine.stream(model_id, prompt, self.config.generate)
+        model_id, config = self.resolved.config.model.id, self.resolved.config.generate
+        chat = evolve(self.common, messages=messages)
         said: list[str] = []
         try:
-            print_stream(stream, said, sys.stdout)
+            with naming_settings(self.resolved):
+                stream = self.engine.stream(model_id, chat, config)
+                splitter = hider(self.engine, model_id, self.resolved, chat)
+                print_stream(stream, answer_pieces(stream, splitter), said, sys.stdout)
         finally:
-            if said:
-                self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+            if "".join(said):
+                self._keep([*messages, {"role": "assistant", "content": "".join(said)}])
         if stream.result is None:
             return
+        note_logprobs([stream.result], self.engine, model_id)
         warn_sanitized([stream.result])
         if stream.result.finish_reason == "length":
             tokens = len(stream.result.token_ids)
             note(f"note: stopped after {tokens} tokens; --max-new-tokens N allows more")
+
+    def _keep(self, messages: list[Message]) -> None:
+        self.messages = messages
+        if self.session is not None:
+            with opened(self.session) as file:
+                json.dump({"messages": messages}, file, indent=2, ensure_ascii=False)
+                file.write("\n")
 
 
 def _talk(conversation: Conversation) -> int:
@@ -96,13 +174,16 @@ def _talk(conversation: Conversation) -> int:
         import readline  # noqa: F401  gives input() line editing and history
 
     note(
-        f"{conversation.config.model.id}: Ctrl-C stops an answer, Ctrl-D ends the chat, /help "
-        "lists the commands"
+        f"{conversation.resolved.config.model.id}: Ctrl-C stops an answer, Ctrl-D ends the chat, "
+        "/help lists the commands"
     )
+    if conversation.messages and conversation.session:
+        note(f"{conversation.session}: the conversation has {len(conversation.messages)} messages")
     interrupted = False
     while True:
         try:
             line = input("> ")
+            block = _block(line) if line.lstrip().startswith(_BLOCK) else None
         except EOFError:
             print()
             return 0
@@ -115,7 +196,9 @@ def _talk(conversation: Conversation) -> int:
             continue
         interrupted = False
         try:
-            if not _take(conversation, line):
+            if block is not None:
+                _say(conversation, block)
+            elif not _take(conversation, line, on_terminal=True):
                 return 0
         except KeyboardInterrupt:
             continue
@@ -123,20 +206,25 @@ def _talk(conversation: Conversation) -> int:
             note(f"error: {error}")
 
 
+def _block(line: str) -> str:
+    """A message of several lines, whose first line is given."""
+    text = line.lstrip().removeprefix(_BLOCK)
+    while not text.rstrip().endswith(_BLOCK):
+        text += "\n" + input("... ")
+    return text.rstrip().removesuffix(_BLOCK)
+
+
 def _read_messages(conversation: Conversation) -> None:
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
-            text = line.decode().rstrip("\r\n")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise RequestError(
-                f"standard input, line {number}: expected UTF-8, found byte "
-                f"0x{line[error.start]:02x}"
-            ) from error
-        if not _take(conversation, text):
+            raise RequestError(f"standard input, line {number}: {not_utf8(error)}") from error
+        if not _take(conversation, text, on_terminal=sys.stdin.isatty()):
             return
 
 
-def _take(conversation: Conversation, line: str) -> bool:
+def _take(conversation: Conversation, line: str, on_terminal: bool) -> bool:
     """Handle a line of input. False when it ends the conversation."""
     word, _, rest = line.strip().partition(" ")
     if word == "/quit":
@@ -146,11 +234,20 @@ def _take(conversation: Conversation, line: str) -> bool:
     elif word == "/system":
         conversation.begin(rest)
     elif word == "/help":
-        for usage, meaning in _WORDS.items():
+        for usage, meaning in (_WORDS | _FORMS).items():
             note(f"{usage}: {meaning}")
-    elif word.startswith("/"):
-        known = [usage.partition(" ")[0] for usage in _WORDS]
-        raise RequestError(f"no command is named {word!r}{nearest(word, known)} (see /help)")
-    elif word:
-        conversation.answer(line.strip())
+    elif word.startswith("//"):
+        _say(conversation, line.strip()[1:])
+    elif word.startswith("/") and on_terminal:
+        raise RequestError(
+            f"no command is named {word!r}{nearest(word, _KNOWN)} (see /help); /{word} sends it as "
+            "a message"
+        )
+    else:
+        _say(conversation, line)
     return True
+
+
+def _say(conversation: Conversation, text: str) -> None:
+    if text.strip():
+        conversation.answer(text.strip())

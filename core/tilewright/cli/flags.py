@@ -1,6 +1,7 @@
 """Flags shared by several commands, derived from the settings that they set."""
 
 import argparse
+import json
 from collections.abc import Collection
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -8,14 +9,19 @@ from typing import Any, Union, get_args, get_origin
 from tilewright import plugins
 from tilewright.cli.parser import TakesArguments
 from tilewright.errors import ConfigError, nearest
-from tilewright.settings import SECTIONS, Given, Layer, Place, keys
+from tilewright.settings import FILES, SECTIONS, Given, Layer, Place, keys
 from tilewright.values import Option, options_of
 
-_TABLES = {"logit_bias": "ID=VALUE", "logits_processors": "NAME=ARGUMENT"}
+_TABLES = {
+    ("generate", "logit_bias"): "ID=VALUE",
+    ("generate", "logits_processors"): "NAME=ARGUMENT",
+    ("chat", "template_options"): "KEY=VALUE",
+}
 """Settings whose flag is given once for each entry of a table."""
 _NAMES = {
     ("generate", "include_stop_str"): "--include-stop",
     ("generate", "logits_processors"): "--logits-processor",
+    ("chat", "template_options"): "--template-option",
     ("model", "path"): "--model",
     ("plugins", "observers"): "--observer",
     ("prompts", "text"): "--prompt",
@@ -23,9 +29,15 @@ _NAMES = {
     ("output", "file"): "--output",
 }
 """Flags that are not just the key with dashes."""
+_SHORT = {
+    ("generate", "max_new_tokens"): "-n",
+    ("model", "path"): "-m",
+    ("prompts", "text"): "-p",
+}
+"""Short forms of flags."""
 
 _OPTIONS = "options"
-PROMPT = "prompts.text"
+_PROMPT = "prompt"
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -63,14 +75,19 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     add(parser.add_argument_group("generation"), "generate")
 
 
-def add_prompt_flag(parser: argparse.ArgumentParser) -> None:
-    """A flag for the prompt, for commands that do not take it as an argument."""
-    add(parser, "prompts", {"text"})
+def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of a conversation."""
+    add(parser.add_argument_group("chat"), "chat")
+
+
+def add_prompt_argument(parser: argparse.ArgumentParser, help: str) -> None:
+    """The argument PROMPT, which may also be given as a flag."""
+    parser.add_argument(_PROMPT, nargs="?", metavar="PROMPT", help=help)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags for prompt files, and for where results go."""
-    add(parser.add_argument_group("prompts"), "prompts", {"file"})
+    """Flags for prompts, and for where results go."""
+    add(parser.add_argument_group("prompts"), "prompts")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json",
@@ -99,25 +116,33 @@ def layer(args: argparse.Namespace) -> Layer:
         section, dot, key = dest.partition(".")
         if dot and value is not None:
             given[section, key] = Given(value, flag_name(section, key))
-    if isinstance(text := getattr(args, PROMPT, None), str):
-        del given["prompts", "text"]
+    if (text := getattr(args, _PROMPT, None)) is not None:
         place = ("prompts", "file" if text == "-" else "text")
         if place in given:
-            raise ConfigError("expected either PROMPT - or --prompt-file, found both: give one")
+            raise ConfigError(
+                f"expected one of PROMPT and {flag_name(*place)}, found both: give one"
+            )
         given[place] = Given([text], "PROMPT")
-    for key, form in _TABLES.items():
-        flag = flag_name("generate", key)
-        if isinstance(items := getattr(args, f"generate.{key}", None), list):
-            table: dict[str, str] = {}
+    for place, form in _TABLES.items():
+        flag = flag_name(*place)
+        if isinstance(items := getattr(args, ".".join(place), None), list):
+            table: dict[str, Any] = {}
             for name, value in (split(item, flag, form) for item in items):
                 if name in table:
                     raise ConfigError(f"{flag}: {name!r} is given twice: give it once")
-                table[name] = value
-            given["generate", key] = Given(table, flag)
+                table[name] = _json_or_text(value) if place[0] == "chat" else value
+            given[place] = Given(table, flag)
     for item in getattr(args, _OPTIONS, None) or ():
         key, value = split(item, "-o", "KEY=VALUE")
         given[option_place(key)] = Given(value, f"-o {key}")
     return given
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def option_place(key: str) -> Place:
@@ -149,7 +174,9 @@ def add(group: TakesArguments, section: str, chosen: Collection[str] | None = No
     """Flags for the settings of a section, or for some of them."""
     for option in options_of(SECTIONS[section]):
         if option.name in (chosen or keys(section)):
+            short = _SHORT.get((section, option.name))
             group.add_argument(
+                *([short] if short else []),
                 flag_name(section, option.name),
                 dest=f"{section}.{option.name}",
                 help=_help(section, option).replace("%", "%%"),
@@ -172,15 +199,19 @@ def _action(section: str, option: Option) -> dict[str, Any]:
         return {"action": "append", "metavar": metavar}
     if type_ == tuple[int, ...]:
         return {"metavar": "ID,ID"}
-    if option.name in _TABLES:
-        return {"action": "append", "metavar": _TABLES[option.name]}
+    if (section, option.name) in _TABLES:
+        return {"action": "append", "metavar": _TABLES[section, option.name]}
+    if (section, option.name) in FILES:
+        return {"metavar": "FILE"}
+    if section == "chat" and type_ is str:
+        return {"metavar": "TEXT"}
     return {"metavar": metavar}
 
 
 def _help(section: str, option: Option) -> str:
     text = option.help
     repeated = " (repeatable)" if _action(section, option).get("action") == "append" else ""
-    if option.default in (None, "", ()) or section in ("model", "output"):
+    if option.default in (None, "", (), False) or section in ("model", "output"):
         return text + repeated
     return f"{text} ({option.default})"
 

@@ -1,15 +1,20 @@
-"""Continue a prompt.
+"""Continue a prompt, or answer a question.
 
 Text goes to standard output, everything else to standard error.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import IO, TYPE_CHECKING
 
+from attrs import evolve, fields
+
+from tilewright.chat import Chat, ThinkingSplitter
 from tilewright.cli import USER_ERROR, flags
 from tilewright.cli.output import (
+    logprobs_lines,
     note,
     opened,
     result_record,
@@ -18,25 +23,33 @@ from tilewright.cli.output import (
     write_json,
     write_text,
 )
-from tilewright.cli.prompts import read_prompts
-from tilewright.cli.session import NonFiniteTrace, open_engine
+from tilewright.cli.prompts import PromptEntry, read_entries
+from tilewright.cli.session import (
+    NonFiniteTrace,
+    naming_settings,
+    note_turn_ends,
+    open_engine,
+    with_setting,
+)
 from tilewright.config import DEFAULT, Resolved, resolve
+from tilewright.errors import ConfigError
+from tilewright.types import GenerateConfig, GenerateResult
 
 if TYPE_CHECKING:
-    from tilewright.engine import GenerationStream
+    from tilewright.engine import GenerationStream, LLMEngine
 
 tilewright_api = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright generate [options] [PROMPT]"
-    parser.add_argument(
-        flags.PROMPT,
-        nargs="?",
-        metavar="PROMPT",
-        help="text to continue, or - to read it from standard input; optional for the demo model",
+    flags.add_prompt_argument(
+        parser,
+        "text to continue, or - to read it from standard input; without it, a pipe or a file on "
+        "standard input is read; optional for the demo model",
     )
     flags.add_output_flags(parser)
+    flags.add_chat_flags(parser)
     flags.add_generate_flags(parser)
     flags.add_engine_flags(parser)
 
@@ -51,59 +64,140 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
     Returns the exit code: 2 if one of several prompts was refused; the others have their results.
     """
     config = resolved.config
-    prompts = read_prompts(resolved)
+    entries = read_entries(resolved)
+    settings = settings_of(entries, config.generate)
+    processors = [name for entry in entries for name in entry.settings.logits_processors or ()]
     trace = NonFiniteTrace() if args.trace_nonfinite else None
     with ExitStack() as stack:
         file = stack.enter_context(opened(config.output.file))
         to_stdout = file is sys.stdout
         # What plugins print is not part of the results.
         stack.enter_context(redirect_stdout(sys.stderr))
-        engine = stack.enter_context(open_engine(resolved, [trace] if trace else []))
+        engine = stack.enter_context(open_engine(resolved, [trace] if trace else [], processors))
         if trace:
             stack.enter_context(trace.ending(engine))
-        model_id = config.model.id
-        n = config.generate.over(engine.default_config(model_id)).n or 1
-        single = len(prompts) * n == 1
-        if resolved.origin("prompts", "text") == DEFAULT and not config.prompts.file:
-            note(f"prompt: {prompts[0]}")
-        elif single and file.isatty() and sys.stderr.isatty():
-            print(prompts[0], end="", file=sys.stderr, flush=True)
-        if config.output.format == "text":
-            for key in ("logprobs", "prompt_logprobs"):
-                if getattr(config.generate, key) is not None:
-                    origin = resolved.origin("generate", key)
-                    note(f"warning: {origin}: text has no log-probabilities: add --json for them")
-        if config.output.format == "jsonl":
-            results = engine.generate_batch(model_id, prompts, config.generate)
-            source = engine.model(model_id).loaded.source
-            for i, result in enumerate(results):
-                write_json(result_record(result, prompts[i // n], source), file)
-        elif single and to_stdout:
-            stream = engine.stream(model_id, prompts[0], config.generate)
-            print_stream(stream, [], file)
+        if any(isinstance(entry.prompt, Chat) for entry in entries):
+            note_turn_ends(engine, resolved)
+        model_id, prompts = config.model.id, [entry.prompt for entry in entries]
+        usual_n = engine.default_config(model_id).n or 1
+        # For each result, its prompt's number.
+        numbers = [i for i, each in enumerate(settings) for _ in range(each.n or usual_n)]
+        single, first = len(numbers) == 1, prompts[0]
+        if entries[0].origin == DEFAULT:
+            note(f"prompt: {config.prompts.text[0]}")
+        elif single and isinstance(first, str) and file.isatty() and sys.stderr.isatty():
+            print(first, end="", file=sys.stderr, flush=True)
+        if single and to_stdout and config.output.format == "text":
+            with naming_settings(resolved, _origins(entries[0])):
+                stream = engine.stream(model_id, first, settings[0])
+                pieces = answer_pieces(stream, hider(engine, model_id, resolved, first))
+                print_stream(stream, pieces, [], file)
             assert stream.result is not None
             results = [stream.result]
         else:
-            results = engine.generate_batch(model_id, prompts, config.generate)
-            write_text(results, file)
+            own = any(entry.settings != GenerateConfig() for entry in entries)
+            with naming_settings(resolved):
+                results = engine.generate_batch(
+                    model_id, prompts, settings if own else config.generate
+                )
+            shown = [
+                result
+                if result.error
+                else _without_thinking(result, hider(engine, model_id, resolved, prompts[i]))
+                for i, result in zip(numbers, results, strict=True)
+            ]
+            if config.output.format == "jsonl":
+                source = engine.model(model_id).loaded.source
+                for i, result in zip(numbers, shown, strict=True):
+                    write_json(result_record(result, prompts[i], source, entries[i].record), file)
+            else:
+                write_text(shown, file)
+        if config.output.format == "text":
+            note_logprobs(results, engine, model_id)
         warn_sanitized(results)
-        refused = {i // n + 1: result.error for i, result in enumerate(results) if result.error}
-        for number, error in refused.items():
-            note(f"tilewright: error: prompt {number} of {len(prompts)}: {error}")
+        refused = {
+            i: result.error for i, result in zip(numbers, results, strict=True) if result.error
+        }
+        for i, error in refused.items():
+            message = with_setting(str(error), resolved, _origins(entries[i]))
+            note(f"tilewright: error: prompt {i + 1} of {len(prompts)}: {message}")
         if (args.stats or sys.stderr.isatty()) and len(refused) < len(prompts):
             note(stats_line([result for result in results if not result.error]))
     return USER_ERROR if refused else 0
 
 
-def print_stream(stream: "GenerationStream", printed: list[str], file: IO[str]) -> None:
-    """Write the pieces as they come, adding them to printed, and end with a newline."""
+def settings_of(entries: Sequence[PromptEntry], common: GenerateConfig) -> list[GenerateConfig]:
+    """The settings of each prompt: its own over those of the run.
+
+    A prompt without a seed of its own has the run's, plus the number of results before its own.
+    Raises ConfigError, which names the prompt, for settings that contradict each other.
+    """
+    found: list[GenerateConfig] = []
+    results = 0
+    for entry in entries:
+        try:
+            settings = entry.settings.over(common)
+        except ConfigError as error:
+            raise ConfigError(f"{entry.origin}: {error}") from error
+        if entry.settings.seed is None and common.seed is not None:
+            settings = evolve(settings, seed=(common.seed + results) % 2**63)
+        results += settings.n or 1
+        found.append(settings)
+    return found
+
+
+def _origins(entry: PromptEntry) -> dict[str, str]:
+    """Where the settings are given that a prompt has of its own."""
+    return {
+        a.name: entry.origin
+        for a in fields(GenerateConfig)
+        if getattr(entry.settings, a.name) is not None
+    }
+
+
+def hider(
+    engine: "LLMEngine", model_id: str, resolved: Resolved, prompt: str | Chat
+) -> ThinkingSplitter | None:
+    """What splits the thinking off an answer, if it is to be hidden; None: show all."""
+    if not resolved.config.chat.hide_thinking or isinstance(prompt, str):
+        return None
+    return ThinkingSplitter(engine.model(model_id).text.opens_thinking(prompt))
+
+
+def answer_pieces(pieces: Iterable[str], splitter: ThinkingSplitter | None) -> Iterator[str]:
+    """The pieces of a text without the thinking that the splitter finds."""
+    if splitter is None:
+        yield from pieces
+        return
+    for piece in pieces:
+        yield splitter.push(piece)[1]
+    yield splitter.finish()[1]
+
+
+def _without_thinking(result: GenerateResult, splitter: ThinkingSplitter | None) -> GenerateResult:
+    return evolve(result, text="".join(answer_pieces([result.text], splitter)))
+
+
+def print_stream(
+    stream: "GenerationStream", pieces: Iterable[str], printed: list[str], file: IO[str]
+) -> None:
+    """Write the pieces of a stream as they come, adding them to printed, and end with a newline."""
     with stream:
         try:
-            for piece in stream:
+            for piece in pieces:
+                printed.append(piece)  # first, so that Ctrl-C loses nothing that is shown
                 file.write(piece)
                 file.flush()
-                printed.append(piece)
         finally:
             if printed or stream.result:
                 file.write("\n")
                 file.flush()
+
+
+def note_logprobs(results: Sequence[GenerateResult], engine: "LLMEngine", model_id: str) -> None:
+    """Print the log-probabilities that results have."""
+    text = engine.model(model_id).text
+    for number, result in enumerate(results, 1):
+        for line in logprobs_lines(result, text):
+            heads = len(results) > 1 and line.startswith("log-probabilities")
+            note(f"result {number} of {len(results)}: {line}" if heads else line)

@@ -3,13 +3,15 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import IO, Any, BinaryIO
 
+from tilewright.chat import Chat
 from tilewright.cli import naming_unwritable
 from tilewright.errors import ConfigError
+from tilewright.text import Text
 from tilewright.types import GenerateResult, TokenLogprobs
 
 
@@ -81,20 +83,32 @@ def write_text(results: Sequence[GenerateResult], file: IO[str]) -> None:
     file.write("\n".join(f"{result.text}\n" for result in results))
 
 
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+"""Ends of lines that JSON does not escape."""
+
+
 def write_json(value: Any, file: IO[str]) -> None:
-    """JSON in one line, escaped to ASCII where the stream cannot encode Unicode."""
+    """JSON in one line, escaped to ASCII where the stream cannot encode Unicode.
+
+    Characters at which ``str.splitlines`` ends a line are escaped in any case.
+    """
     unicode = (getattr(file, "encoding", None) or "").lower().startswith("utf")
-    file.write(json.dumps(value, ensure_ascii=not unicode) + "\n")
+    line = json.dumps(value, ensure_ascii=not unicode)
+    file.write(line.translate(_LINE_ENDS) + "\n")
     file.flush()
 
 
-def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str, Any]:
-    """A result as ``--json`` prints it. source: the model's, from its loader."""
+def result_record(
+    result: GenerateResult, prompt: str | Chat, source: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A result as ``--json`` prints it. source: the model's, from its loader; given: what the
+    prompt's own line passes through."""
     timings = result.timings
     record: dict[str, Any] = {
+        **given,
         "model": result.model_id,
         "source": source,
-        "prompt": prompt,
+        **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt.messages}),
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
@@ -130,6 +144,33 @@ def result_record(result: GenerateResult, prompt: str, source: str) -> dict[str,
 
 def _logprobs_record(token: TokenLogprobs) -> dict[str, Any]:
     return {"token_id": token.token_id, "logprob": token.logprob, "top": token.top}
+
+
+def logprobs_lines(result: GenerateResult, text: Text) -> Iterator[str]:
+    """The log-probabilities of a result, if it has some: a title, and a line for each token."""
+    for title, ids, logprobs in (
+        ("the prompt", result.prompt_token_ids, result.prompt_logprobs),
+        ("the text", result.token_ids, result.logprobs),
+    ):
+        if logprobs is not None:
+            yield f"log-probabilities of the tokens of {title}, and of the likeliest tokens there:"
+            for token_id, token in zip(ids, logprobs, strict=True):
+                if token is None:
+                    yield f"{_quoted(token_id, text)}: none, since it is the first"
+                    continue
+                others = [f"{_quoted(i, text)} {logprob:.4f}" for i, logprob in token.top]
+                line = f"{_quoted(token_id, text)}: {token.logprob:.4f}"
+                yield f"{line}; {', '.join(others)}" if others else line
+
+
+def _quoted(token_id: int, text: Text) -> str:
+    """A token's text in quotation marks, with what is special in it escaped."""
+    # Decoders drop the space that begins a text, but not that of a second token.
+    one, two = (text.decode([token_id] * times) for times in (1, 2))
+    piece = two.removeprefix(one)
+    if not piece or "\ufffd" in piece:  # a special token, or a part of a character
+        piece = text.assets.tokenizer.id_to_token(token_id) or f"<{token_id}>"
+    return json.dumps(piece, ensure_ascii=False)
 
 
 def stats_line(results: Sequence[GenerateResult]) -> str:

@@ -1,76 +1,305 @@
 """Prompts of a run: from flags and run files, from files, or from standard input."""
 
 import json
+import os
+import select
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from tilewright.config import Resolved
-from tilewright.errors import ConfigError
-from tilewright.settings import read_text
+from attrs import evolve, field, frozen
+
+from tilewright import plugins
+from tilewright.chat import Chat
+from tilewright.cli.output import note
+from tilewright.config import DEFAULT, ENVIRONMENT_PREFIX, Resolved
+from tilewright.errors import ConfigError, PluginError, nearest
+from tilewright.settings import TOOLS, keys, not_utf8, read_text
+from tilewright.types import GenerateConfig
+from tilewright.values import shown, structure
 
 STDIN = "-"
 
+_UNASKED_SECONDS = 2.0
+"""How long a run that has a prompt waits for the first byte on standard input."""
+_MISSING_SECONDS = 60.0
+"""How long a run that has no prompt waits for it."""
+_PROMPT_KEYS = ("prompt", "messages", "tools", "template_options", "id")
+
+
+@frozen
+class PromptEntry:
+    """One prompt of a run, and what it sets for itself."""
+
+    prompt: str | Chat
+    origin: str
+    """``PROMPT``, ``prompts.jsonl:3``."""
+    settings: GenerateConfig = field(factory=GenerateConfig)
+    """Settings that replace those of the run."""
+    record: Mapping[str, Any] = field(factory=dict)
+    """What the record of each of its results begins with: the ``id``, if it has one."""
+
 
 def read_prompts(resolved: Resolved) -> list[str]:
-    """At least one prompt, none of them empty."""
-    config = resolved.config.prompts
-    prompts, origin = list(config.text), resolved.origin("prompts", "text")
+    """At least one prompt, none of them empty, for a command that takes only texts."""
+    entries = _entries(resolved)
+    if resolved.config.prompts.chat:
+        raise ConfigError(
+            f"{resolved.origin('prompts', 'chat')}: expected prompts to continue, found chat = "
+            "true: this command has no conversations"
+        )
+    for entry in entries:
+        if isinstance(entry.prompt, Chat) or entry.settings != GenerateConfig():
+            raise ConfigError(
+                f"{entry.origin}: expected a prompt alone, found messages or settings: this "
+                "command takes neither"
+            )
+    return [entry.prompt for entry in entries if isinstance(entry.prompt, str)]
+
+
+def read_entries(resolved: Resolved) -> list[PromptEntry]:
+    """At least one prompt, none of them empty, with its settings over those of the run.
+
+    If none is given, it is read from standard input where that is a pipe, a file or a socket, and
+    something comes; otherwise the bundled model has one of its own.
+    """
+    entries = _entries(resolved, piped=True)
+    if resolved.config.prompts.chat:
+        entries = [
+            evolve(entry, prompt=Chat([{"role": "user", "content": entry.prompt}]))
+            if isinstance(entry.prompt, str)
+            else entry
+            for entry in entries
+        ]
+    if not any(isinstance(entry.prompt, Chat) for entry in entries):
+        for place, origin in resolved.origins.items():
+            if (
+                place[0] == "chat"
+                and getattr(resolved.config.chat, place[1])
+                and not origin.startswith(ENVIRONMENT_PREFIX)
+            ):
+                raise ConfigError(
+                    f"{origin}: {place[1]} is for conversations, and every prompt is text to "
+                    "continue: add --chat, or chat = true in [prompts]"
+                )
+        return entries
+    common = common_chat(resolved)
+    return [
+        evolve(entry, prompt=over(entry.prompt, common))
+        if isinstance(entry.prompt, Chat)
+        else entry
+        for entry in entries
+    ]
+
+
+def over(chat: Chat, common: Chat) -> Chat:
+    """A conversation, with what all have in common where it has nothing of its own."""
+    begun = chat.messages and chat.messages[0].get("role") in ("system", "developer")
+    return Chat(
+        chat.messages if begun else [*common.messages, *chat.messages],
+        {**common.template_options, **chat.template_options},
+        common.tools if chat.tools is None else chat.tools,
+    )
+
+
+def common_chat(resolved: Resolved) -> Chat:
+    """What ``[chat]`` says of all conversations. Raises ConfigError for a wrong tools file."""
+    chat = resolved.config.chat
+    system = [{"role": "system", "content": chat.system}] if chat.system else []
+    return Chat(system, chat.template_options or {}, _read_tools(resolved))
+
+
+def _read_tools(resolved: Resolved) -> list[dict[str, Any]] | None:
+    """The tools of ``[chat]``; None: it names no file. Raises ConfigError for a wrong file."""
+    if resolved.config.chat.tools is None:
+        return None
+    path, origin = resolved.config.chat.tools, resolved.origin(*TOOLS)
+    value = _json(read_text(Path(path), f"{origin}: tools file"), path)
+    return _tools(value, path)
+
+
+def _tools(value: Any, origin: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ConfigError(
+            f"{origin}: expected a JSON list of tools, such as "
+            f'[{{"type": "function", "function": {{...}}}}], found {shown(value)}'
+        )
+    return value
+
+
+def _entries(resolved: Resolved, piped: bool = False) -> list[PromptEntry]:
+    """piped: without a prompt, standard input may have one."""
+    config, origin = resolved.config.prompts, resolved.origin("prompts", "text")
+    entries = [PromptEntry(prompt, origin) for prompt in config.text]
     if config.file:
         origin = resolved.origin("prompts", "file")
-        prompts = [prompt for file in config.file for prompt in _prompts_of(file, origin)]
-    if not prompts:
+        entries = [entry for file in config.file for entry in _entries_of(file, origin)]
+    elif origin == DEFAULT and piped:
+        text = _piped_text(_UNASKED_SECONDS if entries else _MISSING_SECONDS)
+        entries = [PromptEntry(text, "standard input")] if text is not None else entries
+    if not entries:
         raise ConfigError(
             "no prompt is given: expected a prompt, --prompt-file FILE, - for standard input, "
             "or [prompts] in a run file"
         )
-    for number, prompt in enumerate(prompts, 1):
-        which = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
-        if not prompt:
-            raise ConfigError(f"{origin}: {which} is empty: expected text")
+    for number, entry in enumerate(entries, 1):
+        which = "the prompt" if len(entries) == 1 else f"prompt {number} of {len(entries)}"
+        if not entry.prompt:
+            raise ConfigError(f"{entry.origin}: {which} is empty: expected text")
         try:
-            prompt.encode()
+            json.dumps([_said(entry.prompt), entry.record], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ConfigError(f"{origin}: {which} is not valid UTF-8") from error
-    return prompts
+            raise ConfigError(f"{entry.origin}: {which} is not valid UTF-8") from error
+    return entries
 
 
-def _prompts_of(file: str, origin: str) -> Iterator[str]:
+def _said(prompt: str | Chat) -> Any:
+    return prompt if isinstance(prompt, str) else [prompt.messages, prompt.tools]
+
+
+def _entries_of(file: str, origin: str) -> Iterator[PromptEntry]:
     if file == STDIN:
-        yield _without_last_newline(_read_stdin())
+        yield PromptEntry(_without_last_newline(_read_stdin()), origin)
         return
     text = read_text(Path(file), f"{origin}: prompt file")
-    if Path(file).suffix == ".jsonl":
-        yield from _json_lines(file, text)
-    else:
-        yield _without_last_newline(text)
-
-
-def _json_lines(file: str, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{file}:{number}: invalid JSON: {error}") from error
-        prompt = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(prompt, str):
+    kind = Path(file).suffix
+    if kind == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                where = f"{file}:{number}"
+                yield _entry(_json(line, where), where)
+    elif kind == ".json":
+        value = _json(text, file)
+        if not isinstance(value, list):
             raise ConfigError(
-                f'{file}:{number}: expected a string or {{"prompt": "..."}}, found {line!r:.60}'
+                f"{file}: expected a JSON list of prompts, found {shown(value)}: to continue the "
+                f"file's own text, write --prompt-file - < {file}"
             )
-        yield prompt
+        for number, item in enumerate(value, 1):
+            yield _entry(item, f"{file}: item {number}")
+    else:
+        yield PromptEntry(_without_last_newline(text), origin)
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: invalid JSON: {error}") from error
+
+
+def _entry(value: Any, origin: str) -> PromptEntry:
+    """A prompt as a JSON value of a file gives it."""
+    if isinstance(value, str):
+        return PromptEntry(value, origin)
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f'{origin}: expected a string or {{"prompt": "..."}}, found {shown(value)}'
+        )
+    known = (*_PROMPT_KEYS, *keys("generate"))
+    for key in value:
+        if key not in known:
+            raise ConfigError(
+                f"{origin}: unknown key {key!r:.60}{nearest(key, known)} (keys: {', '.join(known)})"
+            )
+    values = {key: value[key] for key in value if key not in _PROMPT_KEYS}
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]  # never parsed as a JSON list
+    settings = structure(GenerateConfig, values, origin)
+    for name in settings.logits_processors or ():
+        try:
+            plugins.find("logits_processor", name)
+        except PluginError as error:
+            raise PluginError(f"{origin}: {error}") from error
+    record = {"id": value["id"]} if "id" in value else {}
+    return PromptEntry(_prompt(value, origin), origin, settings, record)
+
+
+def _prompt(value: Mapping[str, Any], origin: str) -> str | Chat:
+    """The prompt or the conversation of a JSON object."""
+    if ("prompt" in value) == ("messages" in value):
+        found = "both" if "prompt" in value else "neither"
+        raise ConfigError(f'{origin}: expected either "prompt" or "messages", found {found}')
+    if "prompt" in value:
+        if not isinstance(value["prompt"], str):
+            raise ConfigError(
+                f'{origin}: expected a string as "prompt", found {shown(value["prompt"])}'
+            )
+        for key in ("tools", "template_options"):
+            if key in value:
+                raise ConfigError(
+                    f'{origin}: {key!r} is for conversations: give "messages" in place of "prompt"'
+                )
+        return str(value["prompt"])
+    options, tools = value.get("template_options"), value.get("tools")
+    if options is not None and not isinstance(options, dict):
+        raise ConfigError(
+            f'{origin}: expected an object as "template_options", found {shown(options)}'
+        )
+    return Chat(
+        checked_messages(value["messages"], origin),
+        options or {},
+        None if tools is None else _tools(tools, origin),
+    )
+
+
+def checked_messages(value: Any, origin: str, at_least: int = 1) -> list[dict[str, Any]]:
+    """A JSON value that is a conversation: a list of so many messages, each with its role.
+
+    Raises ConfigError, which begins with origin, for another value.
+    """
+    if not isinstance(value, list) or len(value) < at_least:
+        raise ConfigError(
+            f'{origin}: expected a list of messages such as {{"role": "user", "content": "Hi"}}, '
+            f"found {shown(value)}"
+        )
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ConfigError(
+                f"{origin}: chat message {number}: expected an object with a role such as "
+                f'{{"role": "user", "content": "Hi"}}, found {shown(message)}'
+            )
+    return value
+
+
+def _piped_text(seconds: float) -> str | None:
+    """The text on standard input if that is a pipe, a file or a socket; None: nothing is on it.
+
+    Something must come within these seconds: a pipe that a parent process left open, and to which
+    nobody writes, may never end. What has begun is read to its end.
+    """
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or not a file of the system
+        return None
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
+        return None
+    soon = min(seconds, _UNASKED_SECONDS)
+    if not _comes(soon):
+        if seconds > soon:
+            note(
+                f"note: waiting up to {seconds:.0f} s for a prompt on standard input "
+                "(- waits without a limit)"
+            )
+        if not _comes(seconds - soon):
+            return None
+    return _without_last_newline(text) if (text := _read_stdin()) else None
+
+
+def _comes(seconds: float) -> bool:
+    """Whether standard input has a byte, or ends, within these seconds."""
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
 
 
 def _read_stdin() -> str:
     if sys.stdin is None:
         raise ConfigError("standard input is closed: expected the prompt there")
     try:
-        return sys.stdin.buffer.read().decode()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"standard input: expected UTF-8, found byte 0x{error.object[error.start]:02x}"
-        ) from error
+        raise ConfigError(f"standard input: {not_utf8(error)}") from error
 
 
 def _without_last_newline(text: str) -> str:

@@ -28,8 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print all settings and their origins, in the format of a run file, and exit",
     )
-    flags.add_prompt_flag(parser)
     flags.add_output_flags(parser)
+    flags.add_chat_flags(parser)
     flags.add_generate_flags(parser)
     flags.add_engine_flags(parser)
 
@@ -83,6 +83,7 @@ _WHEN_OPEN = {
     "model": "the format whose files are found",
     "runtime": "decided when the model is loaded",
     "prompts": "none",
+    "chat": "none",
     "output": "standard output",
 }
 

@@ -1,7 +1,8 @@
 """The engine of a command, with its model loaded."""
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from attrs import fields
 from tilewright import plugins
 from tilewright.cli.output import note
 from tilewright.config import DEFAULT, Resolved
-from tilewright.errors import ConfigError, ExecutorError, ModelError, TilewrightError
+from tilewright.errors import ConfigError, ExecutorError, ModelError, RequestError, TilewrightError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import BUILTIN_GENERATE, GenerateConfig, LoadedModel
 
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterator[LLMEngine]":
+def open_engine(
+    resolved: Resolved, observers: Sequence[object] = (), processors: Iterable[str] = ()
+) -> "Iterator[LLMEngine]":
     """An engine with the run's model under its id, with the run's observers and these.
 
+    processors: logits processors that requests name beside those of the run's settings.
     Prints notes for the user on stderr.
     """
     from tilewright.engine import LLMEngine
 
-    _check_options_of_processors(resolved)
+    _check_options_of_processors(resolved, processors)
     config = resolved.config
     selection = config.selection()
     selection["observers"] = (*selection["observers"], *observers)
@@ -57,9 +61,9 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
         yield engine
 
 
-def _check_options_of_processors(resolved: Resolved) -> None:
+def _check_options_of_processors(resolved: Resolved, more: Iterable[str]) -> None:
     """Raise ConfigError for an option of a logits processor that no request of the run uses."""
-    named = resolved.config.generate.logits_processors or ()
+    named = [*(resolved.config.generate.logits_processors or ()), *more]
     used = [plugins.find("logits_processor", name) for name in named]
     for place, origin in resolved.origins.items():
         if place[:2] == ("options", "logits_processor"):
@@ -69,6 +73,15 @@ def _check_options_of_processors(resolved: Resolved) -> None:
                     f"{origin}: no request uses logits processor {name!r}: name it with "
                     "--logits-processor or in [generate.logits_processors], or drop the option"
                 )
+
+
+def note_turn_ends(engine: "LLMEngine", resolved: Resolved) -> None:
+    """Print which tokens end an answer in a chat, beside the model's end-of-sequence tokens."""
+    assets = engine.model(resolved.config.model.id).text.assets
+    if assets.turn_end_ids and not resolved.config.generate.ignore_eos:
+        tokens = [assets.tokenizer.id_to_token(i) or str(i) for i in assets.turn_end_ids]
+        verb = "ends" if len(tokens) == 1 else "end"
+        note(f"note: in a chat, {' and '.join(tokens)} also {verb} an answer")
 
 
 def recommended(loaded: LoadedModel, asked: GenerateConfig) -> str:
@@ -112,6 +125,41 @@ def with_origin(message: str, resolved: Resolved) -> str:
         if place[0] == "runtime" and message.startswith(f"{place[-1]} = ")
     ]
     # The first option named is the wrong one; another may be a suggestion.
+    return f"{min(named)[1]}: {message}" if named else message
+
+
+@contextmanager
+def naming_settings(resolved: Resolved, line: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Make errors of a request name where the setting was given that they are about.
+
+    line: as ``with_setting`` takes it.
+    """
+    try:
+        yield
+    except (ConfigError, RequestError) as error:
+        raise type(error)(with_setting(str(error), resolved, line)) from error
+
+
+def with_setting(message: str, resolved: Resolved, line: Mapping[str, str] | None = None) -> str:
+    """Add the origin of a setting of a generation or of conversations to a message about it.
+
+    Messages have the name of the setting, or of a template option, in quotation marks, before
+    ``=``, after ``in``, or as the first word; those of a logits processor begin with the plugin's
+    name. line: origins of the keys that a prompt sets for itself.
+    """
+    sections = ("generate", "chat")
+    origins = {place[1]: at for place, at in resolved.origins.items() if place[0] in sections}
+    options = origins.get("template_options", "")
+    origins |= {re.escape(name): options for name in resolved.config.chat.template_options or ()}
+    origins |= line or {}
+    named = [
+        (found.start(), origin)
+        for key, origin in origins.items()
+        if (found := re.search(rf"^{key}\b|'{key}'|\bin {key}\b|\b{key} =", message))
+    ]
+    name = message.partition(":")[0]
+    if name in (resolved.config.generate.logits_processors or ()):
+        named.append((0, origins["logits_processors"]))
     return f"{min(named)[1]}: {message}" if named else message
 
 

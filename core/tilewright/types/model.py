@@ -135,6 +135,8 @@ class TextAssets:
     tokenizer: "Tokenizer"
     chat_template: str | None = None
     """Jinja2 source, or None if the model has no template."""
+    tool_chat_template: str | None = None
+    """Jinja2 source for chats with tools; None: ``chat_template`` is for these too."""
     special_tokens: Mapping[str, str] = field(factory=dict)
     """``bos_token``, ``eos_token``, ... as chat templates name them."""
     turn_end_ids: tuple[int, ...] = ()

@@ -59,6 +59,15 @@ def _above_0_unless_greedy(
         )
 
 
+def _no_empty_string(
+    config: "GenerateConfig", of: "Attribute[Any]", value: tuple[str, ...]
+) -> None:
+    if "" in value:
+        raise ValueError(
+            "'stop' must be a list of strings of at least one character, found an empty one"
+        )
+
+
 @frozen(field_transformer=checked)
 class GenerateConfig:
     """A user's settings for one generation. None: as the model's files recommend, else built-in."""
@@ -125,7 +134,9 @@ class GenerateConfig:
     logits_processors: Mapping[str, Any] | None = described(
         "logits processors of this generation: each plugin's name, with what it needs to know"
     )
-    stop: tuple[str, ...] | None = described("end the text before any of these strings")
+    stop: tuple[str, ...] | None = described(
+        "end the text before any of these strings", validator=if_set(_no_empty_string)
+    )
     include_stop_str: bool | None = described(
         "keep the stop string that ended the text; unlike in vLLM, the text of a stop token id is "
         "never kept (false)"

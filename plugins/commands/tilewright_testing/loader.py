@@ -405,18 +405,20 @@ class LoaderSuite(TensorSourceSuite):
         assert tokenizer.padding is None, "padding must be off: it would lengthen every prompt"
 
     def test_the_chat_template_is_valid_jinja(self, load: Load) -> None:
-        template = load().text.chat_template
-        if template is None:
+        text = load().text
+        templates = [t for t in (text.chat_template, text.tool_chat_template) if t is not None]
+        if not templates:
             pytest.skip("the model has no chat template")
         from jinja2 import TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         extensions = ["jinja2.ext.loopcontrols", "jinja2.ext.do"]
-        try:
-            ImmutableSandboxedEnvironment(extensions=extensions).parse(template)
-        except TemplateSyntaxError as error:
-            if "generation" not in str(error):  # a tag that only transformers supports
-                pytest.fail(f"chat_template must be valid Jinja: {error}", pytrace=False)
+        for template in templates:
+            try:
+                ImmutableSandboxedEnvironment(extensions=extensions).parse(template)
+            except TemplateSyntaxError as error:
+                if "generation" not in str(error):  # a tag that only transformers supports
+                    pytest.fail(f"chat_template must be valid Jinja: {error}", pytrace=False)
 
     # --- invalid sources -------------------------------------------------------------------------
 

@@ -185,6 +185,7 @@ def load_text(
     assets = TextAssets(
         tokenizer=tokenizer,
         chat_template=header.string("tokenizer.chat_template", None),
+        tool_chat_template=header.string("tokenizer.chat_template.tool_use", None),
         special_tokens={key: vocabulary.tokens[i] for key, i in named.items()},
     )
     return assets, _end_ids(vocabulary), warnings

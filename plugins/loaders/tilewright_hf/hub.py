@@ -42,6 +42,7 @@ _CONFIGURATION = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 )
 """Files that hf-local reads, besides the weights."""
 

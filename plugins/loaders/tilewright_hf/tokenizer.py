@@ -58,10 +58,11 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
     beyond = _beyond(tokenizer, config.vocab_size, path)
     warnings += _beyond_warnings(beyond, config.vocab_size, path)
     names = {key: t.content for key, t in special.named.items() if t.content not in beyond}
-    template, template_warnings = _chat_template(directory, settings)
+    template, tool_template, template_warnings = _chat_templates(directory, settings)
     assets = TextAssets(
         tokenizer=tokenizer,
         chat_template=template,
+        tool_chat_template=tool_template,
         special_tokens=names,
         turn_end_ids=_turn_ends(tokenizer, names, config),
     )
@@ -353,15 +354,20 @@ def _beyond_warnings(beyond: Mapping[str, int], vocab_size: int, path: Path) -> 
     )
 
 
-def _chat_template(directory: Path, settings: JsonObject) -> tuple[str | None, tuple[str, ...]]:
+def _chat_templates(
+    directory: Path, settings: JsonObject
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """The templates named ``default`` and ``tool_use``, and warnings."""
+    extra = directory / "additional_chat_templates" / "tool_use.jinja"
+    tool_use = read_text(extra) if is_there(extra) else None
     path = directory / "chat_template.jinja"
     if is_there(path):
-        return read_text(path), ()
+        return read_text(path), tool_use, ()
     path = directory / "chat_template.json"
     source = read_json(path) if is_there(path) else settings
     value = source.values.get("chat_template")
     if value is None or isinstance(value, str):
-        return value, ()
+        return value, tool_use, ()
     named: dict[str, str] = {}
     entries = value if isinstance(value, list) else [value]
     for entry in entries:
@@ -370,7 +376,8 @@ def _chat_template(directory: Path, settings: JsonObject) -> tuple[str | None, t
                 named[name] = template
             case _:
                 source.fail("chat_template", "a string or a list of {'name', 'template'} objects")
+    warnings: tuple[str, ...] = ()
     if named and "default" not in named:
         names = listed([shown(name) for name in named])
-        return None, (f"{source.where}: no chat template is named 'default', only {names}",)
-    return named.get("default"), ()
+        warnings = (f"{source.where}: no chat template is named 'default', only {names}",)
+    return named.get("default"), tool_use or named.get("tool_use"), warnings

@@ -95,6 +95,7 @@ class Description:
     config: ModelConfig
     generation_defaults: GenerateConfig
     chat_template: str | None
+    tool_chat_template: str | None = None
     special_tokens: Mapping[str, str]
     turn_end_ids: tuple[int, ...] = ()
 
@@ -135,6 +136,7 @@ def load(
             text=TextAssets(
                 tokenizer=_tokenizer(directory / TOKENIZER),
                 chat_template=described.chat_template,
+                tool_chat_template=described.tool_chat_template,
                 special_tokens=described.special_tokens,
                 turn_end_ids=described.turn_end_ids,
             ),

@@ -105,6 +105,7 @@ def plan(
         config=loaded.config,
         generation_defaults=loaded.generation_defaults,
         chat_template=text.chat_template,
+        tool_chat_template=text.tool_chat_template,
         special_tokens=text.special_tokens,
         turn_end_ids=text.turn_end_ids,
     )

@@ -476,6 +476,7 @@ def test_special_and_added_tokens_are_read_and_unused_ones_dropped(
     text["tokenizer.ggml.tokens"] += ["[PAD1]", "[PAD2]"]
     text["tokenizer.ggml.token_type"] += [5, 5]
     text["tokenizer.chat_template"] = "{{ bos_token }}{{ messages[0].content }}"
+    text["tokenizer.chat_template.tool_use"] = "{{ tools }}"
     loaded = load(with_tokenizer(tmp_path, text))
     tokenizer = loaded.text.tokenizer
     think = tokenizer.token_to_id("<think>")
@@ -485,6 +486,7 @@ def test_special_and_added_tokens_are_read_and_unused_ones_dropped(
     assert tokenizer.decode([unused]) == ""
     assert loaded.config.vocab_size == unused + 2
     assert loaded.text.chat_template == "{{ bos_token }}{{ messages[0].content }}"
+    assert loaded.text.tool_chat_template == "{{ tools }}"
     assert loaded.text.special_tokens == {
         "bos_token": "<|endoftext|>",
         "eos_token": "<|im_end|>",

@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tilewright import plugins
+from tilewright.chat import Chat
 from tilewright.errors import ModelError
+from tilewright.text import Text
 from tilewright.types import GenerateConfig, ModelConfig, RopeConfig
 from tilewright.weights import check_tensors, expected_tensors
 from tilewright_hf.architecture import FAMILIES, model_config
@@ -723,10 +725,32 @@ def test_chat_templates_are_searched_in_order_of_precedence(directory: Path) -> 
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     change_json(config, chat_template=named)
     assert load(directory).text.chat_template == "D"
+    assert load(directory).text.tool_chat_template == "T"
     (directory / "chat_template.json").write_text('{"chat_template": "J"}')
     assert load(directory).text.chat_template == "J"
     (directory / "chat_template.jinja").write_text("jinja {{ 'ä' }}\n", encoding="utf-8")
     assert load(directory).text.chat_template == "jinja {{ 'ä' }}\n"
+    assert load(directory).text.tool_chat_template is None
+
+
+@pytest.mark.parametrize("stored", ["in a list", "in files"])
+def test_the_template_for_tools_is_the_one_that_transformers_takes(
+    directory: Path, stored: str
+) -> None:
+    templates = {"default": "D{{ messages[0].content }}", "tool_use": "T{{ tools[0].type }}"}
+    if stored == "in a list":
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        change_json(directory / "tokenizer_config.json", chat_template=named)
+    else:
+        (directory / "chat_template.jinja").write_text(templates["default"])
+        extra = directory / "additional_chat_templates"
+        extra.mkdir()
+        (extra / "tool_use.jinja").write_text(templates["tool_use"])
+    text, theirs = Text(load(directory).text), AutoTokenizer.from_pretrained(directory)
+    messages = [{"role": "user", "content": "Hi"}]
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        wanted = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert text.render_chat(Chat(messages, tools=tools)) == wanted
 
 
 def test_chat_templates_without_a_default_are_a_warning(directory: Path) -> None:

@@ -332,7 +332,10 @@ AXES: dict[str, list[Odd]] = {
     ],
     "parts": [
         odd(quantization_config=None),
-        odd(quantization_config={"quant_method": "gptq", "bits": 4}, refused="the weights are quantised"),
+        odd(
+            quantization_config={"quant_method": "gptq", "bits": 4},
+            refused="the weights are quantised",
+        ),
         odd(vision_config=None),
         odd(vision_config={"depth": 2}, refused="images are not supported"),
     ],

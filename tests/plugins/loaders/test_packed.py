@@ -105,7 +105,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         temperature=0.5,
     )
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}é"
-    change_json(directory / "tokenizer_config.json", chat_template=template, eot_token="t7")
+    named = [{"name": "default", "template": template}, {"name": "tool_use", "template": "T"}]
+    change_json(directory / "tokenizer_config.json", chat_template=named, eot_token="t7")
     return directory
 
 
@@ -169,6 +170,7 @@ def test_config_defaults_and_tokenizer_of_the_source_are_kept(model, converted):
     assert packed_model.config == source.config
     assert packed_model.generation_defaults == source.generation_defaults
     assert packed_model.text.chat_template == source.text.chat_template
+    assert packed_model.text.tool_chat_template == source.text.tool_chat_template == "T"
     assert packed_model.text.special_tokens == source.text.special_tokens
     assert packed_model.text.turn_end_ids == source.text.turn_end_ids == (7,)
     assert packed_model.text.tokenizer.to_str() == source.text.tokenizer.to_str()
