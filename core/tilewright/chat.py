@@ -98,7 +98,9 @@ def render(
 def last_text(chat: Chat) -> str:
     """The text of the last message, or of its last part."""
     content = _plain_messages(chat.messages)[-1].get("content", "")
-    return content if isinstance(content, str) else str(content[-1]["text"])
+    if isinstance(content, str):
+        return content
+    return str(content[-1]["text"]) if content else ""
 
 
 # --- what a template gets ------------------------------------------------------------------------
@@ -260,13 +262,11 @@ def _with_content_as_read(messages: list[dict[str, Any]], render: Render) -> lis
         return messages
 
     def tried(content: Callable[[str], Any]) -> str | None:
-        return _tried(
-            render,
-            [
-                m | {"content": content(marks[i])} if i in marks else m
-                for i, m in enumerate(messages)
-            ],
-        )
+        marked = [
+            m | {"content": content(marks[i])} if i in marks else m for i, m in enumerate(messages)
+        ]
+        tries = (_tried(render, _with_calls(marked, form)) for form in (_as_given, *_FORMS))
+        return next((text for text in tries if text is not None), None)
 
     in_parts = tried(lambda mark: [{"type": "text", "text": mark}])
     in_text = tried(lambda mark: mark)
@@ -288,24 +288,14 @@ def _with_arguments_as_read(messages: list[dict[str, Any]], render: Render) -> l
     if not any(_calls(message) for message in messages):
         return messages
 
-    def having(arguments: Callable[[Any], Any]) -> list[dict[str, Any]]:
-        return [
-            m | {"tool_calls": [_with_arguments(call, arguments) for call in _calls(m)]}
-            if _calls(m)
-            else m
-            for m in messages
-        ]
-
     text = f'{{"{_MARK}": "{_MARK}"}}'
-    in_text = _tried(render, having(lambda _: text))
-    in_object = _tried(render, having(lambda _: {_MARK: _MARK}))
+    in_text = _tried(render, _with_calls(messages, lambda _: text))
+    in_object = _tried(render, _with_calls(messages, lambda _: {_MARK: _MARK}))
     reads_text = in_text is not None and text in in_text
     reads_objects = in_object is not None and _MARK in in_object and f"'{_MARK}'" not in in_object
-    if reads_objects and not reads_text:
-        return having(_as_object)
-    if reads_text and not reads_objects:
-        return having(lambda given: given if isinstance(given, str) else json.dumps(given))
-    return messages
+    if reads_text == reads_objects:
+        return messages
+    return _with_calls(messages, _as_object if reads_objects else _as_text)
 
 
 def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -315,20 +305,41 @@ def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return calls
 
 
-def _with_arguments(call: dict[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
+def _with_calls(messages: list[dict[str, Any]], form: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """Messages with the arguments of their tool calls in a form."""
+    return [
+        m | {"tool_calls": [_with_arguments(call, form) for call in _calls(m)]} if _calls(m) else m
+        for m in messages
+    ]
+
+
+def _with_arguments(call: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
     if isinstance(function := call.get("function"), dict):
-        return call | {"function": _with_arguments(function, changed)}
-    return call | {"arguments": changed(call["arguments"])} if "arguments" in call else call
+        return call | {"function": _with_arguments(function, form)}
+    return call | {"arguments": form(call["arguments"])} if "arguments" in call else call
 
 
-def _as_object(given: Any) -> Any:
-    if not isinstance(given, str):
-        return given
+def _as_given(arguments: Any) -> Any:
+    return arguments
+
+
+def _as_object(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
     try:
-        value = json.loads(given) if given.strip() else {}
+        value = json.loads(arguments) if arguments.strip() else {}
     except ValueError:  # a model wrote it
-        return given
-    return value if isinstance(value, dict) else given
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    if not isinstance(arguments, dict):
+        return arguments
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+_FORMS = (_as_object, _as_text)
 
 
 def _continued(messages: list[dict[str, Any]], render: Render) -> str:

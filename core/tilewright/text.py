@@ -114,10 +114,10 @@ class Text:
         visible = self.decode(self.encode(END_THINKING, add_special_tokens=False))
         if END_THINKING not in visible:
             return False
+        if self.render_chat(chat).rstrip().endswith(BEGIN_THINKING):
+            return True
         begun = last_text(chat) if chat.continue_last else ""
-        return begun.rfind(BEGIN_THINKING) > begun.rfind(END_THINKING) or self.render_chat(
-            chat
-        ).rstrip().endswith(BEGIN_THINKING)
+        return begun.rfind(BEGIN_THINKING) > begun.rfind(END_THINKING)
 
 
 class TextStream:

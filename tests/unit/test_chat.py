@@ -422,6 +422,15 @@ def test_empty_arguments_are_an_empty_object_for_a_template_that_reads_objects()
     assert rendered(chat(TOOLS), messages, {}).endswith("[CALL c1]weather")
 
 
+def test_parts_and_arguments_are_both_brought_into_the_forms_that_are_read() -> None:
+    def messages(content: Any, arguments: Any) -> Any:
+        call = {"role": "assistant", "content": None, "tool_calls": [weather(arguments)]}
+        return [{"role": "user", "content": content}, call]
+
+    like = messages("One.\nTwo.", {"town": "Z"})
+    assert rendered(chat(TOOLS), messages(PARTS, '{"town": "Z"}'), {}) == wanted(TOOLS, like, {})
+
+
 def test_a_result_of_a_tool_may_be_data() -> None:
     source = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
     for content in ({"degrees": 3}, [{"degrees": 3}]):
@@ -741,12 +750,13 @@ OPENING = "{% if add_generation_prompt %}<think>\n{% endif %}"
         (CHATML, "<think>\nHm", {"continue_last": True}, True),
         (CHATML, "<think>\nHm</think>", {"continue_last": True}, False),
         (LLAMA_3, [{"type": "text", "text": "<think>Hm"}], {"continue_last": True}, True),
+        (CHATML, [], {"continue_last": True}, False),
     ],
 )
 def test_a_prompt_may_open_the_thinking(
     template: str, last: Any, given: dict[str, Any], opened: bool
 ) -> None:
-    messages = [USER, *([{"role": "assistant", "content": last}] if last else [])]
+    messages = [USER, *([] if last is None else [{"role": "assistant", "content": last}])]
     text = Text(TextAssets(tokenizer=byte_level(), chat_template=template, special_tokens=NAMED))
     assert text.opens_thinking(Chat(messages, **given)) is opened
 
