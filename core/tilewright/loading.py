@@ -13,6 +13,7 @@ from pluggy import PluginManager
 from tilewright import plugins
 from tilewright.errors import ConfigError, ModelError, OutOfPagesError, PluginError, nearest
 from tilewright.logits_processing import Processing
+from tilewright.paths import path_of
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
 from tilewright.types import (
@@ -333,7 +334,15 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
 
 def _found(source: str) -> str:
     """A message: what was found at a source that no loader accepts, and what to do."""
-    path = os.path.expanduser(source)
+    scheme, slashes, rest = source.partition("://")
+    if slashes:
+        cure = (
+            f"give the path, {_shown(rest)}"
+            if scheme == "file"
+            else ("copy the model to a directory, and give its path")
+        )
+        return f"{_shown(source)}: no loader reads addresses of {scheme}://: {cure}"
+    path = path_of(source)
     try:
         os.stat(path)
         names = sorted(os.listdir(path)) if os.path.isdir(path) else None

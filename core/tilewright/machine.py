@@ -68,7 +68,7 @@ def _groups() -> Iterator[tuple[Path, _Names]]:
     own = {"": "/", "memory": "/"}
     for line in _lines(PROC / "cgroup"):
         _, controllers, path = line.split(":", 2)
-        own |= {controller: path for controller in controllers.split(",")}
+        own |= dict.fromkeys(controllers.split(","), path)
     roots = {fields[4]: fields[3] for fields in map(str.split, _lines(PROC / "mountinfo"))}
     for controller, names, mount in (("", _V2, CGROUP), ("memory", _V1, CGROUP / "memory")):
         inside = Path(os.path.relpath(own[controller], roots.get(str(mount), "/")))

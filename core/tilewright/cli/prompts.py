@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tilewright.config import Resolved
 from tilewright.errors import ConfigError
+from tilewright.paths import path_of
 from tilewright.settings import read_text
 
 STDIN = "-"
@@ -39,7 +40,7 @@ def _prompts_of(file: str, origin: str) -> Iterator[str]:
     if file == STDIN:
         yield _without_last_newline(_read_stdin())
         return
-    text = read_text(Path(file), f"{origin}: prompt file")
+    text = read_text(path_of(file), f"{origin}: prompt file")
     if Path(file).suffix == ".jsonl":
         yield from _json_lines(file, text)
     else:

@@ -9,6 +9,7 @@ from attrs import evolve
 
 from tilewright.errors import ModelError
 from tilewright.hookspecs import hookimpl
+from tilewright.paths import expanded
 from tilewright.types import (
     DTYPES,
     DType,
@@ -47,7 +48,7 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    directory = os.path.expanduser(source)
+    directory = expanded(source)
     return os.path.isdir(directory) and os.path.isfile(os.path.join(directory, "config.json"))
 
 

@@ -1,12 +1,10 @@
 """Loader ``packed``: a directory that ``tilewright convert`` wrote (see ``format``)."""
 
-import os
-from pathlib import Path
-
 from attrs import field, frozen
 
 from tilewright import hookimpl
 from tilewright.errors import ModelError
+from tilewright.paths import expanded, path_of
 from tilewright.types import (
     LoadedModel,
     PluginInfo,
@@ -42,7 +40,7 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    return is_packed(os.path.expanduser(source))
+    return is_packed(expanded(source))
 
 
 @hookimpl
@@ -50,7 +48,7 @@ def load_model(
     source: str, options: "Options | None", weight_format: str | None, formats: WeightFormats
 ) -> LoadedModel:
     """Check the files and map the weights."""
-    directory = Path(os.path.expanduser(source))
+    directory = path_of(source)
     if not is_packed(directory):
         raise ModelError(
             f"{source[:200]!r} is not a packed model: expected a directory with "
