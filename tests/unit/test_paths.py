@@ -91,7 +91,18 @@ def test_a_home_that_cannot_be_written_is_read_as_empty(
     assert main(["models", "list"]) == 0
     assert main(["models", "add", "mine", "--source", str(DEMO_MODEL)]) == 2
     assert "set HOME or XDG_CONFIG_HOME" in capsys.readouterr().err
-    assert paths.cache_folder("x")[0] == homeless / f"tilewright-{os.getuid()}" / "x"
+
+
+@pytest.mark.parametrize("home", ["a file", "read-only"])
+def test_caches_are_not_in_a_home_that_cannot_be_written(homeless, monkeypatch, home) -> None:
+    Path("a file").touch()
+    Path("read-only").mkdir()
+    monkeypatch.setenv("HOME", str(homeless / home))
+    if home == "read-only":  # root may write anywhere
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    folder, note = paths.cache_folder("x")
+    assert folder == homeless / f"tilewright-{os.getuid()}" / "x"
+    assert note == f"{homeless / home}/.cache/x cannot be written: {folder} is used instead"
 
 
 def test_without_a_home_caches_are_in_a_temporary_folder_of_this_user(homeless, monkeypatch):
