@@ -400,7 +400,8 @@ def _check_room(wanted: _Wanted, needed: int) -> None:
     if needed - begun > free:
         raise ModelError(
             f"{wanted.name} needs {needed / 1e9:.2f} GB more in {folder}, where "
-            f"{free / 1e9:.2f} GB are free: free space, or set HF_HUB_CACHE to a folder on another disk"
+            f"{free / 1e9:.2f} GB are free: free space, or set HF_HUB_CACHE to a folder on another "
+            "disk"
         )
 
 
