@@ -1,6 +1,7 @@
 """Prompts of a run: from flags and run files, from files, or from standard input."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,22 @@ def read_prompts(resolved: Resolved) -> list[str]:
         if not prompt:
             raise ConfigError(f"{origin}: {which} is empty: expected text")
         try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
+            prompts[number - 1] = _as_utf8(prompt)
+        except UnicodeError as error:
             raise ConfigError(f"{origin}: {which} is not valid UTF-8") from error
     return prompts
+
+
+def _as_utf8(text: str) -> str:
+    """The text; that of its bytes if it is an argument in a locale that is not UTF-8.
+
+    Raises UnicodeError if the bytes are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode()
+    return text
 
 
 def _prompts_of(file: str, origin: str) -> Iterator[str]:

@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
-from attrs import fields
+from attrs import asdict, fields
 
 from tilewright import plugins
 from tilewright.cli.output import note
@@ -55,6 +55,23 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
         if text := recommended(loaded, config.generate):
             note(f"note: using the model's recommended settings: {text}")
         yield engine
+
+
+def check_plugins(resolved: Resolved) -> None:
+    """Raise what a run would raise for its plugins and their options; makes none of them."""
+    config = resolved.config
+    names = asdict(config.plugins, recurse=False)
+    named = {"observer": names.pop("observers")}
+    named["logits_processor"] = config.generate.logits_processors or ()
+    formats = (config.options.get("weight_format") or {}).keys()
+    named["weight_format"] = {*formats, *([config.model.format] if config.model.format else ())}
+    with naming_origins(resolved), redirect_stdout(sys.stderr):
+        _check_options_of_processors(resolved)
+        plugins.check_selection(
+            names,
+            [plugins.find(kind, name) for kind, found in named.items() for name in found],
+            config.options,
+        )
 
 
 def _check_options_of_processors(resolved: Resolved) -> None:

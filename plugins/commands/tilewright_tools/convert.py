@@ -25,7 +25,9 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright convert [options] --model DIR --executor NAME --out DIR"
-    parser.add_argument("--out", metavar="DIR", help="directory to write; it must not exist yet")
+    parser.add_argument(
+        "--out", metavar="DIR", help="directory to write; required, and must not exist yet"
+    )
     parser.add_argument(
         "--shard-size",
         type=size,
@@ -37,7 +39,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     flags.add(parser.add_argument_group("model"), "model", {"path", "format"})
     flags.add(parser.add_argument_group("runtime"), "runtime", {"weight_dtype"})
     plugins = parser.add_argument_group("plugins")
-    flags.add(plugins, "plugins", {"loader", "executor"})
+    flags.add(plugins, "plugins", {"loader"})
+    plugins.add_argument(
+        "--executor",
+        dest="plugins.executor",
+        metavar="NAME",
+        help="plugin whose layout is written; required",
+    )
     flags.add_option_flag(plugins)
 
 

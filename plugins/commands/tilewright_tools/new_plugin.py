@@ -90,8 +90,12 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
         beside.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ConfigError(
+                f"folder {str(folder)!r} cannot be written: {error.strerror}"
+            ) from error
         raise
     return folder
 
