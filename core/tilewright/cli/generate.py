@@ -96,8 +96,11 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
 
 
 def print_stream(stream: "GenerationStream", printed: list[str], file: IO[str]) -> None:
-    """Write the pieces as they come, adding them to printed, and end with a newline."""
-    with stream:
+    """Write the pieces as they come, adding them to printed, and end with a newline.
+
+    What plugins print meanwhile goes to standard error.
+    """
+    with stream, redirect_stdout(sys.stderr):
         try:
             for piece in stream:
                 file.write(piece)

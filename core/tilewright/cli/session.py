@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterator[LLMEngine]":
     """An engine with the run's model under its id, with the run's observers and these.
 
-    Prints notes for the user on stderr.
+    Prints notes for the user on stderr, and what plugins print while the model is loaded and
+    unloaded: standard output is for results.
     """
     from tilewright.engine import LLMEngine
 
@@ -36,12 +37,12 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
     bar = LoadingBar() if sys.stderr.isatty() else None
     if bar:
         selection["observers"] = (*selection["observers"], bar)
-    with naming_origins(resolved):
+    with naming_origins(resolved), redirect_stdout(sys.stderr):
         engine = LLMEngine.from_plugins(**selection)
-    with engine:
+    try:
         try:
             # The loader may be chosen only here, and reads its options then.
-            with naming_origins(resolved):
+            with naming_origins(resolved), redirect_stdout(sys.stderr):
                 loaded = engine.init_model(
                     config.model.id, config.model.path, config.runtime, config.model.format
                 )
@@ -55,6 +56,9 @@ def open_engine(resolved: Resolved, observers: Sequence[object] = ()) -> "Iterat
         if text := recommended(loaded, config.generate):
             note(f"note: using the model's recommended settings: {text}")
         yield engine
+    finally:
+        with redirect_stdout(sys.stderr):
+            engine.close()
 
 
 def check_plugins(resolved: Resolved) -> None:

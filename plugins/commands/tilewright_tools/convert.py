@@ -7,7 +7,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from tilewright.cli import flags
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--out is required: the directory to write")
     if resolved.origin("plugins", "executor") == DEFAULT:
         raise ConfigError("--executor is required: the executor whose layout is written")
-    with naming_origins(resolved):
+    with naming_origins(resolved), redirect_stdout(sys.stderr):
         engine = LLMEngine.from_plugins(**config.selection())
-    with engine:
+    with redirect_stdout(sys.stderr), engine:
         with naming_origins(resolved):
             loaded = engine.load(config.model.path, config.model.format)
         try:

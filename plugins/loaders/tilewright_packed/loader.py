@@ -50,8 +50,9 @@ def load_model(
     """Check the files and map the weights."""
     directory = path_of(source)
     if not is_packed(directory):
+        found = " is not a packed model" if os.path.lexists(directory) else ": no such directory"
         raise ModelError(
-            f"{source[:200]!r} is not a packed model: expected a directory with "
-            f"{MANIFEST}, which `tilewright convert` writes"
+            f"{source[:200]!r}{found}: expected a directory with {MANIFEST}, which `tilewright "
+            "convert` writes"
         )
     return load(directory, formats, weight_format, (options or Options()).verify)
