@@ -1,5 +1,7 @@
 """Loader ``packed``: a directory that ``tilewright convert`` wrote (see ``format``)."""
 
+import os
+
 from attrs import field, frozen
 
 from tilewright import hookimpl
