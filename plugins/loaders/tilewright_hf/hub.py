@@ -551,8 +551,9 @@ def _wrong_variable(error: Exception) -> str:
             return f"{_set(_PROXIES, 'socks')} names a SOCKS proxy: `pip install socksio` for it"
         if "proxy" in said and ("scheme" in said or kind == "InvalidURL"):
             return f"{_set(_PROXIES)} is not the address of a proxy: expected http://HOST:PORT"
-        if isinstance(cause, UnicodeEncodeError) or "header value" in said:
-            named = _set(_TOKENS) if _given(_TOKENS) else str(constants.HF_TOKEN_PATH)
+        odd = [name for name in _given(_TOKENS) if not os.environ[name].isascii()]
+        if (isinstance(cause, UnicodeEncodeError) and odd) or "header value" in said:
+            named = (odd or _given(_TOKENS) or [str(constants.HF_TOKEN_PATH)])[0]
             return f"{named} holds characters that no token has: copy the token again"
         if isinstance(cause, FileNotFoundError) or "certificate" in said:
             for name in _given(_CERTIFICATES):
