@@ -3,9 +3,11 @@
 Names are imported when they are first used, so ``import tilewright`` costs next to nothing.
 """
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as type checkers know it, without the import of typing
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from tilewright.async_engine import AsyncLLMEngine as AsyncLLMEngine
     from tilewright.chat import Chat as Chat
     from tilewright.engine import LLMEngine as LLMEngine
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _HOMES:
         raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
     from importlib import import_module

@@ -13,6 +13,7 @@ from attrs import evolve, frozen
 
 from tilewright import models, plugins, toml
 from tilewright.errors import ConfigError, PluginError, nearest
+from tilewright.paths import path_of
 from tilewright.plugins import ENGINE_KINDS
 from tilewright.settings import (
     DEMO_MODEL,
@@ -207,7 +208,7 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
 
 
 def _file_layer(path: Path) -> Layer:
-    text = read_text(path, "run file")
+    text = read_text(path_of(path), "run file")
     document, origin = toml.parse(path, text)
     return dict(_settings(document, origin, path.parent))
 

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from threading import RLock
-from typing import Any
+from typing import Any, NoReturn
 
 from attrs import evolve
 
@@ -218,6 +218,12 @@ class LLMEngine:
         self._observers.notify("on_close")
         if errors:
             raise errors[0]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an engine cannot be pickled, since its models have threads: make it in the process "
+            "that uses it"
+        )
 
     def __enter__(self) -> "LLMEngine":
         return self

@@ -21,6 +21,7 @@ from tilewright.errors import (
     nearest,
 )
 from tilewright.logits_processing import Processing
+from tilewright.paths import path_of
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
 from tilewright.types import (
@@ -384,7 +385,15 @@ _MOST_NAMES = 200
 
 def _found(source: str) -> str:
     """A message: what was found at a source that no loader accepts, and what to do."""
-    path = os.path.expanduser(source)
+    scheme, slashes, rest = source.partition("://")
+    if slashes:
+        cure = (
+            f"give the path, {_shown(rest)}"
+            if scheme == "file"
+            else ("copy the model to a directory, and give its path")
+        )
+        return f"{_shown(source)}: no loader reads addresses of {scheme}://: {cure}"
+    path = path_of(source)
     try:
         os.stat(path)
         names = sorted(os.listdir(path)) if os.path.isdir(path) else None

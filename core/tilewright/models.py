@@ -24,6 +24,7 @@ from attrs import frozen
 
 from tilewright import toml
 from tilewright.errors import ConfigError, nearest
+from tilewright.paths import home, no_home, path_of
 from tilewright.settings import Given, Place, keys, located, read_setting, read_text
 from tilewright.types import GenerateConfig, RuntimeConfig
 
@@ -126,26 +127,43 @@ def registered(environ: Mapping[str, str] | None = None) -> dict[str, Registered
     if only := _only_file(environ):
         return dict(sorted(_parsed(only, read_text(only, f"{VARIABLE}: models file")).items()))
     for file in reversed(files(environ)):
-        if file.exists():
+        if os.path.exists(file):  # not where the home is another user's
             models |= read(file)
     return dict(sorted(models.items()))
 
 
 def files(environ: Mapping[str, str] | None = None) -> list[Path]:
     """The models files that are read if they exist, highest precedence first."""
-    return [only] if (only := _only_file(environ)) else [PROJECT_FILE, user_file(environ)]
+    if only := _only_file(environ):
+        return [only]
+    own = _user_file(environ)
+    return [PROJECT_FILE, own] if own else [PROJECT_FILE]
 
 
 def user_file(environ: Mapping[str, str] | None = None) -> Path:
-    """The user's models file, in the XDG configuration folder."""
+    """The user's models file, in the XDG configuration folder.
+
+    Raises ConfigError where there is no such folder, since the home directory is not known.
+    """
+    if file := _user_file(environ):
+        return file
+    raise ConfigError(
+        f"you have no models file of your own: {no_home()}: set HOME or XDG_CONFIG_HOME, set "
+        f"{VARIABLE} to a file, or use --project"
+    )
+
+
+def _user_file(environ: Mapping[str, str] | None) -> Path | None:
     folder = (os.environ if environ is None else environ).get("XDG_CONFIG_HOME", "")
-    home = Path(folder) if os.path.isabs(folder) else Path("~/.config").expanduser()
-    return home / "tilewright" / "models.toml"
+    if os.path.isabs(folder):
+        return Path(folder) / "tilewright" / "models.toml"
+    at = home()
+    return at and at / ".config" / "tilewright" / "models.toml"
 
 
 def _only_file(environ: Mapping[str, str] | None) -> Path | None:
     named = (os.environ if environ is None else environ).get(VARIABLE)
-    return Path(named).expanduser() if named else None
+    return path_of(named) if named else None
 
 
 def read(file: Path) -> dict[str, RegisteredModel]:
@@ -316,4 +334,11 @@ def _write(file: Path, text: str) -> None:
 
 
 def _unwritable(file: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"models file {str(file)!r} cannot be written: {error.strerror}")
+    own = (
+        f": set HOME or XDG_CONFIG_HOME to a folder that can be written, set {VARIABLE} to a file, "
+        "or use --project"
+    )
+    return ConfigError(
+        f"models file {str(file)!r} cannot be written: {error.strerror}"
+        f"{own if file == _user_file(None) else ''}"
+    )

@@ -697,6 +697,22 @@ def select_all(
     return Selection(manager, chosen, read, arguments)
 
 
+def check_selection(
+    names: Mapping[str, str | None], named: Sequence[Plugin], options: Options
+) -> None:
+    """Raise what ``select_all`` and loading a model raise for plugins and their options.
+
+    names: by kind, as for ``select_all``. named: the plugins of kinds with several, whose options
+    are read too. Makes none of them. Options of a loader that is not named are not read.
+    """
+    manager = new_manager()
+    chosen = [select(manager, kind, name) for kind, name in names.items() if name is not None]
+    chosen += [select(manager, plugin.kind, plugin.qualified) for plugin in named]
+    check_options(options, [plugin for plugin in named if plugin.kind == "observer"])
+    for plugin in chosen:
+        plugin.read_options(options)
+
+
 class Observers:
     """The observers of an engine. An event that none of them listens to is not created.
 
@@ -834,7 +850,7 @@ def _metadata(where: str) -> Iterator[tuple[str, str]]:
             continue
         try:
             path = os.path.join(where, folder, "entry_points.txt")
-            with open(path, encoding="utf-8", errors="replace") as file:
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
                 yield folder, file.read()
         except OSError:
             yield folder, ""
@@ -848,7 +864,7 @@ def _zipped_metadata(where: str) -> Iterator[tuple[str, str]]:
             for path in sorted(archive.namelist()):
                 folder, _, file = path.partition("/")
                 if folder.endswith(".dist-info") and file == "entry_points.txt":
-                    yield folder, archive.read(path).decode("utf-8", "replace")
+                    yield folder, archive.read(path).decode("utf-8-sig", "replace")
     except (OSError, BadZipFile):
         return
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from attrs import asdict, fields, frozen
 
 from tilewright.errors import ConfigError
+from tilewright.paths import expanded, path_of
 from tilewright.types import GenerateConfig, RuntimeConfig, described
 from tilewright.values import structure
 
@@ -168,22 +169,25 @@ def located(place: Place, setting: Given, folder: Path) -> Given:
     """
     value = setting.value
     if isinstance(value, list) and place == FILE:
-        value = [_in_folder(folder, item) for item in value]
+        value = [_in_folder(folder, item, setting.origin) for item in value]
     elif place in FILES or (place == PATH and _is_path(folder, value)):
-        value = _in_folder(folder, value)
+        value = _in_folder(folder, value, setting.origin)
     return Given(value, setting.origin)
 
 
 def _is_path(folder: Path, value: Any) -> bool:
     return isinstance(value, str) and (
-        value.startswith((".", "/", "~")) or os.path.exists(folder / value)
+        value.startswith((".", "/")) or expanded(value) != value or os.path.exists(folder / value)
     )
 
 
-def _in_folder(folder: Path, value: Any) -> Any:
+def _in_folder(folder: Path, value: Any, origin: str) -> Any:
     if not isinstance(value, str) or value in ("", "-"):
         return value
-    return str(folder / os.path.expanduser(value))
+    try:
+        return str(path_of(value, folder))
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def read_text(path: Path, what: str) -> str:

@@ -38,7 +38,11 @@ def _syntax_error(path: Path, text: str, error: Exception) -> str:
     message, _, position = str(error).rpartition(" (at ")
     number = position.removeprefix("line ").partition(",")[0]
     if not number.isdecimal():  # "end of document": point to the statement that does not end
-        number = str(next((start for start, _, parsed in _statements(text) if parsed is None), 1))
+        statements = list(_statements(text))
+        # If all end, the last one contradicts the others, such as a key that is given twice.
+        begins = [start for start, _, parsed in statements if parsed is None]
+        begins += [start for start, _, _ in statements[-1:]]
+        number = str(next(iter(begins), 1))
     return f"{path}:{number}: invalid TOML: {message or error}"
 
 

@@ -24,6 +24,7 @@ from typing import (
 import attrs
 
 from tilewright.errors import ConfigError, must_be, nearest, shortened
+from tilewright.paths import path_of
 
 if TYPE_CHECKING:
     import cattrs
@@ -182,7 +183,7 @@ def _converter(text: bool) -> "cattrs.Converter":
     converter.register_structure_hook(int, unless_text(_int))
     converter.register_structure_hook(float, unless_text(_float))
     converter.register_structure_hook(str, _instance)
-    converter.register_structure_hook(Path, lambda value, _: Path(value).expanduser())
+    converter.register_structure_hook(Path, lambda value, _: path_of(Path(value)))
     converter.register_structure_hook_func(lambda t: t in (None, type(None)), unless_text(_none))
     converter.register_structure_hook_func(_is_union, union)
     converter.register_structure_hook_func(_is_literal, _literal)

@@ -1,11 +1,17 @@
 """The command line: help, output, settings, shells and terminals."""
 
+import io
 import json
 import math
 import os
+import re
+import resource
+import runpy
+import signal
 import stat
 import subprocess
 import sys
+import time
 
 import plugin_distributions as dists
 import pytest
@@ -272,6 +278,31 @@ def test_an_output_device_is_written_to_and_not_replaced(capsys):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_full_disk_leaves_no_output_file_and_is_named(capsys, tmp_path, form):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "out.txt"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert main(["generate", "No person", *GREEDY, *form, "--output", str(path)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"output file {str(path)!r} cannot be written: File too large" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main(["generate", "No person", *GREEDY, *form, "--output", "/dev/full"]) == 2
+    said = "output file '/dev/full' cannot be written: No space left on device"
+    assert said in capsys.readouterr().err
+
+
+def test_an_output_file_that_cannot_be_created_is_refused_before_the_model_is_loaded(
+    capsys, tmp_path
+):
+    path = str(tmp_path / "none" / "out.txt")
+    assert main(["generate", "x", "--model", "no/such/folder", "--output", path]) == 2
+    said = f"error: output file {path!r} cannot be written: No such file or directory\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 @pytest.mark.parametrize("name", ["-", "/dev/stdout"])
 def test_standard_output_can_be_the_output_file(capsys, name):
     out, _ = printed(capsys, "generate", "Congress shall make", *GREEDY, "--output", name)
@@ -350,6 +381,34 @@ def test_example_run_files_are_valid(capsys, path):
     out, err = printed(capsys, "run", str(path), "--show")
     assert "[generate]" in out
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "argv", "message"),
+    [
+        ("[options.executor]\nthreads = 0", [], ":2: executor 'torch': 'threads' must be >= 1: 0"),
+        ("[options.sampler]\nnone = 1", [], ":2: sampler 'top-p': unknown option 'none'"),
+        ("", ["-o", "kv_allocator.x=1"], "-o kv_allocator.x: kv allocator 'paged'"),
+        ("[options.loader]\nx = 1\n[plugins]\nloader = 'hf-hub'", [], ":2: loader 'hf-hub'"),
+        ("[options.weight_format.safetensors]\nx = 1", [], ":2: weight format 'safetensors'"),
+        ("[options.observer.none]\nx = 1", [], "no observer is named 'none'"),
+        ("[options.logits_processor.choice]\nx = 1", [], "no request uses logits processor"),
+    ],
+)
+def test_show_refuses_the_options_that_a_run_refuses(capsys, tmp_path, options, argv, message):
+    path = tmp_path / "run.toml"
+    path.write_text(options)
+    assert main(["run", str(path), "--show", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+
+
+def test_show_says_that_options_of_an_open_loader_are_not_checked(capsys, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[options.loader]\nrevision = 'main'")
+    out, _ = printed(capsys, "run", str(path), "--show")
+    assert "[options.loader]\n# not checked: the loader is chosen when the model is loaded\n" in out
 
 
 def test_run_streams_a_single_prompt_like_generate(capsys, tmp_path, continuation):
@@ -455,6 +514,50 @@ def test_a_closed_pipe_ends_the_command_without_a_message():
     assert done.stderr in ("code 141\n", "code 0\n")
 
 
+@pytest.mark.parametrize("milliseconds", [60, 120, 180, 240])
+def test_ctrl_c_at_the_start_prints_no_traceback_of_tilewright(milliseconds):
+    child = subprocess.Popen([*TILEWRIGHT, "--help"], stdout=-1, stderr=-1, text=True)
+    time.sleep(milliseconds / 1000)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert "tilewright/cli" not in said
+    # Python itself, which prints a traceback, may not have reached the command yet.
+    assert child.returncode in (0, 130) or "in main" not in said
+
+
+def test_ctrl_c_during_the_imports_is_code_130(monkeypatch):
+    class Interrupted:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == "tilewright.cli":
+                raise KeyboardInterrupt
+
+    for name in ("tilewright.cli", "tilewright.__main__"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted, *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tilewright", run_name="__main__")
+    assert ended.value.code == 130
+
+
+def test_a_prompt_in_a_locale_without_unicode_is_read_as_utf_8(capsys):
+    as_ascii = "Ünï 😀".encode().decode("ascii", "surrogateescape")
+    out, _ = printed(capsys, "generate", as_ascii, *GREEDY, "--json")
+    assert json.loads(out)["prompt"] == "Ünï 😀"
+    assert main(["generate", "\udcff"]) == 2
+    assert "PROMPT: the prompt is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_a_working_folder_that_was_deleted_is_an_error(capsys, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["generate", "x"]) == 2
+    assert "the working folder was deleted" in capsys.readouterr().err
+    os.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("argv", [["generate", "Ü"], ["generate", "Ü", "--json"]])
 def test_output_works_in_a_locale_without_unicode(argv):
     environ = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
@@ -505,27 +608,98 @@ def test_a_bug_in_a_plugin_is_a_one_line_error_with_exit_code_2(capsys, monkeypa
 
 
 CHATTY = f"""
-    print("at import")
+    print("sampler at import")
     {dists.LIKELIEST.replace("return [", 'print("in a step"); return [')}
+"""
+CHATTY_OBSERVER = """
+    print("observer at import")
+    from tilewright import hookimpl
+
+    tilewright_api = 2
+
+    class Chatty:
+        @hookimpl
+        def on_model_loaded(self): print("a model is loaded")
+
+        @hookimpl
+        def on_close(self): print("the engine is closed")
+
+    @hookimpl
+    def create_observer(): return Chatty()
+"""
+CHATTY_LOADER = """
+    print("loader at import")
+    from tilewright import hookimpl
+    from tilewright_hf import loader
+
+    tilewright_api = 2
+
+    @hookimpl
+    def can_load(source):
+        print("asked")
+        return False
+
+    load_model = loader.load_model
 """
 
 
-@pytest.mark.parametrize("command", ["generate", "bench"])
-def test_output_printed_by_plugins_goes_to_stderr(tmp_path, command):
-    site = dists.install(tmp_path / "site", dists.sampler("acme-chatty", "chatty", CHATTY))
-    flags = {
-        "generate": ["We", "--max-new-tokens", "3"],
-        "bench": ["--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1", "--warmup", "0"],
-    }[command]
-    argv = ["-m", "tilewright", command, *flags, "--sampler", "chatty"]
-    done = dists.run(*argv, "--json", site=site)
-    assert done.code == 0, done.err
-    assert isinstance(json.loads(done.out), dict)
-    assert done.err.count("at import\n") == 1
-    assert "in a step\n" in done.err
+@pytest.fixture
+def chatty(tmp_path):
+    """A sampler, an observer and a loader that print, installed for the test."""
+    with dists.on_path(tmp_path / "site") as install:
+        install(
+            dists.sampler("acme-chatty", "chatty", CHATTY),
+            dists.Distribution(
+                name="acme-more",
+                files={
+                    "acme_watch.py": dists.dedent(CHATTY_OBSERVER),
+                    "acme_load.py": dists.dedent(CHATTY_LOADER),
+                },
+                plugins={"observer": {"watch": "acme_watch"}, "loader": {"load": "acme_load"}},
+            ),
+        )
+        yield
+
+
+RUNS = {
+    "generate": ["We", "--max-new-tokens", "3"],
+    "chat": ["--max-new-tokens", "3"],
+    "bench": ["--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1", "--warmup", "0"],
+}
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_output_printed_by_plugins_goes_to_stderr(chatty, capsys, monkeypatch, command):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n")))
+    json_flag = [] if command == "chat" else ["--json"]
+    argv = [command, *RUNS[command], *json_flag, "--sampler", "chatty", "--observer", "watch"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    if json_flag:
+        assert isinstance(json.loads(out), dict)
+    else:
+        assert not re.search("import|step|a model|asked", out)
+    said = ("sampler at import", "observer at import", "loader at import", "asked", "in a step")
+    for line in (*said, "a model is loaded", "the engine is closed"):
+        assert f"{line}\n" in err
+    assert err.count("sampler at import\n") == 1
     if command == "generate":
-        plain = dists.run(*argv, site=site)
-        assert plain.out == json.loads(done.out)["text"] + "\n"
+        assert main([word for word in argv if word != "--json"]) == 0
+        assert capsys.readouterr().out == json.loads(out)["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [["plugins", "check", "--json"], ["plugins", "list", "--json"], ["doctor", "--json"]]
+)
+def test_reports_on_plugins_that_print_are_valid_json(chatty, capsys, argv):
+    assert main(argv) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), list)
+
+
+def test_a_conversion_prints_one_line_whatever_its_loader_prints(chatty, capsys, tmp_path):
+    out = str(tmp_path / "out")
+    assert main(["convert", "--executor", "torch", "--loader", "load", "--out", out]) == 0
+    assert re.fullmatch(f"{out}: .*\n", capsys.readouterr().out)
 
 
 SHAKY = """

@@ -1,10 +1,12 @@
-"""What is sent to an executor's part in another process."""
+"""What is sent to an executor's part in another process, and what cannot be."""
 
 import pickle
 
+import pytest
 import torch
 from attrs import asdict, evolve
 
+from tilewright import AsyncLLMEngine, LLMEngine
 from tilewright.types import SampledToken, SamplerRow, SamplingParams, StepOutput, TokenLogprobs
 from tilewright_testing.paged import Sequences, tensors
 
@@ -46,3 +48,10 @@ def test_how_a_token_is_chosen_and_the_token_stay_what_they_are():
     assert output.logits[0, 0] == 1.0
     assert output.logits[0, 1].isnan()
     assert copied(StepOutput(tokens=[token])).logits is None
+
+
+@pytest.mark.parametrize("kind", [LLMEngine, AsyncLLMEngine])
+def test_an_engine_is_not_sent_and_says_what_to_do(kind):
+    wanted = pytest.raises(TypeError, match="make it in the process that uses it")
+    with LLMEngine.from_plugins() as engine, wanted:
+        pickle.dumps(engine if kind is LLMEngine else AsyncLLMEngine(engine))

@@ -132,6 +132,13 @@ def test_remains_of_an_interrupted_uninstall_are_not_listed(site: Install) -> No
     assert not [p for p in plugins.installed("sampler") if p.name == "rival"]
 
 
+def test_metadata_with_a_byte_order_mark_is_read(site: Install) -> None:
+    listing = site(dists.RIVALS[0]) / "acme_one-1.5.dist-info" / "entry_points.txt"
+    before = plugins.installed()
+    listing.write_bytes(b"\xef\xbb\xbf" + listing.read_bytes())
+    assert plugins.installed() == before
+
+
 def test_undecodable_metadata_does_not_hide_the_other_plugins(site: Install) -> None:
     folder = site(*dists.RIVALS)
     (folder / "acme_one-1.5.dist-info" / "entry_points.txt").write_bytes(b"\xff[\x00=")

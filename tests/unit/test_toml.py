@@ -59,6 +59,30 @@ z = 3
     assert key_lines(text) == expected
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize(
+    ("last", "line"),
+    [
+        ("[table", 3),
+        ("[[tables", 3),
+        ("[a]", 3),
+        ("x = 1", 3),
+        ("y", 3),
+        ("y =", 3),
+        ("y = tru", 3),
+        ("y = 'text", 3),
+        ('y = "text', 3),
+        ('y = """text\n\n[table]', 3),
+        ("y = [1,\n2,\n# comment", 3),
+        ("y = { z = 1", 3),
+        ("y = [\n1]\n\ny = 2", 6),
+    ],
+)
+def test_an_error_at_the_end_of_a_file_is_on_the_line_where_its_statement_begins(last, line, end):
+    with pytest.raises(ConfigError, match=rf"^run\.toml:{line}: invalid TOML: "):
+        toml.parse(Path("run.toml"), f"a = {{ b = 1 }}\nx = 0\n{last}{end}")
+
+
 def test_finding_lines_ends_early_in_a_huge_statement():
     text = "a = 1\nx = [\n" + "[1],\n" * 50_000 + "]\nb = 1\n"
     assert key_lines(text) == {("a",): 1}

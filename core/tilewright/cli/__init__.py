@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # torch ends the process in such a folder
+        raise ConfigError("the working folder was deleted: change to another folder") from error
     called = next((word for word in argv if not word.startswith("-")), None)
     commands = [plugins.find("command", called)] if called else plugins.installed("command")
     parser = Parser(prog="tilewright", description="A plugin-based LLM inference framework.")

@@ -181,8 +181,11 @@ def _without_thinking(result: GenerateResult, splitter: ThinkingSplitter | None)
 def print_stream(
     stream: "GenerationStream", pieces: Iterable[str], printed: list[str], file: IO[str]
 ) -> None:
-    """Write the pieces of a stream as they come, adding them to printed, and end with a newline."""
-    with stream:
+    """Write the pieces of a stream as they come, adding them to printed, and end with a newline.
+
+    What plugins print meanwhile goes to standard error.
+    """
+    with stream, redirect_stdout(sys.stderr):
         try:
             for piece in pieces:
                 printed.append(piece)  # first, so that Ctrl-C loses nothing that is shown

@@ -11,6 +11,7 @@ from typing import IO, Any, BinaryIO
 from tilewright.chat import Chat
 from tilewright.cli import naming_unwritable
 from tilewright.errors import ConfigError
+from tilewright.paths import path_of
 from tilewright.text import Text
 from tilewright.types import GenerateResult, TokenLogprobs
 
@@ -58,7 +59,8 @@ def opened_binary(path: str) -> Iterator[IO[bytes]]:
 def _replaced(path: str) -> Iterator[BinaryIO]:
     """A file that appears, replacing any existing one, when the block succeeds."""
     try:
-        target = os.path.realpath(path)  # the file that a link names is replaced, not the link
+        # The file that a link names is replaced, not the link.
+        target = os.path.realpath(path_of(path))
         if os.path.isdir(target):
             raise IsADirectoryError(None, "it is a directory")
         regular = os.path.isfile(target) or not os.path.exists(target)

@@ -16,6 +16,7 @@ from tilewright.chat import Chat
 from tilewright.cli.output import note
 from tilewright.config import DEFAULT, ENVIRONMENT_PREFIX, Resolved
 from tilewright.errors import ConfigError, PluginError, nearest
+from tilewright.paths import path_of
 from tilewright.settings import TOOLS, keys, not_utf8, read_text
 from tilewright.types import GenerateConfig
 from tilewright.values import shown, structure
@@ -149,8 +150,10 @@ def _entries(resolved: Resolved, piped: bool = False) -> list[PromptEntry]:
         if not entry.prompt:
             raise ConfigError(f"{entry.origin}: {which} is empty: expected text")
         try:
+            if isinstance(entry.prompt, str):
+                entry = entries[number - 1] = evolve(entry, prompt=_as_utf8(entry.prompt))
             json.dumps([_said(entry.prompt), entry.record], ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
+        except UnicodeError as error:
             raise ConfigError(f"{entry.origin}: {which} is not valid UTF-8") from error
     return entries
 
@@ -159,11 +162,23 @@ def _said(prompt: str | Chat) -> Any:
     return prompt if isinstance(prompt, str) else [prompt.messages, prompt.tools]
 
 
+def _as_utf8(text: str) -> str:
+    """The text; that of its bytes if it is an argument in a locale that is not UTF-8.
+
+    Raises UnicodeError if the bytes are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode()
+    return text
+
+
 def _entries_of(file: str, origin: str) -> Iterator[PromptEntry]:
     if file == STDIN:
         yield PromptEntry(_without_last_newline(_read_stdin()), origin)
         return
-    text = read_text(Path(file), f"{origin}: prompt file")
+    text = read_text(path_of(file), f"{origin}: prompt file")
     kind = Path(file).suffix
     if kind == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):

@@ -12,6 +12,7 @@ from typing import Any
 from tilewright import toml
 from tilewright.cli import flags
 from tilewright.cli.generate import produce
+from tilewright.cli.session import check_plugins
 from tilewright.config import DEFAULT, Resolved, resolve
 from tilewright.plugins import ENGINE_KINDS
 from tilewright.settings import SECTIONS, Place, keys
@@ -26,7 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show",
         action="store_true",
-        help="print all settings and their origins, in the format of a run file, and exit",
+        help="check the settings, print them with their origins in the format of a run file, and "
+        "exit",
     )
     flags.add_output_flags(parser)
     flags.add_chat_flags(parser)
@@ -37,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     resolved = resolve(Path(args.config), flags.layer(args))
     if args.show:
+        check_plugins(resolved)
         sys.stdout.write(show(resolved))
         return 0
     return produce(resolved, args)
@@ -53,6 +56,8 @@ def show(resolved: Resolved) -> str:
         if section == "plugins":
             for place, table in _tables(resolved.config.options):
                 lines += ["", f"[{'.'.join(map(toml.written_key, place))}]"]
+                if place[1] == "loader" and resolved.config.plugins.loader is None:
+                    lines.append("# not checked: the loader is chosen when the model is loaded")
                 lines += [
                     f"{toml.setting(key, value)}  # {resolved.origin(*place, key)}"
                     for key, value in table.items()

@@ -3,10 +3,10 @@
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
-from attrs import fields
+from attrs import asdict, fields
 
 from tilewright import plugins
 from tilewright.cli.output import note
@@ -29,7 +29,8 @@ def open_engine(
     """An engine with the run's model under its id, with the run's observers and these.
 
     processors: logits processors that requests name beside those of the run's settings.
-    Prints notes for the user on stderr.
+    Prints notes for the user on stderr, and what plugins print while the model is loaded and
+    unloaded: standard output is for results.
     """
     from tilewright.engine import LLMEngine
 
@@ -40,12 +41,12 @@ def open_engine(
     bar = LoadingBar() if sys.stderr.isatty() else None
     if bar:
         selection["observers"] = (*selection["observers"], bar)
-    with naming_origins(resolved):
+    with naming_origins(resolved), redirect_stdout(sys.stderr):
         engine = LLMEngine.from_plugins(**selection)
-    with engine:
+    try:
         try:
             # The loader may be chosen only here, and reads its options then.
-            with naming_origins(resolved):
+            with naming_origins(resolved), redirect_stdout(sys.stderr):
                 loaded = engine.init_model(
                     config.model.id, config.model.path, config.runtime, config.model.format
                 )
@@ -59,9 +60,29 @@ def open_engine(
         if text := recommended(loaded, config.generate):
             note(f"note: using the model's recommended settings: {text}")
         yield engine
+    finally:
+        with redirect_stdout(sys.stderr):
+            engine.close()
 
 
-def _check_options_of_processors(resolved: Resolved, more: Iterable[str]) -> None:
+def check_plugins(resolved: Resolved) -> None:
+    """Raise what a run would raise for its plugins and their options; makes none of them."""
+    config = resolved.config
+    names = asdict(config.plugins, recurse=False)
+    named = {"observer": names.pop("observers")}
+    named["logits_processor"] = config.generate.logits_processors or ()
+    formats = (config.options.get("weight_format") or {}).keys()
+    named["weight_format"] = {*formats, *([config.model.format] if config.model.format else ())}
+    with naming_origins(resolved), redirect_stdout(sys.stderr):
+        _check_options_of_processors(resolved)
+        plugins.check_selection(
+            names,
+            [plugins.find(kind, name) for kind, found in named.items() for name in found],
+            config.options,
+        )
+
+
+def _check_options_of_processors(resolved: Resolved, more: Iterable[str] = ()) -> None:
     """Raise ConfigError for an option of a logits processor that no request of the run uses."""
     named = [*(resolved.config.generate.logits_processors or ()), *more]
     used = [plugins.find("logits_processor", name) for name in named]

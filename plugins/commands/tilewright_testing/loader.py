@@ -1,6 +1,5 @@
 """The conformance suite of loaders."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from attrs import fields
 from tilewright import plugins
 from tilewright.errors import TilewrightError
 from tilewright.loading import InstalledFormats
+from tilewright.paths import expanded
 from tilewright.types import (
     DTYPES,
     GenerateConfig,
@@ -105,7 +105,7 @@ class LoaderSuite(TensorSourceSuite):
     def copied(self, source: str | Path, tmp_path: Path) -> str | Path:
         """A copy of the source, in a folder with spaces and letters beyond ASCII in its name. The
         source itself if it is not a local path or too large."""
-        place = Path(os.path.expanduser(source))
+        place = Path(expanded(str(source)))
         if not place.exists() or sum(p.stat().st_size for p in files_of(place)) > _LARGEST_COPY:
             return source
         folder = tmp_path / "a cöpy"

@@ -7,7 +7,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from tilewright.cli import flags
@@ -25,7 +25,9 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright convert [options] --model DIR --executor NAME --out DIR"
-    parser.add_argument("--out", metavar="DIR", help="directory to write; it must not exist yet")
+    parser.add_argument(
+        "--out", metavar="DIR", help="directory to write; required, and must not exist yet"
+    )
     parser.add_argument(
         "--shard-size",
         type=size,
@@ -37,7 +39,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     flags.add(parser.add_argument_group("model"), "model", {"path", "format"})
     flags.add(parser.add_argument_group("runtime"), "runtime", {"weight_dtype"})
     plugins = parser.add_argument_group("plugins")
-    flags.add(plugins, "plugins", {"loader", "executor"})
+    flags.add(plugins, "plugins", {"loader"})
+    plugins.add_argument(
+        "--executor",
+        dest="plugins.executor",
+        metavar="NAME",
+        help="plugin whose layout is written; required",
+    )
     flags.add_option_flag(plugins)
 
 
@@ -51,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--out is required: the directory to write")
     if resolved.origin("plugins", "executor") == DEFAULT:
         raise ConfigError("--executor is required: the executor whose layout is written")
-    with naming_origins(resolved):
+    with naming_origins(resolved), redirect_stdout(sys.stderr):
         engine = LLMEngine.from_plugins(**config.selection())
-    with engine:
+    with redirect_stdout(sys.stderr), engine:
         with naming_origins(resolved):
             loaded = engine.load(config.model.path, config.model.format)
         try:

@@ -179,13 +179,13 @@ def memory() -> Check:
 
 def model_cache() -> Path:
     """Where downloaded models go."""
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from tilewright_hf.hub import cache
 
-    return Path(HF_HUB_CACHE)
+    return cache()
 
 
 def disk(name: str, folder: Path) -> Check:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    existing = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     free = shutil.disk_usage(existing).free
     found = f"{free / GIB:.1f} GiB free in {folder}"
     if not os.access(existing, os.W_OK):

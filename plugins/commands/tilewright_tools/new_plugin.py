@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tilewright import __version__, plugins
 from tilewright.errors import ConfigError
+from tilewright.paths import path_of
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -60,7 +61,7 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
     that is invalid or already installed, and for a folder that exists.
     """
     _check_name(kind, name)
-    folder = Path(f"tilewright-{name}") if out is None else out.expanduser()
+    folder = Path(f"tilewright-{name}") if out is None else path_of(out)
     if os.path.lexists(folder):
         raise ConfigError(f"{folder} already exists: choose another folder with --out")
     if not folder.parent.is_dir():
@@ -89,8 +90,12 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
         beside.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ConfigError(
+                f"folder {str(folder)!r} cannot be written: {error.strerror}"
+            ) from error
         raise
     return folder
 

@@ -1,12 +1,12 @@
 """Check the files of a converted model."""
 
 import argparse
-from pathlib import Path
 
 from attrs import asdict
 
 from tilewright.cli.tables import print_columns, print_json
 from tilewright.errors import ConfigError, ModelError
+from tilewright.paths import path_of
 from tilewright_tools.convert import progress
 
 tilewright_api = 2
@@ -23,7 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tilewright_packed.format import MANIFEST, Finding, is_packed, read_manifest, verify
 
-    directory = Path(args.directory).expanduser()
+    directory = path_of(args.directory)
+    if not directory.is_dir():
+        found = "it is a file" if directory.exists() else "no such directory"
+        raise ConfigError(
+            f"{args.directory!r}: {found}: expected a directory that `tilewright convert` wrote"
+        )
     if not is_packed(directory):
         raise ConfigError(
             f"{args.directory!r} is not a packed model: expected a directory with {MANIFEST}, "

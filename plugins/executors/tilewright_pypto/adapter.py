@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tilewright.errors import ExecutorError, ExecutorLostError, OutOfPagesError
 from tilewright.machine import available_memory
+from tilewright.paths import path_of
 from tilewright_kernels.contract import read_contract
 from tilewright_kernels.qwen3_14b import source
 from tilewright_kernels.qwen3_14b.shape import LayerShape
@@ -171,8 +172,8 @@ class PyptoDevice:
         self._platform = options.platform
         self._card = card
         self._jobs = options.compile_jobs
-        folder = Path(options.build_dir or build_cache.default_folder())
-        self._folder = folder.expanduser().absolute()
+        folder = path_of(options.build_dir) if options.build_dir else build_cache.default_folder()
+        self._folder = folder.absolute()
         self._report = report
         self._key = key
         self.artifacts: dict[str, Path] = {}

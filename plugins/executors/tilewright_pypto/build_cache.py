@@ -12,13 +12,15 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from tilewright.errors import ExecutorError
+from tilewright.errors import ExecutorError, PluginWarning
+from tilewright.paths import cache_folder
 
 T = TypeVar("T")
 
@@ -26,9 +28,21 @@ STAMP = "tilewright.json"
 
 
 def default_folder() -> Path:
-    """``tilewright/pypto`` in $XDG_CACHE_HOME, or in ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "tilewright" / "pypto"
+    """``tilewright/pypto`` in $XDG_CACHE_HOME, or in ~/.cache.
+
+    A temporary folder, with a PluginWarning, where ~/.cache cannot be written.
+    """
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "tilewright" / "pypto"
+    folder, note = cache_folder("tilewright", "pypto")
+    if note:
+        warnings.warn(
+            f"{note} for compiled kernels; set build_dir or XDG_CACHE_HOME to a folder that is "
+            "kept",
+            PluginWarning,
+            stacklevel=2,
+        )
+    return folder
 
 
 def _unusable(folder: Path, error: OSError) -> ExecutorError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from attrs import evolve, frozen
 
 from tilewright.errors import ExecutorError
+from tilewright.paths import path_of
 from tilewright.types import Check
 from tilewright_pypto.options import HARDWARE
 
@@ -137,7 +138,7 @@ def _stamp(file: Path) -> str:
 
 def _checkout(pypto_root: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The folders of a checkout's package, and its search path."""
-    root = Path(pypto_root).expanduser().absolute()
+    root = path_of(pypto_root).absolute()
     homes = [root / "python", root]
     home = next((h for h in homes if (h / "pypto" / "__init__.py").is_file()), None)
     if home is None:

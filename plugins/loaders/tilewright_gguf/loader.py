@@ -10,6 +10,7 @@ from attrs import evolve
 
 from tilewright.errors import ModelError, listed
 from tilewright.hookspecs import hookimpl
+from tilewright.paths import expanded
 from tilewright.types import GenerateConfig, LoadedModel, PluginInfo
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    path = os.path.expanduser(source)
+    path = expanded(source)
     try:
         if os.path.isdir(path):
             directory = _directory(path)

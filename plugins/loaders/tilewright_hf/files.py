@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from attrs import field, frozen
 
 from tilewright.errors import ModelError, must_be, shortened
+from tilewright.paths import path_of
 from tilewright.values import converted, expected
 
 _T = TypeVar("_T")
@@ -33,13 +34,13 @@ def local_path(source: str, what: str, takes: str) -> Path:
 
     what: the expected kind, such as a model file; takes: what the loader accepts, for the message.
     """
-    expanded = os.path.expanduser(source)
+    path = path_of(source)
     try:
-        os.stat(expanded)
+        os.stat(path)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"no {what} {source[:200]!r}: {why}; {takes}") from error
-    return Path(expanded)
+    return path
 
 
 def is_there(path: Path) -> bool:

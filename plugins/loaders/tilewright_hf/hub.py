@@ -16,12 +16,14 @@ from glob import escape
 from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from attrs import define, evolve, field, frozen
 
 from tilewright.directories import ADAPTER, layout_of_maker
 from tilewright.errors import ConfigError, ModelError, listed
 from tilewright.hookspecs import hookimpl
+from tilewright.paths import cache_folder, expanded, home
 from tilewright.types import LoadedModel, PluginInfo, Report, WeightFormats, described
 from tilewright.weights import printable
 from tilewright_hf import loader, pytorch_format, safetensors_format
@@ -32,7 +34,17 @@ tilewright_api = 2
 
 T = TypeVar("T")
 
-_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]*[\w.-]))?/?", re.ASCII)
+
+_ADDRESS = re.compile(r"hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?=[^/]+/[^/])")
+"""How an address of the hub begins: before the id, in a browser and in huggingface_hub."""
+
+_PAGE = re.compile(r"([^/]+/[^/]+)/(?:tree|blob|resolve)/([^/?#]+)(?:/([^?#]*))?.*")
+"""A page of a repository after the address: its id, the revision, and perhaps a file."""
+
+_TAGGED = re.compile(r"([^/:]+/[^/:]+):([\w.-]+)", re.ASCII)
+_QUANTIZED = re.compile(r"(UD-)?(I?Q\d|BF16|FP?16|FP?32|MXFP4)\w*", re.ASCII | re.IGNORECASE)
+"""The tag that llama.cpp and ollama write after an id: a quantization, such as ``Q4_K_M``."""
 
 _CONFIGURATION = (
     "config.json",
@@ -99,8 +111,12 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
+    if os.path.lexists(source):
+        return False
+    if _address(source) or _TAGGED.fullmatch(source):
+        return True
     file = source.endswith((".gguf", ".safetensors", ".bin", ".json", ".toml"))
-    return _ID.fullmatch(source) is not None and not file and not os.path.lexists(source)
+    return _ID.fullmatch(source) is not None and not file
 
 
 @hookimpl
@@ -115,8 +131,10 @@ def load_model(
 
     The result's source is ``ORGANISATION/NAME@COMMIT``.
     """
+    _check_endpoint()
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    _check_cache()
     wanted = _wanted(source, options, weight_format)
     if HF_HUB_OFFLINE or options.local_files_only:
         why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "local_files_only is set"
@@ -130,12 +148,42 @@ def load_model(
     return evolve(
         loaded,
         source=f"{wanted.name}@{snapshot.commit}",
-        warnings=(*snapshot.warnings, *loaded.warnings),
+        warnings=(*_unusual_cache(), *snapshot.warnings, *loaded.warnings),
+    )
+
+
+def _address(source: str) -> str:
+    """What precedes the id in an address of the hub, or of HF_ENDPOINT; else an empty string."""
+    found = _ADDRESS.match(source)
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    if not found and endpoint and source.startswith(f"{endpoint}/"):
+        return f"{endpoint}/"
+    return found[0] if found else ""
+
+
+def _of_gguf(source: str, name: str, files: str) -> str:
+    return (
+        f"{source[:200]!r} names GGUF files, which hf-hub does not download: run `hf download "
+        f"{name}{files}`, then give the path of the file"
     )
 
 
 def _wanted(source: str, options: Options, weight_format: str | None) -> _Wanted:
-    named = _ID.fullmatch(source)
+    id_ = source
+    if address := _address(source):
+        id_ = source[len(address) :].partition("?")[0]
+        if page := _PAGE.fullmatch(source[len(address) :]):
+            id_ = f"{page[1]}@{unquote(page[2])}"
+            if (page[3] or "").endswith(".gguf"):
+                raise ModelError(_of_gguf(source, page[1], f" {page[3]}"))
+    if tagged := _TAGGED.fullmatch(id_):
+        if _QUANTIZED.fullmatch(tagged[2]):
+            raise ModelError(_of_gguf(source, tagged[1], f" --include '*{tagged[2]}*.gguf'"))
+        raise ModelError(
+            f"{source[:200]!r} is not a repository id: for the revision {tagged[2]!r} write "
+            f"{tagged[1]}@{tagged[2]}"
+        )
+    named = _ID.fullmatch(id_)
     if named is None:
         raise ModelError(
             f"{source[:200]!r} is not a repository id: expected ORGANISATION/NAME or "
@@ -163,6 +211,7 @@ def _cached(wanted: _Wanted, why: str) -> _Snapshot:
         folder = snapshot_download(
             wanted.name,
             revision=wanted.revision,
+            cache_dir=cache(),
             local_files_only=True,
             # The index says which weights there must be.
             allow_patterns=["config.json"],
@@ -170,7 +219,7 @@ def _cached(wanted: _Wanted, why: str) -> _Snapshot:
     except LocalEntryNotFoundError as error:
         revision = f" at revision {wanted.revision!r}" if wanted.revision else ""
         raise ModelError(
-            f"{wanted.name}{revision} is not in the cache, {_cache()}, and {why}: load it once "
+            f"{wanted.name}{revision} is not in the cache, {cache()}, and {why}: load it once "
             "with a connection, or set HF_HUB_CACHE to a folder that has it"
         ) from error
     except ValueError as error:
@@ -178,10 +227,53 @@ def _cached(wanted: _Wanted, why: str) -> _Snapshot:
     return _Snapshot(Path(folder), (f"{wanted.name} is loaded from the cache: {why}",))
 
 
-def _cache() -> Path:
+_HOME_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+"""What sets the cache's folder; the first one that is set wins."""
+
+
+def cache() -> Path:
+    """The cache's folder: huggingface_hub's, or a temporary one where that cannot be made."""
+    return _placed()[0]
+
+
+def _placed() -> tuple[Path, str]:
+    """The cache's folder, and a note if it is a temporary one."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
+    usual, names = Path(constants.HF_HUB_CACHE), ("huggingface", "hub")
+    # huggingface_hub takes "~" for the name of a folder where no home directory is known.
+    if usual != Path(expanded("~"), ".cache", *names) or (home() and os.path.isdir(usual)):
+        return usual, ""
+    return cache_folder(*names)
+
+
+def _unusual_cache() -> tuple[str, ...]:
+    note = _placed()[1]
+    advice = "for downloads; set HF_HOME to a folder that is kept"
+    return (f"{note} {advice}",) if note else ()
+
+
+def _check_endpoint() -> None:
+    """Raise ConfigError for an HF_ENDPOINT with which huggingface_hub cannot be imported."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        urlsplit(endpoint)
+    except ValueError as error:
+        raise ConfigError(
+            f"HF_ENDPOINT is {endpoint!r}: expected an address, https://HOST ({error})"
+        ) from error
+
+
+def _check_cache() -> None:
+    """Raise ConfigError for a cache that lies below a file, with the variable that says so."""
+    folder = cache()
+    for place in (folder, *folder.absolute().parents):
+        if os.path.exists(place) and not os.path.isdir(place):
+            named = next((name for name in _HOME_VARIABLES if os.environ.get(name)), "HOME")
+            raise ConfigError(
+                f"{named}: the cache of the hub is {folder}, but {place} is a file: set {named} to "
+                "a folder"
+            )
 
 
 # --- downloads ------------------------------------------------------------------------------------
@@ -242,6 +334,7 @@ def _fetched(wanted: _Wanted, commit: str, sizes: dict[str, int], meter: "_Meter
         folder = snapshot_download(
             wanted.name,
             revision=wanted.revision,
+            cache_dir=cache(),
             allow_patterns=[escape(file) for file in files],
             tqdm_class=bar,
         )
@@ -255,7 +348,9 @@ def _fetched(wanted: _Wanted, commit: str, sizes: dict[str, int], meter: "_Meter
     absent = [
         file
         for file in files
-        if not isinstance(try_to_load_from_cache(wanted.name, file, revision=commit), str)
+        if not isinstance(
+            try_to_load_from_cache(wanted.name, file, cache_dir=cache(), revision=commit), str
+        )
     ]
     total = sum(sizes[file] for file in absent)
     _check_room(wanted, total)
@@ -304,18 +399,19 @@ def _weights(wanted: _Wanted, names: Collection[str]) -> list[str]:
 
 def _check_room(wanted: _Wanted, needed: int) -> None:
     """Raise ModelError if the cache's disk is too small for the download."""
-    cache = _cache()
-    blobs = cache / f"models--{wanted.name.replace('/', '--')}" / "blobs"
+    folder = cache()
+    blobs = folder / f"models--{wanted.name.replace('/', '--')}" / "blobs"
     begun = 0
     for file in blobs.glob("*.incomplete"):
         with suppress(FileNotFoundError):  # another process may complete it just now
             begun += file.stat().st_size
-    existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     free = shutil.disk_usage(existing).free
     if needed - begun > free:
         raise ModelError(
-            f"{wanted.name} needs {needed / 1e9:.2f} GB more in {cache}, where {free / 1e9:.2f} GB "
-            "are free: free space, or set HF_HUB_CACHE to a folder on another disk"
+            f"{wanted.name} needs {needed / 1e9:.2f} GB more in {folder}, where "
+            f"{free / 1e9:.2f} GB are free: free space, or set HF_HUB_CACHE to a folder on another "
+            "disk"
         )
 
 
@@ -443,9 +539,49 @@ _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urll
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause with a message."""
+    """The environment variable that is wrong, or else the innermost cause with a message."""
+    if wrong := _wrong_variable(error):
+        return wrong
     said = [cause for cause in _chain(error) if str(cause)]
     return one_line(said[-1] if said else error)
+
+
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def _wrong_variable(error: Exception) -> str:
+    """Which environment variable caused an error that does not name it; empty if none did."""
+    from huggingface_hub import constants
+
+    for cause in _chain(error):
+        kind, said = type(cause).__name__, str(cause).lower()
+        if isinstance(cause, ImportError) and "socks" in said:
+            return f"{_set(_PROXIES, 'socks')} names a SOCKS proxy: `pip install socksio` for it"
+        if "proxy" in said and ("scheme" in said or kind == "InvalidURL"):
+            return f"{_set(_PROXIES)} is not the address of a proxy: expected http://HOST:PORT"
+        odd = [name for name in _given(_TOKENS) if not os.environ[name].isascii()]
+        if (isinstance(cause, UnicodeEncodeError) and odd) or "header value" in said:
+            named = (odd or _given(_TOKENS) or [str(constants.HF_TOKEN_PATH)])[0]
+            return f"{named} holds characters that no token has: copy the token again"
+        if isinstance(cause, FileNotFoundError) or "certificate" in said:
+            for name in _given(_CERTIFICATES):
+                if not os.path.exists(os.environ[name]):
+                    return f"{name} names {os.environ[name]!r}, which does not exist: correct it"
+        if kind in ("UnsupportedProtocol", "MissingSchema", "InvalidSchema", "InvalidURL"):
+            return f"HF_ENDPOINT is {constants.ENDPOINT!r}: expected an address, https://HOST"
+    return ""
+
+
+def _given(names: Collection[str]) -> list[str]:
+    return [name for name in names if os.environ.get(name)]
+
+
+def _set(names: Collection[str], begins: str = "") -> str:
+    """The variables of these that are set, to a value that begins so."""
+    named = [name for name in _given(names) if os.environ[name].lower().startswith(begins)]
+    return " or ".join(named or names)
 
 
 def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
@@ -479,18 +615,22 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
             )
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return ModelError(
-                f"{name}: the disk that holds {_cache()} is full; complete files are kept: free "
+                f"{name}: the disk that holds {cache()} is full; complete files are kept: free "
                 "space, or set HF_HUB_CACHE to a folder on another disk, and load it again"
             )
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return ModelError(
-                f"{name}: the cache cannot be written ({one_line(cause)}): make {_cache()} "
+                f"{name}: the cache cannot be written ({one_line(cause)}): make {cache()} "
                 "writable, or set HF_HUB_CACHE to another folder"
             )
+    if wrong := _wrong_variable(error):
+        return ModelError(f"{name}: the hub cannot be reached: {wrong}")
     if _unreachable(error):
+        proxies = _given(_PROXIES)
+        check = ", ".join(["the connection", *proxies]) if proxies else "the connection"
         return ModelError(
             f"{name}: no directory has this name, and the hub at {constants.ENDPOINT} cannot be "
-            f"reached ({_reason(error)}): check the connection and HF_ENDPOINT, and load it again; "
+            f"reached ({_reason(error)}): check {check} and HF_ENDPOINT, and load it again; "
             "complete files are kept"
         )
     return ModelError(

@@ -10,6 +10,7 @@ from attrs import evolve
 from tilewright.directories import ADAPTER, adapter, other_layout
 from tilewright.errors import ModelError, listed, shortened
 from tilewright.hookspecs import hookimpl
+from tilewright.paths import expanded
 from tilewright.types import (
     DTYPES,
     DType,
@@ -49,7 +50,7 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    directory = os.path.expanduser(source)
+    directory = expanded(source)
     if os.path.isfile(os.path.join(directory, "config.json")):
         return True
     return cache.is_folder(Path(directory)) and not cache.holds_gguf(Path(directory))

@@ -1,12 +1,12 @@
 """Loader ``packed``: a directory that ``tilewright convert`` wrote (see ``format``)."""
 
 import os
-from pathlib import Path
 
 from attrs import field, frozen
 
 from tilewright import hookimpl
 from tilewright.errors import ModelError
+from tilewright.paths import expanded, path_of
 from tilewright.types import (
     LoadedModel,
     PluginInfo,
@@ -42,7 +42,7 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    return is_packed(os.path.expanduser(source))
+    return is_packed(expanded(source))
 
 
 @hookimpl
@@ -50,10 +50,11 @@ def load_model(
     source: str, options: "Options | None", weight_format: str | None, formats: WeightFormats
 ) -> LoadedModel:
     """Check the files and map the weights."""
-    directory = Path(os.path.expanduser(source))
+    directory = path_of(source)
     if not is_packed(directory):
+        found = " is not a packed model" if os.path.lexists(directory) else ": no such directory"
         raise ModelError(
-            f"{source[:200]!r} is not a packed model: expected a directory with "
-            f"{MANIFEST}, which `tilewright convert` writes"
+            f"{source[:200]!r}{found}: expected a directory with {MANIFEST}, which `tilewright "
+            "convert` writes"
         )
     return load(directory, formats, weight_format, (options or Options()).verify)

@@ -19,6 +19,7 @@ from typing import Any
 from attrs import asdict, frozen
 
 from tilewright.errors import ConfigError, PluginError, TilewrightError
+from tilewright.paths import path_of
 from tilewright.types import LoadedModel, PackedTensor, Packing
 from tilewright.weights import SAFETENSORS_DTYPES
 from tilewright_packed.format import (
@@ -132,7 +133,7 @@ def convert(plan: Plan, out: Path, on_bytes: OnBytes = lambda name, count: None)
     space, or an earlier run left another conversion behind; ModelError for a source that cannot be
     read, in which case a directory that this run began is removed.
     """
-    out = Path(os.path.abspath(out.expanduser()))
+    out = Path(os.path.abspath(path_of(out)))
     _check_free(out)
     partial = out.with_name(f"{out.name}.partial")
     key = _key(plan)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.errors import ExecutorError
+from tilewright.errors import ExecutorError, PluginWarning
 from tilewright_pypto.build_cache import STAMP, cached, default_folder
 
 KEY = {"source": "def kernel(): ...", "platform": "a2a3sim"}
@@ -256,3 +256,13 @@ def test_the_default_folder_is_in_the_cache_directory_of_the_user(monkeypatch, t
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_folder() == tmp_path / "home" / ".cache" / "tilewright" / "pypto"
+
+
+def test_the_default_folder_is_temporary_where_the_home_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "home").touch()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.warns(PluginWarning, match="set build_dir or XDG_CACHE_HOME to a folder that is"):
+        folder = default_folder()
+    assert folder == tmp_path / f"tilewright-{os.getuid()}" / "tilewright" / "pypto"

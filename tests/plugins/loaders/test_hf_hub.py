@@ -15,6 +15,7 @@ import pytest
 import torch
 from hub_server import Files, Hub, files_of, serving
 from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 from model_directories import load as load_local
 from model_directories import split_weights, write_directory
 from safetensors.torch import load_file
@@ -61,7 +62,7 @@ def load(source: str = NAME, format_: str | None = None, **options: Any) -> Load
 
 
 def refusal(source: str = NAME, **options: Any) -> str:
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises((ModelError, ConfigError)) as raised:
         load(source, **options)
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -323,6 +324,16 @@ def test_an_unwritable_cache_is_an_error(hub: Hub, monkeypatch: pytest.MonkeyPat
         ("", False),
         ("\0/x", False),
         ("here/model", False),
+        ("acme/tiny/", True),
+        ("acme/tiny:main", True),
+        ("acme/tiny:Q4_K_M", True),
+        ("https://huggingface.co/acme/tiny", True),
+        ("huggingface.co/acme/tiny", True),
+        ("huggingface.co/tiny", True),
+        ("hf://acme/tiny", True),
+        ("https://example.org/acme/tiny", False),
+        ("s3://acme/tiny", False),
+        ("file:///acme/tiny", False),
     ],
 )
 def test_can_load_claims_repository_ids_and_not_paths(
@@ -333,6 +344,100 @@ def test_can_load_claims_repository_ids_and_not_paths(
     loader = plugins.load(plugins.find("loader", "hf-hub"))
     assert plugins.call(loader, "can_load", source=source) is claims
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "acme/tiny/",
+        "acme/tiny@v1/",
+        "hf://acme/tiny@v1",
+        "https://huggingface.co/acme/tiny",
+        "http://www.huggingface.co/acme/tiny/",
+        "hf.co/acme/tiny/tree/v1",
+        "https://huggingface.co/acme/tiny/tree/v1/folder",
+        "https://huggingface.co/acme/tiny/blob/v1/config.json",
+        "https://huggingface.co/acme/tiny/resolve/v1/model.safetensors?download=true",
+        "{}/acme/tiny/tree/v1",
+    ],
+)
+def test_an_address_of_the_hub_is_an_id_with_a_revision(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    main = hub.add(NAME, files_of(model))
+    tagged = hub.add(NAME, files_of(model) | {"README.md": b"of v1"}, "v1")
+    commit = tagged if "v1" in source else main
+    assert load(source.format(hub.endpoint)).source == f"{NAME}@{commit}"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("acme/tiny:main", "for the revision 'main' write acme/tiny@main"),
+        ("hf.co/acme/tiny:Q4_K_M", "run `hf download acme/tiny --include '*Q4_K_M*.gguf'`, then"),
+        (
+            "https://huggingface.co/acme/tiny/blob/main/a/tiny.gguf",
+            "run `hf download acme/tiny a/tiny.gguf`, then give the path of the file",
+        ),
+        ("https://huggingface.co/datasets", "is not a repository id"),
+    ],
+)
+def test_what_the_hub_loader_does_not_take_is_told_with_what_to_write(
+    hub: Hub, source: str, said: str
+) -> None:
+    assert said in refusal(source)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("HTTPS_PROXY", "foo://127.0.0.1:9", "HTTPS_PROXY is not the address of a proxy"),
+        ("HTTPS_PROXY", "127.0.0.1:9", "check the connection, HTTPS_PROXY and HF_ENDPOINT"),
+        ("SSL_CERT_FILE", "/none", "SSL_CERT_FILE names '/none', which does not exist"),
+        ("HF_TOKEN", "hf_ü", "HF_TOKEN holds characters that no token has"),
+        ("HF_ENDPOINT", "huggingface.co", "HF_ENDPOINT is 'huggingface.co': expected an address"),
+        ("HF_ENDPOINT", "http://[x", "HF_ENDPOINT is 'http://[x': expected an address"),
+    ],
+)
+def test_an_environment_variable_that_is_wrong_is_named(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv(variable, value)
+    if variable == "HF_ENDPOINT":
+        monkeypatch.setattr(constants, "ENDPOINT", value)
+    elif variable != "HF_TOKEN":
+        monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1:9")
+    close_session()  # the connection of the earlier environment
+    try:
+        assert said in refusal()
+    finally:
+        close_session()
+
+
+def test_a_socks_proxy_without_the_library_for_it_is_named(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    close_session()
+    try:
+        assert "ALL_PROXY names a SOCKS proxy: `pip install socksio`" in refusal()
+    finally:
+        close_session()
+
+
+def test_a_cache_that_lies_below_a_file_is_named_with_its_variable(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    assert refusal().startswith(f"HF_HOME: the cache of the hub is {tmp_path}/file/hub, but ")
 
 
 # --- long downloads -------------------------------------------------------------------------------

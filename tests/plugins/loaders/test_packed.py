@@ -243,6 +243,8 @@ def test_only_the_packed_loader_loads_packed_models(model, converted):
         LLMEngine.from_plugins(loader="hf-local").load(converted)
     with pytest.raises(ModelError, match="is not a packed model: expected a directory with"):
         LLMEngine.from_plugins(loader="packed").load(model)
+    with pytest.raises(ModelError, match="no such directory: expected a directory with"):
+        LLMEngine.from_plugins(loader="packed").load(converted / "none")
 
 
 class TestAsALoader(LoaderSuite):
@@ -918,6 +920,10 @@ def test_verify_finds_any_changed_byte(converted, tmp_path, capsys):
 
 
 def test_verify_accepts_only_packed_models(model, tmp_path, capsys):
-    for directory in (model, tmp_path / "nothing"):
+    for directory, said in (
+        (model, "is not a packed model"),
+        (tmp_path / "nothing", "no such directory"),
+        (model / "config.json", "it is a file"),
+    ):
         assert main(["verify", str(directory)]) == 2
-        assert "is not a packed model" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
