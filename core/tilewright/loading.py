@@ -22,6 +22,7 @@ from tilewright.errors import (
 )
 from tilewright.logits_processing import Processing
 from tilewright.paths import path_of
+from tilewright.paths import expanded
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
 from tilewright.types import (
@@ -355,7 +356,7 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
             "(in Python: loader=...)"
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
-    path = os.path.expanduser(source)
+    path = expanded(source)
     if held := _held(installed, Path(path)):
         raise ModelError(f"{_shown(source)} holds {held}")
     raise ModelError(f"{_found(source)} (loaders asked: {asked}){also}")
