@@ -21,8 +21,7 @@ from tilewright.errors import (
     nearest,
 )
 from tilewright.logits_processing import Processing
-from tilewright.paths import path_of
-from tilewright.paths import expanded
+from tilewright.paths import expanded, path_of
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
 from tilewright.types import (
