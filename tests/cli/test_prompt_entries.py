@@ -137,8 +137,8 @@ def test_standard_input_without_text_leaves_the_demo_model_its_prompt(records, m
 def test_a_pipe_to_which_nobody_writes_is_not_waited_for(tilewright, monkeypatch, model):
     read, write = os.pipe()
     monkeypatch.setattr(sys, "stdin", open(read))  # noqa: SIM115
-    monkeypatch.setattr(prompts, "_UNASKED_SECONDS", 0.01)
-    monkeypatch.setattr(prompts, "_MISSING_SECONDS", 0.02)
+    monkeypatch.setattr(prompts, "_SECONDS_WITH_A_PROMPT", 0.01)
+    monkeypatch.setattr(prompts, "_SECONDS_WITHOUT", 0.02)
     code, _, err = tilewright("generate", *TWO)
     assert (code, err) == (0, f"prompt: {DEMO_PROMPT}\n")
     code, _, err = tilewright("generate", "--model", str(model), *TWO)
