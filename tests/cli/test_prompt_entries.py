@@ -270,7 +270,7 @@ def test_a_command_that_takes_texts_alone_refuses_other_lines(tilewright, line):
 # --- conversations --------------------------------------------------------------------------------
 
 
-def test_conversations_have_the_tokens_that_transformers_makes(records, model):
+def test_conversations_have_the_tokens_that_transformers_makes(records, model, monkeypatch):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -288,11 +288,12 @@ def test_conversations_have_the_tokens_that_transformers_makes(records, model):
     ]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     Path("tools.json").write_text(json.dumps(TOOLS))
+    monkeypatch.setenv("HOME", os.getcwd())
     Path("run.toml").write_text(
         f'[model]\npath = "{model}"\n[prompts]\nfile = "p.jsonl"\nchat = true\n[chat]\n'
         'system = "Be brief."\ntools = "tools.json"\ntemplate_options = { mood = "glad" }\n'
     )
-    chat = ["--chat", "--system", "Be brief.", "--tools", "tools.json"]
+    chat = ["--chat", "--system", "Be brief.", "--tools=~/tools.json"]
     flags = ["--model", str(model), *chat, "--template-option", "mood=glad"]
     expected = [
         ids([system, HI], tools=TOOLS, mood="glad"),
