@@ -11,11 +11,11 @@ from attrs import evolve
 from tilewright.chat import Chat, ThinkingSplitter
 from tilewright.cli.output import note
 from tilewright.config import Resolved
-from tilewright.text import Text
 from tilewright.types import GenerateResult
 
 if TYPE_CHECKING:
     from tilewright.engine import GenerationStream, LLMEngine
+    from tilewright.text import Text
 
 
 def thinking_splitter(
@@ -61,7 +61,7 @@ def _shown(pieces: Iterable[str], splitter: ThinkingSplitter | None) -> Iterator
     yield splitter.finish()[1]
 
 
-def note_logprobs(results: Sequence[GenerateResult], text: Text) -> None:
+def note_logprobs(results: Sequence[GenerateResult], text: "Text") -> None:
     """Print the log-probabilities that results have. text: the model's."""
     for number, result in enumerate(results, 1):
         which = f"result {number} of {len(results)}: " if len(results) > 1 else ""
@@ -82,7 +82,7 @@ def note_logprobs(results: Sequence[GenerateResult], text: Text) -> None:
                 note(f"{line}; {', '.join(others)}" if others else line)
 
 
-def _quoted(token_id: int, text: Text) -> str:
+def _quoted(token_id: int, text: "Text") -> str:
     """A token's text in quotation marks, with what is special in it escaped."""
     # Decoders drop the space that begins a text, but not that of a second token.
     one, two = (text.decode([token_id] * times) for times in (1, 2))
