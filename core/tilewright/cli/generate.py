@@ -70,7 +70,7 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
     """
     config = resolved.config
     entries = read_entries(resolved)
-    settings = settings_of(entries, config.generate)
+    settings = _settings_of(entries, config.generate)
     processors = [name for entry in entries for name in entry.settings.logits_processors or ()]
     trace = NonFiniteTrace() if args.trace_nonfinite else None
     with ExitStack() as stack:
@@ -165,7 +165,7 @@ def _write(
         write_json(result_record(result, entries[i].prompt, source, entries[i].record), file)
 
 
-def settings_of(entries: Sequence[PromptEntry], common: GenerateConfig) -> list[GenerateConfig]:
+def _settings_of(entries: Sequence[PromptEntry], common: GenerateConfig) -> list[GenerateConfig]:
     """The settings of each prompt: its own over those of the run.
 
     A prompt without a seed of its own has the run's, plus the number of results before its own.

@@ -75,16 +75,7 @@ def read_entries(resolved: Resolved) -> list[PromptEntry]:
             for entry in entries
         ]
     if not any(isinstance(entry.prompt, Chat) for entry in entries):
-        for place, origin in resolved.origins.items():
-            if (
-                place[0] == "chat"
-                and getattr(resolved.config.chat, place[1])
-                and not origin.startswith(ENVIRONMENT_PREFIX)
-            ):
-                raise ConfigError(
-                    f"{origin}: {place[1]} is for conversations, and every prompt is text to "
-                    "continue: add --chat, or chat = true in [prompts]"
-                )
+        _check_no_chat_settings(resolved)
         return entries
     common = common_chat(resolved)
     return [
@@ -93,6 +84,18 @@ def read_entries(resolved: Resolved) -> list[PromptEntry]:
         else entry
         for entry in entries
     ]
+
+
+def _check_no_chat_settings(resolved: Resolved) -> None:
+    """Raise ConfigError for a setting of ``[chat]`` that the environment does not give."""
+    for (section, *key), origin in resolved.origins.items():
+        if section != "chat" or origin.startswith(ENVIRONMENT_PREFIX):
+            continue
+        if getattr(resolved.config.chat, key[0]):
+            raise ConfigError(
+                f"{origin}: {key[0]} is for conversations, and every prompt is text to continue: "
+                "add --chat, or chat = true in [prompts]"
+            )
 
 
 def _over(chat: Chat, common: Chat) -> Chat:
