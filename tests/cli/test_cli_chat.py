@@ -20,10 +20,7 @@ HI = {"role": "user", "content": "How does the Declaration begin?"}
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch, tmp_path):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_"):
-            monkeypatch.delenv(name)
+def _in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 

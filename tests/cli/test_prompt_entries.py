@@ -32,10 +32,7 @@ HI = {"role": "user", "content": "When was the war?"}
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch, tmp_path):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_"):
-            monkeypatch.delenv(name)
+def _in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
@@ -251,7 +248,7 @@ def test_a_wrong_line_is_refused_before_a_model_is_loaded(refused, line, said):
     assert refused("--prompt-file", "p.json", *TWO).startswith(f"p.json: item 2: {said}")
 
 
-def test_a_json_file_that_is_no_list_is_refused_with_what_to_write(refused):
+def test_a_json_file_that_is_not_a_list_is_refused_with_what_to_write(refused):
     Path("p.json").write_text('{"prompt": "x"}')
     assert refused("--prompt-file", "p.json") == (
         "p.json: expected a JSON list of prompts, found {'prompt': 'x'}: to continue the file's "
