@@ -279,7 +279,7 @@ def _limited(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
             allowance.spend_elements(len(value))
         elif name in _SLOW:
             allowance.spend_elements(_text_length(value))
-        elif name not in _KEEPING | _TAKING_APART:
+        elif name not in _KEEPING and name not in _TAKING_APART:
             allowance.spend(_text_length(value))
         extra = {
             _PassArg.context: (context,),
