@@ -222,7 +222,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if depth > _DEEPEST:
         raise RequestError(f"{where}: expected at most {_DEEPEST} levels of lists and mappings")
     if isinstance(value, Mapping):
-        return {_key(key, where): _plain(item, where, depth + 1) for key, item in value.items()}
+        return {_plain(key, where): _plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, where, depth + 1) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
@@ -232,12 +232,6 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     raise RequestError(
         f"{where}: expected text, numbers, lists and mappings, found {type(value).__name__}"
     )
-
-
-def _key(key: Any, where: str) -> Any:
-    if key is None or isinstance(key, (str, int, float)):
-        return _plain(key, where)
-    raise RequestError(f"{where}: expected text as keys of mappings, found {shown(key)}")
 
 
 # --- the forms that a template reads -------------------------------------------------------------

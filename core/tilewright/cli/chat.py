@@ -108,7 +108,7 @@ def _saved(path: str) -> list[Message]:
     value = parsed_json(text, wrong)
     if not isinstance(value, dict) or set(value) != {"messages"}:
         raise ConfigError(f'{wrong}: expected a JSON object with "messages" and nothing else')
-    return list(checked_messages(value["messages"], wrong, at_least=0))
+    return [*checked_messages(value["messages"], wrong, at_least=0)]
 
 
 def _check_system(saved: list[Message], resolved: Resolved) -> None:
