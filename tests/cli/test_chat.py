@@ -64,6 +64,7 @@ def said(path: str) -> list[str]:
         ("/rest\n/quiet\n/\n", ["/rest", "/quiet", "/"]),
         ("//reset\n//etc is what?\n", ["/reset", "/etc is what?"]),
         ("one\n/reset\ntwo\n/quit\nthree", ["two"]),
+        ("/reset what?\n/help me\n", ["/reset what?", "/help me"]),
         ("one\n/system Be brief.\ntwo\n", ["two"]),
         (b"\xef\xbb\xbfone\r\n\r\ntwo", ["one", "two"]),
         ('"""one\n', ['"""one']),
@@ -81,6 +82,9 @@ def test_a_terminal_has_blocks_hints_and_a_session_that_ctrl_c_keeps(tmp_path):
     terminal.wait_for(b"> ")
     terminal.type(b"/hepl\n")
     terminal.wait_for(b"did you mean '/help'? (see /help); //hepl sends it as a message")
+    terminal.wait_for(b"> ")
+    terminal.type(b"/reset it\n")
+    terminal.wait_for(b"expected /reset alone, found more after it; //reset sends it as a message")
     terminal.wait_for(b"> ")
     terminal.type(b'"""How does\n')
     terminal.wait_for(b"... ")

@@ -226,23 +226,27 @@ def _read_messages(conversation: Conversation) -> None:
 
 def _take(conversation: Conversation, line: str, on_terminal: bool) -> bool:
     """Handle a line of input. False when it ends the conversation."""
-    word, _, rest = line.strip().partition(" ")
-    if word == "/quit":
+    text = line.strip()
+    word, _, rest = text.partition(" ")
+    if text == "/quit":
         return False
-    if word == "/reset":
+    if text == "/reset":
         conversation.begin(None)
     elif word == "/system":
         conversation.begin(rest)
-    elif word == "/help":
+    elif text == "/help":
         for usage, meaning in (_WORDS | _FORMS).items():
-            note(f"{usage}: {meaning}")
+            if on_terminal or usage != _BLOCK:
+                note(f"{usage}: {meaning}")
     elif word.startswith("//"):
-        _say(conversation, line.strip()[1:])
+        _say(conversation, text[1:])
     elif word.startswith("/") and on_terminal:
-        raise RequestError(
-            f"no command is named {word!r}{nearest(word, _KNOWN)} (see /help); /{word} sends it as "
-            "a message"
+        wrong = (
+            f"expected {word} alone, found more after it"
+            if word in _WORDS
+            else f"no command is named {word!r}{nearest(word, _KNOWN)} (see /help)"
         )
+        raise RequestError(f"{wrong}; /{word} sends it as a message")
     else:
         _say(conversation, line)
     return True
