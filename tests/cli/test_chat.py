@@ -122,6 +122,14 @@ def test_a_session_is_resumed_where_it_ended(chat, engine):
     assert json.loads(Path("s.json").read_text()) == {"messages": []}
 
 
+def test_a_message_with_an_empty_answer_is_kept(chat, engine):
+    answer = engine.chat("demo", [HI], GenerateConfig(max_new_tokens=4))
+    code, out, _ = chat(f"{HI['content']}\n", "--session", "s.json", "--stop", answer[:3])
+    assert (code, out) == (0, "\n")
+    empty = {"role": "assistant", "content": ""}
+    assert json.loads(Path("s.json").read_text()) == {"messages": [HI, empty]}
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

@@ -140,18 +140,23 @@ class Conversation:
         self._keep([{"role": "system", "content": system}] if system else [])
 
     def answer(self, text: str) -> None:
-        """Print the answer to a message. The text of an interrupted answer is kept."""
+        """Print the answer to a message, and keep both, also if the answer is empty.
+
+        The text of an interrupted answer is kept.
+        """
         messages = [*self.messages, {"role": "user", "content": text}]
         model_id, config = self.resolved.config.model.id, self.resolved.config.generate
         chat = evolve(self.common, messages=messages)
         said: list[str] = []
+        complete = False
         try:
             with naming_settings(self.resolved):
                 stream = self.engine.stream(model_id, chat, config)
                 splitter = hider(self.engine, model_id, self.resolved, chat)
                 print_stream(stream, answer_pieces(stream, splitter), said, sys.stdout)
+                complete = True
         finally:
-            if "".join(said):
+            if complete or "".join(said):
                 self._keep([*messages, {"role": "assistant", "content": "".join(said)}])
         if stream.result is None:
             return
