@@ -91,9 +91,11 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
             with naming_settings(resolved, _origins(entries[0])):
                 stream = engine.stream(model_id, first, settings[0])
                 pieces = answer_pieces(stream, hider(engine, model_id, resolved, first))
-                print_stream(stream, pieces, [], file)
+                printed: list[str] = []
+                print_stream(stream, pieces, printed, file)
             assert stream.result is not None
             results = [stream.result]
+            shown = [evolve(stream.result, text="".join(printed))]
         else:
             own = any(entry.settings != GenerateConfig() for entry in entries)
             with naming_settings(resolved):
@@ -114,13 +116,24 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
                 write_text(shown, file)
         if config.output.format == "text":
             note_logprobs(results, engine, model_id)
+            for one, result in zip(shown, results, strict=True):
+                if result.text and not one.text and result.finish_reason == "length":
+                    tokens = len(result.token_ids)
+                    note(
+                        f"note: all {tokens} tokens are thinking, which is hidden; "
+                        "--max-new-tokens N allows more"
+                    )
         warn_sanitized(results)
         refused = {
             i: result.error for i, result in zip(numbers, results, strict=True) if result.error
         }
+        messages: dict[str, list[int]] = {}
         for i, error in refused.items():
             message = with_setting(str(error), resolved, _origins(entries[i]))
-            note(f"tilewright: error: prompt {i + 1} of {len(prompts)}: {message}")
+            messages.setdefault(message, []).append(i + 1)
+        for message, (i, *others) in messages.items():
+            also = f", and {len(others)} after it" if others else ""
+            note(f"tilewright: error: prompt {i} of {len(prompts)}{also}: {message}")
         if (args.stats or sys.stderr.isatty()) and len(refused) < len(prompts):
             note(stats_line([result for result in results if not result.error]))
     return USER_ERROR if refused else 0
