@@ -122,6 +122,20 @@ def test_a_session_is_resumed_where_it_ended(chat, engine):
     assert json.loads(Path("s.json").read_text()) == {"messages": []}
 
 
+def test_a_conversation_that_fills_the_context_says_how_to_begin_a_new_one(chat, engine):
+    prompt = len(engine.chat_tokens("demo", [HI]))
+    flags = ["--max-seq-len", str(prompt + 2), "--session", "s.json"]
+    code, _, err = chat(f"{HI['content']}\nAnd then?\n", *flags)
+    full, refused = err.splitlines()
+    assert code == 2
+    assert full == (
+        f"note: stopped after 2 tokens, since the conversation has {prompt + 2}, all that "
+        "max_seq_len allows; /reset begins a new one"
+    )
+    assert refused.endswith(", or begin a new conversation with /reset")
+    assert said("s.json") == [HI["content"]]
+
+
 def test_a_message_with_an_empty_answer_is_kept(chat, engine):
     answer = engine.chat("demo", [HI], GenerateConfig(max_new_tokens=4))
     code, out, _ = chat(f"{HI['content']}\n", "--session", "s.json", "--stop", answer[:3])

@@ -155,6 +155,10 @@ class Conversation:
                 splitter = hider(self.engine, model_id, self.resolved, chat)
                 print_stream(stream, answer_pieces(stream, splitter), said, sys.stdout)
                 complete = True
+        except RequestError as error:
+            if self.messages and "max_seq_len" in str(error):
+                raise RequestError(f"{error}, or begin a new conversation with /reset") from error
+            raise
         finally:
             if complete or "".join(said):
                 self._keep([*messages, {"role": "assistant", "content": "".join(said)}])
@@ -164,7 +168,14 @@ class Conversation:
         warn_sanitized([stream.result])
         if stream.result.finish_reason == "length":
             tokens = len(stream.result.token_ids)
-            note(f"note: stopped after {tokens} tokens; --max-new-tokens N allows more")
+            limit = self.engine.model(model_id).runtime.max_seq_len
+            if len(stream.result.prompt_token_ids) + tokens >= limit:
+                note(
+                    f"note: stopped after {tokens} tokens, since the conversation has {limit}, all "
+                    "that max_seq_len allows; /reset begins a new one"
+                )
+            else:
+                note(f"note: stopped after {tokens} tokens; --max-new-tokens N allows more")
 
     def _keep(self, messages: list[Message]) -> None:
         self.messages = messages
