@@ -101,6 +101,23 @@ def test_a_terminal_has_blocks_hints_and_a_session_that_ctrl_c_keeps(tmp_path):
     assert json.loads(session.read_text())["messages"][1]["content"].startswith("When in")
 
 
+class Keyboard(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_chat_that_is_typed_and_printed_to_a_pipe_goes_on_after_a_mistake(
+    tilewright, monkeypatch, engine
+):
+    """As ``tilewright chat | tee FILE``: the prompts and hints are not part of the output."""
+    typed = f"/hepl\n{HI['content']}\n".encode()
+    monkeypatch.setattr(sys, "stdin", Keyboard(io.BytesIO(typed)))
+    code, out, err = tilewright("chat", *FOUR)
+    answer = engine.chat("demo", [HI], GenerateConfig(max_new_tokens=4))
+    assert (code, out) == (0, f"{answer}\n")
+    assert "> error: no command is named '/hepl'; did you mean '/help'?" in err
+
+
 # --- sessions -------------------------------------------------------------------------------------
 
 

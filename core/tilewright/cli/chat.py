@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     with open_engine(resolved) as engine:
         note_turn_ends(engine, resolved)
         conversation = Conversation(engine, resolved, common, args.session, messages)
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if sys.stdin.isatty():
             return _talk(conversation)
         _read_messages(conversation)
     return 0
@@ -198,14 +198,14 @@ def _talk(conversation: Conversation) -> int:
     interrupted = False
     while True:
         try:
-            line = input("> ")
+            line = _asked("> ")
             block = _block(line) if line.lstrip().startswith(_BLOCK) else None
         except EOFError:
-            print()
+            note("")
             return 0
         except KeyboardInterrupt:
             if interrupted:
-                print()
+                note("")
                 return INTERRUPTED
             interrupted = True
             note("\nCtrl-C again or Ctrl-D ends the chat")
@@ -222,11 +222,19 @@ def _talk(conversation: Conversation) -> int:
             note(f"error: {error}")
 
 
+def _asked(prompt: str) -> str:
+    """A line that is typed. Where the output goes to a file or a pipe, the prompt does not."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
+
+
 def _block(line: str) -> str:
     """A message of several lines, whose first line is given."""
     text = line.lstrip().removeprefix(_BLOCK)
     while not text.rstrip().endswith(_BLOCK):
-        text += "\n" + input("... ")
+        text += "\n" + _asked("... ")
     return text.rstrip().removesuffix(_BLOCK)
 
 
@@ -236,7 +244,7 @@ def _read_messages(conversation: Conversation) -> None:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise RequestError(f"standard input, line {number}: {not_utf8(error)}") from error
-        if not _take(conversation, text, on_terminal=sys.stdin.isatty()):
+        if not _take(conversation, text, on_terminal=False):
             return
 
 
