@@ -31,7 +31,17 @@ def other_layout(directory: Path, names: Collection[str]) -> str | None:
             f"{found}, not a whole model: merge it into the base model (merge_and_unload of peft) "
             "and save that, or give the base model"
         )
-    return layout_of_maker(names)
+    return layout_of_maker(names) or _without_configuration(names)
+
+
+def _without_configuration(names: Collection[str]) -> str | None:
+    weights = sorted(name for name in names if name.endswith((".safetensors", ".bin")))
+    if not weights or "config.json" in names:
+        return None
+    return (
+        f"weights ({weights[0]}) but no config.json: download the model's other files into it, or "
+        "give the directory of the whole model"
+    )
 
 
 def layout_of_maker(names: Collection[str]) -> str | None:

@@ -2,7 +2,8 @@
 
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -457,7 +458,7 @@ class LLMEngine:
     def generate_batch(
         self,
         model_id: str,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         config: GenerateConfig | Sequence[GenerateConfig] | None = None,
     ) -> list[GenerateResult]:
         """Like ``generate_result`` for many prompts at once, with ``config.n`` results for each.
@@ -475,6 +476,7 @@ class LLMEngine:
         if isinstance(prompts, (str, Chat)):
             found = "a string" if isinstance(prompts, str) else "a Chat"
             raise RequestError(f"expected a list of prompts, found {found}: use generate() for one")
+        prompts = list(prompts)
         thread = self._thread(model_id)
         each: list[tuple[GenerateConfig, TilewrightError | None]]
         if isinstance(config, Sequence) and not isinstance(config, str):
@@ -668,7 +670,8 @@ def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, T
             elif request.error:
                 raise copied(request.error)
     except Exception:
-        thread.call(abort)
+        with suppress(RequestError):  # such as in a process that has no thread of the model
+            thread.call(abort)
         raise
     except BaseException:  # Ctrl-C does not wait for the step that is running
         for request in requests.values():

@@ -80,6 +80,8 @@ def load(
     loader_options: Mapping[str, Any],
 ) -> LoadedModel:
     """Load a model's configuration and tokenizer, and open its weights, which are not read."""
+    if not source:
+        raise ModelError("expected a model's directory, file, id or name, found an empty text")
     given = selection.arguments["options"]
     loader = selection.plugins.get("loader") or choose_loader(selection.manager, source)
     formats = InstalledFormats(selection.manager, given)
@@ -355,9 +357,13 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
             "(in Python: loader=...)"
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
-    path = expanded(source)
-    if held := _held(installed, Path(path)):
+    path = Path(expanded(source))
+    if held := _held(installed, path):
         raise ModelError(f"{_shown(source)} holds {held}")
+    if os.path.isfile(path) and claimants(installed, "can_load", source=str(path.parent))[0]:
+        raise ModelError(
+            f"{_shown(source)} is a file of a model: give the directory, {_shown(str(path.parent))}"
+        )
     raise ModelError(f"{_found(source)} (loaders asked: {asked}){also}")
 
 

@@ -216,6 +216,16 @@ def test_a_refused_prompt_with_several_results_is_told_of_once(capsys, tmp_path)
     assert err.count("prompt 2 of 2") == 1
 
 
+def test_an_error_of_several_prompts_is_told_of_once(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(p) + "\n" for p in ("We", "a " * 3000, "a " * 3000)))
+    argv = ["generate", "--prompt-file", str(prompts), *GREEDY, "--max-new-tokens", "2"]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("tilewright: error: prompt 2 of 3, and 1 after it: the prompt has ")
+
+
 def test_a_chat_refuses_several_results(capsys, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_GENERATE_N", "2")
     assert main(["chat"]) == 2

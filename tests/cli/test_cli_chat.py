@@ -61,6 +61,7 @@ def said(path: str) -> list[str]:
         ("/rest\n/quiet\n/\n", ["/rest", "/quiet", "/"]),
         ("//reset\n//etc is what?\n", ["/reset", "/etc is what?"]),
         ("one\n/reset\ntwo\n/quit\nthree", ["two"]),
+        ("/reset what?\n/help me\n", ["/reset what?", "/help me"]),
         ("one\n/system Be brief.\ntwo\n", ["two"]),
         (b"\xef\xbb\xbfone\r\n\r\ntwo", ["one", "two"]),
         ('"""one\n', ['"""one']),
@@ -79,6 +80,9 @@ def test_a_terminal_has_blocks_hints_and_a_session_that_ctrl_c_keeps(tmp_path):
     terminal.type(b"/hepl\n")
     terminal.wait_for(b"did you mean '/help'? (see /help); //hepl sends it as a message")
     terminal.wait_for(b"> ")
+    terminal.type(b"/reset it\n")
+    terminal.wait_for(b"expected /reset alone, found more after it; //reset sends it as a message")
+    terminal.wait_for(b"> ")
     terminal.type(b'"""How does\n')
     terminal.wait_for(b"... ")
     terminal.type(b"/quit\n")
@@ -92,6 +96,23 @@ def test_a_terminal_has_blocks_hints_and_a_session_that_ctrl_c_keeps(tmp_path):
     assert b"Traceback" not in terminal.screen
     assert said(session) == ["How does\n/quit\nthe Declaration begin?"]
     assert json.loads(session.read_text())["messages"][1]["content"].startswith("When in")
+
+
+class Keyboard(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_chat_that_is_typed_and_printed_to_a_pipe_goes_on_after_a_mistake(
+    tilewright, monkeypatch, engine
+):
+    """As ``tilewright chat | tee FILE``: the prompts and hints are not part of the output."""
+    typed = f"/hepl\n{HI['content']}\n".encode()
+    monkeypatch.setattr(sys, "stdin", Keyboard(io.BytesIO(typed)))
+    code, out, err = tilewright("chat", *FOUR)
+    answer = engine.chat("demo", [HI], GenerateConfig(max_new_tokens=4))
+    assert (code, out) == (0, f"{answer}\n")
+    assert "> error: no command is named '/hepl'; did you mean '/help'?" in err
 
 
 # --- sessions -------------------------------------------------------------------------------------
@@ -113,6 +134,28 @@ def test_a_session_is_resumed_where_it_ended(chat, engine):
     assert json.loads(Path("s.json").read_text()) == {"messages": messages[:-1]}
     assert chat("/reset\n", "--session", "s.json")[0] == 0
     assert json.loads(Path("s.json").read_text()) == {"messages": []}
+
+
+def test_a_conversation_that_fills_the_context_says_how_to_begin_a_new_one(chat, engine):
+    prompt = len(engine.chat_tokens("demo", [HI]))
+    flags = ["--max-seq-len", str(prompt + 2), "--session", "s.json"]
+    code, _, err = chat(f"{HI['content']}\nAnd then?\n", *flags)
+    full, refused = err.splitlines()
+    assert code == 2
+    assert full == (
+        f"note: stopped after 2 tokens, since the conversation has {prompt + 2}, all that "
+        "max_seq_len allows; /reset begins a new one"
+    )
+    assert refused.endswith(", or begin a new conversation with /reset")
+    assert said("s.json") == [HI["content"]]
+
+
+def test_a_message_with_an_empty_answer_is_kept(chat, engine):
+    answer = engine.chat("demo", [HI], GenerateConfig(max_new_tokens=4))
+    code, out, _ = chat(f"{HI['content']}\n", "--session", "s.json", "--stop", answer[:3])
+    assert (code, out) == (0, "\n")
+    empty = {"role": "assistant", "content": ""}
+    assert json.loads(Path("s.json").read_text()) == {"messages": [HI, empty]}
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ The cases are derived from valid input: every setting with a wrong value and wit
 in each place where it can be given, and a valid file damaged in many ways.
 """
 
+import io
 import os
 import random
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -234,6 +236,7 @@ def test_a_wrong_value_of_a_flag_is_an_error_that_names_the_flag(capsys, place, 
         (["generate", "--temprature=1"], "did you mean '--temperature'"),
         (["generate", "--temp", "1"], "unknown option '--temp'"),
         (["generate", "-x"], "unknown option '-x'"),
+        (["chat", "a"], "unexpected argument 'a': tilewright chat takes options alone"),
         (["generate", "a", "b"], "unexpected argument 'b': quote text that has spaces"),
         (["generate", "--seed"], "--seed: expected one argument"),
         (["generate", "--seed", "--json"], "--seed: expected one argument"),
@@ -388,6 +391,19 @@ def test_output_for_which_there_is_no_space_is_a_one_line_error(flags, output, u
     assert done.stderr.decode() == (
         f"tilewright: error: {output} cannot be written: No space left on device\n"
     )
+
+
+@pytest.mark.parametrize("argv", [("chat", "-n", "2"), ("plugins", "list")])
+def test_each_command_names_an_output_without_space(argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"We\n")))
+    with open("/dev/full", "w", 1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([*argv]) == 2
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+    said = "tilewright: error: standard output cannot be written: No space left on device\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_debug_prints_the_traceback_of_an_error(capsys):

@@ -341,6 +341,10 @@ def test_thinking_is_hidden_on_request(tilewright, monkeypatch, engine, model, c
         record = json.loads(tilewright(*argv, "--hide-thinking", "--json")[1])
         assert record["text"] == "Yes."
         assert engine.model("m").text.decode(record["token_ids"]) == text
+        few = len(engine.model("m").text.encode(text.partition("</think>")[0]))
+        code, out, err = tilewright(*argv, "--hide-thinking", "-n", str(few))
+        assert (code, out) == (0, "\n")
+        assert f"note: all {few} tokens are thinking, which is hidden; --max-new-tokens N" in err
 
 
 def test_settings_of_conversations_come_from_the_environment(records, monkeypatch, model):

@@ -586,6 +586,8 @@ def test_a_batch_keeps_its_order_and_agrees_with_single_prompts(engine):
     assert [r.text for r in results] == [engine.generate("demo", p, config(15)) for p in prompts]
     assert len({r.request_id for r in results}) == len(prompts)
     assert engine.generate_batch("demo", [], config()) == []
+    drawn = engine.generate_batch("demo", (prompt for prompt in prompts), config(15))
+    assert [result.text for result in drawn] == [result.text for result in results]
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine):

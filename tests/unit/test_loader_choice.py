@@ -105,6 +105,7 @@ def test_a_source_that_no_loader_claims_is_an_error_that_lists_the_loaders_that_
         ("a\0b", "no model directory or file 'a\\x00b': embedded null byte"),
         (__file__, f"no loader recognises {__file__!r}, a file; select a loader"),
         (str(DATA), "a directory with '"),
+        ("", "expected a model's directory, file, id or name, found an empty text"),
     ],
 )
 def test_the_error_for_an_unclaimed_source_describes_what_was_found(

@@ -1,6 +1,7 @@
 """The ``tilewright`` command. Its commands are plugins; the one that is called is imported."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         message = " ".join(str(error).split()) or "out of memory"
+        if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
+            message = f"standard output cannot be written: {error.strerror}"
         print(f"tilewright: error: {message}", file=sys.stderr)
         code = USER_ERROR
     _give_up_unwritten()

@@ -32,6 +32,20 @@ def without_thinking(result: GenerateResult, splitter: ThinkingSplitter | None) 
     return evolve(result, text="".join(_shown([result.text], splitter)))
 
 
+def note_all_hidden(result: GenerateResult, splitter: ThinkingSplitter | None) -> None:
+    """Say so if the tokens did not suffice for more than thinking, which is hidden."""
+    if (
+        splitter
+        and result.finish_reason == "length"
+        and result.text
+        and not without_thinking(result, splitter).text
+    ):
+        note(
+            f"note: all {len(result.token_ids)} tokens are thinking, which is hidden; "
+            "--max-new-tokens N allows more"
+        )
+
+
 def print_stream(
     stream: "GenerationStream", splitter: ThinkingSplitter | None, printed: list[str], file: IO[str]
 ) -> None:

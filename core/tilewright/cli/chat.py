@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     with open_engine(resolved) as engine:
         note_turn_ends(engine, resolved)
         conversation = Conversation(engine, resolved, common, session, messages)
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if sys.stdin.isatty():
             return _talk(conversation)
         _read_messages(conversation)
     return 0
@@ -142,18 +142,27 @@ class Conversation:
         self._keep([{"role": "system", "content": system}] if system else [])
 
     def answer(self, text: str) -> None:
-        """Print the answer to a message. The text of an interrupted answer is kept."""
+        """Print the answer to a message, and keep both, also if the answer is empty.
+
+        The text of an interrupted answer is kept.
+        """
         messages = [*self.messages, {"role": "user", "content": text}]
         model_id, config = self.resolved.config.model.id, self.resolved.config.generate
         chat = evolve(self.common, messages=messages)
         said: list[str] = []
+        complete = False
         try:
             with naming_settings(self.resolved):
                 stream = self.engine.stream(model_id, chat, config)
                 splitter = thinking_splitter(self.engine, self.resolved, chat)
                 print_stream(stream, splitter, said, sys.stdout)
+                complete = True
+        except RequestError as error:
+            if self.messages and "max_seq_len" in str(error):
+                raise RequestError(f"{error}, or begin a new conversation with /reset") from error
+            raise
         finally:
-            if "".join(said):
+            if complete or "".join(said):
                 self._keep([*messages, {"role": "assistant", "content": "".join(said)}])
         if stream.result is None:
             return
@@ -161,7 +170,14 @@ class Conversation:
         warn_sanitized([stream.result])
         if stream.result.finish_reason == "length":
             tokens = len(stream.result.token_ids)
-            note(f"note: stopped after {tokens} tokens; --max-new-tokens N allows more")
+            limit = self.engine.model(model_id).runtime.max_seq_len
+            if len(stream.result.prompt_token_ids) + tokens >= limit:
+                note(
+                    f"note: stopped after {tokens} tokens, since the conversation has {limit}, all "
+                    "that max_seq_len allows; /reset begins a new one"
+                )
+            else:
+                note(f"note: stopped after {tokens} tokens; --max-new-tokens N allows more")
 
     def _keep(self, messages: list[Message]) -> None:
         self.messages = messages
@@ -184,14 +200,14 @@ def _talk(conversation: Conversation) -> int:
     interrupted = False
     while True:
         try:
-            line = input("> ")
+            line = _asked("> ")
             block = _block(line) if line.lstrip().startswith(_BLOCK) else None
         except EOFError:
-            print()
+            note("")
             return 0
         except KeyboardInterrupt:
             if interrupted:
-                print()
+                note("")
                 return INTERRUPTED
             interrupted = True
             note("\nCtrl-C again or Ctrl-D ends the chat")
@@ -208,11 +224,19 @@ def _talk(conversation: Conversation) -> int:
             note(f"error: {error}")
 
 
+def _asked(prompt: str) -> str:
+    """A line that is typed. Where the output goes to a file or a pipe, the prompt does not."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
+
+
 def _block(line: str) -> str:
     """A message of several lines, whose first line is given."""
     text = line.lstrip().removeprefix(_BLOCK)
     while not text.rstrip().endswith(_BLOCK):
-        text += "\n" + input("... ")
+        text += "\n" + _asked("... ")
     return text.rstrip().removesuffix(_BLOCK)
 
 
@@ -222,29 +246,33 @@ def _read_messages(conversation: Conversation) -> None:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise RequestError(f"standard input, line {number}: {not_utf8(error)}") from error
-        if not _take(conversation, text, on_terminal=sys.stdin.isatty()):
+        if not _take(conversation, text, on_terminal=False):
             return
 
 
 def _take(conversation: Conversation, line: str, on_terminal: bool) -> bool:
     """Handle a line of input. False when it ends the conversation."""
-    word, _, rest = line.strip().partition(" ")
-    if word == "/quit":
+    text = line.strip()
+    word, _, rest = text.partition(" ")
+    if text == "/quit":
         return False
-    if word == "/reset":
+    if text == "/reset":
         conversation.begin(None)
     elif word == "/system":
         conversation.begin(rest)
-    elif word == "/help":
+    elif text == "/help":
         for usage, meaning in (_WORDS | _FORMS).items():
-            note(f"{usage}: {meaning}")
+            if on_terminal or usage != _BLOCK:
+                note(f"{usage}: {meaning}")
     elif word.startswith("//"):
-        _say(conversation, line.strip()[1:])
+        _say(conversation, text[1:])
     elif word.startswith("/") and on_terminal:
-        raise RequestError(
-            f"no command is named {word!r}{nearest(word, _KNOWN)} (see /help); /{word} sends it as "
-            "a message"
+        wrong = (
+            f"expected {word} alone, found more after it"
+            if word in _WORDS
+            else f"no command is named {word!r}{nearest(word, _KNOWN)} (see /help)"
         )
+        raise RequestError(f"{wrong}; /{word} sends it as a message")
     else:
         _say(conversation, line)
     return True

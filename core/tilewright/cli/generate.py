@@ -14,6 +14,7 @@ from attrs import evolve, fields
 from tilewright.chat import Chat
 from tilewright.cli import USER_ERROR, flags
 from tilewright.cli.answers import (
+    note_all_hidden,
     note_logprobs,
     print_stream,
     thinking_splitter,
@@ -98,13 +99,19 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
             _write(results, numbers, engine, resolved, entries, file)
         if config.output.format == "text":
             note_logprobs(results, engine.model(config.model.id).text)
+            for i, result in zip(numbers, results, strict=True):
+                note_all_hidden(result, thinking_splitter(engine, resolved, entries[i].prompt))
         warn_sanitized(results)
         refused = {
             i: result.error for i, result in zip(numbers, results, strict=True) if result.error
         }
+        messages: dict[str, list[int]] = {}
         for i, error in refused.items():
             message = with_setting(str(error), resolved, _origins(entries[i]))
-            note(f"tilewright: error: prompt {i + 1} of {len(entries)}: {message}")
+            messages.setdefault(message, []).append(i + 1)
+        for message, (i, *others) in messages.items():
+            also = f", and {len(others)} after it" if others else ""
+            note(f"tilewright: error: prompt {i} of {len(entries)}{also}: {message}")
         if (args.stats or sys.stderr.isatty()) and len(refused) < len(entries):
             note(stats_line([result for result in results if not result.error]))
     return USER_ERROR if refused else 0

@@ -45,6 +45,8 @@ class Parser(argparse.ArgumentParser):
 
     def _unexpected(self, word: str) -> str:
         if not word.startswith("-"):
+            if not self._get_positional_actions():
+                return f"unexpected argument {word!r}: {self.prog} takes options alone"
             return f"unexpected argument {word!r}: quote text that has spaces"
         option = word.partition("=")[0]
         hint = nearest(option, option_strings(self))

@@ -20,7 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from tilewright.errors import ModelError
 from tilewright.weights import printable
 from tilewright_hf.files import check_file, one_line
-from tilewright_hf.shards import not_downloaded
+from tilewright_hf.shards import no_weights
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -97,7 +97,7 @@ def open_file(path: Path) -> GgufFile:
 def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            if why := not_downloaded(path):
+            if why := no_weights(path):
                 raise ModelError(f"{path}: {why}")
             # Private and writable, so that torch takes the tensors without a copy or a warning.
             # Writes never reach the file; a page costs memory only once it is written.

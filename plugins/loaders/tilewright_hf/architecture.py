@@ -261,8 +261,10 @@ def _family(config: JsonObject) -> Family:
             f"{config.where}: has neither 'model_type' nor 'architectures', so the architecture "
             f"is unknown ({more})"
         )
+    of_names = {f.architecture.lower(): f for f in FAMILIES.values()}  # also LLaMAForCausalLM
+    named = [of_names[name.lower()] for name in architectures if name.lower() in of_names]
     if model_type is None:
-        families = [f for f in FAMILIES.values() if f.architecture in architectures]
+        families = named
     else:
         families = [f for kind, f in FAMILIES.items() if kind == model_type]
         if not families:
@@ -270,11 +272,15 @@ def _family(config: JsonObject) -> Family:
                 f"{config.where}: model_type {shown(model_type)} is not supported ({more})"
             )
     decoder = families[0].architecture.replace("ForCausalLM", "Model") if families else ""
-    known = {families[0].architecture, decoder if model_type else ""} if families else set()
-    if not families or (architectures and not known & set(architectures)):
+    base = bool(model_type) and decoder in architectures
+    if not families or (architectures and not named and not base):
         of = f" for model_type {model_type!r}" if model_type else ""
         found = ", ".join(shown(name) for name in architectures[:3])
         raise ModelError(f"{config.where}: architecture {found} is not supported{of} ({more})")
+    if named and not base and families[0] not in named:
+        config.note(
+            "architectures", f"{families[0].architecture} is used, since 'model_type' decides"
+        )
     return families[0]
 
 

@@ -25,6 +25,8 @@ MAX_BYTES = 256 * 2**20
 
 MAX_INT = 2**31 - 1
 
+_LFS_POINTER = b"version https://git-lfs"
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _FLAGS = {"true": True, "True": True, "false": False, "False": False, 0: False, 1: True}
 
@@ -58,6 +60,15 @@ def check_file(path: Path) -> None:
     raise ModelError(f"{path}: expected a file, found {found}")
 
 
+def not_downloaded(start: bytes) -> str | None:
+    """What stands in place of a file with these first bytes, and what to do; None: nothing."""
+    if start.startswith(_LFS_POINTER):
+        return "a Git LFS pointer instead of the file; run `git lfs pull` there"
+    if re.match(rb"\s*<(!doctype|html)\b", start, re.IGNORECASE):
+        return "a web page instead of the file; download it again"
+    return None
+
+
 def read_text(path: Path, notes: list[str] | None = None) -> str:
     """A text file's content, without a byte order mark, which is added to the notes.
 
@@ -71,6 +82,8 @@ def read_text(path: Path, notes: list[str] | None = None) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {one_line(error)}") from error
+    if why := not_downloaded(raw[:200]):
+        raise ModelError(f"{path}: {why}")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -87,6 +100,8 @@ def read_json(path: Path) -> "JsonObject":
     """The JSON object that a file holds. Raises ModelError for anything else."""
     notes: list[str] = []
     text = read_text(path, notes)
+    if not text.strip():
+        raise ModelError(f"{path}: an empty file, expected a JSON object; download it again")
 
     def last_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)

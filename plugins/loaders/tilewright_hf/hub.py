@@ -39,8 +39,8 @@ _ID = re.compile(r"([A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]*[\w.-])
 _ADDRESS = re.compile(r"hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?=[^/]+/[^/])")
 """How an address of the hub begins: before the id, in a browser and in huggingface_hub."""
 
-_PAGE = re.compile(r"([^/]+/[^/]+)/(?:tree|blob|resolve)/([^/?#]+)(?:/([^?#]*))?.*")
-"""A page of a repository after the address: its id, the revision, and perhaps a file."""
+_PAGE = re.compile(r"([^/]+/[^/]+)/(tree|blob|resolve)/([^/?#]+)(?:/([^?#]*))?.*")
+"""A page of a repository after the address: its id, the kind, the revision, perhaps a path."""
 
 _TAGGED = re.compile(r"([^/:]+/[^/:]+):([\w.-]+)", re.ASCII)
 _QUANTIZED = re.compile(r"(UD-)?(I?Q\d|BF16|FP?16|FP?32|MXFP4)\w*", re.ASCII | re.IGNORECASE)
@@ -173,9 +173,17 @@ def _wanted(source: str, options: Options, weight_format: str | None) -> _Wanted
     if address := _address(source):
         id_ = source[len(address) :].partition("?")[0]
         if page := _PAGE.fullmatch(source[len(address) :]):
-            id_ = f"{page[1]}@{unquote(page[2])}"
-            if (page[3] or "").endswith(".gguf"):
-                raise ModelError(_of_gguf(source, page[1], f" {page[3]}"))
+            name, kind, revision, path = page.groups("")
+            id_ = f"{name}@{unquote(revision)}"
+            if path.endswith(".gguf"):
+                raise ModelError(_of_gguf(source, name, f" {path}"))
+            folder = path.strip("/") if kind == "tree" else path.rpartition("/")[0]
+            if folder:
+                raise ModelError(
+                    f"{source[:200]!r} names a folder of a repository, and hf-hub reads the files "
+                    f"at the top: run `hf download {name} --revision {unquote(revision)} --include "
+                    f"'{folder}/*'`, then give the path of the folder"
+                )
     if tagged := _TAGGED.fullmatch(id_):
         if _QUANTIZED.fullmatch(tagged[2]):
             raise ModelError(_of_gguf(source, tagged[1], f" --include '*{tagged[2]}*.gguf'"))

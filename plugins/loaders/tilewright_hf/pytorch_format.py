@@ -13,7 +13,7 @@ from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo, TensorSource
 from tilewright.weights import printable
 from tilewright_hf.files import check_file, one_line
-from tilewright_hf.shards import ShardedSource, not_downloaded, open_shards, other_sets
+from tilewright_hf.shards import ShardedSource, no_weights, open_shards, other_sets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def _unpickled(path: Path) -> "dict[str, Tensor]":
 
     zipped = False
     try:
-        if why := not_downloaded(path):
+        if why := no_weights(path):
             raise ModelError(f"{path}: {why}")
         with path.open("rb") as file:
             start = file.read(4)

@@ -14,7 +14,7 @@ from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo, TensorSource
 from tilewright.weights import SAFETENSORS_DTYPES
 from tilewright_hf.files import check_file, one_line
-from tilewright_hf.shards import ShardedSource, not_downloaded, open_shards
+from tilewright_hf.shards import ShardedSource, no_weights, open_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +132,7 @@ def _diagnosis(path: Path, error: Exception) -> str:
     """The probable reason why a file could not be opened."""
     if isinstance(error, OSError):
         return f"cannot be read: {one_line(error)}"
-    if why := not_downloaded(path):
+    if why := no_weights(path):
         return why
     size = path.stat().st_size
     with path.open("rb") as file:

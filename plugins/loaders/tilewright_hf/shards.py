@@ -11,16 +11,13 @@ from attrs import field, frozen
 from tilewright.errors import ModelError, listed
 from tilewright.types import TensorInfo
 from tilewright.weights import printable
-from tilewright_hf.files import is_there, one_line, read_json, shown
+from tilewright_hf.files import is_there, not_downloaded, one_line, read_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 """Endings of files that hold weights, which an error lists."""
-
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class Shard(Protocol):
@@ -234,15 +231,11 @@ def _open_indexed(index: Path, open_shard: Callable[[Path], S]) -> Opened[S]:
     )
 
 
-def not_downloaded(path: Path) -> str | None:
+def no_weights(path: Path) -> str | None:
     """What a file holds in place of weights that were not downloaded; None for other files."""
     with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if not start:
-        return "an empty file; download it again"
-    if start == _LFS_POINTER:
-        return "a Git LFS pointer instead of the weights; run `git lfs pull` there"
-    return None
+        start = file.read(200)
+    return not_downloaded(start) if start else "an empty file; download it again"
 
 
 def _plain_name(file: str) -> bool:

@@ -355,7 +355,7 @@ def test_can_load_claims_repository_ids_and_not_paths(
         "https://huggingface.co/acme/tiny",
         "http://www.huggingface.co/acme/tiny/",
         "hf.co/acme/tiny/tree/v1",
-        "https://huggingface.co/acme/tiny/tree/v1/folder",
+        "https://huggingface.co/acme/tiny/tree/v1/",
         "https://huggingface.co/acme/tiny/blob/v1/config.json",
         "https://huggingface.co/acme/tiny/resolve/v1/model.safetensors?download=true",
         "{}/acme/tiny/tree/v1",
@@ -380,6 +380,11 @@ def test_an_address_of_the_hub_is_an_id_with_a_revision(
             "https://huggingface.co/acme/tiny/blob/main/a/tiny.gguf",
             "run `hf download acme/tiny a/tiny.gguf`, then give the path of the file",
         ),
+        (
+            "https://huggingface.co/acme/tiny/tree/v1/sub/model",
+            "run `hf download acme/tiny --revision v1 --include 'sub/model/*'`, then give the path",
+        ),
+        ("hf.co/acme/tiny/blob/main/sub/config.json", "names a folder of a repository"),
         ("https://huggingface.co/datasets", "is not a repository id"),
     ],
 )

@@ -210,7 +210,7 @@ CONTAINER: dict[str, Damage] = {
 
 def test_a_git_lfs_pointer_is_refused(path: Path) -> None:
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "a Git LFS pointer instead of the weights; run `git lfs pull`" in refusal(path)
+    assert "a Git LFS pointer instead of the file; run `git lfs pull`" in refusal(path)
 
 
 @pytest.mark.parametrize("damage", CONTAINER)

@@ -542,6 +542,36 @@ def test_other_layouts_are_named_with_what_converts_them(
     assert re.search(said, refusal(tmp_path))
 
 
+def test_a_file_of_a_model_is_answered_with_its_directory(directory: Path) -> None:
+    for name in ("config.json", SINGLE):
+        assert refusal(directory / name).endswith(f"give the directory, {str(directory)!r}")
+
+
+def test_weights_without_a_configuration_are_named(directory: Path) -> None:
+    (directory / "config.json").unlink()
+    assert f"holds weights ({SINGLE}) but no config.json" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
+        ("\n<!DOCTYPE html><html>Sign in</html>", "a web page"),
+    ],
+)
+def test_a_file_that_was_not_downloaded_is_named(
+    name: str, content: str, said: str, directory: Path
+) -> None:
+    (directory / name).write_text(content)
+    assert f"{name}: {said} instead of the file; " in refusal(directory)
+
+
+def test_an_empty_configuration_is_named(directory: Path) -> None:
+    (directory / "generation_config.json").write_text("")
+    assert "generation_config.json: an empty file, expected a JSON object" in refusal(directory)
+
+
 def test_a_folder_of_models_lists_them(directory: Path) -> None:
     (directory.parent / "notes").mkdir()
     message = refusal(directory.parent)

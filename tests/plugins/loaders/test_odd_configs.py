@@ -322,11 +322,16 @@ AXES: dict[str, list[Odd]] = {
         odd(_name_or_path="/somewhere/else"),
         odd(transformers_version="4.31.0"),
         Odd(config={"architectures": ["LlamaForCausalLM", "Other"]}, families=("llama",)),
+        Odd(config={"architectures": ["LLaMAForCausalLM"]}, families=("llama",)),
         Odd(
-            config={"architectures": ["LLaMAForCausalLM"]},
+            config={"architectures": ["LlamaForCausalLM"]},
+            families=("mistral", "qwen3"),
+            warns="'architectures'",
+        ),
+        Odd(
+            config={"architectures": ["LlamaForSequenceClassification"]},
             families=("llama",),
             refused="architecture",
-            perhaps=True,
         ),
         odd(model_type="gemma3", refused='model_type "gemma3" is not supported'),
     ],

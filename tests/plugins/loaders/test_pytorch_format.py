@@ -276,7 +276,8 @@ def _in_pickle(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "an empty file; download it again"),
     "lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-    "text": (lambda data: b"<html>not found</html>", "expected a zip file or a pickle"),
+    "text": (lambda data: b"not found", "expected a zip file or a pickle"),
+    "a web page": (lambda data: b"<html>not found</html>", "a web page instead of the file"),
     "cut at 10": (lambda data: data[:10], "damaged"),
     "cut at 2000": (lambda data: data[:2000], "damaged"),
     "cut near the end": (lambda data: data[:-30], "damaged"),

@@ -218,7 +218,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 98
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "an empty file"),
     "a Git LFS pointer": (POINTER, "git lfs pull"),
-    "a web page": (b"<!doctype html><html></html>", "not a safetensors file"),
+    "a web page": (b"<!doctype html><html></html>", "a web page instead of the file"),
     "a pickle": (b"\x80\x02}q\x00(X\x05\x00\x00\x00layer", "not a safetensors file"),
     "shorter than a length": (b"\x08\x00", "not a safetensors file"),
     "a header that is cut": (header(ONE)[:30], "truncated"),
