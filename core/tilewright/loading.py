@@ -355,9 +355,14 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
             "(in Python: loader=...)"
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
-    path = os.path.expanduser(source)
-    if held := _held(installed, Path(path)):
+    path = path_of(source)
+    if held := _held(installed, path):
         raise ModelError(f"{_shown(source)} holds {held}")
+    if os.path.isfile(path) and claimants(installed, "can_load", source=str(path.parent))[0]:
+        raise ModelError(
+            f"{_shown(source)} is one file of the model in its directory: give the directory, "
+            f"{_shown(str(path.parent))}"
+        )
     raise ModelError(f"{_found(source)} (loaders asked: {asked}){also}")
 
 

@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 """Endings of files that hold weights, which an error lists."""
 
+
+def weights_among(names: Collection[str]) -> list[str]:
+    """The files that may hold a model's weights, which an adapter's do not."""
+    return [n for n in names if n.endswith(WEIGHTS) and not n.startswith("adapter_")]
+
+
+def only_gguf(names: Collection[str]) -> bool:
+    """Whether the weights among a directory's files are all in GGUF files."""
+    weights = weights_among(names)
+    return bool(weights) and all(name.endswith(".gguf") for name in weights)
+
+
 _LFS_POINTER = b"version https://git-lfs"
 
 

@@ -617,7 +617,7 @@ def test_sources_that_are_not_a_gguf_file_are_refused(file: Path, tmp_path: Path
         "Qwen/Qwen3-0.6B-GGUF": "local .gguf file",
         "nul\0byte": "null byte",
         str(tmp_path): "give one of the files in it: 'empty.gguf', 'link.gguf', ",
-        str(tmp_path / "empty"): "it contains none",
+        str(tmp_path / "empty"): "found none in it",
         str(tmp_path / "weights.bin"): "expected a GGUF file",
         str(tmp_path / "pointer.gguf"): "git lfs pull",
         str(tmp_path / "empty.gguf"): "an empty file",

@@ -274,10 +274,18 @@ def test_the_only_gguf_file_of_a_directory_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "mmproj-model.gguf").write_bytes(b"GGUF")
     assert generated(tmp_path)[0] == greedy(whole)
     (tmp_path / "config.json").write_text("{}")
-    assert "its weights are in GGUF files; give one of them: " in refusal(tmp_path)
-    (tmp_path / "config.json").unlink()
+    assert generated(tmp_path)[0] == greedy(whole)
     shutil.copy(tmp_path / "model.gguf", tmp_path / "other.gguf")
+    said = "give one of the files in it: 'model.gguf', 'other.gguf'"
+    assert said in refusal(tmp_path)
+    (tmp_path / "config.json").unlink()
     assert "of which one must be given: 'mmproj-model.gguf', 'model.gguf'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.json"])
+def test_a_file_of_a_model_is_refused_with_its_directory(name: str, directory: Path) -> None:
+    said = f"is one file of the model in its directory: give the directory, {str(directory)!r}"
+    assert said in refusal(directory / name)
 
 
 # --- files ----------------------------------------------------------------------------------------
