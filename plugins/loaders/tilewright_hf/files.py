@@ -83,9 +83,12 @@ def read_text(path: Path, notes: list[str] | None = None) -> str:
     return text.removeprefix("\ufeff")
 
 
-def read_json(path: Path) -> "JsonObject":
-    """The JSON object that a file holds. Raises ModelError for anything else."""
-    notes: list[str] = []
+def read_json(path: Path, notes: list[str] | None = None) -> "JsonObject":
+    """The JSON object that a file holds. Raises ModelError for anything else.
+
+    notes: a list to which the object's notes are added, such as those of another file.
+    """
+    notes = [] if notes is None else notes
     text = read_text(path, notes)
 
     def last_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -309,6 +309,11 @@ def into_second(directory: Path, weight_map: dict[str, str]) -> None:
     save_file(tensors, other, {"format": "pt"})
 
 
+def marked(directory: Path) -> None:
+    indexed(lambda _, m: None)(directory)
+    (directory / INDEX).write_text((directory / INDEX).read_text(), "utf-8-sig")
+
+
 def elsewhere(directory: Path, weight_map: dict[str, str]) -> None:
     weight_map[NORM] = next(file for file in weight_map.values() if file != weight_map[NORM])
 
@@ -323,6 +328,7 @@ INDEXES: dict[str, tuple[Change, str]] = {
     ),
     "a tensor in two shards": (indexed(into_second), f"{NORM} is in model-"),
     "a tensor that is not listed": (indexed(lambda _, m: m.pop(NORM)), "listed in none"),
+    "a byte order mark": (marked, f"{INDEX}: starts with a byte order mark, which is ignored"),
     "a tensor of another shard": (indexed(elsewhere), f"{NORM} is in model-"),
 }
 
