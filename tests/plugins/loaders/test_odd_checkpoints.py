@@ -309,11 +309,6 @@ def into_second(directory: Path, weight_map: dict[str, str]) -> None:
     save_file(tensors, other, {"format": "pt"})
 
 
-def marked(directory: Path) -> None:
-    indexed(lambda _, m: None)(directory)
-    (directory / INDEX).write_text((directory / INDEX).read_text(), "utf-8-sig")
-
-
 def elsewhere(directory: Path, weight_map: dict[str, str]) -> None:
     weight_map[NORM] = next(file for file in weight_map.values() if file != weight_map[NORM])
 
@@ -328,7 +323,6 @@ INDEXES: dict[str, tuple[Change, str]] = {
     ),
     "a tensor in two shards": (indexed(into_second), f"{NORM} is in model-"),
     "a tensor that is not listed": (indexed(lambda _, m: m.pop(NORM)), "listed in none"),
-    "a byte order mark": (marked, f"{INDEX}: starts with a byte order mark, which is ignored"),
     "a tensor of another shard": (indexed(elsewhere), f"{NORM} is in model-"),
 }
 
@@ -338,6 +332,13 @@ def test_an_index_may_differ_from_its_shards(kind: str, directory: Path) -> None
     change, said = INDEXES[kind]
     change(directory)
     assert said in warned(directory, of_transformers(directory))
+
+
+def test_an_index_with_a_byte_order_mark_is_read_with_a_warning(directory: Path) -> None:
+    expected = of_transformers(directory)  # which refuses the mark
+    indexed(lambda _, m: None)(directory)
+    (directory / INDEX).write_text((directory / INDEX).read_text(), "utf-8-sig")
+    assert f"{INDEX}: starts with a byte order mark" in warned(directory, expected)
 
 
 @pytest.mark.parametrize("name", [INVERSE, NORM])
