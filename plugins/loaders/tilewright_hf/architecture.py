@@ -271,7 +271,8 @@ def _family(config: JsonObject) -> Family:
             )
     decoder = families[0].architecture.replace("ForCausalLM", "Model") if families else ""
     known = {families[0].architecture, decoder if model_type else ""} if families else set()
-    if not families or (architectures and not known & set(architectures)):
+    named = {name.lower() for name in architectures}  # LLaMAForCausalLM in the first files
+    if not families or (named and not {name.lower() for name in known} & named):
         of = f" for model_type {model_type!r}" if model_type else ""
         found = ", ".join(shown(name) for name in architectures[:3])
         raise ModelError(f"{config.where}: architecture {found} is not supported{of} ({more})")

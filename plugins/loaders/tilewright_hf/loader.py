@@ -21,7 +21,7 @@ from tilewright.types import (
     TensorSource,
     WeightFormats,
 )
-from tilewright.weights import NamedSource, expected_tensors, printable
+from tilewright.weights import EMBEDDING, HEAD, NamedSource, expected_tensors, printable
 from tilewright_hf import cache
 from tilewright_hf.architecture import FAMILIES, declared_dtype, model_config
 from tilewright_hf.files import JsonObject, is_there, local_path, read_json
@@ -31,7 +31,6 @@ from tilewright_hf.tokenizer import load_text
 
 tilewright_api = 2
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIRST = "layers.0.input_layernorm.weight"
 """The name of a tensor of every model, without the model's prefix."""
 

@@ -771,6 +771,31 @@ def test_a_type_that_cannot_be_dequantised_is_named(name: str, tmp_path: Path) -
         load(tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "size", "said"),
+    [
+        ("qwen2", "output.bias", 80, "has output.bias, a bias of the head"),
+        ("llama", "blk.1.ffn_up.bias", 96, "missing: model.layers.0.mlp.gate_proj.bias"),
+        ("llama", "blk.1.attn_k.bias", 32, "missing: model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_a_bias_that_llama_cpp_adds_is_not_left_out(
+    family: str, name: str, size: int, said: str, tmp_path: Path
+) -> None:
+    from llama_cpp import LlamaCpp
+
+    model, path = random_model(FAMILIES[family]), tmp_path / "model.gguf"
+    tensors = {name: stored(values) for name, values in tensors_of(model).items()}
+    write_file(path, header_of(model) | word_text(80), tensors)
+    (without,) = LlamaCpp(path).greedy([5, 6, 7], 1, 80)
+    tensors[name] = stored(np.linspace(-3, 3, size).astype(np.float32))
+    write_file(path, header_of(model) | word_text(80), tensors)
+    (biased,) = LlamaCpp(path).greedy([5, 6, 7], 1, 80)
+    assert max(abs(biased.top[token] - p) for token, p in without.top.items()) > 1e-3
+    with pytest.raises(ModelError, match=said):
+        load_checked(path)
+
+
 def test_scales_beside_the_weights_are_refused(tmp_path: Path) -> None:
     model = random_model(small(LlamaConfig))
     tensors = {name: stored(values) for name, values in tensors_of(model).items()}

@@ -322,12 +322,7 @@ AXES: dict[str, list[Odd]] = {
         odd(_name_or_path="/somewhere/else"),
         odd(transformers_version="4.31.0"),
         Odd(config={"architectures": ["LlamaForCausalLM", "Other"]}, families=("llama",)),
-        Odd(
-            config={"architectures": ["LLaMAForCausalLM"]},
-            families=("llama",),
-            refused="architecture",
-            perhaps=True,
-        ),
+        Odd(config={"architectures": ["LLaMAForCausalLM"]}, families=("llama",)),
         odd(model_type="gemma3", refused='model_type "gemma3" is not supported'),
     ],
     "parts": [
