@@ -356,7 +356,7 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
     path = path_of(source)
-    if held := _held(installed, path):
+    if source and (held := _held(installed, path)):
         raise ModelError(f"{_shown(source)} holds {held}")
     if os.path.isfile(path) and claimants(installed, "can_load", source=str(path.parent))[0]:
         raise ModelError(
@@ -400,7 +400,7 @@ def _found(source: str) -> str:
         return f"{_shown(source)}: no loader reads addresses of {scheme}://: {cure}"
     path = path_of(source)
     try:
-        os.stat(path)
+        os.stat(path if source else source)  # an empty path is the working folder
         names = sorted(os.listdir(path)) if os.path.isdir(path) else None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
@@ -483,9 +483,17 @@ class InstalledFormats:
         tried = ", ".join(p.name for p in installed) or "none installed"
         also = f"; not asked: {'; '.join(unusable.values())}" if unusable else ""
         raise ModelError(
-            f"{directory}: no weights found in any known format ({tried}){also}; is the download "
-            "complete?"
+            f"{directory}: expected weights in one of the formats {tried}{also}, found "
+            f"{_listed_names(directory)}; download the model's weights, or give them names "
+            "that a format has (`tilewright plugins list`)"
         )
+
+
+def _listed_names(directory: Path) -> str:
+    try:
+        return listed([ascii(name) for name in sorted(os.listdir(directory))]) or "no files"
+    except OSError as error:
+        return f"a directory that cannot be read ({error.strerror})"
 
 
 class Processors:

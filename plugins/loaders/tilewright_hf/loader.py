@@ -49,6 +49,8 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
+    if not source:
+        return False
     directory = Path(expanded(source))
     cached = cache.is_folder(directory)
     try:

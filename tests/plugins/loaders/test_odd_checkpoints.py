@@ -403,6 +403,14 @@ FILES: dict[str, tuple[Change, str]] = {
 }
 
 
+def test_other_safetensors_files_do_not_hide_pickled_weights(directory: Path) -> None:
+    torch.save(stored(directory), directory / "pytorch_model.bin")
+    (directory / SINGLE).rename(directory / "optimizer.safetensors")
+    tokens, loaded = generated(directory)
+    assert tokens == of_transformers(directory)
+    assert loaded.warnings == ()
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_the_only_set_of_weights_may_have_other_names(kind: str, directory: Path) -> None:
     expected = of_transformers(directory)
