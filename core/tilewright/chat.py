@@ -20,7 +20,7 @@ BEGIN_THINKING = "<think>"
 END_THINKING = "</think>"
 
 _GIVEN = ("messages", "tools", "add_generation_prompt")
-"""Variables of a template that are no options."""
+"""Variables of a template that a call sets by itself, so that options may not set them."""
 
 _TOOL_ROLES = ("tool", "ipython")
 """Roles whose content may be data: the result of a tool."""
@@ -47,8 +47,8 @@ class Chat:
     """
 
     messages: Sequence[Message]
-    """Mappings with ``role``, ``content`` and whatever else the template reads; or objects with
-    ``model_dump()``, such as an OpenAI client returns."""
+    """Mappings with ``role``, ``content`` and whatever else the template reads. Dataclasses and
+    objects with ``model_dump()``, such as an OpenAI client returns, are taken as mappings."""
     template_options: Mapping[str, Any] = field(factory=dict)
     """Variables of the template, such as ``{"enable_thinking": False}``. A name that the template
     does not read is an error."""
@@ -69,6 +69,9 @@ def render(
     add_generation_prompt: bool,
 ) -> str:
     """The prompt that a template makes of a conversation.
+
+    special_tokens: variables of the template, such as ``bos_token``. add_generation_prompt: end
+    with the beginning of an answer, unless the last message is continued.
 
     Raises RequestError for messages, tools or options that are not as ``Chat`` describes them or
     that the template does not accept, and ModelError when the template itself is wrong.
@@ -247,11 +250,11 @@ def _tried(render: Render, messages: list[dict[str, Any]]) -> str | None:
 
 
 def _with_content_as_read(messages: list[dict[str, Any]], render: Render) -> list[dict[str, Any]]:
-    """Join the text parts of those messages of which the template reads only text.
+    """Join the text parts of each message whose content the template reads only as text.
 
-    That is found by rendering the conversation with marks in place of the parts, as parts and as
-    text: parts are read where the mark appears as often as that of a text, and not within a list
-    that was written out.
+    To find out, the conversation is rendered twice with marks in place of these contents: as parts,
+    and as text. A template reads the parts of a message if its mark appears at least as often as in
+    the text form, and not within a list that was written out.
     """
     marks = {
         i: f"{_MARK}{i}x"
@@ -377,8 +380,8 @@ class ThinkingSplitter:
     """Splits the text of an answer, as it comes, into the model's thinking and the answer proper.
 
     The thinking is what ``<think>`` and ``</think>`` enclose at the beginning of the text. The tags
-    are part of neither, nor is white space beside them. Thinking that has not ended, since the
-    tokens did not suffice, has no answer.
+    are part of neither, nor is white space beside them. A text that ends within the thinking has
+    no answer.
     """
 
     def __init__(self, opened: bool = False):

@@ -1,8 +1,8 @@
 """Compiled chat templates: transformers' dialect of Jinja, within limits of time and memory.
 
 A template is a program from whoever published the model. It runs in the thread that renders it, and
-there it may neither run for ever nor fill the memory. So a check is compiled into each loop and
-macro, and whatever can make a long value is counted before it is made.
+there it may neither run for ever nor fill the memory. So each loop and macro is compiled with a
+check of the time, and the length of a long value is counted before the value is made.
 """
 
 import json
@@ -31,8 +31,8 @@ from jinja2.visitor import NodeTransformer
 from tilewright.errors import ModelError, RequestError, TilewrightError
 
 RENDER_SECONDS = 3.0
-"""How long a template may run, in seconds of its thread's time on the CPU. One of 1,000 messages
-of 1,000 characters takes a few hundredths of a second."""
+"""How long a template may run, in seconds of its thread's time on the CPU. A conversation of 1,000
+messages of 1,000 characters takes a few hundredths of a second."""
 
 _MOST_CHARACTERS = 2 * 10**9
 """How many characters a template may make, all its values and output together. An element of a
@@ -131,8 +131,10 @@ class CompiledTemplate:
         )
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Within a ``rendering`` block. Raises whatever the template does, and
-        TemplateLimitError."""
+        """The template's text. Called within a ``rendering`` block, which converts what it raises.
+
+        Raises TemplateLimitError, and whatever the template raises.
+        """
         return self._template.render(variables)
 
 
@@ -148,7 +150,7 @@ class _Generation(Extension):
 
 
 class _Checks(NodeTransformer):
-    """Adds the checks that need another syntax tree."""
+    """Adds to a template's syntax tree the checks that filters and operators cannot make."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         node = self.generic_visit(node)
@@ -198,10 +200,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         return True
 
     def counted(self, value: Any) -> Any:
+        """The value of an operator, a slice or a call."""
         _allowance.get().spend_value(value)
         return value
 
     def output(self, value: Any) -> Any:
+        """A value that is written as text."""
         _allowance.get().spend(_text_length(value))
         return value
 
@@ -215,6 +219,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         _check_operands(operator, left, right)
         return self.counted(super().call_binop(context, operator, left, right))
 
+    # As jinja2 names its own parameters, since a template's keywords may have any other name.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         method = getattr(__obj, "__wrapped__", __obj) if callable(__obj) else None
         if isinstance(method, BuiltinMethodType) and isinstance(method.__self__, str):
@@ -274,7 +279,7 @@ def _limited(name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
             allowance.spend_elements(len(value))
         elif name in _SLOW:
             allowance.spend_elements(_text_length(value))
-        elif name not in _KEEPING | _TAKING_APART:
+        elif name not in _KEEPING and name not in _TAKING_APART:
             allowance.spend(_text_length(value))
         extra = {
             _PassArg.context: (context,),
@@ -337,9 +342,10 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
 
 
 _WITH_WIDTH = frozenset(
-    {"ljust", "rjust", "center", "zfill", "expandtabs", "indent", "tojson", "batch", "slice"}
-    | {"round"}
+    {"batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "tojson"}
+    | {"zfill"}
 )
+"""Filters and methods with a number of characters or elements among their arguments."""
 
 _TAKING_APART = frozenset(
     {"batch", "groupby", "list", "map", "max", "min", "random", "reject", "rejectattr"}
@@ -353,7 +359,7 @@ _SLOW = frozenset({"pprint", "striptags", "title", "urlize", "wordcount", "wordw
 _KEEPING = frozenset(
     {"attr", "count", "d", "default", "dictsort", "first", "items", "last"} | {"length"}
 )
-"""Filters that make no text of a list."""
+"""Filters that do not write a list as text."""
 
 
 def _check_widths(name: str, arguments: Iterable[Any]) -> None:

@@ -102,8 +102,10 @@ def resolve(
 
 
 def _made(section: str, values: Mapping[str, Any], given: Layer) -> Any:
-    """The settings of a section, which are right one by one. Raises ConfigError, which begins with
-    an origin, for those that contradict each other."""
+    """The settings of a section, each of which is valid by itself.
+
+    Raises ConfigError, which begins with an origin, for settings that contradict each other.
+    """
     try:
         return SECTIONS[section](**values)
     except ConfigError as error:

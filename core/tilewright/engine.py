@@ -449,7 +449,7 @@ class LLMEngine:
     def _generate_one(
         self, thread: SteppingThread, prompt: Prompt, settings: GenerateConfig
     ) -> GenerateResult:
-        (result,) = self._generate(thread, [(prompt, settings)], {})
+        (result,) = self._generate(thread, [(prompt, settings, None)])
         if result.error:
             raise result.error
         return result
@@ -476,8 +476,7 @@ class LLMEngine:
             found = "a string" if isinstance(prompts, str) else "a Chat"
             raise RequestError(f"expected a list of prompts, found {found}: use generate() for one")
         thread = self._thread(model_id)
-        model, errors = thread.runner.model, {}
-        each: list[GenerateConfig] = []
+        each: list[tuple[GenerateConfig, TilewrightError | None]]
         if isinstance(config, Sequence) and not isinstance(config, str):
             if len(config) != len(prompts):
                 raise RequestError(
@@ -485,45 +484,42 @@ class LLMEngine:
                     f"{len(config)}"
                 )
             for i, one in enumerate(config):
-                try:
-                    each.append(_settings(thread.runner, one))
-                except (RequestError, ConfigError) as error:
-                    each.append(one)
-                    errors[i] = error
+                _check_type(one, GenerateConfig, f"config[{i}]")
+            each = [_settings_or_error(thread.runner, one or GenerateConfig()) for one in config]
         else:
             settings = _settings(thread.runner, config)
+            n = settings.n or 1
             each = [
-                evolve(settings, seed=_later(settings.seed, i * (settings.n or 1)))
+                (evolve(settings, seed=_later(settings.seed, i * n)), None)
                 for i in range(len(prompts))
             ]
-        choices: list[tuple[Prompt, GenerateConfig]] = []
-        failed: dict[int, TilewrightError] = {}
-        for i, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
-            for j in range(settings.n or model.generation_defaults.n or 1):
-                if i in errors:
-                    failed[len(choices)] = errors[i]
-                choices.append((prompt, evolve(settings, seed=_later(settings.seed, j))))
-        return self._generate(thread, choices, failed)
+        usual_n = thread.runner.model.generation_defaults.n or 1
+        choices = [
+            (prompt, evolve(settings, seed=_later(settings.seed, j)), error)
+            for prompt, (settings, error) in zip(prompts, each, strict=True)
+            for j in range(settings.n or usual_n)
+        ]
+        return self._generate(thread, choices)
 
     def _generate(
         self,
         thread: SteppingThread,
-        choices: Sequence[tuple[Prompt, GenerateConfig]],
-        errors: Mapping[int, TilewrightError],
+        choices: Sequence[tuple[Prompt, GenerateConfig, TilewrightError | None]],
     ) -> list[GenerateResult]:
-        """A result for each pair of a prompt and its settings. errors: of those refused already."""
+        """A result for each prompt with its settings, or with the reason why they are refused."""
         model = thread.runner.model
-        errors = dict(errors)
+        errors = {i: error for i, (_, _, error) in enumerate(choices) if error}
         asked = [
             settings if settings.seed is not None else evolve(settings, seed=drawn_seed())
-            for _, settings in choices
+            for _, settings, _ in choices
         ]
         names = [self._next_id(model) for _ in choices]
         requests: dict[int, Request] = {}
-        for i, (prompt, _) in enumerate(choices):
+        for i, (prompt, _, error) in enumerate(choices):
+            if error:
+                continue
             try:
-                if i not in errors:
-                    requests[i] = new_request(names[i], model, prompt, asked[i])
+                requests[i] = new_request(names[i], model, prompt, asked[i])
             except RequestError as error:
                 errors[i] = error
         errors |= _run(thread, requests)
@@ -624,6 +620,16 @@ def _settings(
     check_settings(runner.model, settings)
     runner.make_processors(settings.logits_processors or ())
     return settings
+
+
+def _settings_or_error(
+    runner: Runner, config: GenerateConfig
+) -> tuple[GenerateConfig, TilewrightError | None]:
+    """``_settings``; or the configuration as it is, with the error that it raises."""
+    try:
+        return _settings(runner, config), None
+    except (RequestError, ConfigError) as error:
+        return config, error
 
 
 def _later(seed: int | None, by: int) -> int | None:

@@ -381,7 +381,7 @@ def _held(installed: Sequence[plugins.Plugin], directory: Path) -> str | None:
     ]
     if not models:
         return None
-    return f"models, of which one must be given: {listed([ascii(name) for name in models])}"
+    return f"models; give the path of one: {listed([ascii(name) for name in models])}"
 
 
 _MOST_NAMES = 200

@@ -81,7 +81,7 @@ def _groups() -> Iterator[tuple[Path, _Names]]:
 def _lines(path: Path) -> list[str]:
     """The lines of a file; none if it cannot be read."""
     try:
-        return path.read_text().splitlines()
+        return path.read_text(errors="replace").splitlines()
     except OSError:
         return []
 

@@ -127,7 +127,7 @@ def registered(environ: Mapping[str, str] | None = None) -> dict[str, Registered
     if only := _only_file(environ):
         return dict(sorted(_parsed(only, read_text(only, f"{VARIABLE}: models file")).items()))
     for file in reversed(files(environ)):
-        if os.path.exists(file):  # not where the home is another user's
+        if os.path.exists(file):  # False too where the folder cannot be read
             models |= read(file)
     return dict(sorted(models.items()))
 

@@ -2,7 +2,6 @@
 
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from tilewright.errors import ConfigError
@@ -69,6 +68,8 @@ def cache_folder(*parts: str) -> tuple[Path, str]:
 
 def _own_temporary() -> Path:
     """A folder for this user in the temporary directory; a new one if another user made it."""
+    import tempfile
+
     folder = Path(tempfile.gettempdir()) / f"tilewright-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700)

@@ -214,6 +214,7 @@ _SEED_BITS = 53
 
 
 def drawn_seed() -> int:
+    """A random seed, for a generation that has none."""
     return secrets.randbits(_SEED_BITS)
 
 
@@ -225,7 +226,8 @@ def new_request(
 ) -> Request:
     """A request for a model. settings: every field but the optional ones is filled.
 
-    A ``Chat`` also ends at the tokens that end an answer in a chat, unless ``ignore_eos`` is set.
+    The answer to a ``Chat`` also ends at the tokens that end one in a chat
+    (``TextAssets.turn_end_ids``), unless ``ignore_eos`` is set.
     Raises RequestError for a prompt that the model cannot serve.
     """
     if isinstance(prompt, Chat):

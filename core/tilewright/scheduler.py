@@ -97,8 +97,9 @@ class Scheduler:
         next step then waits for the last token, which the guesses follow: it is never in flight
         together with the one before it.
 
-        alike_up_to: for dynamic RoPE, max_position_embeddings: the keys of a longer prompt depend
-        on its length, so that it shares pages only with prompts of the same length."""
+        alike_up_to: tokens of a prompt up to which its keys do not depend on its length; a longer
+        prompt shares pages only with prompts of its length. That is max_position_embeddings with
+        dynamic RoPE; None: keys never depend on it."""
         limits = limits or ExecutorLimits()
         self._allocator = allocator
         self._reserve = admission == "reserve"
@@ -211,9 +212,8 @@ class Scheduler:
             if stop > len(older.prompt_token_ids) or stop >= len(mine):
                 continue
             theirs = older.prompt_token_ids
-            if self._salt(older) != self._salt(request):
-                continue
-            if mine[start:stop] == theirs[start:stop] and mine[:start] == theirs[:start]:
+            same = mine[start:stop] == theirs[start:stop] and mine[:start] == theirs[:start]
+            if same and self._salt(older) == self._salt(request):
                 return self._finds_pages is not False
         return False
 
@@ -248,6 +248,7 @@ class Scheduler:
         return True
 
     def _salt(self, request: Request) -> bytes:
+        """What requests must have in common to share pages (``KvAllocator.allocate``)."""
         length = len(request.prompt_token_ids)
         if self._alike_up_to is None or length <= self._alike_up_to:
             return b""

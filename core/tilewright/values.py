@@ -64,7 +64,7 @@ def structure(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
     Values have the types of the fields, or are text: ``"2"``, ``"true"``,
     ``"none"``, a list as ``"1,2"`` or as JSON, a table as JSON. Text for a list of strings is its
-    only item, unless it is a JSON list.
+    only item, unless it is a JSON list; ``[INST]`` is not one.
 
     Raises ConfigError, which begins with where and names the option, for an unknown or absent
     option, for a value of a wrong type, and for one that a validator refuses.
@@ -248,7 +248,11 @@ def _instance(value: Any, type_: Any) -> Any:
 
 def _items(text: str, of: Any) -> list[Any]:
     if text.lstrip().startswith("["):
-        return cast(list[Any], json.loads(text))
+        try:
+            return cast(list[Any], json.loads(text))
+        except ValueError:
+            if of is not str or '"' in text:
+                raise
     if of is str:
         return [text]
     return [item.strip() for item in text.split(",") if item.strip()]

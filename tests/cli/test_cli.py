@@ -32,13 +32,6 @@ GREEDY = ["--temperature", "0", "--max-new-tokens", "8"]
 SIXTEEN = ["--max-new-tokens", "16"]
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_"):
-            monkeypatch.delenv(name)
-
-
 @pytest.fixture(scope="module")
 def continuation() -> str:
     """The 16 tokens that the engine generates after the demo prompt."""

@@ -33,13 +33,6 @@ SEVEN = ["-o", "candidate.runtime.page_size=7"]
 EMULATED = ["--candidate", "pypto-npu", "-o", "candidate.platform=emulated"]
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_"):
-            monkeypatch.delenv(name)
-
-
 @pytest.fixture
 def wrong_layer(monkeypatch):
     """Layer 1 of the candidate, which is the side with pages of 7, puts out a tenth too much."""

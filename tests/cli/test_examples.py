@@ -25,13 +25,6 @@ SCRIPT = ROOT / "examples/qwen3_14b_local_generate.py"
 RUN_FILE = ROOT / "examples/qwen3-14b.toml"
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_") or name == "TASK_DEVICE":
-            monkeypatch.delenv(name)
-
-
 def example(*argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), "--model-dir", str(DEMO_MODEL), *argv]
     # One thread: tests that run at the same time need the other cores.

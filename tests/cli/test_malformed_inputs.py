@@ -81,8 +81,8 @@ OUT_OF_RANGE = {
     ("runtime", "max_batch_tokens"): "1e3",
     ("generate", "max_new_tokens"): "0",
     ("generate", "temperature"): "nan",
-    ("generate", "top_k"): "-1",
-    ("generate", "top_p"): "0",
+    ("generate", "top_k"): "-2",
+    ("generate", "top_p"): "1.5",
     ("generate", "min_p"): "1.5",
     ("generate", "repetition_penalty"): "0",
     ("generate", "presence_penalty"): "inf",
@@ -94,10 +94,7 @@ OUT_OF_RANGE = {
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch, tmp_path):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_"):
-            monkeypatch.delenv(name)
+def _in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 

@@ -32,10 +32,7 @@ HI = {"role": "user", "content": "When was the war?"}
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch, tmp_path):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_"):
-            monkeypatch.delenv(name)
+def _in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
@@ -137,8 +134,8 @@ def test_standard_input_without_text_leaves_the_demo_model_its_prompt(records, m
 def test_a_pipe_to_which_nobody_writes_is_not_waited_for(tilewright, monkeypatch, model):
     read, write = os.pipe()
     monkeypatch.setattr(sys, "stdin", open(read))  # noqa: SIM115
-    monkeypatch.setattr(prompts, "_UNASKED_SECONDS", 0.01)
-    monkeypatch.setattr(prompts, "_MISSING_SECONDS", 0.02)
+    monkeypatch.setattr(prompts, "_SECONDS_WITH_A_PROMPT", 0.01)
+    monkeypatch.setattr(prompts, "_SECONDS_WITHOUT", 0.02)
     code, _, err = tilewright("generate", *TWO)
     assert (code, err) == (0, f"prompt: {DEMO_PROMPT}\n")
     code, _, err = tilewright("generate", "--model", str(model), *TWO)
@@ -251,7 +248,7 @@ def test_a_wrong_line_is_refused_before_a_model_is_loaded(refused, line, said):
     assert refused("--prompt-file", "p.json", *TWO).startswith(f"p.json: item 2: {said}")
 
 
-def test_a_json_file_that_is_no_list_is_refused_with_what_to_write(refused):
+def test_a_json_file_that_is_not_a_list_is_refused_with_what_to_write(refused):
     Path("p.json").write_text('{"prompt": "x"}')
     assert refused("--prompt-file", "p.json") == (
         "p.json: expected a JSON list of prompts, found {'prompt': 'x'}: to continue the file's "
@@ -270,7 +267,7 @@ def test_a_command_that_takes_texts_alone_refuses_other_lines(tilewright, line):
 # --- conversations --------------------------------------------------------------------------------
 
 
-def test_conversations_have_the_tokens_that_transformers_makes(records, model):
+def test_conversations_have_the_tokens_that_transformers_makes(records, model, monkeypatch):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -288,11 +285,12 @@ def test_conversations_have_the_tokens_that_transformers_makes(records, model):
     ]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     Path("tools.json").write_text(json.dumps(TOOLS))
+    monkeypatch.setenv("HOME", os.getcwd())
     Path("run.toml").write_text(
         f'[model]\npath = "{model}"\n[prompts]\nfile = "p.jsonl"\nchat = true\n[chat]\n'
         'system = "Be brief."\ntools = "tools.json"\ntemplate_options = { mood = "glad" }\n'
     )
-    chat = ["--chat", "--system", "Be brief.", "--tools", "tools.json"]
+    chat = ["--chat", "--system", "Be brief.", "--tools=~/tools.json"]
     flags = ["--model", str(model), *chat, "--template-option", "mood=glad"]
     expected = [
         ids([system, HI], tools=TOOLS, mood="glad"),

@@ -33,13 +33,6 @@ CLAUSE = (
 NEXT_CLAUSE = " or abridging the freedom of speech, or of the press;"
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_") or name == "TASK_DEVICE":
-            monkeypatch.delenv(name)
-
-
 def token_ids(text: str) -> list[int]:
     ids: list[int] = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")).encode(text).ids
     return ids

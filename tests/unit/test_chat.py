@@ -728,7 +728,7 @@ def test_thinking_is_split_off_however_the_text_is_cut(
         assert "".join(piece for _, piece in pieces) == answer
 
 
-def test_text_that_can_be_no_tag_is_not_held_back() -> None:
+def test_text_that_cannot_be_a_tag_is_not_held_back() -> None:
     splitter = ThinkingSplitter()
     assert [splitter.push(piece) for piece in ("<th", "ink>a", " b", " <", "/thin", "x")] == [
         ("", ""), ("a", ""), (" b", ""), ("", ""), ("", ""), (" </thinx", ""),
@@ -830,7 +830,7 @@ def test_ignore_eos_goes_on_after_the_turns_end(engine: LLMEngine, turn_end: int
     assert len(result.token_ids) == 9
 
 
-def test_a_prompt_that_is_no_chat_does_not_end_at_the_turns_end(
+def test_a_prompt_of_token_ids_does_not_end_at_the_turns_end(
     engine: LLMEngine, turn_end: int
 ) -> None:
     ids = engine.chat_tokens("demo", QUESTION)
@@ -858,6 +858,6 @@ def test_a_chat_that_cannot_be_rendered_fails_alone_in_a_batch(engine: LLMEngine
             asyncio.run(of_tasks(engine, wrong, config))
 
 
-def test_one_chat_is_no_batch(engine: LLMEngine) -> None:
+def test_one_chat_in_place_of_a_batch_is_refused(engine: LLMEngine) -> None:
     with pytest.raises(RequestError, match=r"found a Chat: use generate\(\)"):
         engine.generate_batch("demo", Chat(QUESTION))  # type: ignore[arg-type]

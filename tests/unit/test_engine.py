@@ -649,6 +649,8 @@ def test_a_batch_may_have_a_configuration_for_each_prompt(engine):
         engine.generate_batch("demo", prompts, configs[:3])
     with pytest.raises(ConfigError, match="config must be a GenerateConfig or None, found 'x'"):
         engine.generate_batch("demo", ["a"], "x")
+    with pytest.raises(ConfigError, match=r"config\[1\] must be a GenerateConfig or None, found 5"):
+        engine.generate_batch("demo", ["a", "b"], [config(1), 5])
 
 
 def test_a_randomly_drawn_seed_reproduces_the_result(engine):

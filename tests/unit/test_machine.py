@@ -132,3 +132,11 @@ def test_a_process_outside_of_what_is_mounted_has_the_limit_of_the_mount(cgroup:
     process("0::/../../job\n", {cgroup: "/"})
     fill(cgroup, 16 * MIB, used=4 * MIB)
     assert memory() == (16, 12)
+
+
+def test_a_mount_point_whose_name_is_not_utf_8_changes_nothing(cgroup: Path) -> None:
+    fill(cgroup, 300 * MIB, 100 * MIB)
+    process("0::/\n", {cgroup: "/"})
+    with (machine.PROC / "mountinfo").open("ab") as file:
+        file.write(b"31 23 0:27 / /mnt/caf\xe9 rw - ext4 x rw\n")
+    assert memory() == (300, 200)

@@ -82,6 +82,7 @@ ACCEPTED = [
     ("strings", ["a", "b"], ("a", "b")),
     ("strings", "a, b", ("a, b",)),
     ("strings", '["a", "b"]', ("a", "b")),
+    ("strings", "[INST]", ("[INST]",)),
     ("integers", "1, 2", [1, 2]),
     ("integers", "[1, 2]", [1, 2]),
     ("integers", (1, "2"), [1, 2]),

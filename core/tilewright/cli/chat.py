@@ -15,12 +15,13 @@ from attrs import define, evolve, field
 
 from tilewright.chat import Chat, Message
 from tilewright.cli import INTERRUPTED, flags
-from tilewright.cli.generate import answer_pieces, hider, note_logprobs, print_stream
+from tilewright.cli.answers import note_logprobs, print_stream, thinking_splitter
 from tilewright.cli.output import note, opened, warn_sanitized
-from tilewright.cli.prompts import checked_messages, common_chat
+from tilewright.cli.prompts import checked_messages, common_chat, parsed_json
 from tilewright.cli.session import naming_settings, note_turn_ends, open_engine
 from tilewright.config import ENVIRONMENT_PREFIX, Resolved, resolve
 from tilewright.errors import ConfigError, RequestError, TilewrightError, nearest
+from tilewright.paths import path_of
 from tilewright.settings import not_utf8, read_text
 
 if TYPE_CHECKING:
@@ -72,12 +73,13 @@ def run(args: argparse.Namespace) -> int:
         )
     common = common_chat(resolved)
     messages = list(common.messages)
-    if args.session is not None and (saved := _saved(args.session)):
+    session = None if args.session is None else str(path_of(args.session))
+    if session is not None and (saved := _saved(session)):
         _check_system(saved, resolved)
         messages = saved
     with open_engine(resolved) as engine:
         note_turn_ends(engine, resolved)
-        conversation = Conversation(engine, resolved, common, args.session, messages)
+        conversation = Conversation(engine, resolved, common, session, messages)
         if sys.stdin.isatty() and sys.stdout.isatty():
             return _talk(conversation)
         _read_messages(conversation)
@@ -103,17 +105,17 @@ def _saved(path: str) -> list[Message]:
         )
     text = read_text(Path(path), "--session: session file")
     wrong = f"--session: {path!r} is not a session of tilewright chat, and is left as it is"
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{wrong}: invalid JSON: {error}") from error
+    value = parsed_json(text, wrong)
     if not isinstance(value, dict) or set(value) != {"messages"}:
         raise ConfigError(f'{wrong}: expected a JSON object with "messages" and nothing else')
     return [*checked_messages(value["messages"], wrong, at_least=0)]
 
 
 def _check_system(saved: list[Message], resolved: Resolved) -> None:
-    """Raise ConfigError if a flag sets another system message than the session has."""
+    """Raise ConfigError if a flag sets another system message than the session has.
+
+    That of the environment is for new conversations alone.
+    """
     system, origin = resolved.config.chat.system, resolved.origin("chat", "system")
     if not system or origin.startswith(ENVIRONMENT_PREFIX):
         return
@@ -148,14 +150,14 @@ class Conversation:
         try:
             with naming_settings(self.resolved):
                 stream = self.engine.stream(model_id, chat, config)
-                splitter = hider(self.engine, model_id, self.resolved, chat)
-                print_stream(stream, answer_pieces(stream, splitter), said, sys.stdout)
+                splitter = thinking_splitter(self.engine, self.resolved, chat)
+                print_stream(stream, splitter, said, sys.stdout)
         finally:
             if "".join(said):
                 self._keep([*messages, {"role": "assistant", "content": "".join(said)}])
         if stream.result is None:
             return
-        note_logprobs([stream.result], self.engine, model_id)
+        note_logprobs([stream.result], self.engine.model(model_id).text)
         warn_sanitized([stream.result])
         if stream.result.finish_reason == "length":
             tokens = len(stream.result.token_ids)

@@ -5,16 +5,21 @@ Text goes to standard output, everything else to standard error.
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import IO, TYPE_CHECKING
 
 from attrs import evolve, fields
 
-from tilewright.chat import Chat, ThinkingSplitter
+from tilewright.chat import Chat
 from tilewright.cli import USER_ERROR, flags
+from tilewright.cli.answers import (
+    note_logprobs,
+    print_stream,
+    thinking_splitter,
+    without_thinking,
+)
 from tilewright.cli.output import (
-    logprobs_lines,
     note,
     opened,
     result_record,
@@ -36,7 +41,7 @@ from tilewright.errors import ConfigError
 from tilewright.types import GenerateConfig, GenerateResult
 
 if TYPE_CHECKING:
-    from tilewright.engine import GenerationStream, LLMEngine
+    from tilewright.engine import LLMEngine
 
 tilewright_api = 2
 
@@ -65,7 +70,7 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
     """
     config = resolved.config
     entries = read_entries(resolved)
-    settings = settings_of(entries, config.generate)
+    settings = _settings_of(entries, config.generate)
     processors = [name for entry in entries for name in entry.settings.logits_processors or ()]
     trace = NonFiniteTrace() if args.trace_nonfinite else None
     with ExitStack() as stack:
@@ -78,55 +83,89 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
             stack.enter_context(trace.ending(engine))
         if any(isinstance(entry.prompt, Chat) for entry in entries):
             note_turn_ends(engine, resolved)
-        model_id, prompts = config.model.id, [entry.prompt for entry in entries]
-        usual_n = engine.default_config(model_id).n or 1
+        usual_n = engine.default_config(config.model.id).n or 1
         # For each result, its prompt's number.
         numbers = [i for i, each in enumerate(settings) for _ in range(each.n or usual_n)]
-        single, first = len(numbers) == 1, prompts[0]
+        single, first = len(numbers) == 1, entries[0].prompt
         if entries[0].origin == DEFAULT:
             note(f"prompt: {config.prompts.text[0]}")
         elif single and isinstance(first, str) and file.isatty() and sys.stderr.isatty():
             print(first, end="", file=sys.stderr, flush=True)
         if single and to_stdout and config.output.format == "text":
-            with naming_settings(resolved, _origins(entries[0])):
-                stream = engine.stream(model_id, first, settings[0])
-                pieces = answer_pieces(stream, hider(engine, model_id, resolved, first))
-                print_stream(stream, pieces, [], file)
-            assert stream.result is not None
-            results = [stream.result]
+            results = [_stream(engine, resolved, entries[0], settings[0], file)]
         else:
-            own = any(entry.settings != GenerateConfig() for entry in entries)
-            with naming_settings(resolved):
-                results = engine.generate_batch(
-                    model_id, prompts, settings if own else config.generate
-                )
-            shown = [
-                result
-                if result.error
-                else _without_thinking(result, hider(engine, model_id, resolved, prompts[i]))
-                for i, result in zip(numbers, results, strict=True)
-            ]
-            if config.output.format == "jsonl":
-                source = engine.model(model_id).loaded.source
-                for i, result in zip(numbers, shown, strict=True):
-                    write_json(result_record(result, prompts[i], source, entries[i].record), file)
-            else:
-                write_text(shown, file)
+            results = _batch(engine, resolved, entries, settings)
+            _write(results, numbers, engine, resolved, entries, file)
         if config.output.format == "text":
-            note_logprobs(results, engine, model_id)
+            note_logprobs(results, engine.model(config.model.id).text)
         warn_sanitized(results)
         refused = {
             i: result.error for i, result in zip(numbers, results, strict=True) if result.error
         }
         for i, error in refused.items():
             message = with_setting(str(error), resolved, _origins(entries[i]))
-            note(f"tilewright: error: prompt {i + 1} of {len(prompts)}: {message}")
-        if (args.stats or sys.stderr.isatty()) and len(refused) < len(prompts):
+            note(f"tilewright: error: prompt {i + 1} of {len(entries)}: {message}")
+        if (args.stats or sys.stderr.isatty()) and len(refused) < len(entries):
             note(stats_line([result for result in results if not result.error]))
     return USER_ERROR if refused else 0
 
 
-def settings_of(entries: Sequence[PromptEntry], common: GenerateConfig) -> list[GenerateConfig]:
+def _stream(
+    engine: "LLMEngine",
+    resolved: Resolved,
+    entry: PromptEntry,
+    settings: GenerateConfig,
+    file: IO[str],
+) -> GenerateResult:
+    """Write the only result while it is generated."""
+    with naming_settings(resolved, _origins(entry)):
+        stream = engine.stream(resolved.config.model.id, entry.prompt, settings)
+        print_stream(stream, thinking_splitter(engine, resolved, entry.prompt), [], file)
+    assert stream.result is not None
+    return stream.result
+
+
+def _batch(
+    engine: "LLMEngine",
+    resolved: Resolved,
+    entries: Sequence[PromptEntry],
+    settings: Sequence[GenerateConfig],
+) -> list[GenerateResult]:
+    """The results of all prompts. Settings that are the run's alone are errors of the whole run."""
+    config = resolved.config
+    own = any(entry.settings != GenerateConfig() for entry in entries)
+    with naming_settings(resolved):
+        return engine.generate_batch(
+            config.model.id,
+            [entry.prompt for entry in entries],
+            settings if own else config.generate,
+        )
+
+
+def _write(
+    results: Sequence[GenerateResult],
+    numbers: Sequence[int],
+    engine: "LLMEngine",
+    resolved: Resolved,
+    entries: Sequence[PromptEntry],
+    file: IO[str],
+) -> None:
+    """Write results in the run's format. numbers: each result's prompt, as its place in entries."""
+    shown = [
+        result
+        if result.error
+        else without_thinking(result, thinking_splitter(engine, resolved, entries[i].prompt))
+        for i, result in zip(numbers, results, strict=True)
+    ]
+    if resolved.config.output.format == "text":
+        write_text(shown, file)
+        return
+    source = engine.model(resolved.config.model.id).loaded.source
+    for i, result in zip(numbers, shown, strict=True):
+        write_json(result_record(result, entries[i].prompt, source, entries[i].record), file)
+
+
+def _settings_of(entries: Sequence[PromptEntry], common: GenerateConfig) -> list[GenerateConfig]:
     """The settings of each prompt: its own over those of the run.
 
     A prompt without a seed of its own has the run's, plus the number of results before its own.
@@ -153,54 +192,3 @@ def _origins(entry: PromptEntry) -> dict[str, str]:
         for a in fields(GenerateConfig)
         if getattr(entry.settings, a.name) is not None
     }
-
-
-def hider(
-    engine: "LLMEngine", model_id: str, resolved: Resolved, prompt: str | Chat
-) -> ThinkingSplitter | None:
-    """What splits the thinking off an answer, if it is to be hidden; None: show all."""
-    if not resolved.config.chat.hide_thinking or isinstance(prompt, str):
-        return None
-    return ThinkingSplitter(engine.model(model_id).text.opens_thinking(prompt))
-
-
-def answer_pieces(pieces: Iterable[str], splitter: ThinkingSplitter | None) -> Iterator[str]:
-    """The pieces of a text without the thinking that the splitter finds."""
-    if splitter is None:
-        yield from pieces
-        return
-    for piece in pieces:
-        yield splitter.push(piece)[1]
-    yield splitter.finish()[1]
-
-
-def _without_thinking(result: GenerateResult, splitter: ThinkingSplitter | None) -> GenerateResult:
-    return evolve(result, text="".join(answer_pieces([result.text], splitter)))
-
-
-def print_stream(
-    stream: "GenerationStream", pieces: Iterable[str], printed: list[str], file: IO[str]
-) -> None:
-    """Write the pieces of a stream as they come, adding them to printed, and end with a newline.
-
-    What plugins print meanwhile goes to standard error.
-    """
-    with stream, redirect_stdout(sys.stderr):
-        try:
-            for piece in pieces:
-                printed.append(piece)  # first, so that Ctrl-C loses nothing that is shown
-                file.write(piece)
-                file.flush()
-        finally:
-            if printed or stream.result:
-                file.write("\n")
-                file.flush()
-
-
-def note_logprobs(results: Sequence[GenerateResult], engine: "LLMEngine", model_id: str) -> None:
-    """Print the log-probabilities that results have."""
-    text = engine.model(model_id).text
-    for number, result in enumerate(results, 1):
-        for line in logprobs_lines(result, text):
-            heads = len(results) > 1 and line.startswith("log-probabilities")
-            note(f"result {number} of {len(results)}: {line}" if heads else line)

@@ -12,7 +12,6 @@ from tilewright.chat import Chat
 from tilewright.cli import naming_unwritable
 from tilewright.errors import ConfigError
 from tilewright.paths import path_of
-from tilewright.text import Text
 from tilewright.types import GenerateResult, TokenLogprobs
 
 
@@ -146,33 +145,6 @@ def result_record(
 
 def _logprobs_record(token: TokenLogprobs) -> dict[str, Any]:
     return {"token_id": token.token_id, "logprob": token.logprob, "top": token.top}
-
-
-def logprobs_lines(result: GenerateResult, text: Text) -> Iterator[str]:
-    """The log-probabilities of a result, if it has some: a title, and a line for each token."""
-    for title, ids, logprobs in (
-        ("the prompt", result.prompt_token_ids, result.prompt_logprobs),
-        ("the text", result.token_ids, result.logprobs),
-    ):
-        if logprobs is not None:
-            yield f"log-probabilities of the tokens of {title}, and of the likeliest tokens there:"
-            for token_id, token in zip(ids, logprobs, strict=True):
-                if token is None:
-                    yield f"{_quoted(token_id, text)}: none, since it is the first"
-                    continue
-                others = [f"{_quoted(i, text)} {logprob:.4f}" for i, logprob in token.top]
-                line = f"{_quoted(token_id, text)}: {token.logprob:.4f}"
-                yield f"{line}; {', '.join(others)}" if others else line
-
-
-def _quoted(token_id: int, text: Text) -> str:
-    """A token's text in quotation marks, with what is special in it escaped."""
-    # Decoders drop the space that begins a text, but not that of a second token.
-    one, two = (text.decode([token_id] * times) for times in (1, 2))
-    piece = two.removeprefix(one)
-    if not piece or "\ufffd" in piece:  # a special token, or a part of a character
-        piece = text.assets.tokenizer.id_to_token(token_id) or f"<{token_id}>"
-    return json.dumps(piece, ensure_ascii=False)
 
 
 def stats_line(results: Sequence[GenerateResult]) -> str:

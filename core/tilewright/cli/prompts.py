@@ -23,10 +23,10 @@ from tilewright.values import shown, structure
 
 STDIN = "-"
 
-_UNASKED_SECONDS = 2.0
-"""How long a run that has a prompt waits for the first byte on standard input."""
-_MISSING_SECONDS = 60.0
-"""How long a run that has no prompt waits for it."""
+_SECONDS_WITH_A_PROMPT = 2.0
+"""How long a run waits for the first byte on standard input if the bundled model has a prompt."""
+_SECONDS_WITHOUT = 60.0
+"""How long a run waits for it otherwise."""
 _PROMPT_KEYS = ("prompt", "messages", "tools", "template_options", "id")
 
 
@@ -75,33 +75,37 @@ def read_entries(resolved: Resolved) -> list[PromptEntry]:
             for entry in entries
         ]
     if not any(isinstance(entry.prompt, Chat) for entry in entries):
-        for place, origin in resolved.origins.items():
-            if (
-                place[0] == "chat"
-                and getattr(resolved.config.chat, place[1])
-                and not origin.startswith(ENVIRONMENT_PREFIX)
-            ):
-                raise ConfigError(
-                    f"{origin}: {place[1]} is for conversations, and every prompt is text to "
-                    "continue: add --chat, or chat = true in [prompts]"
-                )
+        _check_no_chat_settings(resolved)
         return entries
     common = common_chat(resolved)
     return [
-        evolve(entry, prompt=over(entry.prompt, common))
+        evolve(entry, prompt=_over(entry.prompt, common))
         if isinstance(entry.prompt, Chat)
         else entry
         for entry in entries
     ]
 
 
-def over(chat: Chat, common: Chat) -> Chat:
+def _check_no_chat_settings(resolved: Resolved) -> None:
+    """Raise ConfigError for a setting of ``[chat]`` that the environment does not give."""
+    for (section, *key), origin in resolved.origins.items():
+        if section != "chat" or origin.startswith(ENVIRONMENT_PREFIX):
+            continue
+        if getattr(resolved.config.chat, key[0]):
+            raise ConfigError(
+                f"{origin}: {key[0]} is for conversations, and every prompt is text to continue: "
+                "add --chat, or chat = true in [prompts]"
+            )
+
+
+def _over(chat: Chat, common: Chat) -> Chat:
     """A conversation, with what all have in common where it has nothing of its own."""
     begun = chat.messages and chat.messages[0].get("role") in ("system", "developer")
-    return Chat(
-        chat.messages if begun else [*common.messages, *chat.messages],
-        {**common.template_options, **chat.template_options},
-        common.tools if chat.tools is None else chat.tools,
+    return evolve(
+        chat,
+        messages=chat.messages if begun else [*common.messages, *chat.messages],
+        template_options={**common.template_options, **chat.template_options},
+        tools=common.tools if chat.tools is None else chat.tools,
     )
 
 
@@ -117,7 +121,7 @@ def _read_tools(resolved: Resolved) -> list[dict[str, Any]] | None:
     if resolved.config.chat.tools is None:
         return None
     path, origin = resolved.config.chat.tools, resolved.origin(*TOOLS)
-    value = _json(read_text(Path(path), f"{origin}: tools file"), path)
+    value = parsed_json(read_text(path_of(path), f"{origin}: tools file"), path)
     return _tools(value, path)
 
 
@@ -138,7 +142,7 @@ def _entries(resolved: Resolved, piped: bool = False) -> list[PromptEntry]:
         origin = resolved.origin("prompts", "file")
         entries = [entry for file in config.file for entry in _entries_of(file, origin)]
     elif origin == DEFAULT and piped:
-        text = _piped_text(_UNASKED_SECONDS if entries else _MISSING_SECONDS)
+        text = _piped_text(_SECONDS_WITH_A_PROMPT if entries else _SECONDS_WITHOUT)
         entries = [PromptEntry(text, "standard input")] if text is not None else entries
     if not entries:
         raise ConfigError(
@@ -152,13 +156,13 @@ def _entries(resolved: Resolved, piped: bool = False) -> list[PromptEntry]:
         try:
             if isinstance(entry.prompt, str):
                 entry = entries[number - 1] = evolve(entry, prompt=_as_utf8(entry.prompt))
-            json.dumps([_said(entry.prompt), entry.record], ensure_ascii=False).encode()
+            json.dumps([_as_json(entry.prompt), entry.record], ensure_ascii=False).encode()
         except UnicodeError as error:
             raise ConfigError(f"{entry.origin}: {which} is not valid UTF-8") from error
     return entries
 
 
-def _said(prompt: str | Chat) -> Any:
+def _as_json(prompt: str | Chat) -> Any:
     return prompt if isinstance(prompt, str) else [prompt.messages, prompt.tools]
 
 
@@ -184,9 +188,9 @@ def _entries_of(file: str, origin: str) -> Iterator[PromptEntry]:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 where = f"{file}:{number}"
-                yield _entry(_json(line, where), where)
+                yield _entry(parsed_json(line, where), where)
     elif kind == ".json":
-        value = _json(text, file)
+        value = parsed_json(text, file)
         if not isinstance(value, list):
             raise ConfigError(
                 f"{file}: expected a JSON list of prompts, found {shown(value)}: to continue the "
@@ -198,7 +202,8 @@ def _entries_of(file: str, origin: str) -> Iterator[PromptEntry]:
         yield PromptEntry(_without_last_newline(text), origin)
 
 
-def _json(text: str, where: str) -> Any:
+def parsed_json(text: str, where: str) -> Any:
+    """The value of JSON text. Raises ConfigError, which begins with where."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -291,20 +296,20 @@ def _piped_text(seconds: float) -> str | None:
         return None
     if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
         return None
-    soon = min(seconds, _UNASKED_SECONDS)
-    if not _comes(soon):
+    soon = min(seconds, _SECONDS_WITH_A_PROMPT)
+    if not _stdin_has_data(soon):
         if seconds > soon:
             note(
                 f"note: waiting up to {seconds:.0f} s for a prompt on standard input "
                 "(- waits without a limit)"
             )
-        if not _comes(seconds - soon):
+        if not _stdin_has_data(seconds - soon):
             return None
     return _without_last_newline(text) if (text := _read_stdin()) else None
 
 
-def _comes(seconds: float) -> bool:
-    """Whether standard input has a byte, or ends, within these seconds."""
+def _stdin_has_data(seconds: float) -> bool:
+    """Whether standard input has a byte, or its end, within these seconds."""
     return bool(select.select([sys.stdin], [], [], seconds)[0])
 
 

@@ -279,7 +279,7 @@ def test_the_only_gguf_file_of_a_directory_is_loaded(tmp_path: Path) -> None:
     said = "give one of the files in it: 'model.gguf', 'other.gguf'"
     assert said in refusal(tmp_path)
     (tmp_path / "config.json").unlink()
-    assert "of which one must be given: 'mmproj-model.gguf', 'model.gguf'" in refusal(tmp_path)
+    assert "models; give the path of one: 'mmproj-model.gguf', 'model.gguf'" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.json"])
@@ -568,7 +568,7 @@ def test_other_layouts_are_named_with_what_converts_them(
 def test_a_folder_of_models_lists_them(directory: Path) -> None:
     (directory.parent / "notes").mkdir()
     message = refusal(directory.parent)
-    assert message.endswith("holds models, of which one must be given: 'model'")
+    assert message.endswith("holds models; give the path of one: 'model'")
 
 
 # --- the hub's cache ------------------------------------------------------------------------------

@@ -20,10 +20,7 @@ HI = {"role": "user", "content": "How does the Declaration begin?"}
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch, tmp_path):
-    for name in list(os.environ):
-        if name.startswith("TILEWRIGHT_"):
-            monkeypatch.delenv(name)
+def _in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
@@ -151,6 +148,15 @@ def test_a_session_that_cannot_be_kept_is_refused_before_a_model_is_loaded(chat,
     code, _, err = chat("hi\n", "--session", path, "--model", "no/such/model")
     assert (code, err.count("\n")) == (2, 1)
     assert why in err
+
+
+def test_a_session_in_the_home_directory_may_be_named_by_a_flag_with_an_equals_sign(
+    chat, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = chat("hi\n", "--session=~/s.json")
+    assert code == 0, err
+    assert said(tmp_path / "s.json") == ["hi"]
 
 
 def test_another_system_message_than_that_of_the_session_is_refused(chat, monkeypatch):
