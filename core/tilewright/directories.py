@@ -45,7 +45,7 @@ def _without_configuration(names: Collection[str]) -> str | None:
 
 
 def layout_of_maker(names: Collection[str]) -> str | None:
-    """Whose own layout files with these names have, and what converts them; None if nobody's."""
+    """The maker whose own layout files with these names have, and what converts them; else None."""
     for maker, pattern, script in (
         ("Meta", r"consolidated\.\d+\.pth", "convert_llama_weights_to_hf.py"),
         ("Mistral", r"consolidated.*\.safetensors", "convert_mistral_weights_to_hf.py"),

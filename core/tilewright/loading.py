@@ -21,7 +21,7 @@ from tilewright.errors import (
     nearest,
 )
 from tilewright.logits_processing import Processing
-from tilewright.paths import expanded, path_of
+from tilewright.paths import path_of
 from tilewright.plugins import Observers, Options, Selected, Selection, claimants, select
 from tilewright.text import Text
 from tilewright.types import (
@@ -357,12 +357,13 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
             "(in Python: loader=...)"
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
-    path = Path(expanded(source))
-    if held := _held(installed, path):
+    path = path_of(source)
+    if source and (held := _held(installed, path)):
         raise ModelError(f"{_shown(source)} holds {held}")
     if os.path.isfile(path) and claimants(installed, "can_load", source=str(path.parent))[0]:
         raise ModelError(
-            f"{_shown(source)} is a file of a model: give the directory, {_shown(str(path.parent))}"
+            f"{_shown(source)} is one file of the model in its directory: give the directory, "
+            f"{_shown(str(path.parent))}"
         )
     raise ModelError(f"{_found(source)} (loaders asked: {asked}){also}")
 
@@ -382,7 +383,7 @@ def _held(installed: Sequence[plugins.Plugin], directory: Path) -> str | None:
     ]
     if not models:
         return None
-    return f"models, of which one must be given: {listed([ascii(name) for name in models])}"
+    return f"models; give the path of one: {listed([ascii(name) for name in models])}"
 
 
 _MOST_NAMES = 200
@@ -401,7 +402,7 @@ def _found(source: str) -> str:
         return f"{_shown(source)}: no loader reads addresses of {scheme}://: {cure}"
     path = path_of(source)
     try:
-        os.stat(path)
+        os.stat(path if source else source)  # an empty path is the working folder
         names = sorted(os.listdir(path)) if os.path.isdir(path) else None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
@@ -484,9 +485,17 @@ class InstalledFormats:
         tried = ", ".join(p.name for p in installed) or "none installed"
         also = f"; not asked: {'; '.join(unusable.values())}" if unusable else ""
         raise ModelError(
-            f"{directory}: no weights found in any known format ({tried}){also}; is the download "
-            "complete?"
+            f"{directory}: expected weights in one of the formats {tried}{also}, found "
+            f"{_listed_names(directory)}; download the model's weights, or give them names "
+            "that a format has (`tilewright plugins list`)"
         )
+
+
+def _listed_names(directory: Path) -> str:
+    try:
+        return listed([ascii(name) for name in sorted(os.listdir(directory))]) or "no files"
+    except OSError as error:
+        return f"a directory that cannot be read ({error.strerror})"
 
 
 class Processors:

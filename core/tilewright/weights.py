@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 SAFETENSORS_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -66,7 +68,7 @@ def expected_tensors(
     q_rows, kv_rows = config.num_heads * head, config.num_kv_heads * head
     expected: dict[str, tuple[int, ...]] = {}
     if first or (last and config.tie_word_embeddings):
-        expected["model.embed_tokens.weight"] = (config.vocab_size, hidden)
+        expected[EMBEDDING] = (config.vocab_size, hidden)
     for i in layers:
         layer = f"model.layers.{i}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
@@ -93,7 +95,7 @@ def expected_tensors(
     if last:
         expected["model.norm.weight"] = (hidden,)
     if last and not config.tie_word_embeddings:
-        expected["lm_head.weight"] = (config.vocab_size, hidden)
+        expected[HEAD] = (config.vocab_size, hidden)
     return expected
 
 
@@ -180,7 +182,7 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         )
         if tensors
     ]
-    if missing == ["lm_head.weight"]:
+    if missing == [HEAD]:
         problems.append("without it, the configuration needs tie_word_embeddings = true")
     if problems:
         raise ModelError(

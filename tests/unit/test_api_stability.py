@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def test_the_hook_reference_matches_the_code() -> None:
     assert (DOCS / "hooks.md").read_text() == hook_reference.reference(), (
         "python -m tilewright_tools.hook_reference > docs/hooks.md"
     )
+
+
+def test_the_tests_that_the_page_on_odd_files_names_exist() -> None:
+    rows = re.findall(r"`([\w/]+\.py)::(\w+)` \|$", (DOCS / "odd-files.md").read_text(), re.M)
+    assert len(rows) > 100
+    tests = {path: (ROOT / "tests" / path).read_text() for path, _ in rows}
+    assert [f"{p}::{name}" for p, name in rows if f"def {name}(" not in tests[p]] == []
 
 
 def test_the_documentation_names_the_version() -> None:

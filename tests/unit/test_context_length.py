@@ -20,7 +20,7 @@ from tilewright.types import GenerateResult, ModelConfig
 
 POSITIONS, FACTOR, NEW = 32, 4.0, 24
 LENGTHS = (20, 31, 40, 60, 100)
-"""Of prompts: some pass the original length while decoding, some are longer from the start."""
+"""Prompts in tokens: some pass the original length while decoding, some begin beyond it."""
 TOLERANCE = 1e-4
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {},

@@ -78,8 +78,8 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "dynamic-rope": evolve(
         CONFIGS["plain"],
-        rope=RopeConfig(kind="dynamic", factor=3.0),
-        max_position_embeddings=256,
+        rope=RopeConfig(kind="dynamic", factor=16.0),
+        max_position_embeddings=16,
     ),
     # Sizes for tiled kernels: some executors run no others.
     "in-16s": evolve(CONFIGS["qk-norm"], head_dim=32, hidden_size=96, intermediate_size=160),
@@ -632,6 +632,23 @@ class ExecutorSuite(PluginSuite):
             batch = three.sequences.batch({"a": prompt})
             near, true = (r.run(batch)[rows] for r in (three.near, three.true))
             three.judge("prefill", "logits", ours, near, true)
+
+    def test_dynamic_rope_is_that_of_the_whole_prompt(self, trio: Any, cases: list[Case]) -> None:
+        """Prompts longer than max_position_embeddings, in chunks, beside a shorter one: each token
+        of a prompt is rotated for ``StepBatch.prompt_lens``, and each later one for the length up
+        to itself."""
+        dynamic = [case for case in cases if case.model.config.rope.kind == "dynamic"]
+        if not dynamic:
+            pytest.skip("it runs no model with dynamic RoPE")
+        for case in dynamic:
+            limit = case.model.config.max_position_embeddings
+            long, longer, short = case.tokens(limit + 3, 2 * limit + 1, 3)
+            with trio(case) as three:
+                three.sequences.prompts |= {"a": len(long), "b": len(longer)}
+                three.run({"a": long[:5], "b": longer[: limit + 1]})
+                three.run({"a": long[5:], "b": longer[limit + 1 :], "c": short})
+                for token in (5, 6):
+                    three.run({"b": [token], "c": [token], "a": [token]})
 
     def test_prompts_chunks_and_decodes_may_share_a_step(
         self, trio: Any, cases: list[Case], running: Callable[..., Running]

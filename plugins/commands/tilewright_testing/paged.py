@@ -29,6 +29,8 @@ class Sequences:
     shuffled: bool = False
     """Hand out pages in random order."""
     lengths: dict[str, int] = field(factory=dict)
+    prompts: dict[str, int] = field(factory=dict)
+    """Tokens of each sequence's whole prompt: by default, those that begin it."""
     _pages: KvCacheManager = field(init=False)
     _ended: list[str] = field(factory=list, init=False)
     """Sequences that were freed since the last batch."""
@@ -46,6 +48,7 @@ class Sequences:
     def begin(self, name: str, tokens: Sequence[int]) -> Sequence[int]:
         """Begin a sequence with the known pages of its tokens; returns the tokens left to run."""
         self.lengths[name] = self._pages.allocate(name, tokens, max_cached=len(tokens))
+        self.prompts[name] = len(tokens)
         return tokens[self.lengths[name] :]
 
     def commit(self, name: str, tokens: Sequence[int]) -> None:
@@ -70,6 +73,7 @@ class Sequences:
                 self.lengths[name] = self._pages.allocate(name, new, max_cached=0)
             start = self.lengths[name]
             self.lengths[name] = stop = start + len(new)
+            self.prompts.setdefault(name, stop)
             self._pages.extend(name, stop)
             ids += new
             positions += range(start, stop)
@@ -85,6 +89,7 @@ class Sequences:
             block_table=pad_sequence(tables, batch_first=True, padding_value=-1),
             context_lens=torch.tensor([self.lengths[n] for n in tokens], dtype=torch.int32),
             query_starts=starts_at,
+            prompt_lens=torch.tensor([self.prompts[n] for n in tokens], dtype=torch.int32),
             num_drafts=starts_at.diff() - 1 if drafting else torch.zeros_like(starts_at[1:]),
             logits_rows=torch.arange(len(ids)),
             request_ids=tuple(tokens),
@@ -102,6 +107,8 @@ class Sequences:
 
         A sequence with context and one new token counts as decoding.
         """
+        for name, new in tokens.items():
+            self.prompts.setdefault(name, self.lengths.get(name, 0) + len(new))
         if not limits.mixed:
             decoding = [n for n, new in tokens.items() if len(new) == 1 and self.lengths.get(n)]
             prompts = {name: new for name, new in tokens.items() if name not in decoding}
@@ -128,7 +135,7 @@ class Sequences:
 
     def free(self, name: str) -> None:
         self._pages.free(name)
-        del self.lengths[name]
+        del self.lengths[name], self.prompts[name]
         self._ended.append(name)
 
 

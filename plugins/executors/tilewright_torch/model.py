@@ -26,7 +26,7 @@ from tilewright.types import (
     Tap,
     TensorSource,
 )
-from tilewright.weights import expected_tensors, torch_dtype
+from tilewright.weights import EMBEDDING, HEAD, expected_tensors, torch_dtype
 from tilewright_torch.attention import Attend, paged_attention
 from tilewright_torch.linear import Linear, converted, linear
 from tilewright_torch.rope import rotary, rotate
@@ -111,7 +111,7 @@ def load(
 
     def head() -> Linear:
         tied = config.tie_word_embeddings
-        weight = read["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        weight = read[EMBEDDING if tied else HEAD]
         return linear(weight) if weight.dtype == dtype else converted(weight, dtype)
 
     names = [f"model.layers.{i}" for i in layers]
@@ -119,7 +119,7 @@ def load(
     return Model(
         config=config,
         dtype=dtype,
-        embedding=read["model.embed_tokens.weight"] if 0 in layers else None,
+        embedding=read[EMBEDDING] if 0 in layers else None,
         layers=_Streamed(names, layer) if stream else [layer(name) for name in names],
         final_norm=get("model.norm.weight") if last else None,
         head=head() if last else None,

@@ -10,9 +10,10 @@ from attrs import evolve, frozen
 
 from tilewright.errors import ModelError
 from tilewright.types import DType, ModelConfig, RopeConfig
+from tilewright.weights import EMBEDDING, HEAD
 from tilewright_gguf.header import GgufFile, StoredTensor
 from tilewright_gguf.rope import from_factors
-from tilewright_gguf.weights import EMBEDDING, HEAD, ROPE_FACTORS, hf_name, read
+from tilewright_gguf.weights import ROPE_FACTORS, hf_name, read
 from tilewright_hf.architecture import FAMILIES, MAX_LAYERS, head_size
 from tilewright_hf.files import MAX_INT, JsonObject, shown
 
@@ -147,8 +148,12 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
     window = None
     if keys.has("attention.sliding_window"):
         window = keys.integer("attention.sliding_window", None)
-    first = "model.layers.0."
     family = FAMILIES[architecture]
+
+    def biased(*parts: str) -> bool:
+        """Whether one layer has a bias there. All need it then, so that none is left out."""
+        return any(name.endswith(tuple(f".{p}.bias" for p in parts)) for name in tensors)
+
     config = ModelConfig(
         architecture=family.architecture,
         vocab_size=vocab_size,
@@ -162,9 +167,9 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
         rope=_rope(keys, max_positions),
         max_position_embeddings=max_positions,
         dtype=dtype,
-        qkv_bias=family.qkv_bias or f"{first}self_attn.q_proj.bias" in tensors,
-        output_bias=f"{first}self_attn.o_proj.bias" in tensors,
-        mlp_bias=f"{first}mlp.down_proj.bias" in tensors,
+        qkv_bias=family.qkv_bias or biased("q_proj", "k_proj", "v_proj"),
+        output_bias=biased("o_proj"),
+        mlp_bias=biased("gate_proj", "up_proj", "down_proj"),
         qk_norm=family.qk_norm,
         tie_word_embeddings=not {EMBEDDING, HEAD} <= tensors.keys(),
         sliding_windows=(window,) * num_layers if window else (),

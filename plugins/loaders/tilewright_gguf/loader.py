@@ -61,10 +61,13 @@ def can_load(source: str) -> bool:
     path = expanded(source)
     try:
         if os.path.isdir(path):
+            from tilewright_hf.shards import only_gguf
+
             directory = _directory(path)
             names = _models(directory)
-            whole = len(names) == 1 and (directory / names[0]).is_file()
-            return whole and not os.path.lexists(directory / "config.json")
+            if os.path.lexists(directory / "config.json"):  # of the model in its GGUF files
+                return bool(names) and only_gguf(os.listdir(directory))
+            return len(names) == 1 and (directory / names[0]).is_file()
         if not os.path.isfile(path):
             return False
         if path.endswith(".gguf"):
@@ -124,8 +127,8 @@ def _file(source: str) -> Path:
             return path / names[0]
         held = f"give one of the files in it: {listed([ascii(n) for n in names])}"
         raise ModelError(
-            f"{path}: expected a .gguf file, found a directory; "
-            f"{held if names else 'it contains none'}"
+            f"{path}: expected a .gguf file, or a directory with that of one model; "
+            f"{held if names else 'found none in it'}"
         )
     return path
 

@@ -12,14 +12,13 @@ from gguf.constants import GGMLQuantizationType
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import DType, ModelConfig, TensorInfo
-from tilewright.weights import printable
+from tilewright.weights import EMBEDDING, HEAD, printable
 from tilewright_gguf.header import GgufFile, StoredTensor
 from tilewright_hf.shards import Opened, ShardedSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 
 _STORED_AS: dict[GGMLQuantizationType, DType] = {
@@ -145,7 +144,8 @@ def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: boo
 
 
 def check_kinds(files: Sequence[GgufFile]) -> None:
-    """Raise ModelError for tensors of unsupported types."""
+    """Raise ModelError for tensors of unsupported types, and for those that would change the
+    computation beside the weights: scales, and a bias of the head."""
     for file in files:
         odd = [t for t in file.tensors.values() if t.kind not in SUPPORTED]
         if odd:
@@ -154,6 +154,11 @@ def check_kinds(files: Sequence[GgufFile]) -> None:
                 f"{file.path}: {len(odd)} of {len(file.tensors)} tensors have a type that cannot "
                 f"be dequantised: {listed(kinds)} (first {printable(odd[0].name)}); use another "
                 "file of the model, such as Q8_0, Q6_K or Q4_K_M"
+            )
+        if "output.bias" in file.tensors:
+            raise ModelError(
+                f"{file.path}: has output.bias, a bias of the head, which is not supported: "
+                "expected output.weight alone; use a file of another model"
             )
         scales = [name for name in file.tensors if name.endswith(".scale")]
         if scales:

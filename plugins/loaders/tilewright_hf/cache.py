@@ -41,15 +41,6 @@ def snapshot(folder: Path) -> Path:
     raise incomplete(folder)
 
 
-def holds_gguf(folder: Path) -> bool:
-    """Whether the snapshot to load has GGUF files instead of a config.json."""
-    try:
-        names = os.listdir(snapshot(folder))
-    except (ModelError, OSError):
-        return False
-    return "config.json" not in names and any(name.endswith(".gguf") for name in names)
-
-
 def incomplete(folder: Path) -> ModelError:
     """The error for a folder without a snapshot that can be loaded."""
     named = _FOLDER.fullmatch(folder.name)

@@ -38,7 +38,7 @@ def local_path(source: str, what: str, takes: str) -> Path:
     """
     path = path_of(source)
     try:
-        os.stat(path)
+        os.stat(path if source else source)  # an empty path is the working folder
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"no {what} {source[:200]!r}: {why}; {takes}") from error
@@ -96,9 +96,12 @@ def read_text(path: Path, notes: list[str] | None = None) -> str:
     return text.removeprefix("\ufeff")
 
 
-def read_json(path: Path) -> "JsonObject":
-    """The JSON object that a file holds. Raises ModelError for anything else."""
-    notes: list[str] = []
+def read_json(path: Path, notes: list[str] | None = None) -> "JsonObject":
+    """The JSON object that a file holds. Raises ModelError for anything else.
+
+    notes: a list to which the object's notes are added, such as those of another file.
+    """
+    notes = [] if notes is None else notes
     text = read_text(path, notes)
     if not text.strip():
         raise ModelError(f"{path}: an empty file, expected a JSON object; download it again")

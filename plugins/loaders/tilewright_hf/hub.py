@@ -28,7 +28,7 @@ from tilewright.types import LoadedModel, PluginInfo, Report, WeightFormats, des
 from tilewright.weights import printable
 from tilewright_hf import loader, pytorch_format, safetensors_format
 from tilewright_hf.files import one_line
-from tilewright_hf.shards import other_sets, shard_files
+from tilewright_hf.shards import only_gguf, other_sets, shard_files
 
 tilewright_api = 2
 
@@ -398,6 +398,8 @@ def _weights(wanted: _Wanted, names: Collection[str]) -> list[str]:
         sets = list(other_sets(names, layout[0]).values())
         if len(sets) == 1:
             return sorted(set(sets[0]) & set(names))
+    if only_gguf(names):
+        raise ModelError(_of_gguf(wanted.name, wanted.name, " --include '*.gguf'"))
     expected = [file for layout in _LAYOUTS.values() for file in layout]
     raise ModelError(
         f"{wanted.name} has no weights that can be loaded: expected one of {', '.join(expected)}, "

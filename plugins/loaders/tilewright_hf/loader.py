@@ -21,17 +21,16 @@ from tilewright.types import (
     TensorSource,
     WeightFormats,
 )
-from tilewright.weights import NamedSource, expected_tensors, printable
+from tilewright.weights import EMBEDDING, HEAD, NamedSource, expected_tensors, printable
 from tilewright_hf import cache
 from tilewright_hf.architecture import FAMILIES, declared_dtype, model_config
 from tilewright_hf.files import JsonObject, is_there, local_path, read_json
 from tilewright_hf.generation import Recommended, recommended
-from tilewright_hf.shards import WEIGHTS
+from tilewright_hf.shards import only_gguf, weights_among
 from tilewright_hf.tokenizer import load_text
 
 tilewright_api = 2
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIRST = "layers.0.input_layernorm.weight"
 """The name of a tensor of every model, without the model's prefix."""
 
@@ -50,10 +49,17 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def can_load(source: str) -> bool:
-    directory = expanded(source)
-    if os.path.isfile(os.path.join(directory, "config.json")):
-        return True
-    return cache.is_folder(Path(directory)) and not cache.holds_gguf(Path(directory))
+    if not source:
+        return False
+    directory = Path(expanded(source))
+    cached = cache.is_folder(directory)
+    try:
+        if cached:
+            directory = cache.snapshot(directory)
+        has_config = os.path.isfile(directory / "config.json")
+        return (cached or has_config) and not only_gguf(os.listdir(directory))
+    except (ModelError, OSError, ValueError):
+        return cached  # to say what its snapshots lack
 
 
 @hookimpl
@@ -103,12 +109,12 @@ def _directory(source: str) -> tuple[Path, tuple[str, ...]]:
     folder = path
     if cache.is_folder(path):
         path = cache.snapshot(path)
-        warnings = (f"{folder}: a folder of the hub's cache, of which {path} is loaded",)
+        warnings = (f"{folder}: a folder of the hub's cache; {path} in it is loaded",)
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    weights = [n for n in names if n.endswith(WEIGHTS) and not n.startswith("adapter_")]
+    weights = weights_among(names)
     held = other_layout(path, names)
     if held and ("config.json" not in names or not weights):
         raise ModelError(f"{path}: holds {held}")
@@ -118,9 +124,9 @@ def _directory(source: str) -> tuple[Path, tuple[str, ...]]:
         found = f"found {', '.join(ascii(n) for n in names[:5])}" if names else "it is empty"
         more = " and more" if len(names) > 5 else ""
         raise ModelError(f"{path}: expected a directory that holds config.json; {found}{more}")
-    if weights and all(name.endswith(".gguf") for name in weights):
+    if only_gguf(names):
         raise ModelError(
-            f"{path}: its weights are in GGUF files; give one of them: "
+            f"{path}: its weights are in GGUF files, which the loader gguf reads (--loader gguf): "
             f"{listed([ascii(name) for name in weights])}"
         )
     if ADAPTER in names:

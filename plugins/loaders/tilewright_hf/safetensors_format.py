@@ -14,7 +14,7 @@ from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo, TensorSource
 from tilewright.weights import SAFETENSORS_DTYPES
 from tilewright_hf.files import check_file, one_line
-from tilewright_hf.shards import ShardedSource, no_weights, open_shards
+from tilewright_hf.shards import ShardedSource, no_weights, open_shards, other_sets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,10 +52,8 @@ def plugin_info() -> PluginInfo:
 @hookimpl
 def can_open(directory: Path) -> bool:
     try:
-        return any(
-            n == INDEX or (n.endswith(".safetensors") and not n.startswith("adapter_"))
-            for n in os.listdir(directory)
-        )
+        names = os.listdir(directory)
+        return INDEX in names or bool(other_sets(names, SINGLE))
     except OSError:
         return False
 

@@ -20,6 +20,17 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 """Endings of files that hold weights, which an error lists."""
 
 
+def weights_among(names: Collection[str]) -> list[str]:
+    """The files that may hold a model's weights, which an adapter's do not."""
+    return [n for n in names if n.endswith(WEIGHTS) and not n.startswith("adapter_")]
+
+
+def only_gguf(names: Collection[str]) -> bool:
+    """Whether the weights among a directory's files are all in GGUF files."""
+    weights = weights_among(names)
+    return bool(weights) and all(name.endswith(".gguf") for name in weights)
+
+
 class Shard(Protocol):
     """One open file."""
 
@@ -95,9 +106,12 @@ class ShardedSource:
         return self._shards
 
 
-def shard_files(index: Path) -> dict[str, str]:
-    """Maps tensors to files, from an index. Raises ModelError for a malformed index."""
-    weight_map = read_json(index).object("weight_map")
+def shard_files(index: Path, notes: list[str] | None = None) -> dict[str, str]:
+    """Maps tensors to files, from an index. Raises ModelError for a malformed index.
+
+    notes: a list to which is added what is odd in the index, a line each.
+    """
+    weight_map = read_json(index, notes).object("weight_map")
     if weight_map is None:
         raise ModelError(f"{index}: 'weight_map' must map tensor names to files, found nothing")
     for name, file in weight_map.values.items():
@@ -188,7 +202,8 @@ def _open_indexed(index: Path, open_shard: Callable[[Path], S]) -> Opened[S]:
 
     Raises ModelError if none is, and for a tensor of two files where the index does not say which.
     """
-    directory, weight_map = index.parent, shard_files(index)
+    notes: list[str] = []
+    directory, weight_map = index.parent, shard_files(index, notes)
     files = sorted(set(weight_map.values()))
     lost = [f for f in files if not is_there(directory / f)]
     missing = (
@@ -219,15 +234,15 @@ def _open_indexed(index: Path, open_shard: Callable[[Path], S]) -> Opened[S]:
         for name, file in weight_map.items()
         if name not in homes
     }
-    warnings = (
+    misfit = (
         f"{index}: does not fit the shards for {len(odd)} of {len(homes)} tensors, which are read "
-        f"from the shard that it lists, or else from the one that has them: {listed(odd, 1)}",
+        f"from the shard that it lists, or else from the one that has them: {listed(odd, 1)}"
     )
     return Opened(
         shards=list(shards.values()),
         home=chosen,
         absent=absent,
-        warnings=warnings if odd else (),
+        warnings=(*notes, misfit) if odd else tuple(notes),
     )
 
 

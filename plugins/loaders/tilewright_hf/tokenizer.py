@@ -39,8 +39,9 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
     vocabulary is larger than the model's.
     """
     path = directory / "tokenizer.json"
-    tokenizer = _read_tokenizer(path)
-    settings = _optional_json(directory / "tokenizer_config.json")
+    notes: list[str] = []
+    settings = _optional_json(directory / "tokenizer_config.json", notes)
+    tokenizer = _read_tokenizer(path, notes)
     rules = _class_rules(tokenizer, settings, config)
     special = _special_tokens(directory, tokenizer, settings, rules)
     where, declared = _declared_tokens(directory, tokenizer, settings, special)
@@ -66,10 +67,10 @@ def load_text(directory: Path, config: ModelConfig) -> tuple[TextAssets, tuple[s
         special_tokens=names,
         turn_end_ids=_turn_ends(tokenizer, names, config),
     )
-    return assets, (*settings.notes, *warnings, *template_warnings)
+    return assets, (*notes, *warnings, *template_warnings)
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def _read_tokenizer(path: Path, notes: list[str]) -> Tokenizer:
     if not is_there(path):
         others = [name for name in _OTHER_FORMATS if is_there(path.parent / name)]
         if others:
@@ -78,7 +79,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
                 f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), DIR = {path.parent}"
             )
         raise ModelError(f"{path}: no such file; expected the tokenizer of the model")
-    text = read_text(path)
+    text = read_text(path, notes)
     if _SUBWORD_PREFIX.search(text) and '"BPE"' in text:
         # tokenizers 0.23 slices merges that are shorter than the prefix out of bounds, which
         # kills the process.
@@ -104,8 +105,9 @@ def refusing(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {one_line(error)}") from error
 
 
-def _optional_json(path: Path) -> JsonObject:
-    return read_json(path) if is_there(path) else JsonObject(str(path), {})
+def _optional_json(path: Path, notes: list[str]) -> JsonObject:
+    """The object of a file, or an empty one; what is odd in it is added to the notes."""
+    return read_json(path, notes) if is_there(path) else JsonObject(str(path), {}, notes)
 
 
 @frozen
@@ -189,7 +191,7 @@ def _special_tokens(
     extra = [(settings, old, values.get(old))]
     origin = dict.fromkeys(values, settings)
     if "added_tokens_decoder" not in values:
-        older = _optional_json(directory / "special_tokens_map.json")
+        older = _optional_json(directory / "special_tokens_map.json", settings.notes)
         for key, value in older.values.items():
             values[key] = value | {"special": True} if isinstance(value, dict) else value
         origin |= dict.fromkeys(older.values, older)
@@ -248,7 +250,7 @@ def _declared_tokens(
             raise ModelError(f"{found.where}: expected token ids as keys, found {shown(wrong)}")
         tokens = {int(key): _added_token(found, key, value) for key, value in found.values.items()}
         return found.where, tokens
-    added = _optional_json(directory / "added_tokens.json")
+    added = _optional_json(directory / "added_tokens.json", settings.notes)
     specials = {token.content for token in (*special.named.values(), *special.nameless)}
     tokens = {
         added.integer(content, 0, minimum=0): AddedToken(
@@ -311,9 +313,8 @@ def _follow(
     if same:
         return ()
     return (
-        f"{settings.where}: transformers 5 replaces the rules that split a text in tokenizer.json "
-        f"by those of its class {rules.name}; tokenizer.json is followed, so some texts have other "
-        "ids: save the tokenizer with transformers 5 if those are wanted",
+        f"{settings.where}: texts are split as tokenizer.json says; transformers 5 splits some "
+        f"texts by the rules of its class {rules.name}, and gives them other token ids",
     )
 
 
@@ -359,12 +360,12 @@ def _chat_templates(
 ) -> tuple[str | None, str | None, tuple[str, ...]]:
     """The templates named ``default`` and ``tool_use``, and warnings."""
     extra = directory / "additional_chat_templates" / "tool_use.jinja"
-    tool_use = read_text(extra) if is_there(extra) else None
+    tool_use = read_text(extra, settings.notes) if is_there(extra) else None
     path = directory / "chat_template.jinja"
     if is_there(path):
-        return read_text(path), tool_use, ()
+        return read_text(path, settings.notes), tool_use, ()
     path = directory / "chat_template.json"
-    source = read_json(path) if is_there(path) else settings
+    source = read_json(path, settings.notes) if is_there(path) else settings
     value = source.values.get("chat_template")
     if value is None or isinstance(value, str):
         return value, tool_use, ()

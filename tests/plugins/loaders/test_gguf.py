@@ -617,7 +617,7 @@ def test_sources_that_are_not_a_gguf_file_are_refused(file: Path, tmp_path: Path
         "Qwen/Qwen3-0.6B-GGUF": "local .gguf file",
         "nul\0byte": "null byte",
         str(tmp_path): "give one of the files in it: 'empty.gguf', 'link.gguf', ",
-        str(tmp_path / "empty"): "it contains none",
+        str(tmp_path / "empty"): "found none in it",
         str(tmp_path / "weights.bin"): "expected a GGUF file",
         str(tmp_path / "pointer.gguf"): "git lfs pull",
         str(tmp_path / "empty.gguf"): "an empty file",
@@ -769,6 +769,31 @@ def test_a_type_that_cannot_be_dequantised_is_named(name: str, tmp_path: Path) -
     write_file(tmp_path / "model.gguf", header_of(model) | word_text(80), tensors)
     with pytest.raises(ModelError, match=rf"1 of \d+ tensors .* {name} \(first blk.0.ffn_up"):
         load(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "size", "said"),
+    [
+        ("qwen2", "output.bias", 80, "has output.bias, a bias of the head"),
+        ("llama", "blk.1.ffn_up.bias", 96, "missing: model.layers.0.mlp.gate_proj.bias"),
+        ("llama", "blk.1.attn_k.bias", 32, "missing: model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_a_bias_that_llama_cpp_adds_is_not_left_out(
+    family: str, name: str, size: int, said: str, tmp_path: Path
+) -> None:
+    from llama_cpp import LlamaCpp
+
+    model, path = random_model(FAMILIES[family]), tmp_path / "model.gguf"
+    tensors = {name: stored(values) for name, values in tensors_of(model).items()}
+    write_file(path, header_of(model) | word_text(80), tensors)
+    (without,) = LlamaCpp(path).greedy([5, 6, 7], 1, 80)
+    tensors[name] = stored(np.linspace(-3, 3, size).astype(np.float32))
+    write_file(path, header_of(model) | word_text(80), tensors)
+    (biased,) = LlamaCpp(path).greedy([5, 6, 7], 1, 80)
+    assert max(abs(biased.top[token] - p) for token, p in without.top.items()) > 1e-3
+    with pytest.raises(ModelError, match=said):
+        load_checked(path)
 
 
 def test_scales_beside_the_weights_are_refused(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import write
 from model_directories import change_json, load, write_directory
+from reference_models import random_model
 from small_tokenizers import byte_level, llama_2
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.errors import ModelError, RequestError
@@ -185,6 +187,12 @@ def test_tokens_are_those_of_transformers(way: str, place: Path) -> None:
 # --- classes of transformers ----------------------------------------------------------------------
 
 SPLIT = [" it's  Größe 12", "<s>fox\n\n x_y, </s> the", "fox", "the  fox e\u0301"]
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 LLAMA = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>"}
 
 
@@ -235,7 +243,7 @@ def test_ids_differ_from_those_of_a_class_of_transformers_only_with_a_warning(
     encoded = [text.tokenizer.encode(sample).ids for sample in SPLIT]
     expected = [oracle.encode(sample) for sample in SPLIT]
     assert (encoded != expected) == differ
-    assert [w for w in warnings if "transformers 5 replaces" in w] == list(warnings)
+    assert [w for w in warnings if "transformers 5 splits some texts" in w] == list(warnings)
     assert len(warnings) == differ
     for ids in expected:
         ours = text.tokenizer.decode(ids, skip_special_tokens=True)
@@ -244,6 +252,39 @@ def test_ids_differ_from_those_of_a_class_of_transformers_only_with_a_warning(
         oracle.save_pretrained(tmp_path)
         text, _ = loaded_text(tmp_path, family=family)
         assert [text.tokenizer.encode(sample).ids for sample in SPLIT] == expected
+
+
+def test_the_ids_of_tokenizer_json_are_those_of_llama_cpp(tmp_path: Path) -> None:
+    """Also where transformers 5 gives others."""
+    from llama_cpp import LlamaCpp
+
+    llama_2().save(str(tmp_path / "tokenizer.json"))
+    write_beside(tmp_path, {CONFIG: LLAMA})
+    text, (warning,) = loaded_text(tmp_path)
+    assert "transformers 5 splits some texts by the rules of its class LlamaTokenizer" in warning
+    saved, ids = json.loads(llama_2().to_str()), llama_2().get_vocab()
+    tokens = sorted(ids, key=ids.__getitem__)
+    ranks = {"".join(merge): i for i, merge in enumerate(saved["model"]["merges"])}
+    added = {t["content"]: 3 if t["special"] else 4 for t in saved["added_tokens"]}
+    kinds = {t: 6 for t in tokens if t.startswith("<0x")} | added | {"<unk>": 2}
+    values = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": [kinds.get(token, 1) for token in tokens],
+        "scores": [-float(ranks.get(token, 1000)) for token in tokens],
+        "bos_token_id": ids["<s>"],
+        "eos_token_id": ids["</s>"],
+        "unknown_token_id": 0,
+        "add_bos_token": False,
+    }
+    path = write(
+        random_model(LlamaConfig(vocab_size=len(tokens), **SMALL)),
+        tmp_path / "model.gguf",
+        text={f"tokenizer.ggml.{key}": value for key, value in values.items()},
+    )
+    theirs = LlamaCpp(path)
+    for sample in (*SPLIT, "数 12 fox</s>a"):
+        assert text.tokenizer.encode(sample).ids == theirs.tokenize(sample), sample
 
 
 def test_a_class_declares_special_tokens(tmp_path: Path) -> None:

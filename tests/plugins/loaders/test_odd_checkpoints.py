@@ -274,10 +274,18 @@ def test_the_only_gguf_file_of_a_directory_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "mmproj-model.gguf").write_bytes(b"GGUF")
     assert generated(tmp_path)[0] == greedy(whole)
     (tmp_path / "config.json").write_text("{}")
-    assert "its weights are in GGUF files; give one of them: " in refusal(tmp_path)
-    (tmp_path / "config.json").unlink()
+    assert generated(tmp_path)[0] == greedy(whole)
     shutil.copy(tmp_path / "model.gguf", tmp_path / "other.gguf")
-    assert "of which one must be given: 'mmproj-model.gguf', 'model.gguf'" in refusal(tmp_path)
+    said = "give one of the files in it: 'model.gguf', 'other.gguf'"
+    assert said in refusal(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "models; give the path of one: 'mmproj-model.gguf', 'model.gguf'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.json"])
+def test_a_file_of_a_model_is_refused_with_its_directory(name: str, directory: Path) -> None:
+    said = f"is one file of the model in its directory: give the directory, {str(directory)!r}"
+    assert said in refusal(directory / name)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -324,6 +332,13 @@ def test_an_index_may_differ_from_its_shards(kind: str, directory: Path) -> None
     change, said = INDEXES[kind]
     change(directory)
     assert said in warned(directory, of_transformers(directory))
+
+
+def test_an_index_with_a_byte_order_mark_is_read_with_a_warning(directory: Path) -> None:
+    expected = of_transformers(directory)  # which refuses the mark
+    indexed(lambda _, m: None)(directory)
+    (directory / INDEX).write_text((directory / INDEX).read_text(), "utf-8-sig")
+    assert f"{INDEX}: starts with a byte order mark" in warned(directory, expected)
 
 
 @pytest.mark.parametrize("name", [INVERSE, NORM])
@@ -386,6 +401,14 @@ FILES: dict[str, tuple[Change, str]] = {
     "pickled shards": (pickles_without_index, "reading pytorch_model-00001-of-00002.bin"),
     "a pickled variant": (pickled_variant, "reading pytorch_model.fp16.bin"),
 }
+
+
+def test_other_safetensors_files_do_not_hide_pickled_weights(directory: Path) -> None:
+    torch.save(stored(directory), directory / "pytorch_model.bin")
+    (directory / SINGLE).rename(directory / "optimizer.safetensors")
+    tokens, loaded = generated(directory)
+    assert tokens == of_transformers(directory)
+    assert loaded.warnings == ()
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -575,7 +598,7 @@ def test_an_empty_configuration_is_named(directory: Path) -> None:
 def test_a_folder_of_models_lists_them(directory: Path) -> None:
     (directory.parent / "notes").mkdir()
     message = refusal(directory.parent)
-    assert message.endswith("holds models, of which one must be given: 'model'")
+    assert message.endswith("holds models; give the path of one: 'model'")
 
 
 # --- the hub's cache ------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import field, frozen
-from model_directories import load
+from model_directories import change_json, load
 from reference_models import prompts, random_model, write_model
 from transformers import (
     AutoModelForCausalLM,
@@ -538,14 +538,24 @@ def test_the_drawn_cases_cover_the_settings() -> None:
     }
 
 
+BESIDE = ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
+
+
 def test_a_byte_order_mark_and_a_repeated_key_are_a_warning(tmp_path: Path) -> None:
     write_model("llama-linear", tmp_path)
     expected = load(tmp_path).config
     for name in ("config.json", "tokenizer_config.json"):
         text = (tmp_path / name).read_text().rstrip().removesuffix("}")
         (tmp_path / name).write_text(f'{text}, "use_cache": 1, "use_cache": 2}}', "utf-8-sig")
+    change_json(tmp_path / "special_tokens_map.json")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    for name in BESIDE:
+        (tmp_path / name).write_text((tmp_path / name).read_text(), "utf-8-sig")
     loaded = load(tmp_path)
     assert loaded.config == expected
+    for name in BESIDE:
+        said = f"{tmp_path / name}: starts with a byte order mark, which is ignored"
+        assert said in loaded.warnings
     for name in ("config.json", "tokenizer_config.json"):
         of_file = [w for w in loaded.warnings if w.startswith(f"{tmp_path / name}: ")]
         assert "starts with a byte order mark, which is ignored" in of_file[0]
