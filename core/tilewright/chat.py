@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from tilewright.errors import RequestError, listed, nearest
+from tilewright.errors import RequestError, listed, nearest, quoted
 from tilewright.values import shown
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def render(
     from tilewright.chat_template import rendering
 
     _check_read(template, chat)
-    options = {n: _plain(v, f"template option {n!r}") for n, v in chat.template_options.items()}
+    options = {n: _plain(v, f"template option {quoted(n)}") for n, v in chat.template_options.items()}
     messages = _plain_messages(chat.messages)
     variables = {
         **special_tokens,
@@ -190,13 +190,13 @@ def _check_read(template: "CompiledTemplate", chat: Chat) -> None:
     for name in chat.template_options:
         if name in _GIVEN:
             raise RequestError(
-                f"template option {name!r}: set from the call's own arguments, so it cannot be "
+                f"template option {quoted(name)}: set from the call's own arguments, so it cannot be "
                 "an option: leave it out"
             )
         if name not in template.variables:
             others = sorted(template.variables - set(_GIVEN))
             raise RequestError(
-                f"the chat template reads no variable {name!r}"
+                f"the chat template reads no variable {quoted(name)}"
                 f"{nearest(str(name), others)} (it reads {listed(others) or 'no option'})"
             )
     if chat.tools and "tools" not in template.variables:

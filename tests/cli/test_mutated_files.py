@@ -533,7 +533,7 @@ def a_template(draw: random.Random, bases: Path, folder: Path) -> Case:
     """A template with faults, and sometimes a conversation, tools and options with faults."""
     source = draw.choice(TEMPLATES)
     pieces = re.findall(r"\{%.*?%\}|\{\{.*?\}\}|.+?(?=\{[%{])|.+", source, re.DOTALL)
-    for _ in range(draw.choice([0, 1, 1, 2, 4])):
+    for _ in range(draw.choice([0, 0, 1, 1, 2, 4])):
         at = draw.randrange(len(pieces) + 1)
         match draw.choice(["insert", "insert", "remove", "swap", "word", "damage"]):
             case "insert":
@@ -551,18 +551,18 @@ def a_template(draw: random.Random, bases: Path, folder: Path) -> Case:
             case "damage":
                 data = damaged("".join(pieces).encode("utf-8", "surrogatepass"), draw)
                 pieces = [data.decode("utf-8", "surrogateescape")]
-    messages, tools = MESSAGES, TOOLS
-    options: Any = {"enable_thinking": False}
-    if draw.random() < 0.5:
-        messages = changed(messages, draw)
-    if draw.random() < 0.3:
-        tools = changed(tools, draw)
-    if draw.random() < 0.3:
-        options = changed(options, draw)
-    if draw.random() < 0.5:
-        options = {}
-    if draw.random() < 0.5:
-        tools = None  # type: ignore[assignment]
+    messages, tools, options = MESSAGES, None, {}
+    if source == TEMPLATES[2]:
+        tools, options = TOOLS, {"enable_thinking": False}
+    else:
+        messages = draw.choice([MESSAGES[1:2], [*MESSAGES[1:2], *MESSAGES[2:3], *MESSAGES[1:2]]])
+    match draw.randrange(8):
+        case 0 | 1:
+            messages = changed(messages, draw)
+        case 2:
+            tools = changed(TOOLS, draw)
+        case 3:
+            options = changed({"enable_thinking": False}, draw)
     chat = Chat(messages, options, tools, draw.random() < 0.3)
     text = Text(TextAssets(tokenizer=shared_tokenizer(), chat_template="".join(pieces)))
 
@@ -683,10 +683,10 @@ def prompts(draw: random.Random, bases: Path, folder: Path) -> Case:
         data = damaged(data, draw) if draw.random() < 0.4 else data
     path.write_bytes(data)
     form = draw.choice([[], ["--json"], ["--chat"]])
-    return lambda: command("generate", "--prompt-file", str(path), *form, *flags(bases)), str(path)
+    return lambda: command("generate", "--prompt-file", str(path), *form, *flags(bases)), None
 
 
-def tools(draw: random.Random, bases: Path, folder: Path) -> Case:
+def a_tools_file(draw: random.Random, bases: Path, folder: Path) -> Case:
     path = folder / "tools.json"
     path.write_bytes(json_file(TOOLS, draw))
     argv = ["generate", "the fox", "--chat", "--tools", str(path), *flags(bases)]
@@ -864,7 +864,7 @@ KINDS: dict[str, Callable[[random.Random, Path, Path], Case]] = {
     "template": a_template,
     "gguf": a_gguf_file,
     "prompts": prompts,
-    "tools": tools,
+    "tools": a_tools_file,
     "session": a_session,
     "run-file": a_run_file,
     "models-file": a_models_file,

@@ -15,7 +15,7 @@ from tilewright import plugins
 from tilewright.chat import Chat
 from tilewright.cli.output import note
 from tilewright.config import DEFAULT, ENVIRONMENT_PREFIX, Resolved
-from tilewright.errors import ConfigError, PluginError, nearest
+from tilewright.errors import ConfigError, PluginError, nearest, quoted
 from tilewright.paths import path_of
 from tilewright.settings import TOOLS, keys, not_utf8, read_text
 from tilewright.types import GenerateConfig
@@ -217,7 +217,7 @@ def _entry(value: Any, origin: str) -> PromptEntry:
     for key in value:
         if key not in known:
             raise ConfigError(
-                f"{origin}: unknown key {key!r:.60}{nearest(key, known)} (keys: {', '.join(known)})"
+                f"{origin}: unknown key {quoted(key)}{nearest(key, known)} (keys: {', '.join(known)})"
             )
     values = {key: value[key] for key in value if key not in _PROMPT_KEYS}
     if isinstance(values.get("stop"), str):
