@@ -135,8 +135,9 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
     return data
 
 
-def rewritten(document: Any, draw: random.Random) -> bytes:
-    """The same JSON value, written in another way."""
+def rewritten(document: dict[str, Any], draw: random.Random) -> bytes:
+    """The same JSON object, written in another way: its keys in another order, for one."""
+    document = dict(draw.sample(list(document.items()), len(document)))
     text = json.dumps(
         document, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 0, 3, "\t"])
     )
@@ -149,4 +150,10 @@ def json_file(document: Any, draw: random.Random) -> bytes:
     """A JSON file whose value, and sometimes whose text, is at fault."""
     if draw.random() < 0.2:
         return damaged(json.dumps(document, indent=2).encode(), draw)
+    if draw.random() < 0.05:
+        document = deepcopy(document)
+        container, key = place(document, draw)
+        container[key] = "deep"
+        depth = draw.choice([100, 300, 900, 970, 5_000])
+        return json.dumps(document).replace('"deep"', "[" * depth + "]" * depth).encode()
     return json.dumps(changed(document, draw)).encode()
