@@ -47,8 +47,6 @@ Case = tuple[Act, str | None]
 """And the name that the error must have; None: it is about a request."""
 
 VOCABULARY = 460
-CASES = 45
-"""For each kind of file."""
 MOST_SECONDS = 10
 MOST_BYTES = 2**30
 MOST_CHARACTERS = 600
@@ -905,28 +903,33 @@ def undamaged(base: Path) -> list[Any]:
 
 # --- all ------------------------------------------------------------------------------------------
 
-KINDS: dict[str, Callable[[random.Random, Path, Path], Case]] = {
-    "tokenizer": a_tokenizer,
-    "tokenizer-settings": settings_of_a_tokenizer,
-    "template": a_template,
-    "gguf": a_gguf_file,
-    "prompts": prompts,
-    "tools": a_tools_file,
-    "session": a_session,
-    "run-file": a_run_file,
-    "models-file": a_models_file,
-    "shards": shards,
-    "hub-folder": a_folder_of_the_hub,
-}
+Kind = Callable[[random.Random, Path, Path], Case]
 
-HARMLESS = {"rewritten-json": rewritten_json, "rewritten-header": rewritten_header}
+KINDS: dict[str, tuple[Kind, int]] = {
+    "tokenizer": (a_tokenizer, 40),
+    "tokenizer-settings": (settings_of_a_tokenizer, 30),
+    "template": (a_template, 120),
+    "gguf": (a_gguf_file, 40),
+    "prompts": (prompts, 25),
+    "tools": (a_tools_file, 15),
+    "session": (a_session, 20),
+    "run-file": (a_run_file, 35),
+    "models-file": (a_models_file, 50),
+    "shards": (shards, 20),
+    "hub-folder": (a_folder_of_the_hub, 20),
+}
+"""What draws a case, and how many cases a test draws."""
+HARMLESS: dict[str, tuple[Kind, int]] = {
+    "rewritten-json": (rewritten_json, 15),
+    "rewritten-header": (rewritten_header, 15),
+}
 
 
 def outcome(kind: str, number: str, bases: Path, folder: Path) -> str:
     """``loaded`` or ``refused``, or what is wrong with the answer to a damaged file."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    act, name = (KINDS | HARMLESS)[kind](random.Random(f"{kind} {number}"), bases, folder)
+    act, name = (KINDS | HARMLESS)[kind][0](random.Random(f"{kind} {number}"), bases, folder)
     began = time.monotonic()
     try:
         with limited():
@@ -963,7 +966,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_damaged_files_load_and_generate_or_are_refused_in_a_line(
     kind: str, bases: Path, tmp_path: Path
 ) -> None:
-    found = {n: outcome(kind, f"0 {n}", bases, tmp_path / "case") for n in range(CASES)}
+    found = {n: outcome(kind, f"0 {n}", bases, tmp_path / "case") for n in range(KINDS[kind][1])}
     counts = Counter(found.values())
     print(f"{kind}: {counts['loaded']} loaded, {counts['refused']} refused")
     wrong = {n: what for n, what in found.items() if what not in ("loaded", "refused")}
@@ -976,7 +979,7 @@ def test_damaged_files_load_and_generate_or_are_refused_in_a_line(
 def test_files_that_are_written_in_another_way_have_the_same_tokens(
     kind: str, bases: Path, tmp_path: Path
 ) -> None:
-    found = {n: outcome(kind, f"0 {n}", bases, tmp_path / "case") for n in range(CASES // 2)}
+    found = {n: outcome(kind, f"0 {n}", bases, tmp_path / "case") for n in range(HARMLESS[kind][1])}
     assert not {n: what for n, what in found.items() if what != "loaded"}
 
 
