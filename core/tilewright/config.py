@@ -31,6 +31,7 @@ from tilewright.settings import (
     read_setting,
     read_text,
 )
+from tilewright.values import shown
 
 ENVIRONMENT_PREFIX = "TILEWRIGHT_"
 DEFAULT = "default"
@@ -221,7 +222,7 @@ def _settings(
         if section not in SECTIONS and section != "options":
             raise ConfigError(f"{where}: unknown section {_hint(section, None)}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: [{section}] must be a table, found {table!r:.60}")
+            raise ConfigError(f"{where}: [{section}] must be a table, found {shown(table)}")
         if section == "options":
             yield from _options(table, origin)
             continue
@@ -254,7 +255,7 @@ def _options(
                     " by plugin name" if ENGINE_KINDS[kind].several and len(place) == 2 else ""
                 )
                 raise ConfigError(
-                    f"{origin(place)}: {what} must be a table{by_name}, found {options!r:.60}"
+                    f"{origin(place)}: {what} must be a table{by_name}, found {shown(options)}"
                 )
             for key, value in options.items():
                 yield (*place, key), Given(value, origin((*place, key)))

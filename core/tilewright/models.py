@@ -27,6 +27,7 @@ from tilewright.errors import ConfigError, nearest, quoted, shortened
 from tilewright.paths import home, no_home, path_of
 from tilewright.settings import Given, Place, keys, located, read_setting, read_text
 from tilewright.types import GenerateConfig, RuntimeConfig
+from tilewright.values import shown
 
 VARIABLE = "TILEWRIGHT_MODELS"
 """Environment variable with the path of a models file. If set, no other models file is read."""
@@ -231,7 +232,7 @@ def _parsed(file: Path, text: str) -> dict[str, RegisteredModel]:
         if not is_name(name):
             raise ConfigError(f"{where}: invalid model name {quoted(name)}: {_EXPECTED_NAME}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: [{shortened(name)}] must be a table, found {table!r:.60}")
+            raise ConfigError(f"{where}: [{shortened(name)}] must be a table, found {shown(table)}")
         if not isinstance(table.get("source"), str) or not table["source"]:
             raise ConfigError(
                 f"{where}: model {quoted(name)} needs a source: a directory, a file or a hub id, as a "
@@ -264,7 +265,7 @@ def _settings(
                 f"{', '.join(KEYS)})"
             )
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: {key} must be a table, found {value!r:.60}")
+            raise ConfigError(f"{where}: {key} must be a table, found {shown(value)}")
         for inner, setting in value.items():
             where = origin((name, key, inner))
             if key != "options" and inner not in keys(key):

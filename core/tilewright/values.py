@@ -287,4 +287,7 @@ def _default(default: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value in one line, for messages."""
-    return shortened(" ".join(repr(value).split()))
+    try:
+        return shortened(" ".join(repr(value).split()))
+    except ValueError:  # Python writes no integer of more than 4,300 digits, nor what holds one
+        return "an integer of too many digits"

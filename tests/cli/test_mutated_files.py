@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -790,7 +790,7 @@ token = "x"
 
 
 def a_models_file(draw: random.Random, bases: Path, folder: Path) -> Case:
-    path = folder / "models.toml"
+    path = folder / "tilewright-models.toml"
     path.write_bytes(changed_toml(MODELS_FILE.format(model=bases / "llama-2"), draw))
     argv = draw.choice(
         [
@@ -798,15 +798,15 @@ def a_models_file(draw: random.Random, bases: Path, folder: Path) -> Case:
             ["models", "list"],
             ["models", "show", "small"],
             ["models", "remove", "other", "--project"],
-            ["models", "add", "new", str(bases / "llama-2"), "--project"],
+            ["models", "add", "new", "--source", str(bases / "llama-2"), "--project"],
         ]
     )
 
     def act() -> None:
-        with patch.dict(os.environ, {"TILEWRIGHT_MODELS": str(path)}):
+        with chdir(folder), patch.dict(os.environ, {"XDG_CONFIG_HOME": str(folder)}):
             command(*argv)
 
-    return act, None
+    return act, None if "generate" in argv else path.name
 
 
 # --- folders --------------------------------------------------------------------------------------
