@@ -76,7 +76,9 @@ def render(
     from tilewright.chat_template import rendering
 
     _check_read(template, chat)
-    options = {n: _plain(v, f"template option {quoted(n)}") for n, v in chat.template_options.items()}
+    options = {
+        n: _plain(v, f"template option {quoted(n)}") for n, v in chat.template_options.items()
+    }
     messages = plain_messages(chat.messages)
     variables = {
         **special_tokens,
@@ -192,8 +194,8 @@ def _check_read(template: "CompiledTemplate", chat: Chat) -> None:
     for name in chat.template_options:
         if name in _GIVEN:
             raise RequestError(
-                f"template option {quoted(name)}: set from the call's own arguments, so it cannot be "
-                "an option: leave it out"
+                f"template option {quoted(name)}: set from the call's own arguments, so it "
+                "cannot be an option: leave it out"
             )
         if name not in template.variables:
             others = sorted(template.variables - set(_GIVEN))

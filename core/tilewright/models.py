@@ -215,8 +215,8 @@ def remove(name: str, file: Path) -> None:
             left = toml.without(text, name)
         except ValueError as error:
             raise ConfigError(
-                f"{origin((name,))}: {quoted(name)} cannot be removed without changing the rest of the "
-                "file: edit it by hand"
+                f"{origin((name,))}: {quoted(name)} cannot be removed without changing the rest of "
+                "the file: edit it by hand"
             ) from error
         _write(file, left)
 
@@ -235,8 +235,8 @@ def _parsed(file: Path, text: str) -> dict[str, RegisteredModel]:
             raise ConfigError(f"{where}: [{shortened(name)}] must be a table, found {shown(table)}")
         if not isinstance(table.get("source"), str) or not table["source"]:
             raise ConfigError(
-                f"{where}: model {quoted(name)} needs a source: a directory, a file or a hub id, as a "
-                "string"
+                f"{where}: model {quoted(name)} needs a source: a directory, a file or a hub id, "
+                "as a string"
             )
         settings: dict[Place, Given] = {("model", "id"): Given(name, where)}
         for place, given in _settings(name, table, origin):

@@ -221,7 +221,8 @@ def _entry(value: Any, origin: str) -> PromptEntry:
     for key in value:
         if key not in known:
             raise ConfigError(
-                f"{origin}: unknown key {quoted(key)}{nearest(key, known)} (keys: {', '.join(known)})"
+                f"{origin}: unknown key {quoted(key)}{nearest(key, known)} "
+                f"(keys: {', '.join(known)})"
             )
     values = {key: value[key] for key in value if key not in _PROMPT_KEYS}
     if isinstance(values.get("stop"), str):
