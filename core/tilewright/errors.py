@@ -126,9 +126,9 @@ def on_one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def quoted(name: object) -> str:
-    """A name that a user wrote, in quotation marks, shortened for a message of one line."""
-    return shortened(repr(name))
+def quoted(name: object, most: int = 60) -> str:
+    """A name or a path that a user wrote, in quotation marks, shortened for a line."""
+    return shortened(repr(name), most)
 
 
 def listed(items: Sequence[str], limit: int = 6) -> str:

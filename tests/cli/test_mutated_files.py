@@ -32,6 +32,7 @@ from model_directories import split_weights
 from mutations import changed, damaged, json_file, odd, rewritten
 from reference_models import random_model
 from small_tokenizers import SAMPLE, add_tokens, byte_level, llama_2, metaspace, word_piece
+from texts import CHOSEN
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig
 
@@ -258,6 +259,10 @@ def generated(source: Path, prompts: tuple[str, ...] = ("the fox 12 é", SAMPLE[
         for prompt in prompts:
             made.append(of_request(lambda prompt=prompt: text.encode(prompt)))  # type: ignore[misc]
             made.append(of_request(lambda prompt=prompt: engine().generate("m", prompt, TWO)))  # type: ignore[misc]
+        for prompt in CHOSEN:
+            of_request(lambda prompt=prompt: text.decode(text.encode(prompt)))  # type: ignore[misc]
+        for first in range(0, VOCABULARY, 20):
+            of_request(lambda first=first: text.decode(range(first, first + 20)))  # type: ignore[misc]
         if text.assets.chat_template is not None:
             made.append(of_request(lambda: text.render_chat(MESSAGES[1:2])))
         return made
@@ -713,11 +718,23 @@ def a_session(draw: random.Random, bases: Path, folder: Path) -> Case:
 RUN_FILE = """\
 [model]
 path = "{model}"
+format = "safetensors"
+
+[plugins]
+loader = "hf-local"
+sampler = "greedy"
+observers = []
 
 [runtime]
+device = "cpu"
+weight_dtype = "float32"
 page_size = 16
 total_pages = 64
 max_seq_len = 512
+
+[output]
+format = "jsonl"
+file = "{folder}/out.jsonl"
 
 [prompts]
 text = ["the fox", "12"]
@@ -725,12 +742,12 @@ chat = true
 
 [chat]
 system = "Be brief."
-tools = "{tools}"
+tools = "{folder}/tools.json"
 template_options = {{enable_thinking = [1, {{b = 2}}]}}
 
 [generate]
 max_new_tokens = 2
-temperature = 0.5
+temperature = 0.0
 stop = ["x"]
 stop_token_ids = [5]
 logit_bias = {{3 = 1.5}}
@@ -776,7 +793,7 @@ def changed_toml(text: str, draw: random.Random) -> bytes:
 def a_run_file(draw: random.Random, bases: Path, folder: Path) -> Case:
     path = folder / "run.toml"
     write_json(folder / "tools.json", TOOLS)
-    text = RUN_FILE.format(model=bases / "all-parts", tools=folder / "tools.json")
+    text = RUN_FILE.format(model=bases / "all-parts", folder=folder)
     path.write_bytes(changed_toml(text, draw))
     return lambda: command("run", str(path)), None
 
