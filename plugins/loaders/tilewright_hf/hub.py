@@ -599,13 +599,13 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
             )
         if isinstance(cause, errors.RevisionNotFoundError):
             return ModelError(
-                f"{name} has no revision {quoted(wanted.revision)}: {page}/refs lists its branches and "
-                "tags"
+                f"{name} has no revision {quoted(wanted.revision)}: {page}/refs lists its "
+                "branches and tags"
             )
         if isinstance(cause, errors.RepositoryNotFoundError):
             return ModelError(
-                f"no directory is named {quoted(name, 200)}, and {constants.ENDPOINT} has no such repository "
-                "that you can access: check the name; for a private one log in with `hf auth "
+                f"no directory is named {quoted(name, 200)}, and {constants.ENDPOINT} has no "
+                "such repository that you can access: check the name; for a private one log in with `hf auth "
                 "login` or set HF_TOKEN"
             )
         if _status(cause) in (401, 403):
