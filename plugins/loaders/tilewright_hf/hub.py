@@ -605,8 +605,8 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
         if isinstance(cause, errors.RepositoryNotFoundError):
             return ModelError(
                 f"no directory is named {quoted(name, 200)}, and {constants.ENDPOINT} has no "
-                "such repository that you can access: check the name; for a private one log in with `hf auth "
-                "login` or set HF_TOKEN"
+                "such repository that you can access: check the name; for a private one log in "
+                "with `hf auth login` or set HF_TOKEN"
             )
         if _status(cause) in (401, 403):
             return ModelError(
