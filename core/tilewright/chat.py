@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from tilewright.errors import RequestError, listed, nearest
+from tilewright.errors import RequestError, listed, nearest, quoted
 from tilewright.values import shown
 
 if TYPE_CHECKING:
@@ -79,13 +79,15 @@ def render(
     from tilewright.chat_template import rendering
 
     _check_read(template, chat)
-    options = {n: _plain(v, f"template option {n!r}") for n, v in chat.template_options.items()}
-    messages = _plain_messages(chat.messages)
+    options = {
+        n: _plain(v, f"template option {quoted(n)}") for n, v in chat.template_options.items()
+    }
+    messages = plain_messages(chat.messages)
     variables = {
         **special_tokens,
         "documents": None,
         **options,
-        "tools": _plain_tools(chat.tools),
+        "tools": plain_tools(chat.tools),
         "add_generation_prompt": add_generation_prompt and not chat.continue_last,
     }
 
@@ -100,7 +102,7 @@ def render(
 
 def last_text(chat: Chat) -> str:
     """The text of the last message, or of its last part."""
-    content = _plain_messages(chat.messages)[-1].get("content", "")
+    content = plain_messages(chat.messages)[-1].get("content", "")
     if isinstance(content, str):
         return content
     return str(content[-1]["text"]) if content else ""
@@ -109,7 +111,8 @@ def last_text(chat: Chat) -> str:
 # --- what a template gets ------------------------------------------------------------------------
 
 
-def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as a template gets them. Raises RequestError for what ``Chat`` does not take."""
     if isinstance(messages, (str, bytes, Mapping)) or not hasattr(messages, "__iter__"):
         raise RequestError(
             'expected a list of chat messages such as {"role": "user", "content": "Hi"}, found '
@@ -169,7 +172,8 @@ def _check_part(part: Any, where: str) -> None:
         raise RequestError(f"{where}: 'text' must be text, found {shown(part.get('text'))}")
 
 
-def _plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
+def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
+    """The tools as a template gets them. Raises RequestError for what ``Chat`` does not take."""
     if tools is None:
         return None
     wanted = 'JSON schemas of functions such as {"type": "function", "function": {"name": ...}}'
@@ -193,13 +197,13 @@ def _check_read(template: "CompiledTemplate", chat: Chat) -> None:
     for name in chat.template_options:
         if name in _GIVEN:
             raise RequestError(
-                f"template option {name!r}: set from the call's own arguments, so it cannot be "
-                "an option: leave it out"
+                f"template option {quoted(name)}: set from the call's own arguments, so it "
+                "cannot be an option: leave it out"
             )
         if name not in template.variables:
             others = sorted(template.variables - set(_GIVEN))
             raise RequestError(
-                f"the chat template reads no variable {name!r}"
+                f"the chat template reads no variable {quoted(name)}"
                 f"{nearest(str(name), others)} (it reads {listed(others) or 'no option'})"
             )
     if chat.tools and "tools" not in template.variables:
@@ -222,6 +226,9 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if depth > _DEEPEST:
         raise RequestError(f"{where}: expected at most {_DEEPEST} levels of lists and mappings")
     if isinstance(value, Mapping):
+        wrong = next((key for key in value if isinstance(key, (tuple, Mapping))), None)
+        if wrong is not None:
+            raise RequestError(f"{where}: expected text as key of a mapping, found {shown(wrong)}")
         return {_plain(key, where): _plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, where, depth + 1) for item in value]

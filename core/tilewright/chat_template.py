@@ -28,7 +28,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import _PassArg
 from jinja2.visitor import NodeTransformer
 
-from tilewright.errors import ModelError, RequestError, TilewrightError
+from tilewright.errors import (
+    ModelError,
+    RequestError,
+    TilewrightError,
+    on_one_line,
+    shortened,
+)
 
 RENDER_SECONDS = 3.0
 """How long a template may run, in seconds of its thread's time on the CPU. A conversation of 1,000
@@ -420,7 +426,7 @@ def _template_error(error: Exception) -> TilewrightError:
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f.lineno or 0 for f in reversed(frames) if f.filename == "<template>"), 0)
     where = f"chat template, line {line}: " if line else "chat template: "
-    what = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    what = shortened(on_one_line(str(error)), 300).removesuffix(".") or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
         return ModelError(f"{where}{what}; correct the template, or use another one")
     if isinstance(error, (TemplateLimitError, RecursionError)):

@@ -12,7 +12,7 @@ from typing import Any
 from attrs import evolve, frozen
 
 from tilewright import models, plugins, toml
-from tilewright.errors import ConfigError, PluginError, nearest
+from tilewright.errors import ConfigError, PluginError, nearest, quoted, shortened
 from tilewright.paths import path_of
 from tilewright.plugins import ENGINE_KINDS
 from tilewright.settings import (
@@ -31,6 +31,7 @@ from tilewright.settings import (
     read_setting,
     read_text,
 )
+from tilewright.values import shown
 
 ENVIRONMENT_PREFIX = "TILEWRIGHT_"
 DEFAULT = "default"
@@ -223,7 +224,7 @@ def _settings(
         if section not in SECTIONS and section != "options":
             raise ConfigError(f"{where}: unknown section {_hint(section, None)}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: [{section}] must be a table, found {table!r:.60}")
+            raise ConfigError(f"{where}: [{section}] must be a table, found {shown(table)}")
         if section == "options":
             yield from _options(table, origin)
             continue
@@ -243,20 +244,20 @@ def _options(
         place: Place = ("options", kind)
         if kind not in ENGINE_KINDS:
             raise ConfigError(
-                f"{origin(place)}: unknown kind of plugin {kind!r}{nearest(kind, ENGINE_KINDS)} "
-                f"(kinds: {', '.join(ENGINE_KINDS)})"
+                f"{origin(place)}: unknown kind of plugin {quoted(kind)}"
+                f"{nearest(kind, ENGINE_KINDS)} (kinds: {', '.join(ENGINE_KINDS)})"
             )
         tables: dict[Place, Any] = {place: table}
         if ENGINE_KINDS[kind].several and isinstance(table, dict):
             tables = {(*place, name): options for name, options in table.items()}
         for place, options in tables.items():
             if not isinstance(options, dict):
-                what = f"[{'.'.join(place)}]"
+                what = f"[{shortened('.'.join(place))}]"
                 by_name = (
                     " by plugin name" if ENGINE_KINDS[kind].several and len(place) == 2 else ""
                 )
                 raise ConfigError(
-                    f"{origin(place)}: {what} must be a table{by_name}, found {options!r:.60}"
+                    f"{origin(place)}: {what} must be a table{by_name}, found {shown(options)}"
                 )
             for key, value in options.items():
                 yield (*place, key), Given(value, origin((*place, key)))
@@ -268,4 +269,4 @@ def _hint(name: str, section: str | None) -> str:
     known = [*SECTIONS, "options"] if section is None else keys(section)
     guess = f"; it is a key of [{home}]" if home else nearest(name, known)
     within = "sections" if section is None else f"keys of [{section}]"
-    return f"{name!r}{guess} ({within}: {', '.join(known)})"
+    return f"{quoted(name)}{guess} ({within}: {', '.join(known)})"

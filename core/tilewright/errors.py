@@ -107,7 +107,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches
 
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f"; did you mean {quoted(matches[0])}?" if matches else ""
 
 
 def must_be(name: str, expected: str, found: str) -> str:
@@ -118,6 +118,17 @@ def must_be(name: str, expected: str, found: str) -> str:
 def shortened(text: str, most: int = 60) -> str:
     """Text of at most so many characters, which ends in ``...`` if it was longer."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def on_one_line(text: str) -> str:
+    """Text of others without line breaks, and with its control characters and the like escaped."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def quoted(name: object, most: int = 60) -> str:
+    """A name or a path that a user wrote, in quotation marks, shortened for a line."""
+    return shortened(repr(name), most)
 
 
 def listed(items: Sequence[str], limit: int = 6) -> str:

@@ -19,6 +19,7 @@ from tilewright.errors import (
     PluginError,
     listed,
     nearest,
+    quoted,
 )
 from tilewright.logits_processing import Processing
 from tilewright.paths import path_of
@@ -163,7 +164,7 @@ def _resolved(selection: Selection, runtime: RuntimeConfig, loaded: LoadedModel)
         if dtype not in supported:
             origin = "" if getattr(runtime, name) else f", {default},"
             raise ConfigError(
-                f"{name} = {dtype!r}{origin} is not supported by executor "
+                f"{name} = {quoted(dtype)}{origin} is not supported by executor "
                 f"{executor.plugin.name!r}: set {name} to {' or '.join(map(repr, supported))}, or "
                 "choose another executor"
             )

@@ -23,10 +23,11 @@ from typing import Any
 from attrs import frozen
 
 from tilewright import toml
-from tilewright.errors import ConfigError, nearest
+from tilewright.errors import ConfigError, nearest, quoted, shortened
 from tilewright.paths import home, no_home, path_of
 from tilewright.settings import Given, Place, keys, located, read_setting, read_text
 from tilewright.types import GenerateConfig, RuntimeConfig
+from tilewright.values import shown
 
 VARIABLE = "TILEWRIGHT_MODELS"
 """Environment variable with the path of a models file. If set, no other models file is read."""
@@ -179,7 +180,7 @@ def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
     invalid.
     """
     if not is_name(name):
-        raise ConfigError(f"invalid model name {name!r}: {_EXPECTED_NAME}")
+        raise ConfigError(f"invalid model name {quoted(name)}: {_EXPECTED_NAME}")
     values = {key: value for key, value in entry.items() if value not in (None, {})}
     if isinstance(source := values.get("source"), str):
         values["source"] = _from_folder(source, file.parent)
@@ -188,7 +189,7 @@ def add(name: str, entry: Mapping[str, Any], file: Path) -> RegisteredModel:
         text = read_text(file, "models file") if file.exists() else ""
         if name in (known := _parsed(file, text)):
             raise ConfigError(
-                f"{known[name].origin}: model {name!r} is already defined; run "
+                f"{known[name].origin}: model {quoted(name)} is already defined; run "
                 f"`tilewright models remove {name}` first"
             )
         lead = "" if not text else "\n" if text.endswith("\n") else "\n\n"
@@ -207,15 +208,15 @@ def remove(name: str, file: Path) -> None:
         document, origin = toml.parse(file, text)
         if name not in document:
             raise ConfigError(
-                f"{file}: no model is named {name!r}{nearest(name, document)} "
-                f"(defined: {', '.join(document) or 'none'})"
+                f"{file}: no model is named {quoted(name)}{nearest(name, document)} "
+                f"(defined: {shortened(', '.join(document) or 'none', 300)})"
             )
         try:
             left = toml.without(text, name)
         except ValueError as error:
             raise ConfigError(
-                f"{origin((name,))}: {name!r} cannot be removed without changing the rest of the "
-                "file: edit it by hand"
+                f"{origin((name,))}: {quoted(name)} cannot be removed without changing the rest of "
+                "the file: edit it by hand"
             ) from error
         _write(file, left)
 
@@ -229,13 +230,13 @@ def _parsed(file: Path, text: str) -> dict[str, RegisteredModel]:
     for name, table in document.items():
         where = origin((name,))
         if not is_name(name):
-            raise ConfigError(f"{where}: invalid model name {name!r}: {_EXPECTED_NAME}")
+            raise ConfigError(f"{where}: invalid model name {quoted(name)}: {_EXPECTED_NAME}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: [{name}] must be a table, found {table!r:.60}")
+            raise ConfigError(f"{where}: [{shortened(name)}] must be a table, found {shown(table)}")
         if not isinstance(table.get("source"), str) or not table["source"]:
             raise ConfigError(
-                f"{where}: model {name!r} needs a source: a directory, a file or a hub id, as a "
-                "string"
+                f"{where}: model {quoted(name)} needs a source: a directory, a file or a hub id, "
+                "as a string"
             )
         settings: dict[Place, Given] = {("model", "id"): Given(name, where)}
         for place, given in _settings(name, table, origin):
@@ -260,16 +261,16 @@ def _settings(
             continue
         if key not in _TABLES:
             raise ConfigError(
-                f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys of a model: "
+                f"{where}: unknown key {quoted(key)}{nearest(key, KEYS)} (keys of a model: "
                 f"{', '.join(KEYS)})"
             )
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: {key} must be a table, found {value!r:.60}")
+            raise ConfigError(f"{where}: {key} must be a table, found {shown(value)}")
         for inner, setting in value.items():
             where = origin((name, key, inner))
             if key != "options" and inner not in keys(key):
                 raise ConfigError(
-                    f"{where}: unknown key {inner!r}{nearest(inner, keys(key))} "
+                    f"{where}: unknown key {quoted(inner)}{nearest(inner, keys(key))} "
                     f"(keys of {key}: {', '.join(keys(key))})"
                 )
             yield (*_TABLES[key], inner), Given(setting, where)

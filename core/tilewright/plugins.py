@@ -12,7 +12,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tilewright.errors import ConfigError, PluginError, PluginWarning, TilewrightError, nearest
+from tilewright.errors import (
+    ConfigError,
+    PluginError,
+    PluginWarning,
+    TilewrightError,
+    nearest,
+    quoted,
+)
 
 if TYPE_CHECKING:
     from pluggy import HookImpl, PluginManager
@@ -185,7 +192,7 @@ def unknown(name: str, plugins: Iterable[Plugin], what: str) -> PluginError:
             usable.append(shown)
     here = f"installed: {', '.join(usable)}" if usable else "none is installed"
     also = f"; broken: {', '.join(broken)}" if broken else ""
-    return PluginError(f"no {what} is named {name!r}{nearest(name, usable)} ({here}{also})")
+    return PluginError(f"no {what} is named {quoted(name)}{nearest(name, usable)} ({here}{also})")
 
 
 def state(plugin: Plugin, among: Iterable[Plugin]) -> tuple[str, str]:
@@ -644,7 +651,7 @@ def check_options(options: Options, observers: Sequence[Plugin]) -> None:
                 state = "selected" if kind == "observer" else "installed"
                 known = ", ".join(p.name for p in plugins) or "none"
                 raise ConfigError(
-                    f"options are given for {noun(kind)} {name!r}, which is not {state}"
+                    f"options are given for {noun(kind)} {quoted(name)}, which is not {state}"
                     f"{nearest(name, names)} ({state}: {known})"
                 )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from attrs import asdict, fields, frozen
 
-from tilewright.errors import ConfigError
+from tilewright.errors import ConfigError, quoted
 from tilewright.paths import expanded, path_of
 from tilewright.types import GenerateConfig, RuntimeConfig, described
 from tilewright.values import structure
@@ -197,15 +197,19 @@ def read_text(path: Path, what: str) -> str:
             data = f.read(_MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{what} {str(path)!r} cannot be read: {why}") from error
+        raise ConfigError(f"{what} {quoted(str(path), 300)} cannot be read: {why}") from error
     if len(data) > _MOST_BYTES:
         limit = f"{_MOST_BYTES >> 20} MiB"
-        raise ConfigError(f"{what} {str(path)!r} is larger than {limit}: expected at most {limit}")
+        raise ConfigError(
+            f"{what} {quoted(str(path), 300)} is larger than {limit}: expected at most {limit}"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{what} {str(path)!r}, line {line}: {not_utf8(error)}") from error
+        raise ConfigError(
+            f"{what} {quoted(str(path), 300)}, line {line}: {not_utf8(error)}"
+        ) from error
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:

@@ -21,7 +21,7 @@ def parse(path: Path, text: str) -> tuple[dict[str, Any], Callable[[Place], str]
     Raises ConfigError, which begins with file and line, if the TOML is invalid.
     """
     try:
-        document = tomllib.loads(text)
+        document = _loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(_syntax_error(path, text, error)) from error
     lines = key_lines(text)
@@ -30,6 +30,13 @@ def parse(path: Path, text: str) -> tuple[dict[str, Any], Callable[[Place], str]
         return f"{path}:{lines[place]}" if place in lines else str(path)
 
     return document, origin
+
+
+def _loads(text: str) -> dict[str, Any]:
+    """Raises ValueError also for integers that Python reads, as hexadecimal, and cannot write."""
+    document = tomllib.loads(text)
+    repr(document)
+    return document
 
 
 def _syntax_error(path: Path, text: str, error: Exception) -> str:
@@ -80,7 +87,7 @@ def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
         if tries < 0:
             break
         try:
-            parsed = tomllib.loads(statement)
+            parsed = _loads(statement)
         except ValueError:
             continue
         yield start, statement, parsed

@@ -23,7 +23,7 @@ from typing import (
 
 import attrs
 
-from tilewright.errors import ConfigError, must_be, nearest, shortened
+from tilewright.errors import ConfigError, must_be, nearest, quoted, shortened
 from tilewright.paths import path_of
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ def structure(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         if name not in options:
             known = f"options: {', '.join(options)}" if options else "it has no options"
             raise ConfigError(
-                f"{where}: unknown option {name!r}{nearest(str(name), options)} ({known})"
+                f"{where}: unknown option {quoted(name)}{nearest(str(name), options)} ({known})"
             )
         try:
             found[name] = converted(value, options[name].type or Any, text=True)
         except ConfigError as error:
-            raise ConfigError(f"{where}: in {name!r}: {error}") from error
+            raise ConfigError(f"{where}: in {quoted(name)}: {error}") from error
         except Exception as error:
             wrong = must_be(name, options[name].expected, shown(value))
             raise ConfigError(f"{where}: {wrong}") from error
@@ -291,4 +291,7 @@ def _default(default: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value in one line, for messages."""
-    return shortened(" ".join(repr(value).split()))
+    try:
+        return shortened(" ".join(repr(value).split()))
+    except ValueError:  # Python writes no integer of more than 4,300 digits, nor what holds one
+        return "an integer of too many digits"

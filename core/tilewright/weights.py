@@ -175,7 +175,7 @@ def check_tensors(source: TensorSource, config: ModelConfig, where: str) -> None
         elif info.dtype not in _FLOATS:
             wrong.append(f"{name} in a floating dtype, found {info.dtype} in {info.location}")
     problems = [
-        f"{title}: {listed(tensors)}"
+        f"{title}: {listed(tensors, 4)}"
         for title, tensors in (
             ("missing", [f"{n} {list(expected[n])}" for n in missing]),
             ("wrong, expected", wrong),

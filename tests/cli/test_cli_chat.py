@@ -166,6 +166,14 @@ def test_a_message_with_an_empty_answer_is_kept(chat, engine):
         ('{"messages": [], "model": "x"}', 'expected a JSON object with "messages" and nothing'),
         ('{"messages": {}}', "expected a list of messages"),
         ('{"messages": [{"content": "x"}]}', "chat message 0: expected an object with a role"),
+        (
+            '{"messages": [{"role": "user", "content": 7}]}',
+            "chat message 0: 'content' must be text",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]}',
+            "expected text that is valid Unicode",
+        ),
     ],
 )
 def test_a_file_that_is_not_a_session_is_refused_and_not_touched(chat, text, why):

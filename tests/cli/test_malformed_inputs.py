@@ -175,6 +175,44 @@ def test_invalid_toml_is_an_error_with_its_line(capsys, bad, after):
     assert f"run.toml:{after + 1}: invalid TOML: " in line
 
 
+def test_an_integer_that_cannot_be_written_is_an_error_with_its_line(capsys):
+    line = told(capsys, "run", run_file(f"[runtime]\npage_size = 0x{'f' * 5000}\n[output]\n"))
+    assert "run.toml:2: invalid TOML: Exceeds the limit (4300 digits)" in line
+
+
+LONG = "x" * 50_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[{LONG}]\n",
+        f"[model]\n{LONG} = 1\n",
+        f"[model]\npath = '{LONG}'\n",
+        f"[model]\npath = 'a/{LONG}'\n",
+        f"[runtime]\ndevice = '{LONG}'\n",
+        f"[runtime]\nweight_dtype = '{LONG}'\n",
+        f"[plugins]\nloader = '{LONG}'\n",
+        f"[output]\nfile = '{LONG}'\n",
+        f"[prompts]\nfile = ['{LONG}']\n",
+        f"[prompts]\nchat = true\n[chat]\ntools = '{LONG}'\n",
+        f"[prompts]\nchat = true\n[chat.template_options]\n{LONG} = 1\n",
+        f"[options.{LONG}]\n",
+        f"[options.observer.{LONG}]\na = 1\n",
+    ],
+    ids=lambda text: text.replace(LONG, "x").replace("\n", " "),
+)
+def test_a_long_name_or_path_is_shortened(capsys, text):
+    assert main(["run", run_file(text)]) == 2
+    err = capsys.readouterr().err.split("\n")
+    assert err[-2].startswith("tilewright: error: ")
+    assert max(map(len, err)) < 700
+
+
+def test_more_results_than_anybody_asks_for_are_refused(capsys):
+    assert "'n' must be " in told(capsys, "generate", "Hi", "--n", str(10**12))
+
+
 @pytest.mark.parametrize("byte", [b"\xff", b"\xc3", b"\xed\xa0\x80"])
 def test_a_run_file_that_is_not_utf8_is_an_error_with_its_line(capsys, byte):
     data = GOOD.encode()

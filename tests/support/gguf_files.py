@@ -121,10 +121,10 @@ def _typed(value: Any) -> tuple[Any, gguf.GGUFValueType]:
             return value, of.BOOL
         case int():
             return value, of.UINT32 if value >= 0 else of.INT32
-        case float():
-            return value, of.FLOAT32
         case np.generic():
             return value.item(), of[value.dtype.name.upper()]
+        case float():
+            return value, of.FLOAT32
         case list() | np.ndarray():
             return list(value), of.ARRAY
         case _:

@@ -585,6 +585,19 @@ def test_a_failing_chat_template_is_a_one_line_error_with_the_template_line(
     assert what in str(found)
 
 
+def test_what_a_template_says_is_a_short_line_without_control_characters() -> None:
+    said = str(failure("{{ raise_exception('a\\x1b[31m\\ud800' ~ 'x' * 5000) }}"))
+    assert said.isprintable()
+    assert r"a\x1b[31m\ud800xxx" in said
+    assert len(said) < 500
+
+
+def test_keys_that_are_no_text_are_refused() -> None:
+    message = {"role": "user", "content": "Hi", "data": {(1, 2): 3}}
+    with pytest.raises(RequestError, match=r"message 0: expected text as key .* found \(1, 2\)"):
+        chat("{{ messages }}").render_chat([message])
+
+
 def test_a_chat_without_a_template_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(RequestError, match=r"no chat template.*generate.*chat_template\.jinja"):
         chat(None).render_chat([{"role": "user", "content": "Hi"}])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tilewright import __version__, plugins
 from tilewright.cli.parser import Parser
-from tilewright.errors import ConfigError, PluginWarning, TilewrightError
+from tilewright.errors import ConfigError, PluginWarning, TilewrightError, on_one_line
 
 if TYPE_CHECKING:
     from tilewright.types import Command
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        message = " ".join(str(error).split()) or "out of memory"
+        message = on_one_line(str(error)) or "out of memory"
         if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
             message = f"standard output cannot be written: {error.strerror}"
         print(f"tilewright: error: {message}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field
 
-from tilewright.chat import Chat, Message
+from tilewright.chat import Chat, Message, plain_messages
 from tilewright.cli import INTERRUPTED, flags
 from tilewright.cli.answers import note_logprobs, print_stream, thinking_splitter
 from tilewright.cli.output import note, opened, warn_sanitized
@@ -108,7 +108,16 @@ def _saved(path: str) -> list[Message]:
     value = parsed_json(text, wrong)
     if not isinstance(value, dict) or set(value) != {"messages"}:
         raise ConfigError(f'{wrong}: expected a JSON object with "messages" and nothing else')
-    return [*checked_messages(value["messages"], wrong, at_least=0)]
+    messages = checked_messages(value["messages"], wrong, at_least=0)
+    try:
+        if messages:
+            plain_messages(messages)
+        json.dumps(messages, ensure_ascii=False).encode()  # as it will be written
+    except RequestError as error:
+        raise ConfigError(f"{wrong}: {error}") from error
+    except (UnicodeError, RecursionError) as error:
+        raise ConfigError(f"{wrong}: expected text that is valid Unicode: {error}") from error
+    return [*messages]
 
 
 def _check_system(saved: list[Message], resolved: Resolved) -> None:

@@ -13,7 +13,7 @@ from tilewright import models, plugins, toml
 from tilewright.cli import flags
 from tilewright.cli.output import note
 from tilewright.cli.tables import print_columns, print_json
-from tilewright.errors import ConfigError, nearest
+from tilewright.errors import ConfigError, nearest, quoted, shortened
 from tilewright.settings import read_setting
 
 tilewright_api = 2
@@ -168,8 +168,8 @@ def _known(name: str) -> models.RegisteredModel:
     known = models.registered()
     if name not in known:
         raise ConfigError(
-            f"no model is named {name!r}{nearest(name, known)} "
-            f"(defined: {', '.join(known) or 'none'})"
+            f"no model is named {quoted(name)}{nearest(name, known)} "
+            f"(defined: {shortened(', '.join(known) or 'none', 300)})"
         )
     return known[name]
 

@@ -10,7 +10,7 @@ from typing import IO, Any, BinaryIO
 
 from tilewright.chat import Chat
 from tilewright.cli import naming_unwritable
-from tilewright.errors import ConfigError
+from tilewright.errors import ConfigError, quoted
 from tilewright.paths import path_of
 from tilewright.types import GenerateResult, TokenLogprobs
 
@@ -49,7 +49,9 @@ def opened(path: str | None) -> Iterator[IO[str]]:
 def opened_binary(path: str) -> Iterator[IO[bytes]]:
     """A binary file, as ``opened``. Raises ConfigError for standard output, which is for text."""
     if path in _STDOUT:
-        raise ConfigError(f"output file {path!r}: expected a file name, since the output is binary")
+        raise ConfigError(
+            f"output file {quoted(path, 300)}: expected a file name, since the output is binary"
+        )
     with _replaced(path) as file:
         yield file
 
@@ -67,9 +69,9 @@ def _replaced(path: str) -> Iterator[BinaryIO]:
         file = open(unfinished, "xb" if regular else "wb")  # noqa: SIM115
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"output file {path!r} cannot be written: {why}") from error
+        raise ConfigError(f"output file {quoted(path, 300)} cannot be written: {why}") from error
     try:
-        with naming_unwritable(f"output file {path!r}"), file:
+        with naming_unwritable(f"output file {quoted(path, 300)}"), file:
             yield file
         if regular:
             os.replace(unfinished, target)

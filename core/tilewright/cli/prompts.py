@@ -12,10 +12,10 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from tilewright import plugins
-from tilewright.chat import Chat
+from tilewright.chat import Chat, plain_tools
 from tilewright.cli.output import note
 from tilewright.config import DEFAULT, ENVIRONMENT_PREFIX, Resolved
-from tilewright.errors import ConfigError, PluginError, nearest
+from tilewright.errors import ConfigError, PluginError, RequestError, nearest, quoted
 from tilewright.paths import path_of
 from tilewright.settings import TOOLS, keys, not_utf8, read_text
 from tilewright.types import GenerateConfig
@@ -131,6 +131,10 @@ def _tools(value: Any, origin: str) -> list[dict[str, Any]]:
             f"{origin}: expected a JSON list of tools, such as "
             f'[{{"type": "function", "function": {{...}}}}], found {shown(value)}'
         )
+    try:
+        plain_tools(value)
+    except RequestError as error:
+        raise ConfigError(f"{origin}: {error}") from error
     return value
 
 
@@ -222,7 +226,8 @@ def _entry(value: Any, origin: str) -> PromptEntry:
     for key in value:
         if key not in known:
             raise ConfigError(
-                f"{origin}: unknown key {key!r:.60}{nearest(key, known)} (keys: {', '.join(known)})"
+                f"{origin}: unknown key {quoted(key)}{nearest(key, known)} "
+                f"(keys: {', '.join(known)})"
             )
     values = {key: value[key] for key in value if key not in _PROMPT_KEYS}
     if isinstance(values.get("stop"), str):

@@ -121,7 +121,7 @@ class GenerateConfig:
     )
     n: int | None = described(
         "results for each prompt; only generate_batch and the command line take more than 1 (1)",
-        validator=if_set(validators.ge(1)),
+        validator=if_set(validators.ge(1), validators.le(2**16)),
     )
     logprobs: int | None = described(
         "return log-probabilities of the chosen token and of the n most likely tokens",

@@ -5,7 +5,7 @@ from math import prod
 from attrs import field, frozen, validators
 
 from tilewright import hookimpl
-from tilewright.errors import ExecutorError
+from tilewright.errors import ExecutorError, quoted
 from tilewright.machine import available_memory
 from tilewright.types import (
     Check,
@@ -125,7 +125,7 @@ def _least_head_dim(config: ModelConfig) -> int:
 def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
     if runtime.device not in (None, "cpu"):
         raise ExecutorError(
-            f"executor torch runs on device cpu, found device = {runtime.device!r}: "
+            f"executor torch runs on device cpu, found device = {quoted(runtime.device)}: "
             "set device = 'cpu', or choose another executor (`tilewright plugins list`)"
         )
     if config.num_heads % config.num_kv_heads:

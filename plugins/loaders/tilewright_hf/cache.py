@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 from tilewright.errors import ModelError, listed
+from tilewright_hf.files import read_text
 
 _FOLDER = re.compile(r"models--(?P<organisation>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
+
+_COMMIT = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def is_folder(directory: Path) -> bool:
@@ -25,11 +28,12 @@ def snapshot(folder: Path) -> Path:
     Raises ModelError when there is none, or more than one.
     """
     try:
-        main = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        main = None
-    if main and main.parent.name == "snapshots" and main.is_dir():
-        return main
+        named = read_text(folder / "refs" / "main").strip()
+        main = folder / "snapshots" / named
+        if _COMMIT.fullmatch(named) and main.is_dir():
+            return main
+    except (ModelError, OSError):
+        pass  # the name of no folder
     found = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
     if len(found) == 1:
         return found[0]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 from attrs import field, frozen
 
-from tilewright.errors import ModelError, must_be, shortened
+from tilewright.errors import ModelError, must_be, on_one_line, shortened
 from tilewright.paths import path_of
 from tilewright.values import converted, expected
 
@@ -134,8 +134,7 @@ def read_json(path: Path, notes: list[str] | None = None) -> "JsonObject":
 
 def one_line(error: BaseException) -> str:
     """An error of a library or the system as one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return shortened("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), 300)
+    return shortened(on_one_line(str(error)) or type(error).__name__, 300)
 
 
 def shown(value: Any) -> str:

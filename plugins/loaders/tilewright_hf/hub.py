@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from attrs import define, evolve, field, frozen
 
 from tilewright.directories import ADAPTER, layout_of_maker
-from tilewright.errors import ConfigError, ModelError, listed
+from tilewright.errors import ConfigError, ModelError, listed, quoted
 from tilewright.hookspecs import hookimpl
 from tilewright.paths import cache_folder, expanded, home
 from tilewright.types import LoadedModel, PluginInfo, Report, WeightFormats, described
@@ -601,7 +601,7 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
     name, page = wanted.name, f"{constants.ENDPOINT}/{wanted.name}"
     for cause in _chain(error):
         if isinstance(cause, errors.HFValidationError):
-            return ModelError(f"{name!r} is not a repository id: {one_line(cause)}")
+            return ModelError(f"{quoted(name)} is not a repository id: {one_line(cause)}")
         if isinstance(cause, errors.GatedRepoError):
             return ModelError(
                 f"{name} is gated: accept its conditions on {page}, then log in with "
@@ -609,14 +609,14 @@ def _refusal(wanted: _Wanted, error: Exception) -> ModelError:
             )
         if isinstance(cause, errors.RevisionNotFoundError):
             return ModelError(
-                f"{name} has no revision {wanted.revision!r}: {page}/refs lists its branches and "
-                "tags"
+                f"{name} has no revision {quoted(wanted.revision)}: {page}/refs lists its "
+                "branches and tags"
             )
         if isinstance(cause, errors.RepositoryNotFoundError):
             return ModelError(
-                f"no directory is named {name!r}, and {constants.ENDPOINT} has no such repository "
-                "that you can access: check the name; for a private one log in with `hf auth "
-                "login` or set HF_TOKEN"
+                f"no directory is named {quoted(name, 200)}, and {constants.ENDPOINT} has no "
+                "such repository that you can access: check the name; for a private one log in "
+                "with `hf auth login` or set HF_TOKEN"
             )
         if _status(cause) in (401, 403):
             return ModelError(

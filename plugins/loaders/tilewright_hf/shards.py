@@ -192,8 +192,8 @@ def _open_unindexed(
 
 def _in_two(directory: Path, name: str, file: str, other: str) -> ModelError:
     return ModelError(
-        f"{directory}: tensor {printable(name)} is in two shards, {file} and {other}; remove the "
-        "files that do not belong to this checkpoint"
+        f"{directory}: tensor {printable(name)} is in two shards, {printable(file)} and "
+        f"{printable(other)}; remove the files that do not belong to this checkpoint"
     )
 
 
@@ -225,12 +225,13 @@ def _open_indexed(index: Path, open_shard: Callable[[Path], S]) -> Opened[S]:
         chosen[name] = shards[named if named in found else found[0]]
         if found != [named]:
             places = " and ".join(map(printable, found))
-            odd.append(f"{printable(name)} is in {places}, listed in {named or 'none'}")
+            listing = printable(named) if named else "none"
+            odd.append(f"{printable(name)} is in {places}, listed in {listing}")
     absent = {
         name: missing
         if file in lost
-        else f"{index}: names {file} for tensor {printable(name)}, which is in none of the shards; "
-        "index and shards are from different checkpoints"
+        else f"{index}: names {printable(file)} for tensor {printable(name)}, which is in none of "
+        "the shards; index and shards are from different checkpoints"
         for name, file in weight_map.items()
         if name not in homes
     }

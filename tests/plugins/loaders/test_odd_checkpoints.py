@@ -2,6 +2,7 @@
 directory that is no checkpoint is named as what it is."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_files import write
-from model_directories import change_json, split_weights
+from model_directories import change_json, load, split_weights
 from reference_models import CONFIGS, random_model, write_model
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
@@ -625,6 +626,15 @@ def test_a_folder_of_the_cache_is_loaded_from_its_snapshot(directory: Path) -> N
     shutil.rmtree(folder / "snapshots" / "bbb")
     assert f"{folder / 'snapshots' / 'aaa'} is loaded" in warned(folder, expected)
     assert "models--org--tiny-1.5B" in refusal(folder.parent)
+
+
+@pytest.mark.parametrize("main", ["a" * 5_000, "..", "/etc", "", "a\0b", "a pipe"])
+def test_a_ref_of_the_cache_that_names_no_snapshot_is_as_none(main: str, directory: Path) -> None:
+    folder = cached(directory, "aaa", main=main)
+    if main == "a pipe":
+        (folder / "refs" / "main").unlink()
+        os.mkfifo(folder / "refs" / "main")
+    assert load(folder).source == str(folder / "snapshots" / "aaa")
 
 
 def test_a_folder_of_the_cache_without_a_complete_snapshot_is_refused(directory: Path) -> None:
