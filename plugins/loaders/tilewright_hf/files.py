@@ -38,7 +38,7 @@ def local_path(source: str, what: str, takes: str) -> Path:
     """
     path = path_of(source)
     try:
-        os.stat(path)
+        os.stat(source and path)  # the path of "" is the working folder
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"no {what} {source[:200]!r}: {why}; {takes}") from error
