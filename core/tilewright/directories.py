@@ -31,10 +31,11 @@ def other_layout(directory: Path, names: Collection[str]) -> str | None:
             f"{found}, not a whole model: merge it into the base model (merge_and_unload of peft) "
             "and save that, or give the base model"
         )
-    return layout_of_maker(names) or _without_configuration(names)
+    return layout_of_maker(names)
 
 
-def _without_configuration(names: Collection[str]) -> str | None:
+def without_configuration(names: Collection[str]) -> str | None:
+    """What a directory with these names holds and lacks, and what to do; None for no weights."""
     weights = sorted(name for name in names if name.endswith((".safetensors", ".bin")))
     if not weights or "config.json" in names:
         return None

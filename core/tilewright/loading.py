@@ -11,7 +11,7 @@ from attrs import define, evolve
 from pluggy import PluginManager
 
 from tilewright import plugins
-from tilewright.directories import other_layout
+from tilewright.directories import other_layout, without_configuration
 from tilewright.errors import (
     ConfigError,
     ModelError,
@@ -375,7 +375,7 @@ def _held(installed: Sequence[plugins.Plugin], directory: Path) -> str | None:
         names = sorted(os.listdir(directory))
     except (OSError, ValueError):
         return None
-    if held := other_layout(directory, names):
+    if held := other_layout(directory, names) or without_configuration(names):
         return held
     models = [
         name
