@@ -163,7 +163,7 @@ def _address(source: str) -> str:
 
 def _of_gguf(source: str, name: str, files: str) -> str:
     return (
-        f"{source[:200]!r} names GGUF files, which hf-hub does not download: run `hf download "
+        f"{source[:200]!r}: hf-hub does not download GGUF files: run `hf download "
         f"{name}{files}`, then give the path of the file"
     )
 

@@ -109,7 +109,7 @@ def _directory(source: str) -> tuple[Path, tuple[str, ...]]:
     folder = path
     if cache.is_folder(path):
         path = cache.snapshot(path)
-        warnings = (f"{folder}: a folder of the hub's cache; {path} in it is loaded",)
+        warnings = (f"{folder}: a folder of the hub's cache; its snapshot {path} is loaded",)
     try:
         names = sorted(os.listdir(path))
     except OSError as error:

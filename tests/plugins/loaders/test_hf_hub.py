@@ -157,6 +157,8 @@ def test_the_only_set_of_weights_of_a_repository_may_have_other_names(
 
 
 def test_a_repository_without_a_model_is_refused_before_any_download(hub: Hub, model: Path) -> None:
+    hub.add("acme/both", {"a-Q4_0.gguf": b"", "config.json": b"{}"})
+    assert "run `hf download acme/both --include '*.gguf'`, then give" in refusal("acme/both")
     hub.add("acme/gguf", {"a-Q4_0.gguf": b"", "README.md": b""})
     said = refusal("acme/gguf")
     assert said.startswith("acme/gguf has no config.json: expected a transformers model, found RE")
