@@ -213,6 +213,14 @@ def test_more_results_than_anybody_asks_for_are_refused(capsys):
     assert "'n' must be " in told(capsys, "generate", "Hi", "--n", str(10**12))
 
 
+@pytest.mark.parametrize("key", ["page_size", "total_pages", "max_seq_len"])
+@pytest.mark.parametrize("value", [10**12, 10**400], ids=["10**12", "10**400"])
+def test_a_size_that_no_memory_holds_is_refused(capsys, key, value):
+    line = told(capsys, "generate", "Hi", f"{flag_name('runtime', key)}={value}")
+    assert f"{key!r} must be " in line
+    assert len(line) < 600
+
+
 @pytest.mark.parametrize("byte", [b"\xff", b"\xc3", b"\xed\xa0\x80"])
 def test_a_run_file_that_is_not_utf8_is_an_error_with_its_line(capsys, byte):
     data = GOOD.encode()

@@ -22,6 +22,12 @@ Admission = Literal["preempt", "reserve"]
 Speculation = Literal["ngram"]
 """How tokens are guessed; see RuntimeConfig."""
 
+_MOST = 2**31 - 1
+"""The largest size in tokens that a user may ask for. Executors may count in 32 bits."""
+
+_MOST_PAGES = 2**24
+"""The most pages that a user may ask for: an allocator keeps a few bytes for each."""
+
 
 @frozen(field_transformer=checked)
 class RuntimeConfig:
@@ -42,16 +48,16 @@ class RuntimeConfig:
     )
     page_size: int | None = described(
         "tokens per KV cache page; default: the executor's choice",
-        validator=if_set(validators.ge(1)),
+        validator=if_set(validators.ge(1), validators.le(_MOST)),
     )
     total_pages: int | None = described(
         "pages in the KV cache; default: enough for max_batch_size sequences of max_seq_len "
         "tokens, within half of the free memory",
-        validator=if_set(validators.ge(1)),
+        validator=if_set(validators.ge(1), validators.le(_MOST_PAGES)),
     )
     max_seq_len: int | None = described(
         "maximum tokens per sequence, prompt and output together; default: the model's limit",
-        validator=if_set(validators.ge(2)),
+        validator=if_set(validators.ge(2), validators.le(_MOST)),
     )
     max_batch_size: int = described("maximum sequences per step", 16, validator=validators.ge(1))
     max_batch_tokens: int = described(
