@@ -566,11 +566,6 @@ def test_other_layouts_are_named_with_what_converts_them(
     assert re.search(said, refusal(tmp_path))
 
 
-def test_a_file_of_a_model_is_answered_with_its_directory(directory: Path) -> None:
-    for name in ("config.json", SINGLE):
-        assert refusal(directory / name).endswith(f"give the directory, {str(directory)!r}")
-
-
 def test_weights_without_a_configuration_are_named(directory: Path) -> None:
     (directory / "config.json").unlink()
     assert f"holds weights ({SINGLE}) but no config.json" in refusal(directory)
