@@ -542,39 +542,12 @@ class LLMEngine:
     ) -> "str | GenerationStream":
         """Answer a conversation, by the model's chat template: ``generate`` of a ``Chat``.
 
-        The fields of ``Chat`` explain the arguments. Raises RequestError when the model has no
+        ``generate_result``, ``stream`` and ``generate_batch`` take a ``Chat`` too. Its fields
+        explain the arguments. Raises RequestError when the model has no
         template or the template refuses the messages, and ModelError for a faulty template.
         """
         prompt = Chat(messages, template_options or {}, tools, continue_last)
         return self.generate(model_id, prompt, config)
-
-    def chat_result(
-        self,
-        model_id: str,
-        messages: Sequence[Message],
-        config: GenerateConfig | None = None,
-        *,
-        template_options: Mapping[str, Any] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        continue_last: bool = False,
-    ) -> GenerateResult:
-        """Like ``chat``; the result has tokens, finish reason, logprobs and timings too."""
-        prompt = Chat(messages, template_options or {}, tools, continue_last)
-        return self.generate_result(model_id, prompt, config)
-
-    def chat_stream(
-        self,
-        model_id: str,
-        messages: Sequence[Message],
-        config: GenerateConfig | None = None,
-        *,
-        template_options: Mapping[str, Any] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        continue_last: bool = False,
-    ) -> GenerationStream:
-        """Like ``chat`` with ``config.stream`` set: the text in pieces, as it is generated."""
-        prompt = Chat(messages, template_options or {}, tools, continue_last)
-        return self.stream(model_id, prompt, config)
 
     def chat_tokens(
         self,

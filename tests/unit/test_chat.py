@@ -798,7 +798,8 @@ def turn_end(engine: LLMEngine) -> Iterator[int]:
     """A token that ends an answer in a chat: the sixth of the answer to QUESTION."""
     text = engine.model("demo").text
     assets = text.assets
-    answer = engine.chat_result("demo", QUESTION, GenerateConfig(max_new_tokens=6)).token_ids
+    config = GenerateConfig(max_new_tokens=6)
+    answer = engine.generate_result("demo", Chat(QUESTION), config).token_ids
     assert answer[5] not in answer[:5]
     text.assets = evolve(assets, turn_end_ids=(answer[5],))
     yield answer[5]
@@ -812,10 +813,9 @@ async def of_tasks(engine: LLMEngine, chat: Chat, config: GenerateConfig) -> Any
 def results(engine: LLMEngine, messages: Any, config: GenerateConfig, **given: Any) -> list[Any]:
     """Those of each way to answer a conversation, in which all must agree."""
     prompt = Chat(messages, **given)
-    with engine.chat_stream("demo", messages, config, **given) as stream:
+    with engine.stream("demo", prompt, config) as stream:
         pieces = "".join(stream)
     found = [
-        engine.chat_result("demo", messages, config, **given),
         stream.result,
         engine.generate_result("demo", prompt, config),
         *engine.generate_batch("demo", [prompt, prompt], config),
@@ -838,7 +838,7 @@ def test_each_way_to_answer_ends_at_the_turns_end(
 
 def test_ignore_eos_goes_on_after_the_turns_end(engine: LLMEngine, turn_end: int) -> None:
     config = GenerateConfig(max_new_tokens=9, ignore_eos=True)
-    result = engine.chat_result("demo", QUESTION, config)
+    result = engine.generate_result("demo", Chat(QUESTION), config)
     assert turn_end in result.token_ids[:-1]
     assert len(result.token_ids) == 9
 
