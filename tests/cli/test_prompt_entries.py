@@ -222,6 +222,10 @@ def test_a_line_whose_settings_the_model_cannot_serve_fails_alone(tilewright):
         ({"prompt": "x", "max_tokens": 3}, "unknown key 'max_tokens'; did you mean 'max_new_"),
         ({"promt": "x"}, "unknown key 'promt'; did you mean 'prompt'?"),
         ({"prompt": "x", "stream": True}, "unknown key 'stream'"),
+        (
+            {"custom_id": "1", "body": {"messages": [HI]}},
+            "expected a prompt, found a line of an OpenAI batch",
+        ),
         ({"prompt": "x", "temperature": -1}, "'temperature' must be >= 0.0: -1.0"),
         ({"prompt": "x", "seed": [1]}, "'seed' must be an integer or none, found [1]"),
         ({"prompt": "x", "stop": ["a", ""]}, "'stop' must be a list of strings of at least one"),

@@ -223,6 +223,11 @@ def _entry(value: Any, origin: str) -> PromptEntry:
             f'{origin}: expected a string or {{"prompt": "..."}}, found {shown(value)}'
         )
     known = (*_PROMPT_KEYS, *keys("generate"))
+    if "custom_id" in value and "body" in value:
+        raise ConfigError(
+            f"{origin}: expected a prompt, found a line of an OpenAI batch: write the messages of "
+            'its "body" beside its "custom_id" as "id"'
+        )
     for key in value:
         if key not in known:
             raise ConfigError(
