@@ -87,7 +87,8 @@ def ours(scaling: dict[str, Any]) -> ModelConfig:
 
 def step(sequences: Sequence[range]) -> StepBatch:
     """The positions of some sequences' new tokens, each ending where its context ends."""
-    held = Sequences(page_size=16, total_pages=16384)
+    prompts = {str(name): new.stop for name, new in enumerate(sequences)}
+    held = Sequences(page_size=16, total_pages=16384, prompts=prompts)
     for name, new in enumerate(sequences):
         if new.start:
             held.batch({str(name): [0] * new.start})

@@ -215,10 +215,11 @@ def test_logits_of_a_chunked_prompt_match_transformers(
     model = write_model(name, tmp_path)
     served = serve(tmp_path)
     (prompt,) = prompts(CONFIGS[name], [PROMPT_LENGTH])
-    chunks = list(in_chunks(prompt, [7, 1, 13, 20]))
-    of_chunks, (token,), (of_step,) = oracle(model, chunks, 1)
+    sizes = [7, 1, 13, 20]
+    (of_prompt,), (token,), (of_step,) = oracle(model, [prompt], 1)
 
-    for chunk, expected in zip(chunks, of_chunks, strict=True):
+    served.sequences.prompts["a"] = PROMPT_LENGTH
+    for chunk, expected in zip(in_chunks(prompt, sizes), of_prompt.split(sizes), strict=True):
         assert_same(served.step({"a": chunk}, every_row=True), expected)
     assert_same(served.step({"a": [token]})[0], of_step)
 

@@ -213,7 +213,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "another shape": lambda p: npz(p, lambda m: m.update({NORM: array(47)})),
     "integers": lambda p: npz(p, lambda m: m.update({NORM: array(48, dtype="int32")})),
     "a missing tensor": lambda p: npz(p, lambda m: m.pop(NORM)),
-    "a tensor too many": lambda p: npz(p, lambda m: m.update({"spare.npy": array(3)})),
     "another file inside": lambda p: npz(p, lambda m: m.update({"README": b"hello"})),
     "no tensor at all": lambda p: npz(p, lambda m: m.clear()),
     "not there": lambda p: p.unlink(),
@@ -235,3 +234,11 @@ def test_a_damaged_npz_file_is_an_error_of_one_line(
     assert str(sample) in line
     assert not told.out
     assert sorted(sample.iterdir()) == before
+
+
+def test_a_tensor_too_many_is_a_warning(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    npz(sample / "model.npz", lambda m: m.update({"spare.npy": array(3)}))
+    assert main(["generate", "--model", str(sample), "--max-new-tokens", "1", "t5"]) == 0
+    told = capsys.readouterr()
+    assert told.out
+    assert "ignored (1 in all): spare" in told.err

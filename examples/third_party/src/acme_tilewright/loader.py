@@ -153,7 +153,7 @@ def acme_name(name: str) -> str:
 class AcmeNames:
     """A ``TensorSource`` (see tilewright.types): another one's tensors under Hugging Face names.
 
-    A tensor without such a name keeps its own, so that the engine reports it as unexpected.
+    A tensor without such a name keeps its own, so that the engine warns that it is not needed.
     """
 
     def __init__(self, source: TensorSource, config: ModelConfig):
