@@ -239,6 +239,7 @@ def test_a_line_whose_settings_the_model_cannot_serve_fails_alone(tilewright):
         ({"messages": HI}, "expected a list of messages such as"),
         ({"messages": [HI, {"content": "x"}]}, "chat message 1: expected an object with a role"),
         ({"messages": [HI], "tools": {}}, "expected a JSON list of tools"),
+        ({"messages": [HI], "continue_last": 1}, 'expected true or false as "continue_last"'),
         ({"messages": [HI], "template_options": []}, 'expected an object as "template_options"'),
         ({"prompt": ""}, "prompt 2 of 2 is empty"),
         ({"prompt": "x", "id": "\ud800"}, "prompt 2 of 2 is not valid UTF-8"),
@@ -276,16 +277,19 @@ def test_conversations_have_the_tokens_that_transformers_makes(records, model, m
 
     tokenizer = AutoTokenizer.from_pretrained(model)
 
-    def ids(messages, **more):
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **more)
+    def ids(messages, add_generation_prompt=True, **more):
+        more["add_generation_prompt"] = add_generation_prompt
+        made = tokenizer.apply_chat_template(messages, **more)
         return list(made["input_ids"])
 
     system, own = ({"role": "system", "content": text} for text in ("Be brief.", "Be long."))
+    begun = {"role": "assistant", "content": "Well"}
     lines = [
         {"messages": [HI]},
         {"messages": [own, HI], "template_options": {"mood": "cross"}, "id": 1},
         {"messages": [HI], "tools": [TOOLS[0] | {"type": "other"}]},
         {"prompt": HI["content"]},
+        {"messages": [own, HI, begun], "continue_last": True},
     ]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     Path("tools.json").write_text(json.dumps(TOOLS))
@@ -301,6 +305,7 @@ def test_conversations_have_the_tokens_that_transformers_makes(records, model, m
         ids([own, HI], tools=TOOLS, mood="cross"),
         ids([system, HI], tools=lines[2]["tools"], mood="glad"),
         ids([system, HI], tools=TOOLS, mood="glad"),
+        ids([own, HI, begun], False, tools=TOOLS, mood="glad", continue_final_message=True),
     ]
     for argv in (["run", "run.toml"], ["generate", "--prompt-file", "p.jsonl", *flags]):
         found = records(*argv, *TWO)

@@ -27,7 +27,8 @@ _SECONDS_WITH_A_PROMPT = 2.0
 """How long a run waits for the first byte on standard input if the bundled model has a prompt."""
 _SECONDS_WITHOUT = 60.0
 """How long a run waits for it otherwise."""
-_PROMPT_KEYS = ("prompt", "messages", "tools", "template_options", "id")
+_CHAT_KEYS = ("tools", "template_options", "continue_last")
+_PROMPT_KEYS = ("prompt", "messages", *_CHAT_KEYS, "id")
 
 
 @frozen
@@ -257,7 +258,7 @@ def _prompt(value: Mapping[str, Any], origin: str) -> str | Chat:
             raise ConfigError(
                 f'{origin}: expected a string as "prompt", found {shown(value["prompt"])}'
             )
-        for key in ("tools", "template_options"):
+        for key in _CHAT_KEYS:
             if key in value:
                 raise ConfigError(
                     f'{origin}: {key!r} is for conversations: give "messages" in place of "prompt"'
@@ -268,10 +269,16 @@ def _prompt(value: Mapping[str, Any], origin: str) -> str | Chat:
         raise ConfigError(
             f'{origin}: expected an object as "template_options", found {shown(options)}'
         )
+    continue_last = value.get("continue_last", False)
+    if not isinstance(continue_last, bool):
+        raise ConfigError(
+            f'{origin}: expected true or false as "continue_last", found {shown(continue_last)}'
+        )
     return Chat(
         checked_messages(value["messages"], origin),
         options or {},
         None if tools is None else _tools(tools, origin),
+        continue_last,
     )
 
 
