@@ -543,8 +543,8 @@ class LLMEngine:
         """Answer a conversation, by the model's chat template: ``generate`` of a ``Chat``.
 
         ``generate_result``, ``stream`` and ``generate_batch`` take a ``Chat`` too. Its fields
-        explain the arguments. Raises RequestError when the model has no
-        template or the template refuses the messages, and ModelError for a faulty template.
+        explain the arguments. Raises RequestError when the model has no template or the template
+        refuses the messages, and ModelError for a faulty template.
         """
         prompt = Chat(messages, template_options or {}, tools, continue_last)
         return self.generate(model_id, prompt, config)

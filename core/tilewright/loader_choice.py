@@ -32,7 +32,7 @@ def choose_loader(manager: PluginManager, source: str) -> Selected:
         )
     asked = ", ".join(p.name for p in installed if p not in unusable) or "none"
     path = path_of(source)
-    if source and (held := _held(installed, path)):
+    if held := _held(installed, path):
         raise ModelError(f"{_shown(source)} holds {held}")
     if os.path.isfile(path) and claimants(installed, "can_load", source=str(path.parent))[0]:
         raise ModelError(
@@ -76,7 +76,7 @@ def _found(source: str) -> str:
         return f"{_shown(source)}: no loader reads addresses of {scheme}://: {cure}"
     path = path_of(source)
     try:
-        os.stat(path if source else source)  # an empty path is the working folder
+        os.stat(path)
         names = sorted(os.listdir(path)) if os.path.isdir(path) else None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)

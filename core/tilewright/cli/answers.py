@@ -32,14 +32,12 @@ def without_thinking(result: GenerateResult, splitter: ThinkingSplitter | None) 
     return evolve(result, text="".join(_shown([result.text], splitter)))
 
 
-def note_all_hidden(result: GenerateResult, splitter: ThinkingSplitter | None) -> None:
-    """Say so if the tokens did not suffice for more than thinking, which is hidden."""
-    if (
-        splitter
-        and result.finish_reason == "length"
-        and result.text
-        and not without_thinking(result, splitter).text
-    ):
+def note_all_hidden(result: GenerateResult, shown: str) -> None:
+    """Say so if the tokens did not suffice for more than thinking, which is hidden.
+
+    shown: the text that was written.
+    """
+    if result.finish_reason == "length" and result.text and not shown:
         note(
             f"note: all {len(result.token_ids)} tokens are thinking, which is hidden; "
             "--max-new-tokens N allows more"

@@ -93,14 +93,23 @@ def produce(resolved: Resolved, args: argparse.Namespace) -> int:
         elif single and isinstance(first, str) and file.isatty() and sys.stderr.isatty():
             print(first, end="", file=sys.stderr, flush=True)
         if single and to_stdout and config.output.format == "text":
-            results = [_stream(engine, resolved, entries[0], settings[0], file)]
+            result, text = _stream(engine, resolved, entries[0], settings[0], file)
+            results, shown = [result], [evolve(result, text=text)]
         else:
             results = _batch(engine, resolved, entries, settings)
-            _write(results, numbers, engine, resolved, entries, file)
+            shown = [
+                result
+                if result.error
+                else without_thinking(
+                    result, thinking_splitter(engine, resolved, entries[i].prompt)
+                )
+                for i, result in zip(numbers, results, strict=True)
+            ]
+            _write(shown, numbers, engine, resolved, entries, file)
         if config.output.format == "text":
             note_logprobs(results, engine.model(config.model.id).text)
-            for i, result in zip(numbers, results, strict=True):
-                note_all_hidden(result, thinking_splitter(engine, resolved, entries[i].prompt))
+            for result, one in zip(results, shown, strict=True):
+                note_all_hidden(result, one.text)
         warn_sanitized(results)
         refused = {
             i: result.error for i, result in zip(numbers, results, strict=True) if result.error
@@ -123,13 +132,14 @@ def _stream(
     entry: PromptEntry,
     settings: GenerateConfig,
     file: IO[str],
-) -> GenerateResult:
-    """Write the only result while it is generated."""
+) -> tuple[GenerateResult, str]:
+    """Write the only result while it is generated. Returns it, and the text that was written."""
+    printed: list[str] = []
     with naming_settings(resolved, _origins(entry)):
         stream = engine.stream(resolved.config.model.id, entry.prompt, settings)
-        print_stream(stream, thinking_splitter(engine, resolved, entry.prompt), [], file)
+        print_stream(stream, thinking_splitter(engine, resolved, entry.prompt), printed, file)
     assert stream.result is not None
-    return stream.result
+    return stream.result, "".join(printed)
 
 
 def _batch(
@@ -158,17 +168,11 @@ def _write(
     file: IO[str],
 ) -> None:
     """Write results in the run's format. numbers: each result's prompt, as its place in entries."""
-    shown = [
-        result
-        if result.error
-        else without_thinking(result, thinking_splitter(engine, resolved, entries[i].prompt))
-        for i, result in zip(numbers, results, strict=True)
-    ]
     if resolved.config.output.format == "text":
-        write_text(shown, file)
+        write_text(results, file)
         return
     source = engine.model(resolved.config.model.id).loaded.source
-    for i, result in zip(numbers, shown, strict=True):
+    for i, result in zip(numbers, results, strict=True):
         write_json(result_record(result, entries[i].prompt, source, entries[i].record), file)
 
 

@@ -3,7 +3,7 @@
 Absent keys have the defaults of llama.cpp.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from attrs import evolve, frozen
@@ -121,12 +121,7 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
     keys = Keys(header, architecture)
     _check_supported(keys)
     tensors = {hf_name(name): tensor for f in files for name, tensor in f.tensors.items()}
-    vocab_size = _vocab_size(keys, tensors.get(EMBEDDING) or tensors.get(HEAD))
-    if EMBEDDING not in tensors:
-        header.notes.append(
-            f"{header.where}: has no token_embd.weight; output.weight is used for both the "
-            "embedding and the head"
-        )
+    vocab_size = _vocab_size(keys, tensors)
     hidden_size = keys.required("embedding_length")
     num_layers = keys.required("block_count", MAX_LAYERS)
     num_heads = keys.required("attention.head_count")
@@ -149,11 +144,6 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
     if keys.has("attention.sliding_window"):
         window = keys.integer("attention.sliding_window", None)
     family = FAMILIES[architecture]
-
-    def biased(*parts: str) -> bool:
-        """Whether one layer has a bias there. All need it then, so that none is left out."""
-        return any(name.endswith(tuple(f".{p}.bias" for p in parts)) for name in tensors)
-
     config = ModelConfig(
         architecture=family.architecture,
         vocab_size=vocab_size,
@@ -167,9 +157,9 @@ def model_config(header: JsonObject, files: Sequence[GgufFile], dtype: DType) ->
         rope=_rope(keys, max_positions),
         max_position_embeddings=max_positions,
         dtype=dtype,
-        qkv_bias=family.qkv_bias or biased("q_proj", "k_proj", "v_proj"),
-        output_bias=biased("o_proj"),
-        mlp_bias=biased("gate_proj", "up_proj", "down_proj"),
+        qkv_bias=family.qkv_bias or _biased(tensors, "q_proj", "k_proj", "v_proj"),
+        output_bias=_biased(tensors, "o_proj"),
+        mlp_bias=_biased(tensors, "gate_proj", "up_proj", "down_proj"),
         qk_norm=family.qk_norm,
         tie_word_embeddings=not {EMBEDDING, HEAD} <= tensors.keys(),
         sliding_windows=(window,) * num_layers if window else (),
@@ -206,18 +196,30 @@ def _architecture(header: JsonObject) -> str:
     return architecture
 
 
-def _vocab_size(keys: Keys, embedding: StoredTensor | None) -> int:
-    """Number of rows of the embedding, with a note if the header has another number."""
+def _biased(tensors: Mapping[str, StoredTensor], *parts: str) -> bool:
+    """Whether one layer has a bias there. All need it then, so that none is left out."""
+    return any(name.endswith(tuple(f".{part}.bias" for part in parts)) for name in tensors)
+
+
+def _vocab_size(keys: Keys, tensors: Mapping[str, StoredTensor]) -> int:
+    """Number of rows of the embedding, with a note if the header has another number, or if the
+    matrix is stored as the head alone. tensors: by their Hugging Face names."""
     tokens = keys.header.strings("tokenizer.ggml.tokens")
     if not tokens:
         raise ModelError(
             f"{keys.header.where}: tokenizer.ggml.tokens is missing: expected the model's "
             "vocabulary; use a file that was converted together with its tokenizer"
         )
+    embedding = tensors.get(EMBEDDING) or tensors.get(HEAD)
     if embedding is None:
         raise ModelError(
             f"{keys.header.where}: has no token_embd.weight; a file of the vocabulary alone cannot "
             "be run: use the file of the whole model"
+        )
+    if EMBEDDING not in tensors:
+        keys.header.notes.append(
+            f"{keys.header.where}: has no token_embd.weight; output.weight is used for both the "
+            "embedding and the head"
         )
     rows = embedding.shape[0]
     if keys.integer("vocab_size", rows) != rows:
