@@ -8,6 +8,7 @@ from attrs.converters import optional
 
 from tilewright.types.fields import checked, described, if_set
 from tilewright.types.kv_cache import KvCacheSpec, KvLayer
+from tilewright.types.model import MAX_POSITIONS
 from tilewright.types.sampling import SampledToken, SamplerRow, SamplingParams
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ Admission = Literal["preempt", "reserve"]
 
 Speculation = Literal["ngram"]
 """How tokens are guessed; see RuntimeConfig."""
-
-_MOST = 2**31 - 1
-"""The largest size in tokens that a user may ask for. Executors may count in 32 bits."""
 
 _MOST_PAGES = 2**24
 """The most pages that a user may ask for: an allocator keeps a few bytes for each."""
@@ -48,7 +46,7 @@ class RuntimeConfig:
     )
     page_size: int | None = described(
         "tokens per KV cache page; default: the executor's choice",
-        validator=if_set(validators.ge(1), validators.le(_MOST)),
+        validator=if_set(validators.ge(1), validators.le(MAX_POSITIONS)),
     )
     total_pages: int | None = described(
         "pages in the KV cache; default: enough for max_batch_size sequences of max_seq_len "
@@ -57,7 +55,7 @@ class RuntimeConfig:
     )
     max_seq_len: int | None = described(
         "maximum tokens per sequence, prompt and output together; default: the model's limit",
-        validator=if_set(validators.ge(2), validators.le(_MOST)),
+        validator=if_set(validators.ge(2), validators.le(MAX_POSITIONS)),
     )
     max_batch_size: int = described("maximum sequences per step", 16, validator=validators.ge(1))
     max_batch_tokens: int = described(
