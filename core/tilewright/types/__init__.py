@@ -17,6 +17,7 @@ from tilewright.types.executor import (
     StepBatch,
     StepOutput,
     Tap,
+    Tiles,
 )
 from tilewright.types.fields import described
 from tilewright.types.kv_cache import KvAllocator, KvCacheSpec, KvLayer, RowOrder
@@ -114,6 +115,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "TextAssets",
+    "Tiles",
     "Timings",
     "TokenLogprobs",
     "WeightFormats",

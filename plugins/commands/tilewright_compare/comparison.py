@@ -2,6 +2,7 @@
 
 from attrs import define, field
 
+from tilewright_compare.coverage import Item, missing, shortened
 from tilewright_compare.hypotheses import Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode
 from tilewright_compare.packing import WeightFinding
@@ -25,8 +26,10 @@ class Comparison:
     logits: list[LogitsAgreement] = field(factory=list)
     not_compared: list[str] = field(factory=list)
     """Stages that the reference taps and the candidate does not."""
-    unreached: list[str] = field(factory=list)
-    """What an engine runs on the candidate and the comparison could not, in words."""
+    coverage: list[Item] = field(factory=list)
+    """The paths of the candidate's code, and whether the steps so far took them."""
+    over: str = ""
+    """What was run so far, in words."""
     perplexity: tuple[float, float] | None = None
     """Perplexity of the prompts, by the truth and by the candidate."""
     finished: bool = False
@@ -36,6 +39,11 @@ class Comparison:
     @property
     def equal(self) -> bool:
         return self.finished and self.divergence is None and not self.wrong_weights
+
+    @property
+    def unreached(self) -> list[str]:
+        """What no step reached, in words."""
+        return missing(self.coverage)
 
     @property
     def wrong_weights(self) -> list[WeightFinding]:
@@ -65,8 +73,9 @@ class Comparison:
             so_far = f"no difference in {len(self.findings)} tensors so far"
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
         if first is None:
-            left = f"; not compared: {', '.join(self.unreached)}" if self.unreached else ""
-            return f"equal: every tensor is as near to the truth as rounding allows{left}"
+            if self.unreached:
+                return f"equal, but never {shortened(self.unreached)}"
+            return f"equal over {self.over}"
         place = first.place
         where = f"{place.phase} step {place.step}, {place.tensor}"
         alone = " (given the reference's own input)" if place.mode == "isolated" else ""

@@ -15,11 +15,13 @@ from tilewright.scheduler import Step
 from tilewright.types import KvLayer, SamplingExecutor
 from tilewright.weights import torch_dtype
 from tilewright_compare.comparison import Comparison
+from tilewright_compare.coverage import Coverage, declared_tiles
 from tilewright_compare.diagnosis import Diagnosis
 from tilewright_compare.judge import (
     Finding,
     Mode,
     Noise,
+    Phase,
     Place,
     Tolerance,
     judge,
@@ -92,10 +94,7 @@ def compare(
         why = unmixed_because(sides.all, late, chunk)
         if not why:
             steps += 1
-        elif sides.candidate.executor.limits.mixed:
-            result.unreached.append(f"steps that mix prompts and decoding ({why})")
-        if isinstance(sides.candidate.executor, SamplingExecutor):
-            result.unreached.append("the tokens that the candidate samples itself (submit)")
+        coverage = _coverage(candidate, sides.candidate, unmixed=why)
         for side in sides.all:
             if not why:
                 side.mix(evolve(late))
@@ -104,7 +103,7 @@ def compare(
         result.weights = list(compared_weights(sides.candidate, sides.baseline))
         tokens: list[list[int]] = []
         try:
-            for what, done in sides.chained(result, tokens):
+            for what, done in sides.chained(result, tokens, coverage):
                 progress(result, f"chained, {what}", done, steps)
             if (isolate or result.first_wrong("chained")) and sides.layerwise:
                 for what, done in sides.isolated(result, tokens):
@@ -112,11 +111,27 @@ def compare(
         except StepError as error:
             result.failure = str(error)
             return result
+        finally:
+            result.coverage, result.over = coverage.items(), coverage.over
         truth, ours = sides.truth.perplexity, sides.candidate.perplexity
         if truth is not None and ours is not None:
             result.perplexity = (truth, ours)
         result.finished = True
         return result
+
+
+def _coverage(choice: Choice, side: Side, unmixed: str) -> Coverage:
+    """unmixed: why there is no mixed step; else empty."""
+    config, page_size = side.model.loaded.config, side.model.runtime.page_size
+    return Coverage(
+        executor=choice.executor,
+        tiles=declared_tiles(choice, config, evolve(choice.runtime, page_size=page_size)),
+        page_size=page_size,
+        limits=side.executor.limits,
+        kv_heads=config.num_kv_heads,
+        unmixed=unmixed,
+        samples=isinstance(side.executor, SamplingExecutor),
+    )
 
 
 @contextmanager
@@ -166,12 +181,15 @@ class _Sides:
     def layerwise(self) -> bool:
         return all(side.layerwise for side in self.all)
 
-    def chained(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
-        """Runs each side on its own outputs; adds the truth's tokens to tokens, one list per step.
+    def chained(
+        self, result: Comparison, tokens: list[list[int]], coverage: Coverage
+    ) -> Iterator[tuple[str, int]]:
+        """Runs each side on its own outputs; adds the truth's tokens to tokens, one list per step,
+        and what the steps reach to coverage.
 
         Yields what was compared, and the number of finished steps.
         """
-        self.candidate.poison()
+        self.candidate.mark_unwritten()
         number = 0
         while (steps := self._next()) is not None:
             step = steps[0]
@@ -185,6 +203,7 @@ class _Sides:
                 if 0 <= layer < self.candidate.executor.kv_cache_spec.num_layers:
                     cached = self._judge_kv(place, layer, step, self._joined(steps, layer))
                     result.findings += _in_order(found, cached)
+                    self._cover_heads(coverage, phase, layer, true, found)
                     yield f"{phase}, layer {layer}", number
                 else:
                     result.findings += found
@@ -206,8 +225,26 @@ class _Sides:
             tokens.append(chosen)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
+            coverage.add(number, step, phase)
             number += 1
             yield phase, number
+
+    def _cover_heads(
+        self,
+        coverage: Coverage,
+        phase: Phase,
+        layer: int,
+        true: Tensors,
+        found: Sequence[Finding],
+    ) -> None:
+        """Where the truth taps attention and returns its weights."""
+        attention, output = (true.get(f"layers.{layer}.{s}") for s in ("attention", "output"))
+        limit = next((f.limit for f in found if f.place.stage == "output"), None)
+        if attention is None or output is None or limit is None:
+            return
+        if coverage.wants_heads(phase, layer) and hasattr(self.truth.executor, "weight"):
+            weight = self.truth.executor.weight(f"model.layers.{layer}.self_attn.o_proj.weight")
+            coverage.add_heads(phase, layer, attention, weight, output, limit)
 
     def isolated(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
         """Runs each layer of candidate and truth on the baseline's input and cache; yields as

@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator
 
+from attrs import evolve
+
 from tilewright.errors import ExecutorError
-from tilewright.types import ModelConfig, RuntimeConfig
+from tilewright.types import ModelConfig, RuntimeConfig, Tiles
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 
 PAGE_SIZE = 128
 """Default number of tokens per page of the KV cache: the keys of attention's widest tile."""
+
+SMALL_PAGE = 48
+"""A page of three of attention's tiles, which are 16 keys in pages of this size."""
 
 OTHERWISE = "choose executor torch for this model"
 _ADVICE = (
@@ -40,6 +45,19 @@ def layer_shape(config: ModelConfig, runtime: RuntimeConfig) -> LayerShape:
         raise ExecutorError(
             f"executor pypto-npu: {error} ({config.architecture}): {advice}"
         ) from error
+
+
+def tiles(config: ModelConfig, runtime: RuntimeConfig) -> Tiles:
+    """The tiles that the kernels are compiled with. Raises ExecutorError as ``layer_shape``."""
+    page_size = runtime.page_size or SMALL_PAGE
+    compiled = evolve(runtime, page_size=page_size, weight_dtype="bfloat16", kv_dtype="bfloat16")
+    shape = layer_shape(config, compiled)
+    return Tiles(
+        page_size=page_size,
+        prefill_rows=shape.prefill_rows,
+        decode_rows=shape.decode_rows,
+        kv_rows=shape.kv_tile,
+    )
 
 
 def _misfits(config: ModelConfig, runtime: RuntimeConfig) -> Iterator[tuple[str, str, str]]:

@@ -14,6 +14,7 @@ from tilewright.types import (
     Report,
     RuntimeConfig,
     TensorSource,
+    Tiles,
 )
 from tilewright_pypto.options import GRANTED_DEVICE, HARDWARE, Options
 
@@ -98,6 +99,13 @@ def create_executor(
     except BaseException:
         device.close()
         raise
+
+
+@hookimpl
+def tiles(model_config: ModelConfig, runtime_config: RuntimeConfig) -> Tiles:
+    from tilewright_pypto import fit
+
+    return fit.tiles(model_config, runtime_config)
 
 
 @hookimpl
