@@ -30,6 +30,10 @@ class Comparison:
     """The paths of the candidate's code, and whether the steps so far took them."""
     over: str = ""
     """What was run so far, in words."""
+    tiles_declared: bool = True
+    """Whether the candidate declares its tiles. If not, paths that only it knows are not told."""
+    wider: str = ""
+    """The command that reaches more; empty if none is known."""
     perplexity: tuple[float, float] | None = None
     """Perplexity of the prompts, by the truth and by the candidate."""
     finished: bool = False
@@ -41,8 +45,8 @@ class Comparison:
         return self.finished and self.divergence is None and not self.wrong_weights
 
     @property
-    def unreached(self) -> list[str]:
-        """What no step reached, in words."""
+    def unreached(self) -> list[Item]:
+        """What no step reached."""
         return missing(self.coverage)
 
     @property
@@ -74,8 +78,11 @@ class Comparison:
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
         if first is None:
             if self.unreached:
-                return f"equal, but never {shortened(self.unreached)}"
-            return f"equal over {self.over}"
+                told = f"equal, but never {shortened(self.unreached)}"
+            else:
+                told = f"equal over {self.over}"
+            undeclared = f"; {self.candidate} declares no tiles"
+            return told if self.tiles_declared else told + undeclared
         place = first.place
         where = f"{place.phase} step {place.step}, {place.tensor}"
         alone = " (given the reference's own input)" if place.mode == "isolated" else ""

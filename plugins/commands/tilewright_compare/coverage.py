@@ -6,7 +6,7 @@ mistake hides in, such as the softmax that is not rescaled from one tile of keys
 
 from collections.abc import Iterator, Sequence
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from tilewright import plugins
@@ -40,19 +40,26 @@ class Item:
         return f"{self.name} in {self.phase}" if self.phase else self.name
 
 
-def missing(items: Sequence[Item]) -> list[str]:
-    """The items that were not reached, in words: those of both phases as one, and nothing else of a
-    phase that did not run."""
+def missing(items: Sequence[Item]) -> list[Item]:
+    """The items that were not reached: those of both phases as one, and nothing else of a phase
+    that did not run."""
     left = [item for item in items if not item.reached]
     absent = {phase for phase in PHASES if any(item.name == f"ran {phase}" for item in left)}
     left = [item for item in left if item.phase not in absent]
-    twice = [item.name for item in left if item.phase == "decode"]
-    both = {item.name for item in left if item.phase == "prefill" and item.name in twice}
-    return list(dict.fromkeys(i.name if i.name in both else str(i) for i in left))
+    found: dict[str, Item] = {}
+    for item in left:
+        twin = found.get(item.name)
+        found[item.name] = (
+            evolve(twin, phase=None, detail="; ".join(filter(None, (twin.detail, item.detail))))
+            if twin
+            else item
+        )
+    return list(found.values())
 
 
-def shortened(names: Sequence[str]) -> str:
-    """The first of the names as a list in a sentence, and how many are left."""
+def shortened(items: Sequence[Item]) -> str:
+    """The first items as a list in a sentence, and how many are left."""
+    names = list(map(str, items))
     if len(names) <= _MOST_NAMES + 1:
         return ", ".join(names)
     return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
@@ -77,7 +84,6 @@ def declared_tiles(choice: Choice, config: ModelConfig, runtime: RuntimeConfig) 
 class Coverage:
     """What the steps so far reached."""
 
-    executor: str
     tiles: Tiles | None
     """None: the executor declares none."""
     page_size: int
@@ -176,9 +182,7 @@ class Coverage:
 
     def _of_part(self, part: Part, phase: Phase) -> Iterator[str]:
         size, start, stop = self.page_size, part.start, part.stop
-        if start // size != (stop - 1) // size or (
-            phase == "decode" and start and not start % size
-        ):
+        if start // size != (stop - 1) // size or (start and start % size == 0):
             yield CROSSED
         if stop > 2 * size:
             yield THIRD_PAGE
@@ -228,7 +232,12 @@ class Coverage:
 
     def _item(self, name: str, phase: Phase | None) -> Item:
         where = self._reached.get((name, phase))
-        detail = where or (self.unmixed if name == MIXED else "")
+        why = {
+            MIXED: self.unmixed,
+            FULL_TOKENS: f"at most {self.limits.max_batch_tokens}",
+            FULL_BATCH: f"at most {self.limits.max_batch_size}",
+        }
+        detail = where or why.get(name, "")
         return Item(name=name, phase=phase, reached=where is not None, detail=detail)
 
     def _paths(self) -> Iterator[tuple[str, Phase | None]]:
@@ -277,9 +286,8 @@ class Coverage:
         }
         if named := [f"{size} ({what})" for what, size in sizes.items() if size]:
             told.append(f"tiles of {', '.join(named)}")
-        told.append(f"up to {self._sequences} sequences a step")
-        undeclared = f"; {self.executor} declares no tiles" if self.tiles is None else ""
-        return ", ".join(told) + undeclared
+        told.append(f"up to {self._sequences} sequence{'s' * (self._sequences != 1)} a step")
+        return ", ".join(told)
 
 
 CROSSED = "crossed a page"

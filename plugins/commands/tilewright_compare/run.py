@@ -79,10 +79,9 @@ def compare(
     Raises what LLMEngine raises; ExecutorError when the two have nothing to compare; ConfigError
     for a tolerance that matches no tensor.
     """
-    opened = partial(
-        open_side, model_dir=str(model_dir), prompts=prompts, new_tokens=new_tokens, chunk=chunk
-    )
-    with _opened_sides(candidate, reference, tolerances, opened) as sides:
+    opened = partial(open_side, model_dir=str(model_dir), prompts=prompts, new_tokens=new_tokens)
+    with _opened_sides(candidate, reference, tolerances, opened, len(prompts), chunk) as sides:
+        chunk = sides.candidate.model.runtime.max_batch_tokens
         result = Comparison(
             model=str(model_dir),
             reference=reference.executor,
@@ -95,6 +94,7 @@ def compare(
         if not why:
             steps += 1
         coverage = _coverage(candidate, sides.candidate, unmixed=why)
+        result.tiles_declared = coverage.tiles is not None
         for side in sides.all:
             if not why:
                 side.mix(evolve(late))
@@ -124,7 +124,6 @@ def _coverage(choice: Choice, side: Side, unmixed: str) -> Coverage:
     """unmixed: why there is no mixed step; else empty."""
     config, page_size = side.model.loaded.config, side.model.runtime.page_size
     return Coverage(
-        executor=choice.executor,
         tiles=declared_tiles(choice, config, evolve(choice.runtime, page_size=page_size)),
         page_size=page_size,
         limits=side.executor.limits,
@@ -139,21 +138,35 @@ def _opened_sides(
     candidate: Choice,
     reference: Choice,
     tolerances: Sequence[Tolerance],
-    opened: Callable[[str, Choice], Side],
+    opened: Callable[..., Side],
+    batch: int,
+    chunk: int,
 ) -> "Iterator[_Sides]":
+    """The sides with the same steps: of at most so many sequences, and two for a mixed step."""
     with ExitStack() as stack:
 
-        def side(name: str, choice: Choice) -> Side:
-            return stack.enter_context(closing(opened(name, choice)))
+        def side(name: str, choice: Choice, batch: int, chunk: int) -> Side:
+            side = opened(name, choice, batch=batch, chunk=chunk)
+            return stack.enter_context(closing(side))
 
-        ours = side("candidate", candidate)
-        near = side("baseline", _in(reference, ours.weight_dtype, ours.model.runtime.kv_dtype))
+        ours = side("candidate", candidate, max(batch, 2), chunk)
+        runtime = ours.model.runtime
+        size = runtime.max_batch_size, runtime.max_batch_tokens
+        near = side("baseline", _in(reference, ours.weight_dtype, runtime.kv_dtype), *size)
         try:
-            truth = side("truth", _in(reference, "float32", "float32"))
+            truth = side("truth", _in(reference, "float32", "float32"), *size)
         except ExecutorError as error:
             raise ExecutorError(
                 f"the reference must run in float32, as the truth: {error}"
             ) from error
+        for other in (near, truth):
+            found = other.model.runtime.max_batch_size, other.model.runtime.max_batch_tokens
+            if found != size:
+                raise ConfigError(
+                    f"the reference runs at most {found[0]} sequences and {found[1]} tokens in a "
+                    f"step, and the candidate {size[0]} and {size[1]}: give fewer prompts, or a "
+                    "smaller chunk"
+                )
         yield _Sides(ours, near, truth, tolerances=tolerances)
 
 

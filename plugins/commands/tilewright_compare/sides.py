@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tilewright import plugins
 from tilewright.engine import LLMEngine
-from tilewright.errors import ConfigError, ExecutorError, TilewrightError
+from tilewright.errors import ExecutorError, TilewrightError
 from tilewright.loading import ServedModel
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
-from tilewright.types import KvCacheSpec, KvLayer, RuntimeConfig, SamplingParams, Tap
+from tilewright.types import KvAllocator, KvCacheSpec, KvLayer, RuntimeConfig, SamplingParams, Tap
 from tilewright_compare.judge import Phase
 
 MODEL_ID = "compared"
@@ -250,8 +250,13 @@ def open_side(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     chunk: int,
+    batch: int,
 ) -> Side:
-    """Raises what LLMEngine raises, and ConfigError for prompts that do not fit."""
+    """chunk and batch: the most tokens and sequences of a step, or fewer where the executor allows
+    no more.
+
+    Raises what LLMEngine raises, and ConfigError for prompts that do not fit.
+    """
     engine = LLMEngine.from_plugins(
         loader=choice.loader,
         executor=choice.executor,
@@ -263,27 +268,33 @@ def open_side(
         runtime = evolve(
             choice.runtime,
             max_seq_len=max(map(len, prompts)) + new_tokens,
-            max_batch_size=max(len(prompts), 2),  # two for a mixed step
+            max_batch_size=batch,
             max_batch_tokens=chunk,
         )
         engine.init_model(MODEL_ID, model_dir, runtime, choice.model_format)
         model = engine.model(MODEL_ID)
-        if model.runtime.max_batch_size < len(prompts) or model.runtime.max_batch_tokens < chunk:
-            raise ConfigError(
-                f"{name} runs at most {model.runtime.max_batch_size} sequences and "
-                f"{model.runtime.max_batch_tokens} tokens in a step, and {len(prompts)} and "
-                f"{chunk} are asked for: give fewer prompts, or a smaller chunk"
-            )
+        scatter_pages(model.allocator)
         requests = [
             Request(f"prompt-{i}", tuple(ids), SamplingParams(), new_tokens)
             for i, ids in enumerate(prompts)
         ]
-        size = model.runtime.max_batch_size
+        size, chunk = model.runtime.max_batch_size, model.runtime.max_batch_tokens
         scheduler = Scheduler(model.allocator, size, chunk, admission="reserve", prefix_cache=False)
         return Side(name, engine, scheduler, requests)
     except BaseException:
         engine.close()
         raise
+
+
+def scatter_pages(allocator: KvAllocator) -> None:
+    """Take all pages and free them in another order, so that the pages of a sequence do not follow
+    each other: reading them as if they did would go unnoticed."""
+    names = [f"page-{i}" for i in range(allocator.total_pages)]
+    for name in names:
+        allocator.allocate(name, [0], max_cached=0)
+        allocator.extend(name, 1)
+    for name in (*names[::2], *names[1::2]):
+        allocator.free(name)
 
 
 def late_request(prompts: Sequence[Sequence[int]], chunk: int) -> Request:
