@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 tilewright_api = 2
 
 SIDES = ("candidate", "reference")
+DEFAULT_REFERENCE = ("reference", "torch")
 THIN = 3
 """Exit code with --strict for sides that are equal in what was reached, which is not all."""
 _OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")

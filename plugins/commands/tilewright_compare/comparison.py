@@ -80,7 +80,7 @@ class Comparison:
             if self.unreached:
                 told = f"equal, but never {shortened(self.unreached)}"
             else:
-                told = f"equal over {self.over}"
+                told = f"equal over {self.over}" if self.over else "equal"
             undeclared = f"; {self.candidate} declares no tiles"
             return told if self.tiles_declared else told + undeclared
         place = first.place

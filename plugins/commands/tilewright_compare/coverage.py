@@ -10,6 +10,7 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from tilewright import plugins
+from tilewright.errors import PluginError
 from tilewright.scheduler import Part, Step
 from tilewright.types import ExecutorLimits, ModelConfig, RuntimeConfig, Tiles
 from tilewright_compare.judge import Phase
@@ -74,9 +75,7 @@ def declared_tiles(choice: Choice, config: ModelConfig, runtime: RuntimeConfig) 
     options = selected.read_options({"executor": choice.options})
     tiles = selected.call("tiles", model_config=config, runtime_config=runtime, options=options)
     if tiles is not None and not isinstance(tiles, Tiles):
-        raise plugins.PluginError(
-            f"{selected.plugin}: tiles() must return a Tiles, found {tiles!r:.80}"
-        )
+        raise PluginError(f"{selected.plugin}: tiles() must return a Tiles, found {tiles!r:.80}")
     return tiles
 
 
