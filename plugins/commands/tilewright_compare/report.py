@@ -268,7 +268,8 @@ def coverage_lines(comparison: Comparison) -> list[str]:
     if not items:
         return []
     reached = sum(item.reached for item in items)
-    lines = [f"reached {reached} of {len(items)} paths, over {comparison.over}"]
+    undeclared = "" if comparison.tiles_declared else f"; {comparison.candidate} declares no tiles"
+    lines = [f"reached {reached} of {len(items)} paths, over {comparison.over}{undeclared}"]
     if left := comparison.unreached:
         told = (f"{item} ({item.detail})" if item.detail else str(item) for item in left)
         lines.append(f"never {', '.join(told)}")

@@ -176,6 +176,16 @@ def test_an_executor_without_the_hook_is_said_to_declare_nothing(models: Path):
     assert found.compare(models).sentence.endswith("; planted declares no tiles")
 
 
+def test_prompts_wait_where_an_executor_takes_fewer_at_a_time(models: Path, monkeypatch):
+    limits = ExecutorLimits(max_batch_size=1, max_batch_tokens=4, mixed=False)
+    monkeypatch.setattr(planted.PlantedExecutor, "limits", limits)
+    found = planted_run(models)
+    assert found.finished
+    assert found.divergence is None
+    assert "ran several sequences" in map(str, found.unreached)
+    assert {row.request for row in found.logits} == {0, 1}
+
+
 # --- slots that nobody wrote ----------------------------------------------------------------------
 
 
@@ -207,7 +217,6 @@ def test_a_read_of_one_slot_too_many_is_found_and_explained(models: Path, monkey
 
 
 def test_a_slot_that_is_not_written_is_found_in_the_cache(models: Path, monkeypatch):
-    monkeypatch.setattr(planted, "written", lambda batch: batch, raising=False)
     run_layer = planted.PlantedExecutor.run_layer
 
     def unwritten(self: Any, step: Any, layer: int, hidden: Any, tap: Any = None) -> Any:
