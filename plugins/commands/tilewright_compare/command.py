@@ -338,7 +338,8 @@ def planned(
     )
     if prompts is None:
         tiles = declared_tiles(tried, loaded.config, tried.runtime) or Tiles(page_size=page_size)
-        plan = default_run(tiles, text.encode(TEXT), limit, args.new_tokens, args.chunk)
+        tokens = text.encode(TEXT) or range(loaded.config.vocab_size)
+        plan = default_run(tiles, tokens, limit, args.new_tokens, args.chunk)
     else:
         plan = Plan(
             prompts=[text.encode(prompt) for prompt in prompts],

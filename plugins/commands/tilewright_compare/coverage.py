@@ -46,7 +46,7 @@ def missing(items: Sequence[Item]) -> list[Item]:
     that did not run."""
     left = [item for item in items if not item.reached]
     absent = {phase for phase in PHASES if any(item.name == f"ran {phase}" for item in left)}
-    left = [item for item in left if item.phase not in absent]
+    left = [i for i in left if (i.phase or ONE_PHASE.get(i.name)) not in absent]
     found: dict[str, Item] = {}
     for item in left:
         twin = found.get(item.name)
@@ -312,18 +312,14 @@ HEADS = "saw every KV head above rounding"
 
 _FILLINGS = ("filled a", "padded a", "ran a second")
 
-ONE_PHASE = {
-    SECOND_CHUNK,
-    INSIDE_PAGE,
-    INSIDE_TILE,
-    PAGE_END,
-    ONE_TOKEN,
-    FULL_TOKENS,
-    FULL_BATCH,
-    *(f"ran {phase}" for phase in PHASES),
-    *(f"{what} {kind} tile" for what in _FILLINGS for kind in PHASES),
+ONE_PHASE: dict[str, Phase] = {
+    **dict.fromkeys(
+        (SECOND_CHUNK, INSIDE_PAGE, INSIDE_TILE, PAGE_END, ONE_TOKEN, FULL_TOKENS), "prefill"
+    ),
+    FULL_BATCH: "decode",
+    **{f"{what} {kind} tile": kind for what in _FILLINGS for kind in PHASES},
 }
-"""Items that only one phase can reach."""
+"""The phase of the items that only one phase can reach."""
 
 
 def _filling(count: int, rows: int, kind: str) -> Iterator[str]:
