@@ -41,6 +41,7 @@ from tilewright.types import (
     StepEvent,
     TensorSource,
     TextAssets,
+    Tiles,
     WeightFormats,
 )
 
@@ -159,6 +160,20 @@ class ExecutorHooks:
     def hypotheses(self) -> "Sequence[Hypothesis]":  # type: ignore[empty-body]
         """Optional: further hypotheses for a comparison to try when a layer of this executor is
         wrong (see tilewright_compare.hypotheses)."""
+
+    @_first
+    def tiles(  # type: ignore[empty-body]
+        self, model_config: ModelConfig, runtime_config: RuntimeConfig, options: Any
+    ) -> Tiles:
+        """Optional: the sizes at which the executor's code takes another path.
+
+        ``tilewright compare`` asks before it creates the executor. It chooses its prompts by them,
+        and reports the paths that a comparison did not reach. Without the hook it knows of pages
+        and steps only.
+
+        runtime_config: as the user gave it; its dtypes may be None. Raises ExecutorError for a
+        model that the executor cannot run.
+        """
 
     @_first
     def pack_weights(  # type: ignore[empty-body]

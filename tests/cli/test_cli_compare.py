@@ -58,9 +58,9 @@ def compared(capsys, *argv: str) -> tuple[int, str, str]:
 
 
 def test_another_page_size_changes_nothing(capsys):
-    code, out, _ = compared(capsys, *SHORT, *SEVEN)
+    code, out, _ = compared(capsys, *SEVEN)
     assert code == 0
-    assert out.startswith("equal: ")
+    assert out.startswith("equal over 5 prompts, ")
     assert "!" not in out.replace("! is too large", "")
 
 
@@ -157,16 +157,17 @@ def test_steps_that_mix_are_told_when_they_could_not_be_compared(capsys, tmp_pat
     page, heat = tmp_path / "page.html", tmp_path / "map.png"
     files = ["--html", str(page), "--png", str(heat)]
     code, out, _ = compared(capsys, *SHORT, *SEVEN, "--chunk", "2", *files)
-    missed = "not compared: steps that mix prompts and decoding (a step of 2 tokens is too small)"
+    missed, why = "mixed prompts and decoding in a step", "a step of 2 tokens is too small"
     assert code == 0
-    assert out.splitlines()[0].endswith(f"; {missed}")
-    assert missed in out.splitlines()
+    assert missed in out.splitlines()[0]
+    assert f"{missed} ({why})" in out
     assert page.read_text().count(missed) == 2
     _, out, _ = compared(capsys, *SHORT, *SEVEN, "--chunk", "2", "--json")
-    assert missed.endswith(json.loads(out)["unreached"][0])
+    items = {item["name"]: item for item in json.loads(out)["coverage"]}
+    assert items[missed] == {"name": missed, "reached": False, "detail": why}
     _, out, _ = compared(capsys, *SHORT, *SEVEN)
     assert "1 decode, 1 mixed;" in out
-    assert "not compared" not in out
+    assert missed not in out
 
 
 def test_a_tolerance_of_the_user_decides(capsys, wrong_layer):
@@ -216,10 +217,10 @@ def test_a_run_file_is_the_candidate(capsys, tmp_path, wrong_layer):
     assert os.listdir(tmp_path) == ["run.toml"], "a run's results are no place for a report"
 
 
-def test_the_demo_model_has_a_prompt_of_its_own(capsys):
-    code, _, err = compared(capsys, *SEVEN, "--new-tokens", "1")
+def test_a_run_without_prompts_tells_what_was_chosen(capsys):
+    code, _, err = compared(capsys, *SEVEN, "--new-tokens", "1", "--chunk", "9")
     assert code == 0
-    assert err.startswith("prompt: We hold these truths")
+    assert err.startswith("5 prompts of 1 to 18 tokens, chunks of 9 and 1 new tokens, chosen for ")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def without_taps(comparison: Comparison, wrong: int | None = None) -> Comparison
 def test_a_run_without_taps_takes_one_line_where_it_is_right():
     right = without_taps(made(40, 2))
     lines = text(right, 80, wrapped=True)
-    assert lines[0].startswith("equal: ")
+    assert lines[0] == "equal"
     assert "without taps, cache and logits have the same bits" in lines
     assert len(lines) == len(text(made(40, 2), 80, wrapped=True)) + 1
     page = html(right)

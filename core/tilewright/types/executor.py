@@ -182,16 +182,18 @@ class ExecutorLimits:
 
 @frozen(kw_only=True)
 class Tiles:
-    """The sizes at which an executor's code takes another path; None: it has no such tile."""
+    """The sizes at which an executor's code takes another path, so that a test can reach each path
+    with short prompts."""
 
     page_size: int | None = None
-    """A small page size, in tokens, at which all of its paths can be reached."""
+    """The runtime's page size; where that is None, a small one that the executor serves and with
+    which short prompts reach all of its code. None: any page size will do."""
     prefill_rows: int | None = None
-    """Tokens of a sequence that prefill computes together."""
+    """Tokens of a sequence that prefill computes together. None: not tiled; so in all of these."""
     decode_rows: int | None = None
-    """Sequences that decode computes together."""
+    """Sequences that a decode step computes together."""
     kv_rows: int | None = None
-    """Keys in one step of attention."""
+    """Keys in one step of attention, with pages of page_size."""
 
 
 class Executor(Protocol):

@@ -1,8 +1,9 @@
 """Find where two executors differ."""
 
 import argparse
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from math import isnan, nan
 from pathlib import Path
@@ -15,7 +16,7 @@ from tilewright.cli import INTERRUPTED, flags
 from tilewright.cli.output import note, opened, opened_binary, write_json
 from tilewright.cli.prompts import read_prompts
 from tilewright.cli.session import LoadingBar, counting, with_origin
-from tilewright.config import DEFAULT, Resolved, resolve
+from tilewright.config import DEFAULT, ENVIRONMENT_PREFIX, Resolved, resolve
 from tilewright.errors import ConfigError, ExecutorError, RequestError, nearest
 from tilewright.settings import Given, Place, RunConfig
 
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from tilewright_compare import Choice, Comparison, Tolerance
+    from tilewright_compare.default_run import Plan
 
 tilewright_api = 2
 
 SIDES = ("candidate", "reference")
+DEFAULT_REFERENCE = ("reference", "torch")
+THIN = 3
+"""Exit code with --strict for sides that are equal in what was reached, which is not all."""
 _OURS = ("max_seq_len", "max_batch_size", "max_batch_tokens")
 """Runtime settings that follow from the prompts, --new-tokens and --chunk."""
 _TWO_DTYPES = ("weight_dtype", "kv_dtype")
@@ -39,7 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright compare [options] [CONFIG]"
     parser.description = (
         "Find where a candidate executor first differs from a reference on a model, tensor by "
-        "tensor. Exit code 0: equal; 1: they diverge; 2: they could not be compared. "
+        "tensor. Exit code 0: equal; 1: they diverge; 2: they could not be compared; 3, with "
+        "--strict: equal, but not every path of the candidate was reached. "
         "docs/numerics.md explains the report."
     )
     parser.add_argument(
@@ -52,6 +58,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_sides(parser)
     _add_runs(parser)
     report = parser.add_argument_group("report")
+    report.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with code 3 if they are equal, but not every path of the candidate was reached",
+    )
     report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
     report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
     report.add_argument("--png", metavar="FILE", help="also write the heat map as a picture")
@@ -85,21 +96,24 @@ def _add_sides(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    prompts = parser.add_argument_group("what is run")
+    prompts = parser.add_argument_group(
+        "what is run",
+        "Without a prompt, short ones are chosen, and page size, chunk and new tokens with them, "
+        "so that they reach every path that the candidate declares.",
+    )
     flags.add(prompts, "prompts", {"text", "file"})
     prompts.add_argument(
         "--new-tokens",
         type=flags.positive,
-        default=8,
         metavar="N",
-        help="tokens after each prompt; both sides get the reference's (8)",
+        help="tokens after each prompt; both sides get the reference's; default: 8, or chosen with "
+        "the prompts",
     )
     prompts.add_argument(
         "--chunk",
         type=flags.positive,
-        default=512,
         metavar="N",
-        help="largest number of tokens in a prefill step (512)",
+        help="largest number of tokens in a prefill step; default: 512, or chosen with the prompts",
     )
     prompts.add_argument(
         "--isolate",
@@ -123,9 +137,8 @@ def run(args: argparse.Namespace) -> int:
     if len(set(outputs)) < len(outputs):
         raise ConfigError("--output, --html and --png name the same file: give each its own")
     candidate, reference = resolved_sides(args)
-    prompts = read_prompts(candidate)
-    if candidate.origin("prompts", "text") == DEFAULT and not candidate.config.prompts.file:
-        note(f"prompt: {prompts[0]}")
+    given = candidate.origin("prompts", "text") != DEFAULT or candidate.config.prompts.file
+    prompts = read_prompts(candidate) if given else None
     with ExitStack() as files:
         file = files.enter_context(opened(args.output))
         page = files.enter_context(opened(args.html)) if args.html else None
@@ -145,7 +158,9 @@ def run(args: argparse.Namespace) -> int:
         raise ExecutorError(comparison.failure)
     if not comparison.finished:
         return INTERRUPTED
-    return 0 if comparison.equal else 1
+    if not comparison.equal:
+        return 1
+    return THIN if args.strict and comparison.unreached else 0
 
 
 def resolved_sides(args: argparse.Namespace) -> tuple[Resolved, Resolved]:
@@ -202,11 +217,11 @@ def _place(side: str, key: str) -> Place:
 def compared(
     candidate: Resolved,
     reference: Resolved,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None,
     tolerances: "Sequence[Tolerance]",
     args: argparse.Namespace,
 ) -> "Comparison":
-    """The comparison; unfinished if Ctrl-C ended it."""
+    """The comparison; unfinished if Ctrl-C ended it. prompts: None where none is given."""
     from tilewright_compare import compare
 
     config = candidate.config
@@ -216,18 +231,27 @@ def compared(
         tried, trusted = (evolve(c, observers=(*c.observers, bar)) for c in (tried, trusted))
     watch = Watch(loading=bar)
     try:
-        ids = prompt_ids(config, prompts, args.new_tokens)
-        return compare(
+        plan = planned(config, tried, prompts, args)
+        if prompts is None:
+            lengths = [len(ids) for ids in plan.prompts]
+            note(
+                f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens, chunks of "
+                f"{plan.chunk} and {plan.new_tokens} new tokens, chosen for executor "
+                f"{tried.executor}"
+            )
+        comparison = compare(
             config.model.path,
             trusted,
-            tried,
-            ids,
-            new_tokens=args.new_tokens,
-            chunk=args.chunk,
+            evolve(tried, runtime=evolve(tried.runtime, page_size=plan.page_size)),
+            plan.prompts,
+            new_tokens=plan.new_tokens,
+            chunk=plan.chunk,
             isolate=args.isolate,
             tolerances=tolerances,
             progress=watch,
         )
+        comparison.wider = wider(comparison, candidate, reference, args)
+        return comparison
     except ConfigError as error:
         message = with_origin(str(error), candidate)
         raise ConfigError(with_origin(message, reference)) from error
@@ -290,26 +314,109 @@ def tolerance(text: str) -> "Tolerance":
     return Tolerance(pattern, metric, limit)
 
 
-def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts. Raises RequestError when they do not fit."""
+def planned(
+    config: RunConfig, tried: "Choice", prompts: Sequence[str] | None, args: argparse.Namespace
+) -> "Plan":
+    """What to run. prompts: None: they are chosen for the candidate.
+
+    Raises RequestError for prompts that do not fit.
+    """
     from tilewright.engine import LLMEngine
     from tilewright.text import Text
+    from tilewright.types import Tiles
+    from tilewright_compare.coverage import declared_tiles
+    from tilewright_compare.default_run import TEXT, Plan, default_run
 
     loader, options = config.plugins.loader, _reader_options(config)
     with LLMEngine.from_plugins(loader=loader, options=options) as engine:
         loaded = engine.load(config.model.path, config.model.format)
         loaded.weights.close()
-    text = Text(loaded.text)
-    ids = [text.encode(prompt) for prompt in prompts]
-    limit = loaded.config.context_length
-    for number, prompt in enumerate(ids, 1):
-        if not prompt or len(prompt) + new_tokens > limit:
+    text, limit, page_size = (
+        Text(loaded.text),
+        loaded.config.context_length,
+        tried.runtime.page_size,
+    )
+    if prompts is None:
+        tiles = declared_tiles(tried, loaded.config, tried.runtime) or Tiles(page_size=page_size)
+        tokens = text.encode(TEXT) or range(loaded.config.vocab_size)
+        plan = default_run(tiles, tokens, limit, args.new_tokens, args.chunk)
+    else:
+        plan = Plan(
+            prompts=[text.encode(prompt) for prompt in prompts],
+            new_tokens=args.new_tokens or 8,
+            chunk=args.chunk or 512,
+            page_size=page_size,
+        )
+    for number, prompt in enumerate(plan.prompts, 1):
+        if not prompt or len(prompt) + plan.new_tokens > limit:
             raise RequestError(
-                f"prompt {number} of {len(ids)} has {len(prompt)} tokens and --new-tokens is "
-                f"{new_tokens}: expected at least one token, and together at most the {limit} "
-                f"positions of {loaded.source}"
+                f"prompt {number} of {len(plan.prompts)} has {len(prompt)} tokens and --new-tokens "
+                f"is {plan.new_tokens}: expected at least one token, and together at most the "
+                f"{limit} positions of {loaded.source}"
             )
-    return ids
+    return plan
+
+
+def wider(
+    comparison: "Comparison", candidate: Resolved, reference: Resolved, args: argparse.Namespace
+) -> str:
+    """The command that reaches more: without the user's prompts, steps and page size, or in
+    smaller pages where the candidate does not declare any. Empty if there is none."""
+    from tilewright_compare.coverage import CROSSED, THIRD_PAGE
+    from tilewright_compare.default_run import PAGE_SIZE
+
+    if not comparison.unreached:
+        return ""
+    prompts, page = [("prompts", key) for key in ("text", "file")], ("runtime", "page_size")
+    given = any(place in candidate.origins for place in (*prompts, page))
+    paged = any(i.name in (CROSSED, THIRD_PAGE) and not i.reached for i in comparison.coverage)
+    small = not comparison.tiles_declared and paged
+    small = small and candidate.config.runtime.page_size != PAGE_SIZE
+    if not (given or args.new_tokens or args.chunk or small):
+        return ""
+    words = ["tilewright", "compare"]
+    for side, resolved in zip(SIDES, (candidate, reference), strict=True):
+        words += _settings(side, resolved)
+    if small:
+        words += ["-o", f"candidate.runtime.page_size={PAGE_SIZE}"]
+    if args.isolate:
+        words.append("--isolate")
+    for text in args.tolerances:
+        words += ["--tolerance", text]
+    return shlex.join([*words, "--strict"])
+
+
+def _settings(side: str, resolved: Resolved) -> Iterator[str]:
+    """The flags that repeat a side's settings, without prompts, page size and what the environment
+    gives."""
+    config = resolved.config
+    for place, origin in resolved.origins.items():
+        if origin.startswith(ENVIRONMENT_PREFIX):
+            continue
+        match place:
+            case ("plugins", "executor") if (
+                side != "reference" or config.plugins.executor != "torch"
+            ):
+                yield from (f"--{side}", config.plugins.executor)
+            case ("plugins", "loader") if config.plugins.loader:
+                yield from ("--loader", config.plugins.loader)
+            case ("model", "path"):
+                yield from ("--model", config.model.path)
+            case ("model", "format") if config.model.format:
+                yield from ("--format", config.model.format)
+            case ("options", kind, *names) if kind in ("executor", *_READERS):
+                value: Any = config.options[kind]
+                for name in names:
+                    value = value[name]
+                key = ".".join([side if kind == "executor" else kind, *names])
+                yield from ("-o", f"{key}={_as_flag(value)}")
+            case ("runtime", name) if name not in (*_OURS, "page_size"):
+                value = getattr(config.runtime, name)
+                yield from ("-o", f"{side}.runtime.{name}={_as_flag(value)}")
+
+
+def _as_flag(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @define(eq=False)

@@ -2,6 +2,7 @@
 
 from attrs import define, field
 
+from tilewright_compare.coverage import Item, missing, shortened
 from tilewright_compare.hypotheses import Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode
 from tilewright_compare.packing import WeightFinding
@@ -25,8 +26,14 @@ class Comparison:
     logits: list[LogitsAgreement] = field(factory=list)
     not_compared: list[str] = field(factory=list)
     """Stages that the reference taps and the candidate does not."""
-    unreached: list[str] = field(factory=list)
-    """What an engine runs on the candidate and the comparison could not, in words."""
+    coverage: list[Item] = field(factory=list)
+    """The paths of the candidate's code, and whether the steps so far took them."""
+    over: str = ""
+    """What was run so far, in words."""
+    tiles_declared: bool = True
+    """Whether the candidate declares its tiles. If not, paths that only it knows are not told."""
+    wider: str = ""
+    """The command that reaches more; empty if none is known."""
     perplexity: tuple[float, float] | None = None
     """Perplexity of the prompts, by the truth and by the candidate."""
     finished: bool = False
@@ -36,6 +43,11 @@ class Comparison:
     @property
     def equal(self) -> bool:
         return self.finished and self.divergence is None and not self.wrong_weights
+
+    @property
+    def unreached(self) -> list[Item]:
+        """What no step reached."""
+        return missing(self.coverage)
 
     @property
     def wrong_weights(self) -> list[WeightFinding]:
@@ -65,8 +77,12 @@ class Comparison:
             so_far = f"no difference in {len(self.findings)} tensors so far"
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
         if first is None:
-            left = f"; not compared: {', '.join(self.unreached)}" if self.unreached else ""
-            return f"equal: every tensor is as near to the truth as rounding allows{left}"
+            if self.unreached:
+                told = f"equal, but never {shortened(self.unreached)}"
+            else:
+                told = f"equal over {self.over}" if self.over else "equal"
+            undeclared = f"; {self.candidate} declares no tiles"
+            return told if self.tiles_declared else told + undeclared
         place = first.place
         where = f"{place.phase} step {place.step}, {place.tensor}"
         alone = " (given the reference's own input)" if place.mode == "isolated" else ""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Container, Generator, Iterable, Sequence
 from typing import Literal
 
+import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
@@ -175,11 +176,20 @@ def right_excess(case: Case, stage: str) -> float:
 
 
 def stage_excess(case: Case, stage: str, found: Tensor, expected: Tensor) -> float:
-    """Excess of two tensors of one shape, over the stage's limits, or over a wider tolerance."""
+    """Excess of two tensors of one shape, over the stage's limits, or over a wider tolerance.
+
+    Elements that are not finite, such as those made from slots that nobody wrote, must be so in
+    both; the others are compared.
+    """
     if not found.numel():
         return 0.0
-    if stage not in case.limits or not expected.isfinite().all():
+    unknown = ~expected.isfinite()
+    if stage not in case.limits:
         return math.inf
+    if bool(unknown.any()):
+        if not torch.equal(unknown, ~found.isfinite()):
+            return math.inf
+        found, expected = found.masked_fill(unknown, 0.0), expected.masked_fill(unknown, 0.0)
     off = difference(found, expected)
     excess = case.limits[stage].excess(off, row_error(found, expected))
     tolerance = case.tolerances.get(stage)

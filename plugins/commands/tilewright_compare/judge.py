@@ -78,6 +78,16 @@ class Limits:
         return f"a row's error is {worst_row:.2g}, where rounding explains {self.worst_row:.2g}"
 
 
+_OF_NAN = {
+    **dict.fromkeys(("k_cache", "v_cache"), ": slots hold NaN until they are written"),
+    **dict.fromkeys(
+        ("attention", "o_proj", "output"),
+        ", such as NaN, which slots of the cache hold until they are written",
+    ),
+}
+"""What NaN may come from, keyed by stage."""
+
+
 def _not_finite(found: Difference) -> str:
     return f"{found.candidate_nonfinite} of {found.elements} elements are not finite"
 
@@ -231,6 +241,8 @@ def judge(
     why = ""
     if excess > 1:
         why = tolerance.why(found) if tolerance else limits.why(found, rows[0])
+        if found.more_nonfinite and math.isnan(found.candidate_at_worst):
+            why += _OF_NAN.get(place.stage, "")
     return Finding(
         place=place,
         passed=not why,

@@ -55,6 +55,9 @@ def html(comparison: Comparison) -> str:
         why=reason_line(comparison.reason) if comparison.reason else "",
         missing=missing_lines(comparison),
         without_taps=untapped_line(comparison),
+        coverage=[
+            (f"{'✓' if i.reached else '✕ never'} {i}", i.detail) for i in comparison.coverage
+        ],
         advice=advice(comparison),
         modes=MODES,
         first=first,

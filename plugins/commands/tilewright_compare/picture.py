@@ -17,6 +17,7 @@ from tilewright_compare.report import (
     PHASES,
     Cells,
     axes,
+    coverage_lines,
     facts,
     missing_lines,
     reason_line,
@@ -65,7 +66,8 @@ def png(comparison: Comparison) -> bytes:
     if comparison.findings:
         blocks.append(_legend(framed=comparison.divergence is not None))
     blocks += [_panel(comparison, mode) for mode in shown_modes(comparison)]
-    for line in (untapped_line(comparison), *missing_lines(comparison)):
+    told = (*coverage_lines(comparison), *missing_lines(comparison))
+    for line in (untapped_line(comparison), *told):
         if line:
             blocks.append(_text(line, _SMALL, LIGHT.faint))
     model = Path(comparison.model).resolve().name

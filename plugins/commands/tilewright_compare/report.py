@@ -71,7 +71,10 @@ def record(comparison: Comparison) -> dict[str, Any]:
             for row in comparison.logits
         ],
         "not_compared": comparison.not_compared,
-        "unreached": comparison.unreached,
+        "coverage": [
+            {"name": str(i), "reached": i.reached, "detail": i.detail} for i in comparison.coverage
+        ],
+        "over": comparison.over,
         "findings": [finding_record(f) for f in comparison.findings],
     }
 
@@ -159,7 +162,7 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
         if any(row.near_tie for row in comparison.logits):
             lines += prose("(~ near-tie: rounding could swap the truth's two likeliest tokens)")
     lines += ["", *prose(weights_line(comparison))]
-    lines += prose(*missing_lines(comparison))
+    lines += prose(*coverage_lines(comparison), *missing_lines(comparison))
     if comparison.perplexity:
         true, ours = comparison.perplexity
         lines += prose(f"perplexity of the prompt: truth {true:.6g}, candidate {ours:.6g}")
@@ -259,9 +262,23 @@ def untapped_line(comparison: Comparison) -> str:
     return "without taps, cache and logits have the same bits" if found else ""
 
 
+def coverage_lines(comparison: Comparison) -> list[str]:
+    """What was run, how many of the candidate's paths that reached, and which it did not."""
+    items = comparison.coverage
+    if not items:
+        return []
+    reached = sum(item.reached for item in items)
+    undeclared = "" if comparison.tiles_declared else f"; {comparison.candidate} declares no tiles"
+    lines = [f"reached {reached} of {len(items)} paths, over {comparison.over}{undeclared}"]
+    if left := comparison.unreached:
+        told = (f"{item} ({item.detail})" if item.detail else str(item) for item in left)
+        lines.append(f"never {', '.join(told)}")
+    return lines
+
+
 def missing_lines(comparison: Comparison) -> list[str]:
     """What was not compared, and why."""
-    lines = [f"not compared: {what}" for what in comparison.unreached]
+    lines = []
     if stages := ", ".join(comparison.not_compared):
         lines.append(f"not compared, because {comparison.candidate} does not tap them: {stages}")
     return lines
@@ -401,7 +418,7 @@ def advice(comparison: Comparison) -> list[str]:
         return [f"look at how {comparison.candidate} loads and packs {wrong[0].name}"]
     first = comparison.divergence
     if first is None:
-        return []
+        return [f"to reach more: {comparison.wider}"] if comparison.wider else []
     if first.place.mode == "untapped":
         return _advice_without_taps(first)
     if gap := _untapped_stages(comparison, first):

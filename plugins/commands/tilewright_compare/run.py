@@ -15,11 +15,13 @@ from tilewright.scheduler import Step
 from tilewright.types import KvLayer, SamplingExecutor
 from tilewright.weights import torch_dtype
 from tilewright_compare.comparison import Comparison
+from tilewright_compare.coverage import Coverage, declared_tiles
 from tilewright_compare.diagnosis import Diagnosis
 from tilewright_compare.judge import (
     Finding,
     Mode,
     Noise,
+    Phase,
     Place,
     Tolerance,
     judge,
@@ -77,10 +79,9 @@ def compare(
     Raises what LLMEngine raises; ExecutorError when the two have nothing to compare; ConfigError
     for a tolerance that matches no tensor.
     """
-    opened = partial(
-        open_side, model_dir=str(model_dir), prompts=prompts, new_tokens=new_tokens, chunk=chunk
-    )
-    with _opened_sides(candidate, reference, tolerances, opened) as sides:
+    opened = partial(open_side, model_dir=str(model_dir), prompts=prompts, new_tokens=new_tokens)
+    with _opened_sides(candidate, reference, tolerances, opened, len(prompts), chunk) as sides:
+        chunk = sides.candidate.model.runtime.max_batch_tokens
         result = Comparison(
             model=str(model_dir),
             reference=reference.executor,
@@ -92,10 +93,8 @@ def compare(
         why = unmixed_because(sides.all, late, chunk)
         if not why:
             steps += 1
-        elif sides.candidate.executor.limits.mixed:
-            result.unreached.append(f"steps that mix prompts and decoding ({why})")
-        if isinstance(sides.candidate.executor, SamplingExecutor):
-            result.unreached.append("the tokens that the candidate samples itself (submit)")
+        coverage = _coverage(candidate, sides.candidate, unmixed=why)
+        result.tiles_declared = coverage.tiles is not None
         for side in sides.all:
             if not why:
                 side.mix(evolve(late))
@@ -104,7 +103,7 @@ def compare(
         result.weights = list(compared_weights(sides.candidate, sides.baseline))
         tokens: list[list[int]] = []
         try:
-            for what, done in sides.chained(result, tokens):
+            for what, done in sides.chained(result, tokens, coverage):
                 progress(result, f"chained, {what}", done, steps)
             if (isolate or result.first_wrong("chained")) and sides.layerwise:
                 for what, done in sides.isolated(result, tokens):
@@ -112,6 +111,8 @@ def compare(
         except StepError as error:
             result.failure = str(error)
             return result
+        finally:
+            result.coverage, result.over = coverage.items(), coverage.over
         truth, ours = sides.truth.perplexity, sides.candidate.perplexity
         if truth is not None and ours is not None:
             result.perplexity = (truth, ours)
@@ -119,26 +120,53 @@ def compare(
         return result
 
 
+def _coverage(choice: Choice, side: Side, unmixed: str) -> Coverage:
+    """unmixed: why there is no mixed step; else empty."""
+    config, page_size = side.model.loaded.config, side.model.runtime.page_size
+    return Coverage(
+        tiles=declared_tiles(choice, config, evolve(choice.runtime, page_size=page_size)),
+        page_size=page_size,
+        limits=side.executor.limits,
+        kv_heads=config.num_kv_heads,
+        unmixed=unmixed,
+        samples=isinstance(side.executor, SamplingExecutor),
+    )
+
+
 @contextmanager
 def _opened_sides(
     candidate: Choice,
     reference: Choice,
     tolerances: Sequence[Tolerance],
-    opened: Callable[[str, Choice], Side],
+    opened: Callable[..., Side],
+    batch: int,
+    chunk: int,
 ) -> "Iterator[_Sides]":
+    """The sides with the same steps: of at most so many sequences, and two for a mixed step."""
     with ExitStack() as stack:
 
-        def side(name: str, choice: Choice) -> Side:
-            return stack.enter_context(closing(opened(name, choice)))
+        def side(name: str, choice: Choice, batch: int, chunk: int) -> Side:
+            side = opened(name, choice, batch=batch, chunk=chunk)
+            return stack.enter_context(closing(side))
 
-        ours = side("candidate", candidate)
-        near = side("baseline", _in(reference, ours.weight_dtype, ours.model.runtime.kv_dtype))
+        ours = side("candidate", candidate, max(batch, 2), chunk)
+        runtime = ours.model.runtime
+        size = runtime.max_batch_size, runtime.max_batch_tokens
+        near = side("baseline", _in(reference, ours.weight_dtype, runtime.kv_dtype), *size)
         try:
-            truth = side("truth", _in(reference, "float32", "float32"))
+            truth = side("truth", _in(reference, "float32", "float32"), *size)
         except ExecutorError as error:
             raise ExecutorError(
                 f"the reference must run in float32, as the truth: {error}"
             ) from error
+        for other in (near, truth):
+            found = other.model.runtime.max_batch_size, other.model.runtime.max_batch_tokens
+            if found != size:
+                raise ConfigError(
+                    f"the reference runs at most {found[0]} sequences and {found[1]} tokens in a "
+                    f"step, and the candidate {size[0]} and {size[1]}: give fewer prompts, or a "
+                    "smaller chunk"
+                )
         yield _Sides(ours, near, truth, tolerances=tolerances)
 
 
@@ -166,12 +194,15 @@ class _Sides:
     def layerwise(self) -> bool:
         return all(side.layerwise for side in self.all)
 
-    def chained(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
-        """Runs each side on its own outputs; adds the truth's tokens to tokens, one list per step.
+    def chained(
+        self, result: Comparison, tokens: list[list[int]], coverage: Coverage
+    ) -> Iterator[tuple[str, int]]:
+        """Runs each side on its own outputs; adds the truth's tokens to tokens, one list per step,
+        and what the steps reach to coverage.
 
         Yields what was compared, and the number of finished steps.
         """
-        self.candidate.poison()
+        self.candidate.mark_unwritten()
         number = 0
         while (steps := self._next()) is not None:
             step = steps[0]
@@ -185,6 +216,7 @@ class _Sides:
                 if 0 <= layer < self.candidate.executor.kv_cache_spec.num_layers:
                     cached = self._judge_kv(place, layer, step, self._joined(steps, layer))
                     result.findings += _in_order(found, cached)
+                    self._cover_heads(coverage, phase, layer, true, found)
                     yield f"{phase}, layer {layer}", number
                 else:
                     result.findings += found
@@ -206,8 +238,26 @@ class _Sides:
             tokens.append(chosen)
             for side, own in zip(self.all, steps, strict=True):
                 side.done(own, chosen)
+            coverage.add(number, step, phase)
             number += 1
             yield phase, number
+
+    def _cover_heads(
+        self,
+        coverage: Coverage,
+        phase: Phase,
+        layer: int,
+        true: Tensors,
+        found: Sequence[Finding],
+    ) -> None:
+        """Where the truth taps attention and returns its weights."""
+        attention, output = (true.get(f"layers.{layer}.{s}") for s in ("attention", "output"))
+        limit = next((f.limit for f in found if f.place.stage == "output"), None)
+        if attention is None or output is None or limit is None:
+            return
+        if coverage.wants_heads(phase, layer) and hasattr(self.truth.executor, "weight"):
+            weight = self.truth.executor.weight(f"model.layers.{layer}.self_attn.o_proj.weight")
+            coverage.add_heads(phase, layer, attention, weight, output, limit)
 
     def isolated(self, result: Comparison, tokens: list[list[int]]) -> Iterator[tuple[str, int]]:
         """Runs each layer of candidate and truth on the baseline's input and cache; yields as

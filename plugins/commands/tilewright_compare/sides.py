@@ -11,17 +11,17 @@ from torch import Tensor
 
 from tilewright import plugins
 from tilewright.engine import LLMEngine
-from tilewright.errors import ConfigError, ExecutorError, TilewrightError
+from tilewright.errors import ExecutorError, TilewrightError
 from tilewright.loading import ServedModel
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
-from tilewright.types import KvCacheSpec, KvLayer, RuntimeConfig, SamplingParams, Tap
+from tilewright.types import KvAllocator, KvCacheSpec, KvLayer, RuntimeConfig, SamplingParams, Tap
 from tilewright_compare.judge import Phase
 
 MODEL_ID = "compared"
 
-UNWRITTEN = 8.0
-"""Value of unwritten cache slots: finite, and unlike any key or value."""
+UNWRITTEN = math.nan
+"""Value of the cache's slots until they are written: what reads one shows it."""
 
 Tensors = dict[str, Tensor]
 """Tensors, keyed by the names of docs/tensors.md."""
@@ -67,6 +67,8 @@ class Side:
     """One per prompt; with a mixed step, one more, the last, which joins for that step."""
     mixes: bool = False
     """Whether the last step is a mixed one. See ``mix``."""
+    unwritten: float = UNWRITTEN
+    """Value of the slots that nobody wrote: the executor's own, if it has one."""
     nll: Tensor = field(factory=lambda: torch.zeros(2, dtype=torch.float64))
     """Negative log-likelihood of the prompt tokens in nats, and their number; [2], float64."""
 
@@ -109,13 +111,18 @@ class Side:
         for request in self.requests[:-1] if self.mixes else self.requests:
             self.scheduler.add(request)
 
-    def poison(self) -> None:
-        """Fill the cache: if it were zero, reads of another sequence's slots would go unnoticed."""
+    def mark_unwritten(self) -> None:
+        """Fill a new cache with NaN, so that reads of slots that nobody wrote show. What its
+        executor has put there itself stays: one value all over, or values that are not finite."""
         pages = range(self.model.runtime.total_pages)
         for i in range(self.executor.kv_cache_spec.num_layers):
             cache = self.executor.read_kv(i, pages)
-            poisoned = (torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value))
-            self.executor.write_kv(i, pages, KvLayer(*poisoned))
+            first = cache.key.flatten()[0]
+            if first and bool((cache.key == first).all()):
+                self.unwritten = float(first)
+                continue
+            filled = (t.masked_fill(t.isfinite(), UNWRITTEN) for t in (cache.key, cache.value))
+            self.executor.write_kv(i, pages, KvLayer(*filled))
 
     @property
     def model(self) -> ServedModel:
@@ -243,8 +250,13 @@ def open_side(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     chunk: int,
+    batch: int,
 ) -> Side:
-    """Raises what LLMEngine raises, and ConfigError for prompts that do not fit."""
+    """chunk and batch: the most tokens and sequences of a step, or fewer where the executor allows
+    no more.
+
+    Raises what LLMEngine raises, and ConfigError for prompts that do not fit.
+    """
     engine = LLMEngine.from_plugins(
         loader=choice.loader,
         executor=choice.executor,
@@ -256,27 +268,33 @@ def open_side(
         runtime = evolve(
             choice.runtime,
             max_seq_len=max(map(len, prompts)) + new_tokens,
-            max_batch_size=max(len(prompts), 2),  # two for a mixed step
+            max_batch_size=batch,
             max_batch_tokens=chunk,
         )
         engine.init_model(MODEL_ID, model_dir, runtime, choice.model_format)
         model = engine.model(MODEL_ID)
-        if model.runtime.max_batch_size < len(prompts) or model.runtime.max_batch_tokens < chunk:
-            raise ConfigError(
-                f"{name} runs at most {model.runtime.max_batch_size} sequences and "
-                f"{model.runtime.max_batch_tokens} tokens in a step, and {len(prompts)} and "
-                f"{chunk} are asked for: give fewer prompts, or a smaller chunk"
-            )
+        scatter_pages(model.allocator)
         requests = [
             Request(f"prompt-{i}", tuple(ids), SamplingParams(), new_tokens)
             for i, ids in enumerate(prompts)
         ]
-        size = model.runtime.max_batch_size
+        size, chunk = model.runtime.max_batch_size, model.runtime.max_batch_tokens
         scheduler = Scheduler(model.allocator, size, chunk, admission="reserve", prefix_cache=False)
         return Side(name, engine, scheduler, requests)
     except BaseException:
         engine.close()
         raise
+
+
+def scatter_pages(allocator: KvAllocator) -> None:
+    """Take all pages and free them in another order, so that the pages of a sequence do not follow
+    each other: reading them as if they did would go unnoticed."""
+    names = [f"page-{i}" for i in range(allocator.total_pages)]
+    for name in names:
+        allocator.allocate(name, [0], max_cached=0)
+        allocator.extend(name, 1)
+    for name in (*names[::2], *names[1::2]):
+        allocator.free(name)
 
 
 def late_request(prompts: Sequence[Sequence[int]], chunk: int) -> Request:
@@ -341,7 +359,7 @@ def cleared(side: Side, step: Step) -> Iterator[None]:
     for layer, cache in enumerate(kept):
         new = KvLayer(cache.key.clone(), cache.value.clone())
         for tensor in (new.key, new.value):
-            Slots(tensor, spec.row_order)[local] = torch.tensor(UNWRITTEN, dtype=tensor.dtype)
+            Slots(tensor, spec.row_order)[local] = torch.tensor(side.unwritten, dtype=tensor.dtype)
         executor.write_kv(layer, pages, new)
     yield
     for layer, cache in enumerate(kept):
@@ -354,7 +372,7 @@ def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
     Otherwise a slot that is read before it is written would hold the right key of an earlier run.
     """
     spec, cache = target.executor.kv_cache_spec, target.kv(layer)
-    new = KvLayer(*(torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value)))
+    new = KvLayer(*(torch.full_like(t, target.unwritten) for t in (cache.key, cache.value)))
     for theirs, ours in zip(source.requests, target.requests, strict=True):
         before = theirs.num_computed
         if not before or theirs.request_id not in {r.request_id for r in step.requests}:

@@ -4,14 +4,20 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TypeVar
 
+from attrs import evolve
+
 from tilewright import plugins
 from tilewright.errors import ExecutorError, PluginError, TilewrightError
-from tilewright.types import KernelSet, ModelConfig, RuntimeConfig, ServedModels
+from tilewright.types import KernelSet, ModelConfig, RuntimeConfig, ServedModels, Tiles
 
 T = TypeVar("T")
 
 DEFAULT = "qwen3"
 """Name of the kernel set that is used if none is named."""
+
+SMALL_PAGES = (48, 32, 16, 64, 128)
+"""Page sizes for short prompts that reach all of a set's code, best first: a page of 48 tokens has
+three tiles of 16 keys."""
 
 TORCH = "choose executor torch for this model"
 _ADVICE = (
@@ -41,6 +47,20 @@ def kernel_set(name: str, config: ModelConfig, runtime: RuntimeConfig) -> Kernel
     except ValueError as error:
         advice = next((a for words, a in _ADVICE if words in str(error)), TORCH)
         raise ExecutorError(f"{plugin}: {error} ({config.architecture}): {advice}") from error
+
+
+def tiles(name: str, config: ModelConfig, runtime: RuntimeConfig) -> Tiles:
+    """The tiles of an installed set's kernels, with a small page size where none is set.
+
+    Raises what ``kernel_set`` raises.
+    """
+    runtime = evolve(runtime, weight_dtype="bfloat16", kv_dtype="bfloat16")
+    for size in SMALL_PAGES if runtime.page_size is None else ():
+        with suppress(ExecutorError):
+            kernels = kernel_set(name, config, evolve(runtime, page_size=size))
+            return evolve(kernels.tiles, page_size=kernels.page_size)
+    kernels = kernel_set(name, config, runtime)
+    return evolve(kernels.tiles, page_size=kernels.page_size)
 
 
 def described(name: str) -> str:

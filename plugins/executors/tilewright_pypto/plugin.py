@@ -14,6 +14,7 @@ from tilewright.types import (
     Report,
     RuntimeConfig,
     TensorSource,
+    Tiles,
 )
 from tilewright_pypto.options import GRANTED_DEVICE, HARDWARE, Options
 
@@ -101,6 +102,15 @@ def create_executor(
     except BaseException:
         device.close()
         raise
+
+
+@hookimpl
+def tiles(
+    model_config: ModelConfig, runtime_config: RuntimeConfig, options: Options | None
+) -> Tiles:
+    from tilewright_pypto.kernels import tiles
+
+    return tiles((options or Options()).kernels, model_config, runtime_config)
 
 
 @hookimpl

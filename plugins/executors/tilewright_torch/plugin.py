@@ -15,12 +15,15 @@ from tilewright.types import (
     PluginInfo,
     RuntimeConfig,
     TensorSource,
+    Tiles,
 )
 
 tilewright_api = 2
 
 PAGE_SIZE = 16
 """Default number of tokens per page of the KV cache."""
+SMALL_PAGE = 5
+"""Tokens in a page with which short prompts fill several pages."""
 
 
 @frozen
@@ -111,6 +114,11 @@ def create_executor(
         memory_limit=max(0, free - _weight_bytes(weights, runtime, options.stream_weights)) // 2,
     )
     return TorchExecutor(model, spec, layers)
+
+
+@hookimpl
+def tiles(runtime_config: RuntimeConfig) -> Tiles:
+    return Tiles(page_size=runtime_config.page_size or SMALL_PAGE)
 
 
 def _serves(config: ModelConfig) -> bool:

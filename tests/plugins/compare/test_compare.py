@@ -644,9 +644,9 @@ def test_a_mixed_step_that_cannot_be_run_is_said_not_to_be(models: Path, runtime
     )
     assert found.equal
     assert "mixed" not in {f.place.phase for f in found.findings}
-    assert found.sentence.startswith("equal: ")
-    assert "; not compared: steps that mix prompts and decoding (" in found.sentence
-    assert why in found.sentence
+    assert "mixed prompts and decoding in a step" in found.sentence
+    (mixed,) = [item for item in found.coverage if "mixed" in item.name]
+    assert (mixed.reached, why in mixed.detail) == (False, True)
 
 
 def test_an_executor_that_does_not_mix_gets_no_mixed_step(models: Path, monkeypatch):
@@ -654,7 +654,7 @@ def test_an_executor_that_does_not_mix_gets_no_mixed_step(models: Path, monkeypa
     found = plant("none").compare(models)
     assert found.equal
     assert {f.place.phase for f in found.findings} == {"prefill", "decode"}
-    assert found.unreached == []
+    assert not any("mixed" in item.name for item in found.coverage)
 
 
 def test_sampling_by_the_executor_is_said_not_to_be_compared(models: Path, monkeypatch):
@@ -662,6 +662,5 @@ def test_sampling_by_the_executor_is_said_not_to_be_compared(models: Path, monke
         monkeypatch.setattr(planted.PlantedExecutor, name, lambda self: None, raising=False)
     found = plant("none").compare(models)
     assert found.equal
-    assert found.sentence.endswith(
-        "not compared: the tokens that the candidate samples itself (submit)"
-    )
+    assert found.sentence.startswith("equal, but never ")
+    assert "compared the tokens that the candidate samples itself" in map(str, found.unreached)
