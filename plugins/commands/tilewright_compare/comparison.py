@@ -3,7 +3,7 @@
 from attrs import define, field
 
 from tilewright_compare.hypotheses import Reason
-from tilewright_compare.judge import Finding, LogitsAgreement, Mode
+from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Perplexity
 from tilewright_compare.packing import WeightFinding
 
 
@@ -27,15 +27,26 @@ class Comparison:
     """Stages that the reference taps and the candidate does not."""
     unreached: list[str] = field(factory=list)
     """What an engine runs on the candidate and the comparison could not, in words."""
-    perplexity: tuple[float, float] | None = None
-    """Perplexity of the prompts, by the truth and by the candidate."""
+    perplexity: Perplexity | None = None
     finished: bool = False
     failure: str = ""
     """Why an executor could not continue; else empty."""
 
     @property
     def equal(self) -> bool:
-        return self.finished and self.divergence is None and not self.wrong_weights
+        return self.finished and not self.differs
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything that was judged is wrong."""
+        wrong_loss = self.perplexity is not None and not self.perplexity.passed
+        return self.divergence is not None or bool(self.wrong_weights) or wrong_loss
+
+    @property
+    def fused(self) -> bool:
+        """Whether the candidate taps no layer's output, so that the verdict rests on the KV cache,
+        the logits and the perplexity."""
+        return "output" in self.not_compared
 
     @property
     def wrong_weights(self) -> list[WeightFinding]:
@@ -64,6 +75,8 @@ class Comparison:
         if first is None and not self.finished:
             so_far = f"no difference in {len(self.findings)} tensors so far"
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
+        if first is None and self.perplexity and not self.perplexity.passed:
+            return f"diverges in what no compared tensor shows: {self.perplexity.why}"
         if first is None:
             left = f"; not compared: {', '.join(self.unreached)}" if self.unreached else ""
             return f"equal: every tensor is as near to the truth as rounding allows{left}"

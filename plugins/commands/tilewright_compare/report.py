@@ -65,12 +65,13 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "weights": [asdict(w) for w in comparison.weights],
         "perplexity": None
         if perplexity is None
-        else {"truth": _finite(perplexity[0]), "candidate": _finite(perplexity[1])},
+        else {k: _finite(v) for k, v in asdict(perplexity).items()} | {"passed": perplexity.passed},
         "logits": [
             {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": row.near_tie}
             for row in comparison.logits
         ],
         "not_compared": comparison.not_compared,
+        "fused": comparison.fused,
         "unreached": comparison.unreached,
         "findings": [finding_record(f) for f in comparison.findings],
     }
@@ -79,7 +80,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
 def verdict(comparison: Comparison) -> str:
     if comparison.equal:
         return "equal"
-    return "diverged" if comparison.divergence or comparison.wrong_weights else "unfinished"
+    return "diverged" if comparison.differs else "unfinished"
 
 
 def finding_record(finding: Finding) -> dict[str, Any]:
@@ -160,9 +161,7 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
             lines += prose("(~ near-tie: rounding could swap the truth's two likeliest tokens)")
     lines += ["", *prose(weights_line(comparison))]
     lines += prose(*missing_lines(comparison))
-    if comparison.perplexity:
-        true, ours = comparison.perplexity
-        lines += prose(f"perplexity of the prompt: truth {true:.6g}, candidate {ours:.6g}")
+    lines += prose(*perplexity_lines(comparison))
     return lines
 
 
@@ -255,13 +254,30 @@ def untapped_line(comparison: Comparison) -> str:
             f"{all_steps} steps"
         )
     if any(f.baseline for f in found):
-        return "without taps, cache and logits are as near to the truth as rounding allows"
+        return (
+            "without taps, where the executor takes another path (limits.tap_exact is false), cache "
+            "and logits are as near to the truth as rounding allows"
+        )
     return "without taps, cache and logits have the same bits" if found else ""
+
+
+def perplexity_lines(comparison: Comparison) -> list[str]:
+    found = comparison.perplexity
+    if found is None:
+        return []
+    mark = "" if found.passed else "!"
+    told = f"truth {found.truth:.6g}, candidate {found.candidate:.6g}{mark}"
+    return [f"perplexity of the prompt: {told}"]
 
 
 def missing_lines(comparison: Comparison) -> list[str]:
     """What was not compared, and why."""
     lines = [f"not compared: {what}" for what in comparison.unreached]
+    if comparison.fused:
+        rests = "the KV cache, logits and perplexity"
+        if comparison.perplexity is None:
+            rests = "the KV cache and logits"
+        lines.append(f"no layer output is tapped: judged by {rests}")
     if stages := ", ".join(comparison.not_compared):
         lines.append(f"not compared, because {comparison.candidate} does not tap them: {stages}")
     return lines
@@ -411,6 +427,8 @@ def advice(comparison: Comparison) -> list[str]:
         ]
     else:
         hints = [f"check {CHECKS.get(first.place.stage, first.place.tensor)}"]
+    if comparison.fused and (hint := _advice_fused(comparison, first)):
+        hints.append(hint)
     modes = {f.place.mode for f in comparison.findings}
     if first.place.mode == "chained" and comparison.finished:
         hints.append(
@@ -434,6 +452,16 @@ _ABOUT_PHASES: dict[Phase, str] = {
     "mixed": "prefill and decode are right in steps of their own: look at what each sequence of a "
     "step takes from query_starts, context_lens and block_table",
 }
+
+
+def _advice_fused(comparison: Comparison, first: Finding) -> str:
+    """Where else to look if no layer's output is tapped; empty if the tensor needs no layer."""
+    layer = first.place.layer
+    if first.place.stage == "logits":
+        layer = max((f.place.layer or 0 for f in comparison.findings), default=0) + 1
+    if not layer:
+        return ""
+    return f"layer {layer - 1} from its attention on may be wrong too: its output is not tapped"
 
 
 def _advice_without_taps(first: Finding) -> list[str]:

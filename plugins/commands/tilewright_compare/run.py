@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
+import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from tilewright.weights import torch_dtype
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.diagnosis import Diagnosis
 from tilewright_compare.judge import (
+    FLOOR,
     Finding,
     Mode,
     Noise,
@@ -24,6 +26,7 @@ from tilewright_compare.judge import (
     Tolerance,
     judge,
     judge_bits,
+    judge_perplexity,
     logits_agreement,
 )
 from tilewright_compare.layer import Case
@@ -112,9 +115,7 @@ def compare(
         except StepError as error:
             result.failure = str(error)
             return result
-        truth, ours = sides.truth.perplexity, sides.candidate.perplexity
-        if truth is not None and ours is not None:
-            result.perplexity = (truth, ours)
+        sides.judge_perplexity(result)
         result.finished = True
         return result
 
@@ -310,7 +311,7 @@ class _Sides:
     def _judge(
         self, result: Comparison, at: Place, ours: Tensors, near: Tensors, true: Tensors
     ) -> list[Finding]:
-        """Judges what the candidate taps, and what it must tap: layer outputs and logits."""
+        """Judges what the candidate taps. A stage that it taps once, it must tap everywhere."""
         for name in ours:
             if name not in true:
                 raise ExecutorError(
@@ -322,7 +323,7 @@ class _Sides:
             place = evolve(at, tensor=name)
             tensor = ours.get(name)
             known = self.tapped.setdefault(place.stage, tensor is not None)
-            if tensor is None and not known and not name.endswith((".output", "logits")):
+            if tensor is None and not known and name != "logits":
                 if place.stage not in result.not_compared:
                     result.not_compared.append(place.stage)
                 continue
@@ -369,6 +370,19 @@ class _Sides:
         noise = self.noise[place.mode, place.tensor]
         tolerance = next((t for t in self.tolerances if fnmatchcase(place.tensor, t.pattern)), None)
         return judge(place, tensor, near, true, noise, tolerance)
+
+    def judge_perplexity(self, result: Comparison) -> None:
+        for side in self.all:
+            if side.unscored:
+                result.unreached.append(f"the perplexity by the {side.name} ({side.unscored})")
+                return
+        floor = FLOOR.get(torch_dtype(self.candidate.weight_dtype), FLOOR[torch.float32])
+        result.perplexity = judge_perplexity(
+            *(side.nll for side in self.all),
+            noise=[row.noise for row in result.logits],
+            floor=floor,
+            judged=not any(fnmatchcase("logits", t.pattern) for t in self.tolerances),
+        )
 
     def _check_tolerances(self, result: Comparison) -> None:
         names = [f.place.tensor for f in result.findings]
