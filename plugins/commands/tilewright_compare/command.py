@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from tilewright_compare import Choice, Comparison, Tolerance
+    from tilewright_compare.against import Earlier
+    from tilewright_compare.provenance import Made
 
 tilewright_api = 2
 
@@ -53,6 +55,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_runs(parser)
     report = parser.add_argument_group("report")
     report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
+    report.add_argument(
+        "--against",
+        metavar="REPORT",
+        help="a report of an earlier comparison (--json --output); errors that grew are wrong",
+    )
     report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
     report.add_argument("--png", metavar="FILE", help="also write the heat map as a picture")
     report.add_argument(
@@ -119,6 +126,11 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     tolerances = [tolerance(text) for text in args.tolerances]
+    earlier = None
+    if args.against is not None:
+        from tilewright_compare.against import read_report
+
+        earlier = read_report(args.against)
     outputs = [Path(name).absolute() for name in (args.output, args.html, args.png) if name]
     if len(set(outputs)) < len(outputs):
         raise ConfigError("--output, --html and --png name the same file: give each its own")
@@ -131,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         page = files.enter_context(opened(args.html)) if args.html else None
         picture = files.enter_context(opened_binary(args.png)) if args.png else None
         with redirect_stdout(sys.stderr):  # what plugins print is not part of the report
-            comparison = compared(candidate, reference, prompts, tolerances, args)
+            comparison = compared(candidate, reference, prompts, tolerances, args, earlier)
         write(comparison, file, as_json=args.json)
         if page:
             from tilewright_compare.page import html
@@ -205,18 +217,24 @@ def compared(
     prompts: Sequence[str],
     tolerances: "Sequence[Tolerance]",
     args: argparse.Namespace,
+    earlier: "Earlier | None",
 ) -> "Comparison":
     """The comparison; unfinished if Ctrl-C ended it."""
     from tilewright_compare import compare
+    from tilewright_compare.against import check_made
+    from tilewright_compare.provenance import made
 
     config = candidate.config
-    tried, trusted = choices(config, reference.config)
+    tried, trusted = sides = choices(config, reference.config)
     bar = LoadingBar() if sys.stderr.isatty() else None
     if bar:
         tried, trusted = (evolve(c, observers=(*c.observers, bar)) for c in (tried, trusted))
     watch = Watch(loading=bar)
     try:
-        ids = prompt_ids(config, prompts, args.new_tokens)
+        ids, model = prompt_ids(config, prompts, args.new_tokens)
+        watch.made = made(args.argv, *sides, model, ids, args.new_tokens, args.chunk)
+        if earlier:
+            check_made(earlier, watch.made)
         return compare(
             config.model.path,
             trusted,
@@ -226,6 +244,7 @@ def compared(
             chunk=args.chunk,
             isolate=args.isolate,
             tolerances=tolerances,
+            against=earlier,
             progress=watch,
         )
     except ConfigError as error:
@@ -290,14 +309,21 @@ def tolerance(text: str) -> "Tolerance":
     return Tolerance(pattern, metric, limit)
 
 
-def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts. Raises RequestError when they do not fit."""
+def prompt_ids(
+    config: RunConfig, prompts: Sequence[str], new_tokens: int
+) -> tuple[list[list[int]], str]:
+    """Token ids of the prompts, and the model's fingerprint.
+
+    Raises RequestError when the prompts do not fit.
+    """
     from tilewright.engine import LLMEngine
     from tilewright.text import Text
+    from tilewright_packed.writer import fingerprint
 
     loader, options = config.plugins.loader, _reader_options(config)
     with LLMEngine.from_plugins(loader=loader, options=options) as engine:
         loaded = engine.load(config.model.path, config.model.format)
+        model = fingerprint(loaded)
         loaded.weights.close()
     text = Text(loaded.text)
     ids = [text.encode(prompt) for prompt in prompts]
@@ -309,7 +335,7 @@ def prompt_ids(config: RunConfig, prompts: Sequence[str], new_tokens: int) -> li
                 f"{new_tokens}: expected at least one token, and together at most the {limit} "
                 f"positions of {loaded.source}"
             )
-    return ids
+    return ids, model
 
 
 @define(eq=False)
@@ -318,9 +344,11 @@ class Watch:
 
     loading: LoadingBar | None
     comparison: "Comparison | None" = None
+    made: "Made | None" = None
     bar: "Progress | None" = None
 
     def __call__(self, comparison: "Comparison", what: str, done: int, total: int) -> None:
+        comparison.made = self.made
         self.comparison = comparison
         if self.loading and self.bar is None:
             self.loading.stop()

@@ -2,9 +2,12 @@
 
 from attrs import define, field
 
+from tilewright.types import ResolvedRuntime
+from tilewright_compare.against import Against
 from tilewright_compare.hypotheses import Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Perplexity
 from tilewright_compare.packing import WeightFinding
+from tilewright_compare.provenance import Made
 
 
 @define(kw_only=True)
@@ -28,6 +31,11 @@ class Comparison:
     unreached: list[str] = field(factory=list)
     """What an engine runs on the candidate and the comparison could not, in words."""
     perplexity: Perplexity | None = None
+    runtime: ResolvedRuntime | None = None
+    """How the candidate ran."""
+    made: Made | None = None
+    against: Against | None = None
+    """The errors against those of an earlier report, if one was given."""
     finished: bool = False
     failure: str = ""
     """Why an executor could not continue; else empty."""
@@ -40,7 +48,8 @@ class Comparison:
     def differs(self) -> bool:
         """Whether anything that was judged is wrong."""
         wrong_loss = self.perplexity is not None and not self.perplexity.passed
-        return self.divergence is not None or bool(self.wrong_weights) or wrong_loss
+        grew = self.against is not None and not self.against.passed
+        return self.divergence is not None or bool(self.wrong_weights) or wrong_loss or grew
 
     @property
     def fused(self) -> bool:
@@ -77,6 +86,8 @@ class Comparison:
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
         if first is None and self.perplexity and not self.perplexity.passed:
             return f"diverges in what no compared tensor shows: {self.perplexity.why}"
+        if first is None and self.against and not self.against.passed:
+            return f"less accurate than before: {self.against.sentence}"
         if first is None:
             left = f"; not compared: {', '.join(self.unreached)}" if self.unreached else ""
             return f"equal: every tensor is as near to the truth as rounding allows{left}"

@@ -146,6 +146,8 @@ class Finding:
     """Difference from the truth, or what ``judge_bits`` measures. None: there was nothing to
     measure."""
     baseline: Difference | None = None
+    rows: int = 0
+    """Rows of the tensor; 0 where there was nothing to measure."""
     worst_row: tuple[float, float] = field(default=(0.0, 0.0))
     """Relative error of the worst row, of the candidate and of the baseline."""
     limits: Limits | None = None
@@ -237,6 +239,7 @@ def judge(
         why=why,
         candidate=found,
         baseline=near,
+        rows=len(truth),
         worst_row=rows,
         limits=limits,
         tolerance=tolerance,
@@ -267,6 +270,7 @@ def judge_bits(place: Place, untapped: Tensor, tapped: Tensor) -> Finding:
         if wrong
         else "",
         candidate=difference(untapped, tapped),
+        rows=len(tapped),
         excess=math.inf if wrong else 0.0,
     )
 

@@ -18,6 +18,7 @@ from tilewright_compare.report import (
     Cells,
     axes,
     facts,
+    made_lines,
     missing_lines,
     reason_line,
     shown_modes,
@@ -65,7 +66,10 @@ def png(comparison: Comparison) -> bytes:
     if comparison.findings:
         blocks.append(_legend(framed=comparison.divergence is not None))
     blocks += [_panel(comparison, mode) for mode in shown_modes(comparison)]
-    for line in (untapped_line(comparison), *missing_lines(comparison)):
+    told = [untapped_line(comparison), *missing_lines(comparison)]
+    if comparison.against:
+        told += comparison.against.lines()
+    for line in (*told, *made_lines(comparison)):
         if line:
             blocks.append(_text(line, _SMALL, LIGHT.faint))
     model = Path(comparison.model).resolve().name

@@ -8,6 +8,7 @@ from typing import Any
 from attrs import asdict
 
 from tilewright import __version__
+from tilewright_compare.against import Against, Change, ratios
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.hypotheses import RULED_OUT, Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Phase
@@ -40,6 +41,8 @@ CHECKS = {
 }
 """What to check, keyed by the first wrong stage, in the order of docs/tensors.md."""
 
+_SCREEN = 30
+"""Lines of a report after which the verdict is repeated at the end."""
 _MOST_ROWS = 16
 _MOST_STEPS = 12
 _MOST_GUESSES = 10
@@ -58,6 +61,8 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "reference": comparison.reference,
         "candidate": comparison.candidate,
         "dtype": comparison.dtype,
+        "runtime": asdict(comparison.runtime) if comparison.runtime else None,
+        "made": asdict(comparison.made) if comparison.made else None,
         "finished": comparison.finished,
         "failure": comparison.failure,
         "divergence": finding_record(divergence) if divergence else None,
@@ -69,6 +74,11 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "logits": [
             {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": row.near_tie}
             for row in comparison.logits
+        ],
+        "against": _against_record(comparison.against) if comparison.against else None,
+        "ratios": [
+            {k: _finite(v) for k, v in asdict(r).items()} | {"ratio": _finite(r.ratio)}
+            for r in ratios(comparison.findings)
         ],
         "not_compared": comparison.not_compared,
         "fused": comparison.fused,
@@ -98,12 +108,36 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "limit": finding.limit,
         "tolerance": str(finding.tolerance) if finding.tolerance else None,
         "where": finding.where,
+        "rows": finding.rows,
         "candidate": _difference_record(finding.candidate),
         "baseline": _difference_record(finding.baseline),
         "worst_row": {
             "candidate": _finite(finding.worst_row[0]),
             "baseline": _finite(finding.worst_row[1]),
         },
+    }
+
+
+def _against_record(against: Against) -> dict[str, Any]:
+    def grown(change: Change) -> dict[str, Any]:
+        now = change.now
+        place = {name: getattr(now, name) for name in ("mode", "phase", "layer", "stage")}
+        return {
+            **place,
+            "factor": _finite(change.factor),
+            "limit": change.scatter,
+            "then": _finite(change.then.ratio),
+            "now": _finite(now.ratio),
+        }
+
+    return {
+        "report": against.report,
+        "date": against.date,
+        "passed": against.passed,
+        "compared": len(against.changes),
+        "grown": [grown(c) for c in against.grown],
+        "shrunk": [grown(c) for c in against.changes if c.shrank],
+        "differences": list(against.differences),
     }
 
 
@@ -161,7 +195,13 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
             lines += prose("(~ near-tie: rounding could swap the truth's two likeliest tokens)")
     lines += ["", *prose(weights_line(comparison))]
     lines += prose(*missing_lines(comparison))
-    lines += prose(*perplexity_lines(comparison))
+    lines += prose(*perplexity_lines(comparison), *ratio_lines(comparison))
+    if comparison.against:
+        lines += prose(*comparison.against.lines())
+    if made := made_lines(comparison):
+        lines += ["", *prose(*made)]
+    if len(lines) > _SCREEN:
+        lines += ["", *prose(comparison.sentence)]
     return lines
 
 
@@ -255,8 +295,8 @@ def untapped_line(comparison: Comparison) -> str:
         )
     if any(f.baseline for f in found):
         return (
-            "without taps, where the executor takes another path (limits.tap_exact is false), cache "
-            "and logits are as near to the truth as rounding allows"
+            "without taps, where the executor takes another path (limits.tap_exact is false), "
+            "cache and logits are as near to the truth as rounding allows"
         )
     return "without taps, cache and logits have the same bits" if found else ""
 
@@ -268,6 +308,23 @@ def perplexity_lines(comparison: Comparison) -> list[str]:
     mark = "" if found.passed else "!"
     told = f"truth {found.truth:.6g}, candidate {found.candidate:.6g}{mark}"
     return [f"perplexity of the prompt: {told}"]
+
+
+def ratio_lines(comparison: Comparison) -> list[str]:
+    """The candidate's error over the baseline's in each stage, pooled over layers and steps."""
+    pooled: dict[str, list[float]] = {}
+    for r in ratios(f for f in comparison.findings if f.place.mode == "chained"):
+        squares = pooled.setdefault(r.stage, [0.0, 0.0])
+        squares[0] += r.rows * r.candidate**2
+        squares[1] += r.rows * r.baseline**2
+    told = [f"{stage} {math.sqrt(c / b):.2f}" for stage, (c, b) in pooled.items() if b]
+    return [f"error over the baseline's own: {', '.join(told)}"] if told else []
+
+
+def made_lines(comparison: Comparison) -> list[str]:
+    """How the report was made; empty for one that Python code made."""
+    runtime = comparison.runtime
+    return comparison.made.lines(runtime.device if runtime else "") if comparison.made else []
 
 
 def missing_lines(comparison: Comparison) -> list[str]:
@@ -427,8 +484,8 @@ def advice(comparison: Comparison) -> list[str]:
         ]
     else:
         hints = [f"check {CHECKS.get(first.place.stage, first.place.tensor)}"]
-    if comparison.fused and (hint := _advice_fused(comparison, first)):
-        hints.append(hint)
+    if comparison.fused and (before := _advice_fused(comparison, first)):
+        hints.append(before)
     modes = {f.place.mode for f in comparison.findings}
     if first.place.mode == "chained" and comparison.finished:
         hints.append(

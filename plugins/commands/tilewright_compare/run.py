@@ -15,6 +15,7 @@ from tilewright.errors import ConfigError, ExecutorError, nearest
 from tilewright.scheduler import Step
 from tilewright.types import KvLayer, SamplingExecutor
 from tilewright.weights import torch_dtype
+from tilewright_compare.against import Earlier, changes, check_runtime
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.diagnosis import Diagnosis
 from tilewright_compare.judge import (
@@ -65,6 +66,7 @@ def compare(
     chunk: int = 512,
     isolate: bool = False,
     tolerances: Sequence[Tolerance] = (),
+    against: Earlier | None = None,
     progress: Progress = lambda result, what, done, total: None,
 ) -> Comparison:
     """Run prompts, then new_tokens - 1 decode steps with the truth's greedy tokens on all sides,
@@ -75,10 +77,11 @@ def compare(
     chunk: maximum number of tokens in a prefill step. isolate: run each layer alone even if the
     whole runs are equal; that finds errors that are lost in the rounding of earlier layers.
     tolerances: the first one with a pattern that matches a tensor's name decides whether it passes.
+    against: an earlier report; an error that grew since then makes the two unequal.
     An executor that fails in a step ends the comparison, and ``failure`` says why.
 
     Raises what LLMEngine raises; ExecutorError when the two have nothing to compare; ConfigError
-    for a tolerance that matches no tensor.
+    for a tolerance that matches no tensor, and for an earlier report in other dtypes.
     """
     opened = partial(
         open_side, model_dir=str(model_dir), prompts=prompts, new_tokens=new_tokens, chunk=chunk
@@ -89,7 +92,10 @@ def compare(
             reference=reference.executor,
             candidate=candidate.executor,
             dtype=sides.candidate.weight_dtype,
+            runtime=sides.candidate.model.runtime,
         )
+        if against:
+            check_runtime(against, result.dtype, sides.candidate.model.runtime)
         steps = -(-sum(map(len, prompts)) // chunk) + new_tokens - 1
         late = late_request(prompts, chunk)
         why = unmixed_because(sides.all, late, chunk)
@@ -116,6 +122,8 @@ def compare(
             result.failure = str(error)
             return result
         sides.judge_perplexity(result)
+        if against:
+            result.against = changes(against, result.findings, result.runtime)
         result.finished = True
         return result
 
@@ -378,7 +386,9 @@ class _Sides:
                 return
         floor = FLOOR.get(torch_dtype(self.candidate.weight_dtype), FLOOR[torch.float32])
         result.perplexity = judge_perplexity(
-            *(side.nll for side in self.all),
+            self.candidate.nll,
+            self.baseline.nll,
+            self.truth.nll,
             noise=[row.noise for row in result.logits],
             floor=floor,
             judged=not any(fnmatchcase("logits", t.pattern) for t in self.tolerances),
