@@ -9,9 +9,12 @@ from attrs import asdict, evolve, frozen
 
 from tilewright.errors import ConfigError, on_one_line, quoted
 from tilewright.types import ResolvedRuntime
-from tilewright_compare.judge import FACTOR, FLOOR, Finding, Mode, Phase, slack
+from tilewright_compare.judge import FLOOR, Finding, Mode, Phase, slack
 from tilewright_compare.provenance import Made
 
+GROWTH = 1.25
+"""Largest factor by which an error may grow that is measured on many rows. It is less than FACTOR,
+since then and now have the same inputs and the same baseline. See ``slack``."""
 _LEAST = min(FLOOR.values())
 """A relative RMS that the order of summation explains in FP32: smaller errors count as this one."""
 
@@ -94,9 +97,8 @@ class Change:
 
     @property
     def scatter(self) -> float:
-        """The largest factor between two right candidates: the limit of a candidate's error
-        against the baseline's, which both are measured by the same rows."""
-        return FACTOR * slack(self.now.mode, min(self.now.rows, self.then.rows))
+        """The largest factor between two right candidates."""
+        return GROWTH * slack(self.now.mode, min(self.now.rows, self.then.rows))
 
     @property
     def grew(self) -> bool:

@@ -4,6 +4,7 @@ from attrs import define, field
 
 from tilewright.types import ResolvedRuntime
 from tilewright_compare.against import Against
+from tilewright_compare.drift import Drift
 from tilewright_compare.hypotheses import Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Perplexity
 from tilewright_compare.packing import WeightFinding
@@ -33,6 +34,8 @@ class Comparison:
     perplexity: Perplexity | None = None
     runtime: ResolvedRuntime | None = None
     """How the candidate ran."""
+    drift: Drift | None = None
+    """A projection of layer 0 whose sums are kept in 16 bits."""
     made: Made | None = None
     against: Against | None = None
     """The errors against those of an earlier report, if one was given."""
@@ -48,8 +51,11 @@ class Comparison:
     def differs(self) -> bool:
         """Whether anything that was judged is wrong."""
         wrong_loss = self.perplexity is not None and not self.perplexity.passed
+        drifts = self.drift is not None
         grew = self.against is not None and not self.against.passed
-        return self.divergence is not None or bool(self.wrong_weights) or wrong_loss or grew
+        return (
+            self.divergence is not None or bool(self.wrong_weights) or wrong_loss or drifts or grew
+        )
 
     @property
     def fused(self) -> bool:
@@ -86,6 +92,8 @@ class Comparison:
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
         if first is None and self.perplexity and not self.perplexity.passed:
             return f"diverges in what no compared tensor shows: {self.perplexity.why}"
+        if first is None and self.drift:
+            return self.drift.sentence
         if first is None and self.against and not self.against.passed:
             return f"less accurate than before: {self.against.sentence}"
         if first is None:

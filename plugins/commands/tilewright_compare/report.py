@@ -75,6 +75,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
             {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": row.near_tie}
             for row in comparison.logits
         ],
+        "drift": asdict(comparison.drift) if comparison.drift else None,
         "against": _against_record(comparison.against) if comparison.against else None,
         "ratios": [
             {k: _finite(v) for k, v in asdict(r).items()} | {"ratio": _finite(r.ratio)}
@@ -473,6 +474,8 @@ def advice(comparison: Comparison) -> list[str]:
     if wrong := comparison.wrong_weights:
         return [f"look at how {comparison.candidate} loads and packs {wrong[0].name}"]
     first = comparison.divergence
+    if first is None and comparison.drift:
+        return [f"keep the sums of {comparison.drift.projection} in float32 until the last term"]
     if first is None:
         return []
     if first.place.mode == "untapped":

@@ -18,6 +18,7 @@ from tilewright.weights import torch_dtype
 from tilewright_compare.against import Earlier, changes, check_runtime
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.diagnosis import Diagnosis
+from tilewright_compare.drift import Drift, drift
 from tilewright_compare.judge import (
     FLOOR,
     Finding,
@@ -191,8 +192,13 @@ class _Sides:
                 place = Place(mode="chained", phase=phase, step=number, tensor="")
                 found = self._judge(result, place, ours, near, true)
                 compared += len(ours)
+                if layer < 0:
+                    embedded = near.get("embed")
                 if 0 <= layer < self.candidate.executor.kv_cache_spec.num_layers:
-                    cached = self._judge_kv(place, layer, step, self._joined(steps, layer))
+                    kv = self._joined(steps, layer)
+                    cached = self._judge_kv(place, layer, step, kv)
+                    if (number, layer) == (0, 0) and embedded is not None:
+                        result.drift = self._drift(step, embedded, ours, kv[0])
                     result.findings += _in_order(found, cached)
                     yield f"{phase}, layer {layer}", number
                 else:
@@ -315,6 +321,21 @@ class _Sides:
             tolerances={f.place.stage: f.tolerance for f in found if f.tolerance},
             weight=self.truth.executor.weight,
         )
+
+    def _drift(self, step: Step, hidden: Tensor, tapped: Tensors, cached: KvLayer) -> Drift | None:
+        """Looks for sums in 16 bits in layer 0, in a step whose sequences begin in it, so that the
+        cache has one row for each row of hidden."""
+        if not hasattr(self.truth.executor, "weight") or len(cached.value) != len(hidden):
+            return None
+        tapped = tapped | {"layers.0.v_cache": cached.value}
+        case = self._case(step, 0, hidden, None, tapped, [])
+        tolerated = {
+            name.rpartition(".")[2]: t
+            for name in tapped
+            for t in self.tolerances
+            if fnmatchcase(name, t.pattern)
+        }
+        return drift(evolve(case, tolerances=tolerated))
 
     def _judge(
         self, result: Comparison, at: Place, ours: Tensors, near: Tensors, true: Tensors
