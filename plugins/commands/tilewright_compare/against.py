@@ -98,7 +98,9 @@ class Change:
     @property
     def scatter(self) -> float:
         """The largest factor between two right candidates."""
-        return GROWTH * slack(self.now.mode, min(self.now.rows, self.then.rows))
+        # Layer 0 has the same input then and now: no layer before it has amplified an error.
+        mode: Mode = "isolated" if self.now.layer == 0 else self.now.mode
+        return GROWTH * slack(mode, min(self.now.rows, self.then.rows))
 
     @property
     def grew(self) -> bool:

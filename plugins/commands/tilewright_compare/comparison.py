@@ -93,7 +93,7 @@ class Comparison:
         if first is None and self.perplexity and not self.perplexity.passed:
             return f"diverges in what no compared tensor shows: {self.perplexity.why}"
         if first is None and self.drift:
-            return self.drift.sentence
+            return f"{self.drift.sentence}, though its error is within its limit"
         if first is None and self.against and not self.against.passed:
             return f"less accurate than before: {self.against.sentence}"
         if first is None:

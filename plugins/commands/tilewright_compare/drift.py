@@ -25,8 +25,8 @@ and theirs are independent, so their squares add up. At 1.5, three quarters of t
 common (a correlation of at least 0.74), over at least _LEAST elements."""
 _ROWS, _COLUMNS = 32, 512
 """The most that are computed again."""
-_LEAST = 64
-"""Elements below which chance could decide."""
+_LEAST = 32
+"""Elements that must differ from sums in float32: of fewer, chance could decide."""
 
 _INPUTS = {
     "q_proj": "attn_norm",
@@ -71,7 +71,7 @@ def drift(case: Case) -> Drift | None:
         return None
     for stage, projection, inputs in _projections(case):
         found = case.found[stage].flatten(1)[:_ROWS, :_COLUMNS]
-        if found.numel() < _LEAST or not found.isfinite().all():
+        if not found.isfinite().all():
             continue
         weight = _weight(case, projection)[:_COLUMNS].to(case.dtype).float()
         bias = torch.zeros(1)
@@ -79,6 +79,8 @@ def drift(case: Case) -> Drift | None:
             bias = _weight(case, f"{projection}.bias")[:_COLUMNS].to(case.dtype).float()
         products = [(x, F.linear(x, weight)) for x in inputs]
         right = min(_distance(found, y + bias, case.dtype) for _, y in products)
+        if min(_different(found, y + bias, case.dtype) for _, y in products) < _LEAST:
+            continue
         block, low = min(
             (
                 (block, _distance(found, y + bias, case.dtype))
@@ -133,7 +135,14 @@ def _low_sums(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[i
             part = x[:, i : i + block] @ weight[:, i : i + block].T
             total, late = ((t + part).to(dtype).float() for t in (total, late))
             rounded = (rounded + part.to(dtype).float()).to(dtype).float()
-        yield from ((block, y) for y in (total, late, rounded))
+        yield from ((block, y) for y in (total, rounded))
+        if x.shape[1] > 2 * block:  # of two blocks, these are sums in float32
+            yield block, late
+
+
+def _different(found: Tensor, y: Tensor, dtype: torch.dtype) -> int:
+    """Elements of y, rounded as the candidate stores it, that are not those found."""
+    return int((found != y.to(dtype).to(found.dtype)).sum())
 
 
 def _distance(found: Tensor, y: Tensor, dtype: torch.dtype) -> float:
