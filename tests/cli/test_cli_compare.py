@@ -11,7 +11,7 @@ from pathlib import Path
 import plugin_distributions as dists
 import pytest
 import torch
-from attrs import evolve
+from attrs import asdict, evolve
 from checkout import ROOT
 from PIL import Image, ImageColor
 from plugin_distributions import documented, on_path
@@ -19,6 +19,7 @@ from terminal import Terminal
 
 from tilewright.cli import main
 from tilewright_compare import Comparison, picture
+from tilewright_compare.drift import Drift
 from tilewright_compare.hypotheses import Explanation, Reason
 from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place, judge_bits
 from tilewright_compare.metrics import difference
@@ -449,6 +450,12 @@ def test_every_report_says_how_it_was_made(capsys, tmp_path, monkeypatch):
     assert "the candidate runs on cpu" in out
 
 
+def test_the_documentation_names_what_says_how_a_report_was_made(first_report):
+    parts = (first_report["made"], first_report["made"]["candidate"], first_report["perplexity"])
+    for key in {key for part in parts for key in part}:
+        assert f"`{key}`" in PAGE, key
+
+
 def test_the_json_report_says_how_it_was_made(first_report):
     made = first_report["made"]
     assert made["candidate"]["runtime"] == {"page_size": 7}
@@ -786,7 +793,9 @@ def test_the_documentation_names_every_key_of_the_report():
     comparison.reason = Reason(unexplained=9.0, tried=180, best=best)
     report = record(comparison)
     finding, reason = report["findings"][0], report["reason"]
+    drift = Drift(tensor="v_cache", projection="v_proj", dtype="bfloat16", block=8, nearer=2.0)
     parts = (finding, finding["candidate"], report["logits"][0], reason, reason["guesses"][0])
+    parts += (report["ratios"][0], asdict(drift))
     for keys in (report, *parts):
         for key in keys.keys() - {"elements"}:
             assert f"`{key}`" in PAGE, key
