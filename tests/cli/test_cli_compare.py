@@ -508,6 +508,7 @@ def made(layers: int, steps: int, wrong: int | None = None) -> Comparison:
                         why="" if passed else "<too> large",
                         candidate=off,
                         baseline=off,
+                        rows=1,
                         limits=limits,
                         excess=limits.excess(off, 0.0),
                     )

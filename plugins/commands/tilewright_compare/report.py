@@ -474,10 +474,8 @@ def advice(comparison: Comparison) -> list[str]:
     if wrong := comparison.wrong_weights:
         return [f"look at how {comparison.candidate} loads and packs {wrong[0].name}"]
     first = comparison.divergence
-    if first is None and comparison.drift:
-        return [f"keep the sums of {comparison.drift.projection} in float32 until the last term"]
     if first is None:
-        return []
+        return _advice_without_tensor(comparison)
     if first.place.mode == "untapped":
         return _advice_without_taps(first)
     if gap := _untapped_stages(comparison, first):
@@ -512,6 +510,19 @@ _ABOUT_PHASES: dict[Phase, str] = {
     "mixed": "prefill and decode are right in steps of their own: look at what each sequence of a "
     "step takes from query_starts, context_lens and block_table",
 }
+
+
+def _advice_without_tensor(comparison: Comparison) -> list[str]:
+    """What to check if every compared tensor is within its limits."""
+    hints = []
+    if comparison.perplexity and not comparison.perplexity.passed:
+        hints.append("check rows of logits other than the last one of each sequence")
+    if comparison.drift:
+        hints.append(f"keep the sums of {comparison.drift.projection} in float32 to the last term")
+    if comparison.against and not comparison.against.passed:
+        stage = comparison.against.grown[0].now.stage
+        hints.append(f"look at what changed in {stage} since {comparison.against.date}")
+    return hints
 
 
 def _advice_fused(comparison: Comparison, first: Finding) -> str:

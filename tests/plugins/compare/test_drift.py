@@ -78,7 +78,7 @@ def test_sums_in_16_bits_are_found_though_their_error_is_within_the_limit(
         "layers.0.q_proj has the bits of such sums, and not of sums in float32, though its error "
         "is within its limit"
     )
-    assert advice(found) == ["keep the sums of q_proj in float32 until the last term"]
+    assert advice(found) == ["keep the sums of q_proj in float32 to the last term"]
     assert record(found)["verdict"] == "diverged"
     assert record(found)["drift"]["block"] == block
 
@@ -131,6 +131,7 @@ def test_a_loss_that_the_limits_allow_is_found_against_an_earlier_report(model, 
         found.sentence
     )
     assert "layers.0.v_cache" in [c.now.tensor for c in found.against.grown]
+    assert advice(found) == ["look at what changed in q_proj since 2026-01-01"]
     better = compared(model, monkeypatch, earlier=earlier(compared(model, monkeypatch, low)))
     assert better.equal
     assert better.against is not None
