@@ -312,14 +312,18 @@ def perplexity_lines(comparison: Comparison) -> list[str]:
 
 
 def ratio_lines(comparison: Comparison) -> list[str]:
-    """The candidate's error over the baseline's in each stage, pooled over layers and steps."""
+    """The candidate's error over the baseline's in each stage, pooled over layers and steps, and
+    the drift where the verdict does not say it."""
     pooled: dict[str, list[float]] = {}
     for r in ratios(f for f in comparison.findings if f.place.mode == "chained"):
         squares = pooled.setdefault(r.stage, [0.0, 0.0])
         squares[0] += r.rows * r.candidate**2
         squares[1] += r.rows * r.baseline**2
     told = [f"{stage} {math.sqrt(c / b):.2f}" for stage, (c, b) in pooled.items() if b]
-    return [f"error over the baseline's own: {', '.join(told)}"] if told else []
+    lines = [f"error over the baseline's own: {', '.join(told)}"] if told else []
+    if comparison.drift and comparison.drift.sentence not in comparison.sentence:
+        lines.append(comparison.drift.sentence)
+    return lines
 
 
 def made_lines(comparison: Comparison) -> list[str]:

@@ -17,7 +17,7 @@ from tilewright.types import RuntimeConfig
 from tilewright_compare import Choice, Comparison, compare
 from tilewright_compare.against import GROWTH, Change, Earlier, Ratio, ratios
 from tilewright_compare.judge import Tolerance, slack
-from tilewright_compare.report import advice, record
+from tilewright_compare.report import advice, ratio_lines, record
 from tilewright_kernels.qwen3_14b import source
 
 CONFIG = Qwen3Config(
@@ -81,6 +81,13 @@ def test_sums_in_16_bits_are_found_though_their_error_is_within_the_limit(
     assert advice(found) == ["keep the sums of q_proj in float32 to the last term"]
     assert record(found)["verdict"] == "diverged"
     assert record(found)["drift"]["block"] == block
+
+
+def test_sums_in_16_bits_are_told_where_the_limits_show_them_too(model, monkeypatch):
+    found = compared(model, monkeypatch, sums_in_bfloat16(16))
+    assert found.divergence is not None
+    assert found.drift is not None
+    assert ratio_lines(found)[-1] == found.drift.sentence
 
 
 def test_a_tolerance_excuses_sums_in_16_bits(model, monkeypatch):
