@@ -11,7 +11,7 @@ from pathlib import Path
 import plugin_distributions as dists
 import pytest
 import torch
-from attrs import evolve
+from attrs import asdict, evolve
 from checkout import ROOT
 from PIL import Image, ImageColor
 from plugin_distributions import documented, on_path
@@ -19,6 +19,7 @@ from terminal import Terminal
 
 from tilewright.cli import main
 from tilewright_compare import Comparison, picture
+from tilewright_compare.drift import Drift
 from tilewright_compare.hypotheses import Explanation, Reason
 from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place, judge_bits
 from tilewright_compare.metrics import difference
@@ -267,6 +268,217 @@ def test_what_cannot_be_compared_is_told_in_one_line(capsys, argv, message):
     assert err.count("\n") == 1
 
 
+# --- an earlier report ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_report(tmp_path_factory) -> dict:
+    """The JSON report of SHORT on pages of seven."""
+    file = tmp_path_factory.mktemp("first") / "first.json"
+    assert main(["compare", *SHORT, *SEVEN, "--json", "--output", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+@pytest.fixture
+def earlier(first_report, tmp_path):
+    """Writes the report, with changes; returns the file's name."""
+
+    def write(**changes) -> str:
+        file = tmp_path / "earlier.json"
+        file.write_text(json.dumps({**first_report, **changes}))
+        return str(file)
+
+    return write
+
+
+def scaled(report: dict, stage: str, by: float) -> list[dict]:
+    """Ratios, with the candidate's errors at a stage scaled."""
+    return [
+        r | {"candidate": r["candidate"] * (by if r["stage"] == stage else 1)}
+        for r in report["ratios"]
+    ]
+
+
+def test_the_same_errors_as_in_an_earlier_report_are_equal(capsys, earlier, first_report, tmp_path):
+    page = tmp_path / "page.html"
+    name = earlier()
+    code, out, _ = compared(capsys, *SHORT, *SEVEN, "--against", name, "--html", str(page))
+    assert code == 0
+    told = re.search(
+        r"^against (.*) of 20.*: (\d+) errors in both, 0 grew .*, 0 shrank$", out, re.M
+    )
+    assert told
+    assert told[1] == name
+    assert int(told[2]) == len(first_report["ratios"])
+    assert told[0] in page.read_text()
+    _, out, _ = compared(capsys, *SHORT, *SEVEN, "--against", name, "--json")
+    report = json.loads(out)["against"]
+    assert (report["report"], report["passed"], report["grown"]) == (name, True, [])
+    assert report["compared"] == len(first_report["ratios"])
+
+
+def test_an_error_that_grew_since_an_earlier_report_ends_with_code_1(capsys, earlier, first_report):
+    name = earlier(ratios=scaled(first_report, "o_proj", 0.2))
+    code, out, _ = compared(capsys, *SHORT, *SEVEN, "--against", name)
+    assert code == 1
+    assert out.startswith(f"less accurate than before: 5 times the error of {name} in prefill, ")
+    first = out.splitlines()[0]
+    assert (
+        "layers.0.o_proj (ratio to the baseline's own error 0.20 then, 1.00 now), and in" in first
+    )
+    _, out, _ = compared(capsys, *SHORT, *SEVEN, "--against", name, "--json")
+    report = json.loads(out)
+    assert report["verdict"] == "diverged"
+    assert {c["stage"] for c in report["against"]["grown"]} == {"o_proj"}
+    assert report["against"]["grown"][0]["factor"] == pytest.approx(5)
+
+
+def test_an_error_that_shrank_is_no_fault(capsys, earlier, first_report):
+    name = earlier(ratios=scaled(first_report, "o_proj", 5))
+    code, out, _ = compared(capsys, *SHORT, *SEVEN, "--against", name)
+    assert code == 0
+    assert re.search(
+        r"^least: 0\.2 times the error of .*o_proj \(ratio .* 5\.00 then, 1\.00", out, re.M
+    )
+
+
+def test_what_does_not_change_errors_may_differ_from_an_earlier_report(capsys, earlier):
+    name = earlier()
+    argv = ["-o", "candidate.runtime.page_size=8", "--against", name]
+    code, out, _ = compared(capsys, *SHORT, *argv)
+    assert code == 0
+    assert f"against {name}: page_size was 7 then and is 8 now" in out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", "We the"], "the prompts must be the same, found 1 of"),
+        (["--new-tokens", "3"], "--new-tokens must be the same, found 2 then and 3 now"),
+        (["--chunk", "4"], "--chunk must be the same, found 512 then and 4 now"),
+        (["-o", "reference.stream_weights=true"], "the reference must be the same, found torch"),
+        (
+            ["-o", "candidate.runtime.weight_dtype=float16"],
+            "the candidate's weight_dtype must be the same, found bfloat16 then and float16 now",
+        ),
+        (
+            ["-o", "candidate.runtime.kv_dtype=float32"],
+            "the candidate's kv_dtype must be the same, found bfloat16 then and float32 now",
+        ),
+    ],
+)
+def test_an_earlier_report_of_something_else_is_refused(capsys, earlier, argv, message):
+    given = SHORT[2:] if "--prompt" in argv else SHORT
+    code, out, err = compared(capsys, *given, *SEVEN, *argv, "--against", earlier())
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_earlier_report_of_another_model_is_refused(capsys, earlier, first_report):
+    name = earlier(made=first_report["made"] | {"fingerprint": "0" * 64})
+    code, _, err = compared(capsys, *SHORT, *SEVEN, "--against", name)
+    assert code == 2
+    assert "the model must be the same, found 000000000000... then and " in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("{", "found no JSON: Expecting"),
+        ("[1]", "found JSON without the keys tilewright, verdict and findings"),
+        ({"finished": False}, "that comparison did not finish: write it again with this version"),
+        ({"made": None}, "the report does not say how it was made: write it again"),
+        ({"ratios": [{"mode": "chained"}]}, "has another form (KeyError: 'rows')"),
+        ({"ratios": 7}, "has another form (TypeError: "),
+        ({"runtime": None}, "has another form (TypeError: "),
+    ],
+)
+def test_a_file_that_is_no_report_is_refused_before_anything_is_loaded(
+    capsys, earlier, tmp_path, changes, message
+):
+    name = earlier(**changes) if isinstance(changes, dict) else str(tmp_path / "a.json")
+    if isinstance(changes, str):
+        Path(name).write_text(changes)
+    code, out, err = compared(capsys, "--model", "no/such/model", *SEVEN, "--against", name)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"tilewright: error: --against {name!r}: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_report_that_is_older_than_its_figures_is_refused(capsys, first_report, tmp_path):
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps({k: v for k, v in first_report.items() if k != "ratios"}))
+    code, _, err = compared(capsys, *SHORT, *SEVEN, "--against", str(file))
+    assert code == 2
+    assert "has no 'ratios', which --against needs: write it again" in err
+    code, _, err = compared(capsys, *SHORT, *SEVEN, "--against", str(tmp_path / "none.json"))
+    assert code == 2
+    assert "none.json' cannot be read: No such file" in err
+
+
+# --- how a report was made ------------------------------------------------------------------------
+
+
+def test_every_report_says_how_it_was_made(capsys, tmp_path, monkeypatch):
+    page, heat = tmp_path / "page.html", tmp_path / "map.png"
+    drawn = []
+    draw = picture._text
+
+    def drawing(text, size, colour):
+        drawn.append(text)
+        return draw(text, size, colour)
+
+    monkeypatch.setattr(picture, "_text", drawing)
+    argv = [*SHORT, *SEVEN, "-o", "candidate.threads=1", "--html", str(page), "--png", str(heat)]
+    _, out, _ = compared(capsys, *argv)
+    lines = out.splitlines()
+    for told in (
+        "command: tilewright compare --prompt 'We the People' --new-tokens 2 -o ",
+        "date: 20",
+        "candidate: torch of tilewright ",
+        "reference: torch of tilewright ",
+        "prompts: 1, of ",
+        "versions: tilewright ",
+        "machine: ",
+    ):
+        (line,) = (line for line in lines if line.startswith(told))
+        assert line in drawn
+        assert line.partition(": ")[2].replace("'", "&#39;") in page.read_text()
+    assert any(line.endswith(", threads=1, runtime.page_size=7") for line in lines)
+    assert f"torch {torch.__version__}" in out
+    assert "the candidate runs on cpu" in out
+
+
+def test_the_documentation_names_what_says_how_a_report_was_made(first_report):
+    parts = (first_report["made"], first_report["made"]["candidate"], first_report["perplexity"])
+    for key in {key for part in parts for key in part}:
+        assert f"`{key}`" in PAGE, key
+
+
+def test_the_json_report_says_how_it_was_made(first_report):
+    made = first_report["made"]
+    assert made["candidate"]["runtime"] == {"page_size": 7}
+    assert made["reference"]["executor"] == "torch"
+    assert (made["new_tokens"], made["chunk"]) == (2, 512)
+    assert [len(ids) for ids in made["prompts"]] == [len(ids) for ids in made["prompts"] if ids]
+    assert made["command"].startswith("tilewright compare --prompt 'We the People'")
+    assert {"python", "torch", "tilewright"} <= made["versions"].keys()
+    assert first_report["runtime"]["page_size"] == 7
+    assert first_report["runtime"]["device"] == "cpu"
+
+
+def test_the_verdict_is_repeated_where_the_report_is_long():
+    long, short = made(40, 30, wrong=23), made(2, 1)
+    lines = text(long, 80, wrapped=False)
+    assert len(lines) > 30
+    assert lines[-2:] == ["", long.sentence]
+    lines = text(short, 80, wrapped=False)
+    assert len(lines) < 30
+    assert lines.count(short.sentence) == 1
+
+
 # --- reports --------------------------------------------------------------------------------------
 
 
@@ -297,6 +509,7 @@ def made(layers: int, steps: int, wrong: int | None = None) -> Comparison:
                         why="" if passed else "<too> large",
                         candidate=off,
                         baseline=off,
+                        rows=1,
                         limits=limits,
                         excess=limits.excess(off, 0.0),
                     )
@@ -331,15 +544,15 @@ def without_taps(comparison: Comparison, wrong: int | None = None) -> Comparison
 
 
 def test_a_run_without_taps_takes_one_line_where_it_is_right():
-    right = without_taps(made(40, 2))
+    right = without_taps(made(2, 2))
     lines = text(right, 80, wrapped=True)
     assert lines[0] == "equal"
     assert "without taps, cache and logits have the same bits" in lines
-    assert len(lines) == len(text(made(40, 2), 80, wrapped=True)) + 1
+    assert len(lines) == len(text(made(2, 2), 80, wrapped=True)) + 1
     page = html(right)
     assert "without taps, cache and logits have the same bits" in page
     assert MODES["untapped"] not in page
-    assert page.count("<figcaption>step") == html(made(40, 2)).count("<figcaption>step")
+    assert page.count("<figcaption>step") == html(made(2, 2)).count("<figcaption>step")
 
 
 def test_a_run_without_taps_has_a_table_and_pictures_where_it_is_wrong():
@@ -582,7 +795,9 @@ def test_the_documentation_names_every_key_of_the_report():
     comparison.reason = Reason(unexplained=9.0, tried=180, best=best)
     report = record(comparison)
     finding, reason = report["findings"][0], report["reason"]
+    drift = Drift(tensor="v_cache", projection="v_proj", dtype="bfloat16", block=8, nearer=2.0)
     parts = (finding, finding["candidate"], report["logits"][0], reason, reason["guesses"][0])
+    parts += (report["ratios"][0], asdict(drift))
     for keys in (report, *parts):
         for key in keys.keys() - {"elements"}:
             assert f"`{key}`" in PAGE, key

@@ -1668,6 +1668,29 @@ def test_the_suite_passes_correct_executors_within_what_they_state() -> None:
     assert outcomes(of(Samples), **_SMALL) == ([], set())
 
 
+class OneProgram:
+    """An executor that has ``forward`` only, and taps nothing."""
+
+    def __init__(self, inner: Any):
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("begin", "embed", "run_layer", "run_head", "weight"):
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def forward(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
+        logits: Tensor = self._inner.forward(batch)
+        return logits
+
+
+def test_the_suite_passes_an_executor_of_one_program_that_taps_nothing() -> None:
+    tests = [name for name in own_tests(SUITE) if "tap" in name or "layers" in name]
+    found = run(SUITE, Executors(lambda asked: OneProgram(asked.of(shipped))), tests, **_SMALL)
+    assert found.failed == []
+    assert found.found["test_layers_run_alone_are_correct"] == "skipped"
+
+
 def test_the_suite_passes_quantised_weights() -> None:
     assert outcomes(int8(), models=SOME["models"]) == ([], {NAMED})
     only_bfloat16 = int8(kv_dtypes=("bfloat16",))

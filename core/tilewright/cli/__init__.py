@@ -79,6 +79,7 @@ def _run(argv: Sequence[str]) -> int:
     if not called:
         names = ", ".join(plugin.name for plugin in commands)
         raise ConfigError(f"expected a command, found none: {names} (see tilewright --help)")
+    args.argv = tuple(argv)
     return int(implementation.run(args))
 
 

@@ -69,7 +69,7 @@ class Command(Protocol):
         ...
 
     def run(self, args: Namespace) -> int:
-        """Run the command; returns the exit code.
+        """Run the command; returns the exit code. ``args.argv`` has the words as they were typed.
 
         Raises TilewrightError for a user's mistake, which is printed as one line, with code 2.
         """

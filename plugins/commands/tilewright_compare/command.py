@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from tilewright_compare import Choice, Comparison, Tolerance
+    from tilewright_compare.against import Earlier
     from tilewright_compare.default_run import Plan
+    from tilewright_compare.provenance import Made
 
 tilewright_api = 2
 
@@ -64,6 +66,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="exit with code 3 if they are equal, but not every path of the candidate was reached",
     )
     report.add_argument("--json", action="store_true", help="print all figures as a JSON object")
+    report.add_argument(
+        "--against",
+        metavar="REPORT",
+        help="a report of an earlier comparison (--json --output); errors that grew are wrong",
+    )
     report.add_argument("--html", metavar="FILE", help="also write a page with pictures")
     report.add_argument("--png", metavar="FILE", help="also write the heat map as a picture")
     report.add_argument(
@@ -133,6 +140,11 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     tolerances = [tolerance(text) for text in args.tolerances]
+    earlier = None
+    if args.against is not None:
+        from tilewright_compare.against import read_report
+
+        earlier = read_report(args.against)
     outputs = [Path(name).absolute() for name in (args.output, args.html, args.png) if name]
     if len(set(outputs)) < len(outputs):
         raise ConfigError("--output, --html and --png name the same file: give each its own")
@@ -144,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         page = files.enter_context(opened(args.html)) if args.html else None
         picture = files.enter_context(opened_binary(args.png)) if args.png else None
         with redirect_stdout(sys.stderr):  # what plugins print is not part of the report
-            comparison = compared(candidate, reference, prompts, tolerances, args)
+            comparison = compared(candidate, reference, prompts, tolerances, args, earlier)
         write(comparison, file, as_json=args.json)
         if page:
             from tilewright_compare.page import html
@@ -220,34 +232,43 @@ def compared(
     prompts: Sequence[str] | None,
     tolerances: "Sequence[Tolerance]",
     args: argparse.Namespace,
+    earlier: "Earlier | None",
 ) -> "Comparison":
     """The comparison; unfinished if Ctrl-C ended it. prompts: None where none is given."""
     from tilewright_compare import compare
+    from tilewright_compare.against import check_made
+    from tilewright_compare.provenance import made
 
     config = candidate.config
-    tried, trusted = choices(config, reference.config)
+    tried, trusted = sides = choices(config, reference.config)
     bar = LoadingBar() if sys.stderr.isatty() else None
     if bar:
         tried, trusted = (evolve(c, observers=(*c.observers, bar)) for c in (tried, trusted))
     watch = Watch(loading=bar)
     try:
-        plan = planned(config, tried, prompts, args)
+        plan, model = planned(config, tried, prompts, earlier, args)
+        runtime = evolve(tried.runtime, page_size=plan.page_size)
+        ours, near = sides
+        watch.made = made(args.argv, evolve(ours, runtime=runtime), near, model, plan)
+        if earlier:
+            check_made(earlier, watch.made)
         if prompts is None:
             lengths = [len(ids) for ids in plan.prompts]
             note(
                 f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens, chunks of "
-                f"{plan.chunk} and {plan.new_tokens} new tokens, chosen for executor "
-                f"{tried.executor}"
+                f"{plan.chunk} and {plan.new_tokens} new tokens, "
+                f"{f'as in {earlier.path}' if earlier else f'chosen for executor {tried.executor}'}"
             )
         comparison = compare(
             config.model.path,
             trusted,
-            evolve(tried, runtime=evolve(tried.runtime, page_size=plan.page_size)),
+            evolve(tried, runtime=runtime),
             plan.prompts,
             new_tokens=plan.new_tokens,
             chunk=plan.chunk,
             isolate=args.isolate,
             tolerances=tolerances,
+            against=earlier,
             progress=watch,
         )
         comparison.wider = wider(comparison, candidate, reference, args)
@@ -315,9 +336,16 @@ def tolerance(text: str) -> "Tolerance":
 
 
 def planned(
-    config: RunConfig, tried: "Choice", prompts: Sequence[str] | None, args: argparse.Namespace
-) -> "Plan":
-    """What to run. prompts: None: they are chosen for the candidate.
+    config: RunConfig,
+    tried: "Choice",
+    prompts: Sequence[str] | None,
+    earlier: "Earlier | None",
+    args: argparse.Namespace,
+) -> "tuple[Plan, str]":
+    """What to run, and the model's fingerprint.
+
+    prompts: None: those of the earlier report, if there is one; else they are chosen for the
+    candidate.
 
     Raises RequestError for prompts that do not fit.
     """
@@ -326,17 +354,26 @@ def planned(
     from tilewright.types import Tiles
     from tilewright_compare.coverage import declared_tiles
     from tilewright_compare.default_run import TEXT, Plan, default_run
+    from tilewright_packed.writer import fingerprint
 
     loader, options = config.plugins.loader, _reader_options(config)
     with LLMEngine.from_plugins(loader=loader, options=options) as engine:
         loaded = engine.load(config.model.path, config.model.format)
+        model = fingerprint(loaded)
         loaded.weights.close()
     text, limit, page_size = (
         Text(loaded.text),
         loaded.config.context_length,
         tried.runtime.page_size,
     )
-    if prompts is None:
+    if prompts is None and earlier:
+        plan = Plan(
+            prompts=[list(ids) for ids in earlier.made["prompts"]],
+            new_tokens=args.new_tokens or earlier.made["new_tokens"],
+            chunk=args.chunk or earlier.made["chunk"],
+            page_size=page_size or earlier.runtime["page_size"],
+        )
+    elif prompts is None:
         tiles = declared_tiles(tried, loaded.config, tried.runtime) or Tiles(page_size=page_size)
         tokens = text.encode(TEXT) or range(loaded.config.vocab_size)
         plan = default_run(tiles, tokens, limit, args.new_tokens, args.chunk)
@@ -354,7 +391,7 @@ def planned(
                 f"is {plan.new_tokens}: expected at least one token, and together at most the "
                 f"{limit} positions of {loaded.source}"
             )
-    return plan
+    return plan, model
 
 
 def wider(
@@ -425,9 +462,11 @@ class Watch:
 
     loading: LoadingBar | None
     comparison: "Comparison | None" = None
+    made: "Made | None" = None
     bar: "Progress | None" = None
 
     def __call__(self, comparison: "Comparison", what: str, done: int, total: int) -> None:
+        comparison.made = self.made
         self.comparison = comparison
         if self.loading and self.bar is None:
             self.loading.stop()

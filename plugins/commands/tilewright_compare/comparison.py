@@ -2,10 +2,14 @@
 
 from attrs import define, field
 
+from tilewright.types import ResolvedRuntime
+from tilewright_compare.against import Against
 from tilewright_compare.coverage import Item, missing, shortened
+from tilewright_compare.drift import Drift
 from tilewright_compare.hypotheses import Reason
-from tilewright_compare.judge import Finding, LogitsAgreement, Mode
+from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Perplexity
 from tilewright_compare.packing import WeightFinding
+from tilewright_compare.provenance import Made
 
 
 @define(kw_only=True)
@@ -34,15 +38,37 @@ class Comparison:
     """Whether the candidate declares its tiles. If not, paths that only it knows are not told."""
     wider: str = ""
     """The command that reaches more; empty if none is known."""
-    perplexity: tuple[float, float] | None = None
-    """Perplexity of the prompts, by the truth and by the candidate."""
+    perplexity: Perplexity | None = None
+    runtime: ResolvedRuntime | None = None
+    """How the candidate ran."""
+    drift: Drift | None = None
+    """A projection of layer 0 whose sums are kept in 16 bits."""
+    made: Made | None = None
+    against: Against | None = None
+    """The errors against those of an earlier report, if one was given."""
     finished: bool = False
     failure: str = ""
     """Why an executor could not continue; else empty."""
 
     @property
     def equal(self) -> bool:
-        return self.finished and self.divergence is None and not self.wrong_weights
+        return self.finished and not self.differs
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything that was judged is wrong."""
+        wrong_loss = self.perplexity is not None and not self.perplexity.passed
+        drifts = self.drift is not None
+        grew = self.against is not None and not self.against.passed
+        return (
+            self.divergence is not None or bool(self.wrong_weights) or wrong_loss or drifts or grew
+        )
+
+    @property
+    def fused(self) -> bool:
+        """Whether the candidate taps no layer's output, so that the verdict rests on the KV cache,
+        the logits and the perplexity."""
+        return "output" in self.not_compared
 
     @property
     def unreached(self) -> list[Item]:
@@ -76,6 +102,12 @@ class Comparison:
         if first is None and not self.finished:
             so_far = f"no difference in {len(self.findings)} tensors so far"
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
+        if first is None and self.perplexity and not self.perplexity.passed:
+            return f"diverges in what no compared tensor shows: {self.perplexity.why}"
+        if first is None and self.drift:
+            return f"{self.drift.sentence}, though its error is within its limit"
+        if first is None and self.against and not self.against.passed:
+            return f"less accurate than before: {self.against.sentence}"
         if first is None:
             if self.unreached:
                 told = f"equal, but never {shortened(self.unreached)}"

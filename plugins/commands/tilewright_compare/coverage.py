@@ -19,6 +19,7 @@ from tilewright_compare.sides import Choice
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 SUBMIT = "compared the tokens that the candidate samples itself"
+SCORED = "scored the prompts"
 MIXED = "mixed prompts and decoding in a step"
 
 _MOST_NAMES = 5

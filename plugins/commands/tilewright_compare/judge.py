@@ -156,6 +156,8 @@ class Finding:
     """Difference from the truth, or what ``judge_bits`` measures. None: there was nothing to
     measure."""
     baseline: Difference | None = None
+    rows: int = 0
+    """Rows of the tensor; 0 where there was nothing to measure."""
     worst_row: tuple[float, float] = field(default=(0.0, 0.0))
     """Relative error of the worst row, of the candidate and of the baseline."""
     limits: Limits | None = None
@@ -249,6 +251,7 @@ def judge(
         why=why,
         candidate=found,
         baseline=near,
+        rows=len(truth),
         worst_row=rows,
         limits=limits,
         tolerance=tolerance,
@@ -279,6 +282,7 @@ def judge_bits(place: Place, untapped: Tensor, tapped: Tensor) -> Finding:
         if wrong
         else "",
         candidate=difference(untapped, tapped),
+        rows=len(tapped),
         excess=math.inf if wrong else 0.0,
     )
 
@@ -288,6 +292,72 @@ def row_error(tensor: Tensor, truth: Tensor) -> float:
     error = (tensor.double() - truth.double()).flatten(1).norm(dim=1)
     norm = truth.double().flatten(1).norm(dim=1).pow(2).mean().sqrt()
     return float(error.nan_to_num(nan=float("inf")).max() / norm) if norm else 0.0
+
+
+@frozen(kw_only=True)
+class Perplexity:
+    """Perplexity of all prompts together."""
+
+    truth: float
+    baseline: float
+    candidate: float
+    limit: float | None = None
+    """The largest |ln(candidate / truth)| that rounding explains; None: it is not judged, because a
+    tolerance decides about the logits."""
+
+    @property
+    def passed(self) -> bool:
+        if self.limit is None:
+            return True
+        return self.candidate > 0 and abs(math.log(self.candidate / self.truth)) <= self.limit
+
+    @property
+    def why(self) -> str:
+        if self.passed or self.limit is None:
+            return ""
+        low, high = (self.truth * math.exp(sign * self.limit) for sign in (-1, 1))
+        return (
+            f"the candidate's perplexity of the prompts is {self.candidate:.6g}, where the truth's "
+            f"is {self.truth:.6g} and rounding explains {low:.6g} to {high:.6g}"
+        )
+
+
+def judge_perplexity(
+    candidate: Tensor,
+    baseline: Tensor,
+    truth: Tensor,
+    noise: Sequence[float],
+    floor: float,
+    judged: bool = True,
+) -> Perplexity | None:
+    """candidate, baseline, truth: [2] float64, negative log-likelihood of the same prompt tokens in
+    nats, and their number. noise: the baseline's largest error in a logit, of each compared row.
+    floor: as in FLOOR. judged: whether the result has a limit. None if there is no token to score.
+
+    Errors of logits up to e change a token's log-likelihood by at most 2 e, and if they are as
+    independent as those of rounding, the mean over n tokens by 2 e / sqrt(n). The candidate may
+    lose FACTOR times that, or FACTOR times what the baseline itself loses.
+    """
+    tokens = float(truth[1])
+    if not tokens or not candidate[1]:
+        return None
+    ours, near, true = (float(nll[0]) / tokens for nll in (candidate, baseline, truth))
+    error = math.sqrt(sum(e * e for e in noise) / len(noise)) if noise else 0.0
+    scatter = 2 * error / math.sqrt(tokens)
+    limit = FACTOR * max(abs(near - true), scatter, floor * max(true, 1.0))
+    return Perplexity(
+        truth=_exp(true),
+        baseline=_exp(near),
+        candidate=_exp(ours),
+        limit=limit if judged else None,
+    )
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 @frozen(kw_only=True)

@@ -21,7 +21,9 @@ from tilewright_compare.report import (
     axes,
     cell,
     facts,
+    made_lines,
     missing_lines,
+    ratio_lines,
     reason_line,
     shown_modes,
     untapped_line,
@@ -54,6 +56,9 @@ def html(comparison: Comparison) -> str:
         facts=facts(comparison),
         why=reason_line(comparison.reason) if comparison.reason else "",
         missing=missing_lines(comparison),
+        against=comparison.against.lines() if comparison.against else [],
+        ratios=ratio_lines(comparison),
+        made=[line.partition(": ")[::2] for line in made_lines(comparison)],
         without_taps=untapped_line(comparison),
         coverage=[
             (f"{'✓' if i.reached else '✕ never'} {i}", i.detail) for i in comparison.coverage

@@ -19,6 +19,7 @@ from tilewright_compare.report import (
     axes,
     coverage_lines,
     facts,
+    made_lines,
     missing_lines,
     reason_line,
     shown_modes,
@@ -66,8 +67,10 @@ def png(comparison: Comparison) -> bytes:
     if comparison.findings:
         blocks.append(_legend(framed=comparison.divergence is not None))
     blocks += [_panel(comparison, mode) for mode in shown_modes(comparison)]
-    told = (*coverage_lines(comparison), *missing_lines(comparison))
-    for line in (untapped_line(comparison), *told):
+    told = [untapped_line(comparison), *coverage_lines(comparison), *missing_lines(comparison)]
+    if comparison.against:
+        told += comparison.against.lines()
+    for line in (*told, *made_lines(comparison)):
         if line:
             blocks.append(_text(line, _SMALL, LIGHT.faint))
     model = Path(comparison.model).resolve().name

@@ -8,6 +8,7 @@ from typing import Any
 from attrs import asdict
 
 from tilewright import __version__
+from tilewright_compare.against import Against, Change, ratios
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.hypotheses import RULED_OUT, Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Phase
@@ -40,6 +41,8 @@ CHECKS = {
 }
 """What to check, keyed by the first wrong stage, in the order of docs/tensors.md."""
 
+_SCREEN = 30
+"""Lines of a report after which the verdict is repeated at the end."""
 _MOST_ROWS = 16
 _MOST_STEPS = 12
 _MOST_GUESSES = 10
@@ -58,6 +61,8 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "reference": comparison.reference,
         "candidate": comparison.candidate,
         "dtype": comparison.dtype,
+        "runtime": asdict(comparison.runtime) if comparison.runtime else None,
+        "made": asdict(comparison.made) if comparison.made else None,
         "finished": comparison.finished,
         "failure": comparison.failure,
         "divergence": finding_record(divergence) if divergence else None,
@@ -65,16 +70,23 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "weights": [asdict(w) for w in comparison.weights],
         "perplexity": None
         if perplexity is None
-        else {"truth": _finite(perplexity[0]), "candidate": _finite(perplexity[1])},
+        else {k: _finite(v) for k, v in asdict(perplexity).items()} | {"passed": perplexity.passed},
         "logits": [
             {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": row.near_tie}
             for row in comparison.logits
+        ],
+        "drift": asdict(comparison.drift) if comparison.drift else None,
+        "against": _against_record(comparison.against) if comparison.against else None,
+        "ratios": [
+            {k: _finite(v) for k, v in asdict(r).items()} | {"ratio": _finite(r.ratio)}
+            for r in ratios(comparison.findings)
         ],
         "not_compared": comparison.not_compared,
         "coverage": [
             {"name": str(i), "reached": i.reached, "detail": i.detail} for i in comparison.coverage
         ],
         "over": comparison.over,
+        "fused": comparison.fused,
         "findings": [finding_record(f) for f in comparison.findings],
     }
 
@@ -82,7 +94,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
 def verdict(comparison: Comparison) -> str:
     if comparison.equal:
         return "equal"
-    return "diverged" if comparison.divergence or comparison.wrong_weights else "unfinished"
+    return "diverged" if comparison.differs else "unfinished"
 
 
 def finding_record(finding: Finding) -> dict[str, Any]:
@@ -100,12 +112,36 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "limit": finding.limit,
         "tolerance": str(finding.tolerance) if finding.tolerance else None,
         "where": finding.where,
+        "rows": finding.rows,
         "candidate": _difference_record(finding.candidate),
         "baseline": _difference_record(finding.baseline),
         "worst_row": {
             "candidate": _finite(finding.worst_row[0]),
             "baseline": _finite(finding.worst_row[1]),
         },
+    }
+
+
+def _against_record(against: Against) -> dict[str, Any]:
+    def grown(change: Change) -> dict[str, Any]:
+        now = change.now
+        place = {name: getattr(now, name) for name in ("mode", "phase", "layer", "stage")}
+        return {
+            **place,
+            "factor": _finite(change.factor),
+            "limit": change.scatter,
+            "then": _finite(change.then.ratio),
+            "now": _finite(now.ratio),
+        }
+
+    return {
+        "report": against.report,
+        "date": against.date,
+        "passed": against.passed,
+        "compared": len(against.changes),
+        "grown": [grown(c) for c in against.grown],
+        "shrunk": [grown(c) for c in against.changes if c.shrank],
+        "differences": list(against.differences),
     }
 
 
@@ -163,9 +199,13 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
             lines += prose("(~ near-tie: rounding could swap the truth's two likeliest tokens)")
     lines += ["", *prose(weights_line(comparison))]
     lines += prose(*coverage_lines(comparison), *missing_lines(comparison))
-    if comparison.perplexity:
-        true, ours = comparison.perplexity
-        lines += prose(f"perplexity of the prompt: truth {true:.6g}, candidate {ours:.6g}")
+    lines += prose(*perplexity_lines(comparison), *ratio_lines(comparison))
+    if comparison.against:
+        lines += prose(*comparison.against.lines())
+    if made := made_lines(comparison):
+        lines += ["", *prose(*made)]
+    if len(lines) > _SCREEN:
+        lines += ["", *prose(comparison.sentence)]
     return lines
 
 
@@ -258,7 +298,10 @@ def untapped_line(comparison: Comparison) -> str:
             f"{all_steps} steps"
         )
     if any(f.baseline for f in found):
-        return "without taps, cache and logits are as near to the truth as rounding allows"
+        return (
+            "without taps, where the executor takes another path (limits.tap_exact is false), "
+            "cache and logits are as near to the truth as rounding allows"
+        )
     return "without taps, cache and logits have the same bits" if found else ""
 
 
@@ -276,9 +319,44 @@ def coverage_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
+def perplexity_lines(comparison: Comparison) -> list[str]:
+    found = comparison.perplexity
+    if found is None:
+        return []
+    mark = "" if found.passed else "!"
+    told = f"truth {found.truth:.6g}, candidate {found.candidate:.6g}{mark}"
+    return [f"perplexity of the prompt: {told}"]
+
+
+def ratio_lines(comparison: Comparison) -> list[str]:
+    """The candidate's error over the baseline's in each stage, pooled over layers and steps, and
+    the drift where the verdict does not say it."""
+    pooled: dict[str, list[float]] = {}
+    for r in ratios(f for f in comparison.findings if f.place.mode == "chained"):
+        squares = pooled.setdefault(r.stage, [0.0, 0.0])
+        squares[0] += r.rows * r.candidate**2
+        squares[1] += r.rows * r.baseline**2
+    told = [f"{stage} {math.sqrt(c / b):.2f}" for stage, (c, b) in pooled.items() if b]
+    lines = [f"error over the baseline's own: {', '.join(told)}"] if told else []
+    if comparison.drift and comparison.drift.sentence not in comparison.sentence:
+        lines.append(comparison.drift.sentence)
+    return lines
+
+
+def made_lines(comparison: Comparison) -> list[str]:
+    """How the report was made; empty for one that Python code made."""
+    runtime = comparison.runtime
+    return comparison.made.lines(runtime.device if runtime else "") if comparison.made else []
+
+
 def missing_lines(comparison: Comparison) -> list[str]:
     """What was not compared, and why."""
     lines = []
+    if comparison.fused:
+        rests = "the KV cache, logits and perplexity"
+        if comparison.perplexity is None:
+            rests = "the KV cache and logits"
+        lines.append(f"no layer output is tapped: judged by {rests}")
     if stages := ", ".join(comparison.not_compared):
         lines.append(f"not compared, because {comparison.candidate} does not tap them: {stages}")
     return lines
@@ -418,7 +496,7 @@ def advice(comparison: Comparison) -> list[str]:
         return [f"look at how {comparison.candidate} loads and packs {wrong[0].name}"]
     first = comparison.divergence
     if first is None:
-        return [f"to reach more: {comparison.wider}"] if comparison.wider else []
+        return _advice_without_tensor(comparison)
     if first.place.mode == "untapped":
         return _advice_without_taps(first)
     if gap := _untapped_stages(comparison, first):
@@ -428,6 +506,8 @@ def advice(comparison: Comparison) -> list[str]:
         ]
     else:
         hints = [f"check {CHECKS.get(first.place.stage, first.place.tensor)}"]
+    if comparison.fused and (before := _advice_fused(comparison, first)):
+        hints.append(before)
     modes = {f.place.mode for f in comparison.findings}
     if first.place.mode == "chained" and comparison.finished:
         hints.append(
@@ -451,6 +531,29 @@ _ABOUT_PHASES: dict[Phase, str] = {
     "mixed": "prefill and decode are right in steps of their own: look at what each sequence of a "
     "step takes from query_starts, context_lens and block_table",
 }
+
+
+def _advice_without_tensor(comparison: Comparison) -> list[str]:
+    """What to check if every compared tensor is within its limits."""
+    hints = [f"to reach more: {comparison.wider}"] if comparison.wider else []
+    if comparison.perplexity and not comparison.perplexity.passed:
+        hints.append("check rows of logits other than the last one of each sequence")
+    if comparison.drift:
+        hints.append(f"keep the sums of {comparison.drift.projection} in float32 to the last term")
+    if comparison.against and not comparison.against.passed:
+        stage = comparison.against.grown[0].now.stage
+        hints.append(f"look at what changed in {stage} since {comparison.against.date}")
+    return hints
+
+
+def _advice_fused(comparison: Comparison, first: Finding) -> str:
+    """Where else to look if no layer's output is tapped; empty if the tensor needs no layer."""
+    layer = first.place.layer
+    if first.place.stage == "logits":
+        layer = max((f.place.layer or 0 for f in comparison.findings), default=0) + 1
+    if not layer:
+        return ""
+    return f"layer {layer - 1} from its attention on may be wrong too: its output is not tapped"
 
 
 def _advice_without_taps(first: Finding) -> list[str]:

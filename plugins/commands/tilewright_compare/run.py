@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
+import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
@@ -14,10 +15,13 @@ from tilewright.errors import ConfigError, ExecutorError, nearest
 from tilewright.scheduler import Step
 from tilewright.types import KvLayer, SamplingExecutor
 from tilewright.weights import torch_dtype
+from tilewright_compare.against import Earlier, changes, check_runtime
 from tilewright_compare.comparison import Comparison
-from tilewright_compare.coverage import Coverage, declared_tiles
+from tilewright_compare.coverage import SCORED, Coverage, Item, declared_tiles
 from tilewright_compare.diagnosis import Diagnosis
+from tilewright_compare.drift import Drift, drift
 from tilewright_compare.judge import (
+    FLOOR,
     Finding,
     Mode,
     Noise,
@@ -26,6 +30,7 @@ from tilewright_compare.judge import (
     Tolerance,
     judge,
     judge_bits,
+    judge_perplexity,
     logits_agreement,
 )
 from tilewright_compare.layer import Case
@@ -64,6 +69,7 @@ def compare(
     chunk: int = 512,
     isolate: bool = False,
     tolerances: Sequence[Tolerance] = (),
+    against: Earlier | None = None,
     progress: Progress = lambda result, what, done, total: None,
 ) -> Comparison:
     """Run prompts, then new_tokens - 1 decode steps with the truth's greedy tokens on all sides,
@@ -74,10 +80,11 @@ def compare(
     chunk: maximum number of tokens in a prefill step. isolate: run each layer alone even if the
     whole runs are equal; that finds errors that are lost in the rounding of earlier layers.
     tolerances: the first one with a pattern that matches a tensor's name decides whether it passes.
+    against: an earlier report; an error that grew since then makes the two unequal.
     An executor that fails in a step ends the comparison, and ``failure`` says why.
 
     Raises what LLMEngine raises; ExecutorError when the two have nothing to compare; ConfigError
-    for a tolerance that matches no tensor.
+    for a tolerance that matches no tensor, and for an earlier report in other dtypes.
     """
     opened = partial(open_side, model_dir=str(model_dir), prompts=prompts, new_tokens=new_tokens)
     with _opened_sides(candidate, reference, tolerances, opened, len(prompts), chunk) as sides:
@@ -87,7 +94,10 @@ def compare(
             reference=reference.executor,
             candidate=candidate.executor,
             dtype=sides.candidate.weight_dtype,
+            runtime=sides.candidate.model.runtime,
         )
+        if against:
+            check_runtime(against, result.dtype, sides.candidate.model.runtime)
         steps = -(-sum(map(len, prompts)) // chunk) + new_tokens - 1
         late = late_request(prompts, chunk)
         why = unmixed_because(sides.all, late, chunk)
@@ -113,9 +123,9 @@ def compare(
             return result
         finally:
             result.coverage, result.over = coverage.items(), coverage.over
-        truth, ours = sides.truth.perplexity, sides.candidate.perplexity
-        if truth is not None and ours is not None:
-            result.perplexity = (truth, ours)
+        sides.judge_perplexity(result)
+        if against:
+            result.against = changes(against, result.findings, result.runtime)
         result.finished = True
         return result
 
@@ -213,8 +223,13 @@ class _Sides:
                 place = Place(mode="chained", phase=phase, step=number, tensor="")
                 found = self._judge(result, place, ours, near, true)
                 compared += len(ours)
+                if layer < 0:
+                    embedded = near.get("embed")
                 if 0 <= layer < self.candidate.executor.kv_cache_spec.num_layers:
-                    cached = self._judge_kv(place, layer, step, self._joined(steps, layer))
+                    kv = self._joined(steps, layer)
+                    cached = self._judge_kv(place, layer, step, kv)
+                    if (number, layer) == (0, 0) and embedded is not None:
+                        result.drift = self._drift(step, embedded, ours, kv[0])
                     result.findings += _in_order(found, cached)
                     self._cover_heads(coverage, phase, layer, true, found)
                     yield f"{phase}, layer {layer}", number
@@ -357,10 +372,25 @@ class _Sides:
             weight=self.truth.executor.weight,
         )
 
+    def _drift(self, step: Step, hidden: Tensor, tapped: Tensors, cached: KvLayer) -> Drift | None:
+        """Looks for sums in 16 bits in layer 0, in a step whose sequences begin in it, so that the
+        cache has one row for each row of hidden."""
+        if not hasattr(self.truth.executor, "weight") or len(cached.value) != len(hidden):
+            return None
+        tapped = tapped | {"layers.0.v_cache": cached.value}
+        case = self._case(step, 0, hidden, None, tapped, [])
+        tolerated = {
+            name.rpartition(".")[2]: t
+            for name in tapped
+            for t in self.tolerances
+            if fnmatchcase(name, t.pattern)
+        }
+        return drift(evolve(case, tolerances=tolerated))
+
     def _judge(
         self, result: Comparison, at: Place, ours: Tensors, near: Tensors, true: Tensors
     ) -> list[Finding]:
-        """Judges what the candidate taps, and what it must tap: layer outputs and logits."""
+        """Judges what the candidate taps. A stage that it taps once, it must tap everywhere."""
         for name in ours:
             if name not in true:
                 raise ExecutorError(
@@ -372,7 +402,7 @@ class _Sides:
             place = evolve(at, tensor=name)
             tensor = ours.get(name)
             known = self.tapped.setdefault(place.stage, tensor is not None)
-            if tensor is None and not known and not name.endswith((".output", "logits")):
+            if tensor is None and not known and name != "logits":
                 if place.stage not in result.not_compared:
                     result.not_compared.append(place.stage)
                 continue
@@ -419,6 +449,22 @@ class _Sides:
         noise = self.noise[place.mode, place.tensor]
         tolerance = next((t for t in self.tolerances if fnmatchcase(place.tensor, t.pattern)), None)
         return judge(place, tensor, near, true, noise, tolerance)
+
+    def judge_perplexity(self, result: Comparison) -> None:
+        for side in self.all:
+            if side.unscored:
+                detail = f"by the {side.name}: {side.unscored}"
+                result.coverage.append(Item(name=SCORED, detail=detail))
+                return
+        floor = FLOOR.get(torch_dtype(self.candidate.weight_dtype), FLOOR[torch.float32])
+        result.perplexity = judge_perplexity(
+            self.candidate.nll,
+            self.baseline.nll,
+            self.truth.nll,
+            noise=[row.noise for row in result.logits],
+            floor=floor,
+            judged=not any(fnmatchcase("logits", t.pattern) for t in self.tolerances),
+        )
 
     def _check_tolerances(self, result: Comparison) -> None:
         names = [f.place.tensor for f in result.findings]

@@ -1,6 +1,5 @@
 """The sides of a comparison: each an executor with its own engine, KV cache and page tables."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from tilewright_compare.judge import Phase
 
 MODEL_ID = "compared"
 
-UNWRITTEN = math.nan
+UNWRITTEN = float("nan")
 """Value of the cache's slots until they are written: what reads one shows it."""
 
 Tensors = dict[str, Tensor]
@@ -71,6 +70,8 @@ class Side:
     """Value of the slots that nobody wrote: the executor's own, if it has one."""
     nll: Tensor = field(factory=lambda: torch.zeros(2, dtype=torch.float64))
     """Negative log-likelihood of the prompt tokens in nats, and their number; [2], float64."""
+    unscored: str = ""
+    """Why the prompt tokens have no likelihood, in words; else empty."""
 
     def mix(self, late: Request) -> None:
         """Add a mixed step at the end: the last request decodes one more token, while the prompt of
@@ -189,11 +190,14 @@ class Side:
         layers = executor.kv_cache_spec.num_layers
         if not self.layerwise:
             with self.running(step, "all layers"):
-                executor.forward(batch, tap)
+                logits = executor.forward(batch, tap)
+            if "logits" not in seen:
+                tap("logits", logits)
             yield {n: t for n, t in seen.items() if n == "embed"}
             for i in range(layers):
                 yield {n: t for n, t in seen.items() if n.startswith(f"layers.{i}.")}
             yield {n: t for n, t in seen.items() if n in ("final_norm", "logits")}
+            self._score(step)
             return
         begun = self.begin(step)
         hidden = self.embed(begun, step, tap)
@@ -208,6 +212,20 @@ class Side:
             self.nll += self._nll(step, self.run_head(begun, hidden, step))
         yield seen
 
+    def _score(self, step: Step) -> None:
+        """Adds the likelihood of the step's prompt tokens, by one more run that wants the logits of
+        all rows; the cache is then as before."""
+        batch, most = step.batch, self.executor.limits.max_logits_rows
+        if any(part.decoding for part in step.parts):
+            return
+        rows = len(batch.token_ids) - len(step.sampled)
+        if most is not None and rows > most:
+            self.unscored = f"limits.max_logits_rows is {most}, and a step has {rows} rows to score"
+            return
+        with cleared(self, step), self.running(step, "with the logits of all rows"):
+            all_rows = evolve(batch, logits_rows=torch.arange(len(batch.token_ids)))
+            self.nll += self._nll(step, self.executor.forward(all_rows).cpu())
+
     def _nll(self, step: Step, logits: Tensor) -> Tensor:
         """As ``nll``, of the prompt tokens that follow a chunk's tokens."""
         starts = step.batch.query_starts.tolist()
@@ -219,13 +237,6 @@ class Side:
             nll[0] -= rows.gather(1, following.unsqueeze(1)).sum() if len(following) else 0.0
             nll[1] += len(following)
         return nll
-
-    @property
-    def perplexity(self) -> float | None:
-        """Perplexity of all prompts together; None if layers cannot be run alone, or if no prompt
-        has a second token."""
-        nats, tokens = self.nll.tolist()
-        return math.exp(nats / tokens) if tokens else None
 
     def kv(self, layer: int) -> KvLayer:
         """A copy of a layer's cache."""

@@ -33,6 +33,7 @@ from tilewright.settings import DEMO_MODEL
 from tilewright.types import ExecutorLimits, RuntimeConfig
 from tilewright_compare import Choice, Comparison, Tolerance, compare
 from tilewright_compare.layer import Case, Operations
+from tilewright_compare.report import advice, missing_lines, perplexity_lines, record, text
 
 TORCH = Choice(executor="torch")
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [7, 8, 9], [30, 20, 10, 90]]
@@ -609,6 +610,111 @@ def test_the_cache_of_an_executor_without_layers_is_compared(models: Path, monke
         assert found.divergence is not None
         place = found.divergence.place
         assert (place.mode, place.step, place.tensor) == ("chained", 0, "layers.1.v_cache")
+
+
+class Fused(Whole):
+    """An executor of one program: ``forward`` only, without a tap but for what is named."""
+
+    def __init__(self, executor, change=None, taps=(), most=None):
+        super().__init__(executor, False)
+        self._change = change
+        self._taps = taps
+        self.limits = evolve(executor.limits, max_logits_rows=most)
+
+    def forward(self, batch, tap=None):
+        kept = lambda name, x: tap(name, x) if name.endswith(self._taps) else None  # noqa: E731
+        logits = self._executor.forward(batch, kept if tap and self._taps else None)
+        return self._change(self._executor, batch, logits) if self._change else logits
+
+
+@pytest.fixture
+def one_program(monkeypatch):
+    """Makes ``planted`` an executor of one program."""
+    create = planted.create_executor
+
+    def make(**how: Any) -> None:
+        @hookimpl(specname="create_executor")
+        def fused(model_config, runtime_config, weights, layers, options):
+            executor = create(model_config, runtime_config, weights, layers, options)
+            return Fused(executor, **how)
+
+        monkeypatch.setattr(planted, "create_executor", fused)
+
+    return make
+
+
+@pytest.mark.parametrize("taps", [(), ("logits",)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_program_without_taps_is_judged_by_cache_logits_and_perplexity(
+    models: Path, one_program, dtype, taps
+):
+    one_program(taps=taps)
+    found = plant("none", dtype=dtype).compare(models)
+    assert unfounded(found) == []
+    assert found.equal
+    assert found.fused
+    assert {f.place.stage for f in found.findings} == {"k_cache", "v_cache", "logits"}
+    assert {"output", "attention"} <= set(found.not_compared)
+    assert found.perplexity is not None
+    assert found.perplexity.candidate == pytest.approx(found.perplexity.truth, rel=1e-2)
+    assert "no layer output is tapped: judged by the KV cache, logits and perplexity" in text(
+        found, 80, wrapped=False
+    )
+
+
+def test_one_program_has_the_perplexity_of_its_layers(models: Path, one_program):
+    apart = plant("none").compare(models).perplexity
+    one_program()
+    assert apart is not None
+    assert plant("none").compare(models).perplexity == apart
+
+
+def test_a_wrong_layer_of_one_program_is_found_by_its_cache(models: Path, one_program):
+    one_program(change=wrong_values)
+    found = plant("none").compare(models)
+    assert found.divergence is not None
+    place = found.divergence.place
+    assert (place.mode, place.phase, place.tensor) == ("chained", "prefill", "layers.1.v_cache")
+    assert "layer 0 from its attention on may be wrong too: its output is not tapped" in (
+        advice(found)
+    )
+
+
+def wrong_between(self, batch, logits):
+    """The logits of all rows but a sequence's last are wrong, as only prompts' scores show."""
+    last = torch.isin(batch.logits_rows, batch.query_starts[1:].long() - 1)
+    return torch.where(last.unsqueeze(1), logits, logits.flip(1))
+
+
+def test_the_perplexity_of_one_program_is_judged(models: Path, one_program):
+    one_program(change=wrong_between)
+    found = plant("none", dtype="bfloat16").compare(models)
+    assert all(f.passed for f in found.findings)
+    assert not found.equal
+    assert found.sentence.startswith(
+        "diverges in what no compared tensor shows: the candidate's perplexity of the prompts is "
+    )
+    assert record(found)["verdict"] == "diverged"
+    assert any(line.endswith("!") for line in perplexity_lines(found))
+
+
+def test_prompts_that_cannot_be_scored_are_said_not_to_be(models: Path, one_program):
+    one_program(most=0)
+    found = plant("none").compare(models)
+    assert found.equal
+    assert found.perplexity is None
+    assert "not compared: the perplexity by the candidate (limits.max_logits_rows is 0" in (
+        found.sentence
+    )
+    assert "no layer output is tapped: judged by the KV cache and logits" in missing_lines(found)
+
+
+@pytest.mark.parametrize("where", ["layers.0.output", "layers.1.output"])
+def test_an_output_that_is_tapped_in_some_layers_only_is_wrong(models: Path, one_program, where):
+    one_program(taps=(where, "logits"))
+    found = plant("none").compare(models)
+    wrong = {f.place.tensor for f in found.findings if not f.passed}
+    assert wrong == {"layers.1.output"}
 
 
 # --- mixed steps ----------------------------------------------------------------------------------
