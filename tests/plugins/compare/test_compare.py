@@ -703,8 +703,10 @@ def test_prompts_that_cannot_be_scored_are_said_not_to_be(models: Path, one_prog
     found = plant("none").compare(models)
     assert found.equal
     assert found.perplexity is None
-    assert "not compared: the perplexity by the candidate (limits.max_logits_rows is 0" in (
-        found.sentence
+    assert "scored the prompts" in map(str, found.unreached)
+    assert any(
+        "scored the prompts (by the candidate: limits.max_logits_rows is 0" in line
+        for line in coverage_lines(found)
     )
     assert "no layer output is tapped: judged by the KV cache and logits" in missing_lines(found)
 
