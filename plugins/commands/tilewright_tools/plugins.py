@@ -242,6 +242,9 @@ def new(args: argparse.Namespace) -> int:
     print(f"wrote {folder}; next steps:")
     print(f"  pip install -e {quote(f'{folder}[test]')}")
     print(f"  tilewright plugins verify {args.name}")
+    if args.kind == plugins.KERNELS.name:
+        on = f"-o candidate.platform=emulated -o candidate.kernels={args.name}"
+        print(f"  tilewright compare --candidate pypto-npu {on}")
     return 0
 
 
