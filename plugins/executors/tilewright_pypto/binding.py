@@ -17,13 +17,20 @@ from tilewright_pypto.packing import WHOLE, packed_name
 ROW_ORDER: RowOrder = "HND"
 """Row order of the KV cache."""
 
-KERNELS = ("prefill_layer", "decode_layer", "head", "prefill_model", "decode_model")
+KERNELS = {
+    "prefill_layer": "a decoder layer, in any step that decode_layer does not run",
+    "decode_layer": "a decoder layer, in steps of one token for each sequence",
+    "head": "the final norm and the LM head, after the layers",
+    "prefill_model": "the whole model, in any step that decode_model does not run",
+    "decode_model": "the whole model, in steps of one token for each sequence",
+}
+"""The kernels, by name, and what each of them runs."""
 
 STEP = {
     "hidden": "[T, hidden_size] BF16: the tokens' embeddings, or the output of the layer before; "
     "for head, the rows whose logits are wanted",
-    "token_ids": "[T] INT32",
-    "positions": "[T] INT32",
+    "token_ids": "[T] INT32: the tokens, in order of their sequences",
+    "positions": "[T] INT32: position of each token in its sequence",
     "context_lens": "[B] INT32: tokens of each sequence in the KV cache once the step has run",
     "query_starts": "[B] INT32: row of the first token of each sequence",
     "query_lens": "[B] INT32: tokens of each sequence in this step",
@@ -35,10 +42,11 @@ STEP = {
     "layer": "[1] INT32: number of the layer; a kernel that takes it gets the weights and caches "
     "of all layers",
     "window": "[1] INT32: the layer's sliding window in tokens, itself included; 0: none",
-    "k_cache": "[pages * kv_heads * page_size, head_dim] BF16, inout",
-    "v_cache": "[pages * kv_heads * page_size, head_dim] BF16, inout",
+    "k_cache": "[pages * kv_heads * page_size, head_dim] BF16, inout: keys; a token's key of one "
+    "head is row (page * kv_heads + head) * page_size + offset",
+    "v_cache": "[pages * kv_heads * page_size, head_dim] BF16, inout: values, in the same rows",
     "out": "[T, hidden_size] BF16, out: the layer's output",
-    "logits": "[L, vocab_size] FP32, out",
+    "logits": "[L, vocab_size] FP32, out: of the rows that are wanted",
 }
 """What is not a weight, by name."""
 
@@ -69,6 +77,14 @@ WEIGHTS = {
 
 PARAMETERS = STEP | WEIGHTS
 
+_HEAD_ONLY = ("final_norm", "lm_head")
+_NOT_FOR = {
+    "head": PARAMETERS.keys() - {"hidden", *_HEAD_ONLY, "logits"},
+    "layer": {"logits_rows", "embedding", *_HEAD_ONLY, "logits"},
+    "model": {"layer", "window", "out"},
+}
+"""The parameters that kernels of each kind are not given."""
+
 RESULTS = {
     "prefill_layer": {"out": "out", "k_cache": "inout", "v_cache": "inout"},
     "decode_layer": {"out": "out", "k_cache": "inout", "v_cache": "inout"},
@@ -77,6 +93,12 @@ RESULTS = {
     "decode_model": {"logits": "out", "k_cache": "inout", "v_cache": "inout"},
 }
 """The parameters that a kernel writes, and their directions."""
+
+
+def parameters(kernel: str) -> list[str]:
+    """The names of the parameters that a kernel may take."""
+    refused = _NOT_FOR[kernel.rpartition("_")[2]]
+    return [name for name in PARAMETERS if name not in refused]
 
 
 def contracts(kernels: KernelSet, config: ModelConfig, who: str) -> dict[str, Contract]:
@@ -127,10 +149,11 @@ def takes_all_layers(contract: Contract) -> bool:
 def _check(contract: Contract, config: ModelConfig, who: str) -> None:
     kernel, directions = contract.kernel, {p.name: p.direction for p in contract.parameters}
     for name in directions:
-        if name not in PARAMETERS:
+        if name not in parameters(kernel):
+            hint = nearest(name, parameters(kernel))
             raise ExecutorError(
                 f"{who}: kernel {kernel} has a parameter {name!r}, which executor pypto-npu does "
-                f"not bind{nearest(name, PARAMETERS)} (see docs/writing-kernels.md)"
+                f"not bind there{hint} (parameters: docs/kernel-parameters.md)"
             )
     results = RESULTS[kernel]
     for name in results | directions:
