@@ -94,6 +94,19 @@ RESULTS = {
 }
 """The parameters that a kernel writes, and their directions."""
 
+_HEAD = ("embedding", "final_norm", "lm_head")
+
+
+def passed(kernel: str) -> list[str]:
+    """The parameters that the executor passes to a kernel, of a model that has all weights."""
+    if kernel == "head":
+        return ["hidden", "logits", *_HEAD]
+    absent = {
+        "layer": ("logits_rows", "logits", *_HEAD),
+        "model": ("layer", "window", "out"),
+    }[kernel.rpartition("_")[2]]
+    return [name for name in PARAMETERS if name not in absent]
+
 
 def parameters(kernel: str) -> list[str]:
     """The names of the parameters that a kernel may take."""
@@ -155,6 +168,11 @@ def _check(contract: Contract, config: ModelConfig, who: str) -> None:
                 f"{who}: kernel {kernel} has a parameter {name!r}, which executor pypto-npu does "
                 f"not bind there{hint} (parameters: docs/kernel-parameters.md)"
             )
+        if name not in passed(kernel):
+            raise ExecutorError(
+                f"{who}: kernel {kernel} has a parameter {name!r}, which executor pypto-npu does "
+                f"not pass to it (it passes {', '.join(passed(kernel))})"
+            )
     results = RESULTS[kernel]
     for name in results | directions:
         expected = results.get(name, "in")
@@ -167,6 +185,12 @@ def _check(contract: Contract, config: ModelConfig, who: str) -> None:
         raise ExecutorError(
             f"{who}: kernel {kernel} does not take {listed(left_out)}, which {config.architecture} "
             "has: its outputs would be wrong"
+        )
+    if foreign := [w for w in directions if w in WEIGHTS and w not in _weights(config)]:
+        raise ExecutorError(
+            f"{who}: kernel {kernel} takes {listed(foreign)}, which {config.architecture} does not "
+            "have: state in served_models() which models the set serves, or give these a kernel "
+            "of their own"
         )
     if "k_cache" in results and contract.kv_row_order != ROW_ORDER:
         raise ExecutorError(
@@ -189,3 +213,8 @@ def _weights_of(kernel: str, config: ModelConfig) -> Collection[str]:
         "decode_model": of_layers | of_head,
     }
     return needed.get(kernel, of_layers)
+
+
+def _weights(config: ModelConfig) -> Collection[str]:
+    """All weights of a model, by their parameters."""
+    return {*_HEAD, *_weights_of("prefill_model", config)}

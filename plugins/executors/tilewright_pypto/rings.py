@@ -82,8 +82,14 @@ def needed(kernel: str, kernels: KernelSet, positions: int) -> dict[str, int]:
 
     The heap allows for memory that stays unused because a piece did not fit before the ring's end;
     how much that is depends on where the previous kernel ended, so a kernel may run with less.
+
+    The sizes are 0 for a kernel that uses more of the language than the counting knows: then
+    PyPTO's own sizes apply, unless the user asks for others.
     """
-    taken = counted(kernel, kernels, positions)
+    try:
+        taken = counted(kernel, kernels, positions)
+    except Exception:  # whatever the kernel does with what the counting gives it
+        return dict.fromkeys(STANDARD, 0)
     return {
         "ring_heap": max(UNIT, _power_above(max(map(add, taken.most_bytes, taken.most_unused)))),
         "ring_task_window": _power_above(max(taken.most_tasks)),

@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 import torch
 from attrs import frozen
 
+from tilewright.errors import ExecutorError
+from tilewright.plugins import cause
 from tilewright_kernels.contract import Contract, Parameter
 from tilewright_kernels.names import check_function
 from tilewright_pypto.emulated import operators
@@ -131,7 +133,12 @@ class Kernel:
         run = Run(self.contract.kernel, random.Random(self.seed))
         with call(run):
             memory = [_argument(p, t) for p, t in zip(self.contract.parameters, bound, strict=True)]
-            self.function(*memory)
+            try:
+                self.function(*memory)
+            except ExecutorError:
+                raise
+            except Exception as error:  # what the kernel does with Python itself
+                raise KernelError(f"kernel {run.kernel}: {cause(error)}") from error
             for argument in memory:
                 _check_written(argument)
 
