@@ -77,14 +77,6 @@ WEIGHTS = {
 
 PARAMETERS = STEP | WEIGHTS
 
-_HEAD_ONLY = ("final_norm", "lm_head")
-_NOT_FOR = {
-    "head": PARAMETERS.keys() - {"hidden", *_HEAD_ONLY, "logits"},
-    "layer": {"logits_rows", "embedding", *_HEAD_ONLY, "logits"},
-    "model": {"layer", "window", "out"},
-}
-"""The parameters that kernels of each kind are not given."""
-
 RESULTS = {
     "prefill_layer": {"out": "out", "k_cache": "inout", "v_cache": "inout"},
     "decode_layer": {"out": "out", "k_cache": "inout", "v_cache": "inout"},
@@ -106,12 +98,6 @@ def passed(kernel: str) -> list[str]:
         "model": ("layer", "window", "out"),
     }[kernel.rpartition("_")[2]]
     return [name for name in PARAMETERS if name not in absent]
-
-
-def parameters(kernel: str) -> list[str]:
-    """The names of the parameters that a kernel may take."""
-    refused = _NOT_FOR[kernel.rpartition("_")[2]]
-    return [name for name in PARAMETERS if name not in refused]
 
 
 def contracts(kernels: KernelSet, config: ModelConfig, who: str) -> dict[str, Contract]:
@@ -162,11 +148,10 @@ def takes_all_layers(contract: Contract) -> bool:
 def _check(contract: Contract, config: ModelConfig, who: str) -> None:
     kernel, directions = contract.kernel, {p.name: p.direction for p in contract.parameters}
     for name in directions:
-        if name not in parameters(kernel):
-            hint = nearest(name, parameters(kernel))
+        if name not in PARAMETERS:
             raise ExecutorError(
                 f"{who}: kernel {kernel} has a parameter {name!r}, which executor pypto-npu does "
-                f"not bind there{hint} (parameters: docs/kernel-parameters.md)"
+                f"not bind{nearest(name, PARAMETERS)} (see docs/kernel-parameters.md)"
             )
         if name not in passed(kernel):
             raise ExecutorError(

@@ -6,7 +6,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 
-from tilewright_pypto.binding import KERNELS, RESULTS, STEP, WEIGHTS, parameters
+from tilewright_pypto.binding import KERNELS, RESULTS, STEP, WEIGHTS, passed
 
 _HEAD = """\
 # Kernels and their parameters
@@ -58,7 +58,7 @@ def _table(described: Mapping[str, str]) -> Iterator[str]:
 
 def _takers(name: str) -> str:
     """The kernels that may take a parameter, by the last part of their names."""
-    kernels = (kernel for kernel in KERNELS if name in parameters(kernel))
+    kernels = (kernel for kernel in KERNELS if name in passed(kernel))
     return ", ".join(dict.fromkeys(kernel.rpartition("_")[2] for kernel in kernels))
 
 
