@@ -1,4 +1,4 @@
-"""The parameters that executor pypto-npu gives to kernels, and the page that lists them."""
+"""The page that lists the kernels and parameters that executor pypto-npu binds."""
 
 from checkout import ROOT
 
