@@ -35,11 +35,16 @@ Tilewright = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a set as ``plugins new`` writes it."""
-    folder = tmp_path_factory.mktemp("acme")
-    project = folder / "project"
-    assert main(["plugins", "new", "kernels", NAME, "--out", str(project)]) == 0
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set as ``plugins new`` writes it."""
+    folder = tmp_path_factory.mktemp("acme") / "project"
+    assert main(["plugins", "new", "kernels", NAME, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(project: Path) -> Path:
+    folder = project.parent
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "-w", str(folder), str(project)], check=True, capture_output=True)
     (built,) = folder.glob("*.whl")
@@ -134,5 +139,15 @@ def test_a_line_that_is_changed_in_it_is_found(
 @pytest.mark.slow
 def test_it_is_verified(tilewright: Tilewright) -> None:
     code, verified = tilewright("plugins", "verify", NAME)
-    assert code in (0, 3), verified
+    assert code in (0, 3), verified  # 3: without PyPTO
     assert " 0 failed" in verified
+
+
+@pytest.mark.slow
+def test_its_own_tests_pass(project: Path, site: Path) -> None:
+    # Those of the suite are run by `plugins verify`.
+    tests = [str(project / "tests"), "--deselect", "tests/test_kernels.py::TestConformance"]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(project)]
+    done = dists.run("-m", "pytest", *options, *tests, site=site, OMP_NUM_THREADS="1")
+    assert done.code == 0, done.out[-5000:]
+    assert "1 passed" in done.out
