@@ -189,6 +189,8 @@ def _called(
     """
     try:
         answer = plugins.call(plugin, hook, **arguments)
+    except PluginError as error:
+        raise PluginError(f"{who}: {error}") from error
     except (TilewrightError, MemoryError, refusal):
         raise
     except Exception as error:
