@@ -111,17 +111,16 @@ def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float])
     names: dict[str, int | float | str] = dict(constants)
     order = None
     for node in parsed(file).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        target = node.target if isinstance(node, ast.AnnAssign) and node.value else target
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name):
-            name = target.id
-            if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-                order = node.value.value if name == "KV_ROW_ORDER" else order
-            else:
-                with suppress(
-                    ExecutorError, ArithmeticError
-                ):  # unless a parameter's shape needs it
-                    names[name] = _value(node.value, names)
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+            ):
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    order = value.value if name == "KV_ROW_ORDER" else order
+                # What has no value matters only where a parameter's shape uses it.
+                with suppress(ExecutorError, ArithmeticError):
+                    names[name] = _value(value, names)
         if isinstance(node, ast.FunctionDef) and node.name == kernel:
             return Contract(kernel, tuple(_parameters(node, names, file)), order)
     raise ExecutorError(f"{file} has no function {kernel}: name the kernel like its module")

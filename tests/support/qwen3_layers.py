@@ -15,7 +15,8 @@ from torch import Tensor
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RopeConfig, StepBatch
 from tilewright.weights import expected_tensors
 from tilewright_kernels.qwen3_14b.shape import LayerShape
-from tilewright_pypto.packing import pack, packed_name
+from tilewright_pypto.packing import pack
+from tilewright_pypto.weight_names import packed_name
 from tilewright_torch.model import TorchExecutor, load
 from tilewright_torch.rope import rotary
 

@@ -29,6 +29,7 @@ from tilewright_pypto.binding import contracts
 from tilewright_pypto.emulated import language
 from tilewright_pypto.installation import find
 from tilewright_pypto.kernels import made, serves, stated
+from tilewright_pypto.options import Options
 from tilewright_testing.executor import (
     MAX_SEQ_LEN,
     Case,
@@ -42,8 +43,13 @@ from tilewright_testing.executor import (
 from tilewright_testing.executor import MODELS as _MODELS
 from tilewright_testing.suite import Implementation, in_fresh_process, target_of
 
-_SMALL = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 160}
-_WIDE = {"head_dim": 128, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 256}
+_SMALL: dict[str, Any] = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 160}
+_WIDE: dict[str, Any] = {
+    "head_dim": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "vocab_size": 256,
+}
 _PLAIN = _MODELS["in-64s"]
 
 MODELS: dict[str, ModelConfig] = {
@@ -87,7 +93,7 @@ class KernelsSuite(ExecutorSuite):
 
     @pytest.fixture
     def create(self, implementation: Implementation) -> Make:
-        options = executor.Options(platform="emulated")
+        options = Options(platform="emulated")
 
         def create(case: Case, **changed: Any) -> Any:
             arguments = case.arguments(options, **changed)
@@ -154,26 +160,23 @@ class KernelsSuite(ExecutorSuite):
         self, implementation: Implementation, served: "list[Served]"
     ) -> None:
         config = served[0].config
-        odd: list[tuple[str, ModelConfig, RuntimeConfig]] = [
-            (f"{name} = {size}", evolve(config, **{name: size}), _runtime())
-            for name, size in (
-                ("head_dim", 7),
-                ("hidden_size", 50),
-                ("intermediate_size", 83),
-                ("num_kv_heads", config.num_heads + 1),
-            )
+        shapes: list[dict[str, Any]] = [
+            {"head_dim": 7},
+            {"hidden_size": 50},
+            {"intermediate_size": 83},
+            {"num_kv_heads": config.num_heads + 1},
         ]
-        odd += [
-            (f"{name} = {size}", config, evolve(_runtime(), **{name: size}))
-            for name, size in (
-                ("page_size", 1),
-                ("page_size", 24),
-                ("page_size", 1 << 20),
-                ("max_batch_size", 1),
-                ("max_batch_tokens", 10**12),
-            )
+        sizes: list[dict[str, Any]] = [
+            {"page_size": 1},
+            {"page_size": 24},
+            {"page_size": 1 << 20},
+            {"max_batch_size": 1},
+            {"max_batch_tokens": 10**12},
         ]
-        for what, model, runtime in odd:
+        odd = [(shape, evolve(config, **shape), _runtime()) for shape in shapes]
+        odd += [(size, config, evolve(_runtime(), **size)) for size in sizes]
+        for changed, model, runtime in odd:
+            what = ", ".join(f"{name} = {size}" for name, size in changed.items())
             arguments = {"model_config": model, "runtime_config": runtime}
             try:
                 found = implementation.call("kernel_set", **arguments)
@@ -269,7 +272,8 @@ class KernelsSuite(ExecutorSuite):
         at = evolve(case, runtime=large)
         try:
             executors += _references(at, candidate)
-            three = Trio(at, *(Running(e, at) for e in executors), at.sequences())
+            ours, near, true = (Running(e, at) for e in executors)
+            three = Trio(at, ours, near, true, at.sequences())
             length, more = divmod(tokens, sequences)
             lengths = [length] * (sequences - 1) + [length + more]
             prompts = at.tokens(*(n for n in lengths if n))

@@ -12,7 +12,7 @@ from tilewright.types import KernelSet, ModelConfig, RowOrder
 from tilewright.weights import expected_tensors
 from tilewright_kernels import source
 from tilewright_kernels.contract import Contract
-from tilewright_pypto.packing import WHOLE, packed_name
+from tilewright_pypto.weight_names import WHOLE, packed_name
 
 ROW_ORDER: RowOrder = "HND"
 """Row order of the KV cache."""

@@ -81,7 +81,7 @@ def made(plugin: Any, who: str, config: ModelConfig, runtime: RuntimeConfig) -> 
         raise ExecutorError(f"{who} {expected}, found {found}: {advice}")
     arguments = {"model_config": config, "runtime_config": runtime}
     try:
-        kernels = _called(plugin, who, "kernel_set", KernelSet, (ValueError,), **arguments)
+        kernels = _called(plugin, who, "kernel_set", KernelSet, ValueError, **arguments)
     except ValueError as error:
         why = " ".join(str(error).split())
         advice = next((a for words, a in _ADVICE if words in why), TORCH)
@@ -179,17 +179,19 @@ def _called(
     who: str,
     hook: str,
     kind: type[T],
-    refusals: tuple[type[Exception], ...] = (),
+    refusal: type[Exception] = TilewrightError,
     **arguments: object,
 ) -> T:
     """A set's answer to a hook.
 
-    refusals: errors by which a set may refuse, which are passed on. Raises PluginError for any
+    refusal: the error by which the set may refuse, which is passed on. Raises PluginError for any
     other error, and for an answer that is not a ``kind``.
     """
     try:
         answer = plugins.call(plugin, hook, **arguments)
-    except (TilewrightError, MemoryError, *refusals):
+    except PluginError as error:
+        raise PluginError(f"{who}: {error}") from error
+    except (TilewrightError, MemoryError, refusal):
         raise
     except Exception as error:
         raise PluginError(f"{who}: {hook}() failed: {plugins.cause(error)}") from error
