@@ -109,7 +109,7 @@ def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float])
     and for a name or a parameter that cannot be read.
     """
     names: dict[str, int | float | str] = dict(constants)
-    order = None
+    parameters, order = None, None
     for node in parsed(file).body:
         match node:
             case (
@@ -122,8 +122,10 @@ def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float])
                 with suppress(ExecutorError, ArithmeticError):
                     names[name] = _value(value, names)
         if isinstance(node, ast.FunctionDef) and node.name == kernel:
-            return Contract(kernel, tuple(_parameters(node, names, file)), order)
-    raise ExecutorError(f"{file} has no function {kernel}: name the kernel like its module")
+            parameters = tuple(_parameters(node, names, file))
+    if parameters is None:
+        raise ExecutorError(f"{file} has no function {kernel}: name the kernel like its module")
+    return Contract(kernel, parameters, order)
 
 
 def _parameters(

@@ -13,7 +13,7 @@ from conformance import Fault, missed, run
 from tilewright import hookimpl
 from tilewright.types import KernelSet, ModelConfig, PluginInfo, RuntimeConfig, ServedModels
 from tilewright_kernels.qwen3_14b import plugin as shipped
-from tilewright_testing import KernelsSuite
+from tilewright_testing import ExecutorSuite, KernelsSuite
 from tilewright_testing.kernels import MODELS
 
 SUITE = KernelsSuite
@@ -354,3 +354,9 @@ def test_a_set_of_no_served_model_passes_no_test_of_its_kernels() -> None:
 def test_a_set_need_not_be_installed() -> None:
     outcome = run(SUITE, Kernels(), [SINGLE, BINDS, LOADS], **ONE)
     assert not outcome.failed, outcome.why
+
+
+def test_tests_that_are_left_out_are_those_of_executors() -> None:
+    left_out = {name for name, test in vars(SUITE).items() if test is None}
+    assert left_out
+    assert left_out <= {name for name in vars(ExecutorSuite) if name.startswith("test_")}

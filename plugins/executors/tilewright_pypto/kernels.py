@@ -29,7 +29,7 @@ ROPE_KINDS = tuple(kind for kind in get_args(RopeKind) if kind != "dynamic")
 
 TORCH = "choose executor torch for this model"
 _ADVICE = (
-    ("page_size", "set page_size to a multiple of 16, such as 128"),
+    ("page_size", "set another page_size, or none: the set then chooses one"),
     ("scratch", "lower max_batch_tokens or max_batch_size"),
 )
 

@@ -183,7 +183,11 @@ def test_a_model_or_setting_that_a_set_does_not_serve_is_told_what_to_do(site: I
             RUNTIME,
             "head_dim 48 must be a multiple of 32: .*executor to",
         ),
-        (CONFIG, evolve(RUNTIME, page_size=24), "set page_size to a multiple of 16, such as 128"),
+        (
+            CONFIG,
+            evolve(RUNTIME, page_size=24),
+            "set another page_size, or none: the set then chooses",
+        ),
     ):
         found = refusal(ExecutorError, kernel_set, "acme", config, runtime)
         assert found.startswith(WHO)
@@ -374,9 +378,14 @@ def test_a_file_that_is_not_in_utf_8_is_named(shipped: KernelSet, tmp_path: Path
     assert "head.py:1: 'utf-8' codec can't decode byte 0xe9" in found
 
 
-def test_a_row_order_may_have_an_annotation(shipped: KernelSet, tmp_path: Path) -> None:
-    edits = ("KV_ROW_ORDER =", "KV_ROW_ORDER: str =")
-    changed = edited(shipped, tmp_path, "prefill_layer", edits)
+def test_a_row_order_may_have_an_annotation_and_follow_the_kernel(
+    shipped: KernelSet, tmp_path: Path
+) -> None:
+    edits = (
+        ('KV_ROW_ORDER = "HND"\n', ""),
+        ("return out\n", 'return out\n\nKV_ROW_ORDER: str = "HND"'),
+    )
+    changed = edited(shipped, tmp_path, "prefill_layer", *edits)
     assert contracts(changed, CONFIG, WHO)["prefill_layer"].kv_row_order == "HND"
 
 
