@@ -15,7 +15,7 @@ from checkout import ROOT
 from tilewright import plugins
 from tilewright.cli import main
 from tilewright_kernels.qwen3_14b import plugin as qwen3
-from tilewright_testing import LoaderSuite
+from tilewright_testing import KernelsSuite, LoaderSuite
 
 KINDS = list(plugins.KINDS)
 QUICK, SLOW = ["loader"], [kind for kind in KINDS if kind != "loader"]
@@ -236,3 +236,8 @@ def test_the_page_on_kernels_matches_the_written_files(
     table = page.partition("## The files\n")[2].partition("\n## ")[0]
     described = set(re.findall(r"`(\w+\.py)`", table))
     assert described == {file.name for file in package.glob("*.py")} - {"__init__.py"}
+
+    tests = {name.removeprefix("test_").replace("_", " ") for name in dir(KernelsSuite)}
+    lines = re.findall(r"^      (?:passed|not run)  +(.*)$", page, re.MULTILINE)
+    assert lines
+    assert set(lines) <= tests
