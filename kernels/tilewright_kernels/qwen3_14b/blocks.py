@@ -200,6 +200,34 @@ def rope_rows(
 
 
 @pl.jit.inline
+def pad_tile(
+    count: pl.Scalar[pl.INDEX],
+    cos: pl.Tensor[[ROWS, HEAD_DIM], pl.FP32],
+    sin: pl.Tensor[[ROWS, HEAD_DIM], pl.FP32],
+    attended_heads: pl.Tensor[[ROW_HEADS, HEAD_DIM], pl.BF16],
+    queries: pl.Tensor[[QUERY_ROWS, Q_DIM], pl.BF16],
+):
+    """Zeros in what a decode tile's count tokens do not fill.
+
+    These are the rows of cos, sin and attended_heads past count tokens, and the spare rows of
+    queries past ROWS.
+    """
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="padding"):
+        for token in pl.range(count, ROWS):
+            none = pl.full([1, HEAD_DIM], dtype=pl.FP32, value=0.0)
+            cos[token : token + 1, 0:HEAD_DIM] = none
+            sin[token : token + 1, 0:HEAD_DIM] = none
+            heads = pl.full([HEADS, HEAD_DIM], dtype=pl.FP32, value=0.0)
+            attended_heads[token * HEADS : token * HEADS + HEADS, 0:HEAD_DIM] = pl.cast(
+                heads, pl.BF16, mode="rint"
+            )
+        for c in pl.range(0, Q_DIM, HEAD_DIM):
+            spare = pl.full([SPARE, HEAD_DIM], dtype=pl.FP32, value=0.0)
+            queries[ROWS:QUERY_ROWS, c : c + HEAD_DIM] = pl.cast(spare, pl.BF16, mode="rint")
+    return queries
+
+
+@pl.jit.inline
 def rotate_heads(
     x: pl.Tensor[[ROWS, COLUMNS], pl.FP32],
     weight: pl.Tensor[[1, HEAD_DIM], pl.FP32],

@@ -6,6 +6,7 @@ from .blocks import (
     attend_token,
     finish_layer,
     level_band,
+    pad_tile,
     project_heads,
     rotate_heads,
     round_rows,
@@ -79,19 +80,7 @@ def decode_layer(
                 position = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) - 1
                 cos[token : token + 1, 0:HEAD_DIM] = rope_cos[position : position + 1, 0:HEAD_DIM]
                 sin[token : token + 1, 0:HEAD_DIM] = rope_sin[position : position + 1, 0:HEAD_DIM]
-        with pl.at(level=pl.Level.CORE_GROUP, name_hint="padding"):
-            for token in pl.range(count, ROWS):
-                none = pl.full([1, HEAD_DIM], dtype=pl.FP32, value=0.0)
-                cos[token : token + 1, 0:HEAD_DIM] = none
-                sin[token : token + 1, 0:HEAD_DIM] = none
-                heads = pl.full([HEADS, HEAD_DIM], dtype=pl.FP32, value=0.0)
-                attended_heads[token * HEADS : token * HEADS + HEADS, 0:HEAD_DIM] = pl.cast(
-                    heads, pl.BF16, mode="rint"
-                )
-            for c in pl.range(0, Q_DIM, HEAD_DIM):
-                spare = pl.full([SPARE, HEAD_DIM], dtype=pl.FP32, value=0.0)
-                queries[ROWS:QUERY_ROWS, c : c + HEAD_DIM] = pl.cast(spare, pl.BF16, mode="rint")
-
+        queries = pad_tile(count, cos, sin, attended_heads, queries)
         queries = rotate_heads(q, q_norm, cos, sin, queries, 0)
         keys = pl.create_tensor([ROWS, KV_DIM], dtype=pl.BF16)
         keys = rotate_heads(k, k_norm, cos, sin, keys, 0)
