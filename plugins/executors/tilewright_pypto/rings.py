@@ -234,7 +234,7 @@ def _language() -> ModuleType:
         yield from iterations(values[:1])
         taken.repeat(before, max(0, len(values) - 1))
 
-    def create_tensor(shape: list[int], *, dtype: torch.dtype) -> _Shaped:
+    def create_tensor(shape: list[int], dtype: torch.dtype) -> _Shaped:
         taken.allocate(prod(shape) * dtype.itemsize)
         return _Shaped(tuple(shape))
 
@@ -248,14 +248,17 @@ def _language() -> ModuleType:
         at=at,
         cast=lambda x, *_, **__: x,
         create_tensor=create_tensor,
+        dim=lambda x, axis: x.shape[axis],
         dynamic=Dynamic,
         jit=_Jit(taken),
         max=max,
         min=min,
         parallel=parallel,
+        pipeline=lambda *bounds, stage: iterations(range(*bounds)),
         range=lambda *bounds: iterations(range(*bounds)),
         read=lambda x, _: x.value,
         reshape=lambda _, shape: _Shaped(tuple(shape)),
         tensor=SimpleNamespace(dim=lambda x, axis: x.shape[axis]),
+        unroll=lambda *bounds: range(*bounds)[: 1 if taken.in_task else None],
     )
     return language
