@@ -15,6 +15,7 @@ memory is allocated when it begins, by one task per 16 tensors, in multiples of 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import isfunction
 from math import prod
 from operator import add
 from types import ModuleType, SimpleNamespace
@@ -243,7 +244,7 @@ def _language() -> ModuleType:
 
     language = ModuleType("pypto.language, counting")
     vars(language).update(
-        {name: nothing if callable(what) else what for name, what in NAMES.items()},
+        {name: nothing if isfunction(what) else what for name, what in NAMES.items()},
         Level=NAMES["Level"],
         at=at,
         cast=lambda x, *_, **__: x,
@@ -254,7 +255,7 @@ def _language() -> ModuleType:
         max=max,
         min=min,
         parallel=parallel,
-        pipeline=lambda *bounds, stage: iterations(range(*bounds)),
+        pipeline=lambda *bounds, stage: range(*bounds)[:1],
         range=lambda *bounds: iterations(range(*bounds)),
         read=lambda x, _: x.value,
         reshape=lambda _, shape: _Shaped(tuple(shape)),

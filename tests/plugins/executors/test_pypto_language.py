@@ -807,6 +807,16 @@ def test_the_simulator_computes_the_further_operators_as_the_emulation_does(monk
     check_operators(lambda a, b, y: kernel(a, b, y, config=RunConfig(platform="a2a3sim")))
 
 
+def test_a_pipelined_loop_must_be_in_a_task():
+    @pl.jit
+    def kernel(y: pl.InOut[pl.Tensor[[8, N], pl.FP32]]):
+        for _i in pl.pipeline(4, stage=2):
+            pass
+
+    with fails("pl.pipeline must be inside a pl.at"):
+        kernel(y=ones(8, N))
+
+
 def test_the_bounds_of_an_unrolled_loop_must_be_constants():
     with fails("pl.unroll with n: its bounds must be constants"):
 

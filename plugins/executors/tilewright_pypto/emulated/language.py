@@ -34,6 +34,7 @@ from tilewright_pypto.emulated.memory import (
     Task,
     call,
     fail,
+    in_task,
     outside_task,
     poison,
     running,
@@ -138,11 +139,11 @@ def unroll(*bounds: int) -> Iterator[int]:
 
 
 def pipeline(*bounds: int, stage: int) -> Iterator[int]:
-    """As pl.range; on a device, ``stage`` iterations overlap.
+    """As pl.range, in a task; on a device, ``stage`` iterations overlap.
 
-    Not emulated: ``init_values``.
+    Not emulated: outside tasks; ``init_values``.
     """
-    running()
+    in_task("pl.pipeline")
     if stage < 1:
         fail(f"pl.pipeline expects a stage of at least 1, found {stage}")
     return iter(range(*bounds))
