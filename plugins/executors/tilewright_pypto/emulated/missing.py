@@ -23,6 +23,7 @@ INSTEAD = {
     "use pl.full": "expands expand_clone",
     "use the row_expand operator that computes with it": "row_expand",
     "use the col_expand operator that computes with it": "col_expand",
+    "use pl.exp of pl.col_expand_sub": "col_expand_expdif",
     "use pl.slice with valid_shape": "set_validshape",
     "use pl.slice and pl.fillpad": "fillpad_expand",
     "use pl.matmul on each matrix": "batch_matmul",
