@@ -26,6 +26,7 @@ from tilewright.types import (
     Executor,
     GenerateResult,
     Hypothesis,
+    KernelSet,
     KvAllocator,
     LoadedModel,
     LogitsProcessor,
@@ -36,6 +37,7 @@ from tilewright.types import (
     RuntimeConfig,
     Sample,
     Sampler,
+    ServedModels,
     StepEvent,
     TensorSource,
     TextAssets,
@@ -172,6 +174,31 @@ class ExecutorHooks:
         read only by the tensors' ``read``: the hook is also called to check packed weights when
         they are loaded. create_executor then finds them under these names, with
         ``packed`` set. Without the hook, weights are only converted to the weight dtype.
+        """
+
+
+class KernelsHooks:
+    """Kind ``kernels``: device kernels, as source, for an executor that binds them by name.
+
+    Executor ``pypto-npu`` takes such a set by its option ``kernels``; docs/writing-kernels.md says
+    which kernels and parameters it binds.
+    """
+
+    @_first
+    def served_models(self) -> ServedModels:  # type: ignore[empty-body]
+        """The models that the set serves, in the terms of ModelConfig."""
+
+    @_first
+    def kernel_set(  # type: ignore[empty-body]
+        self, model_config: ModelConfig, runtime_config: RuntimeConfig
+    ) -> KernelSet:
+        """The kernels for a model and for how this machine runs it. Reads no weights.
+
+        model_config: one of the models served.
+        runtime_config: its dtypes and max_seq_len are filled in; page_size None: the set chooses.
+
+        Raises ValueError for sizes that the kernels do not support, naming the constraint and the
+        sizes found.
         """
 
 

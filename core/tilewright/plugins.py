@@ -66,7 +66,7 @@ class Kind(NamedTuple):
     @property
     def group(self) -> str:
         """The entry-point group."""
-        return f"tilewright.{self.name}s"
+        return f"tilewright.{self.name.removesuffix('s')}s"
 
     @property
     def specs(self) -> str:
@@ -97,11 +97,14 @@ ENGINE_KINDS = {
 }
 """The kinds of plugins that an engine runs with, by name; they have hooks and options."""
 
+KERNELS = Kind("kernels", ("served_models", "kernel_set"))
+"""Sets of device kernels. An executor finds its set by name: see tilewright.types.KernelSet."""
+
 COMMAND = Kind("command", ("configure", "run"))
 """Commands of the command line. They have no hooks: see tilewright.types.Command."""
 
-KINDS = {**ENGINE_KINDS, COMMAND.name: COMMAND}
-
+WITH_HOOKS = {**ENGINE_KINDS, KERNELS.name: KERNELS}
+KINDS = {**WITH_HOOKS, COMMAND.name: COMMAND}
 
 DEVICE_VARIABLES = "tilewright.device_variables"
 """A group of entry points whose names are environment variables: in one of them, the queue of a
@@ -253,8 +256,8 @@ def _spec(plugin: Plugin) -> tuple[str, Any]:
 
 
 def noun(kind: str) -> str:
-    """A kind as messages name it: ``kv allocator``."""
-    return kind.replace("_", " ")
+    """A kind as messages name it: ``kv allocator``, ``kernel set``."""
+    return "kernel set" if kind == KERNELS.name else kind.replace("_", " ")
 
 
 # --- loading and checking a plugin ----------------------------------------------------------------
@@ -434,7 +437,7 @@ def new_manager() -> "PluginManager":
     from tilewright import hookspecs
 
     manager = pluggy.PluginManager("tilewright")
-    for specs in ("AnyPlugin", *(kind.specs for kind in ENGINE_KINDS.values()), "ObserverEvents"):
+    for specs in ("AnyPlugin", *(kind.specs for kind in WITH_HOOKS.values()), "ObserverEvents"):
         manager.add_hookspecs(getattr(hookspecs, specs))
     return manager
 
@@ -495,7 +498,7 @@ def call(obj: Any, hook: str, **kwargs: Any) -> Any:
     manager = new_manager()
     manager.register(obj)
     answer = getattr(manager.hook, hook)(**kwargs)
-    if answer is None and any(hook in kind.required for kind in ENGINE_KINDS.values()):
+    if answer is None and any(hook in kind.required for kind in WITH_HOOKS.values()):
         raise PluginError(f"{hook}() of {_described(obj)} returned nothing")
     return answer
 

@@ -87,6 +87,17 @@ class Contract:
             raise ExecutorError(f"{wanted}, contiguous, found strides {list(tensor.stride())}")
 
 
+def parsed(file: Path) -> ast.Module:
+    """A source file's syntax tree. Raises ExecutorError if it cannot be read or parsed."""
+    try:
+        return ast.parse(file.read_text(encoding="utf-8"), str(file))
+    except OSError as error:
+        raise ExecutorError(f"{file}: {error.strerror or error}: expected kernel source") from error
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise ExecutorError(f"{file}:{line}: {getattr(error, 'msg', error)}") from error
+
+
 def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float]) -> Contract:
     """The contract of the function ``kernel`` in a source file.
 
@@ -95,7 +106,7 @@ def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float])
     """
     names: dict[str, int | float | str] = dict(constants)
     order = None
-    for node in ast.parse(file.read_text(), str(file)).body:
+    for node in parsed(file).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
             if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):

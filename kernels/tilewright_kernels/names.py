@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from tilewright.errors import ExecutorError
+from tilewright_kernels.contract import parsed
 
 TEMPORARY = "t"
 """PyPTO's name for the result of a ``pl.read``, or of another call within an expression."""
@@ -58,7 +59,7 @@ def check_file(file: Path) -> None:
 
     Raises ExecutorError for the first name that PyPTO would confuse, with file, line and reason.
     """
-    tree = ast.parse(file.read_text(), str(file))
+    tree = parsed(file)
     symbols = {
         str(node.args[0].value)
         for node in ast.walk(tree)

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 from qwen3_layers import Run
 
-from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright.types import KernelSet
 from tilewright_pypto.adapter import PyptoDevice, open_device
 from tilewright_pypto.installation import find, needs
 from tilewright_pypto.options import Options
@@ -65,9 +65,9 @@ def simulator_or_skip() -> PyptoDevice:
     return device
 
 
-def simulated(kernel: str, shape: LayerShape) -> Run:
+def simulated(kernel: str, kernels: KernelSet) -> Run:
     """The kernel on a2a3sim, through the adapter; it works in place on tensors by name."""
-    call = simulator_or_skip().load([kernel], shape)[kernel]
+    call = simulator_or_skip().load([kernel], kernels)[kernel]
     return lambda tensors: call(**tensors)
 
 

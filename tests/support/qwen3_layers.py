@@ -5,7 +5,7 @@ reference is the torch executor itself on a model of that one layer, whose embed
 layer's input.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RopeConfig, StepBatch
 from tilewright.weights import expected_tensors
 from tilewright_kernels.qwen3_14b.shape import LayerShape
-from tilewright_pypto.packing import NORMS, PROJECTIONS, pack
+from tilewright_pypto.packing import pack, packed_name
 from tilewright_torch.model import TorchExecutor, load
 from tilewright_torch.rope import rotary
 
@@ -28,6 +28,9 @@ class Weights:
     """Named tensors in memory; implements the part of TensorSource that ``load`` uses."""
 
     tensors: Mapping[str, Tensor]
+
+    def names(self) -> Collection[str]:
+        return self.tensors
 
     def get(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -64,12 +67,13 @@ def config_of(shape: LayerShape, vocab: int = 67, qk_norm: bool = True) -> Model
     )
 
 
-def kernel_weights(source: Any, layer: int = 0, qk_norm: bool = True) -> dict[str, Tensor]:
+def kernel_weights(source: Any, layer: int = 0) -> dict[str, Tensor]:
     """A layer's weights by the names of the kernels' parameters."""
+    prefix = f"model.layers.{layer}."
     return {
-        parameter: pack(source, f"model.layers.{layer}.{name}.weight")
-        for parameter, name in (NORMS | PROJECTIONS).items()
-        if qk_norm or parameter not in ("q_norm", "k_norm")
+        packed_name(name).rpartition(".")[2]: pack(source, name)
+        for name in source.names()
+        if name.startswith(prefix)
     }
 
 
@@ -299,8 +303,7 @@ def compare_layer(
     Checks the guards, that nothing but out and the caches changed, and the caches slot by slot:
     this step's within the rounding of the reference, all others bit by bit.
     """
-    weights = kernel_weights(source, layer, config.qk_norm)
-    inputs = layer_inputs(kernel, config, weights, hidden, batch, cache)
+    inputs = layer_inputs(kernel, config, kernel_weights(source, layer), hidden, batch, cache)
     guarded = Guarded()
     for name, tensor in inputs.items():
         guarded.add(name, tensor)

@@ -27,8 +27,8 @@ from qwen3_layers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tilewright_kernels.contract import read_contract
-from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels import source
+from tilewright_kernels.qwen3_14b.plugin import KERNELS, kernels_of
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.installation import find, needs
 
@@ -93,9 +93,9 @@ def commit(folder: Path) -> str:
 
 
 def record(kernel: str) -> None:
-    contract = read_contract(source.path(kernel), kernel, SHAPE.constants(kernel))
+    contract = source.contract(kernel, kernels_of(SHAPE))
     written = {p.name for p in contract.parameters if p.direction != "in"}
-    run = simulated(kernel, SHAPE)
+    run = simulated(kernel, kernels_of(SHAPE))
     kept: dict[str, Tensor] = {}
     first, *_ = given = cases(kernel)
     for case, tensors in enumerate(given):
@@ -119,5 +119,5 @@ def record(kernel: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in source.KERNELS:
+    for name in KERNELS:
         record(name)

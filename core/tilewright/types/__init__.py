@@ -17,8 +17,10 @@ from tilewright.types.executor import (
     StepBatch,
     StepOutput,
     Tap,
+    Tiles,
 )
 from tilewright.types.fields import described
+from tilewright.types.kernels import KernelSet, ServedModels
 from tilewright.types.kv_cache import KvAllocator, KvCacheSpec, KvLayer, RowOrder
 from tilewright.types.logits_processor import LogitsEdits, LogitsProcessor
 from tilewright.types.model import (
@@ -79,6 +81,7 @@ __all__ = [
     "GenerateDelta",
     "GenerateResult",
     "Hypothesis",
+    "KernelSet",
     "KvAllocator",
     "KvCacheSpec",
     "KvLayer",
@@ -106,6 +109,7 @@ __all__ = [
     "SamplerRow",
     "SamplingExecutor",
     "SamplingParams",
+    "ServedModels",
     "Speculation",
     "StepBatch",
     "StepEvent",
@@ -114,6 +118,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "TextAssets",
+    "Tiles",
     "Timings",
     "TokenLogprobs",
     "WeightFormats",

@@ -180,6 +180,20 @@ class ExecutorLimits:
     """Whether a step with a tap computes the same bits as one without."""
 
 
+@frozen(kw_only=True)
+class Tiles:
+    """The sizes at which an executor's code takes another path; None: it has no such tile."""
+
+    page_size: int | None = None
+    """A small page size, in tokens, at which all of its paths can be reached."""
+    prefill_rows: int | None = None
+    """Tokens of a sequence that prefill computes together."""
+    decode_rows: int | None = None
+    """Sequences that decode computes together."""
+    kv_rows: int | None = None
+    """Keys in one step of attention."""
+
+
 class Executor(Protocol):
     """Runs a model's forward pass over a paged KV cache, which it owns."""
 

@@ -4,6 +4,10 @@ from collections.abc import Iterator
 
 from attrs import Factory, asdict, field, frozen
 
+from tilewright.types import ModelConfig, RuntimeConfig
+
+PAGE_SIZE = 128
+"""Default number of tokens per page of the KV cache: the keys of attention's widest tile."""
 TILES = (256, 128, 64, 32, 16)
 ACCUMULATOR_BYTES = 128 * 1024
 """L0C of an a2a3 core: the FP32 tile of a product must fit in it."""
@@ -154,6 +158,21 @@ class LayerShape:
             "EPS": self.norm_eps,
             "SCALE": self.head_dim**-0.5,
         }
+
+
+def layer_shape(config: ModelConfig, runtime: RuntimeConfig) -> LayerShape:
+    """The shape to compile the kernels for. Raises ValueError as LayerShape does."""
+    return LayerShape(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        norm_eps=config.norm_eps,
+        page_size=runtime.page_size or PAGE_SIZE,
+        max_batch=runtime.max_batch_size,
+        max_tokens=max(runtime.max_batch_tokens, runtime.max_batch_size),
+    )
 
 
 QWEN3_14B = LayerShape(

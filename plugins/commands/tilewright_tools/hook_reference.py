@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator
 
 from tilewright import hookspecs, plugins
-from tilewright.types import executor, kv_cache, model, plugin, results, sampling
+from tilewright.types import executor, kernels, kv_cache, model, plugin, results, sampling
 
-SUBJECTS = (model, executor, kv_cache, sampling, results, plugin)
+SUBJECTS = (model, executor, kernels, kv_cache, sampling, results, plugin)
 """The modules of tilewright.types, in the order of a run."""
 
 _HEAD = """\
@@ -37,7 +37,7 @@ def reference() -> str:
     """Markdown."""
     specs = _classes(hookspecs)
     lines = [_HEAD.format(version=plugins.API_VERSION)]
-    for kind in plugins.ENGINE_KINDS.values():
+    for kind in plugins.WITH_HOOKS.values():
         title = _capital(plugins.noun(kind.name)).replace("Kv", "KV")
         lines += [f"## {title}\n", f"Entry-point group `{kind.group}`.\n"]
         lines += _hooks(specs[kind.specs], kind.required)

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tilewright.errors import ExecutorError, ExecutorLostError, OutOfPagesError
 from tilewright.machine import available_memory
 from tilewright.paths import path_of
-from tilewright_kernels.contract import read_contract
-from tilewright_kernels.qwen3_14b import source
-from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright.types import KernelSet
+from tilewright_kernels import source
 from tilewright_pypto import build_cache, failures, rings
 from tilewright_pypto.crash import CrashNote
 from tilewright_pypto.device import Kernel
@@ -258,27 +257,27 @@ class PyptoDevice:
         except Exception as error:
             raise self._refused(f"cannot copy {_mib(new.nbytes)} from the host", error) from error
 
-    def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
+    def load(self, names: Sequence[str], kernels: KernelSet) -> Mapping[str, Kernel]:
         """Raises ExecutorError for a kernel that PyPTO does not compile, or not as written."""
         loaded, saved, started, compiled = {}, 0.0, time.perf_counter(), 0
-        for done, kernel in enumerate(kernels):
+        for done, kernel in enumerate(names):
 
             def say(what: str, done: int = done) -> None:
-                self._report(f"{what} for {self._platform}", done, len(kernels))
+                self._report(f"{what} for {self._platform}", done, len(names))
 
             began = time.perf_counter()
-            loaded[kernel], once = self._load(kernel, shape, say)
+            loaded[kernel], once = self._load(kernel, kernels, say)
             if once is None:
                 compiled += 1
             else:
                 saved += max(0.0, once - (time.perf_counter() - began))
-        cached = len(kernels) - compiled
+        cached = len(names) - compiled
         parts = []
         if compiled:
             parts.append(f"{_counted(compiled)} compiled in {time.perf_counter() - started:.0f} s")
         if cached:
             parts.append(f"{_counted(cached)} from the cache, {saved:.0f} s saved")
-        self._report("; ".join(parts), len(kernels), len(kernels))
+        self._report("; ".join(parts), len(names), len(names))
         return loaded
 
     def close(self) -> None:
@@ -297,11 +296,11 @@ class PyptoDevice:
     def _run_config(self, **settings: Any) -> Any:
         return self._pypto.runtime.RunConfig(platform=self._platform, **settings)
 
-    def _call_config(self, kernel: str, shape: LayerShape, tensors: Mapping[str, Any]) -> Any:
+    def _call_config(self, kernel: str, kernels: KernelSet, tensors: Mapping[str, Any]) -> Any:
         """With rings large enough for the longest sequence of the call."""
         lengths = tensors.get("context_lens")
         positions = 1 if lengths is None else int(lengths.max())
-        sizes = tuple(rings.larger(self._options, kernel, shape, positions).items())
+        sizes = tuple(rings.larger(self._options, kernel, kernels, positions).items())
         if sizes not in self._configs:
             self._configs[sizes] = self._run_config(**self._settings | dict(sizes))
         return self._configs[sizes]
@@ -312,15 +311,16 @@ class PyptoDevice:
         return self._worker
 
     def _load(
-        self, kernel: str, shape: LayerShape, say: Callable[[str], None]
+        self, kernel: str, kernels: KernelSet, say: Callable[[str], None]
     ) -> tuple[Kernel, float | None]:
         worker = self._opened()
-        constants = shape.constants(kernel)
         key = {
             **self._key,
-            "source": source.path(kernel).read_text(),
-            "blocks": source.path("blocks").read_text(),
-            "constants": json.dumps(constants),
+            **{
+                f"source of {name}": kernels.sources[name].read_text(encoding="utf-8")
+                for name in source.modules(kernel, kernels)
+            },
+            "constants": json.dumps(dict(kernels.constants[kernel])),
         }
 
         def compile(home: Path) -> Any:
@@ -328,7 +328,7 @@ class PyptoDevice:
             quiet = redirect_stdout(sys.stderr)
             failing = self._failing(kernel, "compiling", " did not compile")
             with failing, _compilers(self._jobs), quiet:
-                function = source.load(kernel, shape, self._pypto.language)
+                function = source.load(kernel, kernels, self._pypto.language)
                 program = function.compile(config=self._run_config(save_kernels_dir=str(home)))
                 program.load()
             return program
@@ -344,7 +344,7 @@ class PyptoDevice:
             return program
 
         program, seconds = build_cache.cached(self._folder, kernel, key, compile, reload, say)
-        contract = read_contract(source.path(kernel), kernel, constants)
+        contract = source.contract(kernel, kernels)
         ours, names = [p.name for p in contract.parameters], list(program.param_names)
         if sorted(names) != sorted(ours):
             raise ExecutorError(
@@ -359,7 +359,7 @@ class PyptoDevice:
             self._opened()
             bound = dict(zip(ours, contract.bind(tensors), strict=True))
             with self._failing(kernel, "running", ""):
-                config = self._call_config(kernel, shape, tensors)
+                config = self._call_config(kernel, kernels, tensors)
                 handle(*(bound[name] for name in names), config=config)
 
         return call, seconds

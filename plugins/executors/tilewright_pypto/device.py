@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright.types import KernelSet
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +47,8 @@ class Device(Protocol):
         """Replace the values of a handle from ``keep`` or ``allocate``."""
         ...
 
-    def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
-        """Kernels of tilewright_kernels.qwen3_14b, compiled for a layer shape and keyed by name."""
+    def load(self, names: Sequence[str], kernels: KernelSet) -> Mapping[str, Kernel]:
+        """Kernels of a set, compiled and keyed by name."""
         ...
 
     def close(self) -> None:

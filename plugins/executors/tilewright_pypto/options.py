@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 from attrs import field, frozen, validators
 
+from tilewright_pypto.kernels import DEFAULT
+
 Platform = Literal["a2a3", "a5", "a2a3sim", "a5sim", "emulated"]
 HARDWARE: tuple[Platform, ...] = ("a2a3", "a5")
 
@@ -43,6 +45,13 @@ class Options:
         metadata={
             "help": "a2a3 (Ascend 910B, 910C), a5 (950), PyPTO's simulators a2a3sim and a5sim, or "
             "emulated: the kernels' source on the CPU, without PyPTO"
+        },
+    )
+    kernels: str = field(
+        default=DEFAULT,
+        metadata={
+            "help": "kernel set: NAME or DISTRIBUTION:NAME, as `tilewright plugins list --kind "
+            "kernels` lists them"
         },
     )
     device: int | None = field(

@@ -7,7 +7,7 @@ from tilewright import hookimpl
 from tilewright.errors import ConfigError, ExecutorError
 from tilewright.types import (
     Check,
-    LayerwiseExecutor,
+    Executor,
     ModelConfig,
     PackedWeights,
     PluginInfo,
@@ -26,29 +26,30 @@ tilewright_api = 2
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="Qwen3 models on Ascend NPUs, with one PyPTO kernel per layer",
+        summary="Dense models on Ascend NPUs, with PyPTO kernels from a kernel set",
         options=Options,
         weight_dtypes=("bfloat16",),
         kv_dtypes=("bfloat16",),
         serves=_serves,
         limits={
             "device": "a card of an Ascend host, a simulator of PyPTO, or emulated on the CPU",
-            "models": "dense Qwen3: q/k norm, no biases, full attention",
-            "RoPE": "default, linear, llama3, yarn",
-            "shapes": "head_dim a multiple of 32; hidden and intermediate size, heads x head_dim "
-            "and page size multiples of 16",
-            "taps": "embed, output of each layer, logits",
+            "models": "those of the kernel set (option kernels); of the default one, dense Qwen3: "
+            "q/k norm, no biases, full attention, RoPE default, linear, llama3 or yarn",
+            "shapes": "those of the kernel set; of the default one, head_dim a multiple of 32; "
+            "hidden and intermediate size, heads x head_dim and page size multiples of 16",
+            "taps": "embed, output of each layer, logits; with a set of whole-model programs only, "
+            "logits",
         },
     )
 
 
 def _serves(config: ModelConfig) -> bool:
-    """Dense Qwen3 in multiples of the kernels' tiles."""
-    biased = config.qkv_bias or config.output_bias or config.mlp_bias
-    full_attention = all(window is None for window in config.sliding_windows)
+    """The default kernel set's models, in multiples of its tiles."""
+    from tilewright_pypto.kernels import DEFAULT, served, serves
+
     tiled = config.head_dim % 32 == config.hidden_size % 16 == config.intermediate_size % 16 == 0
-    plain = full_attention and config.rope.kind != "dynamic" and not biased
-    return config.qk_norm and plain and tiled and config.num_heads % config.num_kv_heads == 0
+    grouped = config.num_heads % config.num_kv_heads == 0
+    return tiled and grouped and serves(served(DEFAULT), config)
 
 
 @hookimpl
@@ -67,19 +68,20 @@ def create_executor(
     layers: range,
     options: Options | None,
     report: Report,
-) -> LayerwiseExecutor:
-    """Raises ExecutorError for an unsupported model, device or PyPTO."""
-    from tilewright_pypto.fit import layer_shape
+) -> Executor:
+    """Raises ExecutorError for an unsupported model, device or PyPTO, and PluginError for a kernel
+    set that is not installed."""
+    from tilewright_pypto.kernels import described, kernel_set
 
     options = options or Options()
-    shape = layer_shape(model_config, runtime_config)
+    kernels = kernel_set(options.kernels, model_config, runtime_config)
     card = chosen_card(options, runtime_config)
     positions = runtime_config.max_seq_len
     assert positions is not None
     if options.platform != "emulated":
         from tilewright_pypto.rings import check
 
-        check(options, shape, positions)
+        check(options, kernels, positions)
 
     from tilewright_pypto.executor import load
 
@@ -91,9 +93,10 @@ def create_executor(
             weights,
             packed,
             positions,
-            shape,
+            kernels,
             device,
             options.weights_on_device,
+            described(options.kernels),
         )
     except BaseException:
         device.close()
@@ -102,12 +105,15 @@ def create_executor(
 
 @hookimpl
 def pack_weights(
-    model_config: ModelConfig, runtime_config: RuntimeConfig, weights: TensorSource
+    model_config: ModelConfig,
+    runtime_config: RuntimeConfig,
+    weights: TensorSource,
+    options: Options | None,
 ) -> PackedWeights:
     """Raises ExecutorError for a model that the kernels cannot run."""
-    from tilewright_pypto.fit import layer_shape
+    from tilewright_pypto.kernels import kernel_set
 
-    layer_shape(model_config, runtime_config)
+    kernel_set((options or Options()).kernels, model_config, runtime_config)
 
     from tilewright_pypto.packing import VERSION, packed_tensors
 

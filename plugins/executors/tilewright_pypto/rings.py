@@ -25,8 +25,8 @@ import torch
 from attrs import define, field, frozen
 
 from tilewright.errors import ExecutorError
-from tilewright_kernels.qwen3_14b import source
-from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright.types import KernelSet
+from tilewright_kernels import source
 from tilewright_pypto.emulated.language import NAMES, Dynamic
 
 if TYPE_CHECKING:
@@ -45,14 +45,15 @@ DEPENDENCIES = 4
 so the number depends on timing: a run on a2a3sim took 1.6 per task, for 10448 tasks."""
 
 
-def check(options: "Options", shape: LayerShape, positions: int) -> None:
+def check(options: "Options", kernels: KernelSet, positions: int) -> None:
     """Raise ExecutorError for a size that is too small for sequences of that many tokens.
 
     Except for ring_dep_pool: how many dependencies are open at a time depends on timing.
     """
     for name in ("ring_heap", "ring_task_window"):
         kernel, least = max(
-            ((k, needed(k, shape, positions)[name]) for k in source.KERNELS), key=lambda n: n[1]
+            ((k, needed(k, kernels, positions)[name]) for k in kernels.constants),
+            key=lambda n: n[1],
         )
         asked = getattr(options, name)
         if asked is not None and asked < least:
@@ -62,13 +63,13 @@ def check(options: "Options", shape: LayerShape, positions: int) -> None:
             )
 
 
-def larger(options: "Options", kernel: str, shape: LayerShape, positions: int) -> dict[str, int]:
+def larger(options: "Options", kernel: str, kernels: KernelSet, positions: int) -> dict[str, int]:
     """Sizes for a call of a kernel, by option, where PyPTO's own are too small and none was asked.
 
     positions: tokens of the longest sequence in the call. Rings cost memory and time, so a call
     gets large ones only if it needs them; the sizes are those for the next power of two.
     """
-    found = needed(kernel, shape, 1 << max(0, positions - 1).bit_length())
+    found = needed(kernel, kernels, 1 << max(0, positions - 1).bit_length())
     return {
         name: found[name]
         for name, standard in STANDARD.items()
@@ -77,13 +78,13 @@ def larger(options: "Options", kernel: str, shape: LayerShape, positions: int) -
 
 
 @cache
-def needed(kernel: str, shape: LayerShape, positions: int) -> dict[str, int]:
+def needed(kernel: str, kernels: KernelSet, positions: int) -> dict[str, int]:
     """Sizes of rings, by option, that are enough for a tile of tokens ending the longest sequence.
 
     The heap allows for memory that stays unused because a piece did not fit before the ring's end;
     how much that is depends on where the previous kernel ended, so a kernel may run with less.
     """
-    taken = counted(kernel, shape, positions)
+    taken = counted(kernel, kernels, positions)
     return {
         "ring_heap": max(UNIT, _power_above(max(map(add, taken.most_bytes, taken.most_unused)))),
         "ring_task_window": _power_above(max(taken.most_tasks)),
@@ -96,10 +97,10 @@ def _power_above(size: int) -> int:
     return 1 << size.bit_length()
 
 
-def counted(kernel: str, shape: LayerShape, positions: int) -> "Taken":
+def counted(kernel: str, kernels: KernelSet, positions: int) -> "Taken":
     """What a kernel takes from each ring for a tile of tokens that ends the longest sequence."""
-    rows = int(shape.constants(kernel)["ROWS"])
-    count = source.load(kernel, shape, _language())
+    rows = 1 if kernel.startswith("decode") else kernels.tiles.prefill_rows or positions
+    count = source.load(kernel, kernels, _language())
     taken: Taken = count(context_lens=positions, query_lens=min(rows, positions))
     return taken
 

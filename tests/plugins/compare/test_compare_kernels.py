@@ -8,7 +8,7 @@ from reference_models import prompts, write_model
 from transformers import Qwen3Config
 
 from tilewright_compare import Choice, compare
-from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels.qwen3_14b.plugin import KERNELS, SOURCES
 
 CONFIG = Qwen3Config(
     hidden_size=96,
@@ -67,9 +67,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def kernels(tmp_path, monkeypatch) -> Path:
     """A copy of the kernels' source, which is loaded in place of it."""
-    for name in ("blocks", *source.KERNELS):
-        copyfile(source.path(name), tmp_path / f"{name}.py")
-    monkeypatch.setattr(source, "path", lambda name: tmp_path / f"{name}.py")
+    for name in ("blocks", *KERNELS):
+        copyfile(SOURCES[name], tmp_path / f"{name}.py")
+    for name in SOURCES:
+        monkeypatch.setitem(SOURCES, name, tmp_path / f"{name}.py")
     return tmp_path
 
 

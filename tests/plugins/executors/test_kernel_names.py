@@ -9,8 +9,9 @@ import pytest
 from pypto_oracle import orchestration_complaints, pypto_or_skip
 
 from tilewright.errors import ExecutorError
+from tilewright_kernels import source
 from tilewright_kernels.names import check_file
-from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels.qwen3_14b.plugin import KERNELS, SOURCES, kernels_of
 from tilewright_kernels.qwen3_14b.shape import DEMO
 from tilewright_pypto.emulated import language
 
@@ -282,17 +283,18 @@ def test_the_emulation_refuses_a_name_that_collides_with_a_dynamic_extent():
 def test_a_kernel_with_a_colliding_name_is_refused_when_it_is_loaded(file, tmp_path, monkeypatch):
     """The check runs before PyPTO, or the language in its place, sees the kernel."""
     for name in ("blocks", "decode_layer"):
-        text = source.path(name).read_text()
+        text = SOURCES[name].read_text()
         if name == file:
             text = text.replace("for token in", "for t in")
         (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setattr(source, "path", lambda name: tmp_path / f"{name}.py")
+    for name in SOURCES:
+        monkeypatch.setitem(SOURCES, name, tmp_path / f"{name}.py")
     emulated = sys.modules["tilewright_pypto.emulated.language"]
     monkeypatch.setattr(emulated, "check_function", lambda *_: None)
     with pytest.raises(ExecutorError, match=rf"{tmp_path / file}.py:\d+: \w+: rename t: "):
-        source.load("decode_layer", DEMO, language)
+        source.load("decode_layer", kernels_of(DEMO), language)
 
 
-@pytest.mark.parametrize("name", ["blocks", *source.KERNELS])
+@pytest.mark.parametrize("name", ["blocks", *KERNELS])
 def test_the_shipped_kernels_have_no_colliding_names(name):
-    check_file(source.path(name))
+    check_file(SOURCES[name])

@@ -4,7 +4,6 @@
 """
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +16,13 @@ from transformers import LlamaConfig
 from tilewright import plugins
 from tilewright.loading import InstalledFormats
 from tilewright_hf.loader import load_model
-from tilewright_kernels import llama, qwen3_14b
-from tilewright_kernels.contract import read_contract
-from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels import source
+from tilewright_kernels.llama.plugin import kernels_of
+from tilewright_kernels.qwen3_14b import plugin as qwen3
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.emulated import language
 
 KERNELS = ("prefill_layer", "decode_layer")
-FILES = {k: Path(llama.__file__).with_name(f"{k}.py") for k in KERNELS}
 
 
 def shaped(heads: int, kv_heads: int, **changes: int) -> LayerShape:
@@ -36,21 +34,15 @@ GROUPS = {1: shaped(2, 2), 2: shaped(4, 2), 4: shaped(8, 2), 8: shaped(8, 1)}
 """Shapes, keyed by query heads for each KV head."""
 
 
-@pytest.fixture(autouse=True)
-def llama_files(monkeypatch) -> None:
-    shared = Path(qwen3_14b.__file__).parent
-    monkeypatch.setattr(source, "path", lambda name: FILES.get(name, shared / f"{name}.py"))
-
-
 @cache
 def emulated(kernel: str, shape: LayerShape) -> Run:
-    made = source.load(kernel, shape, language)
+    made = source.load(kernel, kernels_of(shape), language)
     return lambda tensors: made(**tensors)
 
 
 @cache
 def by_simulator(kernel: str, shape: LayerShape) -> Run:
-    return simulated(kernel, shape)
+    return simulated(kernel, kernels_of(shape))
 
 
 everywhere = pytest.mark.parametrize(
@@ -147,8 +139,7 @@ def test_every_layer_of_a_llama_model_agrees_with_the_torch_executor(tmp_path):
 def test_the_parameters_are_those_of_qwen3_without_the_norms_of_heads(kernel):
     shape = GROUPS[2]
     ours, theirs = (
-        read_contract(file, kernel, shape.constants(kernel))
-        for file in (FILES[kernel], Path(qwen3_14b.__file__).with_name(f"{kernel}.py"))
+        source.contract(kernel, kernels) for kernels in (kernels_of(shape), qwen3.kernels_of(shape))
     )
     assert ours.kv_row_order == theirs.kv_row_order == "HND"
     norms = ("q_norm", "k_norm")
@@ -159,5 +150,5 @@ def test_the_parameters_are_those_of_qwen3_without_the_norms_of_heads(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @groups
 def test_no_variable_of_the_generated_code_shadows_another(kernel, group, tmp_path):
-    loaded = source.load(kernel, GROUPS[group], pypto_or_skip())
+    loaded = source.load(kernel, kernels_of(GROUPS[group]), pypto_or_skip())
     assert orchestration_complaints(loaded, tmp_path) == []

@@ -28,7 +28,8 @@ from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, hookimpl
 from tilewright.cli import main
 from tilewright.errors import ExecutorError, OutOfPagesError, TilewrightError
 from tilewright.settings import DEMO_MODEL
-from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels import source
+from tilewright_kernels.qwen3_14b.plugin import KERNELS, SOURCES, kernels_of
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto import adapter, installation, rings
 from tilewright_pypto.adapter import SURFACE, PyptoDevice, open_device
@@ -38,6 +39,7 @@ from tilewright_pypto.options import Options
 SHAPE = LayerShape(
     hidden=64, intermediate=64, heads=4, kv_heads=2, head_dim=32, page_size=16, max_tokens=64
 )
+SET = kernels_of(SHAPE)
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
 @pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
 def test_a_layer_on_the_device_agrees_with_the_torch_executor(opened, kernel):
     device = opened()
-    run = device.load([kernel], SHAPE)[kernel]
+    run = device.load([kernel], SET)[kernel]
     config = config_of(SHAPE)
     cache = Cache(SHAPE, 12)
     cache.add(17, 0, 5)
@@ -124,7 +126,7 @@ def test_only_outputs_come_back_to_the_host(opened):
     device = opened()
     tensors = head_tensors(device)
     before = tensors["hidden"].clone()
-    device.load(["head"], SHAPE)["head"](**tensors)
+    device.load(["head"], SET)["head"](**tensors)
     assert tensors["logits"].isfinite().all()
     assert torch.equal(tensors["hidden"], before)
 
@@ -152,7 +154,7 @@ def test_tensors_written_to_the_device_are_read_back(opened):
 def test_a_tensor_of_a_wrong_name_dtype_or_layout_is_refused(opened):
     device = opened()
     tensors = head_tensors(device)
-    head = device.load(["head"], SHAPE)["head"]
+    head = device.load(["head"], SET)["head"]
     with pytest.raises(ExecutorError, match="wants lm_head as bfloat16"):
         head(**tensors | {"lm_head": device.keep(torch.zeros(40, SHAPE.hidden))})
     with pytest.raises(ExecutorError, match="no parameter 'lm_heads'; did you mean 'lm_head'"):
@@ -168,7 +170,7 @@ def test_a_tensor_of_a_wrong_name_dtype_or_layout_is_refused(opened):
 def test_a_call_uses_the_selected_card_and_ring_sizes(opened, log, platform, card, name, number):
     device = opened(platform, card, ring_task_window=131072, ring_dep_pool=5)
     assert device.name == name
-    device.load(["head"], SHAPE)["head"](**head_tensors(device))
+    device.load(["head"], SET)["head"](**head_tensors(device))
     (called,) = log("call")
     with_rings = json.loads(called.removeprefix(f"call head on {number} with "))
     assert with_rings == {"ring_task_window": 131072, "ring_heap": None, "ring_dep_pool": 5}
@@ -177,9 +179,9 @@ def test_a_call_uses_the_selected_card_and_ring_sizes(opened, log, platform, car
 def test_a_call_gets_rings_large_enough_for_its_kernel(opened, log, monkeypatch):
     monkeypatch.setitem(rings.STANDARD, "ring_heap", 1024)
     device = opened("a2a3sim", ring_task_window=131072)
-    device.load(["head"], SHAPE)["head"](**head_tensors(device))
+    device.load(["head"], SET)["head"](**head_tensors(device))
     (called,) = log("call")
-    heap = rings.needed("head", SHAPE, 1)["ring_heap"]
+    heap = rings.needed("head", SET, 1)["ring_heap"]
     assert json.loads(called.removeprefix("call head on 0 with ")) == {
         "ring_task_window": 131072,
         "ring_heap": heap,
@@ -217,7 +219,7 @@ def test_kernels_are_compiled_once_and_loaded_by_the_next_device(opened, log):
     said = []
     report = lambda *what: said.append(what)  # noqa: E731
     kernels = ["prefill_layer", "decode_layer", "head"]
-    opened(report=report).load(kernels, SHAPE)
+    opened(report=report).load(kernels, SET)
     assert [s[1:] for s in said] == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert [s[0] for s in said[:3]] == [f"compiling {k} for a2a3sim" for k in kernels]
     assert said[3][0].startswith("3 kernels compiled in ")
@@ -225,7 +227,7 @@ def test_kernels_are_compiled_once_and_loaded_by_the_next_device(opened, log):
 
     said.clear()
     device = opened(report=report)
-    run = device.load(kernels, SHAPE)
+    run = device.load(kernels, SET)
     assert len(log("compile")) == 3
     assert said[0] == ("loading prefill_layer for a2a3sim", 0, 3)
     assert said[3][0].startswith("3 kernels from the cache, ")
@@ -238,7 +240,7 @@ def test_kernels_are_compiled_once_and_loaded_by_the_next_device(opened, log):
 def test_only_changes_that_affect_the_code_compile_it_again(opened, log, pypto_root, tmp_path):
     def compiles(shape: LayerShape = SHAPE, **how: Any) -> bool:
         before = len(log("compile"))
-        opened(**how).load(["head"], shape)
+        opened(**how).load(["head"], kernels_of(shape))
         return len(log("compile")) > before
 
     assert compiles()
@@ -261,29 +263,30 @@ def test_only_changes_that_affect_the_code_compile_it_again(opened, log, pypto_r
 def test_a_kernel_whose_source_changed_is_compiled_again(
     opened, log, tmp_path, monkeypatch, changed
 ):
-    opened().load(["head"], SHAPE)
+    opened().load(["head"], SET)
     copies = tmp_path / "kernels"
-    shutil.copytree(source.path("head").parent, copies)
-    monkeypatch.setattr(source, "path", lambda kernel: copies / f"{kernel}.py")
-    opened().load(["head"], SHAPE)
+    shutil.copytree(SOURCES["head"].parent, copies)
+    for name in SOURCES:
+        monkeypatch.setitem(SOURCES, name, copies / f"{name}.py")
+    opened().load(["head"], SET)
     assert len(log("compile")) == 1
     (copies / changed).write_text((copies / changed).read_text() + "# changed\n")
-    opened().load(["head"], SHAPE)
+    opened().load(["head"], SET)
     assert len(log("compile")) == 2
 
 
 def test_a_build_that_pypto_cannot_load_is_compiled_again(opened, log):
     device = opened()
-    device.load(["head"], SHAPE)
+    device.load(["head"], SET)
     (device.artifacts["head"] / "compiled_meta.json").write_text("{")
-    opened().load(["head"], SHAPE)
+    opened().load(["head"], SET)
     assert len(log("compile")) == 2
 
 
 def test_the_device_reports_where_its_artifacts_are(opened, tmp_path):
     device = opened(build_dir=str(tmp_path / "builds"))
     assert device.artifacts == {}
-    device.load(["head"], SHAPE)
+    device.load(["head"], SET)
     home = device.artifacts["head"]
     assert home.parent == tmp_path / "builds"
     assert (home / "compiled_meta.json").is_file()
@@ -298,10 +301,10 @@ def test_compile_jobs_limits_assemblers_and_compilers(opened, monkeypatch, log, 
         monkeypatch.setenv(name, before)
     seen = []
     monkeypatch.setattr(source, "load", spying(source.load, lambda: seen.append(os.environ[name])))
-    opened(compile_jobs=jobs).load(["head"], SHAPE)
+    opened(compile_jobs=jobs).load(["head"], SET)
     assert seen[0] == str(most)
     assert os.environ.get(name) == before
-    opened(compile_jobs=jobs).load(["head"], SHAPE)  # from the cache; PyPTO may compile again
+    opened(compile_jobs=jobs).load(["head"], SET)  # from the cache; PyPTO may compile again
     assert log(f"{min(most, 8)} compilers") == 2 * [f"{min(most, 8)} compilers for head"]
     pool = sys.modules["pypto.runtime.device_runner"].ThreadPoolExecutor
     assert pool is ThreadPoolExecutor
@@ -320,14 +323,14 @@ def test_parameters_that_are_not_in_the_source_are_refused(opened, monkeypatch):
     program = sys.modules["pypto.ir"].CompiledProgram
     monkeypatch.setattr(program, "param_names", ["hidden", "final_norm", "lm_head", "logits_v1"])
     with pytest.raises(ExecutorError, match="logits_v1, but the source has hidden") as error:
-        device.load(["head"], SHAPE)
+        device.load(["head"], SET)
     assert str(device.artifacts["head"]) in one_line(error)
 
 
 def test_pypto_output_does_not_reach_stdout(opened, capfd):
     device = opened()
-    device.load(["head"], SHAPE)["head"](**head_tensors(device))
-    opened().load(["head"], SHAPE)
+    device.load(["head"], SET)["head"](**head_tensors(device))
+    opened().load(["head"], SET)
     out, err = capfd.readouterr()
     assert out == ""
     assert "fake pypto says hello" in err
@@ -347,6 +350,7 @@ def test_pypto_logs_errors_only(opened, log, monkeypatch):
 
 PROCESS = textwrap.dedent("""
     import sys
+    from tilewright_kernels.qwen3_14b.plugin import kernels_of
     from tilewright_kernels.qwen3_14b.shape import LayerShape
     from tilewright_pypto.adapter import open_device
     from tilewright_pypto.options import Options
@@ -356,7 +360,7 @@ PROCESS = textwrap.dedent("""
 
     shape = LayerShape(hidden=64, intermediate=64, heads=4, kv_heads=2, head_dim=32, page_size=16)
     device = open_device(Options(platform="a2a3sim", pypto_root=sys.argv[1]), None, report)
-    device.load(["head"], shape)
+    device.load(["head"], kernels_of(shape))
     device.close()
 """)
 
@@ -419,7 +423,7 @@ def test_a_failure_names_kernel_device_cause_artifacts_and_advice(
     tensors = head_tensors(device)
     monkeypatch.setenv("FAKE_PYPTO", failing(**{place: said}))
     with pytest.raises(ExecutorError) as error:
-        device.load(["head"], SHAPE)["head"](**tensors)
+        device.load(["head"], SET)["head"](**tensors)
     line = one_line(error)
     assert line.startswith("kernel head on a2a3 card 3")
     assert " ".join(said.split("\n\n")[0].split()) in line
@@ -432,13 +436,13 @@ def test_errors_of_a_simulator_do_not_suggest_npu_smi(opened, monkeypatch):
     device = opened("a2a3sim")
     monkeypatch.setenv("FAKE_PYPTO", failing(run_head="the device was lost"))
     with pytest.raises(ExecutorError) as error:
-        device.load(["head"], SHAPE)["head"](**head_tensors(device))
+        device.load(["head"], SET)["head"](**head_tensors(device))
     assert "npu-smi" not in one_line(error)
 
 
 def test_a_device_can_be_closed_and_reopened_after_a_failure(opened, monkeypatch, caplog):
     device = opened("a2a3", 3)
-    head = device.load(["head"], SHAPE)["head"]
+    head = device.load(["head"], SET)["head"]
     lost = failing(run_head="device 3 was lost", free="device lost", close="device lost")
     monkeypatch.setenv("FAKE_PYPTO", lost)
     with pytest.raises(ExecutorError, match="lost"):
@@ -449,13 +453,13 @@ def test_a_device_can_be_closed_and_reopened_after_a_failure(opened, monkeypatch
     monkeypatch.delenv("FAKE_PYPTO")
     again = opened("a2a3", 3)
     tensors = head_tensors(again)
-    again.load(["head"], SHAPE)["head"](**tensors)
+    again.load(["head"], SET)["head"](**tensors)
     assert tensors["logits"].isfinite().all()
 
 
 def test_a_closed_device_refuses_every_use(opened):
     device = opened()
-    head, tensors = device.load(["head"], SHAPE)["head"], head_tensors(device)
+    head, tensors = device.load(["head"], SET)["head"], head_tensors(device)
     device.close()
     for use in (
         lambda: head(**tensors),
@@ -463,7 +467,7 @@ def test_a_closed_device_refuses_every_use(opened):
         lambda: device.allocate((2, 2), torch.bfloat16),
         lambda: device.read(tensors["lm_head"]),
         lambda: device.write(tensors["lm_head"], torch.zeros(40, SHAPE.hidden).bfloat16()),
-        lambda: device.load(["head"], SHAPE),
+        lambda: device.load(["head"], SET),
     ):
         with pytest.raises(ExecutorError, match="a2a3sim is closed: load the model again"):
             use()
@@ -473,7 +477,7 @@ def test_ctrl_c_while_compiling_is_not_caught(opened, monkeypatch):
     device = opened()
     monkeypatch.setattr(source, "load", spying(source.load, interrupt))
     with pytest.raises(KeyboardInterrupt):
-        device.load(["head"], SHAPE)
+        device.load(["head"], SET)
 
 
 def interrupt() -> None:
@@ -532,7 +536,7 @@ def test_modules_of_a_partly_imported_pypto_are_not_mixed_with_another(opened, m
 
 
 def test_a_second_architecture_in_one_process_is_refused(opened, monkeypatch):
-    opened("a2a3sim").load(["head"], SHAPE)
+    opened("a2a3sim").load(["head"], SET)
     opened("a2a3", 3)
     with pytest.raises(ExecutorError, match="used PyPTO for a2a3, but a5sim is requested") as error:
         opened("a5sim")
@@ -540,7 +544,7 @@ def test_a_second_architecture_in_one_process_is_refused(opened, monkeypatch):
     # PyPTO itself refuses if other code in the process has used it.
     monkeypatch.setattr(adapter, "_architecture", None)
     with pytest.raises(ExecutorError, match="already set to Ascend910B") as error:
-        opened("a5sim").load(["head"], SHAPE)
+        opened("a5sim").load(["head"], SET)
     assert "in a process of its own" in one_line(error)
 
 
@@ -826,7 +830,7 @@ def test_the_installed_pypto_is_accepted_and_logs_nothing(real, monkeypatch):
 
 
 @pytest.mark.pypto
-@pytest.mark.parametrize("kernel", source.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_pypto_compiles_the_kernels_up_to_the_assembler(real, tmp_path, kernel, monkeypatch):
     """Without its assembler PyPTO stops before device code: one error, and artifacts."""
     monkeypatch.setenv("PTOAS_ROOT", str(tmp_path))
@@ -834,14 +838,14 @@ def test_pypto_compiles_the_kernels_up_to_the_assembler(real, tmp_path, kernel, 
         without_worker(real, tmp_path, monkeypatch) as device,
         pytest.raises(ExecutorError) as error,
     ):
-        device.load([kernel], SHAPE)
+        device.load([kernel], SET)
     line = one_line(error)
     home = device.artifacts[kernel]
     assert line.startswith(f"kernel {kernel} on a2a3 card 0 did not compile: ")
     assert f"artifacts in {home}" in line
     assert list(home.rglob("*.pto"))
     program = sys.modules["pypto.ir"].CompiledProgram.from_dir(str(home), platform="a2a3")
-    parameters = source.path(kernel).read_text()
+    parameters = SOURCES[kernel].read_text()
     assert program.param_names
     assert all(f"{name}:" in parameters for name in program.param_names)
 
@@ -860,14 +864,15 @@ def without_worker(
 def test_pypto_reports_the_line_of_an_error_in_a_kernel(real, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     broken.mkdir()
-    for file in source.path("head").parent.glob("*.py"):
+    for file in SOURCES["head"].parent.glob("*.py"):
         text = file.read_text().replace("pl.matmul_acc(", "pl.no_such_thing(")
         (broken / file.name).write_text(text)
-    monkeypatch.setattr(source, "path", lambda kernel: broken / f"{kernel}.py")
+    for name in SOURCES:
+        monkeypatch.setitem(SOURCES, name, broken / f"{name}.py")
     with (
         without_worker(real, tmp_path, monkeypatch) as device,
         pytest.raises(ExecutorError) as error,
     ):
-        device.load(["head"], SHAPE)
+        device.load(["head"], SET)
     assert "Unknown operation 'pl.no_such_thing'" in one_line(error)
     assert f"{broken / 'head.py'}, line " in one_line(error)

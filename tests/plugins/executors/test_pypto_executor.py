@@ -32,12 +32,11 @@ from tilewright.types import (
     StepBatch,
 )
 from tilewright.weights import expected_tensors
-from tilewright_kernels.qwen3_14b import source
-from tilewright_kernels.qwen3_14b.shape import QWEN3_14B
+from tilewright_kernels.qwen3_14b.plugin import SOURCES, kernels_of
+from tilewright_kernels.qwen3_14b.shape import QWEN3_14B, layer_shape
 from tilewright_pypto import executor as pypto_executor
 from tilewright_pypto import plugin as pypto
 from tilewright_pypto.emulated.device import EmulatedDevice
-from tilewright_pypto.fit import layer_shape
 from tilewright_testing.paged import Sequences
 from tilewright_torch import plugin as reference
 
@@ -381,10 +380,10 @@ class Elsewhere(EmulatedDevice):
 
 def upload(asked: Asked, device: Elsewhere, weights_on_device: bool) -> Executor:
     config, runtime = asked.model_config, asked.runtime_config
-    shape = layer_shape(config, runtime)
+    kernels = kernels_of(layer_shape(config, runtime))
     layers, positions = range(config.num_layers), runtime.max_seq_len
     return pypto_executor.load(
-        config, layers, asked.weights, False, positions, shape, device, weights_on_device
+        config, layers, asked.weights, False, positions, kernels, device, weights_on_device
     )
 
 
@@ -448,16 +447,20 @@ BAD: dict[str, tuple[Any, Mapping[str, Any], str]] = {
     "batch": (qwen3(), {"max_batch_size": 10**6}, "bytes of scratch, .* lower max_batch_tokens"),
     "kv-dtype": (qwen3(), {"kv_dtype": "float32"}, "found kv_dtype = float32: set kv_dtype = 'bf"),
     "dtype": (qwen3(), {"weight_dtype": "float16"}, "found weight_dtype = float16: set weight_dt"),
-    "bias": (qwen3(attention_bias=True), {}, "without biases, found qkv_bias in"),
+    "bias": (
+        qwen3(attention_bias=True),
+        {},
+        "without qkv_bias, found qkv_bias = True in",
+    ),
     "llama": (
         LlamaConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=1, vocab_size=99),
         {},
-        "runs dense Qwen3 models, which have a norm for each query and key head, found .* without",
+        "serves models with a norm for each query and key head, found .* without such norms",
     ),
     "dynamic": (
         qwen3(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}),
         {},
-        "reads RoPE from a table, found dynamic RoPE",
+        "llama3, yarn, found dynamic RoPE in .*: choose executor torch",
     ),
 }
 
@@ -520,10 +523,10 @@ def batch_of(lengths: Sequence[int], context: int) -> StepBatch:
 @pytest.mark.parametrize("kernel", ["prefill_layer", "decode_layer"])
 def test_a_kernel_with_another_cache_row_order_is_refused(monkeypatch, tmp_path, kernel):
     request = asked(written(tmp_path))
-    other, path = tmp_path / "other.py", source.path
-    text = path(kernel).read_text()
+    other = tmp_path / "other.py"
+    text = SOURCES[kernel].read_text()
     other.write_text(text.replace('KV_ROW_ORDER = "HND"', 'KV_ROW_ORDER = "NHD"'))
-    monkeypatch.setattr(source, "path", lambda k: other if k == kernel else path(k))
+    monkeypatch.setitem(SOURCES, kernel, other)
     assert f"kernel {kernel} declares KV_ROW_ORDER = 'NHD'" in refused(request)
 
 

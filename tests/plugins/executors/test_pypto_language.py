@@ -14,8 +14,8 @@ from attrs import evolve
 from pypto_oracle import pypto_or_skip, simulator_or_skip
 
 from tilewright.errors import ExecutorError
-from tilewright_kernels.contract import read_contract
-from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels import source
+from tilewright_kernels.qwen3_14b.plugin import KERNELS, kernels_of
 from tilewright_kernels.qwen3_14b.shape import DEMO
 from tilewright_pypto.emulated import KernelError, language, missing
 from tilewright_pypto.emulated import language as pl
@@ -918,9 +918,9 @@ def test_a_written_parameter_must_not_share_memory_with_another():
         symmetric(x=both[:3], lengths=ones(3, dtype=torch.int32), y=both[1:])
 
 
-@pytest.mark.parametrize("kernel", source.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_contract_read_from_source_equals_that_of_the_loaded_kernel(kernel):
-    read = read_contract(source.path(kernel), kernel, DEMO.constants(kernel))
-    assert read == source.load(kernel, DEMO, pl).contract
+    read = source.contract(kernel, kernels_of(DEMO))
+    assert read == source.load(kernel, kernels_of(DEMO), pl).contract
     directions = {p.name: p.direction for p in read.parameters}
     assert set(directions.values()) == {"in", "out"} | ({"inout"} if kernel != "head" else set())

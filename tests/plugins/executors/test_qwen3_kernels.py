@@ -34,11 +34,10 @@ from tilewright.loading import InstalledFormats
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import LoadedModel, ModelConfig, RuntimeConfig
 from tilewright_hf.loader import load_model
-from tilewright_kernels.contract import read_contract
-from tilewright_kernels.qwen3_14b import source
-from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B, LayerShape
+from tilewright_kernels import source
+from tilewright_kernels.qwen3_14b.plugin import KERNELS, kernels_of
+from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B, LayerShape, layer_shape
 from tilewright_pypto.emulated import KernelError, language
-from tilewright_pypto.fit import layer_shape
 from tilewright_pypto.rings import STANDARD, needed
 from tilewright_torch.model import load, rms_norm
 
@@ -62,20 +61,20 @@ SHAPES = {
 
 @cache
 def emulated(kernel: str, shape: LayerShape, seed: int = 0) -> Run:
-    made = evolve(source.load(kernel, shape, language), seed=seed)
+    made = evolve(source.load(kernel, kernels_of(shape), language), seed=seed)
     return lambda tensors: made(**tensors)
 
 
 @cache
 def by_pypto(kernel: str, shape: LayerShape) -> Run:
-    contract = read_contract(source.path(kernel), kernel, shape.constants(kernel))
-    run = lowered(source.load(kernel, shape, pypto_or_skip()))
+    contract = source.contract(kernel, kernels_of(shape))
+    run = lowered(source.load(kernel, kernels_of(shape), pypto_or_skip()))
     return lambda tensors: run(*contract.bind(tensors))
 
 
 @cache
 def by_simulator(kernel: str, shape: LayerShape) -> Run:
-    return simulated(kernel, shape)
+    return simulated(kernel, kernels_of(shape))
 
 
 everywhere = pytest.mark.parametrize(
@@ -195,7 +194,7 @@ def test_a_context_that_overflows_pyptos_default_rings_agrees_with_torch():
         hidden=64, intermediate=64, heads=32, head_dim=32, page_size=16, max_tokens=64, max_batch=1
     )
     run = by_simulator("prefill_layer", shape)
-    sizes = needed("prefill_layer", shape, 2000)
+    sizes = needed("prefill_layer", kernels_of(shape), 2000)
     assert sizes["ring_task_window"] > STANDARD["ring_task_window"]
     config, weights = config_of(shape), random_weights(config_of(shape))
     cache = Cache(shape, 140)
@@ -318,9 +317,7 @@ def test_an_index_outside_the_cache_is_an_error(broken):
 
 def test_the_kernels_declare_the_cache_row_order_that_they_use():
     for kernel in ("prefill_layer", "decode_layer"):
-        assert read_contract(source.path(kernel), kernel, DEMO.constants(kernel)).kv_row_order == (
-            "HND"
-        )
+        assert source.contract(kernel, kernels_of(DEMO)).kv_row_order == ("HND")
     rows = torch.arange(2 * 3 * 4).view(-1, 1)  # 2 pages, 3 KV heads, 4 slots per page
     of_pages = pages_of(rows, torch.empty(2, 4, 3, 1))
     page, head, offset = 1, 2, 3
@@ -383,16 +380,16 @@ def test_a_layer_of_qwen3_14b_agrees_with_the_torch_executor(make):
 
 
 @pytest.mark.pypto
-@pytest.mark.parametrize("kernel", source.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", [SMALL, DEMO, QWEN3_14B], ids=["small", "demo", "qwen3-14b"])
 def test_pypto_compiles_a_kernel_to_assembler_input(kernel, shape, tmp_path, monkeypatch):
     pl = pypto_or_skip()
     from pypto.runtime import RunConfig
 
     monkeypatch.setenv("PYPTO_PROG_BUILD_DIR", str(tmp_path))
-    compiled = source.load(kernel, shape, pl).compile(config=RunConfig(platform="a2a3"))
+    compiled = source.load(kernel, kernels_of(shape), pl).compile(config=RunConfig(platform="a2a3"))
     read = json.loads((Path(compiled.output_dir) / "compiled_meta.json").read_text())["params"]
-    contract = read_contract(source.path(kernel), kernel, shape.constants(kernel))
+    contract = source.contract(kernel, kernels_of(shape))
     assert [(p["name"], p["direction"].lower(), p["shape"]) for p in read] == [
         (p.name, p.direction, [e if isinstance(e, int) else -1 for e in p.shape])
         for p in contract.parameters
@@ -402,12 +399,12 @@ def test_pypto_compiles_a_kernel_to_assembler_input(kernel, shape, tmp_path, mon
 
 
 @pytest.mark.pypto
-@pytest.mark.parametrize("kernel", source.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", [*SHAPES, "qwen3-14b"])
 def test_no_variable_of_the_generated_code_shadows_another(kernel, name, tmp_path):
     pl = pypto_or_skip()
     shape = SHAPES.get(name, QWEN3_14B)
-    assert orchestration_complaints(source.load(kernel, shape, pl), tmp_path) == []
+    assert orchestration_complaints(source.load(kernel, kernels_of(shape), pl), tmp_path) == []
 
 
 @pytest.mark.pypto

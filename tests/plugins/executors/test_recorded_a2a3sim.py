@@ -14,7 +14,8 @@ from record_a2a3sim import RECORDED
 from safetensors import safe_open
 from torch import Tensor
 
-from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels import source
+from tilewright_kernels.qwen3_14b.plugin import KERNELS, kernels_of
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.emulated import language
 
@@ -49,17 +50,17 @@ def check_as_recorded(run: Run, kept: dict[str, Tensor], case: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kernel", source.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_emulation_matches_the_recorded_simulator(kernel, case):
     shape, kept = recorded(kernel)
-    made = source.load(kernel, shape, language)
+    made = source.load(kernel, kernels_of(shape), language)
     check_as_recorded(lambda tensors: made(**tensors), kept, case)
 
 
 @pytest.mark.pypto
-@pytest.mark.parametrize("kernel", source.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_simulator_matches_its_recording(kernel):
     shape, kept = recorded(kernel)
-    run = simulated(kernel, shape)
+    run = simulated(kernel, kernels_of(shape))
     for case in CASES:
         check_as_recorded(run, kept, case)

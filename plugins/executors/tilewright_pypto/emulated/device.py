@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tilewright import kv_storage
 from tilewright.machine import available_memory
-from tilewright_kernels.qwen3_14b import source
-from tilewright_kernels.qwen3_14b.shape import LayerShape
+from tilewright.types import KernelSet
+from tilewright_kernels import source
 from tilewright_pypto.device import Kernel
 from tilewright_pypto.emulated.language import language
 
@@ -36,8 +36,8 @@ class EmulatedDevice:
     def write(self, kept: Tensor, tensor: Tensor) -> None:
         kept.copy_(tensor)
 
-    def load(self, kernels: Sequence[str], shape: LayerShape) -> Mapping[str, Kernel]:
-        return {kernel: source.load(kernel, shape, language) for kernel in kernels}
+    def load(self, names: Sequence[str], kernels: KernelSet) -> Mapping[str, Kernel]:
+        return {name: source.load(name, kernels, language) for name in names}
 
     def close(self) -> None:
         pass

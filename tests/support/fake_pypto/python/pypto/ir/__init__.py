@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 from pypto import events
 from pypto.runtime import device_runner
-from tilewright_kernels.qwen3_14b import source
+from tilewright_kernels import source
+from tilewright_kernels.qwen3_14b.plugin import SOURCES
 from tilewright_pypto.emulated.language import language
 
 META = "compiled_meta.json"
@@ -28,8 +29,8 @@ class CompiledProgram:
             print(f"fake pypto loads {self.name}")
             events.at(f"load {self.name}")
             device_runner.compile_and_assemble(self.name)
-            shape = SimpleNamespace(constants=lambda kernel: self._constants)
-            self._loaded = source.load(self.name, shape, language)
+            kernels = SimpleNamespace(sources=SOURCES, constants={self.name: self._constants})
+            self._loaded = source.load(self.name, kernels, language)
 
     @property
     def kernel(self):
