@@ -15,6 +15,7 @@ memory is allocated when it begins, by one task per 16 tensors, in multiples of 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import isfunction
 from math import prod
 from operator import add
 from types import ModuleType, SimpleNamespace
@@ -241,7 +242,7 @@ def _language() -> ModuleType:
         yield from iterations(values[:1])
         taken.repeat(before, max(0, len(values) - 1))
 
-    def create_tensor(shape: list[int], *, dtype: torch.dtype) -> _Shaped:
+    def create_tensor(shape: list[int], dtype: torch.dtype) -> _Shaped:
         taken.allocate(prod(shape) * dtype.itemsize)
         return _Shaped(tuple(shape))
 
@@ -250,19 +251,22 @@ def _language() -> ModuleType:
 
     language = ModuleType("pypto.language, counting")
     vars(language).update(
-        {name: nothing if callable(what) else what for name, what in NAMES.items()},
+        {name: nothing if isfunction(what) else what for name, what in NAMES.items()},
         Level=NAMES["Level"],
         at=at,
         cast=lambda x, *_, **__: x,
         create_tensor=create_tensor,
+        dim=lambda x, axis: x.shape[axis],
         dynamic=Dynamic,
         jit=_Jit(taken),
         max=max,
         min=min,
         parallel=parallel,
+        pipeline=lambda *bounds, stage: range(*bounds)[:1],
         range=lambda *bounds: iterations(range(*bounds)),
         read=lambda x, _: x.value,
         reshape=lambda _, shape: _Shaped(tuple(shape)),
         tensor=SimpleNamespace(dim=lambda x, axis: x.shape[axis]),
+        unroll=lambda *bounds: range(*bounds)[: 1 if taken.in_task else None],
     )
     return language
