@@ -5,7 +5,8 @@ from the source, as PyPTO itself does.
 """
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -103,20 +104,46 @@ def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float])
 
     constants: the values of names that the file imports. Names that it computes from them, and
     symbols that it makes with ``pl.dynamic``, are read from the file itself.
+
+    Raises ExecutorError, with file and line, for a file that cannot be parsed or lacks the kernel,
+    and for a name or a parameter that cannot be read.
     """
     names: dict[str, int | float | str] = dict(constants)
-    order = None
+    parameters, order = None, None
     for node in parsed(file).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-                order = node.value.value if name == "KV_ROW_ORDER" else order
-            else:
-                names[name] = _value(node.value, names)
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+            ):
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    order = value.value if name == "KV_ROW_ORDER" else order
+                # What has no value matters only where a parameter's shape uses it.
+                with suppress(ExecutorError, ArithmeticError):
+                    names[name] = _value(value, names)
         if isinstance(node, ast.FunctionDef) and node.name == kernel:
-            parameters = tuple(_parameter(a, names) for a in node.args.args)
-            return Contract(kernel, parameters, order)
-    raise ExecutorError(f"{file} holds no kernel {kernel}")
+            parameters = tuple(_parameters(node, names, file))
+    if parameters is None:
+        raise ExecutorError(f"{file} has no function {kernel}: name the kernel like its module")
+    return Contract(kernel, parameters, order)
+
+
+def _parameters(
+    kernel: ast.FunctionDef, names: Mapping[str, int | float | str], file: Path
+) -> Iterator[Parameter]:
+    found = kernel.args
+    if found.posonlyargs or found.kwonlyargs or found.vararg or found.kwarg:
+        raise ExecutorError(
+            f"{file}:{kernel.lineno}: kernel {kernel.name} must have plain parameters, found "
+            f"({ast.unparse(found)})"
+        )
+    for argument in found.args:
+        try:
+            yield _parameter(argument, names)
+        except (ExecutorError, ArithmeticError) as error:
+            raise ExecutorError(
+                f"{file}:{argument.lineno}: kernel {kernel.name}, parameter {argument.arg}: {error}"
+            ) from error
 
 
 def _parameter(argument: ast.arg, names: Mapping[str, int | float | str]) -> Parameter:
@@ -134,8 +161,8 @@ def _parameter(argument: ast.arg, names: Mapping[str, int | float | str]) -> Par
             return Parameter(argument.arg, DTYPES[dtype], shape, direction)
     shown = ast.unparse(annotation) if annotation else "nothing"
     raise ExecutorError(
-        f"parameter {argument.arg} must be a pl.Tensor[[...], dtype], maybe in pl.Out or pl.InOut, "
-        f"found {shown}"
+        f"expected pl.Tensor[[...], dtype], maybe in pl.Out or pl.InOut, found {shown} (dtypes: "
+        f"{', '.join(DTYPES)})"
     )
 
 
@@ -169,4 +196,7 @@ def _value(node: ast.expr, names: Mapping[str, int | float | str]) -> int | floa
                         return a // b
                     case ast.Div():
                         return a / b
-    raise ExecutorError(f"not a constant: {ast.unparse(node)}")
+    raise ExecutorError(
+        f"{ast.unparse(node)} has no value: expected a number, pl.dynamic(...), or a name that the "
+        "file computes or the kernel's constants hold"
+    )

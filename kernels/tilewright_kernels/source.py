@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from tilewright.errors import ExecutorError, nearest
+from tilewright.plugins import cause
 from tilewright.types import KernelSet
 from tilewright_kernels.contract import Contract, parsed, read_contract
 from tilewright_kernels.names import check_file
@@ -73,7 +74,8 @@ def load(kernel: str, kernels: KernelSet, language: ModuleType) -> Any:
     language: the module that ``import pypto.language as pl`` yields in the kernel files.
 
     Raises ExecutorError as ``modules`` does, for a module that cannot be executed or lacks the
-    kernel, and for a name that PyPTO would confuse with another one (``names``).
+    kernel, for a file whose name does not end in .py, and for a name that PyPTO would confuse with
+    another one (``names``).
     """
     package = f"{__package__}.loaded_{next(_serial)}"
     parent = ModuleType(package)
@@ -92,18 +94,22 @@ def load(kernel: str, kernels: KernelSet, language: ModuleType) -> Any:
 def _run(name: str, file: Path, language: ModuleType) -> ModuleType:
     check_file(file)
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ExecutorError(f"{file} must be Python source: expected a name that ends in .py")
     module = importlib.util.module_from_spec(spec)
     vars(module)["__builtins__"] = vars(builtins) | {"__import__": _importing(language)}
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+    except ExecutorError:
+        raise
     except (ImportError, NameError) as error:
         raise ExecutorError(
             f"{file} cannot be loaded: {error} (constants come from .{CONSTANTS}, which the set's "
             "kernel_set() fills for each kernel)"
         ) from error
+    except Exception as error:
+        raise ExecutorError(f"{file} cannot be loaded: {cause(error)}") from error
     return module
 
 

@@ -14,10 +14,12 @@ from checkout import ROOT
 
 from tilewright import plugins
 from tilewright.cli import main
-from tilewright_testing import LoaderSuite
+from tilewright_kernels.qwen3_14b import plugin as qwen3
+from tilewright_testing import KernelsSuite, LoaderSuite
 
 KINDS = list(plugins.KINDS)
 QUICK, SLOW = ["loader"], [kind for kind in KINDS if kind != "loader"]
+SET = "kernels"  # its tests are run in tests/plugins/third_party, as they take a minute
 
 
 def name(kind: str) -> str:
@@ -67,7 +69,8 @@ def passes_its_tests(written: Path, site: Path, kinds: Sequence[str]) -> None:
 
 
 def passes_its_type_check(written: Path, site: Path, kinds: Sequence[str]) -> None:
-    config = written / kinds[0] / "pyproject.toml"
+    # What a kernel set adds to the settings names its own modules.
+    config = written / (SET if SET in kinds else kinds[0]) / "pyproject.toml"
     assert tomllib.loads(config.read_text())["tool"]["mypy"]["strict"] is True
     parts = [str(written / kind / part) for kind in kinds for part in ("src", "tests")]
     options = ["--config-file", str(config), "--cache-dir", str(written / "mypy")]
@@ -85,7 +88,7 @@ def test_a_new_loader_passes_its_type_check(written: Path, site: Path) -> None:
 
 @pytest.mark.slow
 def test_new_plugins_of_all_other_kinds_pass_their_tests(written: Path, site: Path) -> None:
-    passes_its_tests(written, site, SLOW)
+    passes_its_tests(written, site, [kind for kind in SLOW if kind != SET])
 
 
 @pytest.mark.slow
@@ -96,7 +99,7 @@ def test_new_plugins_of_all_other_kinds_pass_their_type_check(written: Path, sit
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_placeholder_of_the_template_is_left(written: Path, kind: str) -> None:
     files = {p: p.read_text() for p in (written / kind).rglob("*") if p.is_file()}
-    assert len(files) == 6
+    assert len(files) == (12 if kind == SET else 6)
     for path, text in files.items():
         for word in ("my-plugin", "my_plugin", "MY_", "0.0.0"):
             assert word not in text + str(path.relative_to(written)), path
@@ -108,6 +111,26 @@ def test_pyproject_declares_the_name_and_the_entry_point(written: Path) -> None:
     assert project["entry-points"] == {
         "tilewright.samplers": {"acme-sampler": "tilewright_acme_sampler.sampler"}
     }
+
+
+def test_a_new_kernel_set_has_the_shipped_kernels(written: Path) -> None:
+    package = written / SET / "src" / "tilewright_acme_kernels"
+    for name, file in qwen3.SOURCES.items():
+        assert (package / f"{name}.py").read_bytes() == file.read_bytes()
+    for file in package.glob("*.py"):
+        assert "tilewright_kernels" not in file.read_text(), file
+    assert (package / "kernels.py").read_text().startswith('"""Kernel set ``acme-kernels``: ')
+
+
+def test_a_new_kernel_set_is_compared_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plugins", "new", "kernels", "acme"]) == 0
+    *_, verify, compare = capsys.readouterr().out.splitlines()
+    assert verify == "  tilewright plugins verify acme"
+    options = "-o candidate.platform=emulated -o candidate.kernels=acme"
+    assert compare == f"  tilewright compare --candidate pypto-npu {options}"
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -196,4 +219,25 @@ def test_the_tutorial_matches_the_written_files_and_the_loader_suite(
     tests = {name.removeprefix("test_").replace("_", " ") for name in dir(LoaderSuite)}
     lines = re.findall(r"^      (?:passed|failed|not run)  +(.*)$", page, re.MULTILINE)
     assert len(lines) > 10
+    assert set(lines) <= tests
+
+
+def test_the_page_on_kernels_matches_the_written_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/writing-kernels.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert main(["plugins", "new", "kernels", "acme-qwen3"]) == 0
+    said = capsys.readouterr().out
+    shown = "".join(f"    {line}\n" for line in said.splitlines())
+    assert f"    $ tilewright plugins new kernels acme-qwen3\n{shown}" in page
+
+    package = tmp_path / "tilewright-acme-qwen3" / "src" / "tilewright_acme_qwen3"
+    table = page.partition("## The files\n")[2].partition("\n## ")[0]
+    described = set(re.findall(r"`(\w+\.py)`", table))
+    assert described == {file.name for file in package.glob("*.py")} - {"__init__.py"}
+
+    tests = {name.removeprefix("test_").replace("_", " ") for name in dir(KernelsSuite)}
+    lines = re.findall(r"^      (?:passed|not run)  +(.*)$", page, re.MULTILINE)
+    assert lines
     assert set(lines) <= tests

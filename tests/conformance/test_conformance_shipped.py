@@ -14,6 +14,7 @@ from tilewright.types import DType, ModelConfig
 from tilewright_testing import (
     CommandSuite,
     ExecutorSuite,
+    KernelsSuite,
     KvAllocatorSuite,
     LoaderSuite,
     LogitsProcessorSuite,
@@ -22,6 +23,7 @@ from tilewright_testing import (
     WeightFormatSuite,
 )
 from tilewright_testing.executor import MODELS
+from tilewright_testing.kernels import MODELS as KERNEL_MODELS
 from tilewright_testing.models import Model, make_model, write_hf_directory
 
 
@@ -85,6 +87,23 @@ class TestPyptoNpu(ExecutorSuite):
     @pytest.fixture
     def options(self) -> dict[str, Any]:
         return {"platform": "emulated"}
+
+    @pytest.fixture
+    def models(self) -> dict[str, ModelConfig]:
+        """TestKernelSets runs more."""
+        return {name: MODELS[name] for name in ("in-16s", "in-64s", "dynamic-rope")}
+
+
+class TestKernelSets(KernelsSuite):
+    @pytest.fixture(params=[plugin.qualified for plugin in plugins.installed("kernels")])
+    def plugin(self, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+    @pytest.fixture
+    def models(self) -> dict[str, ModelConfig]:
+        """Two of each family, since kernels run slowly on the CPU; plugins verify runs all."""
+        names = ("qk-norm-tied-gqa-5", "qk-norm-wide", "llama3-rope", "plain-wide")
+        return {name: KERNEL_MODELS[name] for name in names}
 
 
 class TestPaged(KvAllocatorSuite):

@@ -1,4 +1,4 @@
-"""Single layers of Qwen3 models: inputs for the kernels, and the torch executor's results.
+"""Single layers of dense models: inputs for the kernels, and the torch executor's results.
 
 Every buffer of a kernel lies between guards, and the KV cache is NaN in every unwritten slot. The
 reference is the torch executor itself on a model of that one layer, whose embedding table is the
@@ -15,7 +15,8 @@ from torch import Tensor
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RopeConfig, StepBatch
 from tilewright.weights import expected_tensors
 from tilewright_kernels.qwen3_14b.shape import LayerShape
-from tilewright_pypto.packing import pack, packed_name
+from tilewright_pypto.packing import pack
+from tilewright_pypto.weight_names import packed_name
 from tilewright_torch.model import TorchExecutor, load
 from tilewright_torch.rope import rotary
 
@@ -47,10 +48,10 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     return Weights(tensors)
 
 
-def config_of(shape: LayerShape, vocab: int = 67) -> ModelConfig:
-    """The configuration of a one-layer model of a shape."""
+def config_of(shape: LayerShape, vocab: int = 67, qk_norm: bool = True) -> ModelConfig:
+    """The configuration of a one-layer model of a shape: Qwen3's, or Llama's without qk_norm."""
     return ModelConfig(
-        architecture="qwen3",
+        architecture="qwen3" if qk_norm else "llama",
         vocab_size=vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -62,7 +63,7 @@ def config_of(shape: LayerShape, vocab: int = 67) -> ModelConfig:
         max_position_embeddings=4096,
         rope=RopeConfig(theta=1e6),
         dtype="bfloat16",
-        qk_norm=True,
+        qk_norm=qk_norm,
         tie_word_embeddings=False,
     )
 

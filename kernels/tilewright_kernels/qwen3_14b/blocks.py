@@ -14,6 +14,7 @@ import pypto.language as pl
 from .constants import (
     EPS,
     HEAD_DIM,
+    HEADS,
     HIDDEN,
     INTERMEDIATE,
     K_TILE,
@@ -24,13 +25,23 @@ from .constants import (
     Q_ROWS,
     ROWS,
     SCALE,
+    SCRATCH_ROWS,
     VEC_TILE,
 )
 
 HALF = HEAD_DIM // 2
 BAND = Q_ROWS + 2 * KV_TILE
+VISIBLE = KV_TILE + 1
+Q_DIM = HEADS * HEAD_DIM
 KV_DIM = KV_HEADS * HEAD_DIM
+GROUP = HEADS // KV_HEADS
 TAIL = KV_HEADS * KV_TILE
+# In decode, the queries of one KV head are read as Q_ROWS rows. Rows past its own heads only fill
+# the tile, so as many rows must follow those of the last token.
+SPARE = (Q_ROWS + HEADS - 1) // HEADS
+QUERY_ROWS = ROWS + SPARE
+QUERY_HEADS = QUERY_ROWS * HEADS
+ROW_HEADS = ROWS * HEADS
 INV_HIDDEN = 1.0 / HIDDEN
 INV_HEAD_DIM = 1.0 / HEAD_DIM
 
@@ -38,7 +49,34 @@ T = pl.dynamic("T")
 DEPTH = pl.dynamic("DEPTH")
 COLUMNS = pl.dynamic("COLUMNS")
 ENTRIES = pl.dynamic("ENTRIES")
+POSITIONS = pl.dynamic("POSITIONS")
 CACHE_ROWS = pl.dynamic("CACHE_ROWS")
+
+
+@pl.jit.inline
+def causal_band(band: pl.Tensor[[Q_ROWS, BAND], pl.FP32]):
+    """The mask of a tile of tokens: in row i, zeros up to column KV_TILE + i, then -inf."""
+    zeros = pl.create_tensor([1, BAND], dtype=pl.FP32)
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="zeros"):
+        zeros[0:1, 0:BAND] = pl.full([1, BAND], dtype=pl.FP32, value=0.0)
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="band"):
+        for i in pl.range(Q_ROWS):
+            visible = i + KV_TILE + 1
+            part = pl.slice(zeros, [1, BAND], [0, 0], valid_shape=[1, visible])
+            band[i : i + 1, 0:BAND] = pl.fillpad(part, pad_value=pl.PadValue.min)
+    return band
+
+
+@pl.jit.inline
+def level_band(band: pl.Tensor[[Q_ROWS, BAND], pl.FP32]):
+    """The mask of one token's heads: in every row, zeros up to column KV_TILE, then -inf."""
+    zeros = pl.create_tensor([Q_ROWS, BAND], dtype=pl.FP32)
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="zeros"):
+        zeros[0:Q_ROWS, 0:BAND] = pl.full([Q_ROWS, BAND], dtype=pl.FP32, value=0.0)
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="band"):
+        part = pl.slice(zeros, [Q_ROWS, BAND], [0, 0], valid_shape=[Q_ROWS, VISIBLE])
+        band[0:Q_ROWS, 0:BAND] = pl.fillpad(part, pad_value=pl.PadValue.min)
+    return band
 
 
 @pl.jit.inline
@@ -120,6 +158,76 @@ def add_rows(x: pl.Tensor[[ROWS, HIDDEN], pl.FP32], y: pl.Tensor[[ROWS, HIDDEN],
 
 
 @pl.jit.inline
+def project_heads(
+    x: pl.Tensor[[ROWS, HIDDEN], pl.FP32],
+    norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    wq: pl.Tensor[[HIDDEN, Q_DIM], pl.BF16],
+    wk: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    wv: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    q: pl.Tensor[[ROWS, Q_DIM], pl.FP32],
+    k: pl.Tensor[[ROWS, KV_DIM], pl.FP32],
+    v: pl.Tensor[[ROWS, KV_DIM], pl.FP32],
+):
+    """q[ROWS, Q_DIM], k and v[ROWS, KV_DIM] FP32 = projections of the RMSNorm of x FP32."""
+    normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)
+    normed = rms_norm(x, norm, normed)
+    q = project(normed, wq, q, HIDDEN, Q_DIM)
+    k = project(normed, wk, k, HIDDEN, KV_DIM)
+    v = project(normed, wv, v, HIDDEN, KV_DIM)
+    return q, k, v
+
+
+@pl.jit.inline
+def rope_rows(
+    rope_cos: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    rope_sin: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    position: pl.Scalar[pl.INDEX],
+    count: pl.Scalar[pl.INDEX],
+    cos: pl.Tensor[[ROWS, HEAD_DIM], pl.FP32],
+    sin: pl.Tensor[[ROWS, HEAD_DIM], pl.FP32],
+):
+    """cos and sin[ROWS, HEAD_DIM] FP32 = the tables' rows from position on, then zeros."""
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="positions"):
+        cos_rows = pl.slice(
+            rope_cos, [ROWS, HEAD_DIM], [position, 0], valid_shape=[count, HEAD_DIM]
+        )
+        cos[0:ROWS, 0:HEAD_DIM] = pl.fillpad(cos_rows, pad_value=pl.PadValue.zero)
+        sin_rows = pl.slice(
+            rope_sin, [ROWS, HEAD_DIM], [position, 0], valid_shape=[count, HEAD_DIM]
+        )
+        sin[0:ROWS, 0:HEAD_DIM] = pl.fillpad(sin_rows, pad_value=pl.PadValue.zero)
+    return cos, sin
+
+
+@pl.jit.inline
+def pad_tile(
+    count: pl.Scalar[pl.INDEX],
+    cos: pl.Tensor[[ROWS, HEAD_DIM], pl.FP32],
+    sin: pl.Tensor[[ROWS, HEAD_DIM], pl.FP32],
+    attended_heads: pl.Tensor[[ROW_HEADS, HEAD_DIM], pl.BF16],
+    queries: pl.Tensor[[QUERY_ROWS, Q_DIM], pl.BF16],
+):
+    """Zeros in what a decode tile's count tokens do not fill.
+
+    These are the rows of cos, sin and attended_heads past count tokens, and the spare rows of
+    queries past ROWS.
+    """
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="padding"):
+        for token in pl.range(count, ROWS):
+            none = pl.full([1, HEAD_DIM], dtype=pl.FP32, value=0.0)
+            cos[token : token + 1, 0:HEAD_DIM] = none
+            sin[token : token + 1, 0:HEAD_DIM] = none
+            heads = pl.full([HEADS, HEAD_DIM], dtype=pl.FP32, value=0.0)
+            attended_heads[token * HEADS : token * HEADS + HEADS, 0:HEAD_DIM] = pl.cast(
+                heads, pl.BF16, mode="rint"
+            )
+        for c in pl.range(0, Q_DIM, HEAD_DIM):
+            spare = pl.full([SPARE, HEAD_DIM], dtype=pl.FP32, value=0.0)
+            queries[ROWS:QUERY_ROWS, c : c + HEAD_DIM] = pl.cast(spare, pl.BF16, mode="rint")
+    return queries
+
+
+@pl.jit.inline
 def rotate_heads(
     x: pl.Tensor[[ROWS, COLUMNS], pl.FP32],
     weight: pl.Tensor[[1, HEAD_DIM], pl.FP32],
@@ -151,6 +259,31 @@ def rotate_heads(
             )
             y[row : row + ROWS, c : c + HALF] = pl.cast(low_r, pl.BF16, mode="rint")
             y[row : row + ROWS, c + HALF : c + HEAD_DIM] = pl.cast(high_r, pl.BF16, mode="rint")
+    return y
+
+
+@pl.jit.inline
+def rotate_unnormed_heads(
+    x: pl.Tensor[[ROWS, COLUMNS], pl.FP32],
+    cos: pl.Tensor[[ROWS, HEAD_DIM], pl.FP32],
+    sin: pl.Tensor[[ROWS, HEAD_DIM], pl.FP32],
+    y: pl.Tensor[[T, COLUMNS], pl.BF16],
+    row: pl.Scalar[pl.INDEX],
+):
+    """As ``rotate_heads``, without the RMSNorm: families that have no q and k norm."""
+    columns = pl.tensor.dim(x, 1)
+    for c in pl.parallel(0, columns, HEAD_DIM):
+        with pl.at(level=pl.Level.CORE_GROUP, name_hint="rotate"):
+            low = x[0:ROWS, c : c + HALF]
+            high = x[0:ROWS, c + HALF : c + HEAD_DIM]
+            turned_low = pl.sub(pl.mul(low, cos[0:ROWS, 0:HALF]), pl.mul(high, sin[0:ROWS, 0:HALF]))
+            turned_high = pl.add(
+                pl.mul(high, cos[0:ROWS, HALF:HEAD_DIM]), pl.mul(low, sin[0:ROWS, HALF:HEAD_DIM])
+            )
+            y[row : row + ROWS, c : c + HALF] = pl.cast(turned_low, pl.BF16, mode="rint")
+            y[row : row + ROWS, c + HALF : c + HEAD_DIM] = pl.cast(
+                turned_high, pl.BF16, mode="rint"
+            )
     return y
 
 
@@ -309,6 +442,81 @@ def attend(
 
 
 @pl.jit.inline
+def attend_rows(
+    queries: pl.Tensor[[SCRATCH_ROWS, Q_DIM], pl.BF16],
+    query_row: pl.Scalar[pl.INDEX],
+    position: pl.Scalar[pl.INDEX],
+    context: pl.Scalar[pl.INDEX],
+    block_table: pl.Tensor[[ENTRIES], pl.INT32],
+    table_row: pl.Scalar[pl.INDEX],
+    k_cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
+    v_cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
+    band: pl.Tensor[[Q_ROWS, BAND], pl.FP32],
+    attended: pl.Tensor[[ROWS, Q_DIM], pl.BF16],
+):
+    """attended[ROWS, Q_DIM] BF16 = attention of ROWS tokens of one sequence, all heads.
+
+    Their queries are rows query_row on; position is that of the first, context the number of keys
+    up to the last.
+    """
+    k_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
+    k_tail = copy_last_tile(k_cache, block_table, table_row, context, k_tail)
+    v_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
+    v_tail = copy_last_tile(v_cache, block_table, table_row, context, v_tail)
+    for h in pl.parallel(HEADS):
+        kv_head = h // GROUP
+        column = h * HEAD_DIM
+        stats = pl.create_tensor([2, Q_ROWS], dtype=pl.FP32)
+        o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
+        o = attend(
+            queries, query_row, column, kv_head, position, context,
+            block_table, table_row, k_cache, v_cache, k_tail, v_tail, band, stats, o,
+        )  # fmt: skip
+        with pl.at(level=pl.Level.CORE_GROUP, name_hint="attended"):
+            attended[0:ROWS, column : column + HEAD_DIM] = pl.cast(
+                o[0:ROWS, 0:HEAD_DIM], pl.BF16, mode="rint"
+            )
+    return attended
+
+
+@pl.jit.inline
+def attend_token(
+    query_heads: pl.Tensor[[QUERY_HEADS, HEAD_DIM], pl.BF16],
+    token: pl.Scalar[pl.INDEX],
+    context: pl.Scalar[pl.INDEX],
+    block_table: pl.Tensor[[ENTRIES], pl.INT32],
+    table_row: pl.Scalar[pl.INDEX],
+    k_cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
+    v_cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
+    band: pl.Tensor[[Q_ROWS, BAND], pl.FP32],
+    attended_heads: pl.Tensor[[ROW_HEADS, HEAD_DIM], pl.BF16],
+):
+    """attended_heads' rows of a token BF16 = its attention over context keys, itself the last.
+
+    Heads are rows, HEADS of them a token, in query_heads[QUERY_HEADS, HEAD_DIM] BF16 too.
+    """
+    position = context - 1
+    k_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
+    k_tail = copy_last_tile(k_cache, block_table, table_row, context, k_tail)
+    v_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
+    v_tail = copy_last_tile(v_cache, block_table, table_row, context, v_tail)
+    for g in pl.parallel(KV_HEADS):
+        first_head = token * HEADS + g * GROUP
+        stats = pl.create_tensor([2, Q_ROWS], dtype=pl.FP32)
+        o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
+        o = attend(
+            query_heads, first_head, 0, g, position, context,
+            block_table, table_row, k_cache, v_cache, k_tail, v_tail, band, stats, o,
+        )  # fmt: skip
+        with pl.at(level=pl.Level.CORE_GROUP, name_hint="attended"):
+            own = pl.slice(o, [Q_ROWS, HEAD_DIM], [0, 0], valid_shape=[GROUP, HEAD_DIM])
+            attended_heads = pl.assemble(
+                attended_heads, pl.cast(own, pl.BF16, mode="rint"), [first_head, 0]
+            )
+    return attended_heads
+
+
+@pl.jit.inline
 def feed_forward(
     x: pl.Tensor[[ROWS, HIDDEN], pl.FP32],
     norm: pl.Tensor[[1, HIDDEN], pl.FP32],
@@ -349,4 +557,26 @@ def store_rows(
         for c in pl.range(0, HIDDEN, VEC_TILE):
             part = pl.slice(x, [ROWS, VEC_TILE], [0, c], valid_shape=[count, VEC_TILE])
             out = pl.assemble(out, pl.cast(part, pl.BF16, mode="rint"), [row, c])
+    return out
+
+
+@pl.jit.inline
+def finish_layer(
+    x: pl.Tensor[[ROWS, HIDDEN], pl.FP32],
+    attended: pl.Tensor[[ROWS, Q_DIM], pl.BF16],
+    wo: pl.Tensor[[Q_DIM, HIDDEN], pl.BF16],
+    post_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    w_gate: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_up: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_down: pl.Tensor[[INTERMEDIATE, HIDDEN], pl.BF16],
+    out: pl.Tensor[[T, HIDDEN], pl.BF16],
+    row: pl.Scalar[pl.INDEX],
+    count: pl.Scalar[pl.INDEX],
+):
+    """out's rows row to row + count, BF16 = the layer after attention; x is its input FP32."""
+    projected = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
+    projected = project(attended, wo, projected, Q_DIM, HIDDEN)
+    x = add_rows(x, projected)
+    x = feed_forward(x, post_norm, w_gate, w_up, w_down)
+    out = store_rows(x, out, row, count)
     return out

@@ -3,15 +3,13 @@
 import pypto.language as pl
 
 from .blocks import (
-    add_rows,
-    attend,
-    copy_last_tile,
-    feed_forward,
-    project,
-    rms_norm,
+    attend_token,
+    finish_layer,
+    level_band,
+    pad_tile,
+    project_heads,
     rotate_heads,
     round_rows,
-    store_rows,
     widen_rows,
     write_cache,
 )
@@ -19,10 +17,7 @@ from .constants import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, KV_TILE,
 
 Q_DIM = HEADS * HEAD_DIM
 KV_DIM = KV_HEADS * HEAD_DIM
-GROUP = HEADS // KV_HEADS
 BAND = Q_ROWS + 2 * KV_TILE
-VISIBLE = KV_TILE + 1
-TAIL = KV_HEADS * KV_TILE
 # The queries of one KV head are read as Q_ROWS rows. Rows past its own heads only fill the tile, so
 # as many rows must follow those of the last token.
 SPARE = (Q_ROWS + HEADS - 1) // HEADS
@@ -64,26 +59,17 @@ def decode_layer(
     batch = pl.tensor.dim(context_lens, 0)
     table_stride = pl.tensor.dim(block_table, 0) // batch
 
-    zeros = pl.create_tensor([Q_ROWS, BAND], dtype=pl.FP32)
-    with pl.at(level=pl.Level.CORE_GROUP, name_hint="zeros"):
-        zeros[0:Q_ROWS, 0:BAND] = pl.full([Q_ROWS, BAND], dtype=pl.FP32, value=0.0)
     band = pl.create_tensor([Q_ROWS, BAND], dtype=pl.FP32)
-    with pl.at(level=pl.Level.CORE_GROUP, name_hint="band"):
-        part = pl.slice(zeros, [Q_ROWS, BAND], [0, 0], valid_shape=[Q_ROWS, VISIBLE])
-        band[0:Q_ROWS, 0:BAND] = pl.fillpad(part, pad_value=pl.PadValue.min)
+    band = level_band(band)
 
     for row in pl.range(0, batch, ROWS):
         count = pl.min(ROWS, batch - row)
         x = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
         x = widen_rows(hidden, row, count, x)
-        normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)
-        normed = rms_norm(x, input_norm, normed)
         q = pl.create_tensor([ROWS, Q_DIM], dtype=pl.FP32)
-        q = project(normed, wq, q, HIDDEN, Q_DIM)
         k = pl.create_tensor([ROWS, KV_DIM], dtype=pl.FP32)
-        k = project(normed, wk, k, HIDDEN, KV_DIM)
         v = pl.create_tensor([ROWS, KV_DIM], dtype=pl.FP32)
-        v = project(normed, wv, v, HIDDEN, KV_DIM)
+        q, k, v = project_heads(x, input_norm, wq, wk, wv, q, k, v)
 
         cos = pl.create_tensor([ROWS, HEAD_DIM], dtype=pl.FP32)
         sin = pl.create_tensor([ROWS, HEAD_DIM], dtype=pl.FP32)
@@ -94,19 +80,7 @@ def decode_layer(
                 position = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) - 1
                 cos[token : token + 1, 0:HEAD_DIM] = rope_cos[position : position + 1, 0:HEAD_DIM]
                 sin[token : token + 1, 0:HEAD_DIM] = rope_sin[position : position + 1, 0:HEAD_DIM]
-        with pl.at(level=pl.Level.CORE_GROUP, name_hint="padding"):
-            for token in pl.range(count, ROWS):
-                none = pl.full([1, HEAD_DIM], dtype=pl.FP32, value=0.0)
-                cos[token : token + 1, 0:HEAD_DIM] = none
-                sin[token : token + 1, 0:HEAD_DIM] = none
-                heads = pl.full([HEADS, HEAD_DIM], dtype=pl.FP32, value=0.0)
-                attended_heads[token * HEADS : token * HEADS + HEADS, 0:HEAD_DIM] = pl.cast(
-                    heads, pl.BF16, mode="rint"
-                )
-            for c in pl.range(0, Q_DIM, HEAD_DIM):
-                spare = pl.full([SPARE, HEAD_DIM], dtype=pl.FP32, value=0.0)
-                queries[ROWS:QUERY_ROWS, c : c + HEAD_DIM] = pl.cast(spare, pl.BF16, mode="rint")
-
+        queries = pad_tile(count, cos, sin, attended_heads, queries)
         queries = rotate_heads(q, q_norm, cos, sin, queries, 0)
         keys = pl.create_tensor([ROWS, KV_DIM], dtype=pl.BF16)
         keys = rotate_heads(k, k_norm, cos, sin, keys, 0)
@@ -118,29 +92,11 @@ def decode_layer(
         query_heads = pl.reshape(queries, [QUERY_HEADS, HEAD_DIM])
         for token in pl.parallel(count):
             context = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX)
-            position = context - 1
             table_row = (row + token) * table_stride
-            k_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
-            k_tail = copy_last_tile(k_cache, block_table, table_row, context, k_tail)
-            v_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
-            v_tail = copy_last_tile(v_cache, block_table, table_row, context, v_tail)
-            for g in pl.parallel(KV_HEADS):
-                first_head = token * HEADS + g * GROUP
-                stats = pl.create_tensor([2, Q_ROWS], dtype=pl.FP32)
-                o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
-                o = attend(
-                    query_heads, first_head, 0, g, position, context,
-                    block_table, table_row, k_cache, v_cache, k_tail, v_tail, band, stats, o,
-                )  # fmt: skip
-                with pl.at(level=pl.Level.CORE_GROUP, name_hint="attended"):
-                    own = pl.slice(o, [Q_ROWS, HEAD_DIM], [0, 0], valid_shape=[GROUP, HEAD_DIM])
-                    attended_heads = pl.assemble(
-                        attended_heads, pl.cast(own, pl.BF16, mode="rint"), [first_head, 0]
-                    )
+            attended_heads = attend_token(
+                query_heads, token, context,
+                block_table, table_row, k_cache, v_cache, band, attended_heads,
+            )  # fmt: skip
         attended = pl.reshape(attended_heads, [ROWS, Q_DIM])
-        projected = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
-        projected = project(attended, wo, projected, Q_DIM, HIDDEN)
-        x = add_rows(x, projected)
-        x = feed_forward(x, post_norm, w_gate, w_up, w_down)
-        out = store_rows(x, out, row, count)
+        out = finish_layer(x, attended, wo, post_norm, w_gate, w_up, w_down, out, row, count)
     return out

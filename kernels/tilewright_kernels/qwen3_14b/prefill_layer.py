@@ -3,15 +3,13 @@
 import pypto.language as pl
 
 from .blocks import (
-    add_rows,
-    attend,
-    copy_last_tile,
-    feed_forward,
-    project,
-    rms_norm,
+    attend_rows,
+    causal_band,
+    finish_layer,
+    project_heads,
+    rope_rows,
     rotate_heads,
     round_rows,
-    store_rows,
     widen_rows,
     write_cache,
 )
@@ -29,9 +27,7 @@ from .constants import (
 
 Q_DIM = HEADS * HEAD_DIM
 KV_DIM = KV_HEADS * HEAD_DIM
-GROUP = HEADS // KV_HEADS
 BAND = Q_ROWS + 2 * KV_TILE
-TAIL = KV_HEADS * KV_TILE
 
 T = pl.dynamic("T")
 B = pl.dynamic("B")
@@ -70,15 +66,8 @@ def prefill_layer(
     batch = pl.tensor.dim(context_lens, 0)
     table_stride = pl.tensor.dim(block_table, 0) // batch
 
-    zeros = pl.create_tensor([1, BAND], dtype=pl.FP32)
-    with pl.at(level=pl.Level.CORE_GROUP, name_hint="zeros"):
-        zeros[0:1, 0:BAND] = pl.full([1, BAND], dtype=pl.FP32, value=0.0)
     band = pl.create_tensor([Q_ROWS, BAND], dtype=pl.FP32)
-    with pl.at(level=pl.Level.CORE_GROUP, name_hint="band"):
-        for i in pl.range(Q_ROWS):
-            visible = i + KV_TILE + 1
-            part = pl.slice(zeros, [1, BAND], [0, 0], valid_shape=[1, visible])
-            band[i : i + 1, 0:BAND] = pl.fillpad(part, pad_value=pl.PadValue.min)
+    band = causal_band(band)
 
     # Sequence b's queries start at row query_starts[b] + b * ROWS, with space for a last tile.
     queries = pl.create_tensor([SCRATCH_ROWS, Q_DIM], dtype=pl.BF16)
@@ -92,25 +81,13 @@ def prefill_layer(
             position = before + i
             x = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
             x = widen_rows(hidden, row, count, x)
-            normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)
-            normed = rms_norm(x, input_norm, normed)
             q = pl.create_tensor([ROWS, Q_DIM], dtype=pl.FP32)
-            q = project(normed, wq, q, HIDDEN, Q_DIM)
             k = pl.create_tensor([ROWS, KV_DIM], dtype=pl.FP32)
-            k = project(normed, wk, k, HIDDEN, KV_DIM)
             v = pl.create_tensor([ROWS, KV_DIM], dtype=pl.FP32)
-            v = project(normed, wv, v, HIDDEN, KV_DIM)
+            q, k, v = project_heads(x, input_norm, wq, wk, wv, q, k, v)
             cos = pl.create_tensor([ROWS, HEAD_DIM], dtype=pl.FP32)
             sin = pl.create_tensor([ROWS, HEAD_DIM], dtype=pl.FP32)
-            with pl.at(level=pl.Level.CORE_GROUP, name_hint="positions"):
-                cos_rows = pl.slice(
-                    rope_cos, [ROWS, HEAD_DIM], [position, 0], valid_shape=[count, HEAD_DIM]
-                )
-                cos[0:ROWS, 0:HEAD_DIM] = pl.fillpad(cos_rows, pad_value=pl.PadValue.zero)
-                sin_rows = pl.slice(
-                    rope_sin, [ROWS, HEAD_DIM], [position, 0], valid_shape=[count, HEAD_DIM]
-                )
-                sin[0:ROWS, 0:HEAD_DIM] = pl.fillpad(sin_rows, pad_value=pl.PadValue.zero)
+            cos, sin = rope_rows(rope_cos, rope_sin, position, count, cos, sin)
             scratch_row = row + b * ROWS
             queries = rotate_heads(q, q_norm, cos, sin, queries, scratch_row)
             keys = pl.create_tensor([ROWS, KV_DIM], dtype=pl.BF16)
@@ -131,29 +108,14 @@ def prefill_layer(
             position = before + i
             context = position + count
             scratch_row = row + b * ROWS
-            k_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
-            k_tail = copy_last_tile(k_cache, block_table, table_row, context, k_tail)
-            v_tail = pl.create_tensor([TAIL, HEAD_DIM], dtype=pl.BF16)
-            v_tail = copy_last_tile(v_cache, block_table, table_row, context, v_tail)
             attended = pl.create_tensor([ROWS, Q_DIM], dtype=pl.BF16)
-            for h in pl.parallel(HEADS):
-                kv_head = h // GROUP
-                column = h * HEAD_DIM
-                stats = pl.create_tensor([2, Q_ROWS], dtype=pl.FP32)
-                o = pl.create_tensor([Q_ROWS, HEAD_DIM], dtype=pl.FP32)
-                o = attend(
-                    queries, scratch_row, column, kv_head, position, context,
-                    block_table, table_row, k_cache, v_cache, k_tail, v_tail, band, stats, o,
-                )  # fmt: skip
-                with pl.at(level=pl.Level.CORE_GROUP, name_hint="attended"):
-                    attended[0:ROWS, column : column + HEAD_DIM] = pl.cast(
-                        o[0:ROWS, 0:HEAD_DIM], pl.BF16, mode="rint"
-                    )
+            attended = attend_rows(
+                queries, scratch_row, position, context,
+                block_table, table_row, k_cache, v_cache, band, attended,
+            )  # fmt: skip
             x = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
             x = widen_rows(hidden, row, count, x)
-            projected = pl.create_tensor([ROWS, HIDDEN], dtype=pl.FP32)
-            projected = project(attended, wo, projected, Q_DIM, HIDDEN)
-            x = add_rows(x, projected)
-            x = feed_forward(x, post_norm, w_gate, w_up, w_down)
-            out = store_rows(x, out, row, count)
+            out = finish_layer(
+                x, attended, wo, post_norm, w_gate, w_up, w_down, out, row, count
+            )  # fmt: skip
     return out

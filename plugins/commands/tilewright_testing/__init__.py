@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright_testing.command import CommandSuite as CommandSuite
     from tilewright_testing.executor import ExecutorSuite as ExecutorSuite
+    from tilewright_testing.kernels import KernelsSuite as KernelsSuite
     from tilewright_testing.kv_allocator import KvAllocatorSuite as KvAllocatorSuite
     from tilewright_testing.loader import LoaderSuite as LoaderSuite
     from tilewright_testing.logits_processor import LogitsProcessorSuite as LogitsProcessorSuite
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CommandSuite": "command",
     "ExecutorSuite": "executor",
+    "KernelsSuite": "kernels",
     "KvAllocatorSuite": "kv_allocator",
     "LoaderSuite": "loader",
     "LogitsProcessorSuite": "logits_processor",

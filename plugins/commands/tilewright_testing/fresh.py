@@ -39,6 +39,12 @@ _EFFECTS = (
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
+def imported_by(module: str, *names: str) -> list[str]:
+    """Those of some modules that importing a module imports."""
+    import_module(module)
+    return [name for name in names if name in sys.modules]
+
+
 def changed_by_import(module: str, *present: str) -> list[str] | None:
     """What importing a module changes in the process's state, in words.
 

@@ -1,7 +1,8 @@
 """``tilewright plugins new``: writes a distribution of one new plugin.
 
 ``templates/`` holds a folder per kind, with the plugin and its tests, and a common one. The files
-are written as they are, except for the words that ``write`` replaces.
+are written as they are, except for the words that ``write`` replaces. A kernel set starts as a copy
+of the shipped one, which is read where it is installed.
 """
 
 import os
@@ -16,15 +17,25 @@ from tilewright.paths import path_of
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
-_FILES = {
-    "pyproject.toml": "common/pyproject.toml",
-    "README.md": "common/README.md",
-    "src/tilewright_{module}/__init__.py": "common/__init__.py",
-    "src/tilewright_{module}/py.typed": None,
-    "src/tilewright_{module}/{kind}.py": "{kind}/plugin.py",
-    "tests/test_{kind}.py": "{kind}/test_plugin.py",
+_FILES: dict[str, tuple[str, ...]] = {
+    "pyproject.toml": ("common/pyproject.toml",),
+    "README.md": ("common/README.md",),
+    "src/tilewright_{module}/__init__.py": ("common/__init__.py",),
+    "src/tilewright_{module}/py.typed": (),
+    "src/tilewright_{module}/{kind}.py": ("{kind}/plugin.py",),
+    "tests/test_{kind}.py": ("{kind}/test_plugin.py",),
 }
-"""Template of each file that is written; None: an empty file."""
+"""The templates that each file is made of, one after another."""
+
+_KERNEL_SET_FILES = _FILES | {
+    "pyproject.toml": ("common/pyproject.toml", "kernels/mypy.toml"),
+    "README.md": ("kernels/README.md",),
+    "src/tilewright_{module}/{kind}.py": (),
+}
+"""The same for a kernel set, whose plugin module is copied with its sources."""
+
+_SHIPPED_KERNELS = "tilewright_kernels.qwen3_14b"
+"""The package that a new kernel set is a copy of."""
 
 _TEMPLATE_WORDS = {
     "loader": (
@@ -50,6 +61,10 @@ _TEMPLATE_WORDS = {
         "generate --observer my-plugin",
     ),
     "command": ("The number of tokens in a text", "my-plugin"),
+    "kernels": (
+        "Layers of dense Qwen3 models in PyPTO",
+        "generate --executor pypto-npu -o platform=emulated -o kernels=my-plugin",
+    ),
 }
 """The summary of each kind's template, and the command that uses it, without the prompt."""
 
@@ -80,13 +95,18 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
     }
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        for path, template in _FILES.items():
-            text = ""
-            if template is not None:
-                text = (_TEMPLATES / template.format(kind=kind)).read_text(encoding="utf-8")
+        copies = kind == plugins.KERNELS.name
+        texts = {}
+        for path, templates in (_KERNEL_SET_FILES if copies else _FILES).items():
+            parts = (_TEMPLATES / template.format(kind=kind) for template in templates)
+            text = "".join(part.read_text(encoding="utf-8") for part in parts)
             for word, meant in (words | {"my-plugin": name, "my_plugin": module}).items():
                 text = text.replace(word, meant)
-            file = beside / path.format(kind=kind, module=module)
+            texts[path.format(kind=kind, module=module)] = text
+        if copies:
+            texts |= _shipped_kernels(name, module)
+        for path, text in texts.items():
+            file = beside / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
         beside.rename(folder)
@@ -98,6 +118,30 @@ def write(kind: str, name: str, out: Path | None = None) -> Path:
             ) from error
         raise
     return folder
+
+
+def _shipped_kernels(name: str, module: str) -> dict[str, str]:
+    """The shipped kernel set under another name: path -> text.
+
+    Raises ConfigError if it is not installed, and OSError if a file cannot be read.
+    """
+    found = find_spec(_SHIPPED_KERNELS)
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"package {_SHIPPED_KERNELS}, which a new kernel set is a copy of, is not installed: "
+            "install tilewright again"
+        )
+    package = f"tilewright_{module}"
+    texts = {}
+    for file in sorted(Path(found.origin).parent.glob("*.py")):
+        if file.name == "__init__.py":
+            continue
+        text = file.read_text(encoding="utf-8").replace(_SHIPPED_KERNELS, package)
+        if file.name == "plugin.py":
+            text = text.replace("``qwen3``", f"``{name}``")
+        copied = "kernels.py" if file.name == "plugin.py" else file.name
+        texts[f"src/{package}/{copied}"] = text
+    return texts
 
 
 def _check_name(kind: str, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tilewright import plugins
 from tilewright.cli.tables import print_columns, print_json, table_width, terminal_width
-from tilewright.errors import ConfigError, PluginError
+from tilewright.errors import ConfigError, ExecutorError, PluginError
 
 if TYPE_CHECKING:
     from tilewright.types import PluginInfo
@@ -121,6 +121,7 @@ def show(args: argparse.Namespace) -> int:
                 "ignores": list(info.ignores),
                 "distribution": info.distribution,
             }
+            | _kernels(plugin)
             for plugin, hooks, info, options in presented
         )
         return 0
@@ -144,7 +145,53 @@ def show(args: argparse.Namespace) -> int:
             print(f"ignores: {', '.join(info.ignores)}")
         if info.distribution:
             print(f"distribution: {info.distribution}")
+        for topic, value in _kernels(plugin).items():
+            if isinstance(value, dict):
+                print(f"{topic}:")
+                for name, what in value.items():
+                    print(f"  {name}: {_in_words(name, what) if topic == 'serves' else what}")
+            elif value:
+                print(f"{topic}: {', '.join(value) if isinstance(value, list) else value}")
     return 0
+
+
+_FAMILIES = {
+    "qk_norm": "a norm for each query and key head",
+    "qkv_bias": "biases of queries, keys and values",
+    "output_bias": "a bias of attention's output",
+    "mlp_bias": "biases of the MLP",
+    "sliding_windows": "sliding windows",
+}
+"""What a model has where a field of ServedModels says True."""
+
+
+def _in_words(field: str, values: list[Any]) -> str:
+    """A field of ServedModels: ``models without biases of the MLP``."""
+    if field not in _FAMILIES:
+        return f"RoPE {', '.join(values)}"
+    with_or_without = " or ".join("with" if value else "without" for value in values)
+    return f"models {with_or_without} {_FAMILIES[field]}"
+
+
+def _kernels(plugin: plugins.Plugin) -> dict[str, Any]:
+    """What a kernel set serves, its kernels and its sources; empty for plugins of other kinds.
+
+    Raises PluginError or ExecutorError for a broken set.
+    """
+    if plugin.kind != plugins.KERNELS.name:
+        return {}
+    from attrs import asdict
+
+    from tilewright_pypto.inspection import inspected
+    from tilewright_pypto.kernels import stated
+
+    loaded = plugins.load(plugin)
+    serves = {name: list(values) for name, values in asdict(stated(loaded, str(plugin))).items()}
+    kernels, why = inspected(loaded, str(plugin))
+    if kernels is None:
+        return {"serves": serves, "kernels": [], "sources": {}, "refuses": why}
+    sources = {name: str(path) for name, path in kernels.sources.items()}
+    return {"serves": serves, "kernels": list(kernels.constants), "sources": sources}
 
 
 def check(args: argparse.Namespace) -> int:
@@ -158,7 +205,8 @@ def check(args: argparse.Namespace) -> int:
             _, info, _ = examine(plugin)
             plugins.check_ignores(str(plugin), info)
             _check_events(plugin)
-        except PluginError as broken:
+            _kernels(plugin)
+        except (PluginError, ExecutorError) as broken:
             state, problem = "broken", str(broken)
         else:
             state, problem = plugins.state(plugin, installed)
@@ -242,6 +290,9 @@ def new(args: argparse.Namespace) -> int:
     print(f"wrote {folder}; next steps:")
     print(f"  pip install -e {quote(f'{folder}[test]')}")
     print(f"  tilewright plugins verify {args.name}")
+    if args.kind == plugins.KERNELS.name:
+        on = f"-o candidate.platform=emulated -o candidate.kernels={args.name}"
+        print(f"  tilewright compare --candidate pypto-npu {on}")
     return 0
 
 

@@ -87,6 +87,22 @@ def open_device(options: "Options", card: int | None, report: "Report") -> "Pypt
     return device
 
 
+def lower(kernel: str, kernels: KernelSet) -> None:
+    """Run the passes of the installed PyPTO's compiler on a kernel, for a2a3; needs no device.
+
+    Raises ExecutorError when no usable PyPTO is found, and for a kernel that it refuses.
+    """
+    pypto = _import(find(None))
+    function = source.load(kernel, kernels, pypto.language)
+    try:
+        function.lower(config=pypto.runtime.RunConfig(platform="a2a3"))
+    except Exception as error:
+        raise ExecutorError(
+            f"kernel {kernel} of {kernels.sources[kernel]}: PyPTO does not lower it: "
+            f"{failures.cause(error)}"
+        ) from error
+
+
 def _import(installation: Installation) -> Any:
     """Import PyPTO and silence it. Raises ExecutorError if it is another one, too old or broken."""
     _refuse_another(installation)

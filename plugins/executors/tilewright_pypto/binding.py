@@ -12,18 +12,25 @@ from tilewright.types import KernelSet, ModelConfig, RowOrder
 from tilewright.weights import expected_tensors
 from tilewright_kernels import source
 from tilewright_kernels.contract import Contract
-from tilewright_pypto.packing import WHOLE, packed_name
+from tilewright_pypto.weight_names import WHOLE, packed_name
 
 ROW_ORDER: RowOrder = "HND"
 """Row order of the KV cache."""
 
-KERNELS = ("prefill_layer", "decode_layer", "head", "prefill_model", "decode_model")
+KERNELS = {
+    "prefill_layer": "a decoder layer, in any step that decode_layer does not run",
+    "decode_layer": "a decoder layer, in steps of one token for each sequence",
+    "head": "the final norm and the LM head, after the layers",
+    "prefill_model": "the whole model, in any step that decode_model does not run",
+    "decode_model": "the whole model, in steps of one token for each sequence",
+}
+"""The kernels, by name, and what each of them runs."""
 
 STEP = {
     "hidden": "[T, hidden_size] BF16: the tokens' embeddings, or the output of the layer before; "
     "for head, the rows whose logits are wanted",
-    "token_ids": "[T] INT32",
-    "positions": "[T] INT32",
+    "token_ids": "[T] INT32: the tokens, in order of their sequences",
+    "positions": "[T] INT32: position of each token in its sequence",
     "context_lens": "[B] INT32: tokens of each sequence in the KV cache once the step has run",
     "query_starts": "[B] INT32: row of the first token of each sequence",
     "query_lens": "[B] INT32: tokens of each sequence in this step",
@@ -35,10 +42,11 @@ STEP = {
     "layer": "[1] INT32: number of the layer; a kernel that takes it gets the weights and caches "
     "of all layers",
     "window": "[1] INT32: the layer's sliding window in tokens, itself included; 0: none",
-    "k_cache": "[pages * kv_heads * page_size, head_dim] BF16, inout",
-    "v_cache": "[pages * kv_heads * page_size, head_dim] BF16, inout",
+    "k_cache": "[pages * kv_heads * page_size, head_dim] BF16, inout: keys; a token's key of one "
+    "head is row (page * kv_heads + head) * page_size + offset",
+    "v_cache": "[pages * kv_heads * page_size, head_dim] BF16, inout: values, in the same rows",
     "out": "[T, hidden_size] BF16, out: the layer's output",
-    "logits": "[L, vocab_size] FP32, out",
+    "logits": "[L, vocab_size] FP32, out: of the rows that are wanted",
 }
 """What is not a weight, by name."""
 
@@ -77,6 +85,19 @@ RESULTS = {
     "decode_model": {"logits": "out", "k_cache": "inout", "v_cache": "inout"},
 }
 """The parameters that a kernel writes, and their directions."""
+
+_HEAD = ("embedding", "final_norm", "lm_head")
+
+
+def passed(kernel: str) -> list[str]:
+    """The parameters that the executor passes to a kernel, of a model that has all weights."""
+    if kernel == "head":
+        return ["hidden", "logits", *_HEAD]
+    absent = {
+        "layer": ("logits_rows", "logits", *_HEAD),
+        "model": ("layer", "window", "out"),
+    }[kernel.rpartition("_")[2]]
+    return [name for name in PARAMETERS if name not in absent]
 
 
 def contracts(kernels: KernelSet, config: ModelConfig, who: str) -> dict[str, Contract]:
@@ -130,7 +151,12 @@ def _check(contract: Contract, config: ModelConfig, who: str) -> None:
         if name not in PARAMETERS:
             raise ExecutorError(
                 f"{who}: kernel {kernel} has a parameter {name!r}, which executor pypto-npu does "
-                f"not bind{nearest(name, PARAMETERS)} (see docs/writing-kernels.md)"
+                f"not bind{nearest(name, PARAMETERS)} (see docs/kernel-parameters.md)"
+            )
+        if name not in passed(kernel):
+            raise ExecutorError(
+                f"{who}: kernel {kernel} has a parameter {name!r}, which executor pypto-npu does "
+                f"not pass to it (it passes {', '.join(passed(kernel))})"
             )
     results = RESULTS[kernel]
     for name in results | directions:
@@ -144,6 +170,12 @@ def _check(contract: Contract, config: ModelConfig, who: str) -> None:
         raise ExecutorError(
             f"{who}: kernel {kernel} does not take {listed(left_out)}, which {config.architecture} "
             "has: its outputs would be wrong"
+        )
+    if foreign := [w for w in directions if w in WEIGHTS and w not in _weights(config)]:
+        raise ExecutorError(
+            f"{who}: kernel {kernel} takes {listed(foreign)}, which {config.architecture} does not "
+            "have: state in served_models() which models the set serves, or give these a kernel "
+            "of their own"
         )
     if "k_cache" in results and contract.kv_row_order != ROW_ORDER:
         raise ExecutorError(
@@ -166,3 +198,8 @@ def _weights_of(kernel: str, config: ModelConfig) -> Collection[str]:
         "decode_model": of_layers | of_head,
     }
     return needed.get(kernel, of_layers)
+
+
+def _weights(config: ModelConfig) -> Collection[str]:
+    """All weights of a model, by their parameters."""
+    return {*_HEAD, *_weights_of("prefill_model", config)}

@@ -32,7 +32,8 @@ from tilewright.weights import expected_tensors
 from tilewright_kernels.contract import Contract
 from tilewright_pypto.binding import ROW_ORDER, contracts, takes_all_layers
 from tilewright_pypto.device import Device, Kernel
-from tilewright_pypto.packing import WHOLE, packed_name, packed_tensors, unpack
+from tilewright_pypto.packing import packed_tensors, unpack
+from tilewright_pypto.weight_names import WHOLE, packed_name
 
 
 @frozen(kw_only=True)

@@ -8,6 +8,7 @@ from tilewright.errors import ConfigError, ExecutorError
 from tilewright.types import (
     Check,
     Executor,
+    KernelSet,
     ModelConfig,
     PackedWeights,
     PluginInfo,
@@ -76,6 +77,27 @@ def create_executor(
 
     options = options or Options()
     kernels = kernel_set(options.kernels, model_config, runtime_config)
+    who = described(options.kernels)
+    return create(
+        kernels, who, model_config, runtime_config, weights, packed, layers, options, report
+    )
+
+
+def create(
+    kernels: KernelSet,
+    who: str,
+    model_config: ModelConfig,
+    runtime_config: RuntimeConfig,
+    weights: TensorSource,
+    packed: bool,
+    layers: range,
+    options: Options,
+    report: Report,
+) -> Executor:
+    """An executor over a kernel set that was made for the model.
+
+    who: the set in words. Other arguments, and errors, are those of the hook ``create_executor``.
+    """
     card = chosen_card(options, runtime_config)
     positions = runtime_config.max_seq_len
     assert positions is not None
@@ -97,7 +119,7 @@ def create_executor(
             kernels,
             device,
             options.weights_on_device,
-            described(options.kernels),
+            who,
         )
     except BaseException:
         device.close()

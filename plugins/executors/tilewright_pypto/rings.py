@@ -15,6 +15,7 @@ memory is allocated when it begins, by one task per 16 tensors, in multiples of 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import isfunction
 from math import prod
 from operator import add
 from types import ModuleType, SimpleNamespace
@@ -82,8 +83,14 @@ def needed(kernel: str, kernels: KernelSet, positions: int) -> dict[str, int]:
 
     The heap allows for memory that stays unused because a piece did not fit before the ring's end;
     how much that is depends on where the previous kernel ended, so a kernel may run with less.
+
+    The sizes are 0 for a kernel that uses more of the language than the counting knows: then
+    PyPTO's own sizes apply, unless the user asks for others.
     """
-    taken = counted(kernel, kernels, positions)
+    try:
+        taken = counted(kernel, kernels, positions)
+    except Exception:  # whatever the kernel does with what the counting gives it
+        return dict.fromkeys(STANDARD, 0)
     return {
         "ring_heap": max(UNIT, _power_above(max(map(add, taken.most_bytes, taken.most_unused)))),
         "ring_task_window": _power_above(max(taken.most_tasks)),
@@ -235,7 +242,7 @@ def _language() -> ModuleType:
         yield from iterations(values[:1])
         taken.repeat(before, max(0, len(values) - 1))
 
-    def create_tensor(shape: list[int], *, dtype: torch.dtype) -> _Shaped:
+    def create_tensor(shape: list[int], dtype: torch.dtype) -> _Shaped:
         taken.allocate(prod(shape) * dtype.itemsize)
         return _Shaped(tuple(shape))
 
@@ -244,19 +251,22 @@ def _language() -> ModuleType:
 
     language = ModuleType("pypto.language, counting")
     vars(language).update(
-        {name: nothing if callable(what) else what for name, what in NAMES.items()},
+        {name: nothing if isfunction(what) else what for name, what in NAMES.items()},
         Level=NAMES["Level"],
         at=at,
         cast=lambda x, *_, **__: x,
         create_tensor=create_tensor,
+        dim=lambda x, axis: x.shape[axis],
         dynamic=Dynamic,
         jit=_Jit(taken),
         max=max,
         min=min,
         parallel=parallel,
+        pipeline=lambda *bounds, stage: range(*bounds)[:1],
         range=lambda *bounds: iterations(range(*bounds)),
         read=lambda x, _: x.value,
         reshape=lambda _, shape: _Shaped(tuple(shape)),
         tensor=SimpleNamespace(dim=lambda x, axis: x.shape[axis]),
+        unroll=lambda *bounds: range(*bounds)[: 1 if taken.in_task else None],
     )
     return language

@@ -438,7 +438,7 @@ BAD: dict[str, tuple[Any, Mapping[str, Any], str]] = {
     "intermediate": (qwen3(intermediate_size=90), {}, "intermediate 90 must be a multiple of"),
     "head": (qwen3(head_dim=48), {}, "head_dim 48 must be a multiple of 32"),
     "page": (qwen3(), {"page_size": 24}, "page_size 24 must be a multiple of kv_tile 16"),
-    "page-advice": (qwen3(), {"page_size": 8}, "set page_size to a multiple of 16, such as 128"),
+    "page-advice": (qwen3(), {"page_size": 8}, "set another page_size, or none: the set then ch"),
     "tokens": (
         qwen3(),
         {"max_batch_tokens": 10**20},

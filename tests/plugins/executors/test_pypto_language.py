@@ -1,19 +1,26 @@
 """The emulation of ``pypto.language``: errors, each with a kernel that causes it, and computed
 values."""
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from attrs import evolve
+from pypto_oracle import pypto_or_skip, simulator_or_skip
 
 from tilewright.errors import ExecutorError
 from tilewright_kernels import source
 from tilewright_kernels.qwen3_14b.plugin import KERNELS, kernels_of
 from tilewright_kernels.qwen3_14b.shape import DEMO
-from tilewright_pypto.emulated import KernelError
+from tilewright_pypto.emulated import KernelError, language, missing
 from tilewright_pypto.emulated import language as pl
+from tilewright_pypto.emulated.language import NAMES
+from tilewright_pypto.emulated.reference import reference
 
 N = 32
 ROWS = pl.dynamic("ROWS")
@@ -512,14 +519,55 @@ def test_short_circuiting_conditions_are_refused():
 
 
 def test_a_name_that_is_not_emulated_is_refused_before_anything_runs():
-    with fails("pl.spmd, which is not emulated"):
+    with fails(
+        r"kernel has pl.spmd, which PyPTO has but the emulation does not: use pl.parallel or "
+        r"pl.range \(docs/kernel-language.md\)"
+    ):
 
         @pl.jit
         def kernel(x: pl.Tensor[[8, N], pl.FP32]):
             pl.spmd(4)
 
-    with fails("pl.NZ is not emulated"):
+    with fails("pl.NZ, which PyPTO has but the emulation does not"):
         pl.NZ  # noqa: B018
+    with fails("pl.jit.incore is not emulated"):
+        pl.jit.incore  # noqa: B018
+
+
+def test_a_name_that_pypto_does_not_have_is_refused_with_the_nearest():
+    with fails(r"pl.row_summ, which PyPTO e2d0f78 does not have; did you mean 'row_sum'"):
+
+        @pl.jit
+        def kernel(x: pl.Tensor[[8, N], pl.FP32]):
+            pl.row_summ(x)
+
+
+def test_a_full_name_that_is_not_emulated_is_refused():
+    with fails("kernel has pl.tensor.view, which is not emulated"):
+
+        @pl.jit
+        def kernel(x: pl.Tensor[[8, N], pl.FP32]):
+            pl.tensor.view(x, [N, 8])
+
+
+def test_an_argument_that_an_operator_does_not_take_is_an_error_that_names_it():
+    with fails(r"pl.matmul\(lhs, rhs, out_dtype, b_trans\) got an unexpected .* 'a_trans'"):
+        run_one(lambda a, b: pl.matmul(a, b, a_trans=True, out_dtype=pl.FP32), ones(16, 16))
+
+
+def test_the_page_on_the_language_matches_the_code():
+    page = Path(__file__).parents[3] / missing.TABLE
+    assert page.read_text() == reference(), (
+        f"run: python -m tilewright_pypto.emulated.reference > {missing.TABLE}"
+    )
+
+
+@pytest.mark.pypto
+def test_the_names_are_those_of_pypto():
+    theirs = {name for name in dir(pypto_or_skip()) if not name.startswith("_")}
+    submodules = {"dsl_api", "op", "parser", "typing"}
+    assert {*NAMES, *missing.NOT_EMULATED} == theirs - submodules
+    assert not NAMES.keys() & missing.NOT_EMULATED
 
 
 # --- dtypes and shapes ----------------------------------------------------------------------------
@@ -692,11 +740,109 @@ def test_products_of_bf16_are_accumulated_in_fp32(b_trans):
         (lambda a, b: pl.row_expand_mul(a, pl.row_max(a)), lambda a, b: a * a.amax(1, True)),
         (lambda a, b: pl.row_expand_div(a, pl.row_max(a)), lambda a, b: a / a.amax(1, True)),
         (lambda a, b: pl.reshape(a, [N, 8]), lambda a, b: a.reshape(N, 8)),
+        (lambda a, b: pl.transpose(a, 0, 1), lambda a, b: a.t()),
+        (lambda a, b: pl.transpose(a, -1, 0), lambda a, b: a.t()),
+        (lambda a, b: pl.concat(a, b), lambda a, b: torch.cat((a, b), 1)),
     ],
 )
 def test_operators_match_their_torch_equivalents(operate, expected):
     a, b = torch.randn(8, N), torch.randn(8, N)
     torch.testing.assert_close(run_one(operate, a, b), expected(a, b))
+
+
+KERNEL_FILE = Path(__file__).with_name("operators_kernel.py")
+
+
+def operators_kernel(language: ModuleType, monkeypatch) -> Any:
+    """The kernel of operators_kernel.py in a language: PyPTO's or the emulated."""
+    monkeypatch.setitem(sys.modules, "pypto", SimpleNamespace(language=language))
+    monkeypatch.setitem(sys.modules, "pypto.language", language)
+    spec = importlib.util.spec_from_file_location("operators_kernel", KERNEL_FILE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "operators_kernel", module)
+    spec.loader.exec_module(module)
+    monkeypatch.undo()
+    return module.operators
+
+
+def check_operators(run) -> None:
+    """What operators_kernel.py computes, by PyTorch; y's blocks are in the order of its tasks."""
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(16, 64, generator=random) + 0.5 for _ in range(2))
+    y = torch.full((12 * 16, 64), float("nan"))
+    run(a, b, y)
+    column, row = b.sum(1, keepdim=True), b.sum(0, keepdim=True)
+    expected = (
+        torch.minimum(a, b).clamp(max=1.0).abs(),
+        (b - 1.25).abs().clamp(min=0.25),
+        a.log() * a.rsqrt() + b.reciprocal(),
+        torch.maximum(a + column, b.amin(1, keepdim=True)),
+        torch.minimum(a, b.amax(1, keepdim=True)),
+        (a - a.amax(1, keepdim=True)).exp(),
+        (a + row - b.amax(0, keepdim=True)) / b.amin(0, keepdim=True),
+        torch.minimum(torch.maximum(a, b[:1]), b[1:2]),
+        torch.cat((a[:, :32], b[:, 32:]), 1),
+        a.t().reshape(16, 64),
+        a + column,
+        a + b,
+    )
+    for block, (found, wanted) in enumerate(zip(y.split(16), expected, strict=True)):
+        torch.testing.assert_close(
+            found, wanted, rtol=2e-6, atol=2e-6, msg=lambda m, n=block: f"{n}: {m}"
+        )
+
+
+def test_a_kernel_of_all_further_operators_computes_what_torch_does(monkeypatch):
+    kernel = operators_kernel(language, monkeypatch)
+    check_operators(lambda a, b, y: kernel(a=a, b=b, y=y))
+
+
+@pytest.mark.pypto
+def test_the_simulator_computes_the_further_operators_as_the_emulation_does(monkeypatch, tmp_path):
+    simulator_or_skip()
+    from pypto.runtime import RunConfig
+
+    kernel = operators_kernel(pypto_or_skip(), monkeypatch)
+    monkeypatch.setenv("PYPTO_PROG_BUILD_DIR", str(tmp_path))
+    check_operators(lambda a, b, y: kernel(a, b, y, config=RunConfig(platform="a2a3sim")))
+
+
+def test_a_pipelined_loop_must_be_in_a_task():
+    @pl.jit
+    def kernel(y: pl.InOut[pl.Tensor[[8, N], pl.FP32]]):
+        for _i in pl.pipeline(4, stage=2):
+            pass
+
+    with fails("pl.pipeline must be inside a pl.at"):
+        kernel(y=ones(8, N))
+
+
+def test_the_bounds_of_an_unrolled_loop_must_be_constants():
+    with fails("pl.unroll with n: its bounds must be constants"):
+
+        @pl.jit
+        def kernel(x: pl.Tensor[[8, N], pl.FP32], count: pl.Tensor[[1], pl.INT32]):
+            n = pl.read(count, [0])
+            for _i in pl.unroll(0, n):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("operate", "message"),
+    [
+        (lambda part, y: pl.concat(part, y), "needs whole tiles"),
+        (lambda part, y: pl.transpose(part, 0, 1), "needs a whole tile"),
+        (lambda part, y: pl.col_sum(part), r"of which only \[5, 32\] is valid"),
+    ],
+)
+def test_padding_is_an_error_where_its_effect_is_undefined(operate, message):
+    @pl.jit
+    def kernel(x: pl.Tensor[[5, N], pl.FP32], y: pl.InOut[pl.Tensor[[8, N], pl.FP32]]):
+        with pl.at(level=CORE):
+            operate(pl.slice(x, [8, N], [0, 0], valid_shape=[5, N]), y)
+
+    with fails(message):
+        kernel(x=ones(5, N), y=ones(8, N))
 
 
 # --- functions and arguments ----------------------------------------------------------------------

@@ -28,6 +28,9 @@ class JITFunction:
         constants = vars(sys.modules[f"{package}.constants"])
         self._constants = {n: v for n, v in constants.items() if isinstance(v, int | float)}
 
+    def lower(self, *, config):
+        events.at(f"lower {self._kernel.contract.kernel}")
+
     def compile(self, *args, **kwargs):
         from pypto.ir import META, CompiledProgram
 
