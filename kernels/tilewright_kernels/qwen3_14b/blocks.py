@@ -46,6 +46,8 @@ INV_HIDDEN = 1.0 / HIDDEN
 INV_HEAD_DIM = 1.0 / HEAD_DIM
 
 T = pl.dynamic("T")
+L = pl.dynamic("L")
+STATES = pl.dynamic("STATES")
 DEPTH = pl.dynamic("DEPTH")
 COLUMNS = pl.dynamic("COLUMNS")
 ENTRIES = pl.dynamic("ENTRIES")
@@ -92,6 +94,45 @@ def widen_rows(
             part = pl.slice(source, [ROWS, VEC_TILE], [row, c], valid_shape=[count, VEC_TILE])
             padded = pl.fillpad(part, pad_value=pl.PadValue.zero)
             x[0:ROWS, c : c + VEC_TILE] = pl.cast(padded, pl.FP32, mode="rint")
+    return x
+
+
+@pl.jit.inline
+def copy_rows(
+    source: pl.Tensor[[T, HIDDEN], pl.BF16],
+    target: pl.Tensor[[STATES, HIDDEN], pl.BF16],
+    row: pl.Scalar[pl.INDEX],
+    count: pl.Scalar[pl.INDEX],
+):
+    """target's rows row to row + count = source's, both BF16; count is at most ROWS."""
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="copy"):
+        for c in pl.range(0, HIDDEN, VEC_TILE):
+            part = pl.slice(source, [ROWS, VEC_TILE], [row, c], valid_shape=[count, VEC_TILE])
+            target = pl.assemble(target, part, [row, c])
+    return target
+
+
+@pl.jit.inline
+def gather_rows(
+    source: pl.Tensor[[T, HIDDEN], pl.BF16],
+    wanted: pl.Tensor[[L], pl.INT32],
+    row: pl.Scalar[pl.INDEX],
+    count: pl.Scalar[pl.INDEX],
+    x: pl.Tensor[[ROWS, HIDDEN], pl.FP32],
+):
+    """x[ROWS, HIDDEN] FP32 = the rows of source BF16 that wanted names from row on, then zeros."""
+    with pl.at(level=pl.Level.CORE_GROUP, name_hint="gather"):
+        for token in pl.range(count):
+            index = pl.cast(pl.read(wanted, [row + token]), pl.INDEX)
+            for c in pl.range(0, HIDDEN, VEC_TILE):
+                x[token : token + 1, c : c + VEC_TILE] = pl.cast(
+                    source[index : index + 1, c : c + VEC_TILE], pl.FP32, mode="rint"
+                )
+        for token in pl.range(count, ROWS):
+            for c in pl.range(0, HIDDEN, VEC_TILE):
+                x[token : token + 1, c : c + VEC_TILE] = pl.full(
+                    [1, VEC_TILE], dtype=pl.FP32, value=0.0
+                )
     return x
 
 

@@ -25,6 +25,7 @@ QUERY_ROWS = ROWS + SPARE
 QUERY_HEADS = QUERY_ROWS * HEADS
 ROW_HEADS = ROWS * HEADS
 
+T = pl.dynamic("T")
 B = pl.dynamic("B")
 ENTRIES = pl.dynamic("ENTRIES")
 POSITIONS = pl.dynamic("POSITIONS")
@@ -33,9 +34,9 @@ CACHE_ROWS = pl.dynamic("CACHE_ROWS")
 KV_ROW_ORDER = "HND"
 
 
-@pl.jit
-def decode_layer(
-    hidden: pl.Tensor[[B, HIDDEN], pl.BF16],
+@pl.jit.inline
+def decode_tokens(
+    hidden: pl.Tensor[[T, HIDDEN], pl.BF16],
     context_lens: pl.Tensor[[B], pl.INT32],
     block_table: pl.Tensor[[ENTRIES], pl.INT32],
     slot_mapping: pl.Tensor[[B], pl.INT32],
@@ -52,10 +53,11 @@ def decode_layer(
     w_gate: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
     w_up: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
     w_down: pl.Tensor[[INTERMEDIATE, HIDDEN], pl.BF16],
-    k_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
-    v_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
-    out: pl.Out[pl.Tensor[[B, HIDDEN], pl.BF16]],
+    k_cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
+    v_cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
+    out: pl.Tensor[[T, HIDDEN], pl.BF16],
 ):
+    """A layer: out = f(hidden), both [T, HIDDEN] BF16; kernels of whole models share it."""
     batch = pl.tensor.dim(context_lens, 0)
     table_stride = pl.tensor.dim(block_table, 0) // batch
 
@@ -99,4 +101,34 @@ def decode_layer(
             )  # fmt: skip
         attended = pl.reshape(attended_heads, [ROWS, Q_DIM])
         out = finish_layer(x, attended, wo, post_norm, w_gate, w_up, w_down, out, row, count)
+    return out
+
+
+@pl.jit
+def decode_layer(
+    hidden: pl.Tensor[[B, HIDDEN], pl.BF16],
+    context_lens: pl.Tensor[[B], pl.INT32],
+    block_table: pl.Tensor[[ENTRIES], pl.INT32],
+    slot_mapping: pl.Tensor[[B], pl.INT32],
+    rope_cos: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    rope_sin: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    input_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    wq: pl.Tensor[[HIDDEN, Q_DIM], pl.BF16],
+    wk: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    wv: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    q_norm: pl.Tensor[[1, HEAD_DIM], pl.FP32],
+    k_norm: pl.Tensor[[1, HEAD_DIM], pl.FP32],
+    wo: pl.Tensor[[Q_DIM, HIDDEN], pl.BF16],
+    post_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    w_gate: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_up: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_down: pl.Tensor[[INTERMEDIATE, HIDDEN], pl.BF16],
+    k_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
+    v_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
+    out: pl.Out[pl.Tensor[[B, HIDDEN], pl.BF16]],
+):
+    out = decode_tokens(
+        hidden, context_lens, block_table, slot_mapping, rope_cos, rope_sin, input_norm, wq,
+        wk, wv, q_norm, k_norm, wo, post_norm, w_gate, w_up, w_down, k_cache, v_cache, out,
+    )  # fmt: skip
     return out

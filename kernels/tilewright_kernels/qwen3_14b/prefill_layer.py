@@ -38,8 +38,8 @@ CACHE_ROWS = pl.dynamic("CACHE_ROWS")
 KV_ROW_ORDER = "HND"
 
 
-@pl.jit
-def prefill_layer(
+@pl.jit.inline
+def prefill_tokens(
     hidden: pl.Tensor[[T, HIDDEN], pl.BF16],
     context_lens: pl.Tensor[[B], pl.INT32],
     query_starts: pl.Tensor[[B], pl.INT32],
@@ -59,10 +59,11 @@ def prefill_layer(
     w_gate: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
     w_up: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
     w_down: pl.Tensor[[INTERMEDIATE, HIDDEN], pl.BF16],
-    k_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
-    v_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
-    out: pl.Out[pl.Tensor[[T, HIDDEN], pl.BF16]],
+    k_cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
+    v_cache: pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16],
+    out: pl.Tensor[[T, HIDDEN], pl.BF16],
 ):
+    """A layer: out = f(hidden), both [T, HIDDEN] BF16; kernels of whole models share it."""
     batch = pl.tensor.dim(context_lens, 0)
     table_stride = pl.tensor.dim(block_table, 0) // batch
 
@@ -118,4 +119,37 @@ def prefill_layer(
             out = finish_layer(
                 x, attended, wo, post_norm, w_gate, w_up, w_down, out, row, count
             )  # fmt: skip
+    return out
+
+
+@pl.jit
+def prefill_layer(
+    hidden: pl.Tensor[[T, HIDDEN], pl.BF16],
+    context_lens: pl.Tensor[[B], pl.INT32],
+    query_starts: pl.Tensor[[B], pl.INT32],
+    query_lens: pl.Tensor[[B], pl.INT32],
+    block_table: pl.Tensor[[ENTRIES], pl.INT32],
+    slot_mapping: pl.Tensor[[T], pl.INT32],
+    rope_cos: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    rope_sin: pl.Tensor[[POSITIONS, HEAD_DIM], pl.FP32],
+    input_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    wq: pl.Tensor[[HIDDEN, Q_DIM], pl.BF16],
+    wk: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    wv: pl.Tensor[[HIDDEN, KV_DIM], pl.BF16],
+    q_norm: pl.Tensor[[1, HEAD_DIM], pl.FP32],
+    k_norm: pl.Tensor[[1, HEAD_DIM], pl.FP32],
+    wo: pl.Tensor[[Q_DIM, HIDDEN], pl.BF16],
+    post_norm: pl.Tensor[[1, HIDDEN], pl.FP32],
+    w_gate: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_up: pl.Tensor[[HIDDEN, INTERMEDIATE], pl.BF16],
+    w_down: pl.Tensor[[INTERMEDIATE, HIDDEN], pl.BF16],
+    k_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
+    v_cache: pl.InOut[pl.Tensor[[CACHE_ROWS, HEAD_DIM], pl.BF16]],
+    out: pl.Out[pl.Tensor[[T, HIDDEN], pl.BF16]],
+):
+    out = prefill_tokens(
+        hidden, context_lens, query_starts, query_lens, block_table, slot_mapping, rope_cos,
+        rope_sin, input_norm, wq, wk, wv, q_norm, k_norm, wo, post_norm, w_gate, w_up,
+        w_down, k_cache, v_cache, out,
+    )  # fmt: skip
     return out
