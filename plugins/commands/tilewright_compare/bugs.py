@@ -11,10 +11,12 @@ from attrs import evolve
 from torch import Tensor
 
 from tilewright.types import Hypothesis, RopeConfig, RowOrder
+from tilewright_compare.bugs_tiles import TILE_BUGS, TILES
 from tilewright_compare.hypotheses import right_excess
 from tilewright_compare.layer import (
     NORM_WEIGHTS,
     Case,
+    Norm,
     Operations,
     Weights,
     angles,
@@ -136,6 +138,8 @@ def another_weight(case: Case) -> Iterator[tuple[str, Operations]]:
         "attn_norm and mlp_norm are swapped",
         _with({first: _given(weights[second]), second: _given(weights[first])}),
     )
+    yield "mlp_norm has attn_norm's weight", _with({second: _given(weights[first])})
+    yield "attn_norm has mlp_norm's weight", _with({first: _given(weights[second])})
     for layer in (case.layer - 1, case.layer + 1):
         if 0 <= layer < case.config.num_layers:
             others = {name: _given(weight) for name, weight in case.weights_of(layer).items()}
@@ -243,6 +247,103 @@ def _sum_for_mean(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def with_eps(eps: float) -> Callable[[Tensor, Tensor, float], Tensor]:
     return lambda x, weight, _: rms_norm(x, weight, eps)
+
+
+def _of_squares(
+    squares: Callable[[Tensor], Tensor], divisor: Callable[[int], float] = float
+) -> Norm:
+    """A norm whose mean is the sum of some squares, divided by a number that follows from size."""
+
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        mean = squares(x.pow(2)).sum(-1, keepdim=True) / divisor(x.shape[-1])
+        return x * (mean + eps).rsqrt() * weight
+
+    return norm
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = x.chunk(2, -1)
+    return first, second
+
+
+def _only_half(which: int) -> Norm:
+    """Norms one half of the dimensions; the other is multiplied by the weight only."""
+
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        halves = list(_halves(x * weight))
+        halves[which] = _halves(rms_norm(x, weight, eps))[which]
+        return torch.cat(halves, -1)
+
+    return norm
+
+
+def _weight_of_half(which: int) -> Norm:
+    return lambda x, weight, eps: rms_norm(x, _halves(weight)[which].repeat(2), eps)
+
+
+NORMS_IN_PARTS: dict[str, Norm] = {
+    "{} divides the sum of squares by half its size": _of_squares(lambda s: s, lambda n: n / 2),
+    "{} divides the sum of squares by twice its size": _of_squares(lambda s: s, lambda n: 2 * n),
+    "{} takes the mean over the first half only": _of_squares(
+        lambda s: _halves(s)[0], lambda n: n / 2
+    ),
+    "{} takes the mean over the second half only": _of_squares(
+        lambda s: _halves(s)[1], lambda n: n / 2
+    ),
+    "{} leaves the second half's squares out of the mean": _of_squares(lambda s: _halves(s)[0]),
+    "{} leaves the first half's squares out of the mean": _of_squares(lambda s: _halves(s)[1]),
+    "{} norms the first half only": _only_half(0),
+    "{} norms the second half only": _only_half(1),
+    "{} has the first half's weight in both halves": _weight_of_half(0),
+    "{} has the second half's weight in both halves": _weight_of_half(1),
+}
+
+
+def norms_in_parts(case: Case) -> Iterator[tuple[str, Operations]]:
+    """Norms over a part of a head, and those of rows without a tile of columns."""
+    stages = [s for s, name in NORM_WEIGHTS.items() if name in case.weights]
+    heads = [s for s in stages if s in ("q_norm", "k_norm")]
+    rows = [s for s in stages if s not in heads]
+    size = case.hidden.shape[-1]
+    for together, what in (
+        *(([s], s) for s in stages),
+        (heads, "each of q_norm and k_norm"),
+        (rows, f"each of {' and '.join(rows)}"),
+    ):
+        if not together or (len(together) == 1 and what not in stages):
+            continue
+        for bug, norm in NORMS_IN_PARTS.items():
+            yield bug.format(what), Operations(norms=dict.fromkeys(together, norm))
+        for columns in TILES if together[0] in rows else ():
+            if columns < size:
+                norm = _of_squares(lambda s, n=columns: s[..., :-n])
+                yield (
+                    f"{what} leaves the last {columns} columns out of the mean",
+                    Operations(norms=dict.fromkeys(together, norm)),
+                )
+
+
+def ends_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
+    """The last tile of columns left out of products whose stage is not tapped."""
+    if case.layer is None:
+        return
+
+    def without(columns: int) -> Change:
+        return lambda w: torch.cat((w[:, :-columns], torch.zeros_like(w[:, -columns:])), 1)
+
+    for columns in TILES:
+        fits = [n for n in PROJECTIONS if columns < case.weights[n].shape[1]]
+        for name in fits:
+            if not case.comparable(PRODUCTS[name][1]):
+                yield (
+                    f"the last {columns} columns of {name} are left out of the sum",
+                    _with({name: without(columns)}),
+                )
+        if len(fits) == len(PROJECTIONS):
+            yield (
+                f"the last {columns} columns of every projection are left out of the sum",
+                _with(dict.fromkeys(fits, without(columns))),
+            )
 
 
 NORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -392,6 +493,58 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
         )
 
 
+def _in_place(first: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Rotates one half, and then the other one with the half that is rotated already."""
+
+    def rotate(x: Tensor, angle: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+        if first:
+            b = b * cos + a * sin
+            return torch.cat((a * cos - b * sin, b), -1)
+        a = a * cos - b * sin
+        return torch.cat((a, b * cos + a * sin), -1)
+
+    return rotate
+
+
+ROTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "RoPE{} has cosine and sine in each other's place": lambda x, angle: rotate_halves(
+        x, math.pi / 2 - angle
+    ),
+    "RoPE{} rotates the first half in place, and the second half with the result": _in_place(0),
+    "RoPE{} rotates the second half in place, and the first half with the result": _in_place(1),
+    "RoPE{} rotates the first half only": lambda x, angle: torch.cat(
+        (rotate_halves(x, angle).chunk(2, -1)[0], x.chunk(2, -1)[1]), -1
+    ),
+    "RoPE{} rotates the second half only": lambda x, angle: torch.cat(
+        (x.chunk(2, -1)[0], rotate_halves(x, angle).chunk(2, -1)[1]), -1
+    ),
+}
+
+
+def rope_of_halves(case: Case) -> Iterator[tuple[str, Operations]]:
+    """Mistakes in how the halves of a head are rotated."""
+    if case.layer is None:
+        return
+    heads, kv_heads = case.config.num_heads, case.config.num_kv_heads
+    for what, rotate in ROTATIONS.items():
+        yield what.format(""), Operations(rotate=rotate)
+        if heads == kv_heads:
+            continue  # by their number, queries cannot be told from keys
+        for whose, number in (("queries", heads), ("keys", kv_heads)):
+
+            def some(
+                x: Tensor,
+                angle: Tensor,
+                number: int = number,
+                rotate: Callable[[Tensor, Tensor], Tensor] = rotate,
+            ) -> Tensor:
+                return (rotate if x.shape[1] == number else rotate_halves)(x, angle)
+
+            yield what.format(f" of {whose}"), Operations(rotate=some)
+
+
 def _theta(case: Case) -> float | None:
     """The best-fitting theta, if the candidate taps rotated queries or keys."""
     config = case.config
@@ -442,6 +595,10 @@ def attention(case: Case) -> Iterator[tuple[str, Operations]]:
         "the attention scale is applied twice": lambda c: 1 / c.head_dim,
         "the attention scale is doubled": lambda c: 2 * c.head_dim**-0.5,
         "the attention scale is halved": lambda c: 0.5 * c.head_dim**-0.5,
+        "the attention scale is that of half as many dimensions": lambda c: (c.head_dim / 2) ** -0.5,
+        "the attention scale is that of twice as many dimensions": lambda c: (
+            (2 * c.head_dim) ** -0.5
+        ),
         "the attention scale is that of hidden_size / num_heads": lambda c: (
             (c.hidden_size / c.num_heads) ** -0.5
         ),
@@ -609,6 +766,8 @@ def activation(case: Case) -> Iterator[tuple[str, Operations]]:
         "the activation is ReLU, not SiLU": lambda gate, up: F.relu(gate) * up,
         "the activation is a sigmoid, not SiLU": lambda gate, up: gate.sigmoid() * up,
         "the activation is missing": lambda gate, up: gate * up,
+        "the activation's sigmoid is of -gate": lambda gate, up: gate * torch.sigmoid(-gate) * up,
+        "SiLU of the gate is missing: up alone is multiplied": lambda gate, up: up,
         "the activation is of up, not of gate": lambda gate, up: gate * F.silu(up),
         "gate is not multiplied by up": lambda gate, up: F.silu(gate),
     }
@@ -693,12 +852,16 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     another_weight,
     without_bias,
     parts_of_sums,
+    ends_of_sums,
     norms,
+    norms_in_parts,
     rope,
+    rope_of_halves,
     attention,
     kv_cache,
     residuals,
     activation,
     rounding,
     head,
+    *TILE_BUGS,
 )

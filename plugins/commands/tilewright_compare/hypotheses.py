@@ -2,13 +2,16 @@
 candidate's result.
 
 A hypothesis is a function that yields the bugs which a case may have: the name of each, and the
-operations that reproduce it. An executor's plugin adds its own through the hook ``hypotheses``.
+operations that reproduce it. A bug that is yielded more than once has variants, such as sizes of
+tiles that change nothing else; the one that explains most counts. An executor's plugin adds its own
+hypotheses through the hook ``hypotheses``.
 """
 
 import math
 from collections.abc import Container, Generator, Iterable, Sequence
 from typing import Literal
 
+import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
@@ -92,21 +95,22 @@ def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None
     A hypothesis that raises is listed in ``broken``, and its remaining bugs are skipped.
     """
     nothing = _excess(case, RIGHT, math.inf)
-    found, broken = [], []
-    tried = 0
+    found: dict[str, float] = {}
+    tried: set[str] = set()
+    broken = []
     for hypothesis in hypotheses:
         try:
             for bug, how in hypothesis(case):
-                yield tried
-                tried += 1
+                yield len(tried)
+                tried.add(bug)
                 excess = _excess(case, how, nothing)
-                if excess < nothing:
-                    found.append(Explanation(bug=bug, excess=excess))
+                if excess < min(nothing, found.get(bug, math.inf)):
+                    found[bug] = excess
         except Exception as error:
             name = getattr(hypothesis, "__name__", str(hypothesis))
             broken.append(f"hypothesis {name} failed: {plugins.cause(error)}")
-    best = sorted(found, key=lambda e: e.excess)
-    return Reason(unexplained=nothing, tried=tried, broken=tuple(broken), best=tuple(best))
+    best = sorted((Explanation(bug=b, excess=e) for b, e in found.items()), key=lambda e: e.excess)
+    return Reason(unexplained=nothing, tried=len(tried), broken=tuple(broken), best=tuple(best))
 
 
 def retest(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reason:
@@ -116,11 +120,11 @@ def retest(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reas
     nothing = _excess(case, RIGHT, math.inf)
     if not names or nothing <= 1:
         return reason
-    refuted = [
-        bug
-        for bug, how in _named(hypotheses, case, names)
-        if _excess(case, how, nothing) > max(EXPLAINED, AS_GOOD * reason.named[0].excess)
-    ]
+    found: dict[str, float] = {}
+    for bug, how in _named(hypotheses, case, names):
+        found[bug] = min(_excess(case, how, nothing), found.get(bug, math.inf))
+    most = max(EXPLAINED, AS_GOOD * reason.named[0].excess)
+    refuted = [bug for bug, excess in found.items() if excess > most]
     return evolve(reason, refuted=(*reason.refuted, *refuted))
 
 
@@ -175,10 +179,21 @@ def right_excess(case: Case, stage: str) -> float:
 
 
 def stage_excess(case: Case, stage: str, found: Tensor, expected: Tensor) -> float:
-    """Excess of two tensors of one shape, over the stage's limits, or over a wider tolerance."""
+    """Excess of two tensors of one shape, over the stage's limits, or over a wider tolerance.
+
+    Elements that are NaN in both agree; if no other element is left, nothing is known.
+    """
     if not found.numel():
         return 0.0
-    if stage not in case.limits or not expected.isfinite().all():
+    unknown = expected.isnan()
+    if stage not in case.limits or not torch.equal(unknown, found.isnan()):
+        return math.inf
+    if unknown.any():
+        known = ~unknown.flatten(1).any(1)  # whole rows: row_error needs them
+        if not known.any():
+            return math.inf
+        found, expected = found[known], expected[known]
+    if not expected.isfinite().all():
         return math.inf
     off = difference(found, expected)
     excess = case.limits[stage].excess(off, row_error(found, expected))
