@@ -266,6 +266,11 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def _without(columns: int) -> Change:
+    """Zeros in place of the last columns."""
+    return lambda x: torch.cat((x[..., :-columns], torch.zeros_like(x[..., -columns:])), -1)
+
+
 def _only_half(which: int) -> Norm:
     """Norms one half of the dimensions; the other is multiplied by the weight only."""
 
@@ -316,10 +321,9 @@ def norms_in_parts(case: Case) -> Iterator[tuple[str, Operations]]:
             yield bug.format(what), Operations(norms=dict.fromkeys(together, norm))
         for columns in TILES if together[0] in rows else ():
             if columns < size:
-                norm = _of_squares(lambda s, n=columns: s[..., :-n])
                 yield (
                     f"{what} leaves the last {columns} columns out of the mean",
-                    Operations(norms=dict.fromkeys(together, norm)),
+                    Operations(norms=dict.fromkeys(together, _of_squares(_without(columns)))),
                 )
 
 
@@ -328,21 +332,18 @@ def ends_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
     if case.layer is None:
         return
 
-    def without(columns: int) -> Change:
-        return lambda w: torch.cat((w[:, :-columns], torch.zeros_like(w[:, -columns:])), 1)
-
     for columns in TILES:
         fits = [n for n in PROJECTIONS if columns < case.weights[n].shape[1]]
         for name in fits:
             if not case.comparable(PRODUCTS[name][1]):
                 yield (
                     f"the last {columns} columns of {name} are left out of the sum",
-                    _with({name: without(columns)}),
+                    _with({name: _without(columns)}),
                 )
         if len(fits) == len(PROJECTIONS):
             yield (
                 f"the last {columns} columns of every projection are left out of the sum",
-                _with(dict.fromkeys(fits, without(columns))),
+                _with(dict.fromkeys(fits, _without(columns))),
             )
 
 
@@ -595,7 +596,9 @@ def attention(case: Case) -> Iterator[tuple[str, Operations]]:
         "the attention scale is applied twice": lambda c: 1 / c.head_dim,
         "the attention scale is doubled": lambda c: 2 * c.head_dim**-0.5,
         "the attention scale is halved": lambda c: 0.5 * c.head_dim**-0.5,
-        "the attention scale is that of half as many dimensions": lambda c: (c.head_dim / 2) ** -0.5,
+        "the attention scale is that of half as many dimensions": lambda c: (
+            (c.head_dim / 2) ** -0.5
+        ),
         "the attention scale is that of twice as many dimensions": lambda c: (
             (2 * c.head_dim) ** -0.5
         ),

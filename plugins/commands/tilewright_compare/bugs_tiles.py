@@ -7,7 +7,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from tilewright_compare.layer import Case, Operations, angles, read_slots, rms_norm
+from tilewright_compare.layer import Case, Operations, angles, attend, read_slots, rms_norm
 
 TILES = (16, 32, 64, 128, 256)
 ROWS = (8, 16, 32, 64, 128)
@@ -43,7 +43,7 @@ def _lasts(length: int, tile: int) -> int:
 def _online(tile: int, forgets: str) -> Attend:
     """Online softmax (arXiv:1805.02867) over tiles of keys, which forgets something."""
 
-    def attend(scores: Tensor, values: Tensor) -> Tensor:
+    def online(scores: Tensor, values: Tensor) -> Tensor:
         highest = torch.full(scores.shape[:2], -1e30)
         total = torch.zeros_like(highest)
         out = torch.zeros(*scores.shape[:2], values.shape[-1])
@@ -66,27 +66,43 @@ def _online(tile: int, forgets: str) -> Attend:
             highest = now
         return (out / total.unsqueeze(-1)).transpose(0, 1)
 
-    return attend
+    return online
 
 
 FORGETS = {
-    "values": "the weighted values are not rescaled when a tile of {} keys raises the maximum",
+    "values": "weighted values are not rescaled when a tile of {} keys raises the maximum",
     "sum": "the sum of weights is not rescaled when a tile of {} keys raises the maximum",
-    "both": "neither sum nor weighted values are rescaled when a tile of {} keys raises the maximum",
+    "both": "neither sum nor values are rescaled when a tile of {} keys raises the maximum",
     "older values": "the weighted values are those of the last tile of {} keys only",
     "older sum": "the sum of weights is that of the last tile of {} keys only",
 }
 
 
-def _without(hidden: Callable[[int], slice]) -> Attend:
-    """Attention without some of the keys, from the number of keys."""
+def _without(tile: int, part: str) -> Attend:
+    """Attention without some of the tiles of keys."""
 
-    def attend(scores: Tensor, values: Tensor) -> Tensor:
+    def without(scores: Tensor, values: Tensor) -> Tensor:
+        keys = scores.shape[-1]
+        last = _lasts(keys, tile)
+        hidden = {
+            "all but the last": slice(last),
+            "the first": slice(tile if last else 0),
+            "the last": slice(last, keys),
+            "the one before the last": slice(max(last - tile, 0), last),
+        }
         scores = scores.clone()
-        scores[..., hidden(scores.shape[-1])] = float("-inf")
-        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        scores[..., hidden[part]] = float("-inf")
+        return attend(scores, values)
 
-    return attend
+    return without
+
+
+PARTS = {
+    "all but the last": "all tiles of {} keys but the last are left out",
+    "the first": "the first tile of {} keys is left out",
+    "the last": "the last tile of {} keys is left out",
+    "the one before the last": "the tile of {} keys before the last is left out",
+}
 
 
 def softmax_in_tiles(case: Case) -> Iterator[tuple[str, Operations]]:
@@ -96,16 +112,8 @@ def softmax_in_tiles(case: Case) -> Iterator[tuple[str, Operations]]:
     for tile, queries in product(_key_tiles(case), _query_tiles(case)):
         for forgets, what in FORGETS.items():
             yield what.format(tile), Operations(attend=_online(tile, forgets), query_tile=queries)
-        parts: dict[str, Callable[[int], slice]] = {
-            "all tiles of {} keys but the last are left out": lambda n, t=tile: slice(_lasts(n, t)),
-            "the first tile of {} keys is left out": lambda n, t=tile: slice(t if n > t else 0),
-            "the last tile of {} keys is left out": lambda n, t=tile: slice(_lasts(n, t), n),
-            "the tile of {} keys before the last is left out": lambda n, t=tile: slice(
-                max(_lasts(n, t) - t, 0), _lasts(n, t)
-            ),
-        }
-        for what, hidden in parts.items():
-            yield what.format(tile), Operations(attend=_without(hidden), query_tile=queries)
+        for part, what in PARTS.items():
+            yield what.format(tile), Operations(attend=_without(tile, part), query_tile=queries)
 
 
 def ends_of_tiles(case: Case) -> Iterator[tuple[str, Operations]]:
@@ -194,38 +202,44 @@ def reads_in_tiles(case: Case) -> Iterator[tuple[str, Operations]]:
                 f"keys are read from the values, {where}",
                 Operations(read=keys, query_tile=queries),
             )
-        for first in (True, False):
+        for last_too in (True, False):
 
             def place(
-                case: Case, i: int, positions: Tensor, tile: int = tile, first: bool = first
+                case: Case, i: int, positions: Tensor, tile: int = tile, last_too: bool = last_too
             ) -> Tensor:
                 right = read_slots(case, i, positions)
                 wrong = right // size * size + positions % tile
-                if first:
-                    return wrong
-                return torch.where(positions < _lasts(len(positions), tile), wrong, right)
+                wrongly = (positions < _lasts(len(positions), tile)) | last_too
+                return torch.where(wrongly, wrong, right)
 
-            def number(
-                case: Case, i: int, positions: Tensor, tile: int = tile, first: bool = first
-            ) -> Tensor:
-                at = i * table.shape[1] + positions // tile
-                page = table.flatten()[at.clamp(max=table.numel() - 1)].clamp(min=0)
-                wrong, right = page * size + positions % size, read_slots(case, i, positions)
-                if first:
-                    return wrong
-                return torch.where(positions < _lasts(len(positions), tile), wrong, right)
-
-            some = "every tile" if first else "a tile before the last"
+            some = f"tiles of {tile} keys" if last_too else f"tiles of {tile} keys before the last"
             if tile < size:
                 yield (
-                    f"{some} of {tile} keys is read from the start of its page",
+                    f"{some} are read from the start of their page",
                     Operations(read_slots=place, query_tile=queries),
                 )
-            if tile != size:
-                yield (
-                    f"{some} of {tile} keys is read from the page that has the tile's number",
-                    Operations(read_slots=number, query_tile=queries),
-                )
+            for entry in {*TILES} - {size}:
+
+                def number(
+                    case: Case,
+                    i: int,
+                    positions: Tensor,
+                    tile: int = tile,
+                    last_too: bool = last_too,
+                    entry: int = entry,
+                ) -> Tensor:
+                    at = (i * table.shape[1] + positions // entry).clamp(max=table.numel() - 1)
+                    page = table.flatten()[at].clamp(min=0)
+                    wrong, right = page * size + positions % size, read_slots(case, i, positions)
+                    wrongly = (positions < _lasts(len(positions), tile)) | last_too
+                    return torch.where(wrongly, wrong, right)
+
+                if not last_too or (tile, queries) == (entry, None):
+                    yield (
+                        f"the page of {some if not last_too else 'a key'} is looked up as if pages "
+                        f"had {entry} slots",
+                        Operations(read_slots=number, query_tile=queries),
+                    )
 
 
 def heads_left_out(case: Case) -> Iterator[tuple[str, Operations]]:
@@ -234,8 +248,7 @@ def heads_left_out(case: Case) -> Iterator[tuple[str, Operations]]:
         return
     heads, kv_heads = case.config.num_heads, case.config.num_kv_heads
     group = heads // kv_heads
-    some = {heads - 1: heads} if group > 1 else {}
-    parts = [(start, stop) for start, stop in some.items()]
+    parts = [(heads - 1, heads)] if group > 1 else []
     parts += [(g * group, (g + 1) * group) for g in range(min(kv_heads, MOST_HEADS))]
     for start, stop in parts if heads > 1 else ():
 
@@ -260,9 +273,10 @@ def _sources(case: Case) -> Iterator[tuple[str, Tensor]]:
     longest = int(starts.diff().max())
     for tile in (t for t in ROWS if t < longest):
         places = [torch.arange(stop - start) for start, stop in pairwise(starts.tolist())]
-        firsts = [start + place % tile for start, place in zip(starts.tolist(), places)]
+        begun = list(zip(starts[:-1].tolist(), places, strict=True))
+        firsts = [start + place % tile for start, place in begun]
         counted = [place % tile for place in places]
-        tops = [start + p - p % tile for start, p in zip(starts.tolist(), places)]
+        tops = [start + place - place % tile for start, place in begun]
         what = {
             f"each tile of {tile} rows has the {{}} of the first one": firsts,
             f"each tile of {tile} rows has the {{}} of the step's first rows": counted,
@@ -290,32 +304,29 @@ def rows_of_tiles(case: Case) -> Iterator[tuple[str, Operations]]:
             )
         return
     for what, rows in _sources(case):
-        slots = case.batch.slot_mapping.long()[rows]
-        positions = case.batch.positions[rows]
-        moved = evolve(case.batch, positions=positions)
-        yield what.format("slots"), Operations(write_slots=lambda c, slots=slots: slots)
-        yield (
-            what.format("RoPE positions"),
-            Operations(angles=lambda c, moved=moved: angles(evolve(c, batch=moved))),
-        )
-        yield (
-            what.format("residual"),
-            Operations(attn_residual=lambda x, normed, out, rows=rows: x[rows] + out),
-        )
-        yield (
-            what.format("attention"),
-            Operations(heads=lambda x, rows=rows: x[rows]),
-        )
-        if case.batch.max_query_len > 1:
-            continue
-        contexts = case.batch.context_lens[rows].tolist()
-        yield what.format("context"), Operations(contexts=lambda c, lens=contexts: lens)
-        pages = evolve(case.batch, block_table=case.batch.block_table[rows])
+        for name, how in _with_rows(case, rows).items():
+            yield what.format(name), how
 
-        def read(c: Case, i: int, at: Tensor, pages=pages) -> Tensor:
-            return read_slots(evolve(c, batch=pages), i, at)
 
-        yield what.format("pages"), Operations(read_slots=read)
+def _with_rows(case: Case, rows: Tensor) -> dict[str, Operations]:
+    """What each row of the step may take from another one, keyed by its name."""
+    batch = case.batch
+    slots = batch.slot_mapping.long()[rows]
+    moved = evolve(batch, positions=batch.positions[rows])
+    found = {
+        "slots": Operations(write_slots=lambda case: slots),
+        "RoPE positions": Operations(angles=lambda case: angles(evolve(case, batch=moved))),
+        "residual": Operations(attn_residual=lambda x, normed, out: x[rows] + out),
+        "attention": Operations(heads=lambda heads: heads[rows]),
+    }
+    if batch.max_query_len == 1:
+        contexts = batch.context_lens[rows].tolist()
+        pages = evolve(batch, block_table=batch.block_table[rows])
+        found["context"] = Operations(contexts=lambda case: contexts)
+        found["pages"] = Operations(
+            read_slots=lambda case, i, at: read_slots(evolve(case, batch=pages), i, at)
+        )
+    return found
 
 
 def sequences(case: Case) -> Iterator[tuple[str, Operations]]:
@@ -342,9 +353,14 @@ def sequences(case: Case) -> Iterator[tuple[str, Operations]]:
                 ("longest", longest),
                 ("shortest", shortest),
             ):
+                same = [length] * len(lengths)
+
+                def contexts(case: Case, same: list[int] = same) -> list[int]:
+                    return same
+
                 yield (
                     f"the {which} context is that of all sequences",
-                    Operations(contexts=lambda c, n=length: [n] * len(lengths)),
+                    Operations(contexts=contexts),
                 )
 
 
@@ -365,14 +381,13 @@ def slots_left_out(case: Case) -> Iterator[tuple[str, Operations]]:
         "each sequence's first token of a step is not written": begins,
     }
     for what, left in parts.items():
-        if left.any():
-            for queries in _query_tiles(case):
-                yield (
-                    what,
-                    Operations(
-                        write_slots=lambda c, left=left: slots.where(~left, -1), query_tile=queries
-                    ),
-                )
+        kept = slots.where(~left, -1)
+
+        def written(case: Case, kept: Tensor = kept) -> Tensor:
+            return kept
+
+        for queries in _query_tiles(case) if left.any() else ():
+            yield what, Operations(write_slots=written, query_tile=queries)
 
 
 TILE_BUGS = (

@@ -28,6 +28,7 @@ from tilewright_compare.judge import (
 )
 from tilewright_compare.layer import Case
 from tilewright_compare.packing import compared_weights
+from tilewright_compare.patterns import pattern
 from tilewright_compare.sides import (
     Choice,
     Side,
@@ -40,6 +41,7 @@ from tilewright_compare.sides import (
     late_request,
     open_side,
     recorder,
+    rows_of,
     unmixed_because,
     written,
 )
@@ -180,7 +182,7 @@ class _Sides:
             parts = [side.parts(s) for side, s in zip(self.all, steps, strict=True)]
             for layer, (ours, near, true) in enumerate(zip(*parts, strict=True), start=-1):
                 place = Place(mode="chained", phase=phase, step=number, tensor="")
-                found = self._judge(result, place, ours, near, true)
+                found = self._judge(result, place, step, ours, near, true)
                 compared += len(ours)
                 if 0 <= layer < self.candidate.executor.kv_cache_spec.num_layers:
                     cached = self._judge_kv(place, layer, step, self._joined(steps, layer))
@@ -250,7 +252,7 @@ class _Sides:
             self.candidate.run_layer(begun[0], layer, hidden, ours, record[0])
             self.truth.run_layer(begun[2], layer, hidden.float(), true, record[2])
             output = self.baseline.run_layer(begun[1], layer, hidden, near, record[1])
-            found = self._judge(result, place, *taps)
+            found = self._judge(result, place, ours, *taps)
             kv = self._joined(steps, layer)
             found = _in_order(found, self._judge_kv(place, layer, ours, kv))
             result.findings += found
@@ -270,7 +272,7 @@ class _Sides:
             self.candidate.run_head(begun[0], rows, ours, record[0])
             self.truth.run_head(begun[2], rows.float(), true, record[2])
             self.baseline.run_head(begun[1], rows, near, record[1])
-            found = self._judge(result, place, *taps)
+            found = self._judge(result, place, ours, *taps)
             result.findings += found
             if diagnosis and diagnosis.wants(None) and not all(f.passed for f in found):
                 case = self._case(ours, None, rows, None, taps[0], found)
@@ -308,7 +310,7 @@ class _Sides:
         )
 
     def _judge(
-        self, result: Comparison, at: Place, ours: Tensors, near: Tensors, true: Tensors
+        self, result: Comparison, at: Place, step: Step, ours: Tensors, near: Tensors, true: Tensors
     ) -> list[Finding]:
         """Judges what the candidate taps, and what it must tap: layer outputs and logits."""
         for name in ours:
@@ -331,7 +333,7 @@ class _Sides:
                 why = "the candidate taps this tensor here, but not everywhere before"
                 found.append(Finding(place=place, passed=False, why=why))
             elif expected.numel():
-                found.append(self._finding(place, tensor, near[name], expected))
+                found.append(self._finding(place, step, tensor, near[name], expected))
         return found
 
     def _untapped(
@@ -361,14 +363,20 @@ class _Sides:
             return found
         if exact and "logits" in ours:
             return [*found, judge_bits(place, logits, ours["logits"])]
-        return [*found, self._finding(place, logits, near["logits"], true["logits"])]
+        return [*found, self._finding(place, step, logits, near["logits"], true["logits"])]
 
     def _finding(
-        self, place: Place, tensor: "Tensor | None", near: Tensor, true: Tensor
+        self, place: Place, step: Step, tensor: "Tensor | None", near: Tensor, true: Tensor
     ) -> Finding:
         noise = self.noise[place.mode, place.tensor]
         tolerance = next((t for t in self.tolerances if fnmatchcase(place.tensor, t.pattern)), None)
-        return judge(place, tensor, near, true, noise, tolerance)
+        finding = judge(place, tensor, near, true, noise, tolerance)
+        if finding.passed or finding.limits is None or tensor is None:
+            return finding
+        if tensor.shape != true.shape:
+            return finding
+        rows = rows_of(self.candidate, step, place.stage)
+        return evolve(finding, pattern=pattern(tensor, true, finding.limit, rows))
 
     def _check_tolerances(self, result: Comparison) -> None:
         names = [f.place.tensor for f in result.findings]
@@ -404,7 +412,7 @@ class _Sides:
             if tapped:
                 finding = judge_bits(place, ours, getattr(tapped, name))
             else:
-                finding = self._finding(place, ours, near, true)
+                finding = self._finding(place, step, ours, near, true)
             found.append(evolve(finding, where=self._cached_at(finding, step)))
         return found
 

@@ -17,6 +17,7 @@ from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
 from tilewright.types import KvCacheSpec, KvLayer, RuntimeConfig, SamplingParams, Tap
 from tilewright_compare.judge import Phase
+from tilewright_compare.patterns import Rows
 
 MODEL_ID = "compared"
 
@@ -311,6 +312,32 @@ def written(side: Side, step: Step) -> list[tuple[Request, int]]:
 def cached_slots(side: Side, step: Step) -> Tensor:
     """Slots of all cached tokens of the step's requests, in order; int64."""
     return torch.cat([side.slots(request, stop) for request, stop in written(side, step)])
+
+
+def rows_of(side: Side, step: Step, stage: str) -> Rows:
+    """What the rows of a stage's tensor are: the step's tokens, those whose logits are wanted, or
+    the tokens in the cache."""
+    batch, size = step.batch, side.model.runtime.page_size
+    names = [part.request.request_id for part in step.parts]
+    if stage.endswith("_cache"):
+        held = written(side, step)
+        slots = cached_slots(side, step)
+        names = [request.request_id for request, _ in held]
+        lengths = torch.tensor([stop for _, stop in held])
+        position = torch.cat([torch.arange(stop) for _, stop in held])
+    else:
+        lengths, position, slots = batch.query_starts.diff(), batch.positions, batch.slot_mapping
+    sequence = torch.arange(len(names)).repeat_interleave(lengths)
+    if stage in ("final_norm", "logits"):
+        rows = batch.logits_rows.long()
+        sequence, position, slots = sequence[rows], position[rows], slots[rows]
+    return Rows(
+        names=names,
+        sequence=sequence,
+        position=position.long(),
+        offset=slots.long() % size,
+        page_size=size,
+    )
 
 
 def joined(side: Side, layer: int, step: Step) -> KvLayer:
