@@ -4,6 +4,7 @@
 comparison says of each.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,7 @@ from reference_models import prompts, write_model
 from transformers import Qwen3Config
 
 from tilewright.types import RuntimeConfig
-from tilewright_compare import Choice, Comparison, compare
-from tilewright_compare.report import advice
+from tilewright_compare import Choice, Comparison, compare, sides
 from tilewright_kernels.qwen3_14b import source
 
 CONFIG = Qwen3Config(
@@ -33,13 +33,24 @@ CONFIG = Qwen3Config(
     max_position_embeddings=128,
     tie_word_embeddings=False,
 )
-LENGTHS = (3, 20, 100, 50, *(2, 1) * 6, 2)
-"""Tokens of the prompts: more than a page, chunk and tile of keys; more prompts than a tile of
-decode has rows."""
-CHUNK = 72
-PAGE = 48
-"""Three tiles of keys."""
-NEW_TOKENS = 6
+
+
+@frozen
+class Run:
+    """What is run to find a mistake."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each prompt."""
+    chunk: int
+    new_tokens: int
+    page_size: int = 48
+    """Three tiles of keys."""
+
+
+PREFILL = Run((3, 70), chunk=50, new_tokens=2)
+"""A prompt over two chunks, two pages and several tiles, and one beside it."""
+DECODE = Run((20, *(1, 2) * 8), chunk=64, new_tokens=3)
+"""More sequences than decode has rows in a tile."""
 
 
 @frozen
@@ -57,6 +68,11 @@ class KernelMistake:
     occurrences: int = 1
     """How often the text stands in the file; the last of them is replaced."""
 
+    @property
+    def run(self) -> Run:
+        """The smallest run that shows it."""
+        return DECODE if self.phase == "decode" else PREFILL
+
 
 POSITION = "position = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) - 1"
 
@@ -65,97 +81,121 @@ MISTAKES = {
     "values not rescaled": KernelMistake(
         "pl.row_expand_mul(o[0:Q_ROWS, 0:HEAD_DIM], column)", "o[0:Q_ROWS, 0:HEAD_DIM]",
         "prefill", ("output",),
+        "weighted values are not rescaled when a tile of 16 keys raises the maximum",
     ),
     "sum not rescaled": KernelMistake(
         "pl.mul(decay, stats[1:2, 0:Q_ROWS])", "stats[1:2, 0:Q_ROWS]",
         "prefill", ("output",),
+        "the sum of weights is not rescaled when a tile of 16 keys raises the maximum",
     ),
     "sum of the last tile only": KernelMistake(
         "total = pl.add(pl.mul(decay, stats[1:2, 0:Q_ROWS]), total)", "",
         "prefill", ("output",),
+        "the sum of weights is that of the last tile of 16 keys only",
     ),
     "only the last tile attended": KernelMistake(
         "for tile in pl.range(last):", "for tile in pl.range(last, last):",
         "prefill", ("output",),
+        "all tiles of 16 keys but the last are left out",
     ),
     "first tile skipped": KernelMistake(
         "for tile in pl.range(last):", "for tile in pl.range(1, last):",
         "prefill", ("output",),
+        "the first tile of 16 keys is left out",
     ),
     "last whole tile skipped": KernelMistake(
         "for tile in pl.range(last):", "for tile in pl.range(last - 1):",
         "prefill", ("output",),
+        "the tile of 16 keys before the last is left out",
     ),
     "pages of another size": KernelMistake(
         "[table_row + first // PAGE]", "[table_row + first // 32]",
         "prefill", ("output",),
+        "the page of tiles of 16 keys before the last is looked up as if pages had 32 slots",
     ),
     "tile's place in its page ignored": KernelMistake(
         "* PAGE + first % PAGE", "* PAGE",
         "prefill", ("output",),
+        "tiles of 16 keys before the last are read from the start of their page",
     ),
     "values of whole tiles read from keys": KernelMistake(
         "k_cache, v_cache, kv_row, band", "k_cache, k_cache, kv_row, band",
         "prefill", ("output",),
+        "values are read from the keys, in all tiles but the last of 16 keys",
     ),
     "values of the last tile read from keys": KernelMistake(
         "q_column, k_tail, v_tail, tail_row", "q_column, k_tail, k_tail, tail_row",
         "prefill", ("output",),
+        "values are read from the keys, in the last tile of 16 keys",
     ),
     "last tile not masked": KernelMistake(
         "tail_column = pl.max(0, last * KV_TILE - position + KV_TILE)",
         "tail_column = 0", "prefill", ("output",),
+        "the last tile of 16 keys is not masked",
     ),
     "next token seen": KernelMistake(
         "visible = i + KV_TILE + 1", "visible = i + KV_TILE + 2",
         "prefill", ("output",),
+        "the causal mask shows the next token",
     ),
     "padding not masked in decode": KernelMistake(
         "VISIBLE = KV_TILE + 1", "VISIBLE = 2 * KV_TILE",
         "decode", ("output",),
+        "what is past the context in the last tile of 16 keys counts, as zeros",
     ),
     "unwritten slots copied": KernelMistake(
         "count = context - last * KV_TILE", "count = KV_TILE", "prefill", ("output",),
+        "slots past the context are read with the last tile of 16 keys, and only masked",
     ),
     "a token beyond the context read": KernelMistake(
         "context = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX)",
         "context = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) + 1",
         "decode", ("output",),
+        "the causal mask shows the next token, written or not",
     ),
     "scale of twice the dimensions": KernelMistake(
         "0:KV_TILE], SCALE)", "0:KV_TILE], SCALE * 0.70711)", "prefill", ("output",),
+        "the attention scale is that of twice as many dimensions",
     ),
     "last KV head's group left out": KernelMistake(
         "pl.row_expand_div(o[0:Q_ROWS, 0:HEAD_DIM], total)",
         "pl.mul(pl.row_expand_div(o[0:Q_ROWS, 0:HEAD_DIM], total), "
         "1.0 * pl.min(1, KV_HEADS - 1 - kv_head))",
         "prefill", ("output",),
+        "query heads 2 to 3 are left out of attention",
     ),
     # sequences, chunks and pages
     "chunk start ignored for RoPE": KernelMistake(
         "position = before + i\n            x =", "position = i\n            x =",
         "prefill", ("k_cache",),
+        "RoPE's positions start at 0 in each step",
     ),
     "chunk start ignored in attention": KernelMistake(
         "position = before + i\n            context",
         "position = i\n            context", "prefill", ("output",),
+        "attention takes a step's first token of a sequence to be at position 0",
     ),
     "pages of sequence 0 for all": KernelMistake(
         "table_row = b * table_stride", "table_row = 0", "prefill", ("output",),
+        "the pages of the first sequence are read for all",
     ),
     "pages of the first batch tile": KernelMistake(
         "table_row = (row + token)", "table_row = token", "decode", ("output",),
+        "each tile of 16 rows has the pages of the first one",
     ),
     "contexts of the first batch tile": KernelMistake(
         "context = pl.cast(pl.read(context_lens, [row + token])",
         "context = pl.cast(pl.read(context_lens, [token])", "decode", ("output",),
+        "each tile of 16 rows has the context of the first one",
     ),
     "positions of the first batch tile": KernelMistake(
         POSITION, POSITION.replace("row + token", "token"),
         "decode", ("k_cache",),
+        "each tile of 16 rows has the RoPE positions of the first one",
     ),
     "position of the tile's first token": KernelMistake(
         POSITION, POSITION.replace("row + token", "row"), "decode", ("k_cache",),
+        "all rows of a tile of 16 have the RoPE positions of its first row",
     ),
     "last slot of a page not written": KernelMistake(
         "for g in pl.range(KV_HEADS):\n                at = (page * KV_HEADS + g) * PAGE"
@@ -163,10 +203,12 @@ MISTAKES = {
         "for g in pl.range(KV_HEADS * pl.min(1, PAGE - 1 - offset)):\n                at = (page * "
         "KV_HEADS + g) * PAGE + offset\n                cache",
         "prefill", ("k_cache",),
+        "the last slot of each page is not written",
     ),
     "slots of the first tile": KernelMistake(
         "pl.read(slot_mapping, [row + token])", "pl.read(slot_mapping, [token])",
         "prefill", ("k_cache",),
+        "each tile of 16 rows has the slots of the step's first rows",
     ),
     "second KV head not written": KernelMistake(
         "token : token + 1, g * HEAD_DIM : g * HEAD_DIM + HEAD_DIM",
@@ -176,61 +218,75 @@ MISTAKES = {
     "residual of the first tile": KernelMistake(
         "x = widen_rows(hidden, row, count, x)\n            ",
         "x = widen_rows(hidden, start, count, x)\n            ",
-        "prefill", ("output",), None, 2,
+        "prefill", ("output",),
+        "each tile of 16 rows has the residual of the first one", 2,
     ),
     "rows of the first tile in the head": KernelMistake(
         "widen_rows(hidden, row, count, x)", "widen_rows(hidden, 0, count, x)",
         "decode", ("logits",),
+        "each tile of 16 rows of the head has the input of the first one",
     ),
     # norms and RoPE
     "first half's squares twice": KernelMistake(
         "pl.add(low_squares, high_squares)", "pl.add(low_squares, low_squares)",
         "prefill", ("k_cache",),
+        "each of q_norm and k_norm takes the mean over the first half only",
     ),
     "squares of half a head": KernelMistake(
         "pl.add(low_squares, high_squares), INV_HEAD_DIM", "low_squares, INV_HEAD_DIM",
         "prefill", ("k_cache",),
+        "each of q_norm and k_norm leaves the second half's squares out of the mean",
     ),
     "half a head normed": KernelMistake(
         "pl.row_expand_div(high, root), weight", "high, weight",
         "prefill", ("k_cache",),
+        "each of q_norm and k_norm norms the first half only",
     ),
     "mean over half a head": KernelMistake(
         "INV_HEAD_DIM = 1.0 / HEAD_DIM", "INV_HEAD_DIM = 1.0 / HALF",
         "prefill", ("k_cache",),
+        "each of q_norm and k_norm divides the sum of squares by half its size",
     ),
     "norm without the last columns": KernelMistake(
         "for c in pl.range(0, HIDDEN, VEC_TILE):\n            part = x[0:ROWS, c : c + "
         "VEC_TILE]\n            squares",
         "for c in pl.range(0, HIDDEN - VEC_TILE, VEC_TILE):\n            part = x[0:ROWS, c : c + "
         "VEC_TILE]\n            squares",
-        "prefill", ("k_cache",),
+        "prefill", ("v_cache",),
+        "each of attn_norm and mlp_norm leaves the last 32 columns out of the mean",
     ),
     "cosine and sine swapped": KernelMistake(
         "k, k_norm, cos, sin,", "k, k_norm, sin, cos,", "prefill", ("k_cache",),
+        "RoPE of keys has cosine and sine in each other's place",
     ),
     "rotated in place": KernelMistake(
         "pl.mul(low_n, sin[0:ROWS, HALF:HEAD_DIM])",
         "pl.mul(low_r, sin[0:ROWS, HALF:HEAD_DIM])", "prefill", ("k_cache",),
+        "RoPE rotates the first half in place, and the second half with the result",
     ),
     "weight of the second half's norm": KernelMistake(
         "pl.row_expand_div(high, root), weight[0:1, HALF:HEAD_DIM]",
         "pl.row_expand_div(high, root), weight[0:1, 0:HALF]", "prefill", ("k_cache",),
+        "each of q_norm and k_norm has the first half's weight in both halves",
     ),
     # products and the MLP
     "last tile of every sum left out": KernelMistake(
         "pl.range(K_TILE, depth, K_TILE)", "pl.range(K_TILE, depth - K_TILE, K_TILE)",
         "prefill", ("k_cache",),
+        "the last 32 columns of every projection are left out of the sum",
     ),
     "SiLU's sign": KernelMistake(
         "pl.exp(pl.neg(g))", "pl.exp(g)", "prefill", ("output",),
+        "the activation's sigmoid is of -gate",
     ),
     "up left out": KernelMistake(
         "pl.mul(silu, up[0:ROWS, c : c + VEC_TILE])", "silu", "prefill", ("output",),
+        "gate is not multiplied by up",
     ),
     "last columns of the MLP's sum left out": KernelMistake(
         "project(activation, w_down, down, INTERMEDIATE,",
         "project(activation, w_down, down, INTERMEDIATE - K_TILE,", "prefill", ("output",),
+        "the last 32 columns of down_proj are left out of the sum",
     ),
 }  # fmt: skip
 
@@ -252,50 +308,58 @@ def made(mistake: KernelMistake, folder: Path) -> Iterator[None]:
         yield
 
 
-def compared(model: Path, page: int = PAGE) -> Comparison:
+def compared(model: Path, run: Run) -> Comparison:
+    """A comparison of the kernels, which are loaded for it, with PyTorch."""
     candidate = Choice(
         executor="pypto-npu",
         options={"platform": "emulated"},
-        runtime=RuntimeConfig(page_size=page),
+        runtime=RuntimeConfig(page_size=run.page_size),
     )
-    ids = list(prompts(CONFIG, LENGTHS))
-    return compare(
-        model, Choice(executor="torch"), candidate, ids, new_tokens=NEW_TOKENS, chunk=CHUNK
-    )
+    ids = list(prompts(CONFIG, run.lengths))
+    with mock.patch.object(sides, "UNWRITTEN", math.nan):
+        return compare(
+            model,
+            Choice(executor="torch"),
+            candidate,
+            ids,
+            new_tokens=run.new_tokens,
+            chunk=run.chunk,
+        )
+
+
+def line(name: str, mistake: KernelMistake, found: Comparison, seconds: float) -> str:
+    """A row of the table: mistake, found, layer, phase, stage, cause named, seconds."""
+    first = found.divergence
+    place = first.place if first else None
+    bugs = [e.bug for e in found.reason.named] if found.reason else []
+    columns = [
+        name,
+        "no" if place is None else "yes",
+        "" if place is None or place.layer is None else str(place.layer),
+        "" if place is None else place.phase,
+        "" if place is None else place.stage,
+        " or ".join(bugs) or "none",
+        "as expected" if bugs == ([mistake.cause] if mistake.cause else []) else "UNEXPECTED",
+        first.pattern if first else "",
+        f"{seconds:.1f}",
+    ]
+    return " | ".join(columns)
 
 
 def main(names: Sequence[str]) -> None:
-    import tilewright_compare.sides as sides
-
-    sides.UNWRITTEN = float("nan")
+    """names: parts of the names of mistakes; all if there are none."""
     with TemporaryDirectory() as folder:
         model = Path(folder, "model")
         write_model(CONFIG, model, "bfloat16")
-        for name, mistake in MISTAKES.items():
-            if names and not any(n in name for n in names):
-                continue
-            copies = Path(folder, name.replace("/", ""))
+        print("mistake | found | layer | phase | stage | cause named |  | where | seconds")
+        chosen = {n: m for n, m in MISTAKES.items() if not names or any(x in n for x in names)}
+        for number, (name, mistake) in enumerate(chosen.items()):
+            copies = Path(folder, str(number))
             copies.mkdir()
             start = time.perf_counter()
-            try:
-                with made(mistake, copies):
-                    found = compared(model)
-            except Exception as e:
-                print(f"{name}: {type(e).__name__} {e}")
-                continue
-            seconds = time.perf_counter() - start
-            place = found.divergence.place if found.divergence else None
-            named = [e.bug for e in found.reason.named] if found.reason else None
-            where = (place.mode, place.phase, place.layer, place.stage) if place else None
-            ok = place and (place.phase == mistake.phase and place.stage in mistake.stages)
-            print(f"{'ok ' if ok else 'BAD'} {name}: {where} {named} {seconds:.1f}s", flush=True)
-            print("   ", found.sentence[:200])
-            if found.failure:
-                print("    FAIL", found.failure)
-            if r := found.reason:
-                print("   ", [(e.bug, round(e.excess, 2)) for e in r.best[:2]], r.unexplained)
-                print("   ", r.refuted, r.broken, r.tried)
-            print("   ", advice(found))
+            with made(mistake, copies):
+                found = compared(model, mistake.run)
+            print(line(name, mistake, found, time.perf_counter() - start), flush=True)
 
 
 if __name__ == "__main__":

@@ -89,12 +89,17 @@ class Reason:
         return "sure" if times >= 5 else "likely" if times >= 1.5 else "perhaps"
 
 
+def unexplained(case: Case) -> float:
+    """Excess of a case over the layer without a bug."""
+    return _excess(case, RIGHT, math.inf)
+
+
 def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None, Reason]:
     """Try all hypotheses; yields how many bugs were tried so far.
 
     A hypothesis that raises is listed in ``broken``, and its remaining bugs are skipped.
     """
-    nothing = _excess(case, RIGHT, math.inf)
+    nothing = unexplained(case)
     found: dict[str, float] = {}
     tried: set[str] = set()
     broken = []
@@ -117,7 +122,7 @@ def retest(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reas
     """Try the named bugs in another step in which the layer is wrong, and refute those that do not
     explain it."""
     names = {e.bug for e in reason.named}
-    nothing = _excess(case, RIGHT, math.inf)
+    nothing = unexplained(case)
     if not names or nothing <= 1:
         return reason
     found: dict[str, float] = {}
@@ -181,20 +186,19 @@ def right_excess(case: Case, stage: str) -> float:
 def stage_excess(case: Case, stage: str, found: Tensor, expected: Tensor) -> float:
     """Excess of two tensors of one shape, over the stage's limits, or over a wider tolerance.
 
-    Elements that are NaN in both agree; if no other element is left, nothing is known.
+    Elements that are not finite must be so in both, and the rows without such elements are
+    compared; if there is none, nothing is known.
     """
     if not found.numel():
         return 0.0
-    unknown = expected.isnan()
-    if stage not in case.limits or not torch.equal(unknown, found.isnan()):
+    unknown = ~expected.isfinite()
+    if stage not in case.limits or not torch.equal(unknown, ~found.isfinite()):
         return math.inf
     if unknown.any():
-        known = ~unknown.flatten(1).any(1)  # whole rows: row_error needs them
+        known = ~unknown.flatten(1).any(1)
         if not known.any():
             return math.inf
         found, expected = found[known], expected[known]
-    if not expected.isfinite().all():
-        return math.inf
     off = difference(found, expected)
     excess = case.limits[stage].excess(off, row_error(found, expected))
     tolerance = case.tolerances.get(stage)

@@ -92,6 +92,11 @@ class Case:
         """Every stage, without a bug."""
         return dict(compute(self, RIGHT))
 
+    @property
+    def lost(self) -> bool:
+        """Whether no row of some tensor is finite, so that nothing can be told from it."""
+        return any(not t.flatten(1).isfinite().all(1).any() for t in self.found.values() if len(t))
+
     def comparable(self, stage: str) -> bool:
         """Whether the candidate taps the stage, and in the right shape."""
         right, found = self.right.get(stage), self.found.get(stage)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from attrs import evolve, field, frozen
 from torch import Tensor
@@ -16,6 +17,7 @@ from tilewright.types import KvLayer, SamplingExecutor
 from tilewright.weights import torch_dtype
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.diagnosis import Diagnosis
+from tilewright_compare.hypotheses import unexplained
 from tilewright_compare.judge import (
     Finding,
     Mode,
@@ -30,6 +32,7 @@ from tilewright_compare.layer import Case
 from tilewright_compare.packing import compared_weights
 from tilewright_compare.patterns import pattern
 from tilewright_compare.sides import (
+    FINITE,
     Choice,
     Side,
     StepError,
@@ -262,6 +265,8 @@ class _Sides:
                     f"layers.{layer}.v_cache": kv[0].value,
                 }
                 case = self._case(ours, layer, hidden, before, taps[0], found)
+                if case.lost:
+                    case = self._with_finite_slots(case, begun[0], ours, near)
                 yield from _diagnose(result, diagnosis, case, f"layer {layer}")
             hidden = output
             for seen in taps:
@@ -277,6 +282,21 @@ class _Sides:
             if diagnosis and diagnosis.wants(None) and not all(f.passed for f in found):
                 case = self._case(ours, None, rows, None, taps[0], found)
                 yield from _diagnose(result, diagnosis, case, "head")
+
+    def _with_finite_slots(self, case: Case, begun: Any, ours: Step, near: Step) -> Case:
+        """The case, run again with a number in the slots that nobody wrote: NaN that is read there
+        would hide all else. The case itself if the layer is then right."""
+        layer = case.layer
+        assert layer is not None
+        copy_kv(self.baseline, self.candidate, layer, near, unwritten=FINITE)
+        before = self.candidate.kv(layer)
+        seen: Tensors = {}
+        self.candidate.run_layer(begun, layer, case.hidden, ours, recorder(seen))
+        cache = joined(self.candidate, layer, ours)
+        found = {name.rpartition(".")[2]: tensor for name, tensor in seen.items()}
+        found |= {"k_cache": cache.key, "v_cache": cache.value}
+        again = evolve(case, before=before, found=found)
+        return again if unexplained(again) > 1 else case
 
     def _next(self) -> tuple[Step, Step, Step] | None:
         """The same step on each side."""

@@ -24,6 +24,9 @@ MODEL_ID = "compared"
 UNWRITTEN = 8.0
 """Value of unwritten cache slots: finite, and unlike any key or value."""
 
+FINITE = 8.0
+"""Value of unwritten slots where NaN would hide all else: unlike any key or value."""
+
 Tensors = dict[str, Tensor]
 """Tensors, keyed by the names of docs/tensors.md."""
 
@@ -375,13 +378,17 @@ def cleared(side: Side, step: Step) -> Iterator[None]:
         executor.write_kv(layer, pages, cache)
 
 
-def copy_kv(source: Side, target: Side, layer: int, step: Step) -> None:
+def copy_kv(
+    source: Side, target: Side, layer: int, step: Step, unwritten: float | None = None
+) -> None:
     """Copy to target's layer what source's holds of the tokens before a step, and clear the rest.
+    unwritten: value of the rest; None: as in the other runs.
 
     Otherwise a slot that is read before it is written would hold the right key of an earlier run.
     """
     spec, cache = target.executor.kv_cache_spec, target.kv(layer)
-    new = KvLayer(*(torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value)))
+    rest = UNWRITTEN if unwritten is None else unwritten
+    new = KvLayer(*(torch.full_like(t, rest) for t in (cache.key, cache.value)))
     for theirs, ours in zip(source.requests, target.requests, strict=True):
         before = theirs.num_computed
         if not before or theirs.request_id not in {r.request_id for r in step.requests}:

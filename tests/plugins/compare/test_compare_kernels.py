@@ -3,24 +3,14 @@
 from pathlib import Path
 from shutil import copyfile
 
+import kernel_mistakes
 import pytest
+from kernel_mistakes import CONFIG, made
 from reference_models import prompts, write_model
-from transformers import Qwen3Config
 
 from tilewright_compare import Choice, compare
 from tilewright_kernels.qwen3_14b import source
 
-CONFIG = Qwen3Config(
-    hidden_size=96,
-    intermediate_size=160,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    vocab_size=131,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-)
 CANDIDATE = Choice(executor="pypto-npu", options={"platform": "emulated"})
 POSITION = "position = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) - 1"
 
@@ -62,6 +52,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_model(CONFIG, folder, "bfloat16")
     return folder
+
+
+@pytest.mark.parametrize("mistake", kernel_mistakes.MISTAKES)
+def test_a_mistake_in_tiles_is_found_and_named(mistake, model, tmp_path):
+    planted = kernel_mistakes.MISTAKES[mistake]
+    with made(planted, tmp_path):
+        found = kernel_mistakes.compared(model, planted.run)
+    assert found.divergence is not None
+    place = found.divergence.place
+    assert (place.mode, place.phase) == ("isolated", planted.phase), found.sentence
+    assert place.stage in planted.stages, found.sentence
+    assert place.layer == (None if planted.stages == ("logits",) else 0)
+    assert found.reason is not None
+    assert [e.bug for e in found.reason.named] == ([planted.cause] if planted.cause else [])
+
+
+@pytest.mark.parametrize("run", [kernel_mistakes.PREFILL, kernel_mistakes.DECODE])
+def test_kernels_without_a_mistake_are_right_in_the_same_runs(run, model):
+    assert kernel_mistakes.compared(model, run).equal
 
 
 @pytest.fixture
