@@ -47,7 +47,7 @@ class Run:
     """Three tiles of keys."""
 
 
-PREFILL = Run((3, 70), chunk=50, new_tokens=2)
+PREFILL = Run((16, 3, 80), chunk=67, new_tokens=2)
 """A prompt over two chunks, two pages and several tiles, and one beside it."""
 DECODE = Run((20, *(1, 2) * 8), chunk=64, new_tokens=3)
 """More sequences than decode has rows in a tile."""
@@ -111,7 +111,7 @@ MISTAKES = {
     "pages of another size": KernelMistake(
         "[table_row + first // PAGE]", "[table_row + first // 32]",
         "prefill", ("output",),
-        "the page of tiles of 16 keys before the last is looked up as if pages had 32 slots",
+        "the page of a key is looked up as if pages had 32 slots",
     ),
     "tile's place in its page ignored": KernelMistake(
         "* PAGE + first % PAGE", "* PAGE",

@@ -236,8 +236,7 @@ def reads_in_tiles(case: Case) -> Iterator[tuple[str, Operations]]:
 
                 if not last_too or (tile, queries) == (entry, None):
                     yield (
-                        f"the page of {some if not last_too else 'a key'} is looked up as if pages "
-                        f"had {entry} slots",
+                        f"the page of a key is looked up as if pages had {entry} slots",
                         Operations(read_slots=number, query_tile=queries),
                     )
 

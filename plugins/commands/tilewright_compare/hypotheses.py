@@ -123,7 +123,7 @@ def retest(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reas
     explain it."""
     names = {e.bug for e in reason.named}
     nothing = unexplained(case)
-    if not names or nothing <= 1:
+    if not names or nothing <= 1 or case.lost:
         return reason
     found: dict[str, float] = {}
     for bug, how in _named(hypotheses, case, names):

@@ -93,8 +93,13 @@ class Case:
         return dict(compute(self, RIGHT))
 
     @property
+    def finite(self) -> bool:
+        """Whether all of the candidate's results are finite."""
+        return all(bool(t.isfinite().all()) for t in self.found.values())
+
+    @property
     def lost(self) -> bool:
-        """Whether no row of some tensor is finite, so that nothing can be told from it."""
+        """Whether no row of some result is finite, so that nothing can be told from it."""
         return any(not t.flatten(1).isfinite().all(1).any() for t in self.found.values() if len(t))
 
     def comparable(self, stage: str) -> bool:

@@ -32,7 +32,6 @@ from tilewright_compare.layer import Case
 from tilewright_compare.packing import compared_weights
 from tilewright_compare.patterns import pattern
 from tilewright_compare.sides import (
-    FINITE,
     Choice,
     Side,
     StepError,
@@ -265,7 +264,7 @@ class _Sides:
                     f"layers.{layer}.v_cache": kv[0].value,
                 }
                 case = self._case(ours, layer, hidden, before, taps[0], found)
-                if case.lost:
+                if not case.finite:
                     case = self._with_finite_slots(case, begun[0], ours, near)
                 yield from _diagnose(result, diagnosis, case, f"layer {layer}")
             hidden = output
@@ -284,11 +283,12 @@ class _Sides:
                 yield from _diagnose(result, diagnosis, case, "head")
 
     def _with_finite_slots(self, case: Case, begun: Any, ours: Step, near: Step) -> Case:
-        """The case, run again with a number in the slots that nobody wrote: NaN that is read there
-        would hide all else. The case itself if the layer is then right."""
+        """The case, run again with random numbers in the slots that nobody wrote: if NaN is read
+        there, it hides from which slots, and all else. The case itself if the layer is then right.
+        """
         layer = case.layer
         assert layer is not None
-        copy_kv(self.baseline, self.candidate, layer, near, unwritten=FINITE)
+        copy_kv(self.baseline, self.candidate, layer, near, random=True)
         before = self.candidate.kv(layer)
         seen: Tensors = {}
         self.candidate.run_layer(begun, layer, case.hidden, ours, recorder(seen))

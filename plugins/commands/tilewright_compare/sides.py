@@ -24,9 +24,6 @@ MODEL_ID = "compared"
 UNWRITTEN = 8.0
 """Value of unwritten cache slots: finite, and unlike any key or value."""
 
-FINITE = 8.0
-"""Value of unwritten slots where NaN would hide all else: unlike any key or value."""
-
 Tensors = dict[str, Tensor]
 """Tensors, keyed by the names of docs/tensors.md."""
 
@@ -379,16 +376,19 @@ def cleared(side: Side, step: Step) -> Iterator[None]:
 
 
 def copy_kv(
-    source: Side, target: Side, layer: int, step: Step, unwritten: float | None = None
+    source: Side, target: Side, layer: int, step: Step, random: bool = False
 ) -> None:
     """Copy to target's layer what source's holds of the tokens before a step, and clear the rest.
-    unwritten: value of the rest; None: as in the other runs.
+    random: fill the rest with random numbers.
 
     Otherwise a slot that is read before it is written would hold the right key of an earlier run.
     """
     spec, cache = target.executor.kv_cache_spec, target.kv(layer)
-    rest = UNWRITTEN if unwritten is None else unwritten
-    new = KvLayer(*(torch.full_like(t, rest) for t in (cache.key, cache.value)))
+    new = KvLayer(*(torch.full_like(t, UNWRITTEN) for t in (cache.key, cache.value)))
+    if random:
+        seeded = torch.Generator().manual_seed(layer)
+        for tensor in (new.key, new.value):
+            tensor.copy_(torch.randn(tensor.shape, generator=seeded))
     for theirs, ours in zip(source.requests, target.requests, strict=True):
         before = theirs.num_computed
         if not before or theirs.request_id not in {r.request_id for r in step.requests}:
