@@ -63,10 +63,12 @@ class KernelMistake:
     phase: str
     stages: tuple[str, ...]
     """Stages that may be the first wrong one."""
-    cause: str | None = None
-    """The bug that must be named; None if no bug may be named."""
+    cause: str
+    """The bug that must be named."""
     occurrences: int = 1
-    """How often the text stands in the file; the last of them is replaced."""
+    """How often the text stands in the files; the last one of each is replaced."""
+    same: tuple[str, ...] = ()
+    """Bugs with the same effect, which are named beside the cause."""
 
     @property
     def run(self) -> Run:
@@ -109,9 +111,9 @@ MISTAKES = {
         "the tile of 16 keys before the last is left out",
     ),
     "pages of another size": KernelMistake(
-        "[table_row + first // PAGE]", "[table_row + first // 32]",
+        "[table_row + first // PAGE]", "[table_row + first // 64]",
         "prefill", ("output",),
-        "the page of a key is looked up as if pages had 32 slots",
+        "the page of a key is looked up as if pages had 64 slots",
     ),
     "tile's place in its page ignored": KernelMistake(
         "* PAGE + first % PAGE", "* PAGE",
@@ -156,6 +158,7 @@ MISTAKES = {
     "scale of twice the dimensions": KernelMistake(
         "0:KV_TILE], SCALE)", "0:KV_TILE], SCALE * 0.70711)", "prefill", ("output",),
         "the attention scale is that of twice as many dimensions",
+        same=("q_norm divides the sum of squares by half its size",),
     ),
     "last KV head's group left out": KernelMistake(
         "pl.row_expand_div(o[0:Q_ROWS, 0:HEAD_DIM], total)",
@@ -163,6 +166,7 @@ MISTAKES = {
         "1.0 * pl.min(1, KV_HEADS - 1 - kv_head))",
         "prefill", ("output",),
         "query heads 2 to 3 are left out of attention",
+        same=("the last 64 columns of o_proj are left out of the sum",),
     ),
     # sequences, chunks and pages
     "chunk start ignored for RoPE": KernelMistake(
@@ -210,10 +214,11 @@ MISTAKES = {
         "prefill", ("k_cache",),
         "each tile of 16 rows has the slots of the step's first rows",
     ),
-    "second KV head not written": KernelMistake(
+    "first KV head cached for all": KernelMistake(
         "token : token + 1, g * HEAD_DIM : g * HEAD_DIM + HEAD_DIM",
         "token : token + 1, 0:HEAD_DIM",
         "prefill", ("k_cache",),
+        "the first KV head's keys and values are cached for all KV heads",
     ),
     "residual of the first tile": KernelMistake(
         "x = widen_rows(hidden, row, count, x)\n            ",
@@ -222,7 +227,10 @@ MISTAKES = {
         "each tile of 16 rows has the residual of the first one", 2,
     ),
     "rows of the first tile in the head": KernelMistake(
-        "widen_rows(hidden, row, count, x)", "widen_rows(hidden, 0, count, x)",
+        "row, count, x)\n        normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)\n"
+        "        normed = rms_norm(x, final_norm, normed)",
+        "0, count, x)\n        normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)\n"
+        "        normed = rms_norm(x, final_norm, normed)",
         "decode", ("logits",),
         "each tile of 16 rows of the head has the input of the first one",
     ),
@@ -256,7 +264,9 @@ MISTAKES = {
         "each of attn_norm and mlp_norm leaves the last 32 columns out of the mean",
     ),
     "cosine and sine swapped": KernelMistake(
-        "k, k_norm, cos, sin,", "k, k_norm, sin, cos,", "prefill", ("k_cache",),
+        "            keys = rotate_heads(k, k_norm, cos, sin,",
+        "            keys = rotate_heads(k, k_norm, sin, cos,",
+        "prefill", ("k_cache",),
         "RoPE of keys has cosine and sine in each other's place",
     ),
     "rotated in place": KernelMistake(
@@ -289,6 +299,32 @@ MISTAKES = {
         "the last 32 columns of down_proj are left out of the sum",
     ),
 }  # fmt: skip
+
+
+WIDE = {
+    hidden: Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=131,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    for hidden in (1024, 4096)
+}
+"""Narrow but for the hidden size, over which products are summed."""
+SUMS_IN_BF16 = KernelMistake(
+    "weight[k : k + K_TILE, c : c + N_TILE]\n                )\n",
+    "weight[k : k + K_TILE, c : c + N_TILE]\n                )\n"
+    '                acc = pl.cast(pl.cast(acc, pl.BF16, mode="rint"), pl.FP32, mode="rint")\n',
+    "prefill",
+    ("k_cache", "v_cache"),
+    "products are added up in bfloat16, after blocks of 128",
+)
+"""Planted in wide models: each tile of a sum is rounded."""
 
 
 @contextmanager
@@ -339,7 +375,7 @@ def line(name: str, mistake: KernelMistake, found: Comparison, seconds: float) -
         "" if place is None else place.phase,
         "" if place is None else place.stage,
         " or ".join(bugs) or "none",
-        "as expected" if bugs == ([mistake.cause] if mistake.cause else []) else "UNEXPECTED",
+        "as expected" if set(bugs) == {mistake.cause, *mistake.same} else "UNEXPECTED",
         first.pattern if first else "",
         f"{seconds:.1f}",
     ]

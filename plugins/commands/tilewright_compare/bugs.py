@@ -662,6 +662,10 @@ CACHED: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
+def _first_head(x: Tensor) -> Tensor:
+    return x[:, :1].expand_as(x)
+
+
 def kv_cache(case: Case) -> Iterator[tuple[str, Operations]]:
     if case.layer is None:
         return
@@ -692,6 +696,11 @@ def kv_cache(case: Case) -> Iterator[tuple[str, Operations]]:
         yield what, Operations(write_slots=slots)
     for what, cached in CACHED.items():
         yield what, Operations(cached=cached)
+    if spec.num_kv_heads > 1:
+        yield (
+            "the first KV head's keys and values are cached for all KV heads",
+            Operations(cached=lambda before, rotated, v: (_first_head(rotated), _first_head(v))),
+        )
     yield "keys and values are written after attention", Operations(written="after attention")
     yield "keys and values are not written", Operations(written="never")
     sequences, width = case.batch.block_table.shape

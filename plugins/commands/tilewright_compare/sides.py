@@ -375,9 +375,7 @@ def cleared(side: Side, step: Step) -> Iterator[None]:
         executor.write_kv(layer, pages, cache)
 
 
-def copy_kv(
-    source: Side, target: Side, layer: int, step: Step, random: bool = False
-) -> None:
+def copy_kv(source: Side, target: Side, layer: int, step: Step, random: bool = False) -> None:
     """Copy to target's layer what source's holds of the tokens before a step, and clear the rest.
     random: fill the rest with random numbers.
 

@@ -65,7 +65,7 @@ def test_a_mistake_in_tiles_is_found_and_named(mistake, model, tmp_path):
     assert place.stage in planted.stages, found.sentence
     assert place.layer == (None if planted.stages == ("logits",) else 0)
     assert found.reason is not None
-    assert [e.bug for e in found.reason.named] == ([planted.cause] if planted.cause else [])
+    assert {e.bug for e in found.reason.named} == {planted.cause, *planted.same}
 
 
 @pytest.mark.parametrize("run", [kernel_mistakes.PREFILL, kernel_mistakes.DECODE])
