@@ -14,7 +14,7 @@ from shutil import copyfile
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-from attrs import frozen
+from attrs import Factory, field, frozen
 from reference_models import prompts, write_model
 from transformers import Qwen3Config
 
@@ -69,11 +69,10 @@ class KernelMistake:
     """How often the text stands in the files; the last one of each is replaced."""
     same: tuple[str, ...] = ()
     """Bugs with the same effect, which are named beside the cause."""
-
-    @property
-    def run(self) -> Run:
-        """The smallest run that shows it."""
-        return DECODE if self.phase == "decode" else PREFILL
+    run: Run = field(
+        default=Factory(lambda m: DECODE if m.phase == "decode" else PREFILL, takes_self=True)
+    )
+    """A small run that shows it."""
 
 
 POSITION = "position = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) - 1"
@@ -114,6 +113,7 @@ MISTAKES = {
         "[table_row + first // PAGE]", "[table_row + first // 64]",
         "prefill", ("output",),
         "the page of a key is looked up as if pages had 64 slots",
+        same=tuple(f"the page of a key is looked up as if pages had {n} slots" for n in (128, 256)),
     ),
     "tile's place in its page ignored": KernelMistake(
         "* PAGE + first % PAGE", "* PAGE",
@@ -231,8 +231,9 @@ MISTAKES = {
         "        normed = rms_norm(x, final_norm, normed)",
         "0, count, x)\n        normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)\n"
         "        normed = rms_norm(x, final_norm, normed)",
-        "decode", ("logits",),
+        "prefill", ("logits",),
         "each tile of 16 rows of the head has the input of the first one",
+        run=DECODE,
     ),
     # norms and RoPE
     "first half's squares twice": KernelMistake(

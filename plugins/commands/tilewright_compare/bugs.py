@@ -817,7 +817,7 @@ def rounding(case: Case) -> Iterator[tuple[str, Operations]]:
         if low is torch.float32:
             continue
         name = str(low).removeprefix("torch.")
-        for block in (1, 8, 16, 32, 64, 128):
+        for block in (1, 8, 16, 32, 64, 128, 256):
 
             def product(x: Tensor, w: Tensor, block: int = block, low: torch.dtype = low) -> Tensor:
                 total = torch.zeros(len(x), len(w), dtype=low)
@@ -826,11 +826,19 @@ def rounding(case: Case) -> Iterator[tuple[str, Operations]]:
                     total = total + part.to(low)
                 return total.float()
 
+            def rounded_sum(
+                x: Tensor, w: Tensor, block: int = block, low: torch.dtype = low
+            ) -> Tensor:
+                x, total = x.to(low).float(), torch.zeros(len(x), len(w))
+                for i in range(0, x.shape[1], block):
+                    total = (total + x[:, i : i + block] @ w[:, i : i + block].T).to(low).float()
+                return total
+
             each = "each product" if block == 1 else f"blocks of {block}"
-            yield (
-                f"products are added up in {name}, after {each}",
-                Operations(weights=weights, cast=cast, product=product),
-            )
+            what = f"products are added up in {name}, after {each}"
+            yield what, Operations(weights=weights, cast=cast, product=product)
+            if block > 1:
+                yield what, Operations(weights=weights, product=rounded_sum)
 
 
 def head(case: Case) -> Iterator[tuple[str, Operations]]:

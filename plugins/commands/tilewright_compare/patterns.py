@@ -34,11 +34,13 @@ class Rows:
     page_size: int
 
 
-def pattern(found: Tensor, expected: Tensor, limit: float, rows: Rows | None = None) -> str:
+def pattern(
+    found: Tensor, expected: Tensor, limit: float, rows: Rows | None = None, head: str = "head"
+) -> str:
     """Where two tensors of one shape differ, and by which factor; empty if nothing is clear-cut.
 
     found, expected: [rows, columns] or [rows, heads, head_dim]. limit: the relative RMS error that
-    rounding explains. rows: what the rows are; None: unknown.
+    rounding explains. rows: what the rows are; None: unknown. head: what the heads are.
     """
     a, b = found.double(), expected.double()
     broken = a.isfinite() != b.isfinite()
@@ -51,7 +53,7 @@ def pattern(found: Tensor, expected: Tensor, limit: float, rows: Rows | None = N
     if (of_rows := _wrong(errors, 0)) is not None:
         parts.append(_of_rows(of_rows, rows))
     if errors.dim() == 3 and (of_heads := _wrong(errors, 1)) is not None:
-        parts.append(_span(of_heads, "head", "heads"))
+        parts.append(_span(of_heads, head, f"{head}s"))
     if (of_columns := _wrong(errors, errors.dim() - 1)) is not None:
         names = ("dimension", "dimensions") if errors.dim() == 3 else ("column", "columns")
         parts.append(_span(of_columns, *names))

@@ -396,7 +396,8 @@ class _Sides:
         if tensor.shape != true.shape:
             return finding
         rows = rows_of(self.candidate, step, place.stage)
-        return evolve(finding, pattern=pattern(tensor, true, finding.limit, rows))
+        head = "query head" if place.stage.startswith("q_") else "KV head"
+        return evolve(finding, pattern=pattern(tensor, true, finding.limit, rows, head))
 
     def _check_tolerances(self, result: Comparison) -> None:
         names = [f.place.tensor for f in result.findings]

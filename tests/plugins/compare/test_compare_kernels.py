@@ -5,10 +5,11 @@ from shutil import copyfile
 
 import kernel_mistakes
 import pytest
+from attrs import evolve
 from kernel_mistakes import CONFIG, made
 from reference_models import prompts, write_model
 
-from tilewright_compare import Choice, compare
+from tilewright_compare import Choice, Comparison, compare
 from tilewright_kernels.qwen3_14b import source
 
 CANDIDATE = Choice(executor="pypto-npu", options={"platform": "emulated"})
@@ -66,6 +67,37 @@ def test_a_mistake_in_tiles_is_found_and_named(mistake, model, tmp_path):
     assert place.layer == (None if planted.stages == ("logits",) else 0)
     assert found.reason is not None
     assert {e.bug for e in found.reason.named} == {planted.cause, *planted.same}
+
+
+def compared_in_a_wide_model(hidden: int, rounded: bool, folder: Path) -> Comparison:
+    write_model(kernel_mistakes.WIDE[hidden], folder / "model", "bfloat16")
+    mistake = kernel_mistakes.SUMS_IN_BF16
+    if not rounded:
+        mistake = evolve(mistake, wrong=mistake.right)
+    (folder / "kernels").mkdir()
+    with made(mistake, folder / "kernels"):
+        return kernel_mistakes.compared(folder / "model", mistake.run)
+
+
+def test_sums_in_bfloat16_are_found_and_named_in_a_wide_model(tmp_path):
+    found = compared_in_a_wide_model(4096, rounded=True, folder=tmp_path)
+    assert found.divergence is not None
+    place = found.divergence.place
+    assert (place.phase, place.layer) == ("prefill", 0)
+    assert place.stage in kernel_mistakes.SUMS_IN_BF16.stages
+    assert found.reason is not None
+    assert [e.bug for e in found.reason.named] == [kernel_mistakes.SUMS_IN_BF16.cause]
+
+
+def test_sums_in_bfloat16_raise_the_error_over_the_baselines_where_limits_allow_it(tmp_path):
+    ratios = []
+    for rounded in (False, True):
+        folder = tmp_path / str(rounded)
+        folder.mkdir()
+        found = compared_in_a_wide_model(1024, rounded, folder)
+        cached = [f for f in found.findings if f.place.stage == "k_cache" and f.baseline]
+        ratios.append(max(f.candidate.relative_rms / f.baseline.relative_rms for f in cached))
+    assert ratios[1] > 1.5 * ratios[0]
 
 
 @pytest.mark.parametrize("run", [kernel_mistakes.PREFILL, kernel_mistakes.DECODE])
