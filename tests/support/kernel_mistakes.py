@@ -69,6 +69,10 @@ class KernelMistake:
     """How often the text stands in the files; the last one of each is replaced."""
     same: tuple[str, ...] = ()
     """Bugs with the same effect, which are named beside the cause."""
+    where: str = ""
+    """The part that must be said to be wrong; empty: anything may be said."""
+    check: str = ""
+    """What the hint must begin with; empty: anything."""
     run: Run = field(
         default=Factory(lambda m: DECODE if m.phase == "decode" else PREFILL, takes_self=True)
     )
@@ -103,6 +107,7 @@ MISTAKES = {
         "for tile in pl.range(last):", "for tile in pl.range(1, last):",
         "prefill", ("output",),
         "the first tile of 16 keys is left out",
+        where="only positions from 16 on",
     ),
     "last whole tile skipped": KernelMistake(
         "for tile in pl.range(last):", "for tile in pl.range(last - 1):",
@@ -182,10 +187,12 @@ MISTAKES = {
     "pages of sequence 0 for all": KernelMistake(
         "table_row = b * table_stride", "table_row = 0", "prefill", ("output",),
         "the pages of the first sequence are read for all",
+        where="only sequences from prompt-1 on",
     ),
     "pages of the first batch tile": KernelMistake(
         "table_row = (row + token)", "table_row = token", "decode", ("output",),
         "each tile of 16 rows has the pages of the first one",
+        where="only token 2 of prompt-16",
     ),
     "contexts of the first batch tile": KernelMistake(
         "context = pl.cast(pl.read(context_lens, [row + token])",
@@ -219,6 +226,7 @@ MISTAKES = {
         "token : token + 1, 0:HEAD_DIM",
         "prefill", ("k_cache",),
         "the first KV head's keys and values are cached for all KV heads",
+        where="only KV head 1", check="check how keys are stored",
     ),
     "residual of the first tile": KernelMistake(
         "x = widen_rows(hidden, row, count, x)\n            ",
@@ -269,6 +277,7 @@ MISTAKES = {
         "            keys = rotate_heads(k, k_norm, sin, cos,",
         "prefill", ("k_cache",),
         "RoPE of keys has cosine and sine in each other's place",
+        check="check the key projection, its norm and RoPE",
     ),
     "rotated in place": KernelMistake(
         "pl.mul(low_n, sin[0:ROWS, HALF:HEAD_DIM])",

@@ -10,6 +10,7 @@ from kernel_mistakes import CONFIG, made
 from reference_models import prompts, write_model
 
 from tilewright_compare import Choice, Comparison, compare
+from tilewright_compare.report import advice
 from tilewright_kernels.qwen3_14b import source
 
 CANDIDATE = Choice(executor="pypto-npu", options={"platform": "emulated"})
@@ -67,6 +68,8 @@ def test_a_mistake_in_tiles_is_found_and_named(mistake, model, tmp_path):
     assert place.layer == (None if planted.stages == ("logits",) else 0)
     assert found.reason is not None
     assert {e.bug for e in found.reason.named} == {planted.cause, *planted.same}
+    assert planted.where in ("", found.divergence.pattern)
+    assert advice(found)[0].startswith(planted.check)
 
 
 def compared_in_a_wide_model(hidden: int, rounded: bool, folder: Path) -> Comparison:
