@@ -56,7 +56,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mistake", kernel_mistakes.MISTAKES)
+QUICK = (
+    "values not rescaled",
+    "only the last tile attended",
+    "first tile skipped",
+    "pages of another size",
+    "last tile not masked",
+    "unwritten slots copied",
+    "last KV head's group left out",
+    "chunk start ignored in attention",
+    "pages of sequence 0 for all",
+    "contexts of the first batch tile",
+    "last slot of a page not written",
+    "slots of the first tile",
+    "first KV head cached for all",
+    "rows of the first tile in the head",
+    "half a head normed",
+    "cosine and sine swapped",
+)
+"""One of each kind; together, all take minutes."""
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(m, marks=() if m in QUICK else pytest.mark.slow)
+        for m in kernel_mistakes.MISTAKES
+    ],
+)
 def test_a_mistake_in_tiles_is_found_and_named(mistake, model, tmp_path):
     planted = kernel_mistakes.MISTAKES[mistake]
     with made(planted, tmp_path):
