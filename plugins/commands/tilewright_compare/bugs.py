@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +11,18 @@ from attrs import evolve
 from torch import Tensor
 
 from tilewright.types import Hypothesis, RopeConfig, RowOrder
+from tilewright_compare.bugs_norms import Change, least, norms, norms_in_parts, without
+from tilewright_compare.bugs_tiles import TILE_BUGS, TILES
 from tilewright_compare.hypotheses import right_excess
 from tilewright_compare.layer import (
-    NORM_WEIGHTS,
     Case,
     Operations,
     Weights,
     angles,
     read_slots,
-    rms_norm,
     rope_scale,
     rotate_halves,
 )
-
-Change: TypeAlias = Callable[[Tensor], Tensor]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -136,6 +134,8 @@ def another_weight(case: Case) -> Iterator[tuple[str, Operations]]:
         "attn_norm and mlp_norm are swapped",
         _with({first: _given(weights[second]), second: _given(weights[first])}),
     )
+    yield "mlp_norm has attn_norm's weight", _with({second: _given(weights[first])})
+    yield "attn_norm has mlp_norm's weight", _with({first: _given(weights[second])})
     for layer in (case.layer - 1, case.layer + 1):
         if 0 <= layer < case.config.num_layers:
             others = {name: _given(weight) for name, weight in case.weights_of(layer).items()}
@@ -222,87 +222,24 @@ def _scaled(columns: Tensor) -> Change:
     return lambda w: w * columns
 
 
-# --- norms ----------------------------------------------------------------------------------------
+def ends_of_sums(case: Case) -> Iterator[tuple[str, Operations]]:
+    """The last tile of columns left out of products whose stage is not tapped."""
+    if case.layer is None:
+        return
 
-
-def _layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, None, eps)
-
-
-def _over_tokens(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * (x.pow(2).mean(0, keepdim=True) + eps).rsqrt() * weight
-
-
-def _over_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * (x.pow(2).mean((-2, -1), keepdim=True) + eps).rsqrt() * weight
-
-
-def _sum_for_mean(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * (x.pow(2).sum(-1, keepdim=True) + eps).rsqrt() * weight
-
-
-def with_eps(eps: float) -> Callable[[Tensor, Tensor, float], Tensor]:
-    return lambda x, weight, _: rms_norm(x, weight, eps)
-
-
-NORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "{} is missing": lambda x, weight, eps: x,
-    "{} is without its weight": lambda x, weight, eps: rms_norm(x, torch.ones_like(weight), eps),
-    "{} has 1 added to its weight": lambda x, weight, eps: rms_norm(x, weight + 1, eps),
-    "{} is taken over tokens, not over a token's values": _over_tokens,
-    "{} subtracts the mean, as LayerNorm": _layer_norm,
-    "{} divides by the root of the sum, not of the mean": _sum_for_mean,
-}
-
-
-def norms(case: Case) -> Iterator[tuple[str, Operations]]:
-    stages = [s for s, name in NORM_WEIGHTS.items() if name in case.weights]
-    per_head = [s for s in stages if s in ("q_norm", "k_norm")]
-    for stage in stages:
-        for what, norm in NORMS.items():
-            yield what.format(stage), Operations(norms={stage: norm})
-        for eps in _eps(case, stage):
+    for columns in TILES:
+        fits = [n for n in PROJECTIONS if columns < case.weights[n].shape[1]]
+        for name in fits:
+            if not case.comparable(PRODUCTS[name][1]):
+                yield (
+                    f"the last {columns} columns of {name} are left out of the sum",
+                    _with({name: without(columns)}),
+                )
+        if len(fits) == len(PROJECTIONS):
             yield (
-                f"{stage} has an eps of about {eps:.2g}, not {case.config.norm_eps:g}",
-                Operations(norms={stage: with_eps(eps)}),
+                f"the last {columns} columns of every projection are left out of the sum",
+                _with(dict.fromkeys(fits, without(columns))),
             )
-    for stage in per_head:
-        yield f"{stage} is taken over all heads together", Operations(norms={stage: _over_heads})
-    if per_head:
-        yield "q_norm and k_norm come after RoPE", Operations(norm_after_rope=True)
-        for what, norm in NORMS.items():
-            yield (
-                what.format("each of q_norm and k_norm"),
-                Operations(norms=dict.fromkeys(per_head, norm)),
-            )
-
-
-def _eps(case: Case, stage: str) -> list[float]:
-    """The best-fitting eps where the stage is tapped, else those that models have."""
-    config = case.config
-    if not case.comparable(stage):
-        return [eps for eps in (0.0, 1e-8, 1e-6, 1e-5, 1e-3) if eps != config.norm_eps]
-    if right_excess(case, stage) <= 1:
-        return []
-    before = {"q_norm": "q_proj", "k_norm": "k_proj", "mlp_norm": "attn_residual"}
-    x = case.right[before[stage]] if stage in before else case.hidden.float()
-
-    def error(log_eps: float) -> float:
-        made = rms_norm(x, case.weights[NORM_WEIGHTS[stage]], math.exp(log_eps))
-        return float((case.found[stage].float() - made).norm())
-
-    best = _least(error, math.log(1e-9), math.log(10.0))
-    return [math.exp(best)] if error(best) < error(math.log(config.norm_eps)) else []
-
-
-def _least(error: Callable[[float], float], low: float, high: float) -> float:
-    """Minimum of error: a grid search, refined three times around the best point."""
-    for _ in range(4):
-        step = (high - low) / 40
-        grid = [low + step * i for i in range(41)]
-        best = min(grid, key=error)
-        low, high = best - step, best + step
-    return best
 
 
 # --- RoPE -----------------------------------------------------------------------------------------
@@ -392,6 +329,58 @@ def rope(case: Case) -> Iterator[tuple[str, Operations]]:
         )
 
 
+def _in_place(first: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Rotates one half, and then the other one with the half that is rotated already."""
+
+    def rotate(x: Tensor, angle: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+        if first:
+            b = b * cos + a * sin
+            return torch.cat((a * cos - b * sin, b), -1)
+        a = a * cos - b * sin
+        return torch.cat((a, b * cos + a * sin), -1)
+
+    return rotate
+
+
+ROTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "RoPE{} has cosine and sine in each other's place": lambda x, angle: rotate_halves(
+        x, math.pi / 2 - angle
+    ),
+    "RoPE{} rotates the first half in place, and the second half with the result": _in_place(0),
+    "RoPE{} rotates the second half in place, and the first half with the result": _in_place(1),
+    "RoPE{} rotates the first half only": lambda x, angle: torch.cat(
+        (rotate_halves(x, angle).chunk(2, -1)[0], x.chunk(2, -1)[1]), -1
+    ),
+    "RoPE{} rotates the second half only": lambda x, angle: torch.cat(
+        (x.chunk(2, -1)[0], rotate_halves(x, angle).chunk(2, -1)[1]), -1
+    ),
+}
+
+
+def rope_of_halves(case: Case) -> Iterator[tuple[str, Operations]]:
+    """Mistakes in how the halves of a head are rotated."""
+    if case.layer is None:
+        return
+    heads, kv_heads = case.config.num_heads, case.config.num_kv_heads
+    for what, rotate in ROTATIONS.items():
+        yield what.format(""), Operations(rotate=rotate)
+        if heads == kv_heads:
+            continue  # by their number, queries cannot be told from keys
+        for whose, number in (("queries", heads), ("keys", kv_heads)):
+
+            def some(
+                x: Tensor,
+                angle: Tensor,
+                number: int = number,
+                rotate: Callable[[Tensor, Tensor], Tensor] = rotate,
+            ) -> Tensor:
+                return (rotate if x.shape[1] == number else rotate_halves)(x, angle)
+
+            yield what.format(f" of {whose}"), Operations(rotate=some)
+
+
 def _theta(case: Case) -> float | None:
     """The best-fitting theta, if the candidate taps rotated queries or keys."""
     config = case.config
@@ -406,7 +395,7 @@ def _theta(case: Case) -> float | None:
         made = rotate_halves(before, angle) * scale
         return float((case.found[stage].float() - made).norm())
 
-    best = _least(error, math.log(100.0), math.log(1e8))
+    best = least(error, math.log(100.0), math.log(1e8))
     return math.exp(best) if error(best) < error(math.log(config.rope.theta)) else None
 
 
@@ -442,6 +431,12 @@ def attention(case: Case) -> Iterator[tuple[str, Operations]]:
         "the attention scale is applied twice": lambda c: 1 / c.head_dim,
         "the attention scale is doubled": lambda c: 2 * c.head_dim**-0.5,
         "the attention scale is halved": lambda c: 0.5 * c.head_dim**-0.5,
+        "the attention scale is that of half as many dimensions": lambda c: (
+            (c.head_dim / 2) ** -0.5
+        ),
+        "the attention scale is that of twice as many dimensions": lambda c: (
+            (2 * c.head_dim) ** -0.5
+        ),
         "the attention scale is that of hidden_size / num_heads": lambda c: (
             (c.hidden_size / c.num_heads) ** -0.5
         ),
@@ -502,6 +497,10 @@ CACHED: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
+def _first_head(x: Tensor) -> Tensor:
+    return x[:, :1].expand_as(x)
+
+
 def kv_cache(case: Case) -> Iterator[tuple[str, Operations]]:
     if case.layer is None:
         return
@@ -532,6 +531,11 @@ def kv_cache(case: Case) -> Iterator[tuple[str, Operations]]:
         yield what, Operations(write_slots=slots)
     for what, cached in CACHED.items():
         yield what, Operations(cached=cached)
+    if spec.num_kv_heads > 1:
+        yield (
+            "the first KV head's keys and values are cached for all KV heads",
+            Operations(cached=lambda before, rotated, v: (_first_head(rotated), _first_head(v))),
+        )
     yield "keys and values are written after attention", Operations(written="after attention")
     yield "keys and values are not written", Operations(written="never")
     sequences, width = case.batch.block_table.shape
@@ -609,6 +613,8 @@ def activation(case: Case) -> Iterator[tuple[str, Operations]]:
         "the activation is ReLU, not SiLU": lambda gate, up: F.relu(gate) * up,
         "the activation is a sigmoid, not SiLU": lambda gate, up: gate.sigmoid() * up,
         "the activation is missing": lambda gate, up: gate * up,
+        "the activation's sigmoid is of -gate": lambda gate, up: gate * torch.sigmoid(-gate) * up,
+        "SiLU of the gate is missing: up alone is multiplied": lambda gate, up: up,
         "the activation is of up, not of gate": lambda gate, up: gate * F.silu(up),
         "gate is not multiplied by up": lambda gate, up: F.silu(gate),
     }
@@ -646,7 +652,7 @@ def rounding(case: Case) -> Iterator[tuple[str, Operations]]:
         if low is torch.float32:
             continue
         name = str(low).removeprefix("torch.")
-        for block in (1, 8, 16, 32, 64, 128):
+        for block in (1, 8, 16, 32, 64, 128, 256):
 
             def product(x: Tensor, w: Tensor, block: int = block, low: torch.dtype = low) -> Tensor:
                 total = torch.zeros(len(x), len(w), dtype=low)
@@ -655,11 +661,19 @@ def rounding(case: Case) -> Iterator[tuple[str, Operations]]:
                     total = total + part.to(low)
                 return total.float()
 
+            def rounded_sum(
+                x: Tensor, w: Tensor, block: int = block, low: torch.dtype = low
+            ) -> Tensor:
+                x, total = x.to(low).float(), torch.zeros(len(x), len(w))
+                for i in range(0, x.shape[1], block):
+                    total = (total + x[:, i : i + block] @ w[:, i : i + block].T).to(low).float()
+                return total
+
             each = "each product" if block == 1 else f"blocks of {block}"
-            yield (
-                f"products are added up in {name}, after {each}",
-                Operations(weights=weights, cast=cast, product=product),
-            )
+            what = f"products are added up in {name}, after {each}"
+            yield what, Operations(weights=weights, cast=cast, product=product)
+            if block > 1:
+                yield what, Operations(weights=weights, product=rounded_sum)
 
 
 def head(case: Case) -> Iterator[tuple[str, Operations]]:
@@ -693,12 +707,16 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     another_weight,
     without_bias,
     parts_of_sums,
+    ends_of_sums,
     norms,
+    norms_in_parts,
     rope,
+    rope_of_halves,
     attention,
     kv_cache,
     residuals,
     activation,
     rounding,
     head,
+    *TILE_BUGS,
 )

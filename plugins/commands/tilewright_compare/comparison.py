@@ -129,4 +129,5 @@ class Comparison:
             worst = (
                 f"; worst at {at}: {d.candidate_at_worst:.6g}, expected {d.reference_at_worst:.6g}"
             )
-        return f"{diverges} {where}{alone}: {first.why}{worst}"
+        part = f", {first.pattern}" if first.pattern else ""
+        return f"{diverges} {where}{alone}: {first.why}{part}{worst}"

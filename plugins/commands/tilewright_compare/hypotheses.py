@@ -2,7 +2,9 @@
 candidate's result.
 
 A hypothesis is a function that yields the bugs which a case may have: the name of each, and the
-operations that reproduce it. An executor's plugin adds its own through the hook ``hypotheses``.
+operations that reproduce it. A bug that is yielded more than once has variants, such as sizes of
+tiles that change nothing else; the one that explains most counts. An executor's plugin adds its own
+hypotheses through the hook ``hypotheses``.
 """
 
 import math
@@ -87,41 +89,47 @@ class Reason:
         return "sure" if times >= 5 else "likely" if times >= 1.5 else "perhaps"
 
 
+def unexplained(case: Case) -> float:
+    """Excess of a case over the layer without a bug."""
+    return _excess(case, RIGHT, math.inf)
+
+
 def explain(case: Case, hypotheses: Sequence[Hypothesis]) -> Generator[int, None, Reason]:
     """Try all hypotheses; yields how many bugs were tried so far.
 
     A hypothesis that raises is listed in ``broken``, and its remaining bugs are skipped.
     """
-    nothing = _excess(case, RIGHT, math.inf)
-    found, broken = [], []
-    tried = 0
+    nothing = unexplained(case)
+    found: dict[str, float] = {}
+    tried: set[str] = set()
+    broken = []
     for hypothesis in hypotheses:
         try:
             for bug, how in hypothesis(case):
-                yield tried
-                tried += 1
+                yield len(tried)
+                tried.add(bug)
                 excess = _excess(case, how, nothing)
-                if excess < nothing:
-                    found.append(Explanation(bug=bug, excess=excess))
+                if excess < min(nothing, found.get(bug, math.inf)):
+                    found[bug] = excess
         except Exception as error:
             name = getattr(hypothesis, "__name__", str(hypothesis))
             broken.append(f"hypothesis {name} failed: {plugins.cause(error)}")
-    best = sorted(found, key=lambda e: e.excess)
-    return Reason(unexplained=nothing, tried=tried, broken=tuple(broken), best=tuple(best))
+    best = sorted((Explanation(bug=b, excess=e) for b, e in found.items()), key=lambda e: e.excess)
+    return Reason(unexplained=nothing, tried=len(tried), broken=tuple(broken), best=tuple(best))
 
 
 def retest(reason: Reason, case: Case, hypotheses: Sequence[Hypothesis]) -> Reason:
     """Try the named bugs in another step in which the layer is wrong, and refute those that do not
     explain it."""
     names = {e.bug for e in reason.named}
-    nothing = _excess(case, RIGHT, math.inf)
-    if not names or nothing <= 1:
+    nothing = unexplained(case)
+    if not names or nothing <= 1 or case.lost:
         return reason
-    refuted = [
-        bug
-        for bug, how in _named(hypotheses, case, names)
-        if _excess(case, how, nothing) > max(EXPLAINED, AS_GOOD * reason.named[0].excess)
-    ]
+    found: dict[str, float] = {}
+    for bug, how in _named(hypotheses, case, names):
+        found[bug] = min(_excess(case, how, nothing), found.get(bug, math.inf))
+    most = max(EXPLAINED, AS_GOOD * reason.named[0].excess)
+    refuted = [bug for bug, excess in found.items() if excess > most]
     return evolve(reason, refuted=(*reason.refuted, *refuted))
 
 
@@ -178,18 +186,19 @@ def right_excess(case: Case, stage: str) -> float:
 def stage_excess(case: Case, stage: str, found: Tensor, expected: Tensor) -> float:
     """Excess of two tensors of one shape, over the stage's limits, or over a wider tolerance.
 
-    Elements that are not finite, such as those made from slots that nobody wrote, must be so in
-    both; the others are compared.
+    Elements that are not finite must be so in both, and the rows without such elements are
+    compared; if there is none, nothing is known.
     """
     if not found.numel():
         return 0.0
     unknown = ~expected.isfinite()
-    if stage not in case.limits:
+    if stage not in case.limits or not torch.equal(unknown, ~found.isfinite()):
         return math.inf
-    if bool(unknown.any()):
-        if not torch.equal(unknown, ~found.isfinite()):
+    if unknown.any():
+        known = ~unknown.flatten(1).any(1)
+        if not known.any():
             return math.inf
-        found, expected = found.masked_fill(unknown, 0.0), expected.masked_fill(unknown, 0.0)
+        found, expected = found[known], expected[known]
     off = difference(found, expected)
     excess = case.limits[stage].excess(off, row_error(found, expected))
     tolerance = case.tolerances.get(stage)

@@ -166,6 +166,8 @@ class Finding:
     """The user's limit, which applies instead."""
     excess: float = math.inf
     """The candidate's error over its limit: above 1 it is too large."""
+    pattern: str = ""
+    """Which part of the tensor is wrong, in words; empty if no part is clear-cut."""
     where: str = ""
     """The worst element's place in the KV cache, in words; empty for other tensors."""
 

@@ -92,6 +92,16 @@ class Case:
         """Every stage, without a bug."""
         return dict(compute(self, RIGHT))
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of the candidate's results are finite."""
+        return all(bool(t.isfinite().all()) for t in self.found.values())
+
+    @property
+    def lost(self) -> bool:
+        """Whether no row of some result is finite, so that nothing can be told from it."""
+        return any(not t.flatten(1).isfinite().all(1).any() for t in self.found.values() if len(t))
+
     def comparable(self, stage: str) -> bool:
         """Whether the candidate taps the stage, and in the right shape."""
         right, found = self.right.get(stage), self.found.get(stage)
@@ -130,6 +140,14 @@ def read_slots(case: Case, sequence: int, positions: Tensor) -> Tensor:
     return table[page] * case.spec.page_size + positions % case.spec.page_size
 
 
+def attend(scores: Tensor, values: Tensor) -> Tensor:
+    """Weighted values, [queries, heads, head_dim].
+
+    scores: [heads, queries, keys], scaled, and -inf where hidden; values: [keys, heads, head_dim].
+    """
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+
+
 @frozen(kw_only=True, eq=False)
 class Operations:
     """How a layer is computed: correctly, by default."""
@@ -152,18 +170,30 @@ class Operations:
     )
     """Returns the cached key and value, from the key before and after RoPE and the value."""
     write_slots: Callable[[Case], Tensor] = lambda case: case.batch.slot_mapping.long()
+    """The slot of each token of the step; -1: the token is not written."""
     write_order: RowOrder | None = None
     """None: the order that the candidate declares."""
     written: Literal["before attention", "after attention", "never"] = "before attention"
     read_slots: Callable[[Case, int, Tensor], Tensor] = read_slots
+    contexts: Callable[[Case], Sequence[int]] = lambda case: case.batch.context_lens.tolist()
+    """How long each sequence is taken to be, by attention only: its last token comes last."""
+    query_tile: int | None = None
+    """Queries of a sequence that attend together, to the positions up to the last of them; None:
+    all of the step. It matters where ``read_to`` or ``attend`` go beyond what the mask shows."""
     read_to: Callable[[Case, int], int] = lambda case, length: length
     """Number of positions of a sequence that attention reads, before masking."""
+    read: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = lambda k, v, length: (k, v)
+    """Returns the keys and values that attention uses, from those read, [n, KV heads, head_dim],
+    and the number of positions that hold tokens."""
     visible: Callable[[Tensor, Tensor], Tensor] = lambda query, key: key <= query
     """The mask, from positions [queries, 1] and [keys]."""
     window: Callable[[int | None], int | None] = lambda window: window
     spread: Callable[[Tensor, int], Tensor] = lambda kv, group: kv.repeat_interleave(group, 1)
     """Expands keys or values [n, KV heads, head_dim] to one per query head."""
     scale: Callable[[ModelConfig], float] = lambda config: config.head_dim**-0.5
+    attend: Callable[[Tensor, Tensor], Tensor] = attend
+    heads: Callable[[Tensor], Tensor] = lambda heads: heads
+    """Applied to attention's result, [T, num_heads, head_dim]."""
     attn_residual: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda x, normed, out: x + out
     """Called with the layer's input, attn_norm, and o_proj."""
     activation: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: F.silu(gate) * up
@@ -316,17 +346,21 @@ class _Run:
         inputs = [before_rope, *rotated.values(), "v_proj"]
         if self.same("attention", inputs, [], CACHE_OPERATIONS):
             made |= {stage: self.right[stage] for stage in stages}
-        else:
-            cache = _Cache.of(case, how)
-            key, value = how.cached(made[before_rope], made[rotated["k"]], made["v_proj"])
-            if how.written == "before attention":
-                cache.write(how.write_slots(case), key, value)
-            made["attention"] = how.cast(_attend(case, how, made[rotated["q"]], cache))
-            if how.written == "after attention":
-                cache.write(how.write_slots(case), key, value)
-            made["k_cache"], made["v_cache"] = cache.key[case.cached], cache.value[case.cached]
-        for stage in stages:
-            yield stage, made[stage]
+            yield from ((stage, made[stage]) for stage in stages)
+            return
+        cache = _Cache.of(case, how)
+        read = _Cache.of(case, how) if how.written == "after attention" else cache
+        key, value = how.cached(made[before_rope], made[rotated["k"]], made["v_proj"])
+        if how.written != "never":
+            cache.write(how.write_slots(case), key, value)
+        made["k_cache"], made["v_cache"] = cache.key[case.cached], cache.value[case.cached]
+        yield "k_cache", made["k_cache"]
+        yield "v_cache", made["v_cache"]
+        attention = how.cast(_attend(case, how, made[rotated["q"]], read))
+        right = self.right.get("attention")
+        changes_nothing = right is not None and torch.allclose(attention, right, rtol=0, atol=1e-6)
+        made["attention"] = right if right is not None and changes_nothing else attention
+        yield "attention", made["attention"]
 
 
 CACHE_OPERATIONS = (
@@ -336,11 +370,16 @@ CACHE_OPERATIONS = (
     "written",
     "norm_after_rope",
     "read_slots",
+    "contexts",
+    "query_tile",
     "read_to",
+    "read",
     "visible",
     "window",
     "spread",
     "scale",
+    "attend",
+    "heads",
 )
 
 
@@ -366,8 +405,9 @@ class _Cache:
 
     def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Slots beyond the last wrap around; they stand for memory outside the cache."""
-        slots = slots % self.key.count
-        self.writes[0][slots], self.writes[1][slots] = key, value
+        kept = slots >= 0
+        slots = slots[kept] % self.key.count
+        self.writes[0][slots], self.writes[1][slots] = key[kept], value[kept]
 
 
 def _seen_as(cache: Tensor, spec: KvCacheSpec, order: RowOrder) -> Tensor:
@@ -378,21 +418,37 @@ def _seen_as(cache: Tensor, spec: KvCacheSpec, order: RowOrder) -> Tensor:
 
 def _attend(case: Case, how: Operations, q: Tensor, cache: _Cache) -> Tensor:
     """[T, num_heads * head_dim]"""
-    assert case.layer is not None
-    config, starts = case.config, case.batch.query_starts.tolist()
-    window = how.window(config.window(case.layer))
+    starts = case.batch.query_starts.tolist()
     attended = []
-    for i, length in enumerate(case.batch.context_lens.tolist()):
+    for i, length in enumerate(how.contexts(case)):
         mine = q[starts[i] : starts[i + 1]]
-        positions = torch.arange(how.read_to(case, length))
-        slots = how.read_slots(case, i, positions) % cache.key.count
-        group = config.num_heads // config.num_kv_heads
-        k, v = (how.spread(t[slots], group) for t in (cache.key, cache.value))
-        query = torch.arange(length - len(mine), length).unsqueeze(1)
-        seen = how.visible(query, positions)
-        if window is not None:
-            seen = seen & (positions > query - window)
-        scores = torch.einsum("qhd,khd->hqk", mine, k) * how.scale(config)
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        attended.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
-    return torch.cat(attended)
+        size = how.query_tile or len(mine)
+        for first in range(0, len(mine), size):
+            tile = mine[first : first + size]
+            before = length - len(mine) + first
+            attended.append(_attend_tile(case, how, tile, cache, i, before))
+    return how.heads(torch.cat(attended)).flatten(1)
+
+
+def _attend_tile(
+    case: Case, how: Operations, q: Tensor, cache: _Cache, sequence: int, before: int
+) -> Tensor:
+    """Attention of queries of one sequence that follow each other, [n, num_heads, head_dim].
+
+    before: the position of the first of them.
+    """
+    assert case.layer is not None
+    config = case.config
+    window = how.window(config.window(case.layer))
+    length = before + len(q)
+    positions = torch.arange(how.read_to(case, length))
+    slots = how.read_slots(case, sequence, positions) % cache.key.count
+    group = config.num_heads // config.num_kv_heads
+    read = how.read(cache.key[slots], cache.value[slots], length)
+    k, v = (how.spread(t, group) for t in read)
+    query = torch.arange(before, length).unsqueeze(1)
+    seen = how.visible(query, positions)
+    if window is not None:
+        seen = seen & (positions > query - window)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * how.scale(config)
+    return how.attend(scores.masked_fill(~seen, float("-inf")), v)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from attrs import asdict
+from attrs import asdict, evolve
 
 from tilewright import __version__
 from tilewright_compare.against import Against, Change, ratios
@@ -111,6 +111,7 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "excess": _finite(finding.excess),
         "limit": finding.limit,
         "tolerance": str(finding.tolerance) if finding.tolerance else None,
+        "pattern": finding.pattern,
         "where": finding.where,
         "rows": finding.rows,
         "candidate": _difference_record(finding.candidate),
@@ -505,7 +506,7 @@ def advice(comparison: Comparison) -> list[str]:
             f"candidate tap {', '.join(gap[1:-1])}"
         ]
     else:
-        hints = [f"check {CHECKS.get(first.place.stage, first.place.tensor)}"]
+        hints = [_check(comparison, first)]
     if comparison.fused and (before := _advice_fused(comparison, first)):
         hints.append(before)
     modes = {f.place.mode for f in comparison.findings}
@@ -525,6 +526,34 @@ def advice(comparison: Comparison) -> list[str]:
         )
     return hints
 
+
+def _check(comparison: Comparison, first: Finding) -> str:
+    """What to check at the first wrong tensor. A cache of which only the keys or only the values
+    are wrong is stored in the right slots."""
+    check = CHECKS.get(first.place.stage, first.place.tensor)
+    if first.place.stage not in COMPUTED:
+        return f"check {check}"
+    caches = {
+        f.place.stage: f
+        for f in comparison.findings
+        if evolve(f.place, tensor=first.place.tensor) == first.place
+    }
+    other = caches.get("v_cache" if first.place.stage == "k_cache" else "k_cache")
+    if other is None:
+        return f"check {check}"
+    what, others = COMPUTED[first.place.stage]
+    if other.passed:
+        return f"check {what}: the {others} beside them are in their slots, and right"
+    if first.pattern == other.pattern:
+        return f"check {check}: keys and values are wrong in the same way"
+    return f"check {check}; or what both are computed from, such as attn_norm"
+
+
+COMPUTED = {
+    "k_cache": ("the key projection, its norm and RoPE", "values"),
+    "v_cache": ("the value projection, and which tensor is stored as values", "keys"),
+}
+"""What computes the keys or values of a cache, and what the other cache holds."""
 
 _ABOUT_PHASES: dict[Phase, str] = {
     "decode": "prefill is right: look at positions, slots and the cache of decode steps",

@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import evolve, field, frozen
@@ -20,6 +21,7 @@ from tilewright_compare.comparison import Comparison
 from tilewright_compare.coverage import SCORED, Coverage, Item, declared_tiles
 from tilewright_compare.diagnosis import Diagnosis
 from tilewright_compare.drift import Drift, drift
+from tilewright_compare.hypotheses import unexplained
 from tilewright_compare.judge import (
     FLOOR,
     Finding,
@@ -35,6 +37,7 @@ from tilewright_compare.judge import (
 )
 from tilewright_compare.layer import Case
 from tilewright_compare.packing import compared_weights
+from tilewright_compare.patterns import pattern
 from tilewright_compare.sides import (
     Choice,
     Side,
@@ -47,6 +50,7 @@ from tilewright_compare.sides import (
     late_request,
     open_side,
     recorder,
+    rows_of,
     unmixed_because,
     written,
 )
@@ -221,7 +225,7 @@ class _Sides:
             parts = [side.parts(s) for side, s in zip(self.all, steps, strict=True)]
             for layer, (ours, near, true) in enumerate(zip(*parts, strict=True), start=-1):
                 place = Place(mode="chained", phase=phase, step=number, tensor="")
-                found = self._judge(result, place, ours, near, true)
+                found = self._judge(result, place, step, ours, near, true)
                 compared += len(ours)
                 if layer < 0:
                     embedded = near.get("embed")
@@ -315,7 +319,7 @@ class _Sides:
             self.candidate.run_layer(begun[0], layer, hidden, ours, record[0])
             self.truth.run_layer(begun[2], layer, hidden.float(), true, record[2])
             output = self.baseline.run_layer(begun[1], layer, hidden, near, record[1])
-            found = self._judge(result, place, *taps)
+            found = self._judge(result, place, ours, *taps)
             kv = self._joined(steps, layer)
             found = _in_order(found, self._judge_kv(place, layer, ours, kv))
             result.findings += found
@@ -325,6 +329,8 @@ class _Sides:
                     f"layers.{layer}.v_cache": kv[0].value,
                 }
                 case = self._case(ours, layer, hidden, before, taps[0], found)
+                if not case.finite:
+                    case = self._with_finite_slots(case, begun[0], ours, near)
                 yield from _diagnose(result, diagnosis, case, f"layer {layer}")
             hidden = output
             for seen in taps:
@@ -335,11 +341,27 @@ class _Sides:
             self.candidate.run_head(begun[0], rows, ours, record[0])
             self.truth.run_head(begun[2], rows.float(), true, record[2])
             self.baseline.run_head(begun[1], rows, near, record[1])
-            found = self._judge(result, place, *taps)
+            found = self._judge(result, place, ours, *taps)
             result.findings += found
             if diagnosis and diagnosis.wants(None) and not all(f.passed for f in found):
                 case = self._case(ours, None, rows, None, taps[0], found)
                 yield from _diagnose(result, diagnosis, case, "head")
+
+    def _with_finite_slots(self, case: Case, begun: Any, ours: Step, near: Step) -> Case:
+        """The case, run again with random numbers in the slots that nobody wrote: if NaN is read
+        there, it hides from which slots, and all else. The case itself if the layer is then right.
+        """
+        layer = case.layer
+        assert layer is not None
+        copy_kv(self.baseline, self.candidate, layer, near, random=True)
+        before = self.candidate.kv(layer)
+        seen: Tensors = {}
+        self.candidate.run_layer(begun, layer, case.hidden, ours, recorder(seen))
+        cache = joined(self.candidate, layer, ours)
+        found = {name.rpartition(".")[2]: tensor for name, tensor in seen.items()}
+        found |= {"k_cache": cache.key, "v_cache": cache.value}
+        again = evolve(case, before=before, found=found)
+        return again if unexplained(again) > 1 else case
 
     def _next(self) -> tuple[Step, Step, Step] | None:
         """The same step on each side."""
@@ -388,7 +410,7 @@ class _Sides:
         return drift(evolve(case, tolerances=tolerated))
 
     def _judge(
-        self, result: Comparison, at: Place, ours: Tensors, near: Tensors, true: Tensors
+        self, result: Comparison, at: Place, step: Step, ours: Tensors, near: Tensors, true: Tensors
     ) -> list[Finding]:
         """Judges what the candidate taps. A stage that it taps once, it must tap everywhere."""
         for name in ours:
@@ -411,7 +433,7 @@ class _Sides:
                 why = "the candidate taps this tensor here, but not everywhere before"
                 found.append(Finding(place=place, passed=False, why=why))
             elif expected.numel():
-                found.append(self._finding(place, tensor, near[name], expected))
+                found.append(self._finding(place, step, tensor, near[name], expected))
         return found
 
     def _untapped(
@@ -441,14 +463,21 @@ class _Sides:
             return found
         if exact and "logits" in ours:
             return [*found, judge_bits(place, logits, ours["logits"])]
-        return [*found, self._finding(place, logits, near["logits"], true["logits"])]
+        return [*found, self._finding(place, step, logits, near["logits"], true["logits"])]
 
     def _finding(
-        self, place: Place, tensor: "Tensor | None", near: Tensor, true: Tensor
+        self, place: Place, step: Step, tensor: "Tensor | None", near: Tensor, true: Tensor
     ) -> Finding:
         noise = self.noise[place.mode, place.tensor]
         tolerance = next((t for t in self.tolerances if fnmatchcase(place.tensor, t.pattern)), None)
-        return judge(place, tensor, near, true, noise, tolerance)
+        finding = judge(place, tensor, near, true, noise, tolerance)
+        if finding.passed or finding.limits is None or tensor is None:
+            return finding
+        if tensor.shape != true.shape:
+            return finding
+        rows = rows_of(self.candidate, step, place.stage)
+        head = "query head" if place.stage.startswith("q_") else "KV head"
+        return evolve(finding, pattern=pattern(tensor, true, finding.limit, rows, head))
 
     def judge_perplexity(self, result: Comparison) -> None:
         for side in self.all:
@@ -500,7 +529,7 @@ class _Sides:
             if tapped:
                 finding = judge_bits(place, ours, getattr(tapped, name))
             else:
-                finding = self._finding(place, ours, near, true)
+                finding = self._finding(place, step, ours, near, true)
             found.append(evolve(finding, where=self._cached_at(finding, step)))
         return found
 

@@ -3,24 +3,15 @@
 from pathlib import Path
 from shutil import copyfile
 
+import kernel_mistakes
 import pytest
+from kernel_mistakes import CONFIG, made
 from reference_models import prompts, write_model
-from transformers import Qwen3Config
 
 from tilewright_compare import Choice, compare
-from tilewright_kernels.qwen3_14b.plugin import KERNELS, SOURCES
+from tilewright_compare.report import advice
+from tilewright_kernels.qwen3_14b.plugin import SOURCES
 
-CONFIG = Qwen3Config(
-    hidden_size=96,
-    intermediate_size=160,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    vocab_size=131,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-)
 CANDIDATE = Choice(executor="pypto-npu", options={"platform": "emulated"})
 POSITION = "position = pl.cast(pl.read(context_lens, [row + token]), pl.INDEX) - 1"
 
@@ -64,13 +55,73 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+QUICK = (
+    "values not rescaled",
+    "only the last tile attended",
+    "first tile skipped",
+    "pages of another size",
+    "last tile not masked",
+    "unwritten slots copied",
+    "last KV head's group left out",
+    "chunk start ignored in attention",
+    "pages of sequence 0 for all",
+    "contexts of the first batch tile",
+    "last slot of a page not written",
+    "slots of the first tile",
+    "first KV head cached for all",
+    "rows of the first tile in the head",
+    "half a head normed",
+    "cosine and sine swapped",
+)
+"""One of each kind; together, all take minutes."""
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(m, marks=() if m in QUICK else pytest.mark.slow)
+        for m in kernel_mistakes.MISTAKES
+    ],
+)
+def test_a_mistake_in_tiles_is_found_and_named(mistake, model, tmp_path):
+    planted = kernel_mistakes.MISTAKES[mistake]
+    with made(planted, tmp_path):
+        found = kernel_mistakes.compared(model, planted.run)
+    assert found.divergence is not None
+    place = found.divergence.place
+    assert (place.mode, place.phase) == ("isolated", planted.phase), found.sentence
+    assert place.stage in planted.stages, found.sentence
+    assert place.layer == (None if planted.stages == ("logits",) else 0)
+    assert found.reason is not None
+    assert {e.bug for e in found.reason.named} == {planted.cause, *planted.same}
+    assert planted.where in ("", found.divergence.pattern)
+    assert advice(found)[0].startswith(planted.check)
+
+
+def test_sums_in_bfloat16_are_found_and_named_in_a_wide_model(tmp_path):
+    write_model(kernel_mistakes.WIDE, tmp_path / "model", "bfloat16")
+    mistake = kernel_mistakes.SUMS_IN_BF16
+    (tmp_path / "kernels").mkdir()
+    with made(mistake, tmp_path / "kernels"):
+        found = kernel_mistakes.compared(tmp_path / "model", mistake.run)
+    assert found.divergence is not None
+    place = found.divergence.place
+    assert (place.phase, place.layer) == ("prefill", 0)
+    assert place.stage in mistake.stages
+    assert found.reason is not None
+    assert [e.bug for e in found.reason.named] == [mistake.cause]
+
+
+@pytest.mark.parametrize("run", [kernel_mistakes.PREFILL, kernel_mistakes.DECODE])
+def test_kernels_without_a_mistake_are_right_in_the_same_runs(run, model):
+    assert kernel_mistakes.compared(model, run).equal
+
+
 @pytest.fixture
 def kernels(tmp_path, monkeypatch) -> Path:
     """A copy of the kernels' source, which is loaded in place of it."""
-    for name in ("blocks", *KERNELS):
-        copyfile(SOURCES[name], tmp_path / f"{name}.py")
-    for name in SOURCES:
-        monkeypatch.setitem(SOURCES, name, tmp_path / f"{name}.py")
+    for name, file in dict(SOURCES).items():
+        monkeypatch.setitem(SOURCES, name, Path(copyfile(file, tmp_path / file.name)))
     return tmp_path
 
 

@@ -4,11 +4,12 @@ report."""
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from shutil import copyfile
 
 import planted
 import pytest
 import torch
+from attrs import evolve
+from kernel_mistakes import SUMS_IN_BF16, made
 from planted import Way, installed
 from reference_models import prompts, write_model
 from transformers import Qwen3Config
@@ -18,7 +19,6 @@ from tilewright_compare import Choice, Comparison, compare
 from tilewright_compare.against import GROWTH, Change, Earlier, Ratio, ratios
 from tilewright_compare.judge import Tolerance, slack
 from tilewright_compare.report import advice, ratio_lines, record
-from tilewright_kernels.qwen3_14b import source
 
 CONFIG = Qwen3Config(
     hidden_size=1024,
@@ -96,18 +96,11 @@ def test_a_tolerance_excuses_sums_in_16_bits(model, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_sums_in_16_bits_of_a_kernel_are_found_by_the_cache(model, tmp_path, monkeypatch, wrong):
-    for name in ("blocks", *source.KERNELS):
-        copyfile(source.path(name), tmp_path / f"{name}.py")
-    file = tmp_path / "blocks.py"
-    term = "k : k + K_TILE], weight[k : k + K_TILE, c : c + N_TILE]\n                )\n"
-    assert file.read_text().count(term) == 1
-    rounded = 'acc = pl.cast(pl.cast(acc, pl.BF16, mode="rint"), pl.FP32, mode="rint")\n'
-    if wrong:
-        file.write_text(file.read_text().replace(term, f"{term}{' ' * 16}{rounded}"))
-    monkeypatch.setattr(source, "path", lambda name: tmp_path / f"{name}.py")
+def test_sums_in_16_bits_of_a_kernel_are_found_by_the_cache(model, tmp_path, wrong):
+    mistake = SUMS_IN_BF16 if wrong else evolve(SUMS_IN_BF16, wrong=SUMS_IN_BF16.right)
     candidate = Choice(executor="pypto-npu", options={"platform": "emulated"})
-    found = compare(model, TORCH, candidate, IDS, new_tokens=2)
+    with made(mistake, tmp_path):
+        found = compare(model, TORCH, candidate, IDS, new_tokens=2)
     assert all(f.passed for f in found.findings)
     assert found.equal != wrong
     if wrong:
