@@ -77,7 +77,7 @@ def _span(wrong: Tensor, one: str, several: str) -> str:
     """The first and the last of the wrong slices, if nearly all between them are wrong too."""
     places = wrong.nonzero().flatten()
     first, last = int(places[0]), int(places[-1])
-    if len(places) < INSIDE * (last - first + 1):
+    if last - first + 1 == len(wrong) or len(places) < INSIDE * (last - first + 1):
         return ""
     return f"{one} {first}" if first == last else f"{several} {first}-{last}"
 

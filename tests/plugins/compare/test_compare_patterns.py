@@ -40,6 +40,9 @@ PARTS = {
         slice(20, 32), slice(0, 1), slice(0, 8), "only prompt-1, only head 0, only dimensions 0-7",
     ),
     "everywhere": (slice(None), slice(None), slice(None), ""),
+    "all dimensions but one in the middle": (
+        slice(None), slice(None), [*range(7), *range(8, 16)], "",
+    ),
     "every third row": (slice(0, 32, 3), slice(None), slice(None), ""),
 }  # fmt: skip
 
