@@ -238,10 +238,8 @@ MISTAKES = {
         "each tile of 16 rows has the residual of the first one", 2,
     ),
     "rows of the first tile in the head": KernelMistake(
-        "row, count, x)\n        normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)\n"
-        "        normed = rms_norm(x, final_norm, normed)",
-        "0, count, x)\n        normed = pl.create_tensor([ROWS, HIDDEN], dtype=pl.BF16)\n"
-        "        normed = rms_norm(x, final_norm, normed)",
+        "row, count, x)\n        logits = score_rows(",
+        "0, count, x)\n        logits = score_rows(",
         "prefill", ("logits",),
         "each tile of 16 rows of the head has the input of the first one",
         run=DECODE,
