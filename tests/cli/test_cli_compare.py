@@ -25,7 +25,8 @@ from tilewright_compare.judge import Finding, Limits, LogitsAgreement, Place, ju
 from tilewright_compare.metrics import difference
 from tilewright_compare.packing import WeightFinding
 from tilewright_compare.page import html
-from tilewright_compare.report import MODES, grouped, record, text
+from tilewright_compare.record import record
+from tilewright_compare.report import MODES, grouped, text
 from tilewright_compare.shades import LIGHT, PASSING
 from tilewright_torch.model import TorchExecutor
 
@@ -616,8 +617,15 @@ def test_numbers_that_json_has_no_word_for_are_null():
         Finding(place=place, passed=False, why="off", candidate=difference(nan, zero)),
         Finding(place=place, passed=False, why="the candidate has no such tensor"),
     ]
-    written = json.dumps(record(comparison), allow_nan=False)
-    assert json.loads(written)["findings"][-1]["excess"] is None
+    comparison.drift = Drift(
+        tensor="v_cache", projection="v_proj", dtype="bfloat16", block=8, nearer=math.inf
+    )
+    guesses = (Explanation(bug="RoPE is missing", excess=math.inf),)
+    comparison.reason = Reason(unexplained=math.inf, tried=180, best=guesses)
+    written = json.loads(json.dumps(record(comparison), allow_nan=False))
+    assert written["findings"][-1]["excess"] is None
+    assert written["drift"]["nearer"] is None
+    assert written["reason"]["guesses"] == [{"bug": "RoPE is missing", "excess": None}]
     assert html(comparison)
 
 
@@ -626,6 +634,11 @@ def test_an_unfinished_comparison_is_not_called_equal():
     comparison.finished = False
     assert record(comparison)["verdict"] == "unfinished"
     assert not comparison.sentence.startswith("equal")
+    comparison.drift = Drift(
+        tensor="v_cache", projection="v_proj", dtype="bfloat16", block=8, nearer=2.0
+    )
+    assert record(comparison)["verdict"] == "diverged"
+    assert comparison.sentence.startswith("drift: v_proj is added up in bfloat16")
 
 
 class _Page(HTMLParser):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def ratios(findings: Iterable[Finding]) -> list[Ratio]:
     found: dict[Key, Ratio] = {}
     for f in findings:
         if f.candidate is None or f.baseline is None or not f.rows:
+            continue
+        if not isfinite(f.candidate.relative_rms + f.baseline.relative_rms):
             continue
         new = Ratio(
             mode=f.place.mode,

@@ -482,11 +482,13 @@ class Watch:
 
 def write(comparison: "Comparison", file: IO[str], as_json: bool) -> None:
     """Write the report, as JSON or as text that fits the terminal."""
-    from tilewright_compare.report import record, text
-
     if as_json:
+        from tilewright_compare.record import record
+
         write_json(record(comparison), file)
         return
+    from tilewright_compare.report import text
+
     on_terminal = file.isatty()
     lines = text(comparison, get_terminal_size().columns, wrapped=on_terminal)
     if not on_terminal:

@@ -1,5 +1,7 @@
 """The result of a comparison."""
 
+from typing import Literal
+
 from attrs import define, field
 
 from tilewright.types import ResolvedRuntime
@@ -10,6 +12,8 @@ from tilewright_compare.hypotheses import Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Perplexity
 from tilewright_compare.packing import WeightFinding
 from tilewright_compare.provenance import Made
+
+Verdict = Literal["equal", "diverged", "unfinished"]
 
 
 @define(kw_only=True)
@@ -53,6 +57,12 @@ class Comparison:
     @property
     def equal(self) -> bool:
         return self.finished and not self.differs
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.equal:
+            return "equal"
+        return "diverged" if self.differs else "unfinished"
 
     @property
     def differs(self) -> bool:
@@ -99,13 +109,13 @@ class Comparison:
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             return f"weight {wrong[0].name} is packed wrongly: {wrong[0].why}{more}"
         first = self.divergence
+        if first is None and self.drift:
+            return f"{self.drift.sentence}, though its error is within its limit"
         if first is None and not self.finished:
             so_far = f"no difference in {len(self.findings)} tensors so far"
             return f"{self.failure}; {so_far}" if self.failure else f"not finished: {so_far}"
         if first is None and self.perplexity and not self.perplexity.passed:
             return f"diverges in what no compared tensor shows: {self.perplexity.why}"
-        if first is None and self.drift:
-            return f"{self.drift.sentence}, though its error is within its limit"
         if first is None and self.against and not self.against.passed:
             return f"less accurate than before: {self.against.sentence}"
         if first is None:

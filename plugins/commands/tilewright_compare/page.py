@@ -11,13 +11,13 @@ from attrs import frozen
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tilewright import __version__
+from tilewright_compare.advice import advice
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.hypotheses import RULED_OUT, Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode
 from tilewright_compare.metrics import Difference
 from tilewright_compare.report import (
     MODES,
-    advice,
     axes,
     cell,
     facts,
@@ -27,7 +27,6 @@ from tilewright_compare.report import (
     reason_line,
     shown_modes,
     untapped_line,
-    verdict,
     weights_line,
     worst,
 )
@@ -52,7 +51,7 @@ def html(comparison: Comparison) -> str:
     first = comparison.divergence
     return environment.get_template("page.html.jinja").render(
         comparison=comparison,
-        verdict=verdict(comparison),
+        verdict=comparison.verdict,
         facts=facts(comparison),
         why=reason_line(comparison.reason) if comparison.reason else "",
         missing=missing_lines(comparison),

@@ -24,7 +24,6 @@ from tilewright_compare.report import (
     reason_line,
     shown_modes,
     untapped_line,
-    verdict,
     worst,
 )
 from tilewright_compare.shades import LIGHT, PASSING, ends, level
@@ -58,7 +57,7 @@ def png(comparison: Comparison) -> bytes:
     What failed has a cross, and what failed first a frame.
     """
     blocks = [
-        _verdict(verdict(comparison)),
+        _verdict(comparison.verdict),
         _text(comparison.sentence, _LARGE, LIGHT.ink),
         _text(facts(comparison), _SMALL, LIGHT.faint),
     ]

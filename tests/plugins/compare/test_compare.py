@@ -32,15 +32,10 @@ from tilewright.errors import ConfigError
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import ExecutorLimits, RuntimeConfig
 from tilewright_compare import Choice, Comparison, Tolerance, compare
+from tilewright_compare.advice import advice
 from tilewright_compare.layer import Case, Operations
-from tilewright_compare.report import (
-    advice,
-    coverage_lines,
-    missing_lines,
-    perplexity_lines,
-    record,
-    text,
-)
+from tilewright_compare.record import record
+from tilewright_compare.report import coverage_lines, missing_lines, perplexity_lines, text
 
 TORCH = Choice(executor="torch")
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [7, 8, 9], [30, 20, 10, 90]]

@@ -9,7 +9,7 @@ from kernel_mistakes import CONFIG, made
 from reference_models import prompts, write_model
 
 from tilewright_compare import Choice, compare
-from tilewright_compare.report import advice
+from tilewright_compare.advice import advice
 from tilewright_kernels.qwen3_14b.plugin import SOURCES
 
 CANDIDATE = Choice(executor="pypto-npu", options={"platform": "emulated"})

@@ -16,9 +16,11 @@ from transformers import Qwen3Config
 
 from tilewright.types import RuntimeConfig
 from tilewright_compare import Choice, Comparison, compare
+from tilewright_compare.advice import advice
 from tilewright_compare.against import GROWTH, Change, Earlier, Ratio, ratios
 from tilewright_compare.judge import Tolerance, slack
-from tilewright_compare.report import advice, ratio_lines, record
+from tilewright_compare.record import record
+from tilewright_compare.report import ratio_lines
 
 CONFIG = Qwen3Config(
     hidden_size=1024,
