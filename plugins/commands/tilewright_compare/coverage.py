@@ -182,7 +182,8 @@ class Coverage:
 
     def _of_part(self, part: Part, phase: Phase) -> Iterator[str]:
         size, start, stop = self.page_size, part.start, part.stop
-        if start // size != (stop - 1) // size or (start and start % size == 0):
+        begins_a_page = start > 0 and start % size == 0
+        if start // size != (stop - 1) // size or (phase == "decode" and begins_a_page):
             yield CROSSED
         if stop > 2 * size:
             yield THIRD_PAGE
@@ -291,9 +292,10 @@ class Coverage:
 
 
 CROSSED = "crossed a page"
+"""A chunk that has tokens in two pages, or a decoded token that is the first of its page."""
 THIRD_PAGE = "reached a third page"
 LAST_SLOT = "read back the last slot of a page"
-"""Of a page that the phase has filled."""
+"""The phase itself has written that slot."""
 SECOND_CHUNK = "ran a second chunk"
 INSIDE_PAGE = "began a chunk inside a page"
 INSIDE_TILE = "began a chunk inside an attention tile"

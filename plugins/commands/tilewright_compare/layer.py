@@ -395,7 +395,7 @@ class _Cache:
     def of(cls, case: Case, how: Operations) -> "_Cache":
         assert case.before is not None
         order = case.spec.row_order
-        tensors = [t.float().clone() for t in (case.before.key, case.before.value)]
+        tensors = [t.to(torch.float32, copy=True) for t in (case.before.key, case.before.value)]
         reads = [Slots(t, order) for t in tensors]
         writes = [
             Slots(_seen_as(t, case.spec, how.write_order or order), how.write_order or order)

@@ -69,18 +69,19 @@ def difference(
     size = expected.abs()
     one_sided = (found_finite != expected_finite).nonzero()
     worst = int(one_sided[0]) if len(one_sided) else int(gap.where(both, -1.0).argmax())
-    f, e, g = found[both], expected[both], gap[both]
-    nonzero = e != 0
+    f, e, g, ours, theirs = found, expected, gap, candidate.flatten(), reference.flatten()
+    if not both.all():
+        f, e, g, ours, theirs = (t[both] for t in (f, e, g, ours, theirs))
     coordinates = torch.unravel_index(torch.tensor(worst), candidate.shape)
     return Difference(
         elements=candidate.numel(),
         max_abs=_max(g),
-        max_rel=_max(g[nonzero] / e[nonzero].abs()),
+        max_rel=_max((g / e.abs()).where(e != 0, 0.0)),
         relative_rms=_ratio(float(g.norm()), float(e.norm())),
         cosine=_cosine(f, e),
         gain=_gain(f, e),
         beyond=float((gap > atol + rtol * size).logical_or(~both).double().mean()),
-        max_ulps=_ulps(candidate.flatten()[both], reference.flatten()[both]),
+        max_ulps=_ulps(ours, theirs),
         worst=tuple(int(i) for i in coordinates),
         candidate_at_worst=float(found[worst]),
         reference_at_worst=float(expected[worst]),

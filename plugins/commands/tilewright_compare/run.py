@@ -102,17 +102,15 @@ def compare(
         )
         if against:
             check_runtime(against, result.dtype, sides.candidate.model.runtime)
-        steps = -(-sum(map(len, prompts)) // chunk) + new_tokens - 1
         late = late_request(prompts, chunk)
         why = unmixed_because(sides.all, late, chunk)
-        if not why:
-            steps += 1
         coverage = _coverage(candidate, sides.candidate, unmixed=why)
         result.tiles_declared = coverage.tiles is not None
         for side in sides.all:
             if not why:
                 side.mix(evolve(late))
             side.start()
+        steps = sides.count_steps()
         progress(result, "weights", 0, steps)
         result.weights = list(compared_weights(sides.candidate, sides.baseline))
         tokens: list[list[int]] = []
@@ -207,6 +205,16 @@ class _Sides:
     @property
     def layerwise(self) -> bool:
         return all(side.layerwise for side in self.all)
+
+    def count_steps(self) -> int:
+        """The number of steps of a run, which are scheduled and not run."""
+        side = self.baseline
+        steps = 0
+        while (step := side.next_step()) is not None:
+            side.done(step, [0] * len(step.sampled))
+            steps += 1
+        side.start()
+        return steps
 
     def chained(
         self, result: Comparison, tokens: list[list[int]], coverage: Coverage

@@ -767,6 +767,23 @@ def test_an_executor_that_does_not_mix_gets_no_mixed_step(models: Path, monkeypa
     assert not any("mixed" in item.name for item in found.coverage)
 
 
+def test_progress_counts_the_steps_that_are_run(models: Path):
+    plant("none").compare(models)
+    told: list[tuple[int, int]] = []
+    found = compare(
+        models / "qwen3-tied",
+        TORCH,
+        Choice(executor="planted"),
+        [[5] * 5, [6], [7] * 9],
+        new_tokens=3,
+        chunk=4,
+        progress=lambda result, what, done, total: told.append((done, total)),
+    )
+    steps = len({f.place.step for f in found.findings})
+    assert {total for _, total in told} == {steps}
+    assert (told[0][0], told[-1][0]) == (0, steps)
+
+
 def test_sampling_by_the_executor_is_said_not_to_be_compared(models: Path, monkeypatch):
     for name in ("serves", "submit"):
         monkeypatch.setattr(planted.PlantedExecutor, name, lambda self: None, raising=False)

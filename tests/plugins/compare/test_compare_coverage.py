@@ -18,7 +18,7 @@ from tilewright.scheduler import Scheduler
 from tilewright.types import ExecutorLimits, RuntimeConfig, SamplingParams, Tiles
 from tilewright_compare import Choice, Comparison, compare
 from tilewright_compare.coverage import Coverage, Item, missing, shortened
-from tilewright_compare.default_run import default_run
+from tilewright_compare.default_run import Plan, default_run
 from tilewright_compare.sides import scatter_pages
 
 EMULATED = ["--candidate", "pypto-npu", "-o", "candidate.platform=emulated"]
@@ -91,8 +91,12 @@ TILES = [
 
 
 def scheduled(tiles: Tiles, positions: int) -> Coverage:
-    """What the default run for these tiles reaches in an executor that runs no mixed steps."""
-    plan = default_run(tiles, range(100), positions)
+    """What the default run for these tiles reaches."""
+    return planned(default_run(tiles, range(100), positions), tiles)
+
+
+def planned(plan: Plan, tiles: Tiles | None) -> Coverage:
+    """What a run reaches in an executor that runs no mixed steps."""
     page_size = plan.page_size or 16
     batch = len(plan.prompts)
     limits = ExecutorLimits(mixed=False, max_batch_size=batch, max_batch_tokens=plan.chunk)
@@ -100,7 +104,6 @@ def scheduled(tiles: Tiles, positions: int) -> Coverage:
     scatter_pages(allocator)
     scheduler = Scheduler(allocator, batch, plan.chunk, limits=limits, prefix_cache=False)
     for i, ids in enumerate(plan.prompts):
-        assert 0 < len(ids) <= positions - plan.new_tokens
         scheduler.add(Request(f"prompt-{i}", tuple(ids), SamplingParams(), plan.new_tokens))
     coverage = Coverage(tiles=tiles, page_size=page_size, limits=limits, kv_heads=1)
     number = 0
@@ -127,11 +130,30 @@ def test_the_default_run_is_made_for_the_tiles_at_hand(tiles: Tiles):
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("positions", [8, 64])
 def test_a_model_of_few_positions_gets_shorter_prompts(tiles: Tiles, positions: int):
+    plan = default_run(tiles, range(100), positions)
+    assert all(0 < len(ids) <= positions - plan.new_tokens for ids in plan.prompts)
     left = {str(item) for item in missing(scheduled(tiles, positions).items())}
     assert "ran decode" not in left
     assert "ran prefill" not in left
     if (tiles.page_size or 16) > positions:
         assert "crossed a page" in left
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "crossed"),
+    [
+        (8, 4, ["decode"]),
+        (7, 8, ["prefill"]),
+        (8, 8, ["prefill", "decode"]),
+        (4, 4, ["decode"]),
+        (3, 4, []),
+    ],
+)
+def test_a_page_is_crossed_within_a_chunk_or_by_a_decoded_token(tokens, chunk, crossed):
+    plan = Plan(prompts=[[1] * tokens], new_tokens=2, chunk=chunk, page_size=4)
+    items = planned(plan, None).items()
+    reached = [i.phase for i in items if i.name == "crossed a page" and i.reached]
+    assert reached == crossed
 
 
 # --- how it is said -------------------------------------------------------------------------------
