@@ -145,7 +145,7 @@ class Against:
     report: str
     date: str
     changes: Sequence[Change]
-    """Of each error that both have, in the order of computation, isolated before chained."""
+    """Each error that both reports have, in the order of computation, isolated before chained."""
     differences: Sequence[str] = ()
     """What else differs between the two, in words."""
 
@@ -182,7 +182,7 @@ class Against:
 def read_report(path: str) -> Earlier:
     """Read a report of ``tilewright compare --json``.
 
-    Raises ConfigError for a file that cannot be read, is no report, or lacks the figures.
+    Raises ConfigError for a file that cannot be read, that is not a report, or that lacks the figures.
     """
     who = f"--against {quoted(path, 300)}"
     try:

@@ -90,7 +90,7 @@ def _others(page: int, keys: int, batch: int, most: int) -> list[int]:
 
 
 def _no_multiple(least: int, sizes: Sequence[int]) -> int:
-    """A number of tokens that is no multiple of a page or a tile, so that what follows begins
+    """A number of tokens that is not a multiple of a page or a tile, so that what follows begins
     inside one."""
     sizes = [size for size in sizes if size > 1]
     return next(n for n in count(least) if all(n % size for size in sizes))

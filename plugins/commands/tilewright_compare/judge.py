@@ -336,9 +336,10 @@ def judge_perplexity(
     nats, and their number. noise: the baseline's largest error in a logit, of each compared row.
     floor: as in FLOOR. judged: whether the result has a limit. None if there is no token to score.
 
-    Errors of logits up to e change a token's log-likelihood by at most 2 e, and if they are as
-    independent as those of rounding, the mean over n tokens by 2 e / sqrt(n). The candidate may
-    lose FACTOR times that, or FACTOR times what the baseline itself loses.
+    Errors of logits up to e change a token's log-likelihood by at most 2 e. If the errors of n
+    tokens are independent, as those of rounding are, the standard deviation of their mean is at
+    most 2 e / sqrt(n). The limit is FACTOR times the largest of that, the baseline's own error, and
+    floor, relative to the truth's loss where that is above 1.
     """
     tokens = float(truth[1])
     if not tokens or not candidate[1]:

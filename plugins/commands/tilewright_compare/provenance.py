@@ -50,7 +50,7 @@ class Made:
     new_tokens: int
     chunk: int
     versions: Mapping[str, str]
-    """Of Python, torch, and each distribution that has plugins."""
+    """Versions of Python, torch, and each distribution that has plugins."""
     platform: str
     cpu: str
 

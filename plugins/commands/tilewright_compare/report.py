@@ -156,8 +156,9 @@ def coverage_lines(comparison: Comparison) -> list[str]:
     if not items:
         return []
     reached = sum(item.reached for item in items)
+    over = "" if comparison.over in comparison.sentence else f", over {comparison.over}"
     undeclared = "" if comparison.tiles_declared else f"; {comparison.candidate} declares no tiles"
-    lines = [f"reached {reached} of {len(items)} paths, over {comparison.over}{undeclared}"]
+    lines = [f"reached {reached} of {len(items)} paths{over}{undeclared}"]
     if left := comparison.unreached:
         told = (f"{item} ({item.detail})" if item.detail else str(item) for item in left)
         lines.append(f"never {', '.join(told)}")
@@ -170,7 +171,7 @@ def perplexity_lines(comparison: Comparison) -> list[str]:
         return []
     mark = "" if found.passed else "!"
     told = f"truth {found.truth:.6g}, candidate {found.candidate:.6g}{mark}"
-    return [f"perplexity of the prompt: {told}"]
+    return [f"perplexity of the prompts: {told}"]
 
 
 def ratio_lines(comparison: Comparison) -> list[str]:

@@ -51,15 +51,15 @@ def test_the_default_run_reaches_every_path(capsys, candidate):
 
 
 def test_one_token_reaches_hardly_anything_and_strict_says_so(capsys):
-    thin = ["compare", *FLOAT32, "--prompt", "We", "--new-tokens", "1"]
-    assert main([*thin, "--strict"]) == 3
+    argv = ["compare", *FLOAT32, "--prompt", "We", "--new-tokens", "1"]
+    assert main([*argv, "--strict"]) == 3
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert first.startswith("equal, but never ran prefill, ")
     assert "in prefill" not in first
     assert second == (
         "next: to reach more: tilewright compare -o candidate.runtime.weight_dtype=float32 --strict"
     )
-    assert main([*thin, "--json"]) == 0
+    assert main([*argv, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     left = {item["name"] for item in report["coverage"] if not item["reached"]}
     assert {"ran prefill", "crossed a page in decode", "ran several sequences in decode"} <= left
