@@ -182,7 +182,7 @@ class Against:
 def read_report(path: str) -> Earlier:
     """Read a report of ``tilewright compare --json``.
 
-    Raises ConfigError for a file that cannot be read, that is not a report, or that lacks the figures.
+    Raises ConfigError for a file that cannot be read, is not a report, or lacks the figures.
     """
     who = f"--against {quoted(path, 300)}"
     try:
