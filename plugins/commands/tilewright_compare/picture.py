@@ -69,11 +69,10 @@ def png(comparison: Comparison) -> bytes:
     told = [untapped_line(comparison), *coverage_lines(comparison), *missing_lines(comparison)]
     if comparison.against:
         told += comparison.against.lines()
-    for line in (*told, *made_lines(comparison)):
-        if line:
-            blocks.append(_text(line, _SMALL, LIGHT.faint))
-    model = Path(comparison.model).resolve().name
-    blocks.append(_text(f"model {model}; tilewright compare {__version__}", _SMALL, LIGHT.faint))
+    model = f"model {Path(comparison.model).resolve().name}; tilewright compare {__version__}"
+    for lines in (told, made_lines(comparison), [model]):
+        if small := [_text(line, _SMALL, LIGHT.faint) for line in lines if line]:
+            blocks.append(_stacked(small, gap=12))
     inside = _stacked(blocks, gap=40)
     height = inside.height + inside.height % 2 + 2 * _MARGIN
     picture = Image.new("RGB", (2 * WIDTH, height), LIGHT.paper)
