@@ -17,6 +17,7 @@ from tilewright.scheduler import Step
 from tilewright.types import KvLayer, SamplingExecutor
 from tilewright.weights import torch_dtype
 from tilewright_compare.against import Earlier, changes, check_runtime
+from tilewright_compare.caches import cached_slots, cleared, copy_kv, joined, rows_of, written
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.coverage import SCORED, Coverage, Item, declared_tiles
 from tilewright_compare.diagnosis import Diagnosis
@@ -43,16 +44,10 @@ from tilewright_compare.sides import (
     Side,
     StepError,
     Tensors,
-    cached_slots,
-    cleared,
-    copy_kv,
-    joined,
     late_request,
     open_side,
     recorder,
-    rows_of,
     unmixed_because,
-    written,
 )
 
 BEFORE_CACHE = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope")
