@@ -395,6 +395,23 @@ def test_a_file_that_is_no_report_is_refused_before_anything_is_loaded(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"prompts": 5}, "(TypeError: 'int' object is not iterable)"),
+        ({"prompts": [["We"]]}, "(ValueError: expected token ids of at least 0, found 'We')"),
+        ({"new_tokens": -3}, "(ValueError: expected new_tokens of at least 1, found -3)"),
+    ],
+)
+def test_a_report_that_does_not_say_what_it_ran_is_refused(
+    capsys, earlier, first_report, made, message
+):
+    name = earlier(made=first_report["made"] | made)
+    code, out, err = compared(capsys, *SEVEN, "--against", name)
+    assert (code, out) == (2, "")
+    assert f"has another form {message}: write it again" in err
+
+
 def test_a_report_that_is_older_than_its_figures_is_refused(capsys, first_report, tmp_path):
     file = tmp_path / "old.json"
     file.write_text(json.dumps({k: v for k, v in first_report.items() if k != "ratios"}))

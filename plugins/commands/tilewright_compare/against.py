@@ -10,6 +10,7 @@ from attrs import asdict, evolve, frozen
 
 from tilewright.errors import ConfigError, on_one_line, quoted
 from tilewright.types import ResolvedRuntime
+from tilewright_compare.default_run import Plan
 from tilewright_compare.judge import FLOOR, Finding, Mode, Phase, slack
 from tilewright_compare.provenance import Made
 
@@ -135,6 +136,8 @@ class Earlier:
     """The candidate's, as ``ResolvedRuntime`` has it."""
     made: Mapping[str, Any]
     """As ``Made`` has it."""
+    plan: Plan
+    """What it ran."""
     ratios: Sequence[Ratio]
 
 
@@ -215,6 +218,7 @@ def read_report(path: str) -> Earlier:
             dtype=report["dtype"],
             runtime=dict(report["runtime"]),
             made=report["made"],
+            plan=_plan(report["made"], report["runtime"]),
             ratios=[_ratio(item) for item in report["ratios"]],
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -224,15 +228,29 @@ def read_report(path: str) -> Earlier:
         ) from error
 
 
+def _plan(made: Mapping[str, Any], runtime: Mapping[str, Any]) -> Plan:
+    return Plan(
+        prompts=[[_integer(0, "token ids", i) for i in ids] for ids in made["prompts"]],
+        new_tokens=_integer(1, "new_tokens", made["new_tokens"]),
+        chunk=_integer(1, "chunk", made["chunk"]),
+        page_size=_integer(1, "page_size", runtime["page_size"]),
+    )
+
+
+def _integer(least: int, what: str, found: Any) -> int:
+    """found. Raises ValueError if it is not an integer of at least so much."""
+    if not isinstance(found, int) or found < least:
+        raise ValueError(f"expected {what} of at least {least}, found {found!r:.20}")
+    return found
+
+
 def _ratio(item: Mapping[str, Any]) -> Ratio:
-    if (rows := int(item["rows"])) < 1:
-        raise ValueError(f"expected rows of at least 1, found {rows}")
     return Ratio(
         mode=item["mode"],
         phase=item["phase"],
         layer=item["layer"],
         stage=item["stage"],
-        rows=rows,
+        rows=_integer(1, "rows", item["rows"]),
         candidate=float(item["candidate"]),
         baseline=float(item["baseline"]),
     )

@@ -272,11 +272,11 @@ def planned(
     text, limit = Text(loaded.text), loaded.config.context_length
     page_size = tried.runtime.page_size
     if prompts is None and earlier:
-        plan = Plan(
-            prompts=[list(ids) for ids in earlier.made["prompts"]],
-            new_tokens=args.new_tokens or earlier.made["new_tokens"],
-            chunk=args.chunk or earlier.made["chunk"],
-            page_size=page_size or earlier.runtime["page_size"],
+        plan = evolve(
+            earlier.plan,
+            new_tokens=args.new_tokens or earlier.plan.new_tokens,
+            chunk=args.chunk or earlier.plan.chunk,
+            page_size=page_size or earlier.plan.page_size,
         )
     elif prompts is None:
         tiles = declared_tiles(tried, loaded.config, tried.runtime) or Tiles(page_size=page_size)

@@ -18,6 +18,7 @@ from tilewright.types import RuntimeConfig
 from tilewright_compare import Choice, Comparison, compare
 from tilewright_compare.advice import advice
 from tilewright_compare.against import GROWTH, Change, Earlier, Ratio, ratios
+from tilewright_compare.default_run import Plan
 from tilewright_compare.judge import Tolerance, slack
 from tilewright_compare.record import record
 from tilewright_compare.report import ratio_lines
@@ -117,6 +118,7 @@ def earlier(found: Comparison) -> Earlier:
         dtype=report["dtype"],
         runtime=report["runtime"],
         made={"date": "2026-01-01"},
+        plan=Plan(prompts=IDS, new_tokens=2, chunk=512, page_size=None),
         ratios=ratios(found.findings),
     )
 
