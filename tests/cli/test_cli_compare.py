@@ -377,7 +377,7 @@ def test_an_earlier_report_of_another_model_is_refused(capsys, earlier, first_re
         ("[1]", "found JSON without the keys tilewright, verdict and findings"),
         ({"finished": False}, "that comparison did not finish: write it again with this version"),
         ({"made": None}, "the report does not say how it was made: write it again"),
-        ({"ratios": [{"mode": "chained"}]}, "has another form (KeyError: 'mode')"),
+        ({"ratios": [{"mode": "chained"}]}, "has another form (KeyError: 'phase')"),
         ({"ratios": 7}, "has another form (TypeError: "),
         ({"runtime": None}, "has another form (TypeError: "),
     ],
