@@ -1,6 +1,7 @@
 """A comparison against an earlier report of it: where the candidate's error grew."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,14 +208,17 @@ def read_report(path: str) -> Earlier:
     if not isinstance(report["made"], dict):
         raise ConfigError(f"{who}: the report does not say how it was made: {again}")
     try:
-        return Earlier(
-            path=path,
-            dtype=report["dtype"],
-            runtime=dict(report["runtime"]),
-            made=report["made"],
-            ratios=[_ratio(item) for item in report["ratios"]],
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        runtime, made = dict(report["runtime"]), report["made"]
+        numbers = made["new_tokens"], made["chunk"], runtime["page_size"]
+        lengths = [len(list(ids)) for ids in made["prompts"]]
+        if not all(isinstance(number, int) and number > 0 for number in (*numbers, *lengths)):
+            raise ValueError("prompts, new_tokens, chunk or page_size is not a positive number")
+        if not all(isinstance(token, int) for ids in made["prompts"] for token in ids):
+            raise ValueError("prompts are not lists of token ids")
+        if not (found := [_ratio(item) for item in report["ratios"]]):
+            raise ValueError("ratios is empty")
+        return Earlier(path=path, dtype=report["dtype"], runtime=runtime, made=made, ratios=found)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{who}: the report of tilewright {report['tilewright']} has another form "
             f"({type(error).__name__}: {on_one_line(str(error))}): {again}"
@@ -224,11 +228,21 @@ def read_report(path: str) -> Earlier:
 def _ratio(item: Mapping[str, Any]) -> Ratio:
     if (rows := int(item["rows"])) < 1:
         raise ValueError(f"expected rows of at least 1, found {rows}")
+    mode, phase, layer, stage = (item[name] for name in ("mode", "phase", "layer", "stage"))
+    if not (
+        isinstance(layer, int | None) and all(isinstance(n, str) for n in (mode, phase, stage))
+    ):
+        raise ValueError("expected names as mode, phase and stage, and a number or null as layer")
+    for side in ("candidate", "baseline"):
+        error = item[side]  # null: it was not finite
+        if not (isinstance(error, int | float) and 0 <= error < math.inf):
+            shown = "null" if error is None else quoted(error)
+            raise ValueError(f"expected a finite error of the {side} in {stage}, found {shown}")
     return Ratio(
-        mode=item["mode"],
-        phase=item["phase"],
-        layer=item["layer"],
-        stage=item["stage"],
+        mode=mode,
+        phase=phase,
+        layer=layer,
+        stage=stage,
         rows=rows,
         candidate=float(item["candidate"]),
         baseline=float(item["baseline"]),

@@ -66,6 +66,17 @@ def test_one_token_reaches_hardly_anything_and_strict_says_so(capsys):
     assert not {"ran decode", "mixed prompts and decoding in a step"} & left
 
 
+@pytest.mark.parametrize(
+    "setting", ["candidate.runtime.page_size=7", "reference.runtime.page_size=9"]
+)
+def test_the_command_that_reaches_more_keeps_a_page_size_that_alone_tells_the_sides_apart(
+    capsys, setting
+):
+    main(["compare", "-o", setting, "--prompt", "We", "--new-tokens", "1"])
+    hint = capsys.readouterr().out.splitlines()[1]
+    assert hint == f"next: to reach more: tilewright compare -o {setting} --strict"
+
+
 def test_the_command_that_reaches_more_keeps_the_settings_of_both_sides(capsys, tmp_path):
     run = tmp_path / "run.toml"
     run.write_text('[prompts]\ntext = ["We"]\n[options.executor]\nstream_weights = true\n')
