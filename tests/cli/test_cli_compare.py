@@ -631,10 +631,24 @@ def test_numbers_that_json_has_no_word_for_are_null():
     place = Place(mode="chained", phase="prefill", step=0, tensor="logits")
     comparison.findings += [
         Finding(place=place, passed=False, why="off", candidate=difference(nan, zero)),
-        Finding(place=place, passed=False, why="the candidate has no such tensor"),
+        Finding(
+            place=place,
+            passed=False,
+            why="the candidate has no such tensor",
+            limits=Limits(relative_rms=math.inf, worst_row=math.inf, gain=math.inf),
+        ),
     ]
-    written = json.dumps(record(comparison), allow_nan=False)
-    assert json.loads(written)["findings"][-1]["excess"] is None
+    comparison.drift = Drift(
+        tensor="v_cache", projection="v_proj", dtype="bfloat16", block=8, nearer=math.inf
+    )
+    comparison.reason = Reason(
+        unexplained=math.inf, tried=1, best=(Explanation(bug="RoPE is missing", excess=math.inf),)
+    )
+    written = json.loads(json.dumps(record(comparison), allow_nan=False))
+    assert written["findings"][-1]["excess"] is None
+    assert written["findings"][-1]["limit"] is None
+    assert written["drift"]["nearer"] is None
+    assert written["reason"]["guesses"][0]["excess"] is None
     assert html(comparison)
 
 

@@ -405,18 +405,17 @@ def wider(
 
     if not (comparison.finished and comparison.unreached):
         return ""
-    prompts, page = [("prompts", key) for key in ("text", "file")], ("runtime", "page_size")
-    given = any(place in candidate.origins for place in (*prompts, page))
+    given = args.against or any(("prompts", k) in candidate.origins for k in ("text", "file"))
     paged = any(i.name in (CROSSED, THIRD_PAGE) and not i.reached for i in comparison.coverage)
     small = not comparison.tiles_declared and paged
     small = small and candidate.config.runtime.page_size != PAGE_SIZE
-    if not (given or args.new_tokens or args.chunk or small):
-        return ""
-    dropped = _OURS
     tried, trusted = choices(candidate.config, reference.config)
     runtime = evolve(trusted.runtime, page_size=tried.runtime.page_size)
-    if small or evolve(trusted, runtime=runtime) != evolve(tried, observers=()):
-        dropped = (*_OURS, "page_size")
+    differ = evolve(trusted, runtime=runtime) != evolve(tried, observers=())
+    dropped = [*_OURS, "page_size"] if small or differ else list(_OURS)
+    page = differ and tried.runtime.page_size
+    if not (given or page or args.new_tokens or args.chunk or small):
+        return ""
     words = ["tilewright", "compare"]
     for side, resolved in zip(SIDES, (candidate, reference), strict=True):
         words += _settings(side, resolved, dropped)

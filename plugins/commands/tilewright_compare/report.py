@@ -52,7 +52,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
     """The whole comparison, as docs/numerics.md documents it. Non-finite numbers become None."""
     divergence = comparison.divergence
     perplexity = comparison.perplexity
-    return {
+    whole = {
         "tilewright": __version__,
         "verdict": verdict(comparison),
         "sentence": comparison.sentence,
@@ -70,17 +70,11 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "weights": [asdict(w) for w in comparison.weights],
         "perplexity": None
         if perplexity is None
-        else {k: _finite(v) for k, v in asdict(perplexity).items()} | {"passed": perplexity.passed},
-        "logits": [
-            {k: _finite(v) for k, v in asdict(row).items()} | {"near_tie": row.near_tie}
-            for row in comparison.logits
-        ],
+        else asdict(perplexity) | {"passed": perplexity.passed},
+        "logits": [asdict(row) | {"near_tie": row.near_tie} for row in comparison.logits],
         "drift": asdict(comparison.drift) if comparison.drift else None,
         "against": _against_record(comparison.against) if comparison.against else None,
-        "ratios": [
-            {k: _finite(v) for k, v in asdict(r).items()} | {"ratio": _finite(r.ratio)}
-            for r in ratios(comparison.findings)
-        ],
+        "ratios": [asdict(r) | {"ratio": r.ratio} for r in ratios(comparison.findings)],
         "not_compared": comparison.not_compared,
         "coverage": [
             {"name": str(i), "reached": i.reached, "detail": i.detail} for i in comparison.coverage
@@ -89,6 +83,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "fused": comparison.fused,
         "findings": [finding_record(f) for f in comparison.findings],
     }
+    return {key: _finite(value) for key, value in whole.items()}
 
 
 def verdict(comparison: Comparison) -> str:
@@ -108,7 +103,7 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "stage": place.stage,
         "passed": finding.passed,
         "why": finding.why,
-        "excess": _finite(finding.excess),
+        "excess": finding.excess,
         "limit": finding.limit,
         "tolerance": str(finding.tolerance) if finding.tolerance else None,
         "pattern": finding.pattern,
@@ -117,8 +112,8 @@ def finding_record(finding: Finding) -> dict[str, Any]:
         "candidate": _difference_record(finding.candidate),
         "baseline": _difference_record(finding.baseline),
         "worst_row": {
-            "candidate": _finite(finding.worst_row[0]),
-            "baseline": _finite(finding.worst_row[1]),
+            "candidate": finding.worst_row[0],
+            "baseline": finding.worst_row[1],
         },
     }
 
@@ -129,10 +124,10 @@ def _against_record(against: Against) -> dict[str, Any]:
         place = {name: getattr(now, name) for name in ("mode", "phase", "layer", "stage")}
         return {
             **place,
-            "factor": _finite(change.factor),
+            "factor": change.factor,
             "limit": change.scatter,
-            "then": _finite(change.then.ratio),
-            "now": _finite(now.ratio),
+            "then": change.then.ratio,
+            "now": now.ratio,
         }
 
     return {
@@ -150,7 +145,7 @@ def _reason_record(reason: Reason) -> dict[str, Any]:
     return {
         "confidence": reason.confidence,
         "bugs": [e.bug for e in reason.named],
-        "unexplained": _finite(reason.unexplained),
+        "unexplained": reason.unexplained,
         "tried": reason.tried,
         "broken": list(reason.broken),
         "refuted": list(reason.refuted),
@@ -161,11 +156,15 @@ def _reason_record(reason: Reason) -> dict[str, Any]:
 def _difference_record(difference: Difference | None) -> dict[str, Any] | None:
     if difference is None:
         return None
-    figures = asdict(difference) | {"nmse": difference.nmse}
-    return {name: _finite(value) for name, value in figures.items()}
+    return asdict(difference) | {"nmse": difference.nmse}
 
 
 def _finite(value: Any) -> Any:
+    """A value of a record, with None for each number in it that is not finite."""
+    if isinstance(value, Mapping):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -77,6 +77,14 @@ def test_the_command_that_reaches_more_keeps_a_page_size_that_alone_tells_the_si
     assert hint == f"next: to reach more: tilewright compare -o {setting} --strict"
 
 
+def test_the_command_that_has_just_run_is_not_told_again(capsys):
+    setting = ["-o", "candidate.runtime.page_size=1024"]
+    main(["compare", *setting])
+    out = capsys.readouterr().out
+    assert out.startswith("equal, but never ")
+    assert "to reach more" not in out
+
+
 def test_the_command_that_reaches_more_keeps_the_settings_of_both_sides(capsys, tmp_path):
     run = tmp_path / "run.toml"
     run.write_text('[prompts]\ntext = ["We"]\n[options.executor]\nstream_weights = true\n')
