@@ -830,7 +830,7 @@ def test_the_documentation_names_every_key_of_the_report():
     parts = (finding, finding["candidate"], report["logits"][0], reason, reason["guesses"][0])
     parts += (report["ratios"][0], asdict(drift))
     for keys in (report, *parts):
-        for key in keys.keys() - {"elements"}:
+        for key in keys:
             assert f"`{key}`" in PAGE, key
 
 

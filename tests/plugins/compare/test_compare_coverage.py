@@ -11,6 +11,7 @@ import torch
 from attrs import evolve
 from planted import Plant, installed
 
+from tilewright import hookimpl
 from tilewright.cli import main
 from tilewright.kv_cache import KvCacheManager
 from tilewright.request import Request
@@ -20,6 +21,7 @@ from tilewright_compare import Choice, Comparison, compare
 from tilewright_compare.coverage import Coverage, Item, missing, shortened
 from tilewright_compare.default_run import default_run
 from tilewright_compare.sides import scatter_pages
+from tilewright_torch import plugin as torch_plugin
 
 EMULATED = ["--candidate", "pypto-npu", "-o", "candidate.platform=emulated"]
 FLOAT32 = ["-o", "candidate.runtime.weight_dtype=float32"]
@@ -106,6 +108,7 @@ TILES = [
     Tiles(page_size=128, prefill_rows=64, decode_rows=16, kv_rows=128),
     Tiles(page_size=5, decode_rows=8),
     Tiles(page_size=32, prefill_rows=128, kv_rows=32),
+    Tiles(page_size=7, prefill_rows=1, decode_rows=1, kv_rows=1),
 ]
 
 
@@ -151,6 +154,19 @@ def test_a_model_of_few_positions_gets_shorter_prompts(tiles: Tiles, positions: 
     assert "ran prefill" not in left
     if (tiles.page_size or 16) > positions:
         assert "crossed a page" in left
+
+
+@pytest.mark.parametrize("size", [0, -2, "16", 2.5])
+def test_tiles_of_no_size_are_refused(capsys, monkeypatch, size):
+    @hookimpl
+    def tiles():
+        return Tiles(kv_rows=size)
+
+    monkeypatch.setattr(torch_plugin, "tiles", tiles)
+    assert main(["compare", *FLOAT32]) == 2
+    assert f"must return sizes of at least 1 or None, found kv_rows={size!r}" in (
+        capsys.readouterr().err
+    )
 
 
 # --- how it is said -------------------------------------------------------------------------------
