@@ -254,12 +254,13 @@ class Coverage:
         if tiles.kv_rows:
             names += [SECOND_TILE, THIRD_TILE, WHOLE_TILE]
             names += [PARTIAL_TILE] * (tiles.kv_rows > 1)
-        names += [SEVERAL, RAGGED, UNEVEN, SCATTERED]
+        several = limits.max_batch_size != 1
+        names += [SEVERAL, RAGGED, UNEVEN] * several + [SCATTERED]
         chunks = [SECOND_CHUNK, INSIDE_PAGE] if self.page_size > 1 else [SECOND_CHUNK]
         if tiles.kv_rows and tiles.kv_rows not in (1, self.page_size):
             chunks.append(INSIDE_TILE)
         yield from ((name, None) for name in chunks)
-        if limits.mixed:
+        if limits.mixed and several:
             yield MIXED, None
         yield from ((name, phase) for name in names for phase in PHASES)
         for kind, rows in (("prefill", tiles.prefill_rows), ("decode", tiles.decode_rows)):
@@ -267,7 +268,8 @@ class Coverage:
                 fillings = (what for what in _FILLINGS if rows > 1 or what != "padded a")
                 yield from ((f"{what} {kind} tile", None) for what in fillings)
         yield PAGE_END, None
-        yield ONE_TOKEN, None
+        if several:  # alone, a single token is decode
+            yield ONE_TOKEN, None
         if limits.max_batch_tokens is not None:
             yield FULL_TOKENS, None
         if limits.max_batch_size is not None:
