@@ -188,6 +188,7 @@ def test_an_executor_that_fails_leaves_a_report_and_ends_with_code_2(capsys, tmp
     report = json.loads(out)
     assert (report["verdict"], report["finished"]) == ("unfinished", False)
     assert report["failure"] in err
+    assert report["next"] == []  # more prompts would not help
     assert len(report["findings"]) > 40
     assert "out of memory" in page.read_text()
 
@@ -370,6 +371,10 @@ def test_an_earlier_report_of_another_model_is_refused(capsys, earlier, first_re
     assert "the model must be the same, found 000000000000... then and " in err
 
 
+RATIO = {"mode": "chained", "phase": "decode", "layer": 0, "stage": "output", "rows": 1}
+RATIO |= {"candidate": 0.1, "baseline": 0.1}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -379,7 +384,18 @@ def test_an_earlier_report_of_another_model_is_refused(capsys, earlier, first_re
         ({"made": None}, "the report does not say how it was made: write it again"),
         ({"ratios": [{"mode": "chained"}]}, "has another form (KeyError: 'phase')"),
         ({"ratios": 7}, "has another form (TypeError: "),
+        ({"ratios": []}, "has another form (ValueError: ratios is empty)"),
+        ({"ratios": [RATIO | {"candidate": None}]}, "error of the candidate in output, found null"),
+        (
+            {"ratios": [RATIO | {"baseline": float("nan")}]},
+            "finite error of the baseline in output",
+        ),
+        ({"ratios": [RATIO | {"candidate": -1.0}]}, "found -1.0"),
+        ({"ratios": [RATIO | {"candidate": "0.1"}]}, "found '0.1'"),
+        ({"ratios": [RATIO | {"layer": [0]}]}, "a number or null as layer"),
+        ({"ratios": [RATIO | {"rows": float("inf")}]}, "expected rows of at least 1, found inf"),
         ({"runtime": None}, "has another form (TypeError: "),
+        ({"made": {}}, "has another form (KeyError: 'prompts')"),
     ],
 )
 def test_a_file_that_is_no_report_is_refused_before_anything_is_loaded(
@@ -400,6 +416,8 @@ def test_a_file_that_is_no_report_is_refused_before_anything_is_loaded(
     [
         ({"prompts": 5}, "(TypeError: 'int' object is not iterable)"),
         ({"prompts": [["We"]]}, "(ValueError: expected token ids of at least 0, found 'We')"),
+        ({"prompts": [[]]}, "(ValueError: expected prompts of at least one token, found [[]])"),
+        ({"chunk": "8"}, "(ValueError: expected chunk of at least 1, found '8')"),
         ({"new_tokens": -3}, "(ValueError: expected new_tokens of at least 1, found -3)"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def read_report(path: str) -> Earlier:
             runtime=dict(report["runtime"]),
             made=report["made"],
             plan=_plan(report["made"], report["runtime"]),
-            ratios=[_ratio(item) for item in report["ratios"]],
+            ratios=_ratios(report["ratios"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -229,6 +229,8 @@ def read_report(path: str) -> Earlier:
 
 
 def _plan(made: Mapping[str, Any], runtime: Mapping[str, Any]) -> Plan:
+    if not made["prompts"] or not all(made["prompts"]):
+        raise ValueError(f"expected prompts of at least one token, found {made['prompts']!r:.20}")
     return Plan(
         prompts=[[_integer(0, "token ids", i) for i in ids] for ids in made["prompts"]],
         new_tokens=_integer(1, "new_tokens", made["new_tokens"]),
@@ -244,12 +246,28 @@ def _integer(least: int, what: str, found: Any) -> int:
     return found
 
 
+def _ratios(items: Sequence[Mapping[str, Any]]) -> list[Ratio]:
+    if not items:
+        raise ValueError("ratios is empty")
+    return [_ratio(item) for item in items]
+
+
 def _ratio(item: Mapping[str, Any]) -> Ratio:
+    mode, phase, layer, stage = (item[name] for name in ("mode", "phase", "layer", "stage"))
+    if not (
+        isinstance(layer, int | None) and all(isinstance(n, str) for n in (mode, phase, stage))
+    ):
+        raise ValueError("expected names as mode, phase and stage, and a number or null as layer")
+    for side in ("candidate", "baseline"):
+        error = item[side]  # null: it was not finite
+        if not (isinstance(error, int | float) and 0 <= error < inf):
+            shown = "null" if error is None else quoted(error)
+            raise ValueError(f"expected a finite error of the {side} in {stage}, found {shown}")
     return Ratio(
-        mode=item["mode"],
-        phase=item["phase"],
-        layer=item["layer"],
-        stage=item["stage"],
+        mode=mode,
+        phase=phase,
+        layer=layer,
+        stage=stage,
         rows=_integer(1, "rows", item["rows"]),
         candidate=float(item["candidate"]),
         baseline=float(item["baseline"]),

@@ -6,7 +6,7 @@ mistake hides in, such as the softmax that is not rescaled from one tile of keys
 
 from collections.abc import Iterator, Sequence
 
-from attrs import define, evolve, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 from torch import Tensor
 
 from tilewright import plugins
@@ -77,6 +77,12 @@ def declared_tiles(choice: Choice, config: ModelConfig, runtime: RuntimeConfig) 
     tiles = selected.call("tiles", model_config=config, runtime_config=runtime, options=options)
     if tiles is not None and not isinstance(tiles, Tiles):
         raise PluginError(f"{selected.plugin}: tiles() must return a Tiles, found {tiles!r:.80}")
+    for name, size in asdict(tiles).items() if tiles else ():
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise PluginError(
+                f"{selected.plugin}: tiles() must return sizes of at least 1 or None, found "
+                f"{name}={size!r:.80}"
+            )
     return tiles
 
 
@@ -247,20 +253,24 @@ class Coverage:
             yield f"ran {phase}", None
         names = [CROSSED, THIRD_PAGE, LAST_SLOT]
         if tiles.kv_rows:
-            names += [SECOND_TILE, THIRD_TILE, PARTIAL_TILE, WHOLE_TILE]
-        names += [SEVERAL, RAGGED, UNEVEN, SCATTERED]
+            names += [SECOND_TILE, THIRD_TILE, WHOLE_TILE]
+            names += [PARTIAL_TILE] * (tiles.kv_rows > 1)
+        several = limits.max_batch_size != 1
+        names += [SEVERAL, RAGGED, UNEVEN] * several + [SCATTERED]
         chunks = [SECOND_CHUNK, INSIDE_PAGE] if self.page_size > 1 else [SECOND_CHUNK]
-        if tiles.kv_rows and tiles.kv_rows != self.page_size:
+        if tiles.kv_rows and tiles.kv_rows not in (1, self.page_size):
             chunks.append(INSIDE_TILE)
         yield from ((name, None) for name in chunks)
-        if limits.mixed:
+        if limits.mixed and several:
             yield MIXED, None
         yield from ((name, phase) for name in names for phase in PHASES)
         for kind, rows in (("prefill", tiles.prefill_rows), ("decode", tiles.decode_rows)):
             if rows:
-                yield from ((f"{what} {kind} tile", None) for what in _FILLINGS)
+                fillings = (what for what in _FILLINGS if rows > 1 or what != "padded a")
+                yield from ((f"{what} {kind} tile", None) for what in fillings)
         yield PAGE_END, None
-        yield ONE_TOKEN, None
+        if several:  # alone, a single token is decode
+            yield ONE_TOKEN, None
         if limits.max_batch_tokens is not None:
             yield FULL_TOKENS, None
         if limits.max_batch_size is not None:

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,23 +112,28 @@ def reader_options(config: RunConfig) -> dict[str, Mapping[str, Any]]:
 def wider(
     comparison: "Comparison", candidate: Resolved, reference: Resolved, args: argparse.Namespace
 ) -> str:
-    """The command that reaches more: without the user's prompts, steps and page size, or in
-    smaller pages where the candidate does not declare any. Empty if there is none."""
+    """The command that reaches more: without the user's prompts and steps, and without the page
+    size, unless only that tells the two sides apart; or in smaller pages where the candidate does
+    not declare any. Empty if there is none."""
     from tilewright_compare.coverage import CROSSED, THIRD_PAGE
     from tilewright_compare.default_run import PAGE_SIZE
 
-    if not comparison.unreached:
+    if not (comparison.finished and comparison.unreached):
         return ""
-    prompts, page = [("prompts", key) for key in ("text", "file")], ("runtime", "page_size")
-    given = any(place in candidate.origins for place in (*prompts, page))
+    given = args.against or any(("prompts", k) in candidate.origins for k in ("text", "file"))
     paged = any(i.name in (CROSSED, THIRD_PAGE) and not i.reached for i in comparison.coverage)
     small = not comparison.tiles_declared and paged
     small = small and candidate.config.runtime.page_size != PAGE_SIZE
-    if not (given or args.new_tokens or args.chunk or small):
+    tried, trusted = choices(candidate.config, reference.config)
+    runtime = evolve(trusted.runtime, page_size=tried.runtime.page_size)
+    differ = evolve(trusted, runtime=runtime) != evolve(tried, observers=())
+    dropped = [*_OURS, "page_size"] if small or differ else list(_OURS)
+    page = differ and tried.runtime.page_size
+    if not (given or page or args.new_tokens or args.chunk or small):
         return ""
     words = ["tilewright", "compare"]
     for side, resolved in zip(SIDES, (candidate, reference), strict=True):
-        words += _flags_of(side, resolved)
+        words += _flags_of(side, resolved, dropped)
     if small:
         words += ["-o", f"candidate.runtime.page_size={PAGE_SIZE}"]
     if args.isolate:
@@ -138,9 +143,9 @@ def wider(
     return shlex.join([*words, "--strict"])
 
 
-def _flags_of(side: str, resolved: Resolved) -> Iterator[str]:
-    """The flags that repeat a side's settings, without prompts, page size and what the environment
-    gives."""
+def _flags_of(side: str, resolved: Resolved, dropped: Sequence[str]) -> Iterator[str]:
+    """The flags that repeat a side's settings, without prompts, the dropped runtime settings and
+    what the environment gives."""
     config = resolved.config
     for place, origin in resolved.origins.items():
         if origin.startswith(ENVIRONMENT_PREFIX):
@@ -162,7 +167,7 @@ def _flags_of(side: str, resolved: Resolved) -> Iterator[str]:
                     value = value[name]
                 key = ".".join([side if kind == "executor" else kind, *names])
                 yield from ("-o", f"{key}={_as_flag(value)}")
-            case ("runtime", name) if name not in (*_OURS, "page_size"):
+            case ("runtime", name) if name not in dropped:
                 value = getattr(config.runtime, name)
                 yield from ("-o", f"{side}.runtime.{name}={_as_flag(value)}")
 

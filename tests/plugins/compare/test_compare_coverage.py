@@ -11,6 +11,7 @@ import torch
 from attrs import evolve
 from planted import Plant, installed
 
+from tilewright import hookimpl
 from tilewright.cli import main
 from tilewright.kv_cache import KvCacheManager
 from tilewright.request import Request
@@ -20,6 +21,7 @@ from tilewright_compare import Choice, Comparison, compare
 from tilewright_compare.coverage import Coverage, Item, missing, shortened
 from tilewright_compare.default_run import Plan, default_run
 from tilewright_compare.sides import scatter_pages
+from tilewright_torch import plugin as torch_plugin
 
 EMULATED = ["--candidate", "pypto-npu", "-o", "candidate.platform=emulated"]
 FLOAT32 = ["-o", "candidate.runtime.weight_dtype=float32"]
@@ -66,6 +68,25 @@ def test_one_token_reaches_hardly_anything_and_strict_says_so(capsys):
     assert not {"ran decode", "mixed prompts and decoding in a step"} & left
 
 
+@pytest.mark.parametrize(
+    "setting", ["candidate.runtime.page_size=7", "reference.runtime.page_size=9"]
+)
+def test_the_command_that_reaches_more_keeps_a_page_size_that_alone_tells_the_sides_apart(
+    capsys, setting
+):
+    main(["compare", "-o", setting, "--prompt", "We", "--new-tokens", "1"])
+    hint = capsys.readouterr().out.splitlines()[1]
+    assert hint == f"next: to reach more: tilewright compare -o {setting} --strict"
+
+
+def test_the_command_that_has_just_run_is_not_told_again(capsys):
+    setting = ["-o", "candidate.runtime.page_size=1024"]
+    main(["compare", *setting])
+    out = capsys.readouterr().out
+    assert out.startswith("equal, but never ")
+    assert "to reach more" not in out
+
+
 def test_the_command_that_reaches_more_keeps_the_settings_of_both_sides(capsys, tmp_path):
     run = tmp_path / "run.toml"
     run.write_text('[prompts]\ntext = ["We"]\n[options.executor]\nstream_weights = true\n')
@@ -87,6 +108,7 @@ TILES = [
     Tiles(page_size=128, prefill_rows=64, decode_rows=16, kv_rows=128),
     Tiles(page_size=5, decode_rows=8),
     Tiles(page_size=32, prefill_rows=128, kv_rows=32),
+    Tiles(page_size=7, prefill_rows=1, decode_rows=1, kv_rows=1),
 ]
 
 
@@ -127,6 +149,15 @@ def test_the_default_run_is_made_for_the_tiles_at_hand(tiles: Tiles):
     assert list(map(str, missing(scheduled(tiles, 2048).items()))) == []
 
 
+def test_an_executor_of_one_sequence_has_no_paths_of_several():
+    limits = ExecutorLimits(max_batch_size=1)
+    names = {str(i) for i in Coverage(tiles=None, page_size=5, limits=limits, kv_heads=1).items()}
+    several = {"mixed prompts and decoding in a step", "ran a single token in prefill"}
+    several |= {name for name in names if "sequences of" in name or "several" in name}
+    assert not several & names
+    assert {"crossed a page in decode", "read pages out of order in prefill"} <= names
+
+
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("positions", [8, 64])
 def test_a_model_of_few_positions_gets_shorter_prompts(tiles: Tiles, positions: int):
@@ -154,6 +185,19 @@ def test_a_page_is_crossed_within_a_chunk_or_by_a_decoded_token(tokens, chunk, c
     items = planned(plan, None).items()
     reached = [i.phase for i in items if i.name == "crossed a page" and i.reached]
     assert reached == crossed
+
+
+@pytest.mark.parametrize("size", [0, -2, "16", 2.5])
+def test_tiles_of_no_size_are_refused(capsys, monkeypatch, size):
+    @hookimpl
+    def tiles():
+        return Tiles(kv_rows=size)
+
+    monkeypatch.setattr(torch_plugin, "tiles", tiles)
+    assert main(["compare", *FLOAT32]) == 2
+    assert f"must return sizes of at least 1 or None, found kv_rows={size!r}" in (
+        capsys.readouterr().err
+    )
 
 
 # --- how it is said -------------------------------------------------------------------------------
@@ -205,7 +249,7 @@ def test_prompts_wait_where_an_executor_takes_fewer_at_a_time(models: Path, monk
     found = planted_run(models)
     assert found.finished
     assert found.divergence is None
-    assert "ran several sequences" in map(str, found.unreached)
+    assert found.over.endswith("up to 1 sequence a step")
     assert {row.request for row in found.logits} == {0, 1}
 
 
