@@ -542,6 +542,8 @@ def _check(comparison: Comparison, first: Finding) -> str:
     if other is None:
         return f"check {check}"
     what, others = COMPUTED[first.place.stage]
+    if other.passed and first.candidate is not None and first.candidate.more_nonfinite:
+        return f"check which tokens are written, and in which slots: the {others} are right"
     if other.passed:
         return f"check {what}: the {others} beside them are in their slots, and right"
     if first.pattern == other.pattern:
