@@ -553,7 +553,11 @@ def _check(comparison: Comparison, first: Finding) -> str:
 
 COMPUTED = {
     "k_cache": ("the key projection, its norm and RoPE", "values"),
-    "v_cache": ("the value projection, and which tensor is stored as values", "keys"),
+    "v_cache": (
+        "the value projection, which tensor is stored as values, and the scale of attn_norm, which "
+        "a norm of keys would hide",
+        "keys",
+    ),
 }
 """What computes the keys or values of a cache, and what the other cache holds."""
 
