@@ -326,7 +326,7 @@ MISTAKES = {
         "write_cache(values, slot_mapping, row, count, v_cache)\n\n        query_heads",
         "write_cache(values, slot_mapping, row, count - 1, v_cache)\n\n        query_heads",
         "decode", ("v_cache",),
-        "the last row of each tile of 16 rows is not written, in the cache of values",
+        "the last row of each tile of rows is not written, in the cache of values",
         check="check which tokens are written",
     ),
 }  # fmt: skip

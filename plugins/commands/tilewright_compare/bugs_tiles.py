@@ -271,8 +271,8 @@ def _sources(case: Case) -> Iterator[tuple[str, Tensor]]:
     if case.batch.max_query_len == 1:
         starts = torch.tensor([0, len(case.hidden)])
     if len(starts) > 2:
-        rows = torch.cat([torch.arange(length) for length in starts.diff().tolist()])
-        yield "each sequence has the {} of the step's first rows", rows
+        counted = [torch.arange(length) for length in starts.diff().tolist()]
+        yield "each sequence has the {} of the step's first rows", torch.cat(counted)
     longest = int(starts.diff().max())
     for tile in (t for t in ROWS if t < longest):
         places = [torch.arange(stop - start) for start, stop in pairwise(starts.tolist())]
@@ -394,13 +394,14 @@ def slots_left_out(case: Case) -> Iterator[tuple[str, Operations]]:
     }
     decodes = case.batch.max_query_len == 1
     bounds = [0, len(slots)] if decodes else starts.tolist()
+    lasts = []
     for tile in ROWS:
         last = torch.zeros_like(ends)
         for start, stop in pairwise(bounds):
             last[start + tile - 1 : stop : tile] = True
             last[stop - 1] = True
-        parts[f"the last row of each tile of {tile} rows"] = last
-    for part, left in parts.items():
+        lasts.append(("the last row of each tile of rows", last))
+    for part, left in (*parts.items(), *lasts):
         what = f"{part} is not written{cache and f', in the cache{cache}'}"
         kept = slots.where(~left, -1)
 
