@@ -309,6 +309,26 @@ MISTAKES = {
         "project(activation, w_down, down, INTERMEDIATE - K_TILE,", "prefill", ("output",),
         "the last 32 columns of down_proj are left out of the sum",
     ),
+    # rows of a step
+    "residual of the step's first rows": KernelMistake(
+        "x = widen_rows(hidden, row, count, x)\n            out",
+        "x = widen_rows(hidden, i, count, x)\n            out", "prefill", ("output",),
+        "each sequence has the residual of the step's first rows",
+    ),
+    "values in the slots of the step's first rows": KernelMistake(
+        "write_cache(values, slot_mapping, row, count, v_cache)\n\n    for b",
+        "write_cache(values, slot_mapping, i, count, v_cache)\n\n    for b",
+        "prefill", ("v_cache",),
+        "each sequence has the slots of values of the step's first rows",
+        check="check which tokens are written",
+    ),
+    "values of the last row not written": KernelMistake(
+        "write_cache(values, slot_mapping, row, count, v_cache)\n\n        query_heads",
+        "write_cache(values, slot_mapping, row, count - 1, v_cache)\n\n        query_heads",
+        "decode", ("v_cache",),
+        "the last row of each tile of rows is not written, in the cache of values",
+        check="check which tokens are written",
+    ),
 }  # fmt: skip
 
 

@@ -55,14 +55,21 @@ class LayerShape:
     """Keys in one step of attention."""
     vec_tile: int = field(
         default=Factory(
-            lambda s: _widest(s.hidden, s.intermediate, s.kv_heads * s.head_dim), takes_self=True
+            lambda s: _widest(
+                s.hidden, s.intermediate, s.kv_heads * s.head_dim, limit=s._two_rounds
+            ),
+            takes_self=True,
         )
     )
     """Columns that vector code works on at a time."""
     n_tile: int = field(
         default=Factory(
             lambda s: _widest(
-                s.hidden, s.intermediate, s.heads * s.head_dim, s.kv_heads * s.head_dim
+                s.hidden,
+                s.intermediate,
+                s.heads * s.head_dim,
+                s.kv_heads * s.head_dim,
+                limit=s._two_rounds,
             ),
             takes_self=True,
         )
@@ -70,7 +77,9 @@ class LayerShape:
     """Output columns of a matrix product's tile."""
     k_tile: int = field(
         default=Factory(
-            lambda s: _widest(s.hidden, s.intermediate, s.heads * s.head_dim, limit=128),
+            lambda s: _widest(
+                s.hidden, s.intermediate, s.heads * s.head_dim, limit=min(128, s._two_rounds)
+            ),
             takes_self=True,
         )
     )
@@ -129,6 +138,12 @@ class LayerShape:
                 f"a prefill of max_tokens {self.max_tokens} in max_batch {self.max_batch} "
                 f"sequences takes {scratch} bytes of scratch, and {SCRATCH_BYTES} is the most"
             )
+
+    @property
+    def _two_rounds(self) -> int:
+        """Widest tile with which loops over hidden run twice, so that the results of small models
+        depend on what the loops carry over."""
+        return min(256, self.hidden // 2)
 
     @property
     def _scratch_rows(self) -> int:

@@ -84,6 +84,8 @@ def _check(comparison: Comparison, first: Finding) -> str:
     if other is None:
         return f"check {check}"
     what, others = COMPUTED[first.place.stage]
+    if other.passed and first.candidate is not None and first.candidate.more_nonfinite:
+        return f"check which tokens are written, and in which slots: the {others} are right"
     if other.passed:
         return f"check {what}: the {others} beside them are in their slots, and right"
     if first.pattern == other.pattern:
@@ -93,7 +95,11 @@ def _check(comparison: Comparison, first: Finding) -> str:
 
 COMPUTED = {
     "k_cache": ("the key projection, its norm and RoPE", "values"),
-    "v_cache": ("the value projection, and which tensor is stored as values", "keys"),
+    "v_cache": (
+        "the value projection, which tensor is stored as values, and the scale of attn_norm, which "
+        "a norm of keys would hide",
+        "keys",
+    ),
 }
 """What computes the keys or values of a cache, and what the other cache holds."""
 

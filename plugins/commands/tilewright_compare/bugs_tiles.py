@@ -7,6 +7,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
+from tilewright_compare.hypotheses import right_excess
 from tilewright_compare.layer import Case, Operations, angles, attend, read_slots, rms_norm
 
 TILES = (16, 32, 64, 128, 256)
@@ -269,6 +270,9 @@ def _sources(case: Case) -> Iterator[tuple[str, Tensor]]:
     starts = case.batch.query_starts.long()
     if case.batch.max_query_len == 1:
         starts = torch.tensor([0, len(case.hidden)])
+    if len(starts) > 2:
+        counted = [torch.arange(length) for length in starts.diff().tolist()]
+        yield "each sequence has the {} of the step's first rows", torch.cat(counted)
     longest = int(starts.diff().max())
     for tile in (t for t in ROWS if t < longest):
         places = [torch.arange(stop - start) for start, stop in pairwise(starts.tolist())]
@@ -312,8 +316,9 @@ def _with_rows(case: Case, rows: Tensor) -> dict[str, Operations]:
     batch = case.batch
     slots = batch.slot_mapping.long()[rows]
     moved = evolve(batch, positions=batch.positions[rows])
+    cache, misplaced = _written(case)
     found = {
-        "slots": Operations(write_slots=lambda case: slots),
+        f"slots{cache}": Operations(write_slots=lambda case: slots, misplaced=misplaced),
         "RoPE positions": Operations(angles=lambda case: angles(evolve(case, batch=moved))),
         "residual": Operations(attn_residual=lambda x, normed, out: x[rows] + out),
         "attention": Operations(heads=lambda heads: heads[rows]),
@@ -326,6 +331,13 @@ def _with_rows(case: Case, rows: Tensor) -> dict[str, Operations]:
             read_slots=lambda case, i, at: read_slots(evolve(case, batch=pages), i, at)
         )
     return found
+
+
+def _written(case: Case) -> tuple[str, tuple[str, ...]]:
+    """The caches that are wrong, in words where only one of them is, and by name."""
+    caches = {"k_cache": " of keys", "v_cache": " of values"}
+    wrong = [cache for cache in caches if right_excess(case, cache) > 1]
+    return (caches[wrong[0]], (wrong[0],)) if len(wrong) == 1 else ("", tuple(caches))
 
 
 def sequences(case: Case) -> Iterator[tuple[str, Operations]]:
@@ -364,7 +376,7 @@ def sequences(case: Case) -> Iterator[tuple[str, Operations]]:
 
 
 def slots_left_out(case: Case) -> Iterator[tuple[str, Operations]]:
-    """Some slots of each page, or some tokens, are not written."""
+    """Some slots of each page, or some tokens, are not written, in one cache or in both."""
     if case.layer is None:
         return
     size, slots = case.spec.page_size, case.batch.slot_mapping.long()
@@ -373,20 +385,31 @@ def slots_left_out(case: Case) -> Iterator[tuple[str, Operations]]:
     ends[starts[1:] - 1] = True
     begins = torch.zeros_like(ends)
     begins[starts[:-1]] = True
+    cache, misplaced = _written(case)
     parts = {
-        "the last slot of each page is not written": slots % size == size - 1,
-        "the first slot of each page is not written": slots % size == 0,
-        "each sequence's last token of a step is not written": ends,
-        "each sequence's first token of a step is not written": begins,
+        "the last slot of each page": slots % size == size - 1,
+        "the first slot of each page": slots % size == 0,
+        "each sequence's last token of a step": ends,
+        "each sequence's first token of a step": begins,
     }
-    for what, left in parts.items():
+    decodes = case.batch.max_query_len == 1
+    bounds = [0, len(slots)] if decodes else starts.tolist()
+    lasts = []
+    for tile in ROWS:
+        last = torch.zeros_like(ends)
+        for start, stop in pairwise(bounds):
+            last[start + tile - 1 : stop : tile] = True
+            last[stop - 1] = True
+        lasts.append(("the last row of each tile of rows", last))
+    for part, left in (*parts.items(), *lasts):
+        what = f"{part} is not written{cache and f', in the cache{cache}'}"
         kept = slots.where(~left, -1)
 
         def written(case: Case, kept: Tensor = kept) -> Tensor:
             return kept
 
         for queries in _query_tiles(case) if left.any() else ():
-            yield what, Operations(write_slots=written, query_tile=queries)
+            yield what, Operations(write_slots=written, misplaced=misplaced, query_tile=queries)
 
 
 TILE_BUGS = (

@@ -172,6 +172,8 @@ class Operations:
     """Returns the cached key and value, from the key before and after RoPE and the value."""
     write_slots: Callable[[Case], Tensor] = lambda case: case.batch.slot_mapping.long()
     """The slot of each token of the step; -1: the token is not written."""
+    misplaced: Sequence[str] = ("k_cache", "v_cache")
+    """The caches that are written at ``write_slots``; the others are written at the right slots."""
     write_order: RowOrder | None = None
     """None: the order that the candidate declares."""
     written: Literal["before attention", "after attention", "never"] = "before attention"
@@ -353,7 +355,7 @@ class _Run:
         read = _Cache.of(case, how) if how.written == "after attention" else cache
         key, value = how.cached(made[before_rope], made[rotated["k"]], made["v_proj"])
         if how.written != "never":
-            cache.write(how.write_slots(case), key, value)
+            cache.write(case, how, key, value)
         made["k_cache"], made["v_cache"] = cache.key[case.cached], cache.value[case.cached]
         yield "k_cache", made["k_cache"]
         yield "v_cache", made["v_cache"]
@@ -367,6 +369,7 @@ class _Run:
 CACHE_OPERATIONS = (
     "cached",
     "write_slots",
+    "misplaced",
     "write_order",
     "written",
     "norm_after_rope",
@@ -404,11 +407,12 @@ class _Cache:
         ]
         return cls(reads[0], reads[1], (writes[0], writes[1]))
 
-    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    def write(self, case: Case, how: Operations, key: Tensor, value: Tensor) -> None:
         """Slots beyond the last wrap around; they stand for memory outside the cache."""
-        kept = slots >= 0
-        slots = slots[kept] % self.key.count
-        self.writes[0][slots], self.writes[1][slots] = key[kept], value[kept]
+        for name, cache, new in zip(("k_cache", "v_cache"), self.writes, (key, value), strict=True):
+            slots = (how if name in how.misplaced else RIGHT).write_slots(case)
+            kept = slots >= 0
+            cache[slots[kept] % cache.count] = new[kept]
 
 
 def _seen_as(cache: Tensor, spec: KvCacheSpec, order: RowOrder) -> Tensor:

@@ -72,6 +72,8 @@ QUICK = (
     "rows of the first tile in the head",
     "half a head normed",
     "cosine and sine swapped",
+    "values of the last row not written",
+    "values in the slots of the step's first rows",
 )
 """One of each kind; together, all take minutes."""
 

@@ -42,7 +42,8 @@ def test_the_head_needs_small_rings():
 
 def test_the_computed_use_matches_what_the_runtime_reported():
     """A run on a2a3sim with room for 63 tasks ended with 63 of them and 495616 bytes in ring 3."""
-    taken = counted("prefill_layer", kernels_of(evolve(DEMO, page_size=128, kv_tile=128)), 256)
+    shape = evolve(DEMO, page_size=128, kv_tile=128, vec_tile=256, n_tile=256)
+    taken = counted("prefill_layer", kernels_of(shape), 256)
     assert taken.most_bytes[3] == 495616
     assert taken.most_tasks[3] == 67
     # Per head: o, scores and weighted [16, 128] FP32, probabilities in BF16, stats and scale.

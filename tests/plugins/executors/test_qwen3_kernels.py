@@ -355,6 +355,12 @@ def test_the_shipped_shapes_match_the_models():
     assert QWEN3_14B.heads // QWEN3_14B.kv_heads == 5
 
 
+def test_loops_over_columns_run_twice_in_the_bundled_model():
+    shape = shape_of(loaded_from(DEMO_MODEL).config)
+    for size in (shape.hidden, shape.intermediate, shape.kv_heads * shape.head_dim):
+        assert all(size >= 2 * tile for tile in (shape.vec_tile, shape.n_tile, shape.k_tile))
+
+
 # --- at full width --------------------------------------------------------------------------------
 
 
