@@ -40,6 +40,9 @@ class Parameter:
     """Extents. A string is a symbol: any extent, but the same wherever the symbol occurs."""
     direction: Direction
 
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
+
 
 @frozen
 class Contract:
@@ -67,9 +70,7 @@ class Contract:
     def _check(
         self, parameter: Parameter, tensor: "Tensor", extents: dict[str, tuple[int, str]]
     ) -> None:
-        wanted = f"kernel {self.kernel} wants {parameter.name} as {parameter.dtype} [" + (
-            ", ".join(map(str, parameter.shape)) + "]"
-        )
+        wanted = f"kernel {self.kernel} wants {parameter.name} as {parameter}"
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         if dtype != parameter.dtype or len(shape) != len(parameter.shape):
             raise ExecutorError(f"{wanted}, found {dtype} {list(shape)}")
