@@ -123,10 +123,21 @@ def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float])
                 with suppress(ExecutorError, ArithmeticError):
                     names[name] = _value(value, names)
         if isinstance(node, ast.FunctionDef) and node.name == kernel:
+            _check_decorated(node, file)
             parameters = tuple(_parameters(node, names, file))
     if parameters is None:
         raise ExecutorError(f"{file} has no function {kernel}: name the kernel like its module")
     return Contract(kernel, parameters, order)
+
+
+def _check_decorated(kernel: ast.FunctionDef, file: Path) -> None:
+    """``@pl.jit``, or a call of it."""
+    decorators = (d.func if isinstance(d, ast.Call) else d for d in kernel.decorator_list)
+    if not any(isinstance(d, ast.Attribute) and d.attr == "jit" for d in decorators):
+        found = " ".join(f"@{ast.unparse(d)}" for d in kernel.decorator_list) or "no decorator"
+        raise ExecutorError(
+            f"{file}:{kernel.lineno}: kernel {kernel.name} has {found}: expected @pl.jit"
+        )
 
 
 def _parameters(

@@ -110,8 +110,8 @@ def check_function(
         )
     for node in ast.walk(function):
         match node:
-            case ast.keyword(arg="name_hint", value=ast.Constant(value=str() as name)) if (
-                name and (not name.isidentifier() or iskeyword(name) or name in TASK_CPLUSPLUS)
+            case ast.keyword(arg="name_hint", value=ast.Constant(value=str() as name)) if name and (
+                not name.isidentifier() or iskeyword(name) or name in TASK_CPLUSPLUS
             ):
                 raise ExecutorError(
                     f"{file}:{first_line + node.lineno - 1}: {function.name}: rename name_hint "

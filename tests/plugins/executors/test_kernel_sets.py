@@ -385,6 +385,18 @@ OUT = "out: pl.Out[pl.Tensor[[T, HIDDEN], pl.BF16]],"
         ),
         ("head", "hidden: ", "*, hidden: ", r"head.py:\d+: kernel head must have plain parameters"),
         ("head", "def head(", "def head((", r"head.py:\d+: "),
+        (
+            "head",
+            "@pl.jit\ndef",
+            "def",
+            r"head.py:\d+: kernel head has no decorator: expected @pl.j",
+        ),
+        (
+            "head",
+            "@pl.jit\ndef",
+            "@pl.jit.inline\ndef",
+            r"head has @pl.jit.inline: expected @pl.jit$",
+        ),
     ],
 )
 def test_a_kernel_that_the_executor_cannot_bind_is_refused(
