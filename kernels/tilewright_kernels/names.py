@@ -108,13 +108,13 @@ def check_function(
         raise ExecutorError(
             f"{file}:{first_line + node.lineno - 1}: {function.name}: rename {name}: {why}"
         )
-    for node in ast.walk(function):
-        match node:
+    for part in ast.walk(function):
+        match part:
             case ast.keyword(arg="name_hint", value=ast.Constant(value=str() as name)) if name and (
                 not name.isidentifier() or iskeyword(name) or name in TASK_CPLUSPLUS
             ):
                 raise ExecutorError(
-                    f"{file}:{first_line + node.lineno - 1}: {function.name}: rename name_hint "
+                    f"{file}:{first_line + part.lineno - 1}: {function.name}: rename name_hint "
                     f"{name!r}: the generated C++ cannot have a function of that name"
                 )
 

@@ -25,8 +25,11 @@ SOURCES = (
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="Dense Qwen3: one program per step, in BF16 with sums in FP32",
-        limits=qwen3.plugin_info().limits
-        | {"layers": "all of a model in one process", "taps": "run one kernel per layer"},
+        limits={
+            **qwen3.plugin_info().limits,
+            "layers": "all of a model in one process",
+            "taps": "run one kernel per layer",
+        },
     )
 
 
