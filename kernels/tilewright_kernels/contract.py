@@ -40,6 +40,9 @@ class Parameter:
     """Extents. A string is a symbol: any extent, but the same wherever the symbol occurs."""
     direction: Direction
 
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
+
 
 @frozen
 class Contract:
@@ -67,9 +70,7 @@ class Contract:
     def _check(
         self, parameter: Parameter, tensor: "Tensor", extents: dict[str, tuple[int, str]]
     ) -> None:
-        wanted = f"kernel {self.kernel} wants {parameter.name} as {parameter.dtype} [" + (
-            ", ".join(map(str, parameter.shape)) + "]"
-        )
+        wanted = f"kernel {self.kernel} wants {parameter.name} as {parameter}"
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         if dtype != parameter.dtype or len(shape) != len(parameter.shape):
             raise ExecutorError(f"{wanted}, found {dtype} {list(shape)}")
@@ -122,10 +123,21 @@ def read_contract(file: Path, kernel: str, constants: Mapping[str, int | float])
                 with suppress(ExecutorError, ArithmeticError):
                     names[name] = _value(value, names)
         if isinstance(node, ast.FunctionDef) and node.name == kernel:
+            _check_decorated(node, file)
             parameters = tuple(_parameters(node, names, file))
     if parameters is None:
         raise ExecutorError(f"{file} has no function {kernel}: name the kernel like its module")
     return Contract(kernel, parameters, order)
+
+
+def _check_decorated(kernel: ast.FunctionDef, file: Path) -> None:
+    """``@pl.jit``, or a call of it."""
+    decorators = (d.func if isinstance(d, ast.Call) else d for d in kernel.decorator_list)
+    if not any(isinstance(d, ast.Attribute) and d.attr == "jit" for d in decorators):
+        found = " ".join(f"@{ast.unparse(d)}" for d in kernel.decorator_list) or "no decorator"
+        raise ExecutorError(
+            f"{file}:{kernel.lineno}: kernel {kernel.name} has {found}: expected @pl.jit"
+        )
 
 
 def _parameters(

@@ -6,11 +6,14 @@ variables have one name, the inner one hides the outer one, and the kernel compu
 value, without an error. The rules were found in PyPTO e2d0f78 (its orchestration_codegen.cpp and
 tensor_op_codegen.cpp); pypto#2627 is of the same kind. Local names of inline functions get a serial
 number, which makes them unique, but the rules hold for them too: the code may move into a kernel.
+
+A task becomes a C++ function, called as its ``name_hint``, beside pto-isa's types and functions.
 """
 
 import ast
 import re
 from collections.abc import Collection, Iterator
+from keyword import iskeyword
 from pathlib import Path
 from typing import TypeGuard
 
@@ -33,7 +36,7 @@ DERIVED = (
     ),
 )
 """Forms of names that PyPTO generates from another name, and what that must be."""
-CPLUSPLUS = frozenset(
+KEYWORDS = frozenset(
     re.findall(
         r"\w+",
         """
@@ -45,19 +48,40 @@ CPLUSPLUS = frozenset(
     static_cast struct switch template this thread_local throw true typedef typeid typename union
     unsigned using virtual void volatile wchar_t xor xor_eq
     int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t size_t
+        """,
+    )
+)
+"""C++ keywords that are not Python's, and integer types."""
+CPLUSPLUS = KEYWORDS | frozenset(
+    re.findall(
+        r"\w+",
+        """
     alloc_tensors from_u64 get_tensor_data orch_args rt_orch_profile_now rt_submit_aic_task
     rt_submit_aiv_task rt_submit_task set_tensor_data ChipTensor ChipTaskArgs CoreTaskArgs DataType
     PTO2TaskId PTO2_SCOPE TaskOutputTensors TensorCreateInfo
         """,
     )
 )
-"""C++ keywords that are not Python's, and the types and functions that the generated code uses."""
+"""What no variable may be called, with the types and functions that the generated code uses."""
+TASK_CPLUSPLUS = KEYWORDS | frozenset(
+    re.findall(
+        r"\w+",
+        """
+    assert bfloat16_t cce comm cpu detail event_t float16_t float32_t half main mem_dsb_t pipe_t pto
+    set_mask_norm set_vector_mask std stderr uint uintptr_t
+    GlobalTensor Layout PadValue RoundMode SaturationMode Shape Stride Tile TileAcc TileLeft
+    TileRight
+        """,
+    )
+)
+"""What no task may be called: g++ 12 refused each as a function, after pto-isa's headers."""
 
 
 def check_file(file: Path) -> None:
     """Check all kernels and inline functions of a file.
 
-    Raises ExecutorError for the first name that PyPTO would confuse, with file, line and reason.
+    Raises ExecutorError for the first name that PyPTO or the C++ compiler would refuse or confuse,
+    with file, line and reason.
     """
     tree = parsed(file)
     symbols = {
@@ -84,6 +108,15 @@ def check_function(
         raise ExecutorError(
             f"{file}:{first_line + node.lineno - 1}: {function.name}: rename {name}: {why}"
         )
+    for part in ast.walk(function):
+        match part:
+            case ast.keyword(arg="name_hint", value=ast.Constant(value=str() as name)) if name and (
+                not name.isidentifier() or iskeyword(name) or name in TASK_CPLUSPLUS
+            ):
+                raise ExecutorError(
+                    f"{file}:{first_line + part.lineno - 1}: {function.name}: rename name_hint "
+                    f"{name!r}: the generated C++ cannot have a function of that name"
+                )
 
 
 def _misnamed(

@@ -17,7 +17,7 @@ from .constants import (
     ROWS,
     STATE_ROWS,
 )
-from .decode_layer import decode_tokens
+from .decode_layer import decode_stacked
 from .head import score_rows
 
 Q_DIM = HEADS * HEAD_DIM
@@ -64,34 +64,18 @@ def decode_model(
     logits: pl.Out[pl.Tensor[[L, VOCAB], pl.FP32]],
 ):
     batch = pl.tensor.dim(context_lens, 0)
-    layer_rows = pl.tensor.dim(k_cache, 0) // LAYERS
     states = pl.create_tensor([BOTH, HIDDEN], dtype=pl.BF16)
     for row in pl.range(0, batch, ROWS):
         rows = pl.min(ROWS, batch - row)
         states = copy_rows(hidden, states, row, rows)
     for layer in pl.range(LAYERS):
-        first = layer * HIDDEN
         source = layer % 2 * STATE_ROWS
         target = STATE_ROWS - source
-        cache_row = layer * layer_rows
         x = states[source : source + STATE_ROWS, 0:HIDDEN]
         y = states[target : target + STATE_ROWS, 0:HIDDEN]
-        keys = k_cache[cache_row : cache_row + layer_rows, 0:HEAD_DIM]
-        values = v_cache[cache_row : cache_row + layer_rows, 0:HEAD_DIM]
-        norm = input_norm[layer : layer + 1, 0:HIDDEN]
-        query = wq[first : first + HIDDEN, 0:Q_DIM]
-        key = wk[first : first + HIDDEN, 0:KV_DIM]
-        value = wv[first : first + HIDDEN, 0:KV_DIM]
-        query_norm = q_norm[layer : layer + 1, 0:HEAD_DIM]
-        key_norm = k_norm[layer : layer + 1, 0:HEAD_DIM]
-        output = wo[layer * Q_DIM : layer * Q_DIM + Q_DIM, 0:HIDDEN]
-        other_norm = post_norm[layer : layer + 1, 0:HIDDEN]
-        gate = w_gate[first : first + HIDDEN, 0:INTERMEDIATE]
-        up = w_up[first : first + HIDDEN, 0:INTERMEDIATE]
-        down = w_down[layer * INTERMEDIATE : layer * INTERMEDIATE + INTERMEDIATE, 0:HIDDEN]
-        y = decode_tokens(
-            x, context_lens, block_table, slot_mapping, rope_cos, rope_sin, norm, query, key,
-            value, query_norm, key_norm, output, other_norm, gate, up, down, keys, values, y,
+        y = decode_stacked(
+            layer, x, context_lens, block_table, slot_mapping, rope_cos, rope_sin, input_norm, wq,
+            wk, wv, q_norm, k_norm, wo, post_norm, w_gate, w_up, w_down, k_cache, v_cache, y,
         )  # fmt: skip
     last = LAYERS % 2 * STATE_ROWS
     final = states[last : last + STATE_ROWS, 0:HIDDEN]

@@ -11,15 +11,25 @@ from tilewright_kernels.qwen3_14b.shape import layer_shape
 
 tilewright_api = 2
 
-KERNELS = ("prefill_model", "decode_model")
-SOURCES = qwen3.SOURCES | {name: Path(__file__).with_name(f"{name}.py") for name in KERNELS}
+LAYER_KERNELS = ("prefill_layer", "decode_layer")
+PROGRAMS = ("prefill_model", "decode_model")
+SOURCES = (
+    {name: qwen3.SOURCES[name] for name in ("blocks", "head")}
+    | {f"qwen3_{name}": qwen3.SOURCES[name] for name in LAYER_KERNELS}
+    | {name: Path(__file__).with_name(f"{name}.py") for name in (*LAYER_KERNELS, *PROGRAMS)}
+)
+"""Those of qwen3 too: all kernels call the functions of its blocks and layer kernels."""
 
 
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="Dense Qwen3: one program per step, in BF16 with sums in FP32",
-        limits=qwen3.plugin_info().limits,
+        limits={
+            **qwen3.plugin_info().limits,
+            "layers": "all of a model in one process",
+            "taps": "run one kernel per layer",
+        },
     )
 
 
@@ -33,10 +43,10 @@ def kernel_set(model_config: ModelConfig, runtime_config: RuntimeConfig) -> Kern
     shape = layer_shape(model_config, runtime_config)
     layers = {"LAYERS": model_config.num_layers}
     rows = {"prefill_model": shape.max_tokens, "decode_model": shape.max_batch}
-    constants = {
-        kernel: shape.constants(kernel.replace("model", "layer"))
-        | layers
-        | {"STATE_ROWS": rows[kernel]}
-        for kernel in KERNELS
+    constants = {"head": shape.constants("head")}
+    constants |= {kernel: shape.constants(kernel) | layers for kernel in LAYER_KERNELS}
+    constants |= {
+        program: constants[program.replace("model", "layer")] | {"STATE_ROWS": rows[program]}
+        for program in PROGRAMS
     }
-    return evolve(qwen3.kernels_of(shape), sources=SOURCES, constants=constants)
+    return evolve(qwen3.kernels_of(shape), sources=SOURCES, constants=constants, fused_exact=True)

@@ -5,13 +5,15 @@ for the whole model, ``prefill_model`` and ``decode_model``; or both. Kernels fo
 out: those for prefill then run all steps. A kernel takes those of the parameters that it names.
 """
 
+import re
 from collections.abc import Collection, Mapping
+from math import prod
 
 from tilewright.errors import ExecutorError, listed, nearest
 from tilewright.types import KernelSet, ModelConfig, RowOrder
 from tilewright.weights import expected_tensors
 from tilewright_kernels import source
-from tilewright_kernels.contract import Contract
+from tilewright_kernels.contract import DTYPES, Contract, Parameter
 from tilewright_pypto.weight_names import WHOLE, packed_name
 
 ROW_ORDER: RowOrder = "HND"
@@ -76,6 +78,7 @@ WEIGHTS = {
 """Weights, by name; matrices are the checkpoint's, transposed, except embedding and lm_head."""
 
 PARAMETERS = STEP | WEIGHTS
+"""The texts begin with shape and dtype, which a kernel's signature must match."""
 
 RESULTS = {
     "prefill_layer": {"out": "out", "k_cache": "inout", "v_cache": "inout"},
@@ -136,6 +139,8 @@ def contracts(kernels: KernelSet, config: ModelConfig, who: str) -> dict[str, Co
             f"{who}: {listed(single)} takes the weights of one layer, and other kernels those of "
             "all layers: give each layer kernel a parameter layer, or none of them"
         )
+    for contract in found.values():
+        _check_signature(contract, config, who)
     return found
 
 
@@ -183,6 +188,57 @@ def _check(contract: Contract, config: ModelConfig, who: str) -> None:
             f"executor pypto-npu lays out the cache as {ROW_ORDER!r}: change the kernel to that "
             "row order"
         )
+
+
+def _check_signature(contract: Contract, config: ModelConfig, who: str) -> None:
+    """Hold dtypes, and the extents that are known without a step, to what the executor passes.
+
+    An extent that differs between steps must have one symbol wherever it occurs.
+    """
+    known: dict[str, tuple[int | str, str]] = {}
+    for parameter in contract.parameters:
+        given = _passed_as(parameter.name, contract, config)
+        problem = (
+            f"{who}: kernel {contract.kernel} wants {parameter.name} as {parameter}, but executor "
+            f"pypto-npu passes {given}"
+        )
+        if parameter.dtype != given.dtype or len(parameter.shape) != len(given.shape):
+            raise ExecutorError(f"{problem}: change the signature")
+        for extent, found in zip(parameter.shape, given.shape, strict=True):
+            if isinstance(extent, str):
+                meaning, where = known.setdefault(extent, (found, parameter.name))
+                if meaning != found:
+                    raise ExecutorError(
+                        f"{problem}; {extent} stands for {meaning} in {where}: use another symbol"
+                    )
+            elif isinstance(found, int) and extent != found:
+                raise ExecutorError(f"{problem}: change the signature, or the set's constants")
+
+
+def _passed_as(name: str, contract: Contract, config: ModelConfig) -> Parameter:
+    """A parameter as the executor passes it; extents that only a step knows are texts."""
+    sizes: dict[str, int] = {
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        **{
+            field: getattr(config, field)
+            for field in ("hidden_size", "intermediate_size", "head_dim", "vocab_size")
+        },
+    }
+    declared = re.match(r"\[(.*?)\] (\w+)", PARAMETERS[name])
+    assert declared is not None
+    tokens = {"head": "L", "decode_layer": "B", "decode_model": "B"}.get(contract.kernel, "T")
+    shape: list[int | str] = []
+    for extent in declared[1].split(", "):
+        factors = extent.split(" * ")
+        if all(factor.isdigit() or factor in sizes for factor in factors):
+            shape.append(prod(sizes.get(factor) or int(factor) for factor in factors))
+        else:
+            shape.append(tokens if extent == "T" else extent)
+    if name in WEIGHTS and name not in _HEAD and takes_all_layers(contract):
+        assert isinstance(shape[0], int)
+        shape[0] *= config.num_layers
+    return Parameter(name, DTYPES[declared[2]], tuple(shape), "in")
 
 
 def _weights_of(kernel: str, config: ModelConfig) -> Collection[str]:

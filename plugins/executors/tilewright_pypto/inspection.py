@@ -57,7 +57,7 @@ def _check_sources(kernels: KernelSet, who: str) -> None:
 
 
 def _models(served: ServedModels) -> Iterator[ModelConfig]:
-    """Models of one layer, of the first family that a set states."""
+    """Models of two layers, of the first family that a set states."""
     rope = served.rope_kinds[0]
     scaled: dict[str, Any] = (
         {} if rope == "default" else {"factor": 4.0, "original_max_position": 64}
@@ -66,7 +66,7 @@ def _models(served: ServedModels) -> Iterator[ModelConfig]:
         yield ModelConfig(
             architecture="AnyForCausalLM",
             vocab_size=512,
-            num_layers=1,
+            num_layers=2,
             head_dim=128,
             norm_eps=1e-6,
             rope=RopeConfig(kind=rope, **scaled),
@@ -76,6 +76,6 @@ def _models(served: ServedModels) -> Iterator[ModelConfig]:
             qkv_bias=served.qkv_bias[0],
             output_bias=served.output_bias[0],
             mlp_bias=served.mlp_bias[0],
-            sliding_windows=(64,) if served.sliding_windows[0] else (),
+            sliding_windows=(64, None) if served.sliding_windows[0] else (),
             **sizes,
         )

@@ -249,6 +249,19 @@ def defined_in(file: Path) -> Any:
     return module
 
 
+@pytest.mark.parametrize("name", ["half", "event_t", "cpu", "template", "class", "Tile", "a b"])
+def test_a_task_that_cannot_be_a_function_in_the_generated_code_is_refused(name, tmp_path):
+    text = KERNEL.format(body="").replace('name_hint="store"', f'name_hint="{name}"')
+    (tmp_path / "kernel.py").write_text(text)
+    with pytest.raises(ExecutorError) as error:
+        check_file(tmp_path / "kernel.py")
+    line = 1 + text[: text.index("name_hint")].count("\n")
+    assert str(error.value) == (
+        f"{tmp_path / 'kernel.py'}:{line}: store: rename name_hint {name!r}: the generated C++ "
+        "cannot have a function of that name"
+    )
+
+
 # --- where names are refused ----------------------------------------------------------------------
 
 

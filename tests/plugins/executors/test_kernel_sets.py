@@ -348,6 +348,31 @@ OUT = "out: pl.Out[pl.Tensor[[T, HIDDEN], pl.BF16]],"
             "layer: pl.Tensor[[1], pl.INT32],\n    hidden: pl",
             "prefill_layer takes the weights of one layer, and other kernels those of all layers",
         ),
+        (
+            "decode_layer",
+            "input_norm: pl.Tensor[[1, HIDDEN], pl.FP32]",
+            "input_norm: pl.Tensor[[1, HIDDEN], pl.BF16]",
+            r"decode_layer wants input_norm as bfloat16 \[1, 96\], but executor pypto-npu passes "
+            r"float32 \[1, 96\]: change the signature$",
+        ),
+        (
+            "decode_layer",
+            "wo: pl.Tensor[[Q_DIM, HIDDEN], pl.BF16],",
+            "wo: pl.Tensor[[HIDDEN, Q_DIM], pl.BF16],",
+            r"wants wo as bfloat16 \[96, (\d+)\], but .* passes bfloat16 \[\1, 96\]: change the s",
+        ),
+        (
+            "head",
+            "[[L, HIDDEN], pl.BF16]",
+            "[[HIDDEN], pl.BF16]",
+            r"passes bfloat16 \[L, 96\]: change",
+        ),
+        (
+            "prefill_layer",
+            "slot_mapping: pl.Tensor[[T]",
+            "slot_mapping: pl.Tensor[[B]",
+            r"slot_mapping as int32 \[B\], but .* int32 \[T\]; B stands for B in context_lens: ",
+        ),
         ("head", "def head(", "def header(", "head.py has no function head: name the kernel like"),
         ("head", "[L, HIDDEN]", "[L, WIDTH]", r"head.py:\d+: .*parameter hidden: WIDTH has no val"),
         ("head", "[L, HIDDEN]", "[L, HIDDEN / 2]", "hidden: an extent must be a whole number, fou"),
@@ -360,6 +385,18 @@ OUT = "out: pl.Out[pl.Tensor[[T, HIDDEN], pl.BF16]],"
         ),
         ("head", "hidden: ", "*, hidden: ", r"head.py:\d+: kernel head must have plain parameters"),
         ("head", "def head(", "def head((", r"head.py:\d+: "),
+        (
+            "head",
+            "@pl.jit\ndef",
+            "def",
+            r"head.py:\d+: kernel head has no decorator: expected @pl.j",
+        ),
+        (
+            "head",
+            "@pl.jit\ndef",
+            "@pl.jit.inline\ndef",
+            r"head has @pl.jit.inline: expected @pl.jit$",
+        ),
     ],
 )
 def test_a_kernel_that_the_executor_cannot_bind_is_refused(

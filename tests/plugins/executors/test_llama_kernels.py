@@ -3,18 +3,20 @@
 ``compare_layer`` holds them to the limits of Qwen3's kernels (test_qwen3_kernels.py).
 """
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
 import torch
 from pypto_oracle import orchestration_complaints, pypto_or_skip, simulated
 from qwen3_layers import Cache, Run, compare_layer, config_of, random_weights, relative_rms
-from reference_models import write_model
+from reference_models import prompts, write_model
 from torch import Tensor
 from transformers import LlamaConfig
 
-from tilewright import plugins
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, plugins
 from tilewright.loading import InstalledFormats
+from tilewright_compare import Choice, compare
 from tilewright_hf.loader import load_model
 from tilewright_kernels import source
 from tilewright_kernels.llama.plugin import kernels_of
@@ -133,6 +135,71 @@ def test_every_layer_of_a_llama_model_agrees_with_the_torch_executor(tmp_path):
             # Without norms the scores spread, and torch's own rounding alone comes near 1e-2.
             assert found.to_fp32 <= 1.5 * found.bf16_to_fp32
             rows = found.out
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "head_dim": 32,
+    "vocab_size": 131,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MODELS = {
+    "gqa-1": LlamaConfig(
+        **SIZES, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False
+    ),
+    "gqa-2, tied": LlamaConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "gqa-4, llama3 RoPE": LlamaConfig(
+        **SIZES,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        rope_parameters=LLAMA3,
+    ),
+}
+OPTIONS = {"platform": "emulated", "kernels": "llama"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_model_generates_the_tokens_of_transformers(name, tmp_path):
+    rounded = write_model(MODELS[name], tmp_path, "bfloat16")
+    exact = deepcopy(rounded).float()
+    ids, new = list(prompts(MODELS[name], [37, 5, 16])), 6
+    with LLMEngine.from_plugins(executor="pypto-npu", options={"executor": OPTIONS}) as engine:
+        engine.init_model("llama", str(tmp_path), RuntimeConfig(page_size=16, max_batch_tokens=32))
+        greedy = GenerateConfig(max_new_tokens=new, temperature=0.0)
+        generated = engine.generate_batch("llama", ids, greedy)
+    for prompt, result in zip(ids, generated, strict=True):
+        said = result.token_ids
+        assert len(said) == new
+        tokens = torch.tensor([[*prompt, *said]])
+        with torch.inference_mode():
+            logits, near = (m(tokens).logits[0, len(prompt) - 1 : -1] for m in (exact, rounded))
+        chosen = logits.gather(-1, torch.tensor(said).unsqueeze(-1)).squeeze(-1)
+        # Rounding may swap two tokens whose logits are as near as it moves them.
+        assert (logits.amax(-1) - chosen <= 2 * (near - logits).abs().amax(-1)).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_model_compares_equal(name, tmp_path):
+    write_model(MODELS[name], tmp_path, "bfloat16")
+    candidate = Choice(executor="pypto-npu", options=OPTIONS, runtime=RuntimeConfig(page_size=16))
+    ids = list(prompts(MODELS[name], [37, 5, 16]))
+    found = compare(tmp_path, Choice(executor="torch"), candidate, ids, new_tokens=3, chunk=32)
+    assert found.equal, found.sentence
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
