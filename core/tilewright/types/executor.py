@@ -194,6 +194,9 @@ class Tiles:
     """Sequences that a decode step computes together."""
     kv_rows: int | None = None
     """Keys in one step of attention, with pages of page_size."""
+    columns: int | None = None
+    """Columns of the widest tile of a norm or a product: a model whose hidden size is no larger
+    never runs the second one."""
 
 
 class Executor(Protocol):

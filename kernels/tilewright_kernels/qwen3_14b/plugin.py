@@ -55,5 +55,6 @@ def kernels_of(shape: LayerShape) -> KernelSet:
             prefill_rows=shape.prefill_rows,
             decode_rows=shape.decode_rows,
             kv_rows=shape.kv_tile,
+            columns=max(shape.vec_tile, shape.n_tile, shape.k_tile),
         ),
     )

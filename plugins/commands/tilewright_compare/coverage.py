@@ -95,6 +95,7 @@ class Coverage:
     page_size: int
     limits: ExecutorLimits
     kv_heads: int
+    hidden_size: int
     unmixed: str = ""
     """Why there is no mixed step; else empty."""
     samples: bool = False
@@ -233,6 +234,10 @@ class Coverage:
                 if len(hidden) > 5:
                     detail += f" and {len(hidden) - 5} more"
                 items.append(Item(name=HEADS, phase=phase, reached=not hidden, detail=detail))
+        if self.tiles and self.tiles.columns:
+            wide = self.hidden_size > self.tiles.columns
+            why = f"the model's {self.hidden_size} fit in one of {self.tiles.columns}"
+            items.append(Item(name=SECOND_COLUMNS, reached=wide, detail="" if wide else why))
         if self.samples:
             items.append(Item(name=SUBMIT, detail="submit is not run"))
         return items
@@ -315,6 +320,7 @@ SECOND_TILE = "reached a second attention tile"
 THIRD_TILE = "reached a third attention tile"
 PARTIAL_TILE = "padded the last attention tile"
 WHOLE_TILE = "filled the last attention tile"
+SECOND_COLUMNS = "ran a second tile of columns"
 SEVERAL = "ran several sequences"
 RAGGED = "ran sequences of different lengths"
 UNEVEN = "ran sequences with different numbers of pages"

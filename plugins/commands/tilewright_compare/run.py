@@ -135,6 +135,7 @@ def _coverage(choice: Choice, side: Side, unmixed: str) -> Coverage:
         page_size=page_size,
         limits=side.executor.limits,
         kv_heads=config.num_kv_heads,
+        hidden_size=config.hidden_size,
         unmixed=unmixed,
         samples=isinstance(side.executor, SamplingExecutor),
     )

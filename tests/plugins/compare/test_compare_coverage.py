@@ -127,7 +127,7 @@ def planned(plan: Plan, tiles: Tiles | None) -> Coverage:
     scheduler = Scheduler(allocator, batch, plan.chunk, limits=limits, prefix_cache=False)
     for i, ids in enumerate(plan.prompts):
         scheduler.add(Request(f"prompt-{i}", tuple(ids), SamplingParams(), plan.new_tokens))
-    coverage = Coverage(tiles=tiles, page_size=page_size, limits=limits, kv_heads=1)
+    coverage = Coverage(tiles=tiles, page_size=page_size, limits=limits, kv_heads=1, hidden_size=64)
     number = 0
     while scheduler.admit() or scheduler.num_running:
         step = scheduler.schedule()
@@ -151,7 +151,12 @@ def test_the_default_run_is_made_for_the_tiles_at_hand(tiles: Tiles):
 
 def test_an_executor_of_one_sequence_has_no_paths_of_several():
     limits = ExecutorLimits(max_batch_size=1)
-    names = {str(i) for i in Coverage(tiles=None, page_size=5, limits=limits, kv_heads=1).items()}
+    names = {
+        str(i)
+        for i in Coverage(
+            tiles=None, page_size=5, limits=limits, kv_heads=1, hidden_size=64
+        ).items()
+    }
     several = {"mixed prompts and decoding in a step", "ran a single token in prefill"}
     several |= {name for name in names if "sequences of" in name or "several" in name}
     assert not several & names
@@ -200,6 +205,20 @@ def test_tiles_of_no_size_are_refused(capsys, monkeypatch, size):
     )
 
 
+def test_a_model_as_wide_as_one_tile_of_columns_is_thin():
+    for columns, wide in ((64, False), (32, True)):
+        coverage = Coverage(
+            tiles=Tiles(columns=columns),
+            page_size=5,
+            limits=ExecutorLimits(),
+            kv_heads=1,
+            hidden_size=64,
+        )
+        (item,) = (i for i in coverage.items() if i.name == "ran a second tile of columns")
+        assert item.reached == wide
+        assert item.detail == ("" if wide else "the model's 64 fit in one of 64")
+
+
 # --- how it is said -------------------------------------------------------------------------------
 
 
@@ -224,7 +243,9 @@ def test_nothing_else_is_said_of_a_phase_that_did_not_run():
 
 
 def test_a_kv_head_that_rounding_would_hide_is_named():
-    coverage = Coverage(tiles=None, page_size=16, limits=ExecutorLimits(), kv_heads=2)
+    coverage = Coverage(
+        tiles=None, page_size=16, limits=ExecutorLimits(), kv_heads=2, hidden_size=64
+    )
     attention, weight = torch.ones(3, 8), torch.eye(8)
     attention[:, 4:] = 1e-4
     assert coverage.wants_heads("prefill", 2)
