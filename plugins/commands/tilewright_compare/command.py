@@ -38,7 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tilewright compare [options] [CONFIG]"
     parser.description = (
         "Find where a candidate executor first differs from a reference on a model, tensor by "
-        "tensor. Exit code 0: equal; 1: they diverge; 2: they could not be compared; 3, with "
+        "tensor. Without a prompt, it chooses prompts, page size, chunk and new tokens that reach "
+        "every path that the candidate declares. Exit code 0: equal; 1: they diverge; 2: they could not be compared; 3, with "
         "--strict: equal, but not every path of the candidate was reached. "
         "docs/numerics.md explains the report."
     )
@@ -95,11 +96,7 @@ def _add_sides(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    prompts = parser.add_argument_group(
-        "what is run",
-        "Without a prompt, short ones are chosen, and page size, chunk and new tokens with them, "
-        "so that they reach every path that the candidate declares.",
-    )
+    prompts = parser.add_argument_group("what is run")
     flags.add(prompts, "prompts", {"text", "file"})
     prompts.add_argument(
         "--new-tokens",
