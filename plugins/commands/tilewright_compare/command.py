@@ -39,9 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Find where a candidate executor first differs from a reference on a model, tensor by "
         "tensor. Without a prompt, it chooses prompts, page size, chunk and new tokens that reach "
-        "every path that the candidate declares. Exit code 0: equal; 1: they diverge; 2: they could "
-        "not be compared; 3, with --strict: equal, but not every path of the candidate was reached. "
-        "docs/numerics.md explains the report."
+        "every path that the candidate declares. Exit code 0: equal; 1: they diverge; 2: they "
+        "could not be compared; 3, with --strict: equal, but not every path of the candidate was "
+        "reached. docs/numerics.md explains the report."
     )
     parser.add_argument(
         "config",
