@@ -1,17 +1,15 @@
-"""The KV caches of a comparison's sides, by slot: what is read, copied, or cleared in them."""
+"""The KV caches of a comparison's sides: what their requests hold, read and copied."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
 from tilewright.request import Request
 from tilewright.scheduler import Step
-from tilewright.types import KvCacheSpec, KvLayer
+from tilewright.types import KvLayer
 from tilewright_compare.patterns import Rows
+from tilewright_compare.slots import Slots, paged
 
 if TYPE_CHECKING:
     from tilewright_compare.sides import Side
@@ -61,32 +59,9 @@ def joined(side: "Side", layer: int, step: Step) -> KvLayer:
 
 def _at(side: "Side", layer: int, slots: Tensor) -> KvLayer:
     spec = side.executor.kv_cache_spec
-    pages, local = _paged(spec, slots)
+    pages, local = paged(spec, slots)
     cache = side.executor.read_kv(layer, pages)
     return KvLayer(*(Slots(t, spec.row_order)[local] for t in (cache.key, cache.value)))
-
-
-def _paged(spec: KvCacheSpec, slots: Tensor) -> tuple[list[int], Tensor]:
-    """The slots' pages, each once, and the slots in a cache of only these pages; int64."""
-    pages, page = torch.unique(slots // spec.page_size, return_inverse=True)
-    return pages.tolist(), page * spec.page_size + slots % spec.page_size
-
-
-@contextmanager
-def cleared(side: "Side", step: Step) -> Iterator[None]:
-    """In the block, the slots of the step's tokens are unwritten, so that what the block leaves
-    unwritten does not pass for written; afterwards, they are as before."""
-    executor, spec = side.executor, side.executor.kv_cache_spec
-    pages, local = _paged(spec, step.batch.slot_mapping.long())
-    kept = [executor.read_kv(layer, pages) for layer in range(spec.num_layers)]
-    for layer, cache in enumerate(kept):
-        new = KvLayer(cache.key.clone(), cache.value.clone())
-        for tensor in (new.key, new.value):
-            Slots(tensor, spec.row_order)[local] = torch.tensor(side.unwritten, dtype=tensor.dtype)
-        executor.write_kv(layer, pages, new)
-    yield
-    for layer, cache in enumerate(kept):
-        executor.write_kv(layer, pages, cache)
 
 
 def copy_kv(source: "Side", target: "Side", layer: int, step: Step, random: bool = False) -> None:
@@ -109,29 +84,3 @@ def copy_kv(source: "Side", target: "Side", layer: int, step: Step, random: bool
         for tensor, values in ((new.key, known.key), (new.value, known.value)):
             Slots(tensor, spec.row_order)[slots] = values.to(tensor.dtype)
     target.executor.write_kv(layer, range(target.model.runtime.total_pages), new)
-
-
-@frozen(eq=False)
-class Slots:
-    """A cache tensor indexed by slot: [slots, KV heads, head_dim]."""
-
-    cache: Tensor
-    row_order: str
-
-    @property
-    def count(self) -> int:
-        return self.cache.shape[0] * self._page_size
-
-    @property
-    def _page_size(self) -> int:
-        return self.cache.shape[1 if self.row_order == "NHD" else 2]
-
-    def _index(self, slots: Tensor) -> tuple[Any, ...]:
-        page, offset = slots // self._page_size, slots % self._page_size
-        return (page, offset) if self.row_order == "NHD" else (page, slice(None), offset)
-
-    def __getitem__(self, slots: Tensor) -> Tensor:
-        return self.cache[self._index(slots)]
-
-    def __setitem__(self, slots: Tensor, values: Tensor) -> None:
-        self.cache[self._index(slots)] = values

@@ -16,9 +16,9 @@ from torch import Tensor
 from tilewright.rope import dynamic_frequencies, dynamic_lengths, frequencies
 from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RowOrder, StepBatch
 from tilewright.weights import expected_tensors
-from tilewright_compare.caches import Slots
 from tilewright_compare.judge import Limits, Tolerance
 from tilewright_compare.sides import Tensors
+from tilewright_compare.slots import Slots
 
 Weights: TypeAlias = Mapping[str, Tensor]
 """A layer's weights, in float32, keyed by the distinctive part of the checkpoint's name:

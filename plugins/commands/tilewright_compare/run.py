@@ -17,7 +17,7 @@ from tilewright.scheduler import Step
 from tilewright.types import KvLayer, SamplingExecutor
 from tilewright.weights import torch_dtype
 from tilewright_compare.against import Earlier, changes, check_runtime
-from tilewright_compare.caches import cached_slots, cleared, copy_kv, joined, rows_of, written
+from tilewright_compare.caches import cached_slots, copy_kv, joined, rows_of, written
 from tilewright_compare.comparison import Comparison
 from tilewright_compare.coverage import SCORED, Coverage, Item, declared_tiles
 from tilewright_compare.diagnosis import Diagnosis
@@ -49,6 +49,7 @@ from tilewright_compare.sides import (
     recorder,
     unmixed_because,
 )
+from tilewright_compare.slots import cleared
 
 BEFORE_CACHE = ("attn_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope")
 """Stages of a layer before its keys and values are cached."""
@@ -458,7 +459,7 @@ class _Sides:
         layers = range(self.candidate.executor.kv_cache_spec.num_layers)
         tapped = [joined(self.candidate, i, step) if exact else None for i in layers]
         found = []
-        with cleared(self.candidate, step):
+        with cleared(self.candidate.executor, step.batch, self.candidate.unwritten):
             logits = self.candidate.forward(step)
             for layer, cache in enumerate(tapped):
                 found += self._judge_kv(place, layer, step, self._joined(steps, layer), cache)

@@ -15,8 +15,8 @@ from tilewright.loading import ServedModel
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
 from tilewright.types import KvAllocator, KvLayer, RuntimeConfig, SamplingParams, Tap
-from tilewright_compare.caches import cleared
 from tilewright_compare.judge import Phase
+from tilewright_compare.slots import cleared
 
 MODEL_ID = "compared"
 
@@ -223,7 +223,10 @@ class Side:
         if most is not None and rows > most:
             self.unscored = f"limits.max_logits_rows is {most}, and a step has {rows} rows to score"
             return
-        with cleared(self, step), self.running(step, "with the logits of all rows"):
+        with (
+            cleared(self.executor, batch, self.unwritten),
+            self.running(step, "with the logits of all rows"),
+        ):
             all_rows = evolve(batch, logits_rows=torch.arange(len(batch.token_ids)))
             self.nll += self._nll(step, self.executor.forward(all_rows).cpu())
 
