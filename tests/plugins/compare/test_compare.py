@@ -63,7 +63,7 @@ def by_mistake() -> dict[str, list[Plant]]:
 
 
 ONE_EACH = [p[i % len(p)] for i, p in enumerate(by_mistake().values())]
-IN_THE_DEMO = list(plants("demo"))[::5]
+IN_THE_DEMO = list(plants("demo"))[::8]
 
 
 def test_every_mistake_is_planted():
