@@ -16,6 +16,7 @@ from tilewright_compare.bugs_rope import rope, rope_of_halves
 from tilewright_compare.bugs_tiles import TILE_BUGS, TILES
 from tilewright_compare.hypotheses import right_excess
 from tilewright_compare.layer import (
+    PRODUCTS,
     Case,
     Operations,
     Weights,
@@ -150,17 +151,6 @@ def without_bias(case: Case) -> Iterator[tuple[str, Operations]]:
         yield "all biases are missing", _with(biases)
 
 
-PRODUCTS = {
-    "q_proj": ("attn_norm", "q_proj"),
-    "k_proj": ("attn_norm", "k_proj"),
-    "v_proj": ("attn_norm", "v_proj"),
-    "o_proj": ("attention", "o_proj"),
-    "gate_proj": ("mlp_norm", "gate_proj"),
-    "up_proj": ("mlp_norm", "up_proj"),
-    "down_proj": ("activation", "down_proj"),
-    "lm_head": ("final_norm", "logits"),
-}
-"""Keyed by weight: the stage that is multiplied by it, and the stage that results."""
 BLOCKS = 64
 """Largest number of parts that a sum is split into, to see which of them are missing."""
 PARTS_AT_ONCE = 2**24

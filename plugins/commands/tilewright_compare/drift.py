@@ -15,7 +15,7 @@ from attrs import frozen
 from torch import Tensor
 
 from tilewright.weights import expected_tensors
-from tilewright_compare.layer import Case, rms_norm
+from tilewright_compare.layer import PRODUCTS, Case, rms_norm
 
 BLOCKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Numbers of terms after which a sum is rounded."""
@@ -27,17 +27,6 @@ _ROWS, _COLUMNS = 32, 512
 """The most that are computed again."""
 _LEAST = 32
 """Elements that must differ from sums in float32: of fewer, chance could decide."""
-
-_INPUTS = {
-    "q_proj": "attn_norm",
-    "k_proj": "attn_norm",
-    "v_proj": "attn_norm",
-    "o_proj": "attention",
-    "gate_proj": "mlp_norm",
-    "up_proj": "mlp_norm",
-    "down_proj": "activation",
-}
-"""The stage that is a projection's input, keyed by the projection's stage."""
 
 
 @frozen(kw_only=True)
@@ -103,7 +92,7 @@ def drift(case: Case) -> Drift | None:
 
 def _projections(case: Case) -> Iterator[tuple[str, str, Sequence[Tensor]]]:
     """Stages that hold a projection, the projection's name, and what its input may be."""
-    for stage, before in _INPUTS.items():
+    for before, stage in PRODUCTS.values():
         shown = stage if stage in case.found else "v_cache" if stage == "v_proj" else ""
         if not shown or shown in case.tolerances:
             continue

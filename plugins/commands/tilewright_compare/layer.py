@@ -36,6 +36,18 @@ NORM_WEIGHTS = {
 }
 """Name in ``Weights``, keyed by stage."""
 
+PRODUCTS = {
+    "q_proj": ("attn_norm", "q_proj"),
+    "k_proj": ("attn_norm", "k_proj"),
+    "v_proj": ("attn_norm", "v_proj"),
+    "o_proj": ("attention", "o_proj"),
+    "gate_proj": ("mlp_norm", "gate_proj"),
+    "up_proj": ("mlp_norm", "up_proj"),
+    "down_proj": ("activation", "down_proj"),
+    "lm_head": ("final_norm", "logits"),
+}
+"""Keyed by weight: the stage that is multiplied by it, and the stage that results."""
+
 
 @define(kw_only=True, eq=False, slots=False)
 class Case:
