@@ -124,8 +124,6 @@ class PluginSuite:
         self, plugin: Any, implementation: Implementation
     ) -> None:
         target = target_of(plugin, implementation)
-        if target is None:
-            pytest.skip("a fresh process cannot import the plugin: it is not a module's attribute")
         module = target.partition(":")[0]
         changed = in_fresh_process("changed_by_import", module)
         if changed is None:
@@ -142,20 +140,21 @@ class PluginSuite:
         )
 
 
-def target_of(plugin: Any, implementation: Implementation) -> str | None:
-    """The plugin's entry point, ``module`` or ``module:attribute``; None if a fresh process could
-    not import it."""
+def target_of(plugin: Any, implementation: Implementation) -> str:
+    """The plugin's entry point, ``module`` or ``module:attribute``; skips the test if a fresh
+    process could not import it."""
     if isinstance(plugin, str):
         return plugins.find(implementation.kind, plugin).target
+    attribute: str | None = ""
     if isinstance(plugin, ModuleType):
-        module, attribute = plugin, ""
+        module = plugin
     else:
         module = sys.modules[type(plugin).__module__]
         names = [name for name, value in vars(module).items() if value is plugin]
-        if not names:
-            return None
-        attribute = f":{names[0]}"
-    return f"{module.__name__}{attribute}" if getattr(module, "__file__", None) else None
+        attribute = f":{names[0]}" if names else None
+    if attribute is None or not getattr(module, "__file__", None):
+        pytest.skip("a fresh process cannot import the plugin: it is not a module's attribute")
+    return f"{module.__name__}{attribute}"
 
 
 def in_fresh_process(function: str, *arguments: Any) -> Any:
