@@ -156,13 +156,10 @@ def _head(
     if config.num_layers - 1 not in layers:
         return {}
     head = {"final_norm": keep(read("final_norm"))}
-    if not config.tie_word_embeddings:
-        head["lm_head"] = keep(read("lm_head"))
-    else:
-        head["lm_head"] = keep(read("embedding") if embedding is None else embedding)
-    if any(p.name == "embedding" for contract in found.values() for p in contract.parameters):
-        tied = config.tie_word_embeddings
-        head["embedding"] = head["lm_head"] if tied else keep(read("embedding"))
+    tied = config.tie_word_embeddings
+    if tied or any(p.name == "embedding" for c in found.values() for p in c.parameters):
+        head["embedding"] = keep(read("embedding") if embedding is None else embedding)
+    head["lm_head"] = head["embedding"] if tied else keep(read("lm_head"))
     return head
 
 

@@ -59,8 +59,9 @@ def tiles(name: str, config: ModelConfig, runtime: RuntimeConfig) -> Tiles:
     for size in SMALL_PAGES if runtime.page_size is None else ():
         with suppress(ExecutorError):
             kernels = kernel_set(name, config, evolve(runtime, page_size=size))
-            return evolve(kernels.tiles, page_size=kernels.page_size)
-    kernels = kernel_set(name, config, runtime)
+            break
+    else:
+        kernels = kernel_set(name, config, runtime)
     return evolve(kernels.tiles, page_size=kernels.page_size)
 
 

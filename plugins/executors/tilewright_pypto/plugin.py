@@ -1,4 +1,4 @@
-"""Plugin ``pypto-npu``: Qwen3 models on Ascend NPUs, with kernels in PyPTO."""
+"""Plugin ``pypto-npu``: dense models on Ascend NPUs, with kernels in PyPTO."""
 
 import os
 from typing import TYPE_CHECKING
