@@ -333,15 +333,8 @@ MISTAKES = {
 
 
 WIDE = Qwen3Config(
-    hidden_size=4096,
-    intermediate_size=128,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    vocab_size=131,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
+    **CONFIG.to_diff_dict()
+    | {"hidden_size": 4096, "intermediate_size": 128, "num_hidden_layers": 1, "layer_types": None}
 )
 """Narrow but for the hidden size, over which products are summed."""
 SUMS_IN_BF16 = KernelMistake(

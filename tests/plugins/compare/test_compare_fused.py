@@ -5,6 +5,7 @@ from pathlib import Path
 from shutil import copyfile
 from unittest import mock
 
+import kernel_mistakes
 import plugin_distributions as dists
 import pytest
 from plugin_distributions import Distribution
@@ -17,15 +18,7 @@ from tilewright_compare import Choice, Comparison, compare
 from tilewright_kernels.qwen3_fused import plugin as fused
 
 CONFIG = Qwen3Config(
-    hidden_size=96,
-    intermediate_size=160,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    vocab_size=131,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
+    **kernel_mistakes.CONFIG.to_diff_dict() | {"num_hidden_layers": 3, "layer_types": None}
 )
 
 PROGRAMS = """
