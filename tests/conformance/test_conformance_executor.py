@@ -38,7 +38,8 @@ from tilewright_testing import ExecutorSuite
 from tilewright_testing.executor import MODELS
 from tilewright_testing.models import MemorySource
 from tilewright_torch import plugin as shipped
-from tilewright_torch.model import Model, TorchExecutor, _Step
+from tilewright_torch.model import TorchExecutor, _Step
+from tilewright_torch.weights import Model
 
 
 class Executors:

@@ -41,7 +41,8 @@ from tilewright_compare import Choice, Comparison, compare
 from tilewright_hf.architecture import model_config
 from tilewright_hf.files import JsonObject
 from tilewright_torch import plugin as torch_plugin
-from tilewright_torch.model import Model, TorchExecutor, _Step
+from tilewright_torch.model import TorchExecutor, _Step
+from tilewright_torch.weights import Model
 
 tilewright_api = 2
 

@@ -17,8 +17,9 @@ from tilewright.weights import expected_tensors
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.packing import pack
 from tilewright_pypto.weight_names import packed_name
-from tilewright_torch.model import TorchExecutor, load
+from tilewright_torch.model import TorchExecutor
 from tilewright_torch.rope import rotary
+from tilewright_torch.weights import load
 
 GUARD = 64
 """Elements before and after each buffer."""

@@ -35,17 +35,23 @@ MOST_PARTS = 16
 """Most parts that a weight is split into for one row. Memory speed is the limit before this."""
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+class Dense:
     """The product with a weight [out, in]."""
-    many: Callable[[Tensor, Tensor, Tensor | None], Tensor] = widened
-    if has_native(weight.dtype):
-        many = onednn
-    elif weight.dtype == torch.float32:
-        many = F.linear
-    if weight.dtype == torch.float32:
-        one = split_matrix_vector(weight, bias)
-        return lambda x: many(x, weight, bias) if x.shape[0] > 1 else one(x)
-    return lambda x: (many if x.shape[0] > 1 else matrix_vector)(x, weight, bias)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight = weight
+        self.bias = bias
+        self._one: Linear = lambda x: matrix_vector(x, weight, bias)
+        self._many: Linear = lambda x: widened(x, weight, bias)
+        if has_native(weight.dtype):
+            self._many = lambda x: onednn(x, weight, bias)
+        elif weight.dtype == torch.float32:
+            self._many = lambda x: F.linear(x, weight, bias)
+        if weight.dtype == torch.float32:
+            self._one = split_matrix_vector(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._many(x) if x.shape[0] > 1 else self._one(x)
 
 
 def converted(weight: Tensor, dtype: torch.dtype) -> Linear:

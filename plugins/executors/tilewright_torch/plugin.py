@@ -94,7 +94,8 @@ def create_executor(
     import torch
 
     from tilewright.weights import torch_dtype
-    from tilewright_torch.model import TorchExecutor, load
+    from tilewright_torch.model import TorchExecutor
+    from tilewright_torch.weights import load
 
     options = options or Options()
     if options.threads is not None:

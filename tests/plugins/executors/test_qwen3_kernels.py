@@ -39,7 +39,8 @@ from tilewright_kernels.qwen3_14b.plugin import KERNELS, kernels_of
 from tilewright_kernels.qwen3_14b.shape import DEMO, QWEN3_14B, LayerShape, layer_shape
 from tilewright_pypto.emulated import KernelError, language
 from tilewright_pypto.rings import STANDARD, needed
-from tilewright_torch.model import load, rms_norm
+from tilewright_torch.model import rms_norm
+from tilewright_torch.weights import load
 
 
 def shaped(**changes: int) -> LayerShape:

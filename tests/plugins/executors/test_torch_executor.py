@@ -366,7 +366,7 @@ def test_every_matrix_product_path_sums_in_float32_and_rounds_once(
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=random).to(of)
     offset = torch.randn(shape[0], generator=random).to(of) if bias else None
-    product = tilewright_torch.linear.linear(weight, offset)
+    product = tilewright_torch.linear.Dense(weight, offset)
     for rows in (0, 1, 2, 5, 70):
         x = torch.randn(rows, shape[1], generator=random).to(of)
         exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
@@ -381,7 +381,7 @@ def test_every_matrix_product_path_sums_in_float32_and_rounds_once(
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_matrix_product_restores_the_onednn_setting(enabled: bool) -> None:
     before = torch._C._get_mkldnn_enabled()
-    product = tilewright_torch.linear.linear(torch.ones(300, 300).bfloat16())
+    product = tilewright_torch.linear.Dense(torch.ones(300, 300).bfloat16())
     try:
         torch._C._set_mkldnn_enabled(enabled)
         product(torch.ones(1, 300).bfloat16())
