@@ -41,6 +41,12 @@ class LayerwiseBase(ABC, Generic[ModelT, StepT]):
         self, step: StepT, layer: int, hidden: "Tensor", tap: "Tap | None" = None
     ) -> "Tensor": ...
 
+    def run_layers(self, step: StepT, hidden: "Tensor", tap: "Tap | None" = None) -> "Tensor":
+        """All layers in turn; for an executor that can run them together, with the same result."""
+        for layer in self.layers:
+            hidden = self.run_layer(step, layer, hidden, tap)
+        return hidden
+
     @abstractmethod
     def run_head(self, step: StepT, hidden: "Tensor", tap: "Tap | None" = None) -> "Tensor": ...
 
@@ -52,9 +58,7 @@ class LayerwiseBase(ABC, Generic[ModelT, StepT]):
                 f"of {self._num_layers}: run it layer by layer, between the other parts"
             )
         step = self.begin(batch)
-        hidden = self.embed(step, tap)
-        for layer in self.layers:
-            hidden = self.run_layer(step, layer, hidden, tap)
+        hidden = self.run_layers(step, self.embed(step, tap), tap)
         return self.run_head(step, hidden[batch.logits_rows], tap)
 
     def close(self) -> None:

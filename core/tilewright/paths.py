@@ -48,11 +48,14 @@ def no_home() -> str:
 
 
 def cache_folder(*parts: str) -> tuple[Path, str]:
-    """A folder for files that can be made again, below ``~/.cache``, and a note for the user.
+    """A folder for files that can be made again, and a note for the user.
 
-    Where that cannot be written, a folder in the temporary directory that only this user can
-    write; the note, otherwise empty, says so. The last folders may not exist yet.
+    It is below $XDG_CACHE_HOME or ``~/.cache``. Where the latter cannot be written, it is in the
+    temporary directory, and only this user can write it; the note, otherwise empty, says so. The
+    last folders may not exist yet.
     """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given, *parts), ""
     at = home()
     if at is None:
         why = "the home directory is not known"

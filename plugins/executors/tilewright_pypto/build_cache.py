@@ -28,12 +28,7 @@ STAMP = "tilewright.json"
 
 
 def default_folder() -> Path:
-    """``tilewright/pypto`` in $XDG_CACHE_HOME, or in ~/.cache.
-
-    A temporary folder, with a PluginWarning, where ~/.cache cannot be written.
-    """
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache) / "tilewright" / "pypto"
+    """``tilewright/pypto`` in the user's cache, with a PluginWarning for a temporary folder."""
     folder, note = cache_folder("tilewright", "pypto")
     if note:
         warnings.warn(

@@ -25,6 +25,7 @@ from tilewright.types import (
     Tap,
 )
 from tilewright.weights import torch_dtype
+from tilewright_torch import native
 from tilewright_torch.attention import Attend, paged_attention
 from tilewright_torch.rope import rotary, rotate
 from tilewright_torch.weights import Layer, Model
@@ -40,6 +41,8 @@ class _Step:
     slots: Tensor
     attention: dict[int | None, Attend]
     """Attention functions, keyed by sliding window."""
+    compiled: native.Step | None
+    """For a step that the compiled path runs unless it has a tap."""
 
 
 class TorchExecutor(LayerwiseBase[Model, _Step]):
@@ -47,12 +50,23 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
 
     plugin = "torch"
     device = "cpu"
-    limits = ExecutorLimits()
 
-    def __init__(self, model: Model, kv_cache_spec: KvCacheSpec, layers: range | None = None):
-        """layers: None for all of the model's."""
+    def __init__(
+        self,
+        model: Model,
+        kv_cache_spec: KvCacheSpec,
+        layers: range | None = None,
+        compile: bool = False,
+    ):
+        """layers: None for all of the model's.
+
+        compile: run steps of few tokens, without a tap, in ``native``.
+        """
         num_layers = model.config.num_layers
         super().__init__(model, kv_cache_spec, layers or range(num_layers), num_layers)
+        self.limits = ExecutorLimits(tap_exact=not compile)
+        self._compile = compile
+        self._native: native.Native | None = None
         self._rotary = rotary(model.config)
         self._cache: list[KvLayer] = []
         self._kv: list[tuple[Tensor, Tensor]] = []
@@ -61,10 +75,13 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
     def allocate_kv(self, num_pages: int) -> None:
         self._cache = kv_storage.allocate(self.kv_cache_spec, num_pages)
         self._kv = [(layer.key.flatten(0, 1), layer.value.flatten(0, 1)) for layer in self._cache]
+        if self._compile:
+            page_size = self.kv_cache_spec.page_size
+            self._native = native.Native(self._opened(), self.layers, self._cache, page_size)
 
     def close(self) -> None:
         super().close()
-        self._cache, self._kv = [], []
+        self._cache, self._kv, self._native = [], [], None
 
     @torch.inference_mode()
     def begin(self, batch: StepBatch) -> _Step:
@@ -72,12 +89,17 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
         windows = {model.config.window(i) for i in self.layers}
         cos, sin = self._rotary(batch)
+        slots = batch.slot_mapping.long()
+        compiled = None
+        if self._native and len(slots) <= native.MAX_TOKENS:
+            compiled = self._native.step(batch, cos, sin, slots)
         return _Step(
             token_ids=batch.token_ids,
             cos=cos,
             sin=sin,
-            slots=batch.slot_mapping.long(),
+            slots=slots,
             attention={w: paged_attention(batch, page_size, w, compute) for w in windows},
+            compiled=compiled,
         )
 
     @torch.no_grad()
@@ -91,10 +113,18 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         return x
 
     @torch.inference_mode()
+    def run_layers(self, step: _Step, hidden: Tensor, tap: "Tap | None" = None) -> Tensor:
+        if self._native and step.compiled and not tap:
+            return self._native.run_layers(step.compiled, 0, len(self.layers), hidden)
+        return super().run_layers(step, hidden, tap)
+
+    @torch.inference_mode()
     def run_layer(
         self, step: _Step, layer: int, hidden: Tensor, tap: "Tap | None" = None
     ) -> Tensor:
         model, at = self._opened(), self.layers.index(layer)
+        if self._native and step.compiled and not tap:
+            return self._native.run_layers(step.compiled, at, 1, hidden)
         config, weights = model.config, model.layers[at]
         layer_tap = _of_layer(tap, layer) if tap else None
         x = hidden + _attention(
@@ -120,6 +150,10 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         model = self._opened()
         if model.final_norm is None or model.head is None:
             raise ExecutorError("executor torch has no head: the last layer is in another part")
+        if self._native and not tap:
+            logits = self._native.run_head(hidden, model.final_norm)
+            if logits is not None:
+                return logits
         x = rms_norm(hidden, model.final_norm, model.config.norm_eps)
         if tap:
             tap("final_norm", x)

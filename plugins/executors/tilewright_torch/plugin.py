@@ -41,6 +41,21 @@ class Options:
             "other converted layer; takes less memory, is slower"
         },
     )
+    compile: bool = field(
+        default=False,
+        metadata={
+            "help": "run steps of up to 32 tokens in C++ that is compiled when the model is loaded "
+            "(a second, the first time) and kept in the user's cache; faster, needs a C++ compiler"
+        },
+    )
+
+    @compile.validator
+    def _not_streamed(self, _: object, value: bool) -> None:
+        if value and self.stream_weights:
+            raise ValueError(
+                "compile reads weights that stay in weight_dtype, and stream_weights keeps none: "
+                "set one of the two"
+            )
 
 
 @hookimpl
@@ -87,7 +102,7 @@ def create_executor(
     layers: range,
     options: Options | None,
 ) -> LayerwiseExecutor:
-    """Raises ExecutorError for an unsupported device, shape or cache."""
+    """Raises ExecutorError for an unsupported device, shape or cache, and if compile fails."""
     config, runtime = model_config, runtime_config
     _check(config, runtime)
 
@@ -103,6 +118,10 @@ def create_executor(
     assert runtime.weight_dtype is not None
     assert runtime.kv_dtype is not None
     dtype = torch_dtype(runtime.weight_dtype)
+    if options.compile:  # before the weights: it may fail
+        from tilewright_torch import native
+
+        native.library(dtype, torch_dtype(runtime.kv_dtype))
     free = available_memory()
     model = load(config, layers, weights, dtype, options.stream_weights)
     spec = KvCacheSpec(
@@ -114,7 +133,7 @@ def create_executor(
         # Half of the memory that is free once all weights are read.
         memory_limit=max(0, free - _weight_bytes(weights, runtime, options.stream_weights)) // 2,
     )
-    return TorchExecutor(model, spec, layers)
+    return TorchExecutor(model, spec, layers, options.compile)
 
 
 @hookimpl

@@ -59,7 +59,7 @@ def load(
     stream: keep the weights in the dtype of the source, and convert a layer each time it runs.
     """
     read = {
-        name: weights.get(name) if stream else weights.get(name).to(dtype)
+        name: (weights.get(name) if stream else weights.get(name).to(dtype)).contiguous()
         for name in expected_tensors(config, layers)
     }
 

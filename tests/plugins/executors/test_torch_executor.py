@@ -48,6 +48,7 @@ TOLERANCE = 2e-4
 
 BF16_CONFIGS = ["qwen3-gqa-5", "qwen2-yarn-factor", "llama-biases", "mistral-gqa-8"]
 DTYPES: list[DType] = ["float32", "bfloat16", "float16"]
+OPTIONS = Options()
 
 
 # --- driving the executor -------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def request(loaded: LoadedModel, **runtime: Any) -> Asked:
         model_config=loaded.config,
         runtime_config=RuntimeConfig(**settings | runtime),
         weights=loaded.weights,
-        options=None,
+        options=OPTIONS,
     )
 
 

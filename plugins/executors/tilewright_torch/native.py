@@ -1,0 +1,285 @@
+"""The compiled path: step.cpp, built on this machine, runs steps of few tokens on the CPU.
+
+Weights are read where they are, in the layout of the checkpoint. One call runs all layers of a
+step, so that a decode step costs little more than reading the weights once.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from tilewright.errors import ExecutorError, PluginWarning
+from tilewright.paths import cache_folder
+from tilewright.types import KvLayer, ModelConfig, StepBatch
+from tilewright_torch.linear import Dense, Linear
+from tilewright_torch.weights import Layer, Model
+
+MAX_TOKENS = 32
+"""Tokens of a step that the compiled path takes, as in step.cpp; with more, oneDNN is faster."""
+
+SOURCE = Path(__file__).with_name("step.cpp")
+
+COMPILERS = ("g++", "c++")
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers of the dtypes in step.cpp."""
+
+_Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("rows", _Int), ("columns", _Int))
+
+
+_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("attn_norm", _Pointer),
+        ("mlp_norm", _Pointer),
+        ("q_norm", _Pointer),
+        ("k_norm", _Pointer),
+        *((name, _Matrix) for name in _PROJECTIONS),
+        ("keys", _Pointer),
+        ("values", _Pointer),
+        ("window", _Int),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("hidden", _Int),
+        ("heads", _Int),
+        ("kv_heads", _Int),
+        ("head_dim", _Int),
+        ("inner", _Int),
+        ("page_size", _Int),
+        ("threads", _Int),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("tokens", _Int),
+        ("sequences", _Int),
+        ("max_pages", _Int),
+        ("cos", _Pointer),
+        ("sin", _Pointer),
+        ("slots", _Pointer),
+        ("query_starts", _Pointer),
+        ("lengths", _Pointer),
+        ("block_table", _Pointer),
+    )
+
+
+@frozen(eq=False)
+class Step:
+    """A step as step.cpp reads it, and the tensors that it points to."""
+
+    pointers: _Step
+    scratch: Tensor
+    kept: tuple[Tensor, ...]
+
+
+class Native:
+    """A model's layers and head in step.cpp."""
+
+    def __init__(self, model: Model, layers: range, kv: Sequence[KvLayer], page_size: int):
+        """layers: those of the model's layers that it has, whose cache ``kv`` is.
+
+        Raises ExecutorError when step.cpp cannot be compiled.
+        """
+        config = model.config
+        self._library = library(model.dtype, kv[0].key.dtype)
+        self._dtype = model.dtype
+        self._kept = model, kv
+        self._model = _Model(
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            inner=config.intermediate_size,
+            page_size=page_size,
+            eps=config.norm_eps,
+        )
+        self._layers = (_Layer * len(layers))(
+            *(
+                _layer(config, weights, cache, config.window(i))
+                for i, weights, cache in zip(layers, model.layers, kv, strict=True)
+            )
+        )
+        self._head = _matrix(model.head) if isinstance(model.head, Dense) else None
+
+    def step(self, batch: StepBatch, cos: Tensor, sin: Tensor, slots: Tensor) -> Step:
+        """Prepare a step of at most MAX_TOKENS tokens.
+
+        cos, sin: [T, 1, head_dim] float32, as ``rope.rotate`` takes them. slots: [T] int64.
+        """
+        read = (cos, sin, slots, batch.query_starts, batch.context_lens, batch.block_table)
+        kept = tuple(tensor.contiguous() for tensor in read)
+        pointers = _Step(
+            len(slots),
+            len(batch.context_lens),
+            batch.block_table.shape[1],
+            *(tensor.data_ptr() for tensor in kept),
+        )
+        self._model.threads = torch.get_num_threads()
+        size = self._library.scratch_bytes(ctypes.byref(self._model), ctypes.byref(pointers))
+        return Step(pointers, torch.empty(size, dtype=torch.uint8), kept)
+
+    def run_layers(self, step: Step, first: int, count: int, hidden: Tensor) -> Tensor:
+        """Run some layers in turn, numbered among those that it has, on hidden [T, hidden_size]."""
+        hidden = hidden.to(self._dtype, copy=True, memory_format=torch.contiguous_format)
+        self._library.run_layers(
+            ctypes.byref(self._model),
+            ctypes.byref(self._layers[first]),
+            count,
+            ctypes.byref(step.pointers),
+            hidden.data_ptr(),
+            step.scratch.data_ptr(),
+        )
+        return hidden
+
+    def run_head(self, hidden: Tensor, final_norm: Tensor) -> Tensor | None:
+        """Logits [L, vocab_size] float32 of hidden [L, hidden_size]; None if it does not serve
+        the head, or so many rows."""
+        tokens = len(hidden)
+        if self._head is None or tokens > MAX_TOKENS:
+            return None
+        hidden = hidden.to(self._dtype).contiguous()
+        logits = torch.empty(tokens, self._head.rows)
+        scratch = torch.empty_like(hidden, dtype=torch.float32)
+        self._model.threads = torch.get_num_threads()
+        self._library.run_head(
+            ctypes.byref(self._model),
+            final_norm.data_ptr(),
+            ctypes.byref(self._head),
+            tokens,
+            hidden.data_ptr(),
+            scratch.data_ptr(),
+            logits.data_ptr(),
+        )
+        return logits
+
+
+def _layer(config: ModelConfig, weights: Layer, kv: KvLayer, window: int | None) -> _Layer:
+    q_norm = k_norm = None
+    if weights.qk_norm is not None:
+        q_norm, k_norm = (weights.qk_norm[i].data_ptr() for i in (0, config.num_heads))
+    return _Layer(
+        attn_norm=weights.attn_norm.data_ptr(),
+        mlp_norm=weights.mlp_norm.data_ptr(),
+        q_norm=q_norm,
+        k_norm=k_norm,
+        keys=kv.key.data_ptr(),
+        values=kv.value.data_ptr(),
+        window=window or 0,
+        **{name: _matrix(getattr(weights, name)) for name in _PROJECTIONS},
+    )
+
+
+def _matrix(product: Linear) -> _Matrix:
+    assert isinstance(product, Dense)
+    bias = None if product.bias is None else product.bias.data_ptr()
+    return _Matrix(product.weight.data_ptr(), bias, *product.weight.shape)
+
+
+@cache
+def library(weight_dtype: torch.dtype, kv_dtype: torch.dtype) -> ctypes.CDLL:
+    """step.cpp, compiled for these dtypes on this machine; from the disk if it was before.
+
+    The folder is ``tilewright/torch`` in the user's cache.
+
+    Raises ExecutorError without a compiler, with what the compiler said when it failed, and when
+    the folder cannot be written.
+    """
+    compiler = _compiler()
+    flags = [
+        *FLAGS,
+        f"-DWEIGHT_DTYPE={_DTYPES[weight_dtype]}",
+        f"-DKV_DTYPE={_DTYPES[kv_dtype]}",
+    ]
+    openmp = _openmp()
+    key = (SOURCE.read_text(), *compiler, *flags, *openmp, _cpu())
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
+    folder, note = cache_folder("tilewright", "torch")
+    if note:
+        warnings.warn(f"{note} for the compiled step", PluginWarning, stacklevel=2)
+    built = folder / f"step-{digest[:16]}.so"
+    if not built.exists():
+        _build([*compiler, *flags, str(SOURCE)], openmp, built)
+    loaded = ctypes.CDLL(str(built))
+    loaded.scratch_bytes.restype = _Int
+    loaded.scratch_bytes.argtypes = (_Pointer, _Pointer)
+    loaded.run_layers.restype = loaded.run_head.restype = None
+    loaded.run_layers.argtypes = (_Pointer, _Pointer, _Int, _Pointer, _Pointer, _Pointer)
+    loaded.run_head.argtypes = (_Pointer, _Pointer, _Pointer, _Int, _Pointer, _Pointer, _Pointer)
+    return loaded
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX, or the first of COMPILERS that is installed."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else [[name] for name in COMPILERS]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    expected = f"CXX = {' '.join(asked)}" if asked else f"one of {', '.join(COMPILERS)}"
+    raise ExecutorError(
+        f"option compile needs a C++ compiler, and {expected} is not on the PATH: install one "
+        "(Debian: apt install g++), or leave the option out"
+    )
+
+
+def _build(command: list[str], libraries: list[str], built: Path) -> None:
+    try:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=built.parent) as folder:
+            made = Path(folder, built.name)
+            command = [*command, "-o", str(made), "-Wl,--as-needed", *libraries]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                said = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr)
+                raise ExecutorError(
+                    f"{command[0]} could not compile {SOURCE} ({said.strip()[:200]}): set CXX to "
+                    "another C++ compiler (GCC 12 is known to work), or leave option compile out"
+                )
+            os.replace(made, built)
+    except OSError as error:
+        raise ExecutorError(
+            f"the compiled step cannot be written to {built.parent} ({error.strerror}): make it "
+            "writable, set XDG_CACHE_HOME, or leave option compile out"
+        ) from error
+
+
+def _openmp() -> list[str]:
+    """The OpenMP library that torch has loaded, so that both share its threads."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    return sorted(file for file in files if "libgomp" in Path(file).name)
+
+
+def _cpu() -> str:
+    """What -march=native depends on; homes are shared between machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = ("model name", "flags", "Features")
+    return "\n".join([platform.machine(), *sorted({x for x in lines if x.startswith(names)})])
