@@ -43,7 +43,14 @@ _Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("rows", _Int), ("columns", _Int))
+    _fields_ = (
+        ("weight", _Pointer),
+        ("scales", _Pointer),
+        ("bias", _Pointer),
+        ("rows", _Int),
+        ("columns", _Int),
+        ("tile", _Int),
+    )
 
 
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -198,11 +205,13 @@ def _layer(config: ModelConfig, weights: Layer, kv: KvLayer, window: int | None)
 def _matrix(product: Linear) -> _Matrix:
     assert isinstance(product, Dense)
     bias = None if product.bias is None else product.bias.data_ptr()
-    return _Matrix(product.weight.data_ptr(), bias, *product.weight.shape)
+    return _Matrix(product.weight.data_ptr(), None, bias, *product.weight.shape, 1)
 
 
 @cache
-def library(weight_dtype: torch.dtype, kv_dtype: torch.dtype) -> ctypes.CDLL:
+def library(
+    weight_dtype: torch.dtype, kv_dtype: torch.dtype, quantised: bool = False
+) -> ctypes.CDLL:
     """step.cpp, compiled for these dtypes on this machine; from the disk if it was before.
 
     The folder is ``tilewright/torch`` in the user's cache.
@@ -215,6 +224,7 @@ def library(weight_dtype: torch.dtype, kv_dtype: torch.dtype) -> ctypes.CDLL:
         *FLAGS,
         f"-DWEIGHT_DTYPE={_DTYPES[weight_dtype]}",
         f"-DKV_DTYPE={_DTYPES[kv_dtype]}",
+        f"-DQUANTISED={int(quantised)}",
     ]
     openmp = _openmp()
     key = (SOURCE.read_text(), *compiler, *flags, *openmp, _cpu())

@@ -1,7 +1,8 @@
 // A step of few tokens through a transformer's layers, and through its head, on the CPU.
 //
 // native.py compiles it for one machine, with the dtypes of the weights and of the KV cache:
-// WEIGHT_DTYPE and KV_DTYPE, each one of the three below. Results are rounded to the weights' dtype
+// WEIGHT_DTYPE and KV_DTYPE, each one of the three below, and QUANTISED, which is 1 for matrices of
+// 8 and 4 bits (quantised.py has their layout) in a model of WEIGHT_DTYPE, otherwise 0. Results are rounded to the weights' dtype
 // where model.py rounds them; everything between two roundings is computed in float32. A result
 // does not depend on the number of threads, nor on the other tokens of the step.
 
@@ -11,13 +12,13 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#define LANES 16
-#else
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
 #define LANES 8
 #endif
 
@@ -29,6 +30,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
@@ -48,6 +50,8 @@ static inline float wide(float16 x) {
     return (float)half;
 }
 
+static inline float wide(int8_t x) { return x; }
+
 static inline Floats load(const float *at) { return *(const Floats *)at; }
 static inline Floats load(const bfloat16 *at) {
     return (Floats)(__builtin_convertvector(*(const Halves *)at, Words) << 16);
@@ -63,6 +67,21 @@ static inline Floats load(const float16 *at) {
     return out;
 #endif
 }
+
+static inline Floats widened(Bytes x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
+#elif defined(__AVX2__)
+    int64_t bytes;
+    memcpy(&bytes, &x, 8);
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes)));
+#else
+    Floats out;
+    for (int i = 0; i < LANES; i++) out[i] = x[i];
+    return out;
+#endif
+}
+static inline Floats load(const int8_t *at) { return widened(*(const Bytes *)at); }
 
 static inline void put(float *at, float x) { *at = x; }
 static inline void put(bfloat16 *at, float x) {
@@ -150,9 +169,11 @@ static inline float exponential(float x) { return exponential((Floats){} + x)[0]
 // ---- What native.py passes: the structures there have the same fields.
 
 struct Matrix {
-    const Weight *weight;  // [rows, columns]
+    const void *weight;    // [rows, columns] of Weight or, QUANTISED, of int8 or in tiles of 4 bits
+    const Weight *scales;  // QUANTISED: [rows], or of 4 bits [columns / GROUP, tiles * tile, 2]
     const Weight *bias;    // [rows], or null
     int64_t rows, columns;
+    int64_t tile;  // rows of a tile of 4 bits, 32 or 64; otherwise 1
 };
 
 struct Layer {
@@ -179,10 +200,20 @@ struct Step {
 
 // ---- Matrix products.
 
-#if defined(__AVX512BF16__) && WEIGHT_DTYPE == BFLOAT16
+#if defined(__AVX512BF16__) && WEIGHT_DTYPE == BFLOAT16 && !QUANTISED
+#define DIRECT 1
 typedef bfloat16 Operand;  // two vectors of bfloat16 are multiplied without widening them
 #else
 typedef float Operand;
+#endif
+#if QUANTISED
+typedef int8_t Stored;
+const int CHAINS = 2;  // sums of a product that grow side by side: one would wait for itself
+const int TOKENS = 4;  // most tokens whose products are computed together
+#else
+typedef Weight Stored;
+const int CHAINS = 1;
+const int TOKENS = 8;
 #endif
 
 const int ROWS = 2, ROW_BY_ROW = 4, MAX_TOKENS = 32;
@@ -197,13 +228,17 @@ static inline Range share(int64_t units, int64_t parts, int64_t part) {
 static inline void set(float *at, float x) { *at = rounded(x); }
 static inline void set(bfloat16 *at, float x) { put(at, x); }
 
+static inline Floats joined(const Floats *parts) {
+    return CHAINS == 1 ? parts[0] : parts[0] + parts[CHAINS - 1];
+}
+
 // Products of R rows with T tokens (1, or a multiple of 4): out [R, MAX_TOKENS]. The terms of a sum
 // are added in the same order whatever R and T are.
 template <int R, int T>
-static inline void dots(const Weight *weight, const Operand *x, int64_t n, float *out) {
-    Floats acc[R][T] = {};
+static inline void dots(const Stored *weight, const Operand *x, int64_t n, float *out) {
+    Floats acc[R][T][CHAINS] = {};
     int64_t i = 0;
-#if defined(__AVX512BF16__) && WEIGHT_DTYPE == BFLOAT16
+#if DIRECT
     for (; i + 32 <= n; i += 32) {
         __m512bh a[T];
 #pragma GCC unroll 8
@@ -214,70 +249,165 @@ static inline void dots(const Weight *weight, const Operand *x, int64_t n, float
             __m512bh w = (__m512bh)_mm512_loadu_si512(weight + r * n + i);
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++)
-                acc[r][t] = (Floats)_mm512_dpbf16_ps((__m512)acc[r][t], w, a[t]);
+                acc[r][t][0] = (Floats)_mm512_dpbf16_ps((__m512)acc[r][t][0], w, a[t]);
         }
     }
 #else
-    for (; i + LANES <= n; i += LANES) {
-        Floats a[T];
+    for (; i + CHAINS * LANES <= n; i += CHAINS * LANES) {
 #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) a[t] = load(x + t * n + i);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < R; r++)
             if (T > 1) __builtin_prefetch(weight + (r + R) * n + i);
-            Floats w = load(weight + r * n + i);
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) acc[r][t] += w * a[t];
+        for (int c = 0; c < CHAINS; c++) {
+            Floats a[T];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) a[t] = load(x + t * n + i + c * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                Floats w = load(weight + r * n + i + c * LANES);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) acc[r][t][c] += w * a[t];
+            }
         }
     }
 #endif
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t += 4) {
-            float total[4];
-            if (T % 4)
-                total[0] = sum(acc[r][t]);
-            else
-                sums(acc[r][t], acc[r][t + 1], acc[r][t + 2], acc[r][t + 3], total);
-            for (int k = 0; k < (T % 4 ? 1 : 4); k++) {
-                for (int64_t j = i; j < n; j++)
-                    total[k] += wide(weight[r * n + j]) * wide(x[(t + k) * n + j]);
-                out[r * MAX_TOKENS + t + k] = total[k];
-            }
-        }
-}
-
-// R rows of a product for all tokens, rounded: out [R, MAX_TOKENS].
-template <int R>
-static void rows_of(const Matrix &m, int64_t row, const Operand *x, int64_t tokens, float *out) {
-    const Weight *weight = m.weight + row * m.columns;
-    int64_t t = 0, n = m.columns;
-    for (; t + 8 <= tokens; t += 8) dots<R, 8>(weight, x + t * n, n, out + t);
-    for (; t + 4 <= tokens; t += 4) dots<R, 4>(weight, x + t * n, n, out + t);
-    for (; t < tokens; t++) dots<R, 1>(weight, x + t * n, n, out + t);
     for (int r = 0; r < R; r++) {
-        float bias = m.bias ? wide(m.bias[row + r]) : 0.0f;
-        for (t = 0; t < tokens; t++) {
-            float *at = out + r * MAX_TOKENS + t;
-            *at = rounded(*at + bias);
+        float total[T];
+        if (T % 4) {
+            total[0] = sum(joined(acc[r][0]));
+        } else {
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t += 4)
+                sums(joined(acc[r][t]), joined(acc[r][t + 1]), joined(acc[r][t + 2]),
+                     joined(acc[r][t + 3]), total + t);
+        }
+        for (int t = 0; t < T; t++) {
+            for (int64_t j = i; j < n; j++) total[t] += wide(weight[r * n + j]) * wide(x[t * n + j]);
+            out[r * MAX_TOKENS + t] = total[t];
         }
     }
 }
 
-// Calls emit(row, tokens' values) for rows start to stop of a product.
+// R rows of a product for all tokens: out [R, MAX_TOKENS].
+template <int R>
+static void rows_of(const Matrix &m, int64_t row, const Operand *x, int64_t tokens, float *out) {
+    const Stored *weight = (const Stored *)m.weight + row * m.columns;
+    int64_t t = 0, n = m.columns;
+    for (; t + TOKENS <= tokens; t += TOKENS) dots<R, TOKENS>(weight, x + t * n, n, out + t);
+    for (; t + 4 <= tokens; t += 4) dots<R, 4>(weight, x + t * n, n, out + t);
+    for (; t < tokens; t++) dots<R, 1>(weight, x + t * n, n, out + t);
+}
+
+#if QUANTISED
+const int GROUPED = 32;  // weights that share a scale and a zero point in 4 bits
+const int MAX_TILE = 64;
+
+// Scales and zero points of LANES rows, which alternate.
+static inline void pairs(const Weight *at, Floats &scale, Floats &zero) {
+    Ints even;
+    for (int i = 0; i < LANES; i++) even[i] = 2 * i;
+    scale = __builtin_shuffle(load(at), load(at + LANES), even);
+    zero = __builtin_shuffle(load(at), load(at + LANES), even + 1);
+}
+
+// The low and the high halves of LANES bytes, less 8.
+static inline void nibbles(const int8_t *at, Floats &low, Floats &high) {
+#if defined(__AVX512F__)
+    const Floats values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));
+    low = (Floats)_mm512_permutexvar_ps(both, (__m512)values);
+    high = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), (__m512)values);
+#else
+    Bytes both = *(const Bytes *)at;
+    low = widened((both & 15) - 8);
+    high = widened(((both >> 4) & 15) - 8);
+#endif
+}
+
+// A tile of 4 bits, TILE rows, times T tokens: out [TILE, MAX_TOKENS].
+template <int TILE, int T>
+static void tile_of(const Matrix &m, int64_t tile, const float *x, float *out) {
+    const int PARTS = TILE / LANES;  // the first half of them in the low halves of the bytes
+    const int8_t *packed = (const int8_t *)m.weight + tile * m.columns * (TILE / 2);
+    const int64_t padded = (m.rows + MAX_TILE - 1) / MAX_TILE * MAX_TILE;
+    Floats acc[T][PARTS] = {};
+    for (int64_t start = 0; start < m.columns; start += GROUPED) {
+        Floats group[T][PARTS] = {};
+        float total[T] = {};
+        for (int64_t k = start; k < start + GROUPED; k++) {
+            const int8_t *at = packed + k * (TILE / 2);
+            Floats w[PARTS];
+#pragma GCC unroll 8
+            for (int p = 0; p < PARTS / 2; p++) {
+                nibbles(at + p * LANES, w[p], w[PARTS / 2 + p]);
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                float value = x[t * m.columns + k];
+                total[t] += value;
+#pragma GCC unroll 8
+                for (int p = 0; p < PARTS; p++) group[t][p] += value * w[p];
+            }
+        }
+        const Weight *scales = m.scales + 2 * (start / GROUPED * padded + tile * TILE);
+#pragma GCC unroll 8
+        for (int p = 0; p < PARTS; p++) {
+            Floats scale, zero;
+            pairs(scales + 2 * p * LANES, scale, zero);
+            for (int t = 0; t < T; t++) acc[t][p] += scale * group[t][p] + zero * total[t];
+        }
+    }
+    for (int t = 0; t < T; t++)
+        for (int p = 0; p < PARTS; p++)
+            for (int i = 0; i < LANES; i++) out[(p * LANES + i) * MAX_TOKENS + t] = acc[t][p][i];
+}
+
+template <int TILE>
+static void tile_of(const Matrix &m, int64_t tile, const float *x, int64_t tokens, float *out) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) tile_of<TILE, 4>(m, tile, x + t * m.columns, out + t);
+    for (; t < tokens; t++) tile_of<TILE, 1>(m, tile, x + t * m.columns, out + t);
+}
+#else
+const int MAX_TILE = 1;
+#endif
+
+// The rows of a product are computed in units of one row or one tile.
+static inline int64_t units_of(const Matrix &m) { return (m.rows + m.tile - 1) / m.tile; }
+
+// Calls emit(row, tokens' values, rounded) for the rows of some units of a product.
 template <class Emit>
-static void product(const Matrix &m, int64_t start, int64_t stop, const Operand *x, int64_t tokens, Emit emit) {
-    float out[ROWS * MAX_TOKENS];
+static void product(const Matrix &m, int64_t start, int64_t stop, const Operand *x, int64_t tokens,
+                    Emit emit) {
+    float out[(ROWS > MAX_TILE ? ROWS : MAX_TILE) * MAX_TOKENS];
+    auto finish = [&](int64_t row, int64_t rows) {
+        for (int64_t r = 0; r < rows && row + r < m.rows; r++) {
+            float *values = out + r * MAX_TOKENS;
+            float scale = QUANTISED && m.tile == 1 ? wide(m.scales[row + r]) : 1.0f;
+            float bias = m.bias ? wide(m.bias[row + r]) : 0.0f;
+            for (int64_t t = 0; t < tokens; t++) values[t] = rounded(values[t] * scale + bias);
+            emit(row + r, values);
+        }
+    };
+#if QUANTISED
+    if (m.tile > 1) {
+        for (int64_t tile = start; tile < stop; tile++) {
+            (m.tile == 64 ? tile_of<64> : tile_of<32>)(m, tile, x, tokens, out);
+            finish(tile * m.tile, m.tile);
+        }
+        return;
+    }
+#endif
     int64_t row = start;
     // Memory is read fastest row by row; two rows together save loads where arithmetic is the limit.
     for (; tokens > ROW_BY_ROW && row + ROWS <= stop; row += ROWS) {
         rows_of<ROWS>(m, row, x, tokens, out);
-        for (int r = 0; r < ROWS; r++) emit(row + r, out + r * MAX_TOKENS);
+        finish(row, ROWS);
     }
     for (; row < stop; row++) {
         rows_of<1>(m, row, x, tokens, out);
-        emit(row, out);
+        finish(row, 1);
     }
 }
 
@@ -518,16 +648,19 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
     for (int64_t t = r.start; t < r.stop; t++)
         norm(hidden + t * m.hidden, layer.attn_norm, m.hidden, m.eps, b.normed + t * m.hidden);
 #pragma omp barrier
-    r = share(qkv_rows, parts, part);
     const Matrix *projections[] = {&layer.q, &layer.k, &layer.v};
-    int64_t first = 0;
+    int64_t units = 0, first_unit = 0, first_row = 0;
+    for (const Matrix *matrix : projections) units += units_of(*matrix);
+    r = share(units, parts, part);
     for (const Matrix *matrix : projections) {
-        int64_t start = r.start > first ? r.start - first : 0;
-        int64_t stop = r.stop - first < matrix->rows ? r.stop - first : matrix->rows;
+        int64_t start = r.start > first_unit ? r.start - first_unit : 0;
+        int64_t own = units_of(*matrix);
+        int64_t stop = r.stop - first_unit < own ? r.stop - first_unit : own;
         product(*matrix, start, stop, b.normed, tokens, [&](int64_t row, const float *values) {
-            for (int64_t t = 0; t < tokens; t++) b.qkv[t * qkv_rows + first + row] = values[t];
+            for (int64_t t = 0; t < tokens; t++) b.qkv[t * qkv_rows + first_row + row] = values[t];
         });
-        first += matrix->rows;
+        first_unit += own;
+        first_row += matrix->rows;
     }
 #pragma omp barrier
     int64_t all_heads = m.heads + 2 * m.kv_heads;
@@ -588,29 +721,31 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
             put(at, wide(*at) + values[t]);
         }
     };
-    r = share(m.hidden, parts, part);
+    r = share(units_of(layer.o), parts, part);
     product(layer.o, r.start, r.stop, b.attended, tokens, residual);
 #pragma omp barrier
     r = share(tokens, parts, part);
     for (int64_t t = r.start; t < r.stop; t++)
         norm(hidden + t * m.hidden, layer.mlp_norm, m.hidden, m.eps, b.normed + t * m.hidden);
 #pragma omp barrier
-    r = share(m.inner, parts, part);
-    for (int64_t row = r.start; row < r.stop; row += ROWS) {
-        float gate[ROWS * MAX_TOKENS];
-        int64_t stop = row + ROWS < r.stop ? row + ROWS : r.stop;
-        product(layer.gate, row, stop, b.normed, tokens, [&](int64_t at, const float *values) {
-            memcpy(gate + (at - row) * MAX_TOKENS, values, tokens * sizeof(float));
+    r = share(units_of(layer.gate), parts, part);
+    const int64_t together = layer.gate.tile == 1 ? ROWS : 1;
+    for (int64_t unit = r.start; unit < r.stop; unit += together) {
+        float gate[(ROWS > MAX_TILE ? ROWS : MAX_TILE) * MAX_TOKENS];
+        int64_t stop = unit + together < r.stop ? unit + together : r.stop;
+        const int64_t first = unit * layer.gate.tile;
+        product(layer.gate, unit, stop, b.normed, tokens, [&](int64_t row, const float *values) {
+            memcpy(gate + (row - first) * MAX_TOKENS, values, tokens * sizeof(float));
         });
-        product(layer.up, row, stop, b.normed, tokens, [&](int64_t at, const float *values) {
+        product(layer.up, unit, stop, b.normed, tokens, [&](int64_t row, const float *values) {
             for (int64_t t = 0; t < tokens; t++) {
-                float g = gate[(at - row) * MAX_TOKENS + t];
-                set(b.active + t * m.inner + at, rounded(g / (1.0f + expf(-g))) * values[t]);
+                float g = gate[(row - first) * MAX_TOKENS + t];
+                set(b.active + t * m.inner + row, rounded(g / (1.0f + expf(-g))) * values[t]);
             }
         });
     }
 #pragma omp barrier
-    r = share(m.hidden, parts, part);
+    r = share(units_of(layer.down), parts, part);
     product(layer.down, r.start, r.stop, b.active, tokens, residual);
 #pragma omp barrier
 }
@@ -641,7 +776,7 @@ void run_head(const Model *model, const Weight *final_norm, const Matrix *head, 
              normed + t * model->hidden);
 #pragma omp parallel num_threads(model->threads)
     {
-        Range r = share(head->rows, omp_get_num_threads(), omp_get_thread_num());
+        Range r = share(units_of(*head), omp_get_num_threads(), omp_get_thread_num());
         product(*head, r.start, r.stop, normed, tokens, [&](int64_t row, const float *values) {
             for (int64_t t = 0; t < tokens; t++) logits[t * head->rows + row] = values[t];
         });

@@ -209,7 +209,7 @@ def test_without_a_compiler_the_option_is_refused_before_a_weight_is_read(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("tilewright_torch.weights.load", lambda *_: pytest.fail("weights read"))
-    with pytest.raises(ExecutorError, match=r"needs a C\+\+ compiler, and one of c\+\+, g\+\+"):
+    with pytest.raises(ExecutorError, match=r"needs a C\+\+ compiler, and one of g\+\+, c\+\+"):
         serve(tmp_path)
 
 
