@@ -15,6 +15,7 @@ from gguf.quants import quantize
 
 from tilewright import LLMEngine
 from tilewright.types import ModelConfig
+from tilewright.weights import EMBEDDING, HEAD
 
 Kind = gguf.GGMLQuantizationType
 KINDS = {"float32": Kind.F32, "bfloat16": Kind.BF16, "int8": Kind.Q8_0, "int4": Kind.Q4_0}
@@ -25,7 +26,6 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
 }
-EMBEDDING = "model.embed_tokens.weight"
 Q6_K_BLOCK = 256
 BLOCKS_AT_ONCE = 1 << 14
 
@@ -50,7 +50,7 @@ def write_gguf(model: Path, path: Path, dtype: str) -> int:
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     write_header(writer, config)
     names = gguf.get_tensor_name_map(arch, config.num_layers)
-    logits = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+    logits = EMBEDDING if config.tie_word_embeddings else HEAD
     size = 0
     for name in loaded.weights.names():
         values = loaded.weights.get(name).to(torch.float32).numpy()
@@ -90,8 +90,8 @@ def write_header(writer: Any, config: ModelConfig) -> None:
 
 
 def in_kind(
-    values: npt.NDArray[np.float32], kind: Kind, of_logits: bool
-) -> tuple[npt.NDArray[Any], Kind]:
+    values: npt.NDArray[np.float32], kind: Any, of_logits: bool
+) -> tuple[npt.NDArray[Any], Any]:
     if values.ndim == 1:
         return values, Kind.F32
     if kind == Kind.Q4_0 and of_logits:
@@ -125,9 +125,9 @@ def q6_k_blocks(blocks: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     step = (steps.max(axis=1, keepdims=True) / 127).astype(np.float16)
     scales = np.rint(_ratio(steps, step.astype(np.float32))).clip(0, 127).astype(np.int8)
     unit = step.astype(np.float32) * scales
-    codes = np.rint(_ratio(parts, unit[..., None])).clip(-32, 31).astype(np.int8) + 32
+    rounded = np.rint(_ratio(parts, unit[..., None])).clip(-32, 31) + 32
     # Two halves of 128 values, each of four quarters of 32.
-    codes = codes.astype(np.uint8).reshape(-1, 2, 4, 32)
+    codes = rounded.astype(np.uint8).reshape(-1, 2, 4, 32)
     low, high = codes & 15, codes >> 4
     low = low[:, :, :2] | low[:, :, 2:] << 4
     high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6

@@ -30,7 +30,7 @@ from attrs import frozen
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.types import ModelConfig
-from tilewright.weights import expected_tensors
+from tilewright.weights import EMBEDDING, expected_tensors
 
 Prompts = Sequence[Sequence[int]]
 
@@ -127,7 +127,7 @@ def weight_bytes(model: Path, dtype: str) -> float:
     config = config_of(model)
     shapes = expected_tensors(config)
     if not config.tie_word_embeddings:
-        del shapes["model.embed_tokens.weight"]  # a step reads a row of it
+        del shapes[EMBEDDING]  # a step reads a row of it
     return sum(prod(shape) for shape in shapes.values() if len(shape) > 1) * WEIGHT_BITS[dtype] / 8
 
 
