@@ -98,8 +98,11 @@ def tilewright(
             last = max(t.prefill_seconds + t.decode_seconds for t in timings)
             return Run([list(result.token_ids) for result in results], first, last - first)
 
-        name = f"{TILEWRIGHT} {option}" if option else TILEWRIGHT
-        yield Side(name, dtype, run, weight_bytes(model, dtype))
+        yield Side(side_name(option), dtype, run, weight_bytes(model, dtype))
+
+
+def side_name(option: str | None) -> str:
+    return f"{TILEWRIGHT} {option}" if option else TILEWRIGHT
 
 
 @contextmanager
@@ -426,7 +429,7 @@ def sides_of(
 ) -> Iterator[list[Side]]:
     """Tilewright's sides and those of the peers that are installed, for each dtype."""
     threads = torch.get_num_threads()
-    present = [peer for peer in peers if peer not in args.without and _is_there(peer, args)]
+    present = [peer for peer in peers if is_present(peer, args)]
     with ExitStack() as stack:
         sides = []
         for dtype in args.dtype:
@@ -441,7 +444,10 @@ def sides_of(
         yield sides
 
 
-def _is_there(peer: str, args: argparse.Namespace) -> bool:
+def is_present(peer: str, args: argparse.Namespace) -> bool:
+    """Whether a peer is to run; says on standard error why one cannot."""
+    if peer in args.without:
+        return False
     why = ""
     if peer == VLLM and not args.vllm_python:
         why = "give --vllm-python PATH"
