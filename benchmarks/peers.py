@@ -30,14 +30,15 @@ from attrs import frozen
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.types import ModelConfig
-from tilewright.weights import EMBEDDING, expected_tensors
+from tilewright.weights import EMBEDDING, HEAD, expected_tensors
 
 Prompts = Sequence[Sequence[int]]
 
 TILEWRIGHT, LLAMA_CPP, TRANSFORMERS, VLLM = "Tilewright", "llama.cpp", "transformers", "vLLM"
 
-WEIGHT_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4": 4.5}
-"""Bits of a matrix's element; int4 with a scale of 16 bits for 32 elements."""
+WEIGHT_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 5}
+"""Bits of a matrix's element in the torch executor; int4 has 32 for scale and zero point of 32."""
+HEAD_BITS = WEIGHT_BITS | {"int4": 8}
 FLOATS = ("float32", "bfloat16", "float16")
 LLAMA_CPP_DTYPES = ("float32", "bfloat16", "int8", "int4")
 READ_BYTES = 1 << 29
@@ -126,12 +127,13 @@ def config_of(model: Path) -> ModelConfig:
 
 
 def weight_bytes(model: Path, dtype: str) -> float:
-    """Bytes of the matrices that a decode step reads whole, at ``WEIGHT_BITS`` an element."""
+    """Bytes of the matrices that a decode step of the torch executor reads."""
     config = config_of(model)
     shapes = expected_tensors(config)
-    if not config.tie_word_embeddings:
-        del shapes[EMBEDDING]  # a step reads a row of it
-    return sum(prod(shape) for shape in shapes.values() if len(shape) > 1) * WEIGHT_BITS[dtype] / 8
+    embedding = prod(shapes.pop(EMBEDDING))
+    head = embedding if config.tie_word_embeddings else prod(shapes.pop(HEAD))
+    layers = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+    return (layers * WEIGHT_BITS[dtype] + head * HEAD_BITS[dtype]) / 8
 
 
 @contextmanager
