@@ -15,7 +15,7 @@ from peers import LLAMA_CPP, TRANSFORMERS, Rounds, Run, Side, agreeing, ratio
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    peers.add_flags(parser, 5, ["bfloat16"], [LLAMA_CPP, TRANSFORMERS])
+    peers.add_flags(parser, ["bfloat16"], [LLAMA_CPP, TRANSFORMERS], rounds=5)
     parser.add_argument(
         "--prompt-tokens", type=int, nargs="+", default=[256], help="prompt length (256)"
     )
@@ -43,7 +43,7 @@ def figures(side: Side, rounds: Rounds, prompt_tokens: int) -> dict[str, Any]:
     runs = rounds.runs[side]
     decode, prefill = decode_rates(runs), prefill_rates(runs, prompt_tokens)
     row: dict[str, Any] = {
-        "side": side.name,
+        "side": side.label,
         "dtype": side.dtype,
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(runs[0].tokens[0]),
@@ -79,7 +79,7 @@ def print_by_weights(rows: list[dict[str, Any]]) -> None:
         [*headings, "x llama.cpp", "tokens in common"],
         [
             [
-                f"{row['side']} {row['dtype']}",
+                row["side"],
                 f"{row['decode']:.1f}",
                 times(row, "decode_to_llama_cpp"),
                 times(row, "decode_to_bfloat16"),
@@ -101,7 +101,7 @@ def print_by_context(rows: list[dict[str, Any]], lengths: list[int]) -> None:
     """One line a side: decode at each length, and what is left at the last of that at the first."""
     by_side: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_side.setdefault(f"{row['side']} {row['dtype']}", []).append(row)
+        by_side.setdefault(row["side"], []).append(row)
     peers.print_table(
         [
             "decode at a context of",

@@ -14,7 +14,7 @@ from peers import VLLM, Rounds, Run, Side, agreeing, ratio
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    peers.add_flags(parser, 5, ["bfloat16"], [VLLM])
+    peers.add_flags(parser, ["bfloat16"], [VLLM], rounds=5)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="(1 4 16)")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length (128)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (32)")
@@ -41,7 +41,7 @@ def figures(side: Side, rounds: Rounds) -> dict[str, Any]:
     runs = rounds.runs[side]
     decode = decode_rates(runs)
     row: dict[str, Any] = {
-        "side": side.name,
+        "side": side.label,
         "dtype": side.dtype,
         "batch": len(runs[0].tokens),
         "decode": median(decode),
@@ -61,7 +61,7 @@ def decode_rates(runs: list[Run]) -> list[float]:
 
 
 def line(side: Side, rows: list[dict[str, Any]]) -> list[str]:
-    found = [row for row in rows if (row["side"], row["dtype"]) == (side.name, side.dtype)]
+    found = [row for row in rows if row["side"] == side.label]
     ratios = [f"{row['decode_to_vllm']:.2f}" for row in found if "decode_to_vllm" in row]
     return [side.label, *(f"{row['decode']:.1f}" for row in found), " / ".join(ratios) or "-"]
 

@@ -29,7 +29,7 @@ def main() -> None:
         print(json.dumps(measure(**json.loads(sys.argv[2]))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    peers.add_flags(parser, 3, ["bfloat16"], [])
+    peers.add_flags(parser, ["bfloat16"], [], rounds=3)
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length (128)")
     args = parser.parse_args()
     rows = []

@@ -18,7 +18,7 @@ from tilewright.types import ModelConfig
 from tilewright.weights import EMBEDDING, HEAD
 
 Kind = gguf.GGMLQuantizationType
-KINDS = {"float32": Kind.F32, "bfloat16": Kind.BF16, "int8": Kind.Q8_0, "int4": Kind.Q4_0}
+KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 """What llama.cpp has for each weight dtype."""
 
 ARCHITECTURES = {
@@ -30,12 +30,12 @@ Q6_K_BLOCK = 256
 BLOCKS_AT_ONCE = 1 << 14
 
 
-def write_gguf(model: Path, path: Path, dtype: str) -> int:
-    """Write a model's weights in the kind for ``dtype``; returns the bytes that a step reads.
+def write_gguf(model: Path, path: Path, kind: str) -> int:
+    """Write a model's weights as ``kind``; returns the bytes of them that a decode step reads.
 
-    Vectors stay float32. In a Q4_0 file the matrix of the logits is Q6_K, or Q8_0 where its rows
-    are not whole blocks of 256, as llama-quantize has it. Raises ValueError for an architecture or
-    a RoPE scaling that is not written here.
+    Vectors stay float32. In a Q4_0 or Q4_1 file the matrix of the logits is Q6_K, or Q8_0 where its
+    rows are not whole blocks of 256, as llama-quantize has it. Raises ValueError for an
+    architecture or a RoPE scaling that is not written here.
     """
     with LLMEngine.from_plugins() as engine:
         loaded = engine.load(model)
@@ -57,10 +57,10 @@ def write_gguf(model: Path, path: Path, dtype: str) -> int:
         if arch == gguf.MODEL_ARCH.LLAMA and (".q_proj." in name or ".k_proj." in name):
             of_q = ".q_proj." in name
             values = interleaved(values, config.num_heads if of_q else config.num_kv_heads)
-        stored, kind = in_kind(values, KINDS[dtype], of_logits=name == logits)
+        stored, stored_kind = in_kind(values, Kind[kind], of_logits=name == logits)
         if config.tie_word_embeddings or name != EMBEDDING:  # otherwise a step reads a row of it
             size += stored.nbytes
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=stored_kind)
     loaded.weights.close()
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -94,7 +94,7 @@ def in_kind(
 ) -> tuple[npt.NDArray[Any], Any]:
     if values.ndim == 1:
         return values, Kind.F32
-    if kind == Kind.Q4_0 and of_logits:
+    if kind in (Kind.Q4_0, Kind.Q4_1) and of_logits:
         kind = Kind.Q8_0 if values.shape[1] % Q6_K_BLOCK else Kind.Q6_K
     return (q6_k(values) if kind == Kind.Q6_K else quantize(values, kind)), kind
 

@@ -68,10 +68,12 @@ class Side:
     """Bytes of weights that each decode step reads."""
     pid: int | None = None
     """The process that computes, where it is not this one."""
+    stored: str = ""
+    """What the side itself calls the dtype, where it has another name."""
 
     @property
     def label(self) -> str:
-        return f"{self.name} {self.dtype}"
+        return f"{self.name} {self.stored or self.dtype}"
 
 
 # --- sides ----------------------------------------------------------------------------------------
@@ -139,13 +141,13 @@ def weight_bytes(model: Path, dtype: str) -> float:
 @contextmanager
 def llama_cpp(model: Path, dtype: str, length: int, threads: int) -> Iterator[Side]:
     """llama.cpp on a GGUF file written from the model: one sequence, its defaults otherwise."""
-    from gguf_file import write_gguf
+    from gguf_file import KINDS, write_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.gguf")
-        size = write_gguf(model, path, dtype)
+        size = write_gguf(model, path, KINDS[dtype])
         server = LlamaCpp(path, length, threads)
-        yield Side(LLAMA_CPP, dtype, server.run, size)
+        yield Side(LLAMA_CPP, dtype, server.run, size, stored=KINDS[dtype])
 
 
 class LlamaCpp:
@@ -384,7 +386,7 @@ def agreeing(run: Run, other: Run) -> int:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, rounds: int, dtypes: Sequence[str], peers: Sequence[str]
+    parser: argparse.ArgumentParser, dtypes: Sequence[str], peers: Sequence[str], rounds: int = 0
 ) -> None:
     parser.add_argument(
         "--model", type=Path, help="model directory; default: random weights of Qwen3-0.6B's shape"
@@ -405,9 +407,10 @@ def add_flags(
         )
     if VLLM in peers:
         parser.add_argument("--vllm-python", type=Path, help="Python that imports vLLM")
-    parser.add_argument(
-        "--rounds", type=int, default=rounds, help=f"measured rounds, after a warm-up ({rounds})"
-    )
+    if rounds:
+        parser.add_argument(
+            "--rounds", type=int, default=rounds, help=f"measured rounds, after a first ({rounds})"
+        )
     parser.add_argument(
         "--threads", type=int, help="threads of every side; default: torch's choice"
     )
@@ -467,9 +470,10 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]], read_rates: lis
     facts = machine()
     read = median(read_rates) / 1e9 if read_rates else None
     reads = f", memory read at {read:.1f} GB/s" if read else ""
+    rounds = f"; medians of {args.rounds} rounds" if "rounds" in args else ""
     print(
         f"\n{args.model.name if args.model else 'Qwen3-0.6B shape'}; {facts['cpu']}, "
-        f"{facts['threads']} threads{reads}; {facts['versions']}; medians of {args.rounds} rounds",
+        f"{facts['threads']} threads{reads}; {facts['versions']}{rounds}",
         flush=True,
     )
     if args.json:

@@ -2,8 +2,8 @@
 
 The text is the one that `tilewright compare` runs, or that of --text; each token but the first is
 scored after all tokens before it. llama.cpp scores token by token (its server has no
-log-probabilities of prompts), and with activations of 8 bits in Q8_0 and Q4_0. Its files are also
-read by Tilewright in float32: what the weights alone lose.
+log-probabilities of prompts), and with activations of 8 bits where weights are quantised. Its
+quantised files are also read by Tilewright in float32: what the weights alone lose.
 """
 
 import argparse
@@ -21,10 +21,13 @@ from tilewright import GenerateConfig, RuntimeConfig
 from tilewright.text import Text
 from tilewright_compare.default_run import TEXT
 
+QUANTISED = {"int8": ["Q8_0"], "int4": ["Q4_0", "Q4_1"]}
+"""llama.cpp's kinds for each; Q4_1 has a minimum for each block of 32, as int4 has."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    peers.add_flags(parser, 1, ["float32", "bfloat16", "int8", "int4"], [LLAMA_CPP])
+    peers.add_flags(parser, ["float32", "bfloat16", "int8", "int4"], [LLAMA_CPP])
     parser.add_argument("--text", type=Path, help="text file; default: the text of compare")
     args = parser.parse_args()
     text = args.text.read_text() if args.text else TEXT
@@ -62,17 +65,16 @@ def losses(
         return
     from gguf_file import KINDS, write_gguf
 
-    for dtype in args.dtype:
+    quantised = [kind for dtype in args.dtype for kind in QUANTISED.get(dtype, [])]
+    for kind in [KINDS[dtype] for dtype in args.dtype if dtype not in QUANTISED] + quantised:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.gguf")
-            write_gguf(model, path, dtype)
-            kind = KINDS[dtype].name
+            write_gguf(model, path, kind)
             server = LlamaCpp(path, len(ids) + 1, torch.get_num_threads())
             scored = [server.logprob(ids[:at], ids[at]) for at in range(1, len(ids))]
             yield LLAMA_CPP, kind, -sum(scored) / len(scored)
-            if dtype in ("int8", "int4"):
-                loss = our_loss(path, "float32", None, ids)
-                yield f"{TILEWRIGHT} float32 of the file", kind, loss
+            if kind in quantised:
+                yield f"{TILEWRIGHT} float32, from", kind, our_loss(path, "float32", None, ids)
 
 
 def token_ids(model: Path, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from tilewright.types import Timings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    peers.add_flags(parser, 7, ["bfloat16", "float32"], [])
+    peers.add_flags(parser, ["bfloat16", "float32"], [], rounds=7)
     parser.add_argument("--prefix-tokens", type=int, default=1000, help="shared tokens (1000)")
     parser.add_argument("--tail-tokens", type=int, default=32, help="new tokens (32)")
     args = parser.parse_args()
