@@ -2,7 +2,7 @@
 
 Each measurement is a process of its own, timed from its start until the model is loaded, until the
 first token of a prompt, and until the last of 16. The option's first start finds an empty cache
-(HOME and TORCHINDUCTOR_CACHE_DIR are a new folder), its later ones what the first has left there;
+(HOME and XDG_CACHE_HOME are a new folder), its later ones what the first has left there;
 they alternate with starts without the option.
 """
 
@@ -66,7 +66,7 @@ def starts(args: argparse.Namespace, model: Path, dtype: str, option: str) -> li
             began = time.monotonic()
             done = subprocess.run(
                 [sys.executable, __file__, "--measure", json.dumps(asked)],
-                env=os.environ | {"HOME": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"},
+                env=os.environ | {"HOME": cache, "XDG_CACHE_HOME": f"{cache}/.cache"},
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
