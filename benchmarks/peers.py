@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
@@ -29,6 +29,7 @@ import torch
 from attrs import frozen
 
 from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
+from tilewright.errors import ExecutorError
 from tilewright.types import ModelConfig
 from tilewright.weights import EMBEDDING, HEAD, expected_tensors
 
@@ -432,21 +433,35 @@ def model_of(args: argparse.Namespace) -> Iterator[Path]:
 def sides_of(
     args: argparse.Namespace, model: Path, batch: int, length: int, peers: Sequence[str]
 ) -> Iterator[list[Side]]:
-    """Tilewright's sides and those of the peers that are installed, for each dtype."""
-    threads = torch.get_num_threads()
+    """Tilewright's sides and those of the peers that are installed, for each dtype.
+
+    A side that its executor refuses is left out, with a line on standard error.
+    """
     present = [peer for peer in peers if is_present(peer, args)]
     with ExitStack() as stack:
         sides = []
         for dtype in args.dtype:
-            made = [tilewright(model, dtype, batch, length, o) for o in (None, *args.option)]
-            if LLAMA_CPP in present and dtype in LLAMA_CPP_DTYPES:
-                made.append(llama_cpp(model, dtype, length, threads))
-            if TRANSFORMERS in present and dtype in FLOATS:
-                made.append(transformers(model, dtype))
-            if VLLM in present and dtype in FLOATS:
-                made.append(vllm(args.vllm_python, model, dtype, batch, length, threads))
-            sides += [stack.enter_context(side) for side in made]
+            for side in _of_dtype(args, model, dtype, batch, length, present):
+                try:
+                    sides.append(stack.enter_context(side))
+                except ExecutorError as error:
+                    print(f"a side with {dtype} is left out: {error}", file=sys.stderr)
         yield sides
+
+
+def _of_dtype(
+    args: argparse.Namespace, model: Path, dtype: str, batch: int, length: int, present: list[str]
+) -> Iterator[AbstractContextManager[Side]]:
+    """The sides that run a dtype, not opened yet; Tilewright without an option comes first."""
+    threads = torch.get_num_threads()
+    for option in (None, *args.option):
+        yield tilewright(model, dtype, batch, length, option)
+    if LLAMA_CPP in present and dtype in LLAMA_CPP_DTYPES:
+        yield llama_cpp(model, dtype, length, threads)
+    if TRANSFORMERS in present and dtype in FLOATS:
+        yield transformers(model, dtype)
+    if VLLM in present and dtype in FLOATS:
+        yield vllm(args.vllm_python, model, dtype, batch, length, threads)
 
 
 def is_present(peer: str, args: argparse.Namespace) -> bool:

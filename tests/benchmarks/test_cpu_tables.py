@@ -6,6 +6,8 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,7 @@ from checkout import ROOT
 from gguf.quants import dequantize
 
 from tilewright import LLMEngine
+from tilewright.errors import ExecutorError
 from tilewright.settings import DEMO_MODEL
 from tilewright.weights import EMBEDDING
 
@@ -87,6 +90,29 @@ def test_a_benchmark_prints_a_line_and_writes_figures_for_each_side(
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 2
     assert sum("stream_weights=true" in line for line in table) == 1
+
+
+def test_a_side_that_the_executor_refuses_is_left_out(
+    peers: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tilewright = peers.tilewright
+
+    @contextmanager
+    def refusing(*settings: Any) -> Iterator[Any]:
+        if settings[-1]:
+            raise ExecutorError("no such thing here")
+        with tilewright(*settings) as side:
+            yield side
+
+    monkeypatch.setattr(peers, "tilewright", refusing)
+    flags = f"{TINY} {OPTION} --batch 1 --prompt-tokens 5 --new-tokens 3"
+    (row,) = run_main(monkeypatch, tmp_path, "batches", flags)
+    assert row["side"] == "Tilewright float32"
+    said = capsys.readouterr().err
+    assert "a side with float32 is left out: no such thing here" in said
 
 
 def test_the_rows_of_a_prefix_hit_say_how_many_tokens_were_found(
