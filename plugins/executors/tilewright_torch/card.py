@@ -120,6 +120,8 @@ class CudaCard:
         self.kernels = card_kernels
         self.processors = torch.cuda.get_device_properties(index).multi_processor_count
         self._pool: Any = None
+        self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        """On which steps are captured; torch's own is of the first card that captures."""
 
     def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
@@ -131,7 +133,7 @@ class CudaCard:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def record(self) -> Event:
-        event = torch.cuda.Event()
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 
@@ -139,8 +141,12 @@ class CudaCard:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",  # other threads may use the device meanwhile
+        ):
             run()
         return graph.replay
 
@@ -156,7 +162,7 @@ def card_number(device: str) -> int:
     Raises ExecutorError when this torch or this machine has no such card.
     """
     index = int(device.partition(":")[2] or 0)
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         raise ExecutorError(
             f"device = {quoted(device)} needs a build of torch with CUDA, found torch "
             f"{torch.__version__}, which was built without: install torch from "
@@ -431,7 +437,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         weights, eps = model.layers[at], model.config.norm_eps
         named = _of_layer(tap, layer) if tap else None
         with self._on_card():
-            x = hidden.to(self._card.device)
+            x: Tensor = hidden.to(self._card.device)
             normed = kernels.rms_norm(x, weights.attn_norm, eps)
             x, normed = kernels.add_rms_norm(
                 x, self._attention(step, at, normed, named), weights.mlp_norm, eps
@@ -678,8 +684,8 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         """
         sizes = [1, tokens, tokens, tokens, tokens, sequences + 1, sequences, rows, 2 * blocks]
         rest = len(buffer) - sum(sizes)
-        width, ids, sources, rope_rows, slots, starts, lengths, at, in_blocks, table = buffer.split(
-            [*sizes, rest]
+        width, ids, sources, rope_rows, slots, starts, lengths, at, in_blocks, table = torch.split(
+            buffer, [*sizes, rest]
         )
         spec = self.kv_cache_spec
         splits = self._kernels.splits(sequences, spec.num_kv_heads, self._card.processors)
@@ -832,7 +838,7 @@ def _tap_projections(tap: Tap, config: ModelConfig, layer: CardLayer, qkv: Tenso
     """Name the tensors that one kernel reads or leaves out; returns the keys before rotation."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
     by_head = qkv.view(len(qkv), -1, config.head_dim)
-    q, k, v = by_head.split([heads, kv_heads, kv_heads], 1)
+    q, k, v = torch.split(by_head, [heads, kv_heads, kv_heads], 1)
     tap("q_proj", q)
     tap("k_proj", k)
     tap("v_proj", v)

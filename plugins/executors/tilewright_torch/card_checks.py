@@ -11,7 +11,7 @@ from tilewright_torch.card import LEAST_CAPABILITY
 
 def checks() -> list[Check]:
     """One check for CUDA as a whole, and one for each card."""
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         found = f"torch {torch.__version__} was built without CUDA: device cpu only"
         return [Check(name="CUDA", status="ok", found=found)]
     built = f"torch {torch.__version__} with CUDA {torch.version.cuda}"

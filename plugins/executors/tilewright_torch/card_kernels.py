@@ -59,7 +59,7 @@ QUERY_BLOCK = 64
 
 
 @triton.jit
-def _attention_block(  # type: ignore[no-untyped-def]
+def _attention_block(
     q,
     acc,
     top,
@@ -106,7 +106,7 @@ def _attention_block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decode_attention_kernel(  # type: ignore[no-untyped-def]
+def decode_attention_kernel(
     q,
     keys,
     values,
@@ -184,7 +184,7 @@ def decode_attention_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def join_parts_kernel(  # type: ignore[no-untyped-def]
+def join_parts_kernel(
     parts,
     sums,
     starts,
@@ -214,7 +214,7 @@ def join_parts_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def prefill_attention_kernel(  # type: ignore[no-untyped-def]
+def prefill_attention_kernel(
     q,
     keys,
     values,
@@ -372,7 +372,7 @@ def splits(sequences: int, kv_heads: int, processors: int) -> int:
 
 
 @triton.jit
-def norm_kernel(  # type: ignore[no-untyped-def]
+def norm_kernel(
     x, delta, weight, total, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, ADDS: tl.constexpr
 ):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
@@ -421,7 +421,7 @@ def _normed(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tupl
 
 
 @triton.jit
-def rotate_kernel(  # type: ignore[no-untyped-def]
+def rotate_kernel(
     qkv,
     q_norm,
     k_norm,
@@ -454,23 +454,23 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
         tl.store(to + half, high.to(values.dtype.element_ty), mask=inside)
     else:
         dtype = q_out.dtype.element_ty
-        low, high = low.to(tl.float32), high.to(tl.float32)
+        x, y = low.to(tl.float32), high.to(tl.float32)
         if NORMS:
             weight = q_norm + at
             if head >= HEADS:
                 weight = k_norm + at
-            square = tl.sum(low * low, 0) + tl.sum(high * high, 0)
+            square = tl.sum(x * x, 0) + tl.sum(y * y, 0)
             factor = tl.rsqrt(square / HEAD_DIM + eps)
-            low = (low * factor).to(dtype).to(tl.float32)
-            high = (high * factor).to(dtype).to(tl.float32)
-            low = low * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
-            high = high * tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)
-            low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
+            x = (x * factor).to(dtype).to(tl.float32)
+            y = (y * factor).to(dtype).to(tl.float32)
+            x = x * tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+            y = y * tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)
+            x, y = x.to(dtype).to(tl.float32), y.to(dtype).to(tl.float32)
         table = tl.load(rope_rows + token) * half + at
         c = tl.load(cos + table, mask=inside, other=0.0)
         s = tl.load(sin + table, mask=inside, other=0.0)
-        turned = (low * c - high * s).to(dtype)
-        turned_high = (high * c + low * s).to(dtype)
+        turned = (x * c - y * s).to(dtype)
+        turned_high = (y * c + x * s).to(dtype)
         if head < HEADS:
             to_q = q_out + (token * HEADS + head) * HEAD_DIM + at
             tl.store(to_q, turned, mask=inside)
@@ -526,7 +526,7 @@ def rotate_and_cache(
 
 
 @triton.jit
-def silu_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def silu_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -549,7 +549,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def one_row_kernel(  # type: ignore[no-untyped-def]
+def one_row_kernel(
     x,
     weight,
     bias,

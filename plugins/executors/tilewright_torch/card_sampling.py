@@ -49,15 +49,14 @@ def choose(logits: Tensor, rows: Sequence[SamplerRow | None], send: Send) -> Ten
             for i, row in group
         ]
         numbers = send(torch.tensor(settings, dtype=torch.float64).t().contiguous())
-        at, *of_row = numbers.unsqueeze(2)
-        places = at.squeeze(1).long()
+        places = numbers[0].long()
         most = max(_most(row.params, vocab_size) for _, row in group)
-        tokens = draw(logits.index_select(0, places), *of_row, most)
+        tokens = draw(logits.index_select(0, places), numbers[1:].unsqueeze(2), most)
         chosen.index_copy_(0, places, tokens)
     return chosen
 
 
-Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+Draw = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def _most(params: SamplingParams, vocab_size: int) -> int:
@@ -82,31 +81,20 @@ def _grouped(
     ]
 
 
-def _from_all(
-    scores: Tensor,
-    u: Tensor,
-    temperature: Tensor,
-    _k: Tensor,
-    _p: Tensor,
-    min_p: Tensor,
-    _most: int,
-) -> Tensor:
-    """Draw a token [R] from each row of scores [R, V], in the order of ids. The settings of a row
-    are [R, 1] float64."""
+def _from_all(scores: Tensor, numbers: Tensor, most: int) -> Tensor:
+    """Draw a token [R] from each row of scores [R, V], in the order of ids.
+
+    numbers: [5, R, 1] float64: uniform number, temperature, top_k, top_p and min_p of each row.
+    most: the largest top_k, which is V where one is not set.
+    """
+    u, temperature, _, _, min_p = numbers
     weights = _weights(scores, scores.amax(1, keepdim=True), temperature)
     return _place(torch.where(weights >= min_p.float(), weights, 0.0), u).squeeze(1)
 
 
-def _from_most_likely(
-    scores: Tensor,
-    u: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    most: int,
-) -> Tensor:
+def _from_most_likely(scores: Tensor, numbers: Tensor, most: int) -> Tensor:
     """The same among the ``most`` most likely tokens, from the most likely to the least."""
+    u, temperature, top_k, top_p, min_p = numbers
     ids = _largest(scores, most)
     values = scores.gather(1, ids)
     weights = _weights(values, values[:, :1], temperature)
@@ -127,7 +115,8 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     last = scores.shape[1] - 1
     ids = torch.arange(last, -1, -1, device=scores.device)
-    return last - ((ascending.long() << 32) | ids).topk(k).values.bitwise_and(0xFFFFFFFF)
+    keys = (ascending.long() << 32) | ids
+    return last - keys.topk(k).values.bitwise_and(0xFFFFFFFF)
 
 
 def _weights(scores: Tensor, top: Tensor, temperature: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def load_on_card(
     def merged(*names: str) -> Tensor:
         sizes = [shapes[name][0] for name in names]
         whole = torch.empty(sum(sizes), *shapes[names[0]][1:], dtype=dtype, device=device)
-        for name, part in zip(names, whole.split(sizes), strict=True):
+        for name, part in zip(names, torch.split(whole, sizes), strict=True):
             read(name, part)
         return whole
 

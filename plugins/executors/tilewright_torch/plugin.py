@@ -144,7 +144,7 @@ def _least_head_dim(config: ModelConfig) -> int:
 
 def on_card(runtime: RuntimeConfig) -> bool:
     """Whether the device is a CUDA device: ``cuda`` or ``cuda:N``."""
-    return bool(re.fullmatch(r"cuda(:\d{1,3})?", runtime.device or ""))
+    return bool(re.fullmatch(r"cuda(:\d{1,3})?", str(runtime.device)))
 
 
 def _check(config: ModelConfig, runtime: RuntimeConfig, options: Options | None) -> None:
