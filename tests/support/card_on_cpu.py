@@ -190,9 +190,13 @@ class Plugin:
         runtime = runtime_config
         if runtime.device is None:
             runtime = evolve(runtime, device="cuda")
-        plugin._check(model_config, runtime, None)
+        plugin._check(model_config, runtime, plugin.Options())
         self.cards.append(Card())
         page_size = runtime.page_size or plugin.PAGE_SIZE
         made = create_on_card(self.cards[-1], model_config, runtime, weights, layers, page_size)
         made.use_graphs = self.use_graphs
         return made
+
+
+PLUGIN = Plugin()
+"""For entry points."""

@@ -6,6 +6,7 @@ without waiting for the device, samples there, and leaves its tokens on the devi
 step finds them.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
@@ -109,12 +110,23 @@ class Card(Protocol):
         ...
 
 
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """torch.cuda.init sets CUDA_MODULE_LOADING, to what CUDA does by itself."""
+    kept = dict(os.environ)
+    yield
+    for name in os.environ.keys() - kept.keys():
+        del os.environ[name]
+
+
 class CudaCard:
     """A ``Card`` by torch.cuda, which uses its default stream. index: the number of the card."""
 
     def __init__(self, index: int):
         from tilewright_torch import card_kernels
 
+        with _environment_kept():
+            torch.cuda.init()
         self.device = torch.device("cuda", index)
         self.name = str(self.device)
         self.kernels = card_kernels

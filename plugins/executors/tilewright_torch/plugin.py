@@ -3,7 +3,7 @@
 import re
 from math import prod
 
-from attrs import field, frozen, validators
+from attrs import evolve, field, frozen, validators
 
 from tilewright import hookimpl
 from tilewright.errors import ExecutorError, quoted
@@ -30,6 +30,10 @@ SMALL_PAGE = 5
 
 @frozen
 class Options:
+    device: str | None = field(
+        default=None,
+        metadata={"help": "device to run on, like --device, which overrides it; default: cpu"},
+    )
     threads: int | None = field(
         default=None,
         # OpenMP ends or crashes the process when it cannot start the requested number of threads.
@@ -93,7 +97,9 @@ def create_executor(
     options: Options | None,
 ) -> LayerwiseExecutor:
     """Raises ExecutorError for an unsupported device, shape or cache."""
-    config, runtime = model_config, runtime_config
+    options = options or Options()
+    config = model_config
+    runtime = evolve(runtime_config, device=runtime_config.device or options.device)
     _check(config, runtime, options)
 
     import torch
@@ -102,7 +108,6 @@ def create_executor(
     from tilewright_torch.model import TorchExecutor
     from tilewright_torch.weights import load
 
-    options = options or Options()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if on_card(runtime):
@@ -147,7 +152,7 @@ def on_card(runtime: RuntimeConfig) -> bool:
     return bool(re.fullmatch(r"cuda(:\d{1,3})?", str(runtime.device)))
 
 
-def _check(config: ModelConfig, runtime: RuntimeConfig, options: Options | None) -> None:
+def _check(config: ModelConfig, runtime: RuntimeConfig, options: Options) -> None:
     if runtime.device not in (None, "cpu") and not on_card(runtime):
         raise ExecutorError(
             f"executor torch runs on device cpu, cuda or cuda:N, found device = "
@@ -160,7 +165,7 @@ def _check(config: ModelConfig, runtime: RuntimeConfig, options: Options | None)
             f"= {quoted(runtime.device)}: set weight_dtype to {' or '.join(map(repr, DTYPES))}, or "
             "device = 'cpu'"
         )
-    if on_card(runtime) and options and options.stream_weights:
+    if on_card(runtime) and options.stream_weights:
         raise ExecutorError(
             f"option stream_weights is for device cpu, found device = {quoted(runtime.device)}: "
             "leave it out"
