@@ -16,5 +16,5 @@ class TestCard(ExecutorSuite):
 
     @pytest.fixture
     def models(self):
-        names = ("grouped", "all-biases", "qk-norm-tied-gqa-5", "sliding-window", "dynamic-rope")
+        names = ("all-biases", "qk-norm-tied-gqa-5", "sliding-window", "dynamic-rope")
         return {name: MODELS[name] for name in names}

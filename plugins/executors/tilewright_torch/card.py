@@ -126,7 +126,7 @@ class CudaCard:
         from tilewright_torch import card_kernels
 
         with _environment_kept():
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
         self.device = torch.device("cuda", index)
         self.name = str(self.device)
         self.kernels = card_kernels

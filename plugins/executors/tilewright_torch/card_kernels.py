@@ -279,6 +279,8 @@ def prefill_attention_kernel(
             BLOCK,
             COMPUTE,
         )
+    # The total of a row is at least 1, the weight of its maximum, unless the row is padding.
+    total = tl.maximum(total, 1.0)
     tl.store(out + of_query, (acc / total[:, None]).to(out.dtype.element_ty), mask=valid)
 
 

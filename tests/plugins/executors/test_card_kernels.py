@@ -100,8 +100,9 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize(
+    ("dtype", "window"), [*((dtype, None) for dtype in MULTIPLIED), (torch.float32, 7)]
+)
 def test_attention_reads_the_cache_through_the_block_table(step, window, dtype):
     heads, kv_heads, head_dim = 6, 2, 24
     sequences = Sequences(STEPS[step], 16, kv_heads, head_dim, dtype)
