@@ -396,7 +396,8 @@ def our_logits(
         max_seq_len=64,
     )
     decoded = 5
-    with LLMEngine.from_plugins(executor="torch" if cuda else "card-on-cpu") as engine:
+    plugin = "torch" if cuda else "card-on-cpu"
+    with LLMEngine.from_plugins(executor=plugin, loader="hf-local") as engine:
         engine.init_model("m", folder, runtime)
         greedy = GenerateConfig(max_new_tokens=8, ignore_eos=True, temperature=0.0)
         executor: Any = engine.model("m").executor

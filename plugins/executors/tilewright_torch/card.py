@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from itertools import chain
 from math import prod
 from typing import Any, Protocol
 
@@ -235,6 +234,7 @@ def create_on_card(
                 f"{runtime.weight_dtype}: choose a smaller weight_dtype, or another card (device "
                 "= 'cuda:N'), or device = 'cpu'"
             ) from error
+        card.release()  # what the copies have left
         spec = KvCacheSpec(
             num_layers=len(layers),
             num_kv_heads=config.num_kv_heads,
@@ -267,7 +267,7 @@ class _Inputs:
 
     Its parts, in this order: the width of the block table; tokens, sources, rows of the rotary
     table and slots, [T] each; starts [B + 1]; lengths [B]; rows of logits [L]; blocks of queries
-    [N, 2]; the block table [B * width].
+    [N, 2]; the block table [B * width]. Each begins at a multiple of 16 bytes (``_starts``).
     """
 
     tokens: Tensor
@@ -661,22 +661,23 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
             rope_rows = torch.arange(len(batch.positions), dtype=torch.int32)
         ends = batch.query_starts[-1] + torch.arange(1, added + 1, dtype=torch.int32)
         parts = [
-            torch.tensor([width]),
-            *_padded(batch.token_ids, added, 0),
-            *_padded(batch.token_source, added, -1),
-            *_padded(rope_rows, added, 0),
-            *_padded(batch.slot_mapping, added, slot),
-            batch.query_starts,
-            ends,
-            *_padded(batch.context_lens, added, 1),
-            torch.tensor([*rows, *chain.from_iterable(blocks)], dtype=torch.int32),
-            *_padded(batch.block_table.flatten(), added * width, spare),
+            (torch.tensor([width]),),
+            _padded(batch.token_ids, added, 0),
+            _padded(batch.token_source, added, -1),
+            _padded(rope_rows, added, 0),
+            _padded(batch.slot_mapping, added, slot),
+            (batch.query_starts, ends),
+            _padded(batch.context_lens, added, 1),
+            (torch.tensor(rows),),
+            (torch.tensor(blocks).flatten(),),
+            _padded(batch.block_table.flatten(), added * width, spare),
         ]
-        packed = self._card.pinned(sum(map(len, parts)), dtype=torch.int32)
-        at = 0
-        for part in parts:
-            packed[at : at + len(part)] = part
-            at += len(part)
+        starts = _starts([sum(map(len, part)) for part in parts])
+        packed = self._card.pinned(starts[-1], dtype=torch.int32)
+        for at, part in zip(starts, parts, strict=False):
+            for values in part:
+                packed[at : at + len(values)] = values
+                at += len(values)
         return packed
 
     def _views(
@@ -695,10 +696,11 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         singles: whether a sequence has one token in this step.
         """
         sizes = [1, tokens, tokens, tokens, tokens, sequences + 1, sequences, rows, 2 * blocks]
-        rest = len(buffer) - sum(sizes)
-        width, ids, sources, rope_rows, slots, starts, lengths, at, in_blocks, table = torch.split(
-            buffer, [*sizes, rest]
+        *starts, end = _starts(sizes)
+        width, ids, sources, rope_rows, slots, rows_at, lengths, at, in_blocks = (
+            buffer[start : start + size] for start, size in zip(starts, sizes, strict=True)
         )
+        table = buffer[end:]
         spec = self.kv_cache_spec
         splits = self._kernels.splits(sequences, spec.num_kv_heads, self._card.processors)
         cos, sin = tables or self._table
@@ -712,7 +714,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
                 table=table,
                 width=width,
                 lengths=lengths,
-                starts=starts,
+                starts=rows_at,
                 blocks=in_blocks.view(-1, 2) if blocks else None,
                 page_size=spec.page_size,
                 most_pages=most_pages,
@@ -833,9 +835,21 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].strip()
 
 
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Where parts of some sizes begin in the inputs, and the end of the last one.
+
+    Each is at a multiple of 16 bytes: Triton compiles a kernel again for other alignments.
+    """
+    starts = [0]
+    for size in sizes:
+        starts.append(-(-(starts[-1] + size) // 4) * 4)
+    return starts
+
+
 def _length(tokens: int, sequences: int, most_pages: int) -> int:
     """Numbers in the inputs of a step of decoding sequences."""
-    return 2 + 4 * tokens + 2 * sequences + sequences * most_pages
+    of_table = sequences * most_pages
+    return _starts([1, *[tokens] * 4, sequences + 1, sequences, 0, 0, of_table])[-1]
 
 
 def _padded(values: Tensor, count: int, fill: int) -> tuple[Tensor, Tensor]:
