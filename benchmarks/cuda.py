@@ -71,6 +71,14 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         importable(Path(folder), args.wheels, args.device == "cpu")
+        if args.device != "cpu":
+            from tilewright.errors import ExecutorError
+            from tilewright_torch.card import card_number
+
+            try:
+                card_number(args.device)
+            except ExecutorError as error:
+                sys.exit(f"cuda.py: {error}")
         if not args.only_check:
             figures = measure(args)
             if args.json:

@@ -8,10 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from card_on_cpu import Kernels
+from card_on_cpu import Card, Kernels, Plugin
+
+from tilewright import RuntimeConfig
+from tilewright_testing import paged
+from tilewright_testing.models import make_model
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -213,6 +218,48 @@ def test_one_row_times_a_weight(dtype, rows, columns, biased):
         on = None if bias is None else bias.to(DEVICE)
         card_kernels.one_row(*on_device(x, weight), on, out, config)
         close(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_may_be_written_to_a_tensor_that_is_there(rows, biased):
+    x, weight = random(rows, 40), random(12, 40)
+    bias = random(12) if biased else None
+    out = torch.full((rows, 12), NAN, device=DEVICE)
+    on = None if bias is None else bias.to(DEVICE)
+    made = card_kernels.linear(*on_device(x, weight), on, out)
+    assert made.data_ptr() == out.data_ptr()
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_card_executor runs them on the device")
+@pytest.mark.parametrize("name", ["qk-norm-tied-gqa-5", "all-biases"])
+def test_the_executor_runs_on_these_kernels(name, monkeypatch):
+    model, logits = make_model(name), []
+    steps = [{"a": [1, 2, 3, 4, 5], "b": [6]}, {"a": [7], "b": [8]}, {"a": [9]}]
+    for kernels in (Kernels, SimpleNamespace(**vars(card_kernels) | {"tune": Kernels.tune})):
+        monkeypatch.setattr(Card, "kernels", kernels)
+        executor = Plugin(use_graphs=False).create_executor(
+            model_config=model.config,
+            runtime_config=RuntimeConfig(
+                weight_dtype="float32", kv_dtype="float32", max_seq_len=64
+            ),
+            weights=model.source(),
+            layers=range(model.config.num_layers),
+        )
+        executor.allocate_kv(4)
+        sequences = paged.Sequences(page_size=16, total_pages=4)
+        logits.append(
+            [
+                executor.submit(b := sequences.batch(tokens), [None] * len(b.token_ids))
+                .wait()
+                .logits
+                for tokens in steps
+            ]
+        )
+    for expected, found in zip(*logits, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- without a device -----------------------------------------------------------------------------
