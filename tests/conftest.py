@@ -13,6 +13,15 @@ from other_threads import eventually
 from tilewright import LLMEngine, RuntimeConfig
 from tilewright.settings import DEMO_MODEL
 
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported: its kernels then run on the CPU, operation by operation.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c() -> None:

@@ -31,6 +31,7 @@ from tilewright.types import (
     Executor,
     ModelStats,
     PendingStep,
+    ReplaceableSampler,
     SampledToken,
     Sampler,
     SamplerRow,
@@ -165,9 +166,16 @@ class Runner:
                 f"a request of model {self.model.model_id!r} has the id {request.request_id!r} "
                 "already: choose another, or wait until that request has ended"
             )
-        if self._submits and not request.logits_processors:
-            params = (request.params, request.early_params)
-            request.sampled_by_executor = all(map(self._submits.serves, params))
+        sampler = self._sampler
+        if (
+            self._submits
+            and isinstance(sampler, ReplaceableSampler)
+            and not request.logits_processors
+        ):
+            request.sampled_by_executor = all(
+                sampler.replaceable(params) and self._submits.serves(params)
+                for params in (request.params, request.early_params)
+            )
         self._begin_processing(request)
         try:
             self._scheduler.add(request)

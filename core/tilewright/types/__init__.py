@@ -59,6 +59,7 @@ from tilewright.types.results import (
 from tilewright.types.sampling import (
     BUILTIN_GENERATE,
     GenerateConfig,
+    ReplaceableSampler,
     SampledToken,
     Sampler,
     SamplerRow,
@@ -97,6 +98,7 @@ __all__ = [
     "PendingStep",
     "Phase",
     "PluginInfo",
+    "ReplaceableSampler",
     "Report",
     "ResolvedRuntime",
     "RopeConfig",

@@ -1,7 +1,7 @@
 """How tokens are chosen: a request's settings, and a sampler's input and output."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import field, fields, frozen, validators
 
@@ -229,4 +229,17 @@ class Sampler(Protocol):
         Raises NonFiniteLogitsError, whose step is the row's position, for NaN or infinity (-inf
         included).
         """
+        ...
+
+
+@runtime_checkable
+class ReplaceableSampler(Sampler, Protocol):
+    """A sampler whose place an executor that samples may take (``SamplingExecutor``).
+
+    Optional: the engine calls any other sampler for every token.
+    """
+
+    def replaceable(self, params: SamplingParams) -> bool:
+        """Whether the tokens of a request with these parameters are those of the shipped sampler
+        ``top-p``, and logits that are not finite are an error: what such an executor computes."""
         ...

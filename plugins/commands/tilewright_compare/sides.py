@@ -210,7 +210,7 @@ class Side:
         seen.clear()
         self.run_head(begun, hidden[batch.logits_rows], step, tap)
         if not any(part.decoding for part in step.parts):
-            self.nll += self._nll(step, self.run_head(begun, hidden, step))
+            self.nll += self._nll(step, self.run_head(begun, hidden, step).cpu())
         yield seen
 
     def _score(self, step: Step) -> None:

@@ -1,13 +1,15 @@
-"""Plugin ``torch``: the reference executor, on the CPU with PyTorch."""
+"""Plugin ``torch``: the reference executor, on the CPU or a CUDA device with PyTorch."""
 
+import re
 from math import prod
 
-from attrs import field, frozen, validators
+from attrs import evolve, field, frozen, validators
 
 from tilewright import hookimpl
 from tilewright.errors import ExecutorError, quoted
 from tilewright.machine import available_memory
 from tilewright.types import (
+    DTYPES,
     Check,
     KvCacheSpec,
     LayerwiseExecutor,
@@ -28,6 +30,10 @@ SMALL_PAGE = 5
 
 @frozen
 class Options:
+    device: str | None = field(
+        default=None,
+        metadata={"help": "device to run on, like --device, which overrides it; default: cpu"},
+    )
     threads: int | None = field(
         default=None,
         # OpenMP ends or crashes the process when it cannot start the requested number of threads.
@@ -61,11 +67,12 @@ class Options:
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
-        summary="the reference executor: any supported model on the CPU, with PyTorch",
+        summary="the reference executor: any supported model on the CPU or a CUDA device, with "
+        "PyTorch",
         options=Options,
         serves=_serves,
         limits={
-            "device": "cpu",
+            "device": "cpu, cuda or cuda:N",
             "weights and KV cache": "float32, bfloat16, float16, also different from each other",
             "RoPE": "default, linear, dynamic, llama3, yarn",
             "attention": "any head size, grouped queries, sliding windows by layer",
@@ -78,6 +85,7 @@ def plugin_info() -> PluginInfo:
 def doctor_checks() -> list[Check]:
     import torch
 
+    from tilewright_torch.card_checks import checks
     from tilewright_torch.linear import has_native
 
     native = [d for d in ("bfloat16", "float16") if has_native(getattr(torch, d))]
@@ -90,7 +98,8 @@ def doctor_checks() -> list[Check]:
             "as exact, slower in prefill and as fast in decode"
             if len(native) < 2
             else found,
-        )
+        ),
+        *checks(),
     ]
 
 
@@ -103,8 +112,10 @@ def create_executor(
     options: Options | None,
 ) -> LayerwiseExecutor:
     """Raises ExecutorError for an unsupported device, shape or cache, and if compile fails."""
-    config, runtime = model_config, runtime_config
-    _check(config, runtime)
+    options = options or Options()
+    config = model_config
+    runtime = evolve(runtime_config, device=runtime_config.device or options.device)
+    _check(config, runtime, options)
 
     import torch
 
@@ -112,9 +123,14 @@ def create_executor(
     from tilewright_torch.model import TorchExecutor
     from tilewright_torch.weights import load
 
-    options = options or Options()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if on_card(runtime):
+        from tilewright_torch import card
+
+        at = card.CudaCard(card.card_number(str(runtime.device)))
+        page_size = runtime.page_size or PAGE_SIZE
+        return card.create_on_card(at, config, runtime, weights, layers, page_size)
     assert runtime.weight_dtype is not None
     assert runtime.kv_dtype is not None
     dtype = torch_dtype(runtime.weight_dtype)
@@ -150,12 +166,30 @@ def _least_head_dim(config: ModelConfig) -> int:
     return 4 if config.rope.kind == "dynamic" else 2
 
 
-def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
-    if runtime.device not in (None, "cpu"):
+def on_card(runtime: RuntimeConfig) -> bool:
+    """Whether the device is a CUDA device: ``cuda`` or ``cuda:N``."""
+    return bool(re.fullmatch(r"cuda(:\d{1,3})?", str(runtime.device)))
+
+
+def _check(config: ModelConfig, runtime: RuntimeConfig, options: Options) -> None:
+    if runtime.device not in (None, "cpu") and not on_card(runtime):
         raise ExecutorError(
-            f"executor torch runs on device cpu, found device = {quoted(runtime.device)}: "
-            "set device = 'cpu', or choose another executor (`tilewright plugins list`)"
+            f"executor torch runs on device cpu, cuda or cuda:N, found device = "
+            f"{quoted(runtime.device)}: set one of them, or choose another executor "
+            "(`tilewright plugins list`)"
         )
+    if on_card(runtime) and runtime.weight_dtype not in DTYPES:
+        raise ExecutorError(
+            f"weight_dtype = {quoted(runtime.weight_dtype)} runs on device cpu only, found device "
+            f"= {quoted(runtime.device)}: set weight_dtype to {' or '.join(map(repr, DTYPES))}, or "
+            "device = 'cpu'"
+        )
+    for name in ("stream_weights", "compile"):
+        if on_card(runtime) and getattr(options, name):
+            raise ExecutorError(
+                f"option {name} is for device cpu, found device = {quoted(runtime.device)}: "
+                "leave it out"
+            )
     if config.num_heads % config.num_kv_heads:
         raise ExecutorError(
             f"executor torch needs num_heads to be a multiple of num_kv_heads, found "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tilewright.errors import NonFiniteLogitsError
 from tilewright.sampling import uniform
-from tilewright.types import SampledToken, SamplerRow
+from tilewright.types import SampledToken, SamplerRow, SamplingParams
 from tilewright_sampling.logits import (
     changes_logits,
     draw,
@@ -81,6 +81,12 @@ class LogitsSampler:
                 )
             )
         return sampled
+
+    def replaceable(self, params: SamplingParams) -> bool:
+        """Whether an executor may sample instead: not if it should ignore the temperature, or
+        replace logits that are not finite."""
+        greedy = self.greedy and params.temperature > 0
+        return self.options.on_nonfinite == "error" and not greedy
 
     def _make_finite(self, logits: Tensor, row: SamplerRow) -> int:
         """Replace a row's non-finite logits in place; returns how many there were."""

@@ -576,7 +576,7 @@ def test_the_kv_cache_spec_is_nhd_and_limited_to_half_of_the_memory(tmp_path: Pa
 @pytest.mark.parametrize(
     ("model", "runtime", "message"),
     [
-        ({}, {"device": "npu:0"}, "runs on device cpu, found device = 'npu:0'"),
+        ({}, {"device": "npu:0"}, "runs on device cpu, cuda or cuda:N, found device = 'npu:0'"),
         ({"head_dim": 15}, {}, "even head_dim of 2 or more .* found 15"),
         ({"num_kv_heads": 3}, {}, "multiple of num_kv_heads, found 4 and 3"),
     ],
