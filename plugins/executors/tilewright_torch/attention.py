@@ -5,7 +5,7 @@ table, so a token sees the same keys whether its prompt came in one step or in s
 of the sequence itself are read: values in other pages, NaN included, cannot affect a result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -22,6 +22,15 @@ num_kv_heads). Softmax is computed in float32."""
 Read: TypeAlias = Callable[[Tensor], Tensor]
 """Selects some slots of a layer's keys or values: [n, num_kv_heads, head_dim]."""
 
+LONG = 512
+"""Keys from which on a sequence that decodes is processed alone, and in parts."""
+
+PART = 256
+"""Keys in a part."""
+
+WIDE_BYTES = 2**22
+"""Bytes of a long sequence's keys, and of its values, that are widened to float32 at a time."""
+
 QUERY_BLOCK = 256
 """Queries per block in prefill. A mask is at most QUERY_BLOCK by the context length."""
 
@@ -31,44 +40,106 @@ def paged_attention(
 ) -> Attend:
     """Attention for one step, for the layers that have the same sliding window.
 
-    dtype: in which queries, keys and values are multiplied.
+    dtype: in which queries, keys and values are multiplied in prefill.
     """
     if batch.token_ids.shape[0] == batch.context_lens.shape[0]:
-        return _decode(batch, page_size, window, dtype)
+        return _decode(batch, page_size, window)
     return _prefill(batch, page_size, window, dtype)
 
 
-def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.dtype) -> Attend:
-    """One query per sequence, all sequences at once.
+def _decode(batch: StepBatch, page_size: int, window: int | None) -> Attend:
+    """One query per sequence, in float32: for one query, torch's 16-bit attention is slower than
+    widening the keys.
+
+    Sequences whose keys lie in place, or are many, are processed one by one; the others together.
+    """
+    lengths = batch.context_lens.tolist()
+    firsts = [0 if window is None else max(0, length - window) for length in lengths]
+    counts = [length - first for length, first in zip(lengths, firsts, strict=True)]
+    if len(counts) > 1 and max(counts) < LONG:
+        return _padded(batch.block_table, firsts, counts, page_size)
+    reads = [
+        _reader(
+            _slots(batch.block_table[i : i + 1], torch.arange(first, length)[None], page_size)[0]
+        )
+        for i, (first, length) in enumerate(zip(firsts, lengths, strict=True))
+    ]
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        kv_heads, head_dim = keys.shape[1:]
+        grouped = q.float().view(len(reads), kv_heads, -1, head_dim)
+        if len(reads) == 1:
+            out = _attend_one(grouped, reads[0](keys), reads[0](values))
+        else:
+            out = torch.cat(
+                [
+                    _attend_one(grouped[i : i + 1], read(keys), read(values))
+                    for i, read in enumerate(reads)
+                ]
+            )
+        return out.reshape(q.shape[0], -1).to(q.dtype)
+
+    return attend
+
+
+def _padded(
+    block_table: Tensor, firsts: Sequence[int], counts: Sequence[int], page_size: int
+) -> Attend:
+    """One query per sequence, all sequences at once, over copies of their keys and values.
 
     Shorter sequences are padded with their own last slot, which is masked.
     """
-    lengths = batch.context_lens.long().unsqueeze(1)
-    starts = torch.zeros_like(lengths) if window is None else (lengths - window).clamp(min=0)
-    counts = lengths - starts
-    width = int(counts.max())
+    starts, number = torch.tensor(firsts).unsqueeze(1), torch.tensor(counts).unsqueeze(1)
+    width = max(counts)
     offsets = torch.arange(width)
-    positions = torch.minimum(starts + offsets, lengths - 1)
-    read = _reader(_slots(batch.block_table, positions, page_size).flatten())
-    sequences = lengths.shape[0]
+    positions = starts + torch.minimum(offsets, number - 1)
+    slots = _slots(block_table, positions, page_size).flatten()
     mask = None
-    if int(counts.min()) < width:
-        mask = _additive(offsets >= counts, dtype)[:, None, None, :]
+    if min(counts) < width:
+        mask = _additive(offsets >= number, torch.float32)[:, None, None, :]
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        heads, head_dim = q.shape[1:]
-        kv_heads = keys.shape[1]
-        shape = (sequences, width, kv_heads, head_dim)
-        k = read(keys).view(shape).transpose(1, 2)
-        v = read(values).view(shape).transpose(1, 2)
+        kv_heads, head_dim = keys.shape[1:]
+        shape = (len(counts), width, kv_heads, head_dim)
+        k = keys.index_select(0, slots).float().view(shape).transpose(1, 2)
+        v = values.index_select(0, slots).float().view(shape).transpose(1, 2)
         # The query heads of a KV head are treated as several queries, so no keys are repeated.
-        grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
-        out = F.scaled_dot_product_attention(
-            grouped.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask
-        )
-        return out.reshape(sequences, heads * head_dim).to(q.dtype)
+        grouped = q.float().view(len(counts), kv_heads, -1, head_dim)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+        return out.reshape(len(counts), -1).to(q.dtype)
 
     return attend
+
+
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of one query: q [1, num_kv_heads, group, head_dim] float32, keys and values
+    [n, num_kv_heads, head_dim] of any dtype, to [1, num_kv_heads, group, head_dim] float32.
+
+    torch's attention gives each KV head to one thread, so many keys are split into parts. The parts
+    are merged by the logarithms of their sums of exponentials (arXiv:2112.05682).
+    """
+    count, kv_heads, head_dim = keys.shape
+    if count < LONG:
+        return F.scaled_dot_product_attention(
+            q, keys.float().transpose(0, 1)[None], values.float().transpose(0, 1)[None]
+        )
+    block = max(1, WIDE_BYTES // (4 * PART * kv_heads * head_dim)) * PART
+    outs, log_sums = [], []
+    for start in range(0, count, block):
+        stop = min(start + block, count)
+        whole = start + (stop - start) // PART * PART
+        for begin, end, part in ((start, whole, PART), (whole, stop, stop - whole)):
+            if begin < end:
+                shape = (-1, part, kv_heads, head_dim)
+                out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q.expand((end - begin) // part, -1, -1, -1),
+                    keys[begin:end].float().view(shape).transpose(1, 2),
+                    values[begin:end].float().view(shape).transpose(1, 2),
+                )
+                outs.append(out)
+                log_sums.append(log_sum)
+    share = torch.cat(log_sums).softmax(0).unsqueeze(-1)
+    return torch.cat(outs).mul_(share).sum(0, keepdim=True)
 
 
 class _Sequence(NamedTuple):
