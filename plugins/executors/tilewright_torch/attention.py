@@ -59,9 +59,7 @@ def _decode(batch: StepBatch, page_size: int, window: int | None) -> Attend:
     if len(counts) > 1 and max(counts) < LONG:
         return _padded(batch.block_table, firsts, counts, page_size)
     reads = [
-        _reader(
-            _slots(batch.block_table[i : i + 1], torch.arange(first, length)[None], page_size)[0]
-        )
+        _reader(batch.block_table[i], first, length, page_size)
         for i, (first, length) in enumerate(zip(firsts, lengths, strict=True))
     ]
 
@@ -198,11 +196,9 @@ def _sequences(batch: StepBatch, page_size: int, window: int | None) -> Iterator
     for i, length in enumerate(batch.context_lens.tolist()):
         new = starts[i + 1] - starts[i]
         first = 0 if window is None else max(0, length - new - window + 1)
-        positions = torch.arange(first, length).unsqueeze(0)
-        slots = _slots(batch.block_table[i : i + 1], positions, page_size)[0]
         yield _Sequence(
             rows=slice(starts[i], starts[i + 1]),
-            read=_reader(slots),
+            read=_reader(batch.block_table[i], first, length, page_size),
             blocks=_blocks(new, length, first, window),
         )
 
@@ -241,11 +237,17 @@ def _by_head(states: Tensor, group: int) -> Tensor:
     return states.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, tokens, head_dim)
 
 
-def _reader(slots: Tensor) -> Read:
-    """Reads slots; consecutive ones, as a single sequence has them, are read in place."""
-    first, last = int(slots[0]), int(slots[0]) + slots.shape[0]
-    if torch.equal(slots, torch.arange(first, last)):
-        return lambda layer: layer[first:last]
+def _reader(pages: Tensor, start: int, stop: int, page_size: int) -> Read:
+    """Reads positions start to stop of a sequence: in place if its pages follow each other.
+
+    pages: a row of the block table.
+    """
+    skipped = start // page_size
+    held = pages[skipped : -(-stop // page_size)].tolist()
+    if held == list(range(held[0], held[0] + len(held))):
+        first = (held[0] - skipped) * page_size
+        return lambda layer: layer[first + start : first + stop]
+    slots = _slots(pages[None], torch.arange(start, stop)[None], page_size)[0]
     return lambda layer: layer.index_select(0, slots)
 
 
