@@ -40,24 +40,20 @@ def paged_attention(
 ) -> Attend:
     """Attention for one step, for the layers that have the same sliding window.
 
-    dtype: in which queries, keys and values are multiplied in prefill.
+    dtype: in which queries, keys and values are multiplied; a single query is in float32.
     """
     if batch.token_ids.shape[0] == batch.context_lens.shape[0]:
-        return _decode(batch, page_size, window)
+        return _decode(batch, page_size, window, dtype)
     return _prefill(batch, page_size, window, dtype)
 
 
-def _decode(batch: StepBatch, page_size: int, window: int | None) -> Attend:
-    """One query per sequence, in float32: for one query, torch's 16-bit attention is slower than
-    widening the keys.
-
-    Sequences whose keys lie in place, or are many, are processed one by one; the others together.
-    """
+def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.dtype) -> Attend:
+    """One query per sequence: short sequences all at once, long ones one by one."""
     lengths = batch.context_lens.tolist()
     firsts = [0 if window is None else max(0, length - window) for length in lengths]
     counts = [length - first for length, first in zip(lengths, firsts, strict=True)]
     if len(counts) > 1 and max(counts) < LONG:
-        return _padded(batch.block_table, firsts, counts, page_size)
+        return _padded(batch.block_table, firsts, counts, page_size, dtype)
     reads = [
         _reader(batch.block_table[i], first, length, page_size)
         for i, (first, length) in enumerate(zip(firsts, lengths, strict=True))
@@ -66,22 +62,22 @@ def _decode(batch: StepBatch, page_size: int, window: int | None) -> Attend:
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         kv_heads, head_dim = keys.shape[1:]
         grouped = q.float().view(len(reads), kv_heads, -1, head_dim)
-        if len(reads) == 1:
-            out = _attend_one(grouped, reads[0](keys), reads[0](values))
-        else:
-            out = torch.cat(
-                [
-                    _attend_one(grouped[i : i + 1], read(keys), read(values))
-                    for i, read in enumerate(reads)
-                ]
-            )
+        outs = [
+            _attend_one(one, read(keys), read(values))
+            for one, read in zip(grouped.split(1), reads, strict=True)
+        ]
+        out = torch.cat(outs) if len(outs) > 1 else outs[0]
         return out.reshape(q.shape[0], -1).to(q.dtype)
 
     return attend
 
 
 def _padded(
-    block_table: Tensor, firsts: Sequence[int], counts: Sequence[int], page_size: int
+    block_table: Tensor,
+    firsts: Sequence[int],
+    counts: Sequence[int],
+    page_size: int,
+    dtype: torch.dtype,
 ) -> Attend:
     """One query per sequence, all sequences at once, over copies of their keys and values.
 
@@ -94,15 +90,15 @@ def _padded(
     slots = _slots(block_table, positions, page_size).flatten()
     mask = None
     if min(counts) < width:
-        mask = _additive(offsets >= number, torch.float32)[:, None, None, :]
+        mask = _additive(offsets >= number, dtype)[:, None, None, :]
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         kv_heads, head_dim = keys.shape[1:]
         shape = (len(counts), width, kv_heads, head_dim)
-        k = keys.index_select(0, slots).float().view(shape).transpose(1, 2)
-        v = values.index_select(0, slots).float().view(shape).transpose(1, 2)
+        k = keys.index_select(0, slots).to(dtype).view(shape).transpose(1, 2)
+        v = values.index_select(0, slots).to(dtype).view(shape).transpose(1, 2)
         # The query heads of a KV head are treated as several queries, so no keys are repeated.
-        grouped = q.float().view(len(counts), kv_heads, -1, head_dim)
+        grouped = q.to(dtype).view(len(counts), kv_heads, -1, head_dim)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         return out.reshape(len(counts), -1).to(q.dtype)
 
@@ -112,6 +108,8 @@ def _padded(
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of one query: q [1, num_kv_heads, group, head_dim] float32, keys and values
     [n, num_kv_heads, head_dim] of any dtype, to [1, num_kv_heads, group, head_dim] float32.
+
+    Keys of 16 bits are widened, which takes less time than torch's attention in 16 bits saves.
 
     torch's attention gives each KV head to one thread, so many keys are split into parts. The parts
     are merged by the logarithms of their sums of exponentials (arXiv:2112.05682).

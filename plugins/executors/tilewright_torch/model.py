@@ -8,6 +8,7 @@ attention scores stay in float32; transformers rounds them too.
 
 from collections.abc import Sequence
 from functools import cache
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -152,9 +153,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     The same as F.rms_norm, which is composed of twice as many operations.
     """
     size = x.shape[-1]
-    one_row = x.numel() == size
-    # Without dimensions, the scale of a single row does not change the dtype of the product.
-    norm = torch.linalg.vector_norm(x, 2, None if one_row else -1, not one_row, dtype=torch.float32)
+    if x.numel() == size and x.device.type == "cpu":  # a number takes fewer operations
+        mean = torch.linalg.vector_norm(x, dtype=torch.float32).item() ** 2 / size + eps
+        return x * (mean**-0.5 if mean else inf) * weight
+    norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
     scale = torch.addcmul(_scalar(eps, x.device), norm, norm, value=1 / size).rsqrt_()
     return (x * scale).to(x.dtype) * weight
 
