@@ -23,7 +23,7 @@ Read: TypeAlias = Callable[[Tensor], Tensor]
 """Selects some slots of a layer's keys or values: [n, num_kv_heads, head_dim]."""
 
 LONG = 512
-"""Keys from which on a sequence that decodes is processed alone, and in parts."""
+"""Keys from which on a decoding sequence is processed in parts, and a batch with it one by one."""
 
 PART = 256
 """Keys in a part."""
@@ -64,7 +64,7 @@ def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.d
         grouped = q.float().view(len(reads), kv_heads, -1, head_dim)
         outs = [
             _attend_one(one, read(keys), read(values))
-            for one, read in zip(grouped.split(1), reads, strict=True)
+            for one, read in zip(torch.split(grouped, 1), reads, strict=True)
         ]
         out = torch.cat(outs) if len(outs) > 1 else outs[0]
         return out.reshape(q.shape[0], -1).to(q.dtype)
@@ -109,7 +109,7 @@ def _attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of one query: q [1, num_kv_heads, group, head_dim] float32, keys and values
     [n, num_kv_heads, head_dim] of any dtype, to [1, num_kv_heads, group, head_dim] float32.
 
-    Keys of 16 bits are widened, which takes less time than torch's attention in 16 bits saves.
+    16-bit keys and values are widened: torch's attention of one query takes longer in 16 bits.
 
     torch's attention gives each KV head to one thread, so many keys are split into parts. The parts
     are merged by the logarithms of their sums of exponentials (arXiv:2112.05682).

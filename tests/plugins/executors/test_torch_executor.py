@@ -372,31 +372,12 @@ def test_a_long_context_is_attended_in_parts(
         assert_same(found, torch.stack([expected[n][2][at[n]] for n in names]))
 
 
-@define
-class Operations(TorchDispatchMode):
-    """Counts the operations that compute or copy, and the bytes of their results."""
-
-    names: list[str] = field(factory=list)
-    nbytes: int = 0
-
-    def __attrs_pre_init__(self) -> None:
-        super().__init__()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.names.append(str(func))
-            if isinstance(result, Tensor):
-                self.nbytes += result.nbytes
-        return result
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "most"),
     [
-        ("llama-gqa-5", "float32", 28),
-        ("llama-gqa-5", "bfloat16", 34),
-        ("qwen3-gqa-5", "bfloat16", 40),
+        ("llama-gqa-5", "float32", 168),
+        ("llama-gqa-5", "bfloat16", 160),
+        ("qwen3-gqa-5", "bfloat16", 180),
     ],
 )
 def test_a_layer_of_a_decode_step_takes_few_operations(
@@ -408,9 +389,22 @@ def test_a_layer_of_a_decode_step_takes_few_operations(
     executor = served.executor
     step = executor.begin(served.batch({"a": [5]}))
     hidden = executor.embed(step)
-    with Operations() as operations:
+    with torch.autograd.profiler.profile() as profile:
         executor.run_layer(step, 0, hidden)
-    assert len(operations.names) <= most, operations.names
+    # Views and the operations that others call are counted too: each takes time to dispatch.
+    assert len(profile.function_events) <= most
+
+
+class Results(TorchDispatchMode):
+    """Adds up the bytes of the results of operations, views excepted."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.nbytes += result.nbytes
+        return result
 
 
 @pytest.mark.parametrize("length", [100, 1100])
@@ -422,10 +416,10 @@ def test_keys_of_one_sequence_are_read_in_place(length: int) -> None:
     batch = sequences.batch({"a": [1]})
     keys[sequences.slots(["a"])] = torch.randn(length, kv_heads, head_dim)
     attend = tilewright_torch.attention.paged_attention(batch, PAGE_SIZE, None, torch.float32)
-    with Operations() as operations:
+    with Results() as results:
         out = attend(torch.randn(1, 4, head_dim), keys, keys)
     assert out.isfinite().all()
-    assert operations.nbytes < length * kv_heads * head_dim * 4 / 4
+    assert results.nbytes < length * kv_heads * head_dim * 4 / 4
 
 
 # --- matrix products ------------------------------------------------------------------------------
