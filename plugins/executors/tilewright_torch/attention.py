@@ -6,6 +6,7 @@ of the sequence itself are read: values in other pages, NaN included, cannot aff
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -59,11 +60,17 @@ def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.d
         for i, (first, length) in enumerate(zip(firsts, lengths, strict=True))
     ]
 
+    @cache  # for all layers: to map fresh memory takes as long as to fill it
+    def space(kv_heads: int, head_dim: int) -> Tensor:
+        block = min(max(counts), _block(kv_heads, head_dim))
+        return torch.empty(2, block, kv_heads, head_dim)
+
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         kv_heads, head_dim = keys.shape[1:]
+        wide = None if keys.dtype == torch.float32 else space(kv_heads, head_dim)
         grouped = q.float().view(len(reads), kv_heads, -1, head_dim)
         outs = [
-            _attend_one(one, read(keys), read(values))
+            _attend_one(one, read(keys), read(values), wide)
             for one, read in zip(torch.split(grouped, 1), reads, strict=True)
         ]
         out = torch.cat(outs) if len(outs) > 1 else outs[0]
@@ -105,37 +112,52 @@ def _padded(
     return attend
 
 
-def _attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor, space: Tensor | None) -> Tensor:
     """Attention of one query: q [1, num_kv_heads, group, head_dim] float32, keys and values
     [n, num_kv_heads, head_dim] of any dtype, to [1, num_kv_heads, group, head_dim] float32.
 
     16-bit keys and values are widened: torch's attention of one query takes longer in 16 bits.
+    space: [2, block, num_kv_heads, head_dim] float32, for the widened keys and values of a block;
+    None for those in float32.
 
     torch's attention gives each KV head to one thread, so many keys are split into parts. The parts
     are merged by the logarithms of their sums of exponentials (arXiv:2112.05682).
     """
     count, kv_heads, head_dim = keys.shape
-    if count < LONG:
-        return F.scaled_dot_product_attention(
-            q, keys.float().transpose(0, 1)[None], values.float().transpose(0, 1)[None]
-        )
-    block = max(1, WIDE_BYTES // (4 * PART * kv_heads * head_dim)) * PART
+    block = _block(kv_heads, head_dim)
+    if count < min(LONG, block):
+        k, v = _widened(keys, values, space)
+        return F.scaled_dot_product_attention(q, k.transpose(0, 1)[None], v.transpose(0, 1)[None])
     outs, log_sums = [], []
     for start in range(0, count, block):
         stop = min(start + block, count)
-        whole = start + (stop - start) // PART * PART
-        for begin, end, part in ((start, whole, PART), (whole, stop, stop - whole)):
+        k, v = _widened(keys[start:stop], values[start:stop], space)
+        whole = (stop - start) // PART * PART
+        for begin, end, part in ((0, whole, PART), (whole, stop - start, stop - start - whole)):
             if begin < end:
                 shape = (-1, part, kv_heads, head_dim)
                 out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     q.expand((end - begin) // part, -1, -1, -1),
-                    keys[begin:end].float().view(shape).transpose(1, 2),
-                    values[begin:end].float().view(shape).transpose(1, 2),
+                    k[begin:end].view(shape).transpose(1, 2),
+                    v[begin:end].view(shape).transpose(1, 2),
                 )
                 outs.append(out)
                 log_sums.append(log_sum)
     share = torch.cat(log_sums).softmax(0).unsqueeze(-1)
     return torch.cat(outs).mul_(share).sum(0, keepdim=True)
+
+
+def _block(kv_heads: int, head_dim: int) -> int:
+    """Keys that are widened at a time: a multiple of PART."""
+    return max(1, WIDE_BYTES // (4 * PART * kv_heads * head_dim)) * PART
+
+
+def _widened(keys: Tensor, values: Tensor, space: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values in float32, copied into the space if there is one."""
+    if space is None:
+        return keys, values
+    number = keys.shape[0]
+    return space[0, :number].copy_(keys), space[1, :number].copy_(values)
 
 
 class _Sequence(NamedTuple):
