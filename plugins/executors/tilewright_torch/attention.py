@@ -5,7 +5,8 @@ table, so a token sees the same keys whether its prompt came in one step or in s
 of the sequence itself are read: values in other pages, NaN included, cannot affect a result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -22,6 +23,15 @@ num_kv_heads). Softmax is computed in float32."""
 Read: TypeAlias = Callable[[Tensor], Tensor]
 """Selects some slots of a layer's keys or values: [n, num_kv_heads, head_dim]."""
 
+LONG = 512
+"""Keys from which on a decoding sequence is processed in parts, and a batch with it one by one."""
+
+PART = 256
+"""Keys in a part."""
+
+WIDE_BYTES = 2**22
+"""Bytes of a long sequence's keys, and of its values, that are widened to float32 at a time."""
+
 QUERY_BLOCK = 256
 """Queries per block in prefill. A mask is at most QUERY_BLOCK by the context length."""
 
@@ -31,7 +41,7 @@ def paged_attention(
 ) -> Attend:
     """Attention for one step, for the layers that have the same sliding window.
 
-    dtype: in which queries, keys and values are multiplied.
+    dtype: in which queries, keys and values are multiplied; a single query is in float32.
     """
     if batch.token_ids.shape[0] == batch.context_lens.shape[0]:
         return _decode(batch, page_size, window, dtype)
@@ -39,36 +49,115 @@ def paged_attention(
 
 
 def _decode(batch: StepBatch, page_size: int, window: int | None, dtype: torch.dtype) -> Attend:
-    """One query per sequence, all sequences at once.
+    """One query per sequence: short sequences all at once, long ones one by one."""
+    lengths = batch.context_lens.tolist()
+    firsts = [0 if window is None else max(0, length - window) for length in lengths]
+    counts = [length - first for length, first in zip(lengths, firsts, strict=True)]
+    if len(counts) > 1 and max(counts) < LONG:
+        return _padded(batch.block_table, firsts, counts, page_size, dtype)
+    reads = [
+        _reader(batch.block_table[i], first, length, page_size)
+        for i, (first, length) in enumerate(zip(firsts, lengths, strict=True))
+    ]
+
+    @cache  # for all layers: to map fresh memory takes as long as to fill it
+    def space(kv_heads: int, head_dim: int) -> Tensor:
+        block = min(max(counts), _block(kv_heads, head_dim))
+        return torch.empty(2, block, kv_heads, head_dim)
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        kv_heads, head_dim = keys.shape[1:]
+        wide = None if keys.dtype == torch.float32 else space(kv_heads, head_dim)
+        grouped = q.float().view(len(reads), kv_heads, -1, head_dim)
+        outs = [
+            _attend_one(one, read(keys), read(values), wide)
+            for one, read in zip(torch.split(grouped, 1), reads, strict=True)
+        ]
+        out = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return out.reshape(q.shape[0], -1).to(q.dtype)
+
+    return attend
+
+
+def _padded(
+    block_table: Tensor,
+    firsts: Sequence[int],
+    counts: Sequence[int],
+    page_size: int,
+    dtype: torch.dtype,
+) -> Attend:
+    """One query per sequence, all sequences at once, over copies of their keys and values.
 
     Shorter sequences are padded with their own last slot, which is masked.
     """
-    lengths = batch.context_lens.long().unsqueeze(1)
-    starts = torch.zeros_like(lengths) if window is None else (lengths - window).clamp(min=0)
-    counts = lengths - starts
-    width = int(counts.max())
+    starts, number = torch.tensor(firsts).unsqueeze(1), torch.tensor(counts).unsqueeze(1)
+    width = max(counts)
     offsets = torch.arange(width)
-    positions = torch.minimum(starts + offsets, lengths - 1)
-    read = _reader(_slots(batch.block_table, positions, page_size).flatten())
-    sequences = lengths.shape[0]
+    positions = starts + torch.minimum(offsets, number - 1)
+    slots = _slots(block_table, positions, page_size).flatten()
     mask = None
-    if int(counts.min()) < width:
-        mask = _additive(offsets >= counts, dtype)[:, None, None, :]
+    if min(counts) < width:
+        mask = _additive(offsets >= number, dtype)[:, None, None, :]
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        heads, head_dim = q.shape[1:]
-        kv_heads = keys.shape[1]
-        shape = (sequences, width, kv_heads, head_dim)
-        k = read(keys).view(shape).transpose(1, 2)
-        v = read(values).view(shape).transpose(1, 2)
+        kv_heads, head_dim = keys.shape[1:]
+        shape = (len(counts), width, kv_heads, head_dim)
+        k = keys.index_select(0, slots).to(dtype).view(shape).transpose(1, 2)
+        v = values.index_select(0, slots).to(dtype).view(shape).transpose(1, 2)
         # The query heads of a KV head are treated as several queries, so no keys are repeated.
-        grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
-        out = F.scaled_dot_product_attention(
-            grouped.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask
-        )
-        return out.reshape(sequences, heads * head_dim).to(q.dtype)
+        grouped = q.to(dtype).view(len(counts), kv_heads, -1, head_dim)
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+        return out.reshape(len(counts), -1).to(q.dtype)
 
     return attend
+
+
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor, space: Tensor | None) -> Tensor:
+    """Attention of one query: q [1, num_kv_heads, group, head_dim] float32, keys and values
+    [n, num_kv_heads, head_dim] of any dtype, to [1, num_kv_heads, group, head_dim] float32.
+
+    16-bit keys and values are widened: torch's attention of one query takes longer in 16 bits.
+    space: [2, block, num_kv_heads, head_dim] float32, for the widened keys and values of a block;
+    None for those in float32.
+
+    torch's attention gives each KV head to one thread, so many keys are split into parts. The parts
+    are merged by the logarithms of their sums of exponentials (arXiv:2112.05682).
+    """
+    count, kv_heads, head_dim = keys.shape
+    block = _block(kv_heads, head_dim)
+    if count < min(LONG, block):
+        k, v = _widened(keys, values, space)
+        return F.scaled_dot_product_attention(q, k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+    outs, log_sums = [], []
+    for start in range(0, count, block):
+        stop = min(start + block, count)
+        k, v = _widened(keys[start:stop], values[start:stop], space)
+        whole = (stop - start) // PART * PART
+        for begin, end, part in ((0, whole, PART), (whole, stop - start, stop - start - whole)):
+            if begin < end:
+                shape = (-1, part, kv_heads, head_dim)
+                out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q.expand((end - begin) // part, -1, -1, -1),
+                    k[begin:end].view(shape).transpose(1, 2),
+                    v[begin:end].view(shape).transpose(1, 2),
+                )
+                outs.append(out)
+                log_sums.append(log_sum)
+    share = torch.cat(log_sums).softmax(0).unsqueeze(-1)
+    return torch.cat(outs).mul_(share).sum(0, keepdim=True)
+
+
+def _block(kv_heads: int, head_dim: int) -> int:
+    """Keys that are widened at a time: a multiple of PART."""
+    return max(1, WIDE_BYTES // (4 * PART * kv_heads * head_dim)) * PART
+
+
+def _widened(keys: Tensor, values: Tensor, space: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values in float32, copied into the space if there is one."""
+    if space is None:
+        return keys, values
+    number = keys.shape[0]
+    return space[0, :number].copy_(keys), space[1, :number].copy_(values)
 
 
 class _Sequence(NamedTuple):
@@ -127,11 +216,9 @@ def _sequences(batch: StepBatch, page_size: int, window: int | None) -> Iterator
     for i, length in enumerate(batch.context_lens.tolist()):
         new = starts[i + 1] - starts[i]
         first = 0 if window is None else max(0, length - new - window + 1)
-        positions = torch.arange(first, length).unsqueeze(0)
-        slots = _slots(batch.block_table[i : i + 1], positions, page_size)[0]
         yield _Sequence(
             rows=slice(starts[i], starts[i + 1]),
-            read=_reader(slots),
+            read=_reader(batch.block_table[i], first, length, page_size),
             blocks=_blocks(new, length, first, window),
         )
 
@@ -170,11 +257,17 @@ def _by_head(states: Tensor, group: int) -> Tensor:
     return states.transpose(0, 1).unsqueeze(1).expand(kv_heads, group, tokens, head_dim)
 
 
-def _reader(slots: Tensor) -> Read:
-    """Reads slots; consecutive ones, as a single sequence has them, are read in place."""
-    first, last = int(slots[0]), int(slots[0]) + slots.shape[0]
-    if torch.equal(slots, torch.arange(first, last)):
-        return lambda layer: layer[first:last]
+def _reader(pages: Tensor, start: int, stop: int, page_size: int) -> Read:
+    """Reads positions start to stop of a sequence: in place if its pages follow each other.
+
+    pages: a row of the block table.
+    """
+    skipped = start // page_size
+    held = pages[skipped : -(-stop // page_size)].tolist()
+    if held == list(range(held[0], held[0] + len(held))):
+        first = (held[0] - skipped) * page_size
+        return lambda layer: layer[first + start : first + stop]
+    slots = _slots(pages[None], torch.arange(start, stop)[None], page_size)[0]
     return lambda layer: layer.index_select(0, slots)
 
 

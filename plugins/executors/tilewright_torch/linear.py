@@ -41,7 +41,8 @@ class Dense:
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.weight = weight
         self.bias = bias
-        self._one: Linear = lambda x: matrix_vector(x, weight, bias)
+        transposed = weight.t()
+        self._one: Linear = lambda x: matrix_vector(x, transposed, bias)
         self._many: Linear = lambda x: widened(x, weight, bias)
         if has_native(weight.dtype):
             self._many = lambda x: onednn(x, weight, bias)
@@ -106,8 +107,10 @@ def split_matrix_vector(weight: Tensor, bias: Tensor | None) -> Linear:
     return lambda x: torch.baddbmm(split_bias, split, x.t().expand(parts, -1, -1)).view(-1, rows)
 
 
-def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def matrix_vector(x: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
     """One row, in 16 bits: a dot product per weight row, at the speed of memory.
+
+    transposed: a weight [out, in], as a view [in, out].
 
     torch has a kernel for that, but prefers oneDNN where available, which takes two to four times
     as long. The switch is process-wide: a thread that multiplies at the same time may get the other
@@ -116,7 +119,7 @@ def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        return F.linear(x, weight, bias)
+        return torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)
     finally:
         torch._C._set_mkldnn_enabled(enabled)
 

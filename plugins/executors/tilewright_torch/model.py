@@ -7,6 +7,8 @@ attention scores stay in float32; transformers rounds them too.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -180,8 +182,22 @@ def _of_layer(tap: Tap, layer: int) -> Tap:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (arXiv:1910.07467) over the last dimension: rounded, then times the weight."""
-    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+    """RMSNorm (arXiv:1910.07467) over the last dimension: rounded, then times the weight.
+
+    The same as F.rms_norm, which is composed of twice as many operations.
+    """
+    size = x.shape[-1]
+    if x.numel() == size and x.device.type == "cpu":  # a number takes fewer operations
+        mean = torch.linalg.vector_norm(x, dtype=torch.float32).item() ** 2 / size + eps
+        return x * (mean**-0.5 if mean else inf) * weight
+    norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+    scale = torch.addcmul(_scalar(eps, x.device), norm, norm, value=1 / size).rsqrt_()
+    return (x * scale).to(x.dtype) * weight
+
+
+@cache
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def _attention(

@@ -17,6 +17,7 @@ from attrs import define, evolve, field
 from checkout import ROOT
 from reference_models import CONFIGS, prompts, write_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 import tilewright_torch.attention
@@ -344,6 +345,82 @@ def test_a_step_can_request_no_logits(tmp_path: Path) -> None:
         served = serve(tmp_path, weight_dtype=dtype)
         batch = evolve(served.batch({"a": [3, 4, 5]}), logits_rows=torch.tensor([]).long())
         assert served.executor.forward(batch).shape == (0, served.config.vocab_size)
+
+
+# --- the work of a decode step --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in-place", "scattered"])
+@pytest.mark.parametrize("name", ["qwen3-gqa-5", "mistral-slides"])
+def test_a_long_context_is_attended_in_parts(
+    name: str, shuffled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = tilewright_torch.attention
+    monkeypatch.setattr(attention, "LONG", 6)
+    monkeypatch.setattr(attention, "PART", 4)
+    monkeypatch.setattr(attention, "WIDE_BYTES", 0)  # one part at a time
+    model = write_model(name, tmp_path)
+    served = serve(tmp_path)
+    served.sequences = Sequences(PAGE_SIZE, TOTAL_PAGES, shuffled)
+    long, short = prompts(CONFIGS[name], [PROMPT_LENGTH, 2])
+    expected = {n: oracle(model, [p], 5) for n, p in (("long", long), ("short", short))}
+    served.step({"long": long, "short": short})
+
+    for i in range(5):
+        names = ["long", "short"] if i % 2 else ["long"]
+        at = {n: i // 2 if n == "short" else i for n in names}
+        found = served.step({n: [expected[n][1][at[n]]] for n in names})
+        assert_same(found, torch.stack([expected[n][2][at[n]] for n in names]))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "most"),
+    [
+        ("llama-gqa-5", "float32", 168),
+        ("llama-gqa-5", "bfloat16", 160),
+        ("qwen3-gqa-5", "bfloat16", 180),
+    ],
+)
+def test_a_layer_of_a_decode_step_takes_few_operations(
+    name: str, dtype: str, most: int, tmp_path: Path
+) -> None:
+    write_model(name, tmp_path, dtype)
+    served = serve(tmp_path)
+    served.step({"a": list(range(3, 20))})
+    executor = served.executor
+    step = executor.begin(served.batch({"a": [5]}))
+    hidden = executor.embed(step)
+    with torch.autograd.profiler.profile() as profile:
+        executor.run_layer(step, 0, hidden)
+    # Views and the operations that others call are counted too: each takes time to dispatch.
+    assert len(profile.function_events) <= most
+
+
+class Results(TorchDispatchMode):
+    """Adds up the bytes of the results of operations, views excepted."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.nbytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("length", [100, 1100])
+def test_keys_of_one_sequence_are_read_in_place(length: int) -> None:
+    kv_heads, head_dim = 2, 16
+    keys = torch.full((2000, kv_heads, head_dim), float("nan"))
+    sequences = Sequences(PAGE_SIZE, 400)
+    sequences.batch({"other": [1] * 7, "a": [1] * (length - 1)})
+    batch = sequences.batch({"a": [1]})
+    keys[sequences.slots(["a"])] = torch.randn(length, kv_heads, head_dim)
+    attend = tilewright_torch.attention.paged_attention(batch, PAGE_SIZE, None, torch.float32)
+    with Results() as results:
+        out = attend(torch.randn(1, 4, head_dim), keys, keys)
+    assert out.isfinite().all()
+    assert results.nbytes < length * kv_heads * head_dim * 4 / 4
 
 
 # --- matrix products ------------------------------------------------------------------------------
