@@ -6,7 +6,7 @@ rotary embedding and softmax are computed in float32. With a 16-bit dtype, rotar
 attention scores stay in float32; transformers rounds them too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import inf
 
@@ -41,8 +41,8 @@ class _Step:
     cos: Tensor
     sin: Tensor
     slots: Tensor
-    attention: dict[int | None, Attend]
-    """Attention functions, keyed by sliding window."""
+    attention: Callable[[int | None], Attend]
+    """The attention function of a sliding window."""
     compiled: native.Step | None
     """For a step that the compiled path runs unless it has a tap."""
 
@@ -89,7 +89,6 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
     def begin(self, batch: StepBatch) -> _Step:
         model, page_size = self._opened(), self.kv_cache_spec.page_size
         compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
-        windows = {model.config.window(i) for i in self.layers}
         cos, sin = self._rotary(batch)
         slots = batch.slot_mapping.long()
         compiled = None
@@ -100,7 +99,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
             cos=cos,
             sin=sin,
             slots=slots,
-            attention={w: paged_attention(batch, page_size, w, compute) for w in windows},
+            attention=cache(lambda window: paged_attention(batch, page_size, window, compute)),
             compiled=compiled,
         )
 
@@ -137,7 +136,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
             step.sin,
             self._kv[at],
             step.slots,
-            step.attention[config.window(layer)],
+            step.attention(config.window(layer)),
             layer_tap,
         )
         if layer_tap:
