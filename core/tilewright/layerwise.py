@@ -59,7 +59,9 @@ class LayerwiseBase(ABC, Generic[ModelT, StepT]):
             )
         step = self.begin(batch)
         hidden = self.run_layers(step, self.embed(step, tap), tap)
-        return self.run_head(step, hidden[batch.logits_rows], tap)
+        if len(batch.logits_rows) < len(hidden):  # otherwise all rows, in order
+            hidden = hidden[batch.logits_rows]
+        return self.run_head(step, hidden, tap)
 
     def close(self) -> None:
         self._model = None

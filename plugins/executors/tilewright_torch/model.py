@@ -29,7 +29,7 @@ from tilewright.types import (
 from tilewright.weights import torch_dtype
 from tilewright_torch import native
 from tilewright_torch.attention import Attend, paged_attention
-from tilewright_torch.rope import rotary, rotate
+from tilewright_torch.rope import angles, rotate, tables
 from tilewright_torch.weights import Layer, Model
 
 
@@ -38,9 +38,9 @@ class _Step:
     """What all layers of a step share."""
 
     token_ids: Tensor
-    cos: Tensor
-    sin: Tensor
     slots: Tensor
+    rotary: Callable[[], tuple[Tensor, Tensor]]
+    """The cosines and sines for ``rotate``."""
     attention: Callable[[int | None], Attend]
     """The attention function of a sliding window."""
     compiled: native.Step | None
@@ -69,7 +69,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         self.limits = ExecutorLimits(tap_exact=not compile)
         self._compile = compile
         self._native: native.Native | None = None
-        self._rotary = rotary(model.config)
+        self._angles, self._rope_scale = angles(model.config)
         self._cache: list[KvLayer] = []
         self._kv: list[tuple[Tensor, Tensor]] = []
         """The cache's keys and values by slot, [slots, num_kv_heads, head_dim]."""
@@ -89,16 +89,15 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
     def begin(self, batch: StepBatch) -> _Step:
         model, page_size = self._opened(), self.kv_cache_spec.page_size
         compute = torch.promote_types(model.dtype, torch_dtype(self.kv_cache_spec.dtype))
-        cos, sin = self._rotary(batch)
+        of_tokens, scale = self._angles(batch), self._rope_scale
         slots = batch.slot_mapping.long()
         compiled = None
         if self._native and len(slots) <= native.MAX_TOKENS:
-            compiled = self._native.step(batch, cos, sin, slots)
+            compiled = self._native.step(batch, of_tokens, scale, slots)
         return _Step(
             token_ids=batch.token_ids,
-            cos=cos,
-            sin=sin,
             slots=slots,
+            rotary=cache(lambda: tables(of_tokens, scale)),
             attention=cache(lambda window: paged_attention(batch, page_size, window, compute)),
             compiled=compiled,
         )
@@ -132,8 +131,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
             weights,
             config,
             hidden,
-            step.cos,
-            step.sin,
+            *step.rotary(),
             self._kv[at],
             step.slots,
             step.attention(config.window(layer)),

@@ -87,12 +87,12 @@ class _Step(ctypes.Structure):
         ("tokens", _Int),
         ("sequences", _Int),
         ("max_pages", _Int),
-        ("cos", _Pointer),
-        ("sin", _Pointer),
+        ("angles", _Pointer),
         ("slots", _Pointer),
         ("query_starts", _Pointer),
         ("lengths", _Pointer),
         ("block_table", _Pointer),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -134,18 +134,19 @@ class Native:
         )
         self._head = _matrix(model.head) if isinstance(model.head, Dense) else None
 
-    def step(self, batch: StepBatch, cos: Tensor, sin: Tensor, slots: Tensor) -> Step:
+    def step(self, batch: StepBatch, angles: Tensor, scale: float, slots: Tensor) -> Step:
         """Prepare a step of at most MAX_TOKENS tokens.
 
-        cos, sin: [T, 1, head_dim] float32, as ``rope.rotate`` takes them. slots: [T] int64.
+        angles, scale: as ``rope.tables`` takes them. slots: [T] int64.
         """
-        read = (cos, sin, slots, batch.query_starts, batch.context_lens, batch.block_table)
+        read = (angles, slots, batch.query_starts, batch.context_lens, batch.block_table)
         kept = tuple(tensor.contiguous() for tensor in read)
         pointers = _Step(
             len(slots),
             len(batch.context_lens),
             batch.block_table.shape[1],
             *(tensor.data_ptr() for tensor in kept),
+            scale,
         )
         self._model.threads = torch.get_num_threads()
         size = self._library.scratch_bytes(ctypes.byref(self._model), ctypes.byref(pointers))

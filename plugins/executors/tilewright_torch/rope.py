@@ -13,12 +13,15 @@ from torch import Tensor
 from tilewright.rope import dynamic_frequencies, dynamic_lengths, frequencies
 from tilewright.types import ModelConfig, StepBatch
 
+Angles: TypeAlias = Callable[[StepBatch], Tensor]
+"""Maps a step to the angles of its tokens, [T, head_dim / 2] float32, in radians."""
+
 Rotary: TypeAlias = Callable[[StepBatch], tuple[Tensor, Tensor]]
 """Maps a step to the cosines and signed sines of its tokens, as ``rotate`` takes them."""
 
 
-def rotary(config: ModelConfig) -> Rotary:
-    """The rotary embedding of a model.
+def angles(config: ModelConfig) -> tuple[Angles, float]:
+    """The angles by which a model rotates, and the factor of their cosines and sines.
 
     With dynamic scaling, each token has frequencies of its own (``dynamic_lengths``). Keys that are
     already cached keep the rotation they were written with, as in transformers when it decodes with
@@ -26,13 +29,19 @@ def rotary(config: ModelConfig) -> Rotary:
     """
     if config.rope.kind == "dynamic":
 
-        def dynamic(batch: StepBatch) -> tuple[Tensor, Tensor]:
+        def dynamic(batch: StepBatch) -> Tensor:
             of_token = dynamic_frequencies(config, dynamic_lengths(batch))
-            return _tables(batch.positions, of_token, 1.0)
+            return batch.positions.float().unsqueeze(1) * of_token
 
-        return dynamic
+        return dynamic, 1.0
     fixed, scale = frequencies(config)
-    return lambda batch: _tables(batch.positions, fixed, scale)
+    return lambda batch: batch.positions.float().unsqueeze(1) * fixed, scale
+
+
+def rotary(config: ModelConfig) -> Rotary:
+    """The rotary embedding of a model."""
+    of_step, scale = angles(config)
+    return lambda batch: tables(of_step(batch), scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -45,8 +54,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(wide * cos, halves_swapped, sin).to(x.dtype)
 
 
-def _tables(positions: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    angle = positions.float().unsqueeze(1) * frequency
+def tables(angle: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of angles [T, head_dim / 2], times the scale."""
     cos, sin = angle.cos(), angle.sin()
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale

@@ -191,11 +191,12 @@ struct Model {
 
 struct Step {
     int64_t tokens, sequences, max_pages;
-    const float *cos, *sin;       // [tokens, head_dim], as rope.rotate takes them
+    const float *angles;          // [tokens, head_dim / 2], by which heads are rotated
     const int64_t *slots;         // [tokens]
     const int32_t *query_starts;  // [sequences + 1]
     const int32_t *lengths;       // [sequences]
     const int32_t *block_table;   // [sequences, max_pages]
+    float scale;                  // of the angles' cosines and sines
 };
 
 // ---- Matrix products.
@@ -439,10 +440,10 @@ static void rotate_head(float *x, const Weight *weight, const float *cos, const 
         float scale = inverse_rms(x, n, eps);
         for (int64_t i = 0; i < n; i++) x[i] = rounded(rounded(x[i] * scale) * wide(weight[i]));
     }
-    int64_t half = n / 2;
-    for (int64_t i = 0; i < n; i++) {
-        float other = x[i < half ? i + half : i - half];
-        out[i] = rounded(x[i] * cos[i] + other * sin[i]);
+    const int64_t half = n / 2;
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = rounded(x[i] * cos[i] - x[i + half] * sin[i]);
+        out[i + half] = rounded(x[i + half] * cos[i] + x[i] * sin[i]);
     }
 }
 
@@ -621,7 +622,7 @@ template <class T> static T *take(char *&at, int64_t count) {
 
 struct Buffers {
     Operand *normed, *attended, *active;
-    float *qkv, *rotated, *partial;
+    float *qkv, *rotated, *partial, *cos, *sin;
     int64_t chunks;
 };
 
@@ -635,6 +636,8 @@ static Buffers buffers(const Model &m, const Step &s, char *&at) {
     b.qkv = take<float>(at, t * (m.heads + 2 * m.kv_heads) * head);
     b.rotated = take<float>(at, t * m.heads * head);
     b.partial = take<float>(at, t * m.heads * chunks * (2 + head));
+    b.cos = take<float>(at, t * head / 2);
+    b.sin = take<float>(at, t * head / 2);
     return b;
 }
 
@@ -668,7 +671,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
     for (int64_t unit = r.start; unit < r.stop; unit++) {
         int64_t t = unit / all_heads, h = unit % all_heads;
         float *x = b.qkv + t * qkv_rows + h * head;
-        const float *cos = s.cos + t * head, *sin = s.sin + t * head;
+        const float *cos = b.cos + t * head / 2, *sin = b.sin + t * head / 2;
         if (h < m.heads) {
             rotate_head(x, layer.q_norm, cos, sin, head, m.eps, b.rotated + t * q_rows + h * head);
             continue;
@@ -762,6 +765,10 @@ int64_t scratch_bytes(const Model *model, const Step *step) {
 void run_layers(const Model *model, const Layer *layers, int64_t count, const Step *step,
                 Weight *hidden, char *scratch) {
     Buffers b = buffers(*model, *step, scratch);
+    for (int64_t i = 0; i < step->tokens * model->head_dim / 2; i++) {
+        b.cos[i] = cosf(step->angles[i]) * step->scale;
+        b.sin[i] = sinf(step->angles[i]) * step->scale;
+    }
 #pragma omp parallel num_threads(model->threads)
     for (int64_t i = 0; i < count; i++)
         run_layer(*model, layers[i], *step, b, hidden, omp_get_thread_num(), omp_get_num_threads());
