@@ -176,19 +176,20 @@ class ExecutorHooks:
         """
 
     @_first
-    def pack_weights(  # type: ignore[empty-body]
+    def pack_weights(
         self,
         model_config: ModelConfig,
         runtime_config: RuntimeConfig,
         weights: TensorSource,
         options: Any,
-    ) -> PackedWeights:
+    ) -> PackedWeights | None:
         """Optional: the weights in the executor's own layout, for ``tilewright convert``.
 
         Names, shapes, dtypes and version depend only on configuration and settings, and weights are
         read only by the tensors' ``read``: the hook is also called to check packed weights when
         they are loaded. create_executor then finds them under these names, with
-        ``packed`` set. Without the hook, weights are only converted to the weight dtype.
+        ``packed`` set. Without the hook, and where it returns None, weights are only converted to
+        the weight dtype.
         """
 
 

@@ -85,7 +85,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         model = self._opened()
         if model.embedding is None:
             raise ExecutorError("executor torch has no embedding: layer 0 is in another part")
-        x = F.embedding(step.token_ids, model.embedding).to(model.dtype)
+        x = model.embedding(step.token_ids)
         if tap:
             tap("embed", x)
         return x
@@ -137,8 +137,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         own.key[list(pages)], own.value[list(pages)] = cache.key, cache.value
 
     def weight(self, name: str) -> Tensor:
-        model = self._opened()
-        return model.weights[name].to(model.dtype)
+        return self._opened().weight(name)
 
 
 def _of_layer(tap: Tap, layer: int) -> Tap:

@@ -8,10 +8,12 @@ from tilewright import hookimpl
 from tilewright.errors import ExecutorError, quoted
 from tilewright.machine import available_memory
 from tilewright.types import (
+    DTYPES,
     Check,
     KvCacheSpec,
     LayerwiseExecutor,
     ModelConfig,
+    PackedWeights,
     PluginInfo,
     RuntimeConfig,
     TensorSource,
@@ -22,6 +24,8 @@ tilewright_api = 2
 
 PAGE_SIZE = 16
 """Default number of tokens per page of the KV cache."""
+QUANTISED = ("int8", "int4")
+"""Weight dtypes that are stored in fewer bits than the model computes in."""
 SMALL_PAGE = 5
 """Tokens in a page with which short prompts fill several pages."""
 
@@ -48,10 +52,13 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         summary="the reference executor: any supported model on the CPU, with PyTorch",
         options=Options,
+        weight_dtypes=(*DTYPES, *QUANTISED),
         serves=_serves,
         limits={
             "device": "cpu",
             "weights and KV cache": "float32, bfloat16, float16, also different from each other",
+            "quantised weights": "int8 (a scale for each row), int4 (scale and zero point for 32 "
+            "weights); embedding and head are int8 in both, all else is in the model's dtype",
             "RoPE": "default, linear, dynamic, llama3, yarn",
             "attention": "any head size, grouped queries, sliding windows by layer",
             "taps": "all of docs/tensors.md",
@@ -89,22 +96,27 @@ def create_executor(
 ) -> LayerwiseExecutor:
     """Raises ExecutorError for an unsupported device, shape or cache."""
     config, runtime = model_config, runtime_config
-    _check(config, runtime)
+    options = options or Options()
+    _check(config, runtime, options)
 
     import torch
 
     from tilewright.weights import torch_dtype
     from tilewright_torch.model import TorchExecutor
-    from tilewright_torch.weights import load
+    from tilewright_torch.weights import load, quantised_bytes
 
-    options = options or Options()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     assert runtime.weight_dtype is not None
     assert runtime.kv_dtype is not None
-    dtype = torch_dtype(runtime.weight_dtype)
+    quantised = runtime.weight_dtype if runtime.weight_dtype in QUANTISED else None
+    dtype = torch_dtype(config.dtype if quantised else runtime.weight_dtype)
     free = available_memory()
-    model = load(config, layers, weights, dtype, options.stream_weights)
+    model = load(config, layers, weights, dtype, options.stream_weights, quantised)
+    if quantised:
+        size = quantised_bytes(config, layers, quantised)
+    else:
+        size = _weight_bytes(weights, runtime, options.stream_weights)
     spec = KvCacheSpec(
         num_layers=len(layers),
         num_kv_heads=config.num_kv_heads,
@@ -112,9 +124,30 @@ def create_executor(
         page_size=runtime.page_size or PAGE_SIZE,
         dtype=runtime.kv_dtype,
         # Half of the memory that is free once all weights are read.
-        memory_limit=max(0, free - _weight_bytes(weights, runtime, options.stream_weights)) // 2,
+        memory_limit=max(0, free - size) // 2,
     )
     return TorchExecutor(model, spec, layers)
+
+
+@hookimpl
+def pack_weights(
+    model_config: ModelConfig,
+    runtime_config: RuntimeConfig,
+    weights: TensorSource,
+    options: Options | None,
+) -> PackedWeights | None:
+    """None for weights that are not quantised: they have no layout of their own.
+
+    Raises ExecutorError for a model that the executor cannot run.
+    """
+    if runtime_config.weight_dtype not in QUANTISED:
+        return None
+    _check(model_config, runtime_config, options or Options())
+
+    from tilewright_torch.weights import PACKED_VERSION, packed_tensors
+
+    tensors = packed_tensors(model_config, weights, runtime_config.weight_dtype)
+    return PackedWeights(version=PACKED_VERSION, tensors=tensors)
 
 
 @hookimpl
@@ -131,7 +164,12 @@ def _least_head_dim(config: ModelConfig) -> int:
     return 4 if config.rope.kind == "dynamic" else 2
 
 
-def _check(config: ModelConfig, runtime: RuntimeConfig) -> None:
+def _check(config: ModelConfig, runtime: RuntimeConfig, options: Options) -> None:
+    if options.stream_weights and runtime.weight_dtype in QUANTISED:
+        raise ExecutorError(
+            "executor torch cannot stream quantised weights: found stream_weights = true with "
+            f"weight_dtype = {quoted(runtime.weight_dtype)}; leave one of the two out"
+        )
     if runtime.device not in (None, "cpu"):
         raise ExecutorError(
             f"executor torch runs on device cpu, found device = {quoted(runtime.device)}: "
