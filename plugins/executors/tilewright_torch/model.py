@@ -26,6 +26,7 @@ from tilewright.types import (
 )
 from tilewright.weights import torch_dtype
 from tilewright_torch.attention import Attend, paged_attention
+from tilewright_torch.quantised import Int8
 from tilewright_torch.rope import rotary, rotate
 from tilewright_torch.weights import Layer, Model
 
@@ -85,7 +86,10 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         model = self._opened()
         if model.embedding is None:
             raise ExecutorError("executor torch has no embedding: layer 0 is in another part")
-        x = model.embedding(step.token_ids)
+        if isinstance(model.embedding, Int8):
+            x = model.embedding.rows(step.token_ids)
+        else:
+            x = F.embedding(step.token_ids, model.embedding).to(model.dtype)
         if tap:
             tap("embed", x)
         return x

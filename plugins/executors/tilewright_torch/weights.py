@@ -6,7 +6,6 @@ from math import prod
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from attrs import evolve, frozen
 from torch import Tensor
 
@@ -47,8 +46,9 @@ class Model:
     config: ModelConfig
     dtype: torch.dtype
     """Dtype of hidden states, norms and biases, and of weights that are not quantised."""
-    embedding: Callable[[Tensor], Tensor] | None
-    """Maps token ids [T] to rows [T, hidden_size] in the dtype; None in a part without layer 0."""
+    embedding: Tensor | Int8 | None
+    """[vocab_size, hidden_size], in the dtype of the source when layers are streamed; None in a
+    part without layer 0."""
     layers: Sequence[Layer]
     """The layers of this part, the first of them first."""
     final_norm: Tensor | None
@@ -101,13 +101,6 @@ def load(
             return Dense(weight.to(dtype), added)
         return evolve(weight, bias=added)
 
-    def embedding() -> Callable[[Tensor], Tensor]:
-        table = read[EMBEDDING]
-        if isinstance(table, Tensor):
-            return lambda ids: F.embedding(ids, table).to(dtype)
-        assert isinstance(table, Int8)
-        return table.rows
-
     def layer(name: str) -> Layer:
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         qk_norm = None
@@ -127,6 +120,11 @@ def load(
             up=projection(f"{mlp}.up_proj", config.mlp_bias),
             down=projection(f"{mlp}.down_proj", config.mlp_bias),
         )
+
+    def embedding() -> Tensor | Int8:
+        table = read[EMBEDDING]
+        assert not isinstance(table, Int4)
+        return table
 
     def head() -> Linear:
         tied = config.tie_word_embeddings
