@@ -432,6 +432,7 @@ class _Sides:
             limits={f.place.stage: f.limits for f in found if f.limits},
             tolerances={f.place.stage: f.tolerance for f in found if f.tolerance},
             weight=self.truth.executor.weight,
+            quantised=self.candidate.quantised,
         )
 
     def _drift(self, step: Step, hidden: Tensor, tapped: Tensors, cached: KvLayer) -> Drift | None:

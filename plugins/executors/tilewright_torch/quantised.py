@@ -27,7 +27,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from tilewright.types import QuantisedTensor
@@ -51,12 +51,18 @@ _SHRUNK = (0.92, 0.84)
 """Parts of a group's range that are tried as the range of its 16 values, beside the whole."""
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """A contiguous tensor at an address that vector instructions can load: a copy if need be."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
+
+
 @frozen(kw_only=True, eq=False)
 class Int8:
     """A weight [out, in] in 8 bits: values * scales."""
 
-    values: Tensor
-    """[out, in] int8, -127 to 127."""
+    values: Tensor = field(converter=_aligned)
+    """[out, in] int8, -127 to 127. A file may hold them at any address."""
     scales: Tensor
     """[out] in the model's dtype."""
     bias: Tensor | None = None
@@ -68,9 +74,9 @@ class Int8:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] in the model's dtype; returns [rows, out] in it."""
-        # With other sizes, the operation reads beyond the end of a row.
+        # With other sizes and addresses, the operation reads beyond a row's end, or crashes.
         if _fast(x, _FEW_INT8) and self.values.shape[1] % 32 == 0:
-            product = torch._weight_int8pack_mm(x.contiguous(), self.values, self.scales)
+            product = torch._weight_int8pack_mm(_aligned(x), self.values, self.scales)
         else:
             product = self._in_blocks(x)
         return product if self.bias is None else product + self.bias

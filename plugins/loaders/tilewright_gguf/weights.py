@@ -244,9 +244,10 @@ def read_quantised(file: GgufFile, stored: StoredTensor) -> QuantisedTensor | No
     step = max(1, _SLAB // columns)
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        found = blocks_of(blocks[part].reshape(-1, block_bytes))
-        for tensor, array in zip((values, scales, offsets), found, strict=True):
-            tensor[part] = torch.from_numpy(array.reshape(tensor[part].shape))
+        whole, scale, offset = blocks_of(blocks[part].reshape(-1, block_bytes))
+        values[part] = torch.from_numpy(whole).view(-1, columns)
+        scales[part] = torch.from_numpy(scale).view(-1, columns // _GROUP)
+        offsets[part] = torch.from_numpy(offset).view(-1, columns // _GROUP)
     return QuantisedTensor(values=values, scales=scales, offsets=offsets, group=_GROUP)
 
 
