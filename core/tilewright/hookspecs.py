@@ -176,13 +176,13 @@ class ExecutorHooks:
         """
 
     @_first
-    def pack_weights(
+    def pack_weights(  # type: ignore[empty-body]
         self,
         model_config: ModelConfig,
         runtime_config: RuntimeConfig,
         weights: TensorSource,
         options: Any,
-    ) -> PackedWeights | None:
+    ) -> PackedWeights:
         """Optional: the weights in the executor's own layout, for ``tilewright convert``.
 
         Names, shapes, dtypes and version depend only on configuration and settings, and weights are
