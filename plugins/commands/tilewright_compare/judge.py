@@ -234,7 +234,7 @@ def judge(
         relative_rms=limit,
         worst_row=max(ROW_FACTOR * wider * noise.worst_row, 4 * floor),
         # Rounding errors point in random directions, so they hardly change the tensor's norm.
-        gain=max(2 * limit / math.sqrt(_even_rows(truth)), FACTOR * abs(near.gain - 1)),
+        gain=max(2 * limit / math.sqrt(len(truth)), FACTOR * abs(near.gain - 1)),
     )
     if candidate.shape != truth.shape:
         why = f"its shape is {list(candidate.shape)}, expected {list(truth.shape)}"
@@ -287,15 +287,6 @@ def judge_bits(place: Place, untapped: Tensor, tapped: Tensor) -> Finding:
         rows=len(tapped),
         excess=math.inf if wrong else 0.0,
     )
-
-
-def _even_rows(truth: Tensor) -> float:
-    """The number of rows of one norm that would scatter as much as these: 1 where a single row
-    has nearly all of the tensor's norm, as that of a massive activation."""
-    squares = truth.double().flatten(1).square().sum(1)
-    if not squares.any() or not squares.isfinite().all():
-        return float(len(truth))
-    return float(squares.sum().square() / squares.square().sum())
 
 
 def row_error(tensor: Tensor, truth: Tensor) -> float:
