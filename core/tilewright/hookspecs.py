@@ -188,7 +188,8 @@ class ExecutorHooks:
         Names, shapes, dtypes and version depend only on configuration and settings, and weights are
         read only by the tensors' ``read``: the hook is also called to check packed weights when
         they are loaded. create_executor then finds them under these names, with
-        ``packed`` set. Without the hook, weights are only converted to the weight dtype.
+        ``packed`` set. Without the hook, and where it returns None, weights are only converted to
+        the weight dtype.
         """
 
 

@@ -153,11 +153,13 @@ def _resolved(selection: Selection, runtime: RuntimeConfig, loaded: LoadedModel)
         )
     stored = loaded.packing.weight_dtype if loaded.packing else config.dtype
     weight_dtype = runtime.weight_dtype or stored
-    kv_dtype = runtime.kv_dtype or weight_dtype
     executor = selection.plugins["executor"]
+    # The dtype of quantised weights is none that keys and values are stored in.
+    in_weights = weight_dtype in executor.info.kv_dtypes
+    kv_dtype = runtime.kv_dtype or (weight_dtype if in_weights else config.dtype)
     for name, dtype, supported, default in (
         ("weight_dtype", weight_dtype, executor.info.weight_dtypes, "that of the checkpoint"),
-        ("kv_dtype", kv_dtype, executor.info.kv_dtypes, "that of the weights"),
+        ("kv_dtype", kv_dtype, executor.info.kv_dtypes, "that of the model"),
     ):
         if dtype not in supported:
             origin = "" if getattr(runtime, name) else f", {default},"

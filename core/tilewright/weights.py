@@ -14,6 +14,7 @@ from tilewright.types import (
     ModelConfig,
     PackedTensor,
     Packing,
+    QuantisedTensor,
     TensorInfo,
     TensorSource,
 )
@@ -272,6 +273,16 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
+def get_quantised(source: TensorSource, name: str) -> QuantisedTensor | None:
+    """A matrix as its file stores it in 4 bits, from a ``QuantisedSource``; None from others.
+
+    Raises what ``TensorSource.get`` raises.
+    """
+    get = getattr(source, "get_quantised", None)
+    found: QuantisedTensor | None = get(name) if get else None
+    return found
+
+
 class NamedSource:
     """A tensor source with other names, or with fewer of them."""
 
@@ -288,6 +299,9 @@ class NamedSource:
 
     def get(self, name: str) -> "Tensor":
         return self._source.get(self._stored[name])
+
+    def get_quantised(self, name: str) -> QuantisedTensor | None:
+        return get_quantised(self._source, self._stored[name])
 
     def close(self) -> None:
         self._source.close()
@@ -311,9 +325,18 @@ class MeteredSource:
 
     def get(self, name: str) -> "Tensor":
         tensor = self._source.get(name)
+        self._count(name)
+        return tensor
+
+    def get_quantised(self, name: str) -> QuantisedTensor | None:
+        found = get_quantised(self._source, name)
+        if found:
+            self._count(name)
+        return found
+
+    def _count(self, name: str) -> None:
         self._read += self._source.info(name).nbytes
         self._on_read(name, self._read, self._total)
-        return tensor
 
     def close(self) -> None:
         self._source.close()

@@ -670,15 +670,17 @@ def test_logprobs_come_with_each_token(engine):
         assert entry.logprob <= 0
 
 
-@pytest.mark.parametrize("name", ["weight_dtype", "kv_dtype"])
+@pytest.mark.parametrize(
+    ("name", "quantised"), [("weight_dtype", " or 'int8' or 'int4'"), ("kv_dtype", "")]
+)
 def test_a_dtype_that_the_executor_does_not_support_is_refused_before_weights_are_read(
-    engine, name
+    engine, name, quantised
 ):
     with pytest.raises(ConfigError) as caught:
-        engine.init_model("second", DEMO_MODEL, RuntimeConfig(**{name: "int8"}))
+        engine.init_model("second", DEMO_MODEL, RuntimeConfig(**{name: "int3"}))
     assert str(caught.value) == (
-        f"{name} = 'int8' is not supported by executor 'torch': set {name} to 'float32' or "
-        "'bfloat16' or 'float16', or choose another executor"
+        f"{name} = 'int3' is not supported by executor 'torch': set {name} to 'float32' or "
+        f"'bfloat16' or 'float16'{quantised}, or choose another executor"
     )
 
 

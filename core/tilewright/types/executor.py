@@ -38,11 +38,12 @@ class RuntimeConfig:
     )
     """Always stored as a string."""
     weight_dtype: str | None = described(
-        "dtype of the weights, one that the executor supports, such as float32, bfloat16 or "
-        "float16; default: the checkpoint's dtype"
+        "dtype of the weights, one that the executor supports, such as float32, bfloat16, float16 "
+        "or int8; default: the checkpoint's dtype"
     )
     kv_dtype: str | None = described(
-        "dtype of the KV cache, one that the executor supports; default: the weights' dtype"
+        "dtype of the KV cache, one that the executor supports; default: the weights' dtype, or "
+        "the model's where the weights are quantised"
     )
     page_size: int | None = described(
         "tokens per KV cache page; default: the executor's choice",

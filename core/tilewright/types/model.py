@@ -128,6 +128,32 @@ class TensorSource(Protocol):
         ...
 
 
+@frozen(kw_only=True, eq=False)
+class QuantisedTensor:
+    """A matrix as its file stores it in 4 bits: values * scales + offsets."""
+
+    values: "Tensor"
+    """[out, in] uint8, 0 to 15."""
+    scales: "Tensor"
+    """[out, in / group] float32."""
+    offsets: "Tensor"
+    """[out, in / group] float32."""
+    group: int
+    """Weights of a row that share a scale and an offset."""
+
+
+class QuantisedSource(TensorSource, Protocol):
+    """A source whose files may hold matrices in 4 bits. Optional: see
+    ``tilewright.weights.get_quantised``."""
+
+    def get_quantised(self, name: str) -> QuantisedTensor | None:
+        """The matrix that ``get`` returns as floats; None where it is stored otherwise.
+
+        Raises what ``get`` raises.
+        """
+        ...
+
+
 @frozen(kw_only=True)
 class TextAssets:
     """Tokenizer and templates, for text to token ids and back."""

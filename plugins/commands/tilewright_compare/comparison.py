@@ -12,6 +12,7 @@ from tilewright_compare.hypotheses import Reason
 from tilewright_compare.judge import Finding, LogitsAgreement, Mode, Perplexity
 from tilewright_compare.packing import WeightFinding
 from tilewright_compare.provenance import Made
+from tilewright_compare.quantisation import Quantisation
 
 Verdict = Literal["equal", "diverged", "unfinished"]
 
@@ -24,7 +25,12 @@ class Comparison:
     reference: str
     candidate: str
     dtype: str
-    """The candidate's dtype; the baseline is the reference in it, the truth is in float32."""
+    """The candidate's weight dtype; the baseline is the reference in it, the truth in float32."""
+    quantised: bool = False
+    """Whether that is a dtype that torch does not compute in. Baseline and truth then have the
+    candidate's weights; the baseline is in the dtype of its hidden states."""
+    quantisation: Quantisation | None = None
+    """What such weights cost; None for others, and where the model's own are not at hand."""
     weights: list[WeightFinding] = field(factory=list)
     findings: list[Finding] = field(factory=list)
     """In the order in which the tensors were computed: step by step, chained, then untapped; at the

@@ -62,19 +62,22 @@ def drift(case: Case) -> Drift | None:
         found = case.found[stage].flatten(1)[:_ROWS, :_COLUMNS]
         if not found.isfinite().all():
             continue
-        weight = _weight(case, projection)[:_COLUMNS].to(case.dtype).float()
+        weight = _weight(case, projection)[:_COLUMNS]
+        weights = [weight.to(case.dtype).float()]
+        if case.quantised:  # which may be multiplied as they are, too
+            weights.append(weight.float())
         bias = torch.zeros(1)
         if _full_name(case, f"{projection}.bias") in expected_tensors(case.config):
             bias = _weight(case, f"{projection}.bias")[:_COLUMNS].to(case.dtype).float()
-        products = [(x, F.linear(x, weight)) for x in inputs]
-        right = min(_distance(found, y + bias, case.dtype) for _, y in products)
-        if min(_different(found, y + bias, case.dtype) for _, y in products) < _LEAST:
+        products = [(x, w, F.linear(x, w)) for x in inputs for w in weights]
+        right = min(_distance(found, y + bias, case.dtype) for *_, y in products)
+        if min(_different(found, y + bias, case.dtype) for *_, y in products) < _LEAST:
             continue
         block, low = min(
             (
                 (block, _distance(found, y + bias, case.dtype))
-                for x, _ in products
-                for block, y in _low_sums(x, weight, case.dtype)
+                for x, w, _ in products
+                for block, y in _low_sums(x, w, case.dtype)
             ),
             key=lambda tried: tried[1],
             default=(0, right),

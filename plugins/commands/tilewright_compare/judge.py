@@ -356,6 +356,11 @@ def judge_perplexity(
     )
 
 
+def perplexity(nll: Tensor) -> float | None:
+    """nll: [2] float64, negative log-likelihood in nats, and the tokens. None without tokens."""
+    return _exp(float(nll[0]) / float(nll[1])) if nll[1] else None
+
+
 def _exp(nats: float) -> float:
     try:
         return math.exp(nats)

@@ -57,7 +57,7 @@ class Case:
     layer: int | None
     """None: the head."""
     dtype: torch.dtype
-    """Dtype of the candidate's weights."""
+    """Dtype of the candidate's hidden states, and of weights that are not quantised."""
     hidden: Tensor
     """The input, [T, hidden_size] or, for the head, [L, hidden_size]."""
     batch: StepBatch
@@ -75,7 +75,10 @@ class Case:
     tolerances: Mapping[str, Tolerance]
     """The user's tolerances, keyed by stage."""
     weight: Callable[[str], Tensor]
-    """Returns a weight of the checkpoint by its full name, in float32."""
+    """Returns a weight of the checkpoint by its full name, in float32; a quantised candidate's own.
+    """
+    quantised: bool = False
+    """Whether the candidate's weights are quantised."""
     kept: dict[str, float] = field(factory=dict, init=False)
     """Cache of ``right_excess``, keyed by stage."""
 

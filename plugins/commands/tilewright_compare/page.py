@@ -23,6 +23,7 @@ from tilewright_compare.report import (
     facts,
     made_lines,
     missing_lines,
+    quantisation_lines,
     ratio_lines,
     reason_line,
     shown_modes,
@@ -56,7 +57,7 @@ def html(comparison: Comparison) -> str:
         why=reason_line(comparison.reason) if comparison.reason else "",
         missing=missing_lines(comparison),
         against=comparison.against.lines() if comparison.against else [],
-        ratios=ratio_lines(comparison),
+        ratios=[*ratio_lines(comparison), *quantisation_lines(comparison)],
         made=[line.partition(": ")[::2] for line in made_lines(comparison)],
         without_taps=untapped_line(comparison),
         coverage=[

@@ -38,6 +38,7 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "perplexity": asdict(c.perplexity) | {"passed": c.perplexity.passed}
         if c.perplexity
         else None,
+        "quantisation": c.quantisation.record() if c.quantisation else None,
         "logits": [asdict(row) | {"near_tie": row.near_tie} for row in c.logits],
         "drift": asdict(c.drift) if c.drift else None,
         "against": _against_record(c.against) if c.against else None,

@@ -45,6 +45,7 @@ def text(comparison: Comparison, width: int, wrapped: bool) -> list[str]:
     lines += ["", *prose(weights_line(comparison))]
     lines += prose(*coverage_lines(comparison), *missing_lines(comparison))
     lines += prose(*perplexity_lines(comparison), *ratio_lines(comparison))
+    lines += prose(*quantisation_lines(comparison))
     if comparison.against:
         lines += prose(*comparison.against.lines())
     if made := made_lines(comparison):
@@ -123,8 +124,16 @@ def _times(excess: float) -> str:
 
 def weights_line(comparison: Comparison) -> str:
     wrong = comparison.wrong_weights
+    if not comparison.weights and comparison.quantised:
+        return "weights: not compared, because the model's files hold only the quantised ones"
     if not comparison.weights:
         return "weights: not compared, because one of the executors does not return them"
+    if not wrong and comparison.quantised:
+        worst = max(comparison.weights, key=lambda w: w.error)
+        return (
+            f"weights: all {len(comparison.weights)} are the checkpoint's, as {comparison.dtype} "
+            f"holds them; farthest is {worst.name}, by {worst.error:.2g} of its norm"
+        )
     if not wrong:
         return f"weights: all {len(comparison.weights)} are the checkpoint's"
     shown = "; ".join(f"{w.name}! {w.why}" for w in wrong[:3])
@@ -172,6 +181,43 @@ def perplexity_lines(comparison: Comparison) -> list[str]:
     mark = "" if found.passed else "!"
     told = f"truth {found.truth:.6g}, candidate {found.candidate:.6g}{mark}"
     return [f"perplexity of the prompts: {told}"]
+
+
+def quantisation_lines(comparison: Comparison) -> list[str]:
+    """What quantised weights cost; empty for others."""
+    if not comparison.quantised:
+        return []
+    judged = (
+        f"judged: whether the candidate computes what its own {comparison.dtype} weights say, "
+        "which the reference was given too"
+    )
+    found = comparison.quantisation
+    if found is None:
+        return [judged]
+    groups = grouped(list(found.layers), None)
+    errors = []
+    for group in groups:
+        name = f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}"
+        errors.append(f"{name} {max(found.layers[n] for n in group):.2g}")
+    lines = [
+        judged,
+        f"not judged: how far {comparison.dtype} weights take the model from the unquantised one, "
+        "both in float32, by layer, each on the outputs of those before: "
+        f"{', '.join(errors) or 'no output is tapped'}",
+    ]
+    if found.logits:
+        same = sum(row.same_argmax for row in found.logits)
+        lines.append(
+            f"quantisation in the logits: mean KL divergence {found.kl:.2g} nats, the same "
+            f"likeliest token in {same} of {len(found.logits)} rows"
+        )
+    if found.perplexity is not None and comparison.perplexity:
+        change = comparison.perplexity.candidate / found.perplexity - 1
+        lines.append(
+            f"perplexity of the prompts without quantisation: {found.perplexity:.6g}, so that the "
+            f"candidate's is {change:+.2%} from it"
+        )
+    return lines
 
 
 def ratio_lines(comparison: Comparison) -> list[str]:

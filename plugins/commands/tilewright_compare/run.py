@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tilewright.errors import ConfigError, ExecutorError, nearest
 from tilewright.scheduler import Step
-from tilewright.types import KvLayer, SamplingExecutor
+from tilewright.types import KvLayer, SamplingExecutor, TensorSource
 from tilewright.weights import torch_dtype
 from tilewright_compare.against import Earlier, changes, check_runtime
 from tilewright_compare.caches import cached_slots, copy_kv, joined, rows_of, written
@@ -35,10 +35,12 @@ from tilewright_compare.judge import (
     judge_bits,
     judge_perplexity,
     logits_agreement,
+    perplexity,
 )
 from tilewright_compare.layer import Case
 from tilewright_compare.packing import compared_weights
 from tilewright_compare.patterns import pattern
+from tilewright_compare.quantisation import ExecutorWeights, Quantisation
 from tilewright_compare.sides import (
     Choice,
     Side,
@@ -98,17 +100,21 @@ def compare(
         )
         if against:
             check_runtime(against, result.dtype, sides.candidate.model.runtime)
+        result.quantisation = Quantisation() if sides.plain else None
         late = late_request(prompts, chunk)
         why = unmixed_because(sides.all, late, chunk)
         coverage = _coverage(candidate, sides.candidate, unmixed=why)
         result.tiles_declared = coverage.tiles is not None
-        for side in sides.all:
+        for side in sides.opened:
             if not why:
                 side.mix(evolve(late))
             side.start()
         steps = sides.count_steps()
         progress(result, "weights", 0, steps)
-        result.weights = list(compared_weights(sides.candidate, sides.baseline))
+        result.quantised = sides.candidate.quantised
+        if sides.plain or not result.quantised:
+            stored = sides.plain or sides.baseline
+            result.weights = list(compared_weights(sides.candidate, stored))
         tokens: list[list[int]] = []
         try:
             for what, done in sides.chained(result, tokens, coverage):
@@ -151,19 +157,33 @@ def _opened_sides(
     batch: int,
     chunk: int,
 ) -> "Iterator[_Sides]":
-    """The sides with the same steps: of at most so many sequences, and two for a mixed step."""
+    """The sides with the same steps: of at most so many sequences, and two for a mixed step.
+
+    Baseline and truth have the weights of a candidate that quantises its own; a fourth side then
+    has the model's, unless its files have none but the quantised ones.
+    """
     with ExitStack() as stack:
 
-        def side(name: str, choice: Choice, batch: int, chunk: int) -> Side:
-            side = opened(name, choice, batch=batch, chunk=chunk)
+        def side(
+            name: str,
+            choice: Choice,
+            batch: int,
+            chunk: int,
+            weights: TensorSource | None = None,
+        ) -> Side:
+            side = opened(name, choice, batch=batch, chunk=chunk, weights=weights)
             return stack.enter_context(closing(side))
 
         ours = side("candidate", candidate, max(batch, 2), chunk)
         runtime = ours.model.runtime
         size = runtime.max_batch_size, runtime.max_batch_tokens
-        near = side("baseline", _in(reference, ours.weight_dtype, runtime.kv_dtype), *size)
+        weights = ExecutorWeights(ours) if ours.quantised else None
+        near = side("baseline", _in(reference, ours.dtype, runtime.kv_dtype), *size, weights)
+        wide, plain = _in(reference, "float32", "float32"), None
         try:
-            truth = side("truth", _in(reference, "float32", "float32"), *size)
+            truth = side("truth", wide, *size, weights)
+            if weights and not ours.model.loaded.packing:
+                plain = side("unquantised model", wide, *size)
         except ExecutorError as error:
             raise ExecutorError(
                 f"the reference must run in float32, as the truth: {error}"
@@ -176,7 +196,7 @@ def _opened_sides(
                     f"step, and the candidate {size[0]} and {size[1]}: give fewer prompts, or a "
                     "smaller chunk"
                 )
-        yield _Sides(ours, near, truth, tolerances=tolerances)
+        yield _Sides(ours, near, truth, plain, tolerances=tolerances)
 
 
 def _in(choice: Choice, weight_dtype: str, kv_dtype: str) -> Choice:
@@ -189,6 +209,9 @@ class _Sides:
     candidate: Side
     baseline: Side
     truth: Side
+    plain: Side | None = None
+    """The reference in float32 with the model's own weights, where the candidate's are quantised
+    and the others have those."""
     tolerances: Sequence[Tolerance] = ()
     noise: dict[tuple[Mode, str], Noise] = field(factory=lambda: defaultdict(Noise))
     """Noise, keyed by mode and tensor."""
@@ -198,6 +221,10 @@ class _Sides:
     @property
     def all(self) -> tuple[Side, Side, Side]:
         return self.candidate, self.baseline, self.truth
+
+    @property
+    def opened(self) -> tuple[Side, ...]:
+        return (*self.all, self.plain) if self.plain else self.all
 
     @property
     def layerwise(self) -> bool:
@@ -227,8 +254,13 @@ class _Sides:
             step = steps[0]
             phase = self.candidate.phase(step)
             compared = 0
-            parts = [side.parts(s) for side, s in zip(self.all, steps, strict=True)]
-            for layer, (ours, near, true) in enumerate(zip(*parts, strict=True), start=-1):
+            run = [*zip(self.all, steps, strict=True)]
+            if self.plain and (own := self.plain.next_step()):
+                run.append((self.plain, own))
+            parts = [side.parts(s) for side, s in run]
+            for layer, (ours, near, true, *plain) in enumerate(zip(*parts, strict=True), start=-1):
+                if result.quantisation:
+                    result.quantisation.add_layer(layer, true, *plain)
                 place = Place(mode="chained", phase=phase, step=number, tensor="")
                 found = self._judge(result, place, step, ours, near, true)
                 compared += len(ours)
@@ -259,8 +291,11 @@ class _Sides:
                     result.logits += logits_agreement(
                         number, ids, ours["logits"], near["logits"], true["logits"]
                     )
+                if result.quantisation:
+                    unquantised = plain[0]["logits"]
+                    result.quantisation.add_logits(number, ids, true["logits"], unquantised)
             tokens.append(chosen)
-            for side, own in zip(self.all, steps, strict=True):
+            for side, own in run:
                 side.done(own, chosen)
             coverage.add(number, step, phase)
             number += 1
@@ -387,7 +422,7 @@ class _Sides:
         return Case(
             config=self.candidate.model.loaded.config,
             layer=layer,
-            dtype=torch_dtype(self.candidate.weight_dtype),
+            dtype=torch_dtype(self.candidate.dtype),
             hidden=hidden,
             batch=step.batch,
             spec=self.candidate.executor.kv_cache_spec,
@@ -397,6 +432,7 @@ class _Sides:
             limits={f.place.stage: f.limits for f in found if f.limits},
             tolerances={f.place.stage: f.tolerance for f in found if f.tolerance},
             weight=self.truth.executor.weight,
+            quantised=self.candidate.quantised,
         )
 
     def _drift(self, step: Step, hidden: Tensor, tapped: Tensors, cached: KvLayer) -> Drift | None:
@@ -490,7 +526,7 @@ class _Sides:
                 detail = f"by the {side.name}: {side.unscored}"
                 result.coverage.append(Item(name=SCORED, detail=detail))
                 return
-        floor = FLOOR.get(torch_dtype(self.candidate.weight_dtype), FLOOR[torch.float32])
+        floor = FLOOR.get(torch_dtype(self.candidate.dtype), FLOOR[torch.float32])
         result.perplexity = judge_perplexity(
             self.candidate.nll,
             self.baseline.nll,
@@ -499,6 +535,8 @@ class _Sides:
             floor=floor,
             judged=not any(fnmatchcase("logits", t.pattern) for t in self.tolerances),
         )
+        if result.quantisation and self.plain:
+            result.quantisation.perplexity = perplexity(self.plain.nll)
 
     def _check_tolerances(self, result: Comparison) -> None:
         names = [f.place.tensor for f in result.findings]

@@ -14,7 +14,16 @@ from tilewright.errors import ExecutorError, TilewrightError
 from tilewright.loading import ServedModel
 from tilewright.request import Request
 from tilewright.scheduler import Scheduler, Step
-from tilewright.types import KvAllocator, KvLayer, RuntimeConfig, SamplingParams, Tap
+from tilewright.types import (
+    DTYPES,
+    KvAllocator,
+    KvLayer,
+    LoadedModel,
+    RuntimeConfig,
+    SamplingParams,
+    Tap,
+    TensorSource,
+)
 from tilewright_compare.judge import Phase
 from tilewright_compare.slots import cleared
 
@@ -139,6 +148,16 @@ class Side:
         return self.model.runtime.weight_dtype
 
     @property
+    def quantised(self) -> bool:
+        """Whether the weights are in a dtype that torch does not compute in."""
+        return self.weight_dtype not in DTYPES
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the hidden states: the weights', or the model's where they are quantised."""
+        return self.model.loaded.config.dtype if self.quantised else self.weight_dtype
+
+    @property
     def layerwise(self) -> bool:
         return hasattr(self.executor, "run_layer")
 
@@ -258,6 +277,19 @@ class Side:
         self.engine.close()
 
 
+class _Engine(LLMEngine):
+    """An engine whose models have other weights than their files, if it is given some."""
+
+    weights: TensorSource | None = None
+
+    def _load(self, *arguments: Any) -> LoadedModel:
+        loaded = super()._load(*arguments)
+        if self.weights is None:
+            return loaded
+        loaded.weights.close()
+        return evolve(loaded, weights=self.weights, packing=None)
+
+
 def open_side(
     name: str,
     choice: Choice,
@@ -266,19 +298,22 @@ def open_side(
     new_tokens: int,
     chunk: int,
     batch: int,
+    weights: TensorSource | None = None,
 ) -> Side:
     """chunk and batch: the most tokens and sequences of a step, or fewer where the executor allows
-    no more.
+    no more. weights: takes the place of the model's.
 
     Raises what LLMEngine raises, and ConfigError for prompts that do not fit.
     """
-    engine = LLMEngine.from_plugins(
+    engine = _Engine.from_plugins(
         loader=choice.loader,
         executor=choice.executor,
         kv_allocator=choice.kv_allocator,
         observers=choice.observers,
         options={**choice.other_options, "executor": choice.options},
     )
+    assert isinstance(engine, _Engine)
+    engine.weights = weights
     try:
         runtime = evolve(
             choice.runtime,

@@ -29,6 +29,7 @@ from tilewright.types import (
 from tilewright.weights import torch_dtype
 from tilewright_torch import native
 from tilewright_torch.attention import Attend, paged_attention
+from tilewright_torch.quantised import Int8
 from tilewright_torch.rope import angles, rotate, tables
 from tilewright_torch.weights import Layer, Model
 
@@ -107,7 +108,10 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         model = self._opened()
         if model.embedding is None:
             raise ExecutorError("executor torch has no embedding: layer 0 is in another part")
-        x = F.embedding(step.token_ids, model.embedding).to(model.dtype)
+        if isinstance(model.embedding, Int8):
+            x = model.embedding.rows(step.token_ids)
+        else:
+            x = F.embedding(step.token_ids, model.embedding).to(model.dtype)
         if tap:
             tap("embed", x)
         return x
@@ -170,8 +174,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         own.key[list(pages)], own.value[list(pages)] = cache.key, cache.value
 
     def weight(self, name: str) -> Tensor:
-        model = self._opened()
-        return model.weights[name].to(model.dtype)
+        return self._opened().weight(name)
 
 
 def _of_layer(tap: Tap, layer: int) -> Tap:

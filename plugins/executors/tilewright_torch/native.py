@@ -25,6 +25,7 @@ from tilewright.errors import ExecutorError, PluginWarning
 from tilewright.paths import cache_folder
 from tilewright.types import KvLayer, ModelConfig, StepBatch
 from tilewright_torch.linear import Dense, Linear
+from tilewright_torch.quantised import Int4, Int8
 from tilewright_torch.weights import Layer, Model
 
 MAX_TOKENS = 32
@@ -114,7 +115,9 @@ class Native:
         Raises ExecutorError when step.cpp cannot be compiled.
         """
         config = model.config
-        self._library = library(model.dtype, kv[0].key.dtype)
+        self._library = library(
+            model.dtype, kv[0].key.dtype, isinstance(model.layers[0].q, Int4 | Int8)
+        )
         self._dtype = model.dtype
         self._kept = model, kv
         self._model = _Model(
@@ -132,7 +135,7 @@ class Native:
                 for i, weights, cache in zip(layers, model.layers, kv, strict=True)
             )
         )
-        self._head = _matrix(model.head) if isinstance(model.head, Dense) else None
+        self._head = None if model.head is None else _matrix(model.head)
 
     def step(self, batch: StepBatch, angles: Tensor, scale: float, slots: Tensor) -> Step:
         """Prepare a step of at most MAX_TOKENS tokens.
@@ -204,9 +207,14 @@ def _layer(config: ModelConfig, weights: Layer, kv: KvLayer, window: int | None)
 
 
 def _matrix(product: Linear) -> _Matrix:
-    assert isinstance(product, Dense)
+    assert isinstance(product, Dense | Int8 | Int4)
     bias = None if product.bias is None else product.bias.data_ptr()
-    return _Matrix(product.weight.data_ptr(), None, bias, *product.weight.shape, 1)
+    if isinstance(product, Dense):
+        return _Matrix(product.weight.data_ptr(), None, bias, *product.weight.shape, 1)
+    at = product.values.data_ptr(), product.scales.data_ptr(), bias
+    if isinstance(product, Int8):
+        return _Matrix(*at, *product.values.shape, 1)
+    return _Matrix(*at, product.out, product.values.shape[1], product.tile)
 
 
 @cache

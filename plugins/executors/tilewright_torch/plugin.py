@@ -14,6 +14,7 @@ from tilewright.types import (
     KvCacheSpec,
     LayerwiseExecutor,
     ModelConfig,
+    PackedWeights,
     PluginInfo,
     RuntimeConfig,
     TensorSource,
@@ -24,6 +25,8 @@ tilewright_api = 2
 
 PAGE_SIZE = 16
 """Default number of tokens per page of the KV cache."""
+QUANTISED = ("int8", "int4")
+"""Weight dtypes that are stored in fewer bits than the model computes in."""
 SMALL_PAGE = 5
 """Tokens in a page with which short prompts fill several pages."""
 
@@ -70,10 +73,13 @@ def plugin_info() -> PluginInfo:
         summary="the reference executor: any supported model on the CPU or a CUDA device, with "
         "PyTorch",
         options=Options,
+        weight_dtypes=(*DTYPES, *QUANTISED),
         serves=_serves,
         limits={
             "device": "cpu, cuda or cuda:N",
             "weights and KV cache": "float32, bfloat16, float16, also different from each other",
+            "quantised weights": "int8 (a scale for each row), int4 (scale and zero point for 32 "
+            "weights); embedding and head are int8 in both, all else is in the model's dtype",
             "RoPE": "default, linear, dynamic, llama3, yarn",
             "attention": "any head size, grouped queries, sliding windows by layer",
             "taps": "all of docs/tensors.md",
@@ -121,7 +127,7 @@ def create_executor(
 
     from tilewright.weights import torch_dtype
     from tilewright_torch.model import TorchExecutor
-    from tilewright_torch.weights import load
+    from tilewright_torch.weights import load, quantised_bytes
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -133,13 +139,18 @@ def create_executor(
         return card.create_on_card(at, config, runtime, weights, layers, page_size)
     assert runtime.weight_dtype is not None
     assert runtime.kv_dtype is not None
-    dtype = torch_dtype(runtime.weight_dtype)
+    quantised = runtime.weight_dtype if runtime.weight_dtype in QUANTISED else None
+    dtype = torch_dtype(config.dtype if quantised else runtime.weight_dtype)
     if options.compile:  # before the weights: it may fail
         from tilewright_torch import native
 
-        native.library(dtype, torch_dtype(runtime.kv_dtype))
+        native.library(dtype, torch_dtype(runtime.kv_dtype), bool(quantised))
     free = available_memory()
-    model = load(config, layers, weights, dtype, options.stream_weights)
+    model = load(config, layers, weights, dtype, options.stream_weights, quantised)
+    if quantised:
+        size = quantised_bytes(config, layers, quantised)
+    else:
+        size = _weight_bytes(weights, runtime, options.stream_weights)
     spec = KvCacheSpec(
         num_layers=len(layers),
         num_kv_heads=config.num_kv_heads,
@@ -147,9 +158,30 @@ def create_executor(
         page_size=runtime.page_size or PAGE_SIZE,
         dtype=runtime.kv_dtype,
         # Half of the memory that is free once all weights are read.
-        memory_limit=max(0, free - _weight_bytes(weights, runtime, options.stream_weights)) // 2,
+        memory_limit=max(0, free - size) // 2,
     )
     return TorchExecutor(model, spec, layers, options.compile)
+
+
+@hookimpl
+def pack_weights(
+    model_config: ModelConfig,
+    runtime_config: RuntimeConfig,
+    weights: TensorSource,
+    options: Options | None,
+) -> PackedWeights | None:
+    """None for weights that are not quantised: they have no layout of their own.
+
+    Raises ExecutorError for a model that the executor cannot run.
+    """
+    if runtime_config.weight_dtype not in QUANTISED:
+        return None
+    _check(model_config, runtime_config, options or Options())
+
+    from tilewright_torch.weights import PACKED_VERSION, packed_tensors
+
+    tensors = packed_tensors(model_config, weights, runtime_config.weight_dtype)
+    return PackedWeights(version=PACKED_VERSION, tensors=tensors)
 
 
 @hookimpl
@@ -172,6 +204,11 @@ def on_card(runtime: RuntimeConfig) -> bool:
 
 
 def _check(config: ModelConfig, runtime: RuntimeConfig, options: Options) -> None:
+    if options.stream_weights and runtime.weight_dtype in QUANTISED:
+        raise ExecutorError(
+            "executor torch cannot stream quantised weights: found stream_weights = true with "
+            f"weight_dtype = {quoted(runtime.weight_dtype)}; leave one of the two out"
+        )
     if runtime.device not in (None, "cpu") and not on_card(runtime):
         raise ExecutorError(
             f"executor torch runs on device cpu, cuda or cuda:N, found device = "

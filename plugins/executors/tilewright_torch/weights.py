@@ -1,15 +1,25 @@
 """A model's weights as the forward pass uses them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
 from typing import overload
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
-from tilewright.types import ModelConfig, TensorSource
-from tilewright.weights import EMBEDDING, HEAD, expected_tensors
+from tilewright.types import ModelConfig, PackedTensor, TensorSource
+from tilewright.weights import EMBEDDING, HEAD, expected_tensors, get_quantised, torch_dtype
+from tilewright_torch import quantised
 from tilewright_torch.linear import Dense, Linear, converted
+from tilewright_torch.quantised import Int4, Int8, Quantised
+
+PACKED_VERSION = 1
+"""Version of the layout of ``packed_tensors``."""
+
+_SCALES = ".scales"
+"""What follows a packed weight's name in that of its scales."""
 
 
 @frozen(kw_only=True)
@@ -31,11 +41,12 @@ class Layer:
 
 @frozen(kw_only=True)
 class Model:
-    """A model's weights, in one dtype."""
+    """A model's weights, in one dtype or quantised."""
 
     config: ModelConfig
     dtype: torch.dtype
-    embedding: Tensor | None
+    """Dtype of hidden states, norms and biases, and of weights that are not quantised."""
+    embedding: Tensor | Int8 | None
     """[vocab_size, hidden_size], in the dtype of the source when layers are streamed; None in a
     part without layer 0."""
     layers: Sequence[Layer]
@@ -43,8 +54,16 @@ class Model:
     final_norm: Tensor | None
     """None in a part without the last layer, as is the head."""
     head: Linear | None
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor | Quantised]
     """The source of all of the above, with the checkpoint's names and shapes."""
+
+    def weight(self, name: str) -> Tensor:
+        """A weight in the dtype, or a quantised one in float32, which holds it exactly.
+
+        Raises KeyError for an unknown name.
+        """
+        found = self.weights[name]
+        return found.to(self.dtype) if isinstance(found, Tensor) else found.dequantised()
 
 
 def load(
@@ -53,21 +72,34 @@ def load(
     weights: TensorSource,
     dtype: torch.dtype,
     stream: bool = False,
+    weight_dtype: str | None = None,
 ) -> Model:
     """Read the weights of some layers one by one; those of this dtype are used without a copy.
 
     stream: keep the weights in the dtype of the source, and convert a layer each time it runs.
+    weight_dtype: ``int8`` or ``int4`` to quantise them (see ``quantised``); dtype is then the
+        model's. Weights of ``packed_tensors`` are used as they are.
     """
-    read = {
-        name: (weights.get(name) if stream else weights.get(name).to(dtype)).contiguous()
-        for name in expected_tensors(config, layers)
-    }
+    read: Mapping[str, Tensor | Quantised]
+    if weight_dtype:
+        read = _read_quantised(config, layers, weights, dtype, weight_dtype)
+    else:
+        read = {
+            name: (weights.get(name) if stream else weights.get(name).to(dtype)).contiguous()
+            for name in expected_tensors(config, layers)
+        }
 
     def get(name: str) -> Tensor:
-        return read[name].to(dtype)
+        found = read[name]
+        assert isinstance(found, Tensor)
+        return found.to(dtype)
 
     def projection(name: str, bias: bool) -> Linear:
-        return Dense(get(f"{name}.weight"), get(f"{name}.bias") if bias else None)
+        weight = read[f"{name}.weight"]
+        added = get(f"{name}.bias") if bias else None
+        if isinstance(weight, Tensor):
+            return Dense(weight.to(dtype), added)
+        return evolve(weight, bias=added)
 
     def layer(name: str) -> Layer:
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
@@ -89,9 +121,16 @@ def load(
             down=projection(f"{mlp}.down_proj", config.mlp_bias),
         )
 
+    def embedding() -> Tensor | Int8:
+        table = read[EMBEDDING]
+        assert not isinstance(table, Int4)
+        return table
+
     def head() -> Linear:
         tied = config.tie_word_embeddings
         weight = read[EMBEDDING if tied else HEAD]
+        if not isinstance(weight, Tensor):
+            return weight
         return Dense(weight) if weight.dtype == dtype else converted(weight, dtype)
 
     names = [f"model.layers.{i}" for i in layers]
@@ -99,12 +138,98 @@ def load(
     return Model(
         config=config,
         dtype=dtype,
-        embedding=read[EMBEDDING] if 0 in layers else None,
+        embedding=embedding() if 0 in layers else None,
         layers=_Streamed(names, layer) if stream else [layer(name) for name in names],
         final_norm=get("model.norm.weight") if last else None,
         head=head() if last else None,
         weights=read,
     )
+
+
+def quantised_bytes(config: ModelConfig, layers: range, weight_dtype: str) -> int:
+    """Size of the weights of some layers in a quantised dtype."""
+    tensors = packed_tensors(config, None, weight_dtype, layers)
+    return sum(prod(t.shape) * torch_dtype(t.dtype).itemsize for t in tensors)
+
+
+def packed_tensors(
+    config: ModelConfig,
+    weights: TensorSource | None,
+    weight_dtype: str,
+    layers: range | None = None,
+) -> Iterator[PackedTensor]:
+    """The weights in a quantised dtype, for files: a quantised weight's values have its name, and
+    its scales (of int4 also zero points) that name and ``.scales``; other tensors are in the
+    model's dtype. See ``tilewright_torch.quantised`` for the layout.
+
+    weights: None if nothing is read.
+    """
+    dtype = config.dtype
+    for name, shape in expected_tensors(config, layers).items():
+        kind = quantised.kind(name, shape, weight_dtype)
+        if kind is None:
+            read = partial(_plain, weights, name, torch_dtype(dtype))
+            yield PackedTensor(name=name, shape=shape, dtype=dtype, read=read)
+            continue
+        values, scales = quantised.stored_shapes(kind, shape)
+        integers = "int8" if kind == "int8" else "uint8"
+        read = partial(_part, weights, name, kind, torch_dtype(dtype), "values")
+        yield PackedTensor(name=name, shape=values, dtype=integers, read=read)
+        read = partial(_part, weights, name, kind, torch_dtype(dtype), "scales")
+        yield PackedTensor(name=f"{name}{_SCALES}", shape=scales, dtype=dtype, read=read)
+
+
+def _plain(weights: TensorSource | None, name: str, dtype: torch.dtype) -> Tensor:
+    assert weights is not None
+    return weights.get(name).to(dtype)
+
+
+def _part(
+    weights: TensorSource | None, name: str, kind: str, dtype: torch.dtype, part: str
+) -> Tensor:
+    assert weights is not None
+    tensor: Tensor = getattr(_quantised(weights, name, kind, dtype, quantised.TILE), part)
+    return tensor
+
+
+def _quantised(
+    weights: TensorSource, name: str, kind: str, dtype: torch.dtype, tile: int
+) -> Quantised:
+    """A weight, quantised; int4 with the values of its file where that stores 4 bits."""
+    if kind == "int8":
+        return quantised.int8(weights.get(name), dtype)
+    stored = get_quantised(weights, name)
+    found = quantised.kept(stored, dtype, tile) if stored else None
+    return found or quantised.int4(weights.get(name), dtype, tile)
+
+
+def _read_quantised(
+    config: ModelConfig,
+    layers: range,
+    weights: TensorSource,
+    dtype: torch.dtype,
+    weight_dtype: str,
+) -> Mapping[str, Tensor | Quantised]:
+    """One weight at a time, the largest first: each is read in the dtype of its source, which may
+    take as much memory as all that are quantised."""
+    expected, tile = expected_tensors(config, layers), quantised.memory_tile()
+    packed = any(name.endswith(_SCALES) for name in weights.names())
+    kinds = {name: quantised.kind(name, expected[name], weight_dtype) for name in expected}
+
+    def read(name: str) -> Tensor | Quantised:
+        kind = kinds[name]
+        if kind is None:
+            return _plain(weights, name, dtype)
+        if not packed:
+            return _quantised(weights, name, kind, dtype, tile)
+        values, scales = weights.get(name), weights.get(f"{name}{_SCALES}")
+        if kind == "int8":
+            return Int8(values=values, scales=scales)
+        stored = Int4(values=values, scales=scales, out=expected[name][0])
+        return quantised.retiled(stored, tile)
+
+    order = expected if packed else sorted(expected, key=lambda n: -prod(expected[n]))
+    return {name: read(name) for name in order}
 
 
 class _Streamed(Sequence[Layer]):

@@ -2,16 +2,16 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from attrs import frozen
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tilewright.errors import ModelError, listed
-from tilewright.types import DType, ModelConfig, TensorInfo
+from tilewright.types import DType, ModelConfig, QuantisedTensor, TensorInfo
 from tilewright.weights import EMBEDDING, HEAD, printable
 from tilewright_gguf.header import GgufFile, StoredTensor
 from tilewright_hf.shards import Opened, ShardedSource
@@ -104,10 +104,32 @@ class _Shard:
 
     def read(self, name: str) -> "Tensor":
         values = read(self.file, self.stored[name])
-        return _split_pairs(values, self.heads[name]) if name in self.heads else values
+        return self._in_order(name, values)
+
+    def read_quantised(self, name: str) -> QuantisedTensor | None:
+        stored = read_quantised(self.file, self.stored[name])
+        if stored is None:
+            return None
+        return QuantisedTensor(
+            values=self._in_order(name, stored.values),
+            scales=self._in_order(name, stored.scales),
+            offsets=self._in_order(name, stored.offsets),
+            group=stored.group,
+        )
+
+    def _in_order(self, name: str, rows: "Tensor") -> "Tensor":
+        return _split_pairs(rows, self.heads[name]) if name in self.heads else rows
 
 
-def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: bool) -> ShardedSource:
+class GgufSource(ShardedSource):
+    """A ``QuantisedSource`` of GGUF files."""
+
+    def get_quantised(self, name: str) -> QuantisedTensor | None:
+        found: QuantisedTensor | None = self._read(name, lambda s: s.read_quantised(name))
+        return found
+
+
+def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: bool) -> GgufSource:
     """The weights in one or more files, without ``rope_freqs.weight``.
 
     F32, F16 and BF16 tensors are returned as stored and share the file's memory; quantised tensors
@@ -140,7 +162,7 @@ def gguf_source(files: Sequence[GgufFile], config: ModelConfig, interleaved: boo
                 heads=_interleaved_heads(stored, config) if interleaved else {},
             )
         )
-    return ShardedSource(Opened(shards=shards))
+    return GgufSource(Opened(shards=shards))
 
 
 def check_kinds(files: Sequence[GgufFile]) -> None:
@@ -197,6 +219,80 @@ def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
         for first in range(0, len(rows), step):
             rows[first : first + step] = dequantize(raw[first : first + step], stored.kind)
     return values
+
+
+_GROUP = 32
+"""Weights with a scale of their own in the types of 4 bits that are returned quantised."""
+
+
+def read_quantised(file: GgufFile, stored: StoredTensor) -> QuantisedTensor | None:
+    """A matrix of type Q4_0, Q4_1 or Q4_K as stored, rows in the file's order; None for others.
+
+    The layouts of the blocks are those of ggml-common.h in llama.cpp.
+    """
+    import torch
+
+    blocks_of = _OF_BLOCKS.get(stored.kind)
+    if blocks_of is None or len(stored.shape) != 2:
+        return None
+    rows, columns = stored.shape
+    block_size, block_bytes = GGML_QUANT_SIZES[stored.kind]
+    raw = np.frombuffer(file.memory, np.uint8, stored.nbytes, stored.start)
+    blocks = raw.reshape(rows, columns // block_size, block_bytes)
+    values = torch.empty(rows, columns, dtype=torch.uint8)
+    scales, offsets = (torch.empty(rows, columns // _GROUP) for _ in range(2))
+    step = max(1, _SLAB // columns)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        whole, scale, offset = blocks_of(blocks[part].reshape(-1, block_bytes))
+        values[part] = torch.from_numpy(whole).view(-1, columns)
+        scales[part] = torch.from_numpy(scale).view(-1, columns // _GROUP)
+        offsets[part] = torch.from_numpy(offset).view(-1, columns // _GROUP)
+    return QuantisedTensor(values=values, scales=scales, offsets=offsets, group=_GROUP)
+
+
+Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+
+
+def _q4_0(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Values, scales and offsets of blocks of 32: a scale, and 16 bytes of two values each."""
+    scale = _halves(blocks[:, :2])
+    return _nibbles(blocks[:, 2:]), scale, -8 * scale
+
+
+def _q4_1(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """As ``_q4_0``, with the least value after the scale."""
+    return _nibbles(blocks[:, 4:]), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
+
+
+def _q4_k(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Blocks of 256: two scales, 12 bytes with the 6-bit scales and minima of eight groups, and
+    four times 32 bytes of two groups each."""
+    packed = blocks[:, 4:16]
+    low, high = packed[:, :8], packed[:, 8:]
+    first, second = low[:, :4], low[:, 4:]
+    scales = np.concatenate((first & 63, (high & 15) | (first >> 6 << 4)), 1)
+    minima = np.concatenate((second & 63, (high >> 4) | (second >> 6 << 4)), 1)
+    values = _nibbles(blocks[:, 16:].reshape(-1, 32))
+    return values, scales * _halves(blocks[:, :2]), -(minima * _halves(blocks[:, 2:4]))
+
+
+_OF_BLOCKS: Mapping[GGMLQuantizationType, Callable[[Bytes], tuple[Bytes, Floats, Floats]]] = {
+    GGMLQuantizationType.Q4_0: _q4_0,
+    GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q4_K: _q4_k,
+}
+
+
+def _halves(pairs: Bytes) -> Floats:
+    """[n, 2] bytes as [n, 1] float32."""
+    return np.ascontiguousarray(pairs).view("<f2").astype(np.float32)
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """The low halves of each row's bytes, and then the high ones."""
+    return np.concatenate((packed & 15, packed >> 4), 1)
 
 
 def _info(file: GgufFile, stored: StoredTensor) -> TensorInfo:

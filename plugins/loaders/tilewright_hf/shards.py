@@ -82,9 +82,14 @@ class ShardedSource:
         return self._shard(name).tensors[name]
 
     def get(self, name: str) -> "Tensor":
+        tensor: Tensor = self._read(name, lambda shard: shard.read(name))
+        return tensor
+
+    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        """What read returns for the tensor's file. Raises ModelError for any of its errors."""
         shard = self._shard(name)
         try:
-            return shard.read(name)
+            return read(shard)
         except Exception as error:
             raise ModelError(
                 f"{shard.path}: tensor {printable(name)} cannot be read: {one_line(error)}"

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tilewright.cli import main
+from tilewright_compare.default_run import TEXT
 from tilewright_gguf.header import open_file
 
 pytestmark = pytest.mark.slow
@@ -145,3 +146,15 @@ def test_each_token_matches_llama_cpp_on_the_quantised_file(file: Path) -> None:
     assert noise < 0.4
     assert all(margin < 2 * noise for _, margin in differing), differing
     assert len(differing) < count / 20
+
+
+def test_quantised_weights_keep_the_perplexity(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--model", str(directory), "--candidate", "torch", "--json"]
+    for dtype, most in (("int8", 0.01), ("int4", 0.03)):
+        prompt = ["--prompt", TEXT, "--new-tokens", "1"]
+        assert main([*command, *prompt, "-o", f"candidate.runtime.weight_dtype={dtype}"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        found, plain = report["perplexity"]["candidate"], report["quantisation"]["perplexity"]
+        assert abs(found / plain - 1) < most, (dtype, found, plain)
