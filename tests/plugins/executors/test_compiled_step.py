@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ from test_torch_executor import (  # noqa: F401  collected here too, with option
 from torch import Tensor
 
 from tilewright.errors import ConfigError, ExecutorError
+from tilewright.types import DType
 from tilewright_torch import native
 from tilewright_torch.plugin import Options
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, native.COMPILERS)), reason="no C++ compiler is on the PATH"
-)
+COMPILER = next(filter(None, map(shutil.which, native.COMPILERS)), None)
 
-DTYPES = ["float32", "bfloat16", "float16"]
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler is on the PATH")
+
+DTYPES: list[DType] = ["float32", "bfloat16", "float16"]
+LIMITS = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.1}
+"""Largest difference of a logit, of their spread: other orders of sums, then other roundings."""
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +67,7 @@ def both(directory: Path, monkeypatch: pytest.MonkeyPatch, **runtime: Any) -> tu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["qwen3-gqa-5", "llama-biases", "mistral-window-of-three"])
 def test_long_contexts_give_what_the_plain_path_gives(
-    name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: DType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # More keys than one thread attends to at a time, in pages that are not in order.
     write_model(name, tmp_path, dtype)
@@ -76,13 +80,38 @@ def test_long_contexts_give_what_the_plain_path_gives(
         one.step({"a": long[:200], "b": short[:7]})
         one.step({"a": long[200:], "b": short[7:9]})
         logits.append(torch.cat([one.step({"a": [t], "b": [t + 1]}) for t in range(3, 6)]))
-    spread = logits[0].std()
-    limit = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.1}[dtype]
-    assert (logits[1] - logits[0]).abs().max() < limit * spread
+    assert (logits[1] - logits[0]).abs().max() < LIMITS[dtype] * logits[0].std()
+
+
+@pytest.mark.parametrize("without", ["", "avx512f", "avx512f -mno-avx2 -mno-f16c"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_quantised_weights_give_what_the_plain_path_gives(
+    weight_dtype: str,
+    dtype: DType,
+    without: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_library: None,
+) -> None:
+    # Rows that fill no tile of 4 bits, inner sizes of whole groups and of none, biases, one head.
+    monkeypatch.setenv("CXX", f"{COMPILER} -mno-{without}" if without else str(COMPILER))
+    config = deepcopy(CONFIGS["llama-biases"])
+    config.hidden_size, config.intermediate_size = 96, 160
+    for inner in (160, 83):
+        config.intermediate_size = inner
+        write_model(config, tmp_path / str(inner), dtype)
+        served = both(tmp_path / str(inner), monkeypatch, weight_dtype=weight_dtype, kv_dtype=dtype)
+        prompt, more = prompts(config, [19, 6])
+        logits = []
+        for one in served:
+            steps = [{"a": prompt}, {"a": more[:1], "b": more}, {"a": [9], "b": [8]}]
+            logits.append(torch.cat([one.step(tokens) for tokens in steps]))
+        assert (logits[1] - logits[0]).abs().max() < LIMITS[dtype] * logits[0].std()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_bits_alone_and_in_any_batch(dtype: str, tmp_path: Path) -> None:
+def test_a_row_is_the_same_bits_alone_and_in_any_batch(dtype: DType, tmp_path: Path) -> None:
     write_model("qwen3-gqa-8", tmp_path, dtype)
     served = serve(tmp_path)
     ragged = list(prompts(CONFIGS["qwen3-gqa-8"], [3 + i for i in range(20)]))
@@ -114,7 +143,7 @@ def test_the_number_of_threads_does_not_change_a_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_reaches_the_logits(
-    dtype: str, value: float, tmp_path: Path
+    dtype: DType, value: float, tmp_path: Path
 ) -> None:
     write_model("llama-mha", tmp_path, dtype)
     served = serve(tmp_path)
@@ -131,20 +160,18 @@ def test_a_value_that_is_not_finite_reaches_the_logits(
 @pytest.mark.parametrize("without", ["avx512bf16", "avx512f", "avx512f -mno-avx2 -mno-f16c"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cpus_with_fewer_instructions_compute_the_same(
-    without: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_library: None
+    without: str, dtype: DType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_library: None
 ) -> None:
-    compiler = next(filter(None, map(shutil.which, native.COMPILERS)))
     write_model("qwen3-gqa-5", tmp_path, dtype)
     prompt, more = prompts(CONFIGS["qwen3-gqa-5"], [19, 6])
     steps = [{"a": prompt}, {"a": more[:1], "b": more}, {"a": [9], "b": [8]}]
     logits = []
     for options in ("", f"-mno-{without}"):
         native.library.cache_clear()
-        monkeypatch.setenv("CXX", f"{compiler} {options}")
+        monkeypatch.setenv("CXX", f"{COMPILER} {options}")
         served = serve(tmp_path)
         logits.append(torch.cat([served.step(tokens) for tokens in steps]))
-    limit = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.1}[dtype]
-    assert (logits[1] - logits[0]).abs().max() < limit * logits[0].std()
+    assert (logits[1] - logits[0]).abs().max() < LIMITS[dtype] * logits[0].std()
 
 
 # --- which steps ----------------------------------------------------------------------------------
@@ -217,8 +244,7 @@ def test_what_a_compiler_says_is_in_the_error_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_library: None
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler = next(filter(None, map(shutil.which, native.COMPILERS)))
-    monkeypatch.setenv("CXX", f"{compiler} -include missing.h")
+    monkeypatch.setenv("CXX", f"{COMPILER} -include missing.h")
     with pytest.raises(ExecutorError, match=r"missing\.h.*set CXX to another") as raised:
         native.library(torch.float32, torch.float32)
     assert "\n" not in str(raised.value)
