@@ -176,7 +176,7 @@ class Native:
             return None
         hidden = hidden.to(self._dtype).contiguous()
         logits = torch.empty(tokens, self._head.rows)
-        scratch = torch.empty_like(hidden, dtype=torch.float32)
+        scratch = torch.empty(2, *hidden.shape)
         self._model.threads = torch.get_num_threads()
         self._library.run_head(
             ctypes.byref(self._model),

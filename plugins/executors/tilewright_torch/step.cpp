@@ -202,10 +202,13 @@ struct Step {
 // ---- Matrix products.
 
 #if defined(__AVX512BF16__) && WEIGHT_DTYPE == BFLOAT16 && !QUANTISED
-#define DIRECT 1
-typedef bfloat16 Operand;  // two vectors of bfloat16 are multiplied without widening them
+#define DIRECT 1  // weights are multiplied as they are, with bfloat16
+typedef bfloat16 Operand;
 #else
 typedef float Operand;
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && WEIGHT_DTYPE == BFLOAT16 && QUANTISED
+#define NARROW 1  // weights of 4 bits become bfloat16, which holds them, and so are operands
 #endif
 #if QUANTISED
 typedef int8_t Stored;
@@ -226,8 +229,23 @@ static inline Range share(int64_t units, int64_t parts, int64_t part) {
     return {units * part / parts, units * (part + 1) / parts};
 }
 
-static inline void set(float *at, float x) { *at = rounded(x); }
-static inline void set(bfloat16 *at, float x) { put(at, x); }
+// What matrices are multiplied with: rows of values of the weights' dtype.
+struct Operands {
+    Operand *values;
+#if NARROW
+    bfloat16 *narrow;  // the same
+#endif
+    void set(int64_t i, float x) const {
+#if DIRECT
+        put(values + i, x);
+#else
+        values[i] = rounded(x);
+#endif
+#if NARROW
+        put(narrow + i, x);
+#endif
+    }
+};
 
 static inline Floats joined(const Floats *parts) {
     return CHAINS == 1 ? parts[0] : parts[0] + parts[CHAINS - 1];
@@ -306,11 +324,17 @@ const int GROUPED = 32;  // weights that share a scale and a zero point in 4 bit
 const int MAX_TILE = 64;
 
 // Scales and zero points of LANES rows, which alternate.
-static inline void pairs(const Weight *at, Floats &scale, Floats &zero) {
+template <class T>
+static inline void pairs(const T *at, Floats &scale, Floats &zero) {
     Ints even;
     for (int i = 0; i < LANES; i++) even[i] = 2 * i;
     scale = __builtin_shuffle(load(at), load(at + LANES), even);
     zero = __builtin_shuffle(load(at), load(at + LANES), even + 1);
+}
+static inline void pairs(const bfloat16 *at, Floats &scale, Floats &zero) {
+    Words both = *(const Words *)at;
+    scale = (Floats)(both << 16);
+    zero = (Floats)(both & 0xffff0000u);
 }
 
 // The low and the high halves of LANES bytes, less 8.
@@ -327,48 +351,116 @@ static inline void nibbles(const int8_t *at, Floats &low, Floats &high) {
 #endif
 }
 
-// A tile of 4 bits, TILE rows, times T tokens: out [TILE, MAX_TOKENS].
+// For GROUPED columns of a tile, at, and of T rows of x, [T, stride] from i on: the products' sums
+// for the tile's rows, [T, TILE / LANES], and the sums of x.
 template <int TILE, int T>
-static void tile_of(const Matrix &m, int64_t tile, const float *x, float *out) {
+static inline void group_of(const int8_t *at, const Operands &x, int64_t i, int64_t stride,
+                            Floats (*group)[TILE / LANES], float *total) {
     const int PARTS = TILE / LANES;  // the first half of them in the low halves of the bytes
+    for (int k = 0; k < GROUPED; k++, at += TILE / 2) {
+        Floats w[PARTS];
+#pragma GCC unroll 8
+        for (int p = 0; p < PARTS / 2; p++)
+            nibbles(at + p * LANES, w[p], w[PARTS / 2 + p]);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            float value = x.values[t * stride + i + k];
+            total[t] += value;
+#pragma GCC unroll 8
+            for (int p = 0; p < PARTS; p++) group[t][p] += value * w[p];
+        }
+    }
+}
+
+#if NARROW
+// The same for tiles of 64, two columns at a time: their bytes are brought together in 32 bits for
+// each row, and each half of a byte becomes a bfloat16.
+template <int T>
+static inline void group_of_64(const int8_t *at, const Operands &x, int64_t i, int64_t stride,
+                               Floats (*group)[4], float *total) {
+    static const struct Constants {
+        uint16_t values[32];
+        uint8_t order[2][64];
+        Constants() {
+            for (int v = 0; v < 32; v++) {
+                bfloat16 value;
+                put(&value, (v & 15) - 8);  // bit 4 of an index is that of another half: ignored
+                values[v] = value.bits;
+            }
+            for (int half = 0; half < 2; half++)
+                for (int byte = 0; byte < 64; byte++)
+                    order[half][byte] = byte / 2 % 2 * 32 + half * 16 + byte / 4;
+        }
+    } constants;
+    const __m512i values = _mm512_loadu_si512(constants.values);
+    const __m512i first = _mm512_loadu_si512(constants.order[0]);
+    const __m512i second = _mm512_loadu_si512(constants.order[1]);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+        __m512bh operands = (__m512bh)_mm512_loadu_si512(x.narrow + t * stride + i);
+        total[t] = sum((Floats)_mm512_dpbf16_ps(_mm512_setzero_ps(), operands, ones));
+    }
+    for (int k = 0; k < GROUPED; k += 2, at += 64) {
+        __m512i bytes = _mm512_loadu_si512(at), w[4];
+        w[0] = _mm512_permutexvar_epi8(first, bytes);
+        w[1] = _mm512_permutexvar_epi8(second, bytes);
+        w[2] = _mm512_srli_epi16(w[0], 4);
+        w[3] = _mm512_srli_epi16(w[1], 4);
+#pragma GCC unroll 8
+        for (int p = 0; p < 4; p++) w[p] = _mm512_permutexvar_epi16(w[p], values);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            int32_t pair;
+            memcpy(&pair, x.narrow + t * stride + i + k, sizeof pair);
+            __m512bh operands = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+            for (int p = 0; p < 4; p++)
+                group[t][p] =
+                    (Floats)_mm512_dpbf16_ps((__m512)group[t][p], (__m512bh)w[p], operands);
+        }
+    }
+}
+#endif
+
+// A tile of 4 bits, TILE rows, times T tokens from t on: out [TILE, MAX_TOKENS].
+template <int TILE, int T>
+static void tile_of(const Matrix &m, int64_t tile, const Operands &x, int64_t t, float *out) {
+    const int PARTS = TILE / LANES;
     const int8_t *packed = (const int8_t *)m.weight + tile * m.columns * (TILE / 2);
     const int64_t padded = (m.rows + MAX_TILE - 1) / MAX_TILE * MAX_TILE;
     Floats acc[T][PARTS] = {};
     for (int64_t start = 0; start < m.columns; start += GROUPED) {
         Floats group[T][PARTS] = {};
         float total[T] = {};
-        for (int64_t k = start; k < start + GROUPED; k++) {
-            const int8_t *at = packed + k * (TILE / 2);
-            Floats w[PARTS];
-#pragma GCC unroll 8
-            for (int p = 0; p < PARTS / 2; p++)
-                nibbles(at + p * LANES, w[p], w[PARTS / 2 + p]);
-#pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-                float value = x[t * m.columns + k];
-                total[t] += value;
-#pragma GCC unroll 8
-                for (int p = 0; p < PARTS; p++) group[t][p] += value * w[p];
-            }
-        }
+        const int8_t *at = packed + start * (TILE / 2);
+#if NARROW
+        if constexpr (TILE == 64)
+            group_of_64<T>(at, x, t * m.columns + start, m.columns, group, total);
+        else
+#endif
+            group_of<TILE, T>(at, x, t * m.columns + start, m.columns, group, total);
         const Weight *scales = m.scales + 2 * (start / GROUPED * padded + tile * TILE);
 #pragma GCC unroll 8
         for (int p = 0; p < PARTS; p++) {
             Floats scale, zero;
             pairs(scales + 2 * p * LANES, scale, zero);
-            for (int t = 0; t < T; t++) acc[t][p] += scale * group[t][p] + zero * total[t];
+#pragma GCC unroll 8
+            for (int n = 0; n < T; n++) acc[n][p] += scale * group[n][p] + zero * total[n];
         }
     }
-    for (int t = 0; t < T; t++)
+    for (int n = 0; n < T; n++)
         for (int p = 0; p < PARTS; p++)
-            for (int i = 0; i < LANES; i++) out[(p * LANES + i) * MAX_TOKENS + t] = acc[t][p][i];
+            for (int i = 0; i < LANES; i++)
+                out[(p * LANES + i) * MAX_TOKENS + t + n] = acc[n][p][i];
 }
 
 template <int TILE>
-static void tile_of(const Matrix &m, int64_t tile, const float *x, int64_t tokens, float *out) {
+static void rows_of_tile(const Matrix &m, int64_t tile, const Operands &x, int64_t tokens,
+                         float *out) {
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) tile_of<TILE, 4>(m, tile, x + t * m.columns, out + t);
-    for (; t < tokens; t++) tile_of<TILE, 1>(m, tile, x + t * m.columns, out + t);
+    for (; t + 4 <= tokens; t += 4) tile_of<TILE, 4>(m, tile, x, t, out);
+    for (; t < tokens; t++) tile_of<TILE, 1>(m, tile, x, t, out);
 }
 #else
 const int MAX_TILE = 1;
@@ -379,8 +471,8 @@ static inline int64_t units_of(const Matrix &m) { return (m.rows + m.tile - 1) /
 
 // Calls emit(row, tokens' values, rounded) for the rows of some units of a product.
 template <class Emit>
-static void product(const Matrix &m, int64_t start, int64_t stop, const Operand *x, int64_t tokens,
-                    Emit emit) {
+static void product(const Matrix &m, int64_t start, int64_t stop, const Operands &x,
+                    int64_t tokens, Emit emit) {
     float out[(ROWS > MAX_TILE ? ROWS : MAX_TILE) * MAX_TOKENS];
     auto finish = [&](int64_t row, int64_t rows) {
         for (int64_t r = 0; r < rows && row + r < m.rows; r++) {
@@ -394,7 +486,7 @@ static void product(const Matrix &m, int64_t start, int64_t stop, const Operand 
 #if QUANTISED
     if (m.tile > 1) {
         for (int64_t tile = start; tile < stop; tile++) {
-            (m.tile == 64 ? tile_of<64> : tile_of<32>)(m, tile, x, tokens, out);
+            (m.tile == 64 ? rows_of_tile<64> : rows_of_tile<32>)(m, tile, x, tokens, out);
             finish(tile * m.tile, m.tile);
         }
         return;
@@ -403,11 +495,11 @@ static void product(const Matrix &m, int64_t start, int64_t stop, const Operand 
     int64_t row = start;
     // Memory is read fastest row by row; two rows together save loads where arithmetic is limiting.
     for (; tokens > ROW_BY_ROW && row + ROWS <= stop; row += ROWS) {
-        rows_of<ROWS>(m, row, x, tokens, out);
+        rows_of<ROWS>(m, row, x.values, tokens, out);
         finish(row, ROWS);
     }
     for (; row < stop; row++) {
-        rows_of<1>(m, row, x, tokens, out);
+        rows_of<1>(m, row, x.values, tokens, out);
         finish(row, 1);
     }
 }
@@ -424,16 +516,19 @@ static float inverse_rms(const T *x, int64_t n, float eps) {
     return 1.0f / sqrtf(total / n + eps);
 }
 
-static void norm(const Weight *x, const Weight *weight, int64_t n, float eps, Operand *out) {
-    float scale = inverse_rms(x, n, eps);
+// Row t of x [tokens, n] and of out.
+static void norm(const Weight *x, int64_t t, const Weight *weight, int64_t n, float eps,
+                 const Operands &out) {
+    float scale = inverse_rms(x + t * n, n, eps);
     for (int64_t i = 0; i < n; i++)
-        set(out + i, rounded(wide(x[i]) * scale) * wide(weight[i]));
+        out.set(t * n + i, rounded(wide(x[t * n + i]) * scale) * wide(weight[i]));
 }
 
-// SiLU of gate, rounded, times up.
-static void activate(const float *gate, const float *up, int64_t n, Operand *out) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        int64_t count = n - i < LANES ? n - i : LANES;
+// SiLU of gate, rounded, times up, from start to stop.
+static void activate(const float *gate, const float *up, int64_t start, int64_t stop,
+                     const Operands &out) {
+    for (int64_t i = start; i < stop; i += LANES) {
+        int64_t count = stop - i < LANES ? stop - i : LANES;
         Floats x = {};
         if (count == LANES)
             x = load(gate + i);
@@ -441,7 +536,7 @@ static void activate(const float *gate, const float *up, int64_t n, Operand *out
             memcpy(&x, gate + i, count * sizeof(float));
         Floats e = exponential((x < 0.0f) ? x : -x);
         Floats y = x * ((x < 0.0f ? e : (Floats){} + 1.0f) / (1.0f + e));
-        for (int64_t j = 0; j < count; j++) set(out + i + j, rounded(y[j]) * up[i + j]);
+        for (int64_t j = 0; j < count; j++) out.set(i + j, rounded(y[j]) * up[i + j]);
     }
 }
 
@@ -633,8 +728,17 @@ template <class T> static T *take(char *&at, int64_t count) {
     return taken;
 }
 
+static Operands operands(char *&at, int64_t count) {
+    Operands x;
+    x.values = take<Operand>(at, count);
+#if NARROW
+    x.narrow = take<bfloat16>(at, count);
+#endif
+    return x;
+}
+
 struct Buffers {
-    Operand *normed, *attended, *active;
+    Operands normed, attended, active;
     float *qkv, *rotated, *partial, *cos, *sin, *gate, *up;
     int64_t chunks;
 };
@@ -643,9 +747,9 @@ static Buffers buffers(const Model &m, const Step &s, char *&at) {
     int64_t t = s.tokens, chunks = chunks_of(s), head = m.head_dim;
     Buffers b;
     b.chunks = chunks;
-    b.normed = take<Operand>(at, t * m.hidden);
-    b.attended = take<Operand>(at, t * m.heads * head);
-    b.active = take<Operand>(at, t * m.inner);
+    b.normed = operands(at, t * m.hidden);
+    b.attended = operands(at, t * m.heads * head);
+    b.active = operands(at, t * m.inner);
     b.qkv = take<float>(at, t * (m.heads + 2 * m.kv_heads) * head);
     b.rotated = take<float>(at, t * m.heads * head);
     b.partial = take<float>(at, t * m.heads * chunks * (2 + head));
@@ -664,7 +768,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
 
     Range r = share(tokens, parts, part);
     for (int64_t t = r.start; t < r.stop; t++)
-        norm(hidden + t * m.hidden, layer.attn_norm, m.hidden, m.eps, b.normed + t * m.hidden);
+        norm(hidden, t, layer.attn_norm, m.hidden, m.eps, b.normed);
 #pragma omp barrier
     const Matrix *projections[] = {&layer.q, &layer.k, &layer.v};
     int64_t units = 0, first_unit = 0, first_row = 0;
@@ -731,7 +835,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
         for (int64_t i = 0; i < head; i++) {
             float value = 0.0f;
             for (int64_t c = 0; c < chunks; c++) value += weight[c] * partial[c * stride + 2 + i];
-            set(b.attended + unit * head + i, value / total);
+            b.attended.set(unit * head + i, value / total);
         }
     }
 #pragma omp barrier
@@ -746,7 +850,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
 #pragma omp barrier
     r = share(tokens, parts, part);
     for (int64_t t = r.start; t < r.stop; t++)
-        norm(hidden + t * m.hidden, layer.mlp_norm, m.hidden, m.eps, b.normed + t * m.hidden);
+        norm(hidden, t, layer.mlp_norm, m.hidden, m.eps, b.normed);
 #pragma omp barrier
     r = share(units_of(layer.gate), parts, part);
     auto into = [&](float *out) {
@@ -760,7 +864,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
     own_rows = (own_rows < m.inner ? own_rows : m.inner) - r.start * layer.gate.tile;
     for (int64_t t = 0; t < tokens; t++) {
         int64_t first = t * m.inner + r.start * layer.gate.tile;
-        activate(b.gate + first, b.up + first, own_rows, b.active + first);
+        activate(b.gate, b.up, first, first + own_rows, b.active);
     }
 #pragma omp barrier
     r = share(units_of(layer.down), parts, part);
@@ -792,10 +896,9 @@ void run_layers(const Model *model, const Layer *layers, int64_t count, const St
 // The final norm and the head: hidden [tokens, hidden] to logits [tokens, head->rows].
 void run_head(const Model *model, const Weight *final_norm, const Matrix *head, int64_t tokens,
               const Weight *hidden, char *scratch, float *logits) {
-    Operand *normed = (Operand *)scratch;
+    Operands normed = operands(scratch, tokens * model->hidden);
     for (int64_t t = 0; t < tokens; t++)
-        norm(hidden + t * model->hidden, final_norm, model->hidden, model->eps,
-             normed + t * model->hidden);
+        norm(hidden, t, final_norm, model->hidden, model->eps, normed);
 #pragma omp parallel num_threads(model->threads)
     {
         Range r = share(units_of(*head), omp_get_num_threads(), omp_get_thread_num());
