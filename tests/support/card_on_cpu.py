@@ -33,7 +33,7 @@ class Kernels:
             self.__dict__.update(fields)
 
     @staticmethod
-    def tune(weights):
+    def tune(weights, capture):
         pass
 
     @staticmethod

@@ -40,7 +40,8 @@ def compiled(capability, kernel, signature, constants, warps, stages=3):
 
 
 def variants():
-    """Each kernel with the arguments of a launch: name, kernel, signature, constants, warps."""
+    """Each kernel with the arguments of a launch: name, kernel, signature, constants, warps, and stages where
+    they matter."""
     shapes = [(128, 5, 8, 0), (256, 2, 4, 1024), (80, 1, 4, 0)]
     for dtype, (head_dim, group, kv_heads, window) in product(NAMES, shapes):
         name, padded = POINTER + NAMES[dtype], max(16, triton.next_power_of_2(head_dim))
@@ -61,11 +62,13 @@ def variants():
             signature = {**read, "out": name, "parts": parts, "sums": parts, "scale": "fp32"}
             fixed = {**constants, "SPLITS": splits, "ROWS": 16}
             what = f"decode attention {NAMES[dtype]} {head_dim} in {splits}"
-            yield what, kernels.decode_attention_kernel, signature, fixed, 4
+            stages = kernels.DECODE_STAGES[dtype.itemsize]
+            yield what, kernels.decode_attention_kernel, signature, fixed, 4, stages
         signature = {**read, "query_blocks": "*i32", "out": name, "scale": "fp32"}
         fixed = {**constants, "ROWS": kernels.QUERY_BLOCK}
         what = f"prefill attention {NAMES[dtype]} {head_dim}"
-        yield what, kernels.prefill_attention_kernel, signature, fixed, 4
+        stages = kernels.PREFILL_STAGES[dtype.itemsize]
+        yield what, kernels.prefill_attention_kernel, signature, fixed, 4, stages
     for dtype in NAMES:
         name = POINTER + NAMES[dtype]
         signature = {"parts": "*fp32", "sums": "*fp32", "starts": "*i32", "out": name}
@@ -96,8 +99,8 @@ def variants():
 
 def main():
     capability = int(sys.argv[1])
-    for what, kernel, signature, constants, warps in variants():
-        shared = compiled(capability, kernel, signature, constants, warps)
+    for what, kernel, signature, constants, *launch in variants():
+        shared = compiled(capability, kernel, signature, constants, *launch)
         print(f"sm_{capability} {what}: {shared} bytes of shared memory", flush=True)
         if shared > SHARED_BYTES[capability]:
             sys.exit(f"{what} takes {shared} bytes, more than {SHARED_BYTES[capability]}")

@@ -8,6 +8,7 @@ them. Float32 products are computed in float32, not in TF32.
 The tests run these kernels on the CPU with Triton's interpreter.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class Context:
 
 QUERY_BLOCK = 64
 """Queries of one program of prefill attention."""
+
+DECODE_STAGES = {2: 4, 4: 2}
+PREFILL_STAGES = {2: 3, 4: 2}
+"""Iterations of attention that are loaded, multiplied or in between, by bytes of a number: the page
+of a key takes one, and more would not fit the shared memory of compute capability 8.6."""
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -320,7 +326,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, at: Context, window: int 
             scale,
             ROWS=QUERY_BLOCK,
             num_warps=4,
-            num_stages=3,
+            num_stages=PREFILL_STAGES[compute.itemsize],
             **same,
         )
     if at.splits:
@@ -340,7 +346,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, at: Context, window: int 
             SPLITS=at.splits,
             ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
             num_warps=4,
-            num_stages=3,
+            num_stages=DECODE_STAGES[compute.itemsize],
             **same,
         )
         if at.splits > 1:
@@ -598,13 +604,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
     cuBLAS. out: where the result goes.
     """
     if x.shape[0] != 1:
-        if out is None:
-            return F.linear(x, weight, bias)
-        return (
-            torch.addmm(bias, x, weight.t(), out=out)
-            if bias is not None
-            else torch.mm(x, weight.t(), out=out)
-        )
+        made = F.linear(x, weight, bias)
+        return made if out is None else out.copy_(made)
     to = x.new_empty(1, weight.shape[0]) if out is None else out
     one_row(x, weight, bias, to, _chosen.get(_key(weight), ONE_ROW_CONFIGS[1]))
     return to
@@ -630,22 +631,31 @@ def one_row(
     )
 
 
-def tune(weights: list[Tensor]) -> None:
+def tune(
+    weights: list[Tensor], capture: Callable[[Callable[[], None]], Callable[[], None]]
+) -> None:
     """Choose how one row is multiplied with weights of this shape, by trying it on all of them.
 
-    weights: of one shape, on a CUDA device; together they should exceed its cache.
+    weights: of one shape, on a CUDA device; together they should exceed its cache. capture: as in
+    ``tilewright_torch.card.Card``; launches one by one would take longer than the kernels.
     """
     if not weights or _key(weights[0]) in _chosen:
         return
-    x, out = weights[0].new_zeros(1, weights[0].shape[1]), None
-    out = weights[0].new_empty(1, weights[0].shape[0])
+    count, columns = weights[0].shape
+    x, out = weights[0].new_zeros(1, columns), weights[0].new_empty(1, count)
     seconds = {}
     for config in ONE_ROW_CONFIGS:
         one_row(x, weights[0], None, out, config)  # compiles
+
+        def all_of_them(config: tuple[int, int, int] = config) -> None:
+            for weight in weights:
+                one_row(x, weight, None, out, config)
+
+        replay = capture(all_of_them)
+        replay()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for weight in weights:
-            one_row(x, weight, None, out, config)
+        replay()
         end.record()
         end.synchronize()
         seconds[config] = begin.elapsed_time(end)
