@@ -19,7 +19,7 @@ from tilewright.types import DTYPES
 from tilewright_torch import plugin
 from tilewright_torch.card import create_on_card
 
-QUERY_BLOCK = 4
+QUERY_BLOCK = {2: 4, 4: 4}
 """Small, so that short prompts fill several blocks."""
 
 

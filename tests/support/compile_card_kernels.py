@@ -40,8 +40,8 @@ def compiled(capability, kernel, signature, constants, warps, stages=3):
 
 
 def variants():
-    """Each kernel with the arguments of a launch: name, kernel, signature, constants, warps, and stages where
-    they matter."""
+    """Each kernel with the arguments of a launch: name, kernel, signature, constants, warps, and
+    stages where they matter."""
     shapes = [(128, 5, 8, 0), (256, 2, 4, 1024), (80, 1, 4, 0)]
     for dtype, (head_dim, group, kv_heads, window) in product(NAMES, shapes):
         name, padded = POINTER + NAMES[dtype], max(16, triton.next_power_of_2(head_dim))
@@ -65,7 +65,7 @@ def variants():
             stages = kernels.DECODE_STAGES[dtype.itemsize]
             yield what, kernels.decode_attention_kernel, signature, fixed, 4, stages
         signature = {**read, "query_blocks": "*i32", "out": name, "scale": "fp32"}
-        fixed = {**constants, "ROWS": kernels.QUERY_BLOCK}
+        fixed = {**constants, "ROWS": kernels.QUERY_BLOCK[dtype.itemsize]}
         what = f"prefill attention {NAMES[dtype]} {head_dim}"
         stages = kernels.PREFILL_STAGES[dtype.itemsize]
         yield what, kernels.prefill_attention_kernel, signature, fixed, 4, stages

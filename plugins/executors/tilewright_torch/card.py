@@ -665,11 +665,9 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         self._room_for(batch)
         of_sequence = batch.query_starts.diff()
         several = (of_sequence > 1).nonzero().squeeze(1).tolist()
-        blocks = [
-            (i, first)
-            for i in several
-            for first in range(0, int(of_sequence[i]), self._kernels.QUERY_BLOCK)
-        ]
+        computed = torch.promote_types(self._opened().dtype, torch_dtype(self.kv_cache_spec.dtype))
+        block = self._kernels.QUERY_BLOCK[computed.itemsize]
+        blocks = [(i, first) for i in several for first in range(0, int(of_sequence[i]), block)]
         sequences = len(batch.context_lens)
         buffer = self._send(self._packed(batch, 0, batch.logits_rows.tolist(), blocks))
         return self._views(

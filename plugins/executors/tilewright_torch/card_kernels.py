@@ -43,8 +43,8 @@ class Context:
     starts: Tensor
     """[B + 1] first row of each sequence among the step's rows"""
     blocks: Tensor | None
-    """[N, 2] sequence and first query of each block of ``QUERY_BLOCK`` queries, for sequences with
-    several queries; None in a step of decoding sequences."""
+    """[N, 2] sequence and first query of each block of ``QUERY_BLOCK`` queries of the dtype that
+    attention computes in, for sequences with several queries; None in a step without them."""
     page_size: int
     most_pages: int
     """Upper limit of the width, known when the step is prepared."""
@@ -52,13 +52,15 @@ class Context:
     """Parts that the context of a sequence with one query is divided into; 0: no such sequence."""
 
 
-QUERY_BLOCK = 64
-"""Queries of one program of prefill attention."""
+QUERY_BLOCK = {2: 64, 4: 16}
+"""Queries of one program of prefill attention, by bytes of a number. More in float32 would not fit
+registers."""
 
-DECODE_STAGES = {2: 4, 4: 2}
+DECODE_STAGES = {2: 5, 4: 2}
 PREFILL_STAGES = {2: 3, 4: 2}
-"""Iterations of attention that are loaded, multiplied or in between, by bytes of a number: the page
-of a key takes one, and more would not fit the shared memory of compute capability 8.6."""
+"""Stages of the loop over keys, by bytes of a number. With these, Triton loads the keys and values
+of one iteration while it multiplies another's, and needs no more shared memory than compute
+capability 8.6 has."""
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, at: Context, window: int 
             at.blocks,
             out,
             scale,
-            ROWS=QUERY_BLOCK,
+            ROWS=QUERY_BLOCK[compute.itemsize],
             num_warps=4,
             num_stages=PREFILL_STAGES[compute.itemsize],
             **same,

@@ -116,7 +116,8 @@ def test_attention_reads_the_cache_through_the_block_table(step, window, dtype):
         q, sequences.keys, sequences.values, sequences.context(Kernels.Context, 1, 64), window
     )
     for splits in (1, 4) if step == "decode" else (4,):
-        at = sequences.context(card_kernels.Context, splits, card_kernels.QUERY_BLOCK)
+        block = card_kernels.QUERY_BLOCK[dtype.itemsize]
+        at = sequences.context(card_kernels.Context, splits, block)
         found = card_kernels.attention(*on_device(q, sequences.keys, sequences.values), at, window)
         close(found, expected)
 
@@ -132,7 +133,7 @@ def test_attention_serves_any_heads_and_pages(heads, kv_heads, head_dim, page_si
     expected = Kernels.attention(
         q, sequences.keys, sequences.values, sequences.context(Kernels.Context, 1, 64), None
     )
-    at = sequences.context(card_kernels.Context, 2, card_kernels.QUERY_BLOCK)
+    at = sequences.context(card_kernels.Context, 2, card_kernels.QUERY_BLOCK[4])
     found = card_kernels.attention(*on_device(q, sequences.keys, sequences.values), at, None)
     close(found, expected)
 
@@ -143,7 +144,7 @@ def test_attention_multiplies_in_the_wider_dtype_of_queries_and_cache():
     expected = Kernels.attention(
         q, sequences.keys, sequences.values, sequences.context(Kernels.Context, 1, 64), None
     )
-    at = sequences.context(card_kernels.Context, 2, card_kernels.QUERY_BLOCK)
+    at = sequences.context(card_kernels.Context, 2, card_kernels.QUERY_BLOCK[4])
     found = card_kernels.attention(*on_device(q, sequences.keys, sequences.values), at, None)
     close(found, expected)
 
@@ -266,7 +267,7 @@ def test_the_executor_runs_on_these_kernels(name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90])
 def test_each_kernel_compiles_for_a_card(capability):
     """Types, layouts and shared memory, as far as the compiler sees; no device is needed."""
     script = Path(__file__).parents[2] / "support" / "compile_card_kernels.py"
