@@ -79,6 +79,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         importable(Path(folder), args.wheels, args.device == "cpu")
+        needed = ("torch", "transformers", "pluggy", "attrs", "cattrs", "safetensors", "tokenizers")
+        if missing := [name for name in needed if find_spec(name) is None]:
+            sys.exit(f"cuda.py: {', '.join(missing)} not found: install them, or see --wheels")
         if args.device != "cpu":
             from tilewright.errors import ExecutorError
             from tilewright_torch.card import card_number
