@@ -87,7 +87,7 @@ class Kernels:
         queries = at.starts.long().diff()
         length = at.lengths.long()[sequence]
         position = length - queries[sequence] + row - at.starts.long()[sequence]
-        seen = torch.arange(at.most_pages * size)
+        seen = torch.arange(len(at.table) // len(at.lengths) * size)
         page_at = sequence.unsqueeze(1) * at.width.long() + seen // size
         page = at.table.long()[page_at.clamp(max=len(at.table) - 1)]
         inside = seen <= position.unsqueeze(1)

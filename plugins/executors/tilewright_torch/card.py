@@ -56,8 +56,8 @@ MOST_SCORED_ROWS = 256
 LEAST_CAPABILITY = (8, 0)
 """The oldest cards whose tensor cores multiply bfloat16."""
 
-WORKSPACE_BYTES = 2**29
-"""Memory left for cuBLAS, Triton and CUDA graphs."""
+WORKSPACE_BYTES = 2**30
+"""Memory left for cuBLAS, which keeps 32 MiB for each stream, loaded kernels and CUDA graphs."""
 
 OUT_OF_MEMORY = (
     "lower total_pages, max_seq_len or max_batch_tokens, choose a smaller weight_dtype, or another "
@@ -552,11 +552,11 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
             or model.config.rope.kind == "dynamic"
             or batch.block_table.shape[1] > self._most_pages()
         ):
-            hidden, step = self._hidden(self._sent(batch))
+            step = self._sent(batch)
+            hidden = self._hidden(step)
             if len(batch.logits_rows) != len(batch.token_ids):
                 hidden = hidden.index_select(0, step.rows)
-            logits = self._head(hidden)
-            return logits.float()
+            return self._head(hidden).float()
         self._replay(batch, size)
         rows = self._out[:sequences]
         if len(batch.logits_rows) != sequences:
@@ -572,14 +572,13 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
             step = self._views(self._static, size, size, 0, 0, self._most_pages())
 
             def run() -> None:
-                hidden, _ = self._hidden(step)
-                self._head(hidden, self._out[:size])
+                self._head(self._hidden(step), self._out[:size])
 
             run()  # compiles kernels, and chooses workspaces, which a capture must not do
             self._graphs[size] = self._card.capture(run)
         self._graphs[size]()
 
-    def _hidden(self, step: _Inputs) -> tuple[Tensor, _Inputs]:
+    def _hidden(self, step: _Inputs) -> Tensor:
         """The states behind the last layer [T, hidden_size], before the final norm.
 
         The same as each ``run_layer`` in turn; a layer's last sum and the next norm are one kernel.
@@ -596,7 +595,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
                 x, normed = kernels.add_rms_norm(x, out, layers[at + 1].attn_norm, eps)
             else:
                 x = x + out
-        return x, step
+        return x
 
     def _head(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         model = self._opened()
@@ -732,14 +731,15 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
     ) -> _Inputs:
         """The inputs in a tensor on the device that ``_packed`` has filled.
 
-        singles: whether a sequence has one token in this step.
+        most_pages: upper limit of the block table's width. singles: whether a sequence has one
+        token in this step.
         """
         sizes = [1, tokens, tokens, tokens, tokens, sequences + 1, sequences, rows, 2 * blocks]
         *starts, end = _starts(sizes)
         width, ids, sources, rope_rows, slots, rows_at, lengths, at, in_blocks = (
             buffer[start : start + size] for start, size in zip(starts, sizes, strict=True)
         )
-        table = buffer[end:]
+        table = buffer[end : end + sequences * most_pages]
         spec = self.kv_cache_spec
         splits = self._kernels.splits(sequences, spec.num_kv_heads, self._card.processors)
         cos, sin = tables or self._table
@@ -756,7 +756,6 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
                 starts=rows_at,
                 blocks=in_blocks.view(-1, 2) if blocks else None,
                 page_size=spec.page_size,
-                most_pages=most_pages,
                 splits=splits if singles else 0,
             ),
             cos=cos,

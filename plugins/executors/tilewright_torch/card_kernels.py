@@ -35,7 +35,8 @@ class Context:
     """What attention reads of a step's B sequences. Tensors are int32 on the device."""
 
     table: Tensor
-    """[B * width] pages of each sequence; width is what ``width`` holds on the device."""
+    """Pages of each sequence, the first B * width of these numbers; width is what ``width`` holds
+    on the device."""
     width: Tensor
     """[1]"""
     lengths: Tensor
@@ -46,8 +47,6 @@ class Context:
     """[N, 2] sequence and first query of each block of ``QUERY_BLOCK`` queries of the dtype that
     attention computes in, for sequences with several queries; None in a step without them."""
     page_size: int
-    most_pages: int
-    """Upper limit of the width, known when the step is prepared."""
     splits: int
     """Parts that the context of a sequence with one query is divided into; 0: no such sequence."""
 
@@ -593,7 +592,7 @@ def one_row_kernel(
 
 
 ONE_ROW_CONFIGS = ((1, 1024, 4), (2, 1024, 4), (4, 512, 4), (2, 2048, 8))
-"""Weight rows of a program, columns of one iteration, and warps: what ``tuned`` chooses from."""
+"""Weight rows of a program, columns of one iteration, and warps: what ``tune`` chooses from."""
 
 _chosen: dict[tuple[object, ...], tuple[int, int, int]] = {}
 """The fastest of them by device, dtype and shape of the weight."""

@@ -92,7 +92,6 @@ class Sequences:
             **dict(zip(names, tensors, strict=True)),
             blocks=query_blocks,
             page_size=self.page_size,
-            most_pages=self.width,
             splits=splits if 1 in self.new else 0,
         )
 
