@@ -113,7 +113,7 @@ class Card(Protocol):
 
 
 _capturing = Lock()
-"""torch captures one graph at a time in a process."""
+"""torch captures one graph at a time in a process, and frees no memory meanwhile."""
 
 
 @cache
@@ -166,8 +166,9 @@ class CudaCard:
         return graph.replay
 
     def release(self) -> None:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        with _capturing:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
 
 def card_number(device: str) -> int:
