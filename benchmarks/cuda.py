@@ -12,6 +12,7 @@ on. `--device cpu --tiny` runs this script itself without a device; its figures 
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of each text (64)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    faulthandler.enable()
     with tempfile.TemporaryDirectory() as folder:
         importable(Path(folder), args.wheels, args.device == "cpu")
         needed = ("torch", "transformers", "pluggy", "attrs", "cattrs", "safetensors", "tokenizers")

@@ -736,25 +736,25 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         token in this step.
         """
         sizes = [1, tokens, tokens, tokens, tokens, sequences + 1, sequences, rows, 2 * blocks]
-        *starts, end = _starts(sizes)
-        width, ids, sources, rope_rows, slots, rows_at, lengths, at, in_blocks = (
-            buffer[start : start + size] for start, size in zip(starts, sizes, strict=True)
+        *places, end = _starts(sizes)
+        width, token_ids, sources, rope_rows, slots, starts, lengths, logits_rows, in_blocks = (
+            buffer[at : at + size] for at, size in zip(places, sizes, strict=True)
         )
         table = buffer[end : end + sequences * most_pages]
         spec = self.kv_cache_spec
         splits = self._kernels.splits(sequences, spec.num_kv_heads, self._card.processors)
         cos, sin = tables or self._table
         return _Inputs(
-            tokens=ids,
+            tokens=token_ids,
             sources=sources,
             rope_rows=rope_rows,
             slots=slots,
-            rows=at,
+            rows=logits_rows,
             context=self._kernels.Context(
                 table=table,
                 width=width,
                 lengths=lengths,
-                starts=rows_at,
+                starts=starts,
                 blocks=in_blocks.view(-1, 2) if blocks else None,
                 page_size=spec.page_size,
                 splits=splits if singles else 0,

@@ -13,7 +13,7 @@ from attrs import evolve
 from card_on_cpu import Card, Plugin
 from contract_executors import demo_model, make_runner, outcomes, requests, run
 
-from tilewright import LLMEngine, RuntimeConfig
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.errors import (
     ExecutorError,
     ExecutorLostError,
@@ -520,7 +520,9 @@ def texts_of_demo(_=None):
     runtime = RuntimeConfig(weight_dtype="float32", total_pages=64, device="cuda")
     with LLMEngine.from_plugins() as engine:
         engine.init_model("demo", DEMO_MODEL, runtime)
-        return [r.token_ids for r in engine.generate_batch("demo", [TRUTHS, WHEN, PEOPLE])]
+        greedy = GenerateConfig(temperature=0.0, max_new_tokens=24)
+        results = engine.generate_batch("demo", [TRUTHS, WHEN, PEOPLE], greedy)
+        return [result.token_ids for result in results]
 
 
 @pytest.mark.cuda
