@@ -360,6 +360,8 @@ def products(executor: Any, batches: Sequence[int], device: Any) -> None:
     kernels, allowed = executor._kernels, torch.backends.cuda.matmul
     kept = allowed.allow_bf16_reduced_precision_reduction
     FIGURES["products"] = []
+    for key, config in getattr(kernels, "_chosen", {}).items():
+        print(f"one row times {key[1:]}: rows, columns, warps, stages {config}")
     for weights in projections(executor._opened()):
         count, columns = weights[0].shape
         for rows in batches:

@@ -22,7 +22,8 @@ POINTER = "*"
 
 
 def compiled(capability, kernel, signature, constants, warps, stages=3):
-    """Bytes of shared memory of a kernel, as it is compiled for pointers that torch allocates."""
+    """Bytes of shared memory of a kernel, as it is compiled for pointers that torch allocates, and
+    for whole numbers that 16 divides."""
     names = list(kernel.arg_names)
     source = ASTSource(
         kernel,
@@ -31,7 +32,7 @@ def compiled(capability, kernel, signature, constants, warps, stages=3):
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in signature.items()
-            if kind.startswith(POINTER)
+            if kind.startswith(POINTER) or kind == "i32"
         },
     )
     target = GPUTarget("cuda", capability, 32)
@@ -87,13 +88,11 @@ def variants():
             yield what, kernels.rotate_kernel, {**signature, "eps": "fp32"}, fixed, 1
         signature, fixed = {"gate_up": name, "out": name}, {"SIZE": 17408, "BLOCK": 1024}
         yield f"silu {NAMES[dtype]}", kernels.silu_kernel, signature, fixed, 4
-        for (rows, block, warps), biased, even in product(
-            kernels.ONE_ROW_CONFIGS, (False, True), (False, True)
-        ):
+        for (rows, block, warps, stages), even in product(kernels.ONE_ROW_CONFIGS, (False, True)):
             signature = dict.fromkeys(("x", "weight", "bias", "out"), name)
             signature |= {"columns": "i32", "count": "i32"}
-            fixed = {"BIASED": biased, "EVEN": even, "ROWS": rows, "BLOCK": block}
-            what = f"one row {NAMES[dtype]} {rows} by {block}"
+            fixed = {"BIASED": even, "EVEN": even, "ROWS": rows, "BLOCK": block, "STAGES": stages}
+            what = f"one row {NAMES[dtype]} {rows} by {block} in {stages} stages"
             yield what, kernels.one_row_kernel, signature, fixed, warps
 
 

@@ -569,13 +569,14 @@ def one_row_kernel(
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program i: weight rows i * ROWS to (i + 1) * ROWS, times x. Sums are float32."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < count
     start = weight + rows.to(tl.int64)[:, None] * columns
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(0, columns, BLOCK):
+    for first in tl.range(0, columns, BLOCK, num_stages=STAGES):
         at = first + tl.arange(0, BLOCK)
         if EVEN:
             w = tl.load(start + at[None, :])
@@ -591,10 +592,22 @@ def one_row_kernel(
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=valid)
 
 
-ONE_ROW_CONFIGS = ((1, 1024, 4), (2, 1024, 4), (4, 512, 4), (2, 2048, 8))
-"""Weight rows of a program, columns of one iteration, and warps: what ``tune`` chooses from."""
+OneRowConfig = tuple[int, int, int, int]
+"""Weight rows of a program, columns of one iteration, warps, and iterations in flight."""
 
-_chosen: dict[tuple[object, ...], tuple[int, int, int]] = {}
+ONE_ROW_CONFIGS: tuple[OneRowConfig, ...] = (
+    (1, 1024, 4, 1),
+    (2, 1024, 4, 1),
+    (4, 512, 4, 1),
+    (2, 2048, 8, 1),
+    (4, 1024, 8, 1),
+    (8, 512, 8, 1),
+    (2, 1024, 4, 3),
+    (4, 512, 4, 4),
+)
+"""What ``tune`` chooses from."""
+
+_chosen: dict[tuple[object, ...], OneRowConfig] = {}
 """The fastest of them by device, dtype and shape of the weight."""
 
 
@@ -613,9 +626,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
 
 
 def one_row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, config: tuple[int, int, int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, config: OneRowConfig
 ) -> None:
-    rows, block, warps = config
+    rows, block, warps, stages = config
     count, columns = weight.shape
     one_row_kernel[triton.cdiv(count, rows),](
         x,
@@ -628,6 +641,7 @@ def one_row(
         EVEN=columns % block == 0 and count % rows == 0,
         ROWS=rows,
         BLOCK=block,
+        STAGES=stages,
         num_warps=warps,
     )
 
@@ -648,7 +662,7 @@ def tune(
     for config in ONE_ROW_CONFIGS:
         one_row(x, weights[0], None, out, config)  # compiles
 
-        def all_of_them(config: tuple[int, int, int] = config) -> None:
+        def all_of_them(config: OneRowConfig = config) -> None:
             for weight in weights:
                 one_row(x, weight, None, out, config)
 

@@ -205,8 +205,7 @@ def test_silu_is_rounded_before_it_is_multiplied(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns"), [(8, 2048), (7, 50)])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "biased"), [(8, 2048, False), (7, 50, True)])
 def test_one_row_times_a_weight(dtype, rows, columns, biased):
     x, weight = random(1, columns, dtype=dtype), random(rows, columns, dtype=dtype) / columns**0.5
     bias = random(rows, dtype=dtype) if biased else None
