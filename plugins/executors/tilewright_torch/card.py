@@ -416,7 +416,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         self._graphs: dict[int, Callable[[], None]] = {}
         self._table = self._rotary_table(max_seq_len)
         config, largest = model.config, self._sizes[-1]
-        self._sampled = self._zeros(max(largest, 64), dtype=torch.int64)
+        self._sampled = self._zeros(largest + MOST_SCORED_ROWS, dtype=torch.int64)
         """The tokens that the step before has sampled, by row of logits."""
         self._static = self._zeros(_length(largest, largest, self._most_pages()), dtype=torch.int32)
         """The inputs of captured steps."""

@@ -363,6 +363,16 @@ def test_a_card_that_is_not_there_is_refused(small, cards, device, count, messag
         created(small, device)
 
 
+def test_a_driver_that_fails_is_named(small, cards, monkeypatch):
+    def failing():
+        raise RuntimeError("The NVIDIA driver on your system is too old\nmore lines")
+
+    cards(1)
+    monkeypatch.setattr(torch.cuda, "init", failing)
+    with pytest.raises(ExecutorError, match=r"cannot be used \(The NVIDIA driver .* too old\): ch"):
+        created(small, "cuda")
+
+
 def test_a_card_that_is_too_old_is_refused(small, cards):
     cards(1, (7, 5))
     with pytest.raises(ExecutorError, match=r"capability 8\.0 or later, found 7\.5 .*Some Card"):

@@ -219,6 +219,37 @@ def test_one_row_times_a_weight(dtype, rows, columns, biased):
         close(out, expected.to(dtype))
 
 
+def test_the_fastest_product_of_one_row_is_chosen(monkeypatch):
+    weights, launched = [random(8, 32, seed=i).to(DEVICE) for i in range(3)], []
+    monkeypatch.setattr(card_kernels, "_chosen", {})
+    monkeypatch.setattr(
+        card_kernels, "one_row", lambda x, weight, bias, out, config: launched.append(config)
+    )
+
+    class Event:
+        """A config takes the longer, the further it is from the third one."""
+
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.config = launched[-1]
+
+        synchronize = record
+
+        def elapsed_time(self, other):
+            return abs(card_kernels.ONE_ROW_CONFIGS.index(other.config) - 2)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    captured = []
+    card_kernels.tune(weights, lambda run: captured.append(run) or run)
+    assert len(captured) == len(card_kernels.ONE_ROW_CONFIGS)
+    launched.clear()
+    card_kernels.linear(weights[0][:1], weights[1], None)
+    assert launched == [card_kernels.ONE_ROW_CONFIGS[2]]
+    card_kernels.tune(weights, lambda run: pytest.fail("tuned again"))
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_product_may_be_written_to_a_tensor_that_is_there(rows, biased):
