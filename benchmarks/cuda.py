@@ -272,6 +272,8 @@ def our_decode(
         for e, wait in zip(steps.events, waits, strict=False)
         if e.num_decode_tokens == batch and not e.num_prompt_tokens
     ]
+    if not steps_and_waits:
+        raise ValueError("no step decoded the whole batch: raise --new-tokens")
     step = statistics.median(seconds for seconds, _ in steps_and_waits)
     waited = statistics.median(wait for _, wait in steps_and_waits)
     params = SamplingParams(**SAMPLING)
