@@ -587,17 +587,17 @@ def other_checks(device: str) -> list[list[str]]:
         candidate = ["card-on-cpu"]
     checks = [["tilewright", "compare", "--reference", "torch", "--candidate", *candidate]]
     if find_spec("pytest") is None:
-        print("pytest is not installed: the tests of the kernels are left out")
+        print("pytest is not installed: the tests are left out")
         return checks
     tests = ROOT / "tests/plugins/executors"
     quiet = ["pytest", "-q", "-p", "no:cacheprovider"]
-    checks.append([*quiet, "--noconftest", str(tests / "test_card_kernels.py")])
+    for name in ("test_card_kernels.py", "test_card_device.py"):
+        checks.append([*quiet, "--noconftest", str(tests / name)])
     if device == "cpu":
         return checks
     if find_spec("hypothesis") is None:
-        print("hypothesis is not installed: the tests of the executor are left out")
+        print("hypothesis is not installed: `plugins verify` is left out")
         return checks
-    checks.append([*quiet, "-m", "cuda", str(tests / "test_card_executor.py")])
     checks.append(["tilewright", "plugins", "verify", "torch", "-o", f"device={device}"])
     return checks
 

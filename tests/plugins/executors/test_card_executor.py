@@ -1,11 +1,7 @@
-"""The torch executor on a card: graphs, steps in flight, sampling and errors, on a stand-in.
-
-Tests marked ``cuda`` need a device.
-"""
+"""The torch executor on a card: graphs, steps in flight, sampling and errors, on a stand-in."""
 
 import random
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ from attrs import evolve
 from card_on_cpu import Card, Plugin
 from contract_executors import demo_model, make_runner, outcomes, requests, run
 
-from tilewright import GenerateConfig, LLMEngine, RuntimeConfig
+from tilewright import LLMEngine, RuntimeConfig
 from tilewright.errors import (
     ExecutorError,
     ExecutorLostError,
@@ -508,52 +504,3 @@ def test_doctor_says_what_is_missing(cards, monkeypatch):
     assert old.status == "warning"
     assert "8.0 of 16.0 GiB free" in old.found
     assert (broken.status, broken.found) == ("failed", "CUDA error: out of memory")
-
-
-# --- on a device ----------------------------------------------------------------------------------
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_runner_gets_the_texts_of_the_cpu_from_a_device(dtype):
-    found = []
-    for device in ("cpu", "cuda"):
-        runtime = RuntimeConfig(weight_dtype=dtype, total_pages=64, device=device)
-        with LLMEngine.from_plugins() as engine:
-            engine.init_model("demo", DEMO_MODEL, runtime)
-            found.append(outcomes(engine.model("demo"), engine.model("demo").executor, PROMPTS))
-    if dtype == "float32":
-        assert [texts[:3] for texts in found[0]] == [texts[:3] for texts in found[1]]
-
-
-def texts_of_demo(_=None):
-    runtime = RuntimeConfig(weight_dtype="float32", total_pages=64, device="cuda")
-    with LLMEngine.from_plugins() as engine:
-        engine.init_model("demo", DEMO_MODEL, runtime)
-        greedy = GenerateConfig(temperature=0.0, max_new_tokens=24)
-        results = engine.generate_batch("demo", [TRUTHS, WHEN, PEOPLE], greedy)
-        return [result.token_ids for result in results]
-
-
-@pytest.mark.cuda
-def test_closing_gives_the_memory_back():
-    texts_of_demo()  # torch keeps workspaces of cuBLAS
-    before = torch.cuda.memory_allocated()
-    texts_of_demo()
-    assert torch.cuda.memory_allocated() <= before + 2**20
-
-
-@pytest.mark.cuda
-def test_two_models_capture_and_replay_at_the_same_time():
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(texts_of_demo, range(2))
-    assert first == second == texts_of_demo()
-
-
-@pytest.mark.cuda
-def test_graphs_are_captured_again_after_all_were_dropped(small):
-    executor = created(small, "cuda", page_size=8, max_seq_len=64)
-    lengths = [3, 9, 4]
-    found = [decode(executor, lengths, 6) for _ in range(2)]  # allocate_kv drops them
-    assert found == [decode(executor, lengths, 6, graphs=False)] * 2
-    executor.close()
