@@ -19,7 +19,7 @@ from tilewright.types import DTYPES
 from tilewright_torch import plugin
 from tilewright_torch.card import create_on_card
 
-QUERY_BLOCK = 4
+QUERY_BLOCK = {2: 4, 4: 4}
 """Small, so that short prompts fill several blocks."""
 
 
@@ -33,7 +33,7 @@ class Kernels:
             self.__dict__.update(fields)
 
     @staticmethod
-    def tune(weights):
+    def tune(weights, capture):
         pass
 
     @staticmethod
@@ -87,7 +87,7 @@ class Kernels:
         queries = at.starts.long().diff()
         length = at.lengths.long()[sequence]
         position = length - queries[sequence] + row - at.starts.long()[sequence]
-        seen = torch.arange(at.most_pages * size)
+        seen = torch.arange(len(at.table) // len(at.lengths) * size)
         page_at = sequence.unsqueeze(1) * at.width.long() + seen // size
         page = at.table.long()[page_at.clamp(max=len(at.table) - 1)]
         inside = seen <= position.unsqueeze(1)

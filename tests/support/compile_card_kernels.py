@@ -22,7 +22,8 @@ POINTER = "*"
 
 
 def compiled(capability, kernel, signature, constants, warps, stages=3):
-    """Bytes of shared memory of a kernel, as it is compiled for pointers that torch allocates."""
+    """Bytes of shared memory of a kernel, as it is compiled for pointers that torch allocates, and
+    for whole numbers that 16 divides."""
     names = list(kernel.arg_names)
     source = ASTSource(
         kernel,
@@ -31,7 +32,7 @@ def compiled(capability, kernel, signature, constants, warps, stages=3):
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in signature.items()
-            if kind.startswith(POINTER)
+            if kind.startswith(POINTER) or kind == "i32"
         },
     )
     target = GPUTarget("cuda", capability, 32)
@@ -40,7 +41,8 @@ def compiled(capability, kernel, signature, constants, warps, stages=3):
 
 
 def variants():
-    """Each kernel with the arguments of a launch: name, kernel, signature, constants, warps."""
+    """Each kernel with the arguments of a launch: name, kernel, signature, constants, warps, and
+    stages where they matter."""
     shapes = [(128, 5, 8, 0), (256, 2, 4, 1024), (80, 1, 4, 0)]
     for dtype, (head_dim, group, kv_heads, window) in product(NAMES, shapes):
         name, padded = POINTER + NAMES[dtype], max(16, triton.next_power_of_2(head_dim))
@@ -61,11 +63,13 @@ def variants():
             signature = {**read, "out": name, "parts": parts, "sums": parts, "scale": "fp32"}
             fixed = {**constants, "SPLITS": splits, "ROWS": 16}
             what = f"decode attention {NAMES[dtype]} {head_dim} in {splits}"
-            yield what, kernels.decode_attention_kernel, signature, fixed, 4
+            stages = kernels.DECODE_STAGES[dtype.itemsize]
+            yield what, kernels.decode_attention_kernel, signature, fixed, 4, stages
         signature = {**read, "query_blocks": "*i32", "out": name, "scale": "fp32"}
-        fixed = {**constants, "ROWS": kernels.QUERY_BLOCK}
+        fixed = {**constants, "ROWS": kernels.QUERY_BLOCK[dtype.itemsize]}
         what = f"prefill attention {NAMES[dtype]} {head_dim}"
-        yield what, kernels.prefill_attention_kernel, signature, fixed, 4
+        stages = kernels.PREFILL_STAGES[dtype.itemsize]
+        yield what, kernels.prefill_attention_kernel, signature, fixed, 4, stages
     for dtype in NAMES:
         name = POINTER + NAMES[dtype]
         signature = {"parts": "*fp32", "sums": "*fp32", "starts": "*i32", "out": name}
@@ -84,20 +88,18 @@ def variants():
             yield what, kernels.rotate_kernel, {**signature, "eps": "fp32"}, fixed, 1
         signature, fixed = {"gate_up": name, "out": name}, {"SIZE": 17408, "BLOCK": 1024}
         yield f"silu {NAMES[dtype]}", kernels.silu_kernel, signature, fixed, 4
-        for (rows, block, warps), biased, even in product(
-            kernels.ONE_ROW_CONFIGS, (False, True), (False, True)
-        ):
+        for (rows, block, warps, stages), even in product(kernels.ONE_ROW_CONFIGS, (False, True)):
             signature = dict.fromkeys(("x", "weight", "bias", "out"), name)
             signature |= {"columns": "i32", "count": "i32"}
-            fixed = {"BIASED": biased, "EVEN": even, "ROWS": rows, "BLOCK": block}
-            what = f"one row {NAMES[dtype]} {rows} by {block}"
+            fixed = {"BIASED": even, "EVEN": even, "ROWS": rows, "BLOCK": block, "STAGES": stages}
+            what = f"one row {NAMES[dtype]} {rows} by {block} in {stages} stages"
             yield what, kernels.one_row_kernel, signature, fixed, warps
 
 
 def main():
     capability = int(sys.argv[1])
-    for what, kernel, signature, constants, warps in variants():
-        shared = compiled(capability, kernel, signature, constants, warps)
+    for what, kernel, signature, constants, *launch in variants():
+        shared = compiled(capability, kernel, signature, constants, *launch)
         print(f"sm_{capability} {what}: {shared} bytes of shared memory", flush=True)
         if shared > SHARED_BYTES[capability]:
             sys.exit(f"{what} takes {shared} bytes, more than {SHARED_BYTES[capability]}")

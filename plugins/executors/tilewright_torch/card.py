@@ -9,9 +9,12 @@ step finds them.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from importlib.util import find_spec
 from math import prod
+from threading import Lock
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +56,8 @@ MOST_SCORED_ROWS = 256
 LEAST_CAPABILITY = (8, 0)
 """The oldest cards whose tensor cores multiply bfloat16."""
 
-WORKSPACE_BYTES = 2**29
-"""Memory left for cuBLAS, Triton and CUDA graphs."""
+WORKSPACE_BYTES = 2**30
+"""Memory left for cuBLAS, which keeps 32 MiB for each stream, loaded kernels and CUDA graphs."""
 
 OUT_OF_MEMORY = (
     "lower total_pages, max_seq_len or max_batch_tokens, choose a smaller weight_dtype, or another "
@@ -109,13 +112,15 @@ class Card(Protocol):
         ...
 
 
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """torch.cuda.init sets CUDA_MODULE_LOADING, to what CUDA does by itself."""
-    kept = dict(os.environ)
-    yield
-    for name in os.environ.keys() - kept.keys():
-        del os.environ[name]
+_capturing = Lock()
+"""torch captures one graph at a time in a process, and frees no memory meanwhile."""
+
+
+@cache
+def _capture_stream(index: int) -> Any:
+    """The stream on which all models of a device are captured: torch keeps a workspace of cuBLAS
+    for each stream that was ever used."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 class CudaCard:
@@ -124,15 +129,12 @@ class CudaCard:
     def __init__(self, index: int):
         from tilewright_torch import card_kernels
 
-        with _environment_kept():
-            torch.cuda.init()  # type: ignore[no-untyped-call]
         self.device = torch.device("cuda", index)
         self.name = str(self.device)
         self.kernels = card_kernels
         self.processors = torch.cuda.get_device_properties(index).multi_processor_count
-        self._pool: Any = None
-        self._stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        """On which steps are captured; torch's own is of the first card that captures."""
+        self._graphs: WeakSet[Any] = WeakSet()
+        """Those that are left. They share memory, which torch forgets with the last of them."""
 
     def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
@@ -149,22 +151,24 @@ class CudaCard:
         return event
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(
-            graph,
-            pool=self._pool,
-            stream=self._stream,
-            capture_error_mode="thread_local",  # other threads may use the device meanwhile
+        graph, sharing = torch.cuda.CUDAGraph(), next(iter(self._graphs), None)
+        with (
+            _capturing,
+            torch.cuda.graph(
+                graph,
+                pool=sharing.pool() if sharing else None,
+                stream=_capture_stream(self.device.index),
+                capture_error_mode="thread_local",  # other threads may use the device meanwhile
+            ),
         ):
             run()
+        self._graphs.add(graph)
         return graph.replay
 
     def release(self) -> None:
-        self._pool = None
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        with _capturing:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
 
 def card_number(device: str) -> int:
@@ -187,7 +191,15 @@ def card_number(device: str) -> int:
             f"{found if count else 'no card that torch can use'}: "
             "choose another device, or check the driver (`tilewright doctor`)"
         )
-    if (capability := torch.cuda.get_device_capability(index)) < LEAST_CAPABILITY:
+    try:
+        _initialise()
+        capability = torch.cuda.get_device_capability(index)
+    except RuntimeError as error:
+        raise ExecutorError(
+            f"device = {quoted(device)} cannot be used ({_first_line(error)}): check the driver "
+            "(`tilewright doctor`), or choose another device"
+        ) from error
+    if capability < LEAST_CAPABILITY:
         raise ExecutorError(
             f"executor torch needs a card of compute capability "
             f"{_dotted(LEAST_CAPABILITY)} or later, found {_dotted(capability)} on {device} "
@@ -199,6 +211,15 @@ def card_number(device: str) -> int:
             "find: install it (`pip install triton`), or set device = 'cpu'"
         )
     return index
+
+
+def _initialise() -> None:
+    """torch.cuda.init, which in some releases sets a variable to what CUDA does by itself."""
+    name = "CUDA_MODULE_LOADING"
+    found = os.environ.get(name)
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    if found is None:
+        os.environ.pop(name, None)
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -225,7 +246,7 @@ def create_on_card(
         try:
             model = load_on_card(config, layers, weights, dtype, card.device)
             for group in projections(model):
-                card.kernels.tune(group)
+                card.kernels.tune(group, card.capture)
         except torch.OutOfMemoryError as error:
             card.release()
             size = sum(map(prod, expected_tensors(config, layers).values())) * dtype.itemsize
@@ -252,7 +273,7 @@ def _step_bytes(config: ModelConfig, runtime: RuntimeConfig, dtype: torch.dtype)
     heads = config.num_heads + 2 * config.num_kv_heads
     of_token = 5 * config.hidden_size + 2 * heads * config.head_dim + 3 * config.intermediate_size
     scored = MOST_SCORED_ROWS * 3 * 4
-    sampled = runtime.max_batch_size * (dtype.itemsize + 8 * 4)
+    sampled = runtime.max_batch_size * (dtype.itemsize + 16 * 4)
     return (
         runtime.max_batch_tokens * of_token * dtype.itemsize
         + (scored + sampled) * config.vocab_size
@@ -325,27 +346,44 @@ class _Submitted:
                 raise NonFiniteLogitsError(row.request_id, row.position, bad, self.logits.shape[1])
 
 
-@contextmanager
-def _precise() -> Iterator[None]:
-    """Products as the dtype promises: float32 not in TF32, and 16-bit sums in float32.
+class _Precise:
+    """A context in which products are as the dtype promises: float32 ones not in TF32, and sums of
+    16-bit ones in float32.
 
-    Both are settings of the whole process, which are restored.
+    These are settings of the whole process. The last thread that leaves restores them.
     """
-    products = torch.backends.cuda.matmul
-    precision = torch.get_float32_matmul_precision()
-    reduced = (
-        products.allow_bf16_reduced_precision_reduction,
-        products.allow_fp16_reduced_precision_reduction,
-    )
-    torch.set_float32_matmul_precision("highest")
-    products.allow_bf16_reduced_precision_reduction = False
-    products.allow_fp16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        products.allow_bf16_reduced_precision_reduction = reduced[0]
-        products.allow_fp16_reduced_precision_reduction = reduced[1]
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._kept: tuple[str, bool, bool] = ("highest", False, False)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                products = torch.backends.cuda.matmul
+                self._kept = (
+                    torch.get_float32_matmul_precision(),
+                    products.allow_bf16_reduced_precision_reduction,
+                    products.allow_fp16_reduced_precision_reduction,
+                )
+                _set_products("highest", False, False)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                _set_products(*self._kept)
+
+
+def _set_products(float32: str, bfloat16: bool, float16: bool) -> None:
+    torch.set_float32_matmul_precision(float32)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = bfloat16
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = float16
+
+
+_precise = _Precise()
 
 
 class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
@@ -378,7 +416,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         self._graphs: dict[int, Callable[[], None]] = {}
         self._table = self._rotary_table(max_seq_len)
         config, largest = model.config, self._sizes[-1]
-        self._sampled = self._zeros(max(largest, 64), dtype=torch.int64)
+        self._sampled = self._zeros(largest + MOST_SCORED_ROWS, dtype=torch.int64)
         """The tokens that the step before has sampled, by row of logits."""
         self._static = self._zeros(_length(largest, largest, self._most_pages()), dtype=torch.int32)
         """The inputs of captured steps."""
@@ -414,7 +452,11 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         self._graphs.clear()
         self._kv, self._table = [], (torch.empty(0), torch.empty(0))
         self._sampled = self._static = self._out = torch.empty(0)
-        self._card.release()
+        try:
+            self._card.release()
+        except RuntimeError as error:
+            if not is_lost(error):  # a lost device was reported by the step that failed
+                raise
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -511,11 +553,11 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
             or model.config.rope.kind == "dynamic"
             or batch.block_table.shape[1] > self._most_pages()
         ):
-            hidden, step = self._hidden(self._sent(batch))
+            step = self._sent(batch)
+            hidden = self._hidden(step)
             if len(batch.logits_rows) != len(batch.token_ids):
                 hidden = hidden.index_select(0, step.rows)
-            logits = self._head(hidden)
-            return logits.float()
+            return self._head(hidden).float()
         self._replay(batch, size)
         rows = self._out[:sequences]
         if len(batch.logits_rows) != sequences:
@@ -531,14 +573,13 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
             step = self._views(self._static, size, size, 0, 0, self._most_pages())
 
             def run() -> None:
-                hidden, _ = self._hidden(step)
-                self._head(hidden, self._out[:size])
+                self._head(self._hidden(step), self._out[:size])
 
             run()  # compiles kernels, and chooses workspaces, which a capture must not do
             self._graphs[size] = self._card.capture(run)
         self._graphs[size]()
 
-    def _hidden(self, step: _Inputs) -> tuple[Tensor, _Inputs]:
+    def _hidden(self, step: _Inputs) -> Tensor:
         """The states behind the last layer [T, hidden_size], before the final norm.
 
         The same as each ``run_layer`` in turn; a layer's last sum and the next norm are one kernel.
@@ -555,7 +596,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
                 x, normed = kernels.add_rms_norm(x, out, layers[at + 1].attn_norm, eps)
             else:
                 x = x + out
-        return x, step
+        return x
 
     def _head(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         model = self._opened()
@@ -624,11 +665,9 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         self._room_for(batch)
         of_sequence = batch.query_starts.diff()
         several = (of_sequence > 1).nonzero().squeeze(1).tolist()
-        blocks = [
-            (i, first)
-            for i in several
-            for first in range(0, int(of_sequence[i]), self._kernels.QUERY_BLOCK)
-        ]
+        computed = torch.promote_types(self._opened().dtype, torch_dtype(self.kv_cache_spec.dtype))
+        block = self._kernels.QUERY_BLOCK[computed.itemsize]
+        blocks = [(i, first) for i in several for first in range(0, int(of_sequence[i]), block)]
         sequences = len(batch.context_lens)
         buffer = self._send(self._packed(batch, 0, batch.logits_rows.tolist(), blocks))
         return self._views(
@@ -693,31 +732,31 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
     ) -> _Inputs:
         """The inputs in a tensor on the device that ``_packed`` has filled.
 
-        singles: whether a sequence has one token in this step.
+        most_pages: upper limit of the block table's width. singles: whether a sequence has one
+        token in this step.
         """
         sizes = [1, tokens, tokens, tokens, tokens, sequences + 1, sequences, rows, 2 * blocks]
-        *starts, end = _starts(sizes)
-        width, ids, sources, rope_rows, slots, rows_at, lengths, at, in_blocks = (
-            buffer[start : start + size] for start, size in zip(starts, sizes, strict=True)
+        *places, end = _starts(sizes)
+        width, token_ids, sources, rope_rows, slots, starts, lengths, logits_rows, in_blocks = (
+            buffer[at : at + size] for at, size in zip(places, sizes, strict=True)
         )
-        table = buffer[end:]
+        table = buffer[end : end + sequences * most_pages]
         spec = self.kv_cache_spec
         splits = self._kernels.splits(sequences, spec.num_kv_heads, self._card.processors)
         cos, sin = tables or self._table
         return _Inputs(
-            tokens=ids,
+            tokens=token_ids,
             sources=sources,
             rope_rows=rope_rows,
             slots=slots,
-            rows=at,
+            rows=logits_rows,
             context=self._kernels.Context(
                 table=table,
                 width=width,
                 lengths=lengths,
-                starts=rows_at,
+                starts=starts,
                 blocks=in_blocks.view(-1, 2) if blocks else None,
                 page_size=spec.page_size,
-                most_pages=most_pages,
                 splits=splits if singles else 0,
             ),
             cos=cos,
@@ -798,7 +837,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
 
     @contextmanager
     def _on_card(self) -> Iterator[None]:
-        with self.errors(), self._card.active(), _precise():
+        with self.errors(), self._card.active(), _precise:
             yield
 
     @contextmanager
@@ -806,11 +845,11 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         """Raise what the device reports as errors that a user can act on."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise ExecutorError(
-                f"{self.device} has no memory left for a step: {OUT_OF_MEMORY}"
-            ) from error
         except RuntimeError as error:
+            if lacks_memory(error):
+                raise ExecutorError(
+                    f"{self.device} has no memory left for a step: {OUT_OF_MEMORY}"
+                ) from error
             if not is_lost(error):
                 raise
             raise ExecutorLostError(
@@ -825,10 +864,16 @@ def batch_sizes(most: int) -> list[int]:
     return sizes[: next(i for i, size in enumerate(sizes) if size >= most) + 1]
 
 
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch, cuBLAS or Triton says that the device has too little memory."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
 def is_lost(error: RuntimeError) -> bool:
-    """Whether an error of torch is one of the device, after which it does no more work."""
+    """Whether an error is one of the device, after which it does no more work."""
     kind = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, kind) or str(error).startswith("CUDA error")
+    return isinstance(error, kind) or str(error).startswith(("CUDA error", "Triton Error [CUDA]"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,10 @@
 """What ``tilewright doctor`` says about CUDA devices."""
 
 from importlib.util import find_spec
+from pathlib import Path
+from platform import python_version
 from shutil import which
+from sysconfig import get_path
 
 import torch
 
@@ -25,12 +28,14 @@ def checks() -> list[Check]:
 
 
 def _kernels(built: str) -> Check:
-    """Triton compiles the kernels, and builds its launchers with a C compiler."""
+    """Triton compiles the kernels, and builds its launchers in C."""
     missing = []
     if find_spec("triton") is None:
         missing.append("Triton (`pip install triton`)")
     if not any(map(which, ("cc", "gcc", "clang"))):
         missing.append("a C compiler such as gcc")
+    if not Path(get_path("include"), "Python.h").is_file():
+        missing.append(f"the header Python.h of Python {python_version()} (python3-dev)")
     if not missing:
         return Check(name="CUDA", status="ok", found=f"{built}, with Triton")
     lacking = " and ".join(missing)

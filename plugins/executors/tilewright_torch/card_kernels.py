@@ -8,6 +8,7 @@ them. Float32 products are computed in float32, not in TF32.
 The tests run these kernels on the CPU with Triton's interpreter.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class Context:
     """What attention reads of a step's B sequences. Tensors are int32 on the device."""
 
     table: Tensor
-    """[B * width] pages of each sequence; width is what ``width`` holds on the device."""
+    """Pages of each sequence, the first B * width of these numbers; width is what ``width`` holds
+    on the device."""
     width: Tensor
     """[1]"""
     lengths: Tensor
@@ -42,17 +44,22 @@ class Context:
     starts: Tensor
     """[B + 1] first row of each sequence among the step's rows"""
     blocks: Tensor | None
-    """[N, 2] sequence and first query of each block of ``QUERY_BLOCK`` queries, for sequences with
-    several queries; None in a step of decoding sequences."""
+    """[N, 2] sequence and first query of each block of ``QUERY_BLOCK`` queries of the dtype that
+    attention computes in, for sequences with several queries; None in a step without them."""
     page_size: int
-    most_pages: int
-    """Upper limit of the width, known when the step is prepared."""
     splits: int
     """Parts that the context of a sequence with one query is divided into; 0: no such sequence."""
 
 
-QUERY_BLOCK = 64
-"""Queries of one program of prefill attention."""
+QUERY_BLOCK = {2: 64, 4: 16}
+"""Queries of one program of prefill attention, by bytes of a number. More in float32 would not fit
+registers."""
+
+DECODE_STAGES = {2: 5, 4: 2}
+PREFILL_STAGES = {2: 3, 4: 2}
+"""Stages of the loop over keys, by bytes of a number. With these, Triton loads the keys and values
+of one iteration while it multiplies another's, and needs no more shared memory than compute
+capability 8.6 has."""
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -318,9 +325,9 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, at: Context, window: int 
             at.blocks,
             out,
             scale,
-            ROWS=QUERY_BLOCK,
+            ROWS=QUERY_BLOCK[compute.itemsize],
             num_warps=4,
-            num_stages=3,
+            num_stages=PREFILL_STAGES[compute.itemsize],
             **same,
         )
     if at.splits:
@@ -340,7 +347,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, at: Context, window: int 
             SPLITS=at.splits,
             ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
             num_warps=4,
-            num_stages=3,
+            num_stages=DECODE_STAGES[compute.itemsize],
             **same,
         )
         if at.splits > 1:
@@ -562,13 +569,14 @@ def one_row_kernel(
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program i: weight rows i * ROWS to (i + 1) * ROWS, times x. Sums are float32."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < count
     start = weight + rows.to(tl.int64)[:, None] * columns
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(0, columns, BLOCK):
+    for first in tl.range(0, columns, BLOCK, num_stages=STAGES):
         at = first + tl.arange(0, BLOCK)
         if EVEN:
             w = tl.load(start + at[None, :])
@@ -584,10 +592,22 @@ def one_row_kernel(
     tl.store(out + rows, total.to(out.dtype.element_ty), mask=valid)
 
 
-ONE_ROW_CONFIGS = ((1, 1024, 4), (2, 1024, 4), (4, 512, 4), (2, 2048, 8))
-"""Weight rows of a program, columns of one iteration, and warps: what ``tuned`` chooses from."""
+OneRowConfig = tuple[int, int, int, int]
+"""Weight rows of a program, columns of one iteration, warps, and iterations in flight."""
 
-_chosen: dict[tuple[object, ...], tuple[int, int, int]] = {}
+ONE_ROW_CONFIGS: tuple[OneRowConfig, ...] = (
+    (1, 1024, 4, 1),
+    (2, 1024, 4, 1),
+    (4, 512, 4, 1),
+    (2, 2048, 8, 1),
+    (4, 1024, 8, 1),
+    (8, 512, 8, 1),
+    (2, 1024, 4, 3),
+    (4, 512, 4, 4),
+)
+"""What ``tune`` chooses from."""
+
+_chosen: dict[tuple[object, ...], OneRowConfig] = {}
 """The fastest of them by device, dtype and shape of the weight."""
 
 
@@ -598,22 +618,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
     cuBLAS. out: where the result goes.
     """
     if x.shape[0] != 1:
-        if out is None:
-            return F.linear(x, weight, bias)
-        return (
-            torch.addmm(bias, x, weight.t(), out=out)
-            if bias is not None
-            else torch.mm(x, weight.t(), out=out)
-        )
+        made = F.linear(x, weight, bias)
+        return made if out is None else out.copy_(made)
     to = x.new_empty(1, weight.shape[0]) if out is None else out
     one_row(x, weight, bias, to, _chosen.get(_key(weight), ONE_ROW_CONFIGS[1]))
     return to
 
 
 def one_row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, config: tuple[int, int, int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, config: OneRowConfig
 ) -> None:
-    rows, block, warps = config
+    rows, block, warps, stages = config
     count, columns = weight.shape
     one_row_kernel[triton.cdiv(count, rows),](
         x,
@@ -626,26 +641,36 @@ def one_row(
         EVEN=columns % block == 0 and count % rows == 0,
         ROWS=rows,
         BLOCK=block,
+        STAGES=stages,
         num_warps=warps,
     )
 
 
-def tune(weights: list[Tensor]) -> None:
+def tune(
+    weights: list[Tensor], capture: Callable[[Callable[[], None]], Callable[[], None]]
+) -> None:
     """Choose how one row is multiplied with weights of this shape, by trying it on all of them.
 
-    weights: of one shape, on a CUDA device; together they should exceed its cache.
+    weights: of one shape, on a CUDA device; together they should exceed its cache. capture: as in
+    ``tilewright_torch.card.Card``; launches one by one would take longer than the kernels.
     """
     if not weights or _key(weights[0]) in _chosen:
         return
-    x, out = weights[0].new_zeros(1, weights[0].shape[1]), None
-    out = weights[0].new_empty(1, weights[0].shape[0])
+    count, columns = weights[0].shape
+    x, out = weights[0].new_zeros(1, columns), weights[0].new_empty(1, count)
     seconds = {}
     for config in ONE_ROW_CONFIGS:
         one_row(x, weights[0], None, out, config)  # compiles
+
+        def all_of_them(config: OneRowConfig = config) -> None:
+            for weight in weights:
+                one_row(x, weight, None, out, config)
+
+        replay = capture(all_of_them)
+        replay()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for weight in weights:
-            one_row(x, weight, None, out, config)
+        replay()
         end.record()
         end.synchronize()
         seconds[config] = begin.elapsed_time(end)

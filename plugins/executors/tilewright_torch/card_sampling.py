@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from math import inf
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright.sampling import uniform
@@ -16,6 +17,9 @@ from tilewright.types import SamplerRow, SamplingParams
 
 Send = Callable[[Tensor], Tensor]
 """Copies a CPU tensor to the device, without waiting."""
+
+CHUNK = 128
+"""Neighbouring ids whose scores are compared first by their maximum."""
 
 _LOWEST, _HIGHEST = 1e-30, 1e30
 """Limits of the temperature, as in ``tilewright_sampling``."""
@@ -33,10 +37,14 @@ def serves(params: SamplingParams) -> bool:
 
 
 def choose(logits: Tensor, rows: Sequence[SamplerRow | None], send: Send) -> Tensor:
-    """The tokens [L] int64 of logits [L, vocab_size] float32; of a row that is None, any token."""
+    """The tokens [L] int64 of logits [L, vocab_size] float32; of a row that is None, any token.
+
+    Logits that are not finite give tokens of the vocabulary, but no certain ones.
+    """
     vocab_size = logits.shape[1]
-    chosen = logits.argmax(1)
-    for draw, group in _grouped(rows, vocab_size):
+    groups = _grouped(rows, vocab_size)
+    chosen = None
+    for draw, group in groups:
         settings = [
             (
                 i,
@@ -49,11 +57,14 @@ def choose(logits: Tensor, rows: Sequence[SamplerRow | None], send: Send) -> Ten
             for i, row in group
         ]
         numbers = send(torch.tensor(settings, dtype=torch.float64).t().contiguous())
-        places = numbers[0].long()
         most = max(_most(row.params, vocab_size) for _, row in group)
+        if len(group) == len(rows):
+            return draw(logits, numbers[1:].unsqueeze(2), most)
+        places = numbers[0].long()
         tokens = draw(logits.index_select(0, places), numbers[1:].unsqueeze(2), most)
+        chosen = logits.argmax(1) if chosen is None else chosen
         chosen.index_copy_(0, places, tokens)
-    return chosen
+    return logits.argmax(1) if chosen is None else chosen
 
 
 Draw = Callable[[Tensor, Tensor, int], Tensor]
@@ -95,8 +106,7 @@ def _from_all(scores: Tensor, numbers: Tensor, most: int) -> Tensor:
 def _from_most_likely(scores: Tensor, numbers: Tensor, most: int) -> Tensor:
     """The same among the ``most`` most likely tokens, from the most likely to the least."""
     u, temperature, top_k, top_p, min_p = numbers
-    ids = _largest(scores, most)
-    values = scores.gather(1, ids)
+    values, ids = _largest(scores, most)
     weights = _weights(values, values[:, :1], temperature)
     rank = torch.arange(most, device=scores.device)
     weights = torch.where(rank < top_k, weights, 0.0)
@@ -108,15 +118,30 @@ def _from_most_likely(scores: Tensor, numbers: Tensor, most: int) -> Tensor:
     return ids.gather(1, place).squeeze(1)
 
 
-def _largest(scores: Tensor, k: int) -> Tensor:
-    """The ids [R, k] of the k largest scores of each row, largest first, of equal ones the smaller
-    id first: topk itself promises no order, so it gets integers of which no two are equal."""
-    bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    last = scores.shape[1] - 1
-    ids = torch.arange(last, -1, -1, device=scores.device)
-    keys = (ascending.long() << 32) | ids
-    return last - keys.topk(k).values.bitwise_and(0xFFFFFFFF)
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores of each row and their ids, [R, k], largest first, of equal ones the
+    smaller id first.
+
+    The k largest are in the k chunks of ids that have the largest maxima: only those are sorted,
+    where that is much less than all.
+    """
+    size = scores.shape[1]
+    if 2 * k * CHUNK > size:
+        values, ids = _sorted(scores)
+        return values[:, :k], ids[:, :k]
+    chunks = F.pad(scores, (0, -size % CHUNK), value=-inf) if size % CHUNK else scores
+    chunks = chunks.view(len(scores), -1, CHUNK)
+    best = _sorted(chunks.amax(2))[1][:, :k].sort(1).values
+    values, order = _sorted(chunks.gather(1, best.unsqueeze(2).expand(-1, -1, CHUNK)).flatten(1))
+    order = order[:, :k]
+    ids = best.gather(1, order // CHUNK) * CHUNK + order % CHUNK
+    return values[:, :k], ids.clamp(max=size - 1)  # of logits that are not finite
+
+
+def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [R, n], largest first, and their places; 0.0 and -0.0 are equal."""
+    values, places = (scores + 0.0).sort(dim=1, descending=True, stable=True)
+    return values, places
 
 
 def _weights(scores: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
