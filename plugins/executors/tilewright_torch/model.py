@@ -93,7 +93,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         of_tokens, scale = self._angles(batch), self._rope_scale
         slots = batch.slot_mapping.long()
         compiled = None
-        if self._native and len(slots) <= native.MAX_TOKENS:
+        if self._native and len(slots) <= self._native.max_tokens:
             compiled = self._native.step(batch, of_tokens, scale, slots)
         return _Step(
             token_ids=batch.token_ids,

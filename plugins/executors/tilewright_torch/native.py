@@ -28,9 +28,6 @@ from tilewright_torch.linear import Dense, Linear
 from tilewright_torch.quantised import Int4, Int8
 from tilewright_torch.weights import Layer, Model
 
-MAX_TOKENS = 32
-"""Tokens of a step that the compiled path takes, as in step.cpp; with more, oneDNN is faster."""
-
 SOURCE = Path(__file__).with_name("step.cpp")
 
 COMPILERS = ("g++", "c++")
@@ -118,6 +115,8 @@ class Native:
         self._library = library(
             model.dtype, kv[0].key.dtype, isinstance(model.layers[0].q, Int4 | Int8)
         )
+        self.max_tokens: int = self._library.max_tokens()
+        """Tokens of a step, or rows of the head, that it takes: oneDNN is faster with more."""
         self._dtype = model.dtype
         self._kept = model, kv
         self._model = _Model(
@@ -138,7 +137,7 @@ class Native:
         self._head = None if model.head is None else _matrix(model.head)
 
     def step(self, batch: StepBatch, angles: Tensor, scale: float, slots: Tensor) -> Step:
-        """Prepare a step of at most MAX_TOKENS tokens.
+        """Prepare a step of at most ``max_tokens`` tokens.
 
         angles, scale: as ``rope.tables`` takes them. slots: [T] int64.
         """
@@ -172,7 +171,7 @@ class Native:
         """Logits [L, vocab_size] float32 of hidden [L, hidden_size]; None if it does not serve
         the head, or so many rows."""
         tokens = len(hidden)
-        if self._head is None or tokens > MAX_TOKENS:
+        if self._head is None or tokens > self.max_tokens:
             return None
         hidden = hidden.to(self._dtype).contiguous()
         logits = torch.empty(tokens, self._head.rows)
@@ -245,7 +244,7 @@ def library(
     if not built.exists():
         _build([*compiler, *flags, str(SOURCE)], openmp, built)
     loaded = ctypes.CDLL(str(built))
-    loaded.scratch_bytes.restype = _Int
+    loaded.max_tokens.restype = loaded.scratch_bytes.restype = _Int
     loaded.scratch_bytes.argtypes = (_Pointer, _Pointer)
     loaded.run_layers.restype = loaded.run_head.restype = None
     loaded.run_layers.argtypes = (_Pointer, _Pointer, _Int, _Pointer, _Pointer, _Pointer)

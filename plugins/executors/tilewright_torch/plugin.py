@@ -53,7 +53,7 @@ class Options:
     compile: bool = field(
         default=False,
         metadata={
-            "help": "run steps of up to 32 tokens in C++ that is compiled when the model is loaded "
+            "help": "run steps of few tokens in C++ that is compiled when the model is loaded "
             "(a second, the first time) and kept in the user's cache; faster, needs a C++ compiler"
         },
     )
