@@ -21,9 +21,9 @@ The two operations of torch were measured to take 50 to 100 times as long in oth
 without vector instructions, and more than twice as long as blocks for many rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -200,15 +200,26 @@ def stored_shapes(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], t
 # --- quantising -----------------------------------------------------------------------------------
 
 
-def int8(weight: Tensor, dtype: torch.dtype) -> Int8:
-    """Quantise a weight [out, in] of any float dtype for a model of a dtype.
+class Rows(Protocol):
+    """A weight [out, in] of any float dtype: a tensor, or a matrix whose rows are read when they
+    are sliced."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+def int8(weight: Rows, dtype: torch.dtype) -> Int8:
+    """Quantise a weight for a model of a dtype.
 
     The scale is a row's largest magnitude over 127, as a number of the dtype.
     """
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], dtype=dtype)
-    step = max(1, _SLAB // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
+    rows, columns = weight.shape
+    values = torch.empty(rows, columns, dtype=torch.int8)
+    scales = torch.empty(rows, dtype=dtype)
+    step = max(1, _SLAB // columns)
+    for start in range(0, rows, step):
         part = weight[start : start + step].float()
         scale = _not_zero((part.abs().amax(1) / 127).to(dtype))
         scales[start : start + step] = scale
@@ -217,10 +228,12 @@ def int8(weight: Tensor, dtype: torch.dtype) -> Int8:
     return Int8(values=values, scales=scales)
 
 
-def int4(weight: Tensor, dtype: torch.dtype, tile: int = TILE) -> Int4:
-    """Quantise a weight [out, in] of any float dtype, in a multiple of GROUP, for a model of a
-    dtype: the scale and zero point of a group are those of a few that leave the least squared
-    error, of numbers of the dtype."""
+def int4(weight: Rows, dtype: torch.dtype, tile: int = TILE) -> Int4:
+    """Quantise a weight, in a multiple of GROUP, for a model of a dtype.
+
+    The scale and zero point of a group are those of a few that leave the least squared error, of
+    numbers of the dtype.
+    """
     rows, columns = weight.shape
 
     def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -10,7 +10,14 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from tilewright.types import ModelConfig, PackedTensor, TensorSource
-from tilewright.weights import EMBEDDING, HEAD, expected_tensors, get_quantised, torch_dtype
+from tilewright.weights import (
+    EMBEDDING,
+    HEAD,
+    StoredRows,
+    expected_tensors,
+    get_quantised,
+    torch_dtype,
+)
 from tilewright_torch import quantised
 from tilewright_torch.linear import Dense, Linear, converted
 from tilewright_torch.quantised import Int4, Int8, Quantised
@@ -196,11 +203,12 @@ def _quantised(
     weights: TensorSource, name: str, kind: str, dtype: torch.dtype, tile: int
 ) -> Quantised:
     """A weight, quantised; int4 with the values of its file where that stores 4 bits."""
+    rows = StoredRows(weights, name)
     if kind == "int8":
-        return quantised.int8(weights.get(name), dtype)
+        return quantised.int8(rows, dtype)
     stored = get_quantised(weights, name)
     found = quantised.kept(stored, dtype, tile) if stored else None
-    return found or quantised.int4(weights.get(name), dtype, tile)
+    return found or quantised.int4(rows, dtype, tile)
 
 
 def _read_quantised(
@@ -210,8 +218,8 @@ def _read_quantised(
     dtype: torch.dtype,
     weight_dtype: str,
 ) -> Mapping[str, Tensor | Quantised]:
-    """One weight at a time, the largest first: each is read in the dtype of its source, which may
-    take as much memory as all that are quantised."""
+    """One weight at a time, the largest first: a source that cannot read some rows of it holds it
+    in its own dtype, which may take as much memory as all that are quantised."""
     expected, tile = expected_tensors(config, layers), quantised.memory_tile()
     packed = any(name.endswith(_SCALES) for name in weights.names())
     kinds = {name: quantised.kind(name, expected[name], weight_dtype) for name in expected}

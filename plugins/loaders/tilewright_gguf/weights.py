@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import DType, ModelConfig, QuantisedTensor, TensorInfo
 from tilewright.weights import EMBEDDING, HEAD, printable
 from tilewright_gguf.header import GgufFile, StoredTensor
+from tilewright_hf.mapped import drop_pages, mapped_tensor
 from tilewright_hf.shards import Opened, ShardedSource
 
 if TYPE_CHECKING:
@@ -105,6 +106,11 @@ class _Shard:
     def read(self, name: str) -> "Tensor":
         values = read(self.file, self.stored[name])
         return self._in_order(name, values)
+
+    def read_rows(self, name: str, start: int, stop: int) -> "Tensor | None":
+        if name in self.heads:
+            return None
+        return read(self.file, _rows(self.stored[name], start, stop))
 
     def read_quantised(self, name: str) -> QuantisedTensor | None:
         stored = read_quantised(self.file, self.stored[name])
@@ -203,10 +209,7 @@ def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
 
     dtype: torch.dtype = getattr(torch, _STORED_AS.get(stored.kind, "float32"))
     if stored.kind in _STORED_AS:
-        flat = torch.frombuffer(
-            file.memory, dtype=dtype, count=stored.nbytes // dtype.itemsize, offset=stored.start
-        )
-        return flat.view(stored.shape)
+        return mapped_tensor(file.memory, dtype, stored.shape, stored.start)
     from gguf.quants import dequantize
 
     columns = stored.shape[-1]
@@ -218,7 +221,20 @@ def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
     with np.errstate(all="ignore"):  # the executor reports scales that are not finite
         for first in range(0, len(rows), step):
             rows[first : first + step] = dequantize(raw[first : first + step], stored.kind)
+    drop_pages(file.memory, stored.start, stored.nbytes)
     return values
+
+
+def _rows(stored: StoredTensor, start: int, stop: int) -> StoredTensor:
+    """Some rows of a tensor as a tensor of their own."""
+    rows, *inner = stored.shape
+    row_bytes = stored.nbytes // rows
+    return evolve(
+        stored,
+        shape=(stop - start, *inner),
+        start=stored.start + start * row_bytes,
+        nbytes=(stop - start) * row_bytes,
+    )
 
 
 _GROUP = 32
@@ -248,6 +264,7 @@ def read_quantised(file: GgufFile, stored: StoredTensor) -> QuantisedTensor | No
         values[part] = torch.from_numpy(whole).view(-1, columns)
         scales[part] = torch.from_numpy(scale).view(-1, columns // _GROUP)
         offsets[part] = torch.from_numpy(offset).view(-1, columns // _GROUP)
+    drop_pages(file.memory, stored.start, stored.nbytes)
     return QuantisedTensor(values=values, scales=scales, offsets=offsets, group=_GROUP)
 
 

@@ -371,7 +371,7 @@ def test_compare_finds_a_weight_that_is_not_the_checkpoints(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantise = quantised.int8
-    monkeypatch.setattr(quantised, "int8", lambda weight, dtype: quantise(weight.flip(0), dtype))
+    monkeypatch.setattr(quantised, "int8", lambda weight, dtype: quantise(weight[:].flip(0), dtype))
     ids = list(prompts(CONFIGS["tied"], [5]))
     candidate = Choice(executor="torch", runtime=RuntimeConfig(weight_dtype="int8"))
     found = compare(models / "tied-bfloat16", Choice(executor="torch"), candidate, ids)
