@@ -28,6 +28,9 @@ PACKED_VERSION = 1
 _SCALES = ".scales"
 """What follows a packed weight's name in that of its scales."""
 
+_SLAB = 2**20
+"""Weights that are converted at a time."""
+
 
 @frozen(kw_only=True)
 class Layer:
@@ -92,7 +95,7 @@ def load(
         read = _read_quantised(config, layers, weights, dtype, weight_dtype)
     else:
         read = {
-            name: (weights.get(name) if stream else weights.get(name).to(dtype)).contiguous()
+            name: (weights.get(name) if stream else _plain(weights, name, dtype)).contiguous()
             for name in expected_tensors(config, layers)
         }
 
@@ -187,8 +190,16 @@ def packed_tensors(
 
 
 def _plain(weights: TensorSource | None, name: str, dtype: torch.dtype) -> Tensor:
+    """In the dtype; converted some rows at a time, so that the source's are not held beside it."""
     assert weights is not None
-    return weights.get(name).to(dtype)
+    info = weights.info(name)
+    if len(info.shape) != 2 or torch_dtype(info.dtype) == dtype:
+        return weights.get(name).to(dtype)
+    stored, tensor = StoredRows(weights, name), torch.empty(info.shape, dtype=dtype)
+    step = max(1, _SLAB // info.shape[1])
+    for start in range(0, info.shape[0], step):
+        tensor[start : start + step] = stored[start : start + step]
+    return tensor
 
 
 def _part(

@@ -1,6 +1,8 @@
 """Weights of 8 and 4 bits: the executor ``torch``, and what reads, writes and compares them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf_files
@@ -303,6 +305,92 @@ def test_quantised_weights_are_not_streamed(models: Path) -> None:
         pytest.raises(ExecutorError, match="cannot stream quantised weights"),
     ):
         engine.init_model("m", models / "tied", runtime)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+LARGE = Qwen3Config(
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+"""65 million weights, half of them in the embedding."""
+
+LOADING = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tilewright import plugins
+from tilewright.loading import InstalledFormats
+from tilewright.types import RuntimeConfig
+from tilewright_gguf import loader as gguf
+from tilewright_hf import loader as hf
+from tilewright_torch import plugin
+
+
+def memory(what):
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(what + ":")[1].split()[0]) * 1024
+
+
+def opened(path):
+    if path.endswith(".gguf"):
+        return gguf.load_model(path, None)
+    return hf.load_model(path, None, InstalledFormats(plugins.new_manager(), {}))
+
+
+def measure(model, weight_dtype):
+    loaded = opened(model)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    runtime = RuntimeConfig(weight_dtype=weight_dtype, kv_dtype="float32", max_seq_len=16)
+    layers = range(loaded.config.num_layers)
+    made = plugin.create_executor(loaded.config, runtime, loaded.weights, layers, None)
+    stored = sum(weight.nbytes for weight in made._opened().weights.values())
+    return stored, memory("VmHWM") - before
+
+
+torch.set_num_threads(1)
+small, *cases = [argument.split("=") for argument in sys.argv[1:]]
+for model, weight_dtype in cases:
+    if os.fork() == 0:
+        measure(small[0], weight_dtype)  # reads the code
+        print(*measure(model, weight_dtype), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_loading_takes_little_more_memory_than_the_weights(models: Path, tmp_path: Path) -> None:
+    model = write_model(LARGE, tmp_path / "wide", "float32")
+    gguf_file = gguf_files.write(model, tmp_path / "model.gguf", gguf_files.Kind.Q8_0)
+    model.bfloat16().save_pretrained(tmp_path / "wide16")
+    cases = [
+        (tmp_path / "wide", "bfloat16"),
+        (tmp_path / "wide16", "int8"),
+        (tmp_path / "wide16", "int4"),
+        (gguf_file, "int8"),
+    ]
+    arguments = [f"{path}={dtype}" for path, dtype in cases]
+    result = subprocess.run(
+        [sys.executable, "-c", LOADING, str(models / "tied"), *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    measured = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    assert len(measured) == len(cases)
+    for case, (stored, grown) in zip(cases, measured, strict=True):
+        assert stored > 40e6
+        assert grown < 1.1 * stored, (case, stored, grown)
 
 
 # --- GGUF -----------------------------------------------------------------------------------------
