@@ -44,7 +44,7 @@ TILE = 64
 _FEW_INT8, _FEW_INT4 = 8, 16
 """Most rows for which torch's operation is faster than block by block."""
 
-_SLAB = 2**16
+_SLAB = 2**17
 """Weights that are quantised at a time, so that what is tried stays in the CPU's cache."""
 
 _SHRUNK = (0.92, 0.84)
@@ -239,10 +239,9 @@ def int4(weight: Rows, dtype: torch.dtype, tile: int = TILE) -> Int4:
     def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         step = TILE * max(1, _SLAB // (TILE * columns))
         for start in range(0, rows, step):
-            part = weight[start : start + step].float()
-            values, scale, zero = _grouped(part.view(-1, GROUP), dtype)
-            of_rows = (len(part), columns // GROUP)
-            yield values.reshape(len(part), columns), scale.view(of_rows), zero.view(of_rows)
+            part = weight[start : start + step].float().t().contiguous()
+            values, scale, zero = _grouped(part.view(-1, GROUP, part.shape[1]), dtype)
+            yield values.view(part.shape), scale, zero
 
     return _tiled(parts, rows, columns, dtype, tile)
 
@@ -255,7 +254,7 @@ def kept(stored: QuantisedTensor, dtype: torch.dtype, tile: int = TILE) -> Int4 
     rows, columns = stored.values.shape
     # float64, so that the zero point of a symmetric group is exactly 0.
     zeros = (stored.offsets.double() + 8 * stored.scales.double()).float()
-    parts = lambda: iter([(stored.values, stored.scales, zeros)])  # noqa: E731
+    parts = lambda: iter([(stored.values.t(), stored.scales.t(), zeros.t())])  # noqa: E731
     return _tiled(parts, rows, columns, dtype, tile)
 
 
@@ -264,9 +263,9 @@ def retiled(weight: Int4, tile: int) -> Int4:
     if weight.tile == tile:
         return weight
     values = torch.cat((weight.values & 15, weight.values >> 4), 2)  # [tiles, in, rows]
-    by_row = values.transpose(1, 2).flatten(0, 1)
+    by_column = values.transpose(0, 1).flatten(1)
     return Int4(
-        values=_packed(by_row, tile), scales=weight.scales, out=weight.out, bias=weight.bias
+        values=_packed(by_column, tile), scales=weight.scales, out=weight.out, bias=weight.bias
     )
 
 
@@ -276,7 +275,7 @@ def memory_tile() -> int:
 
 
 Parts: TypeAlias = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
-"""Values [rows, in], and scales and zero points [rows, in / GROUP], of some rows at a time."""
+"""Values [in, rows], and scales and zero points [in / GROUP, rows], of some rows at a time."""
 
 
 def _tiled(parts: Parts, rows: int, columns: int, dtype: torch.dtype, tile: int) -> Int4:
@@ -285,58 +284,66 @@ def _tiled(parts: Parts, rows: int, columns: int, dtype: torch.dtype, tile: int)
     scales = torch.zeros(columns // GROUP, padded, 2, dtype=dtype)
     start = 0
     for values, scale, zero in parts():
-        stop = start + len(values)
-        scales[:, start:stop, 0], scales[:, start:stop, 1] = scale.t(), zero.t()
-        values = F.pad(values, (0, 0, 0, -len(values) % TILE), value=8)
-        packed[start // tile : (start + len(values)) // tile] = _packed(values, tile)
-        start = stop
+        count = values.shape[1]
+        scales[:, start : start + count, 0], scales[:, start : start + count, 1] = scale, zero
+        values = F.pad(values, (0, -count % TILE), value=8)
+        packed[start // tile : (start + values.shape[1]) // tile] = _packed(values, tile)
+        start += count
     return Int4(values=packed, scales=scales, out=rows)
 
 
 def _packed(values: Tensor, tile: int) -> Tensor:
-    """Values [rows, in] from 0 to 15, rows a multiple of tile, as ``Int4.values``."""
-    low, high = values.to(torch.uint8).view(-1, 2, tile // 2, values.shape[1]).unbind(1)
-    return (low | (high << 4)).transpose(1, 2).contiguous()
-
-
-Tried: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The squared error of each group, its values, its scale and its zero point."""
+    """Values [in, rows] from 0 to 15, rows a multiple of tile, as ``Int4.values``."""
+    low, high = values.to(torch.uint8).reshape(len(values), -1, 2, tile // 2).unbind(2)
+    return (low | (high << 4)).transpose(0, 1).contiguous()
 
 
 def _grouped(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [groups, GROUP], and scales and zero points [groups] as numbers of the dtype, of
-    weights [groups, GROUP] in float32."""
-    weights = weights.t().contiguous()  # operations along groups are vectorised
-    low, high = weights.aminmax(dim=0)
+    """Values, as weights, and scales and zero points [groups, rows] as numbers of the dtype, of
+    weights [groups, GROUP, rows] in float32."""
+    low, high = weights.amin(1), weights.amax(1)
     middle, span = (low + high) / 2, (high - low) / 15
+    exact, rounded = torch.empty_like(weights), torch.empty_like(weights)
+
+    def quantise(scale: Tensor, zero: Tensor) -> Tensor:
+        """Values from -8 to 7, which the next call overwrites."""
+        torch.sub(weights, zero.unsqueeze(1), out=exact).div_(scale.unsqueeze(1))
+        return torch.round(exact, out=rounded).clamp_(-8, 7)
 
     def tried(scale: Tensor, zero: Tensor) -> Tried:
         scale, zero = _not_zero(scale.to(dtype)).float(), zero.to(dtype).float()
-        values = (weights - zero).div_(scale).round_().clamp_(-8, 7)
-        error = torch.addcmul(zero, values, scale).sub_(weights).square_().sum(0)
-        return error, values, scale, zero
+        off = exact.sub_(quantise(scale, zero))
+        return off.square_().sum(1).mul_(scale.square()), scale, zero
 
     best = tried(span, middle + span / 2)
     for part in _SHRUNK:
         best = _better(best, tried(part * span, middle + part * span / 2))
-    _, values, scale, zero = _better(best, tried(*_fitted(weights, best[1])))
-    return values.add_(8).to(torch.uint8).t(), scale, zero
+    fitted = _fitted(weights, quantise(*best[1:]), exact)
+    _, scale, zero = _better(best, tried(*fitted))
+    return quantise(scale, zero).add_(8).to(torch.int8), scale, zero
+
+
+Tried: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""The squared error of each group, its scale and its zero point."""
 
 
 def _better(best: Tried, other: Tried) -> Tried:
     """Of each group, the one with less error."""
     less = other[0] < best[0]
-    error, values, scale, zero = (
+    error, scale, zero = (
         torch.where(less, theirs, ours) for theirs, ours in zip(other, best, strict=True)
     )
-    return error, values, scale, zero
+    return error, scale, zero
 
 
-def _fitted(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and zero point of each group that suit its values best: a linear regression."""
-    mean, level = values.mean(0), weights.mean(0)
-    covariance = (values * weights).mean(0) - mean * level
-    variance = values.square().mean(0) - mean.square()
+def _fitted(weights: Tensor, values: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and zero point of each group that suit its values best: a linear regression.
+
+    products: memory of the same shape, to overwrite.
+    """
+    mean, level = values.sum(1) / GROUP, weights.sum(1) / GROUP
+    covariance = torch.mul(values, weights, out=products).sum(1) / GROUP - mean * level
+    variance = torch.square(values, out=products).sum(1) / GROUP - mean.square()
     scale = covariance / variance.clamp(min=1e-6)
     return scale, level - scale * mean
 
@@ -362,7 +369,7 @@ def _native_tile() -> int | None:
         return None
     values = torch.arange(TILE * GROUP, dtype=torch.int32).mul_(7).remainder_(16).view(TILE, GROUP)
     theirs = torch._convert_weight_to_int4pack_for_cpu(values, 1)
-    return tile if torch.equal(theirs.flatten(), _packed(values, tile).flatten()) else None
+    return tile if torch.equal(theirs.flatten(), _packed(values.t(), tile).flatten()) else None
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -359,31 +359,29 @@ def measure(model, weight_dtype):
 
 
 torch.set_num_threads(1)
-small, *cases = [argument.split("=") for argument in sys.argv[1:]]
-for model, weight_dtype in cases:
+for case in sys.argv[1:]:
+    small, model, weight_dtype = case.split("=")
     if os.fork() == 0:
-        measure(small[0], weight_dtype)  # reads the code
+        measure(small, weight_dtype)  # reads the code
         print(*measure(model, weight_dtype), flush=True)
         os._exit(0)
     os.wait()
 """
 
 
-def test_loading_takes_little_more_memory_than_the_weights(models: Path, tmp_path: Path) -> None:
-    model = write_model(LARGE, tmp_path / "wide", "float32")
-    gguf_file = gguf_files.write(model, tmp_path / "model.gguf", gguf_files.Kind.Q8_0)
-    model.bfloat16().save_pretrained(tmp_path / "wide16")
-    cases = [
-        (tmp_path / "wide", "bfloat16"),
-        (tmp_path / "wide16", "int8"),
-        (tmp_path / "wide16", "int4"),
-        (gguf_file, "int8"),
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    """From a checkpoint in another dtype, from GGUF, and from a converted model."""
+    for name, config in (("small", TIED), ("large", LARGE)):
+        model = write_model(config, tmp_path / name / "float32", "float32")
+        gguf_files.write(model, tmp_path / name / "model.gguf", gguf_files.Kind.Q8_0)
+        model.bfloat16().save_pretrained(tmp_path / name / "bfloat16")
+    cases = [("float32", "bfloat16"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+    cases += [("model.gguf", "int8"), ("model.gguf", "int4")]
+    arguments = [
+        f"{tmp_path / 'small' / path}={tmp_path / 'large' / path}={dtype}" for path, dtype in cases
     ]
-    arguments = [f"{path}={dtype}" for path, dtype in cases]
     result = subprocess.run(
-        [sys.executable, "-c", LOADING, str(models / "tied"), *arguments],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", LOADING, *arguments], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     measured = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
