@@ -105,23 +105,32 @@ class _Shard:
 
     def read(self, name: str) -> "Tensor":
         values = read(self.file, self.stored[name])
+        self._drop(name)
         return self._in_order(name, values)
 
     def read_rows(self, name: str, start: int, stop: int) -> "Tensor | None":
         if name in self.heads:
             return None
-        return read(self.file, _rows(self.stored[name], start, stop))
+        rows = read(self.file, _rows(self.stored[name], start, stop))
+        self._drop(name)
+        return rows
 
     def read_quantised(self, name: str) -> QuantisedTensor | None:
         stored = read_quantised(self.file, self.stored[name])
         if stored is None:
             return None
+        self._drop(name)
         return QuantisedTensor(
             values=self._in_order(name, stored.values),
             scales=self._in_order(name, stored.scales),
             offsets=self._in_order(name, stored.offsets),
             group=stored.group,
         )
+
+    def _drop(self, name: str) -> None:
+        """A tensor's pages: all of them, since reading one may map up to 2 MiB around it."""
+        stored = self.stored[name]
+        drop_pages(self.file.memory, stored.start, stored.nbytes)
 
     def _in_order(self, name: str, rows: "Tensor") -> "Tensor":
         return _split_pairs(rows, self.heads[name]) if name in self.heads else rows
@@ -221,7 +230,6 @@ def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
     with np.errstate(all="ignore"):  # the executor reports scales that are not finite
         for first in range(0, len(rows), step):
             rows[first : first + step] = dequantize(raw[first : first + step], stored.kind)
-    drop_pages(file.memory, stored.start, stored.nbytes)
     return values
 
 
@@ -264,7 +272,6 @@ def read_quantised(file: GgufFile, stored: StoredTensor) -> QuantisedTensor | No
         values[part] = torch.from_numpy(whole).view(-1, columns)
         scales[part] = torch.from_numpy(scale).view(-1, columns // _GROUP)
         offsets[part] = torch.from_numpy(offset).view(-1, columns // _GROUP)
-    drop_pages(file.memory, stored.start, stored.nbytes)
     return QuantisedTensor(values=values, scales=scales, offsets=offsets, group=_GROUP)
 
 

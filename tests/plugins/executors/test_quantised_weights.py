@@ -1,6 +1,7 @@
 """Weights of 8 and 4 bits: the executor ``torch``, and what reads, writes and compares them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -365,16 +366,18 @@ for case in sys.argv[1:]:
         measure(small, weight_dtype)  # reads the code
         print(*measure(model, weight_dtype), flush=True)
         os._exit(0)
-    os.wait()
+    assert os.wait()[1] == 0
 """
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
     """From a checkpoint in another dtype, from GGUF, and from a converted model."""
     for name, config in (("small", TIED), ("large", LARGE)):
-        model = write_model(config, tmp_path / name / "float32", "float32")
-        gguf_files.write(model, tmp_path / name / "model.gguf", gguf_files.Kind.Q8_0)
-        model.bfloat16().save_pretrained(tmp_path / name / "bfloat16")
+        folder = tmp_path / name
+        model = write_model(config, folder / "float32", "float32")
+        gguf_files.write(model, folder / "model.gguf", gguf_files.Kind.Q8_0)
+        shutil.copytree(folder / "float32", folder / "bfloat16")
+        model.bfloat16().save_pretrained(folder / "bfloat16")
     cases = [("float32", "bfloat16"), ("bfloat16", "int8"), ("bfloat16", "int4")]
     cases += [("model.gguf", "int8"), ("model.gguf", "int4")]
     arguments = [
