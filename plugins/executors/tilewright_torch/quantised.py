@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from attrs import field, frozen
 from torch import Tensor
 
+from tilewright.kv_storage import zeros
 from tilewright.types import QuantisedTensor
 from tilewright.weights import EMBEDDING, HEAD
 from tilewright_torch.linear import BLOCK_BYTES, has_native, onednn
@@ -44,7 +45,7 @@ TILE = 64
 _FEW_INT8, _FEW_INT4 = 8, 16
 """Most rows for which torch's operation is faster than block by block."""
 
-_SLAB = 2**17
+_SLAB_INT8, _SLAB_INT4 = 2**16, 2**17
 """Weights that are quantised at a time, so that what is tried stays in the CPU's cache."""
 
 _SHRUNK = (0.92, 0.84)
@@ -199,6 +200,9 @@ def stored_shapes(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], t
 
 # --- quantising -----------------------------------------------------------------------------------
 
+# Results are mapped (``zeros``): those that malloc puts between temporaries keep it from using the
+# memory of these again.
+
 
 class Rows(Protocol):
     """A weight [out, in] of any float dtype: a tensor, or a matrix whose rows are read when they
@@ -216,15 +220,18 @@ def int8(weight: Rows, dtype: torch.dtype) -> Int8:
     The scale is a row's largest magnitude over 127, as a number of the dtype.
     """
     rows, columns = weight.shape
-    values = torch.empty(rows, columns, dtype=torch.int8)
-    scales = torch.empty(rows, dtype=dtype)
-    step = max(1, _SLAB // columns)
+    values = zeros((rows, columns), torch.int8)
+    scales = zeros((rows,), dtype)
+    step = max(1, _SLAB_INT8 // columns)
+    wide, scaled = torch.empty(2, step, columns)
     for start in range(0, rows, step):
-        part = weight[start : start + step].float()
-        scale = _not_zero((part.abs().amax(1) / 127).to(dtype))
-        scales[start : start + step] = scale
-        scaled = part / scale.float().unsqueeze(1)
-        values[start : start + step] = scaled.round_().clamp_(-127, 127)
+        count = min(step, rows - start)
+        part = wide[:count].copy_(weight[start : start + count])
+        largest = torch.abs(part, out=scaled[:count]).amax(1)
+        scale = _not_zero((largest / 127).to(dtype))
+        scales[start : start + count] = scale
+        torch.div(part, scale.float().unsqueeze(1), out=scaled[:count])
+        values[start : start + count] = scaled[:count].round_().clamp_(-127, 127)
     return Int8(values=values, scales=scales)
 
 
@@ -237,11 +244,14 @@ def int4(weight: Rows, dtype: torch.dtype, tile: int = TILE) -> Int4:
     rows, columns = weight.shape
 
     def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        step = TILE * max(1, _SLAB // (TILE * columns))
+        step = TILE * max(1, _SLAB_INT4 // (TILE * columns))
+        memory = torch.empty(3, columns * step)
         for start in range(0, rows, step):
-            part = weight[start : start + step].float().t().contiguous()
-            values, scale, zero = _grouped(part.view(-1, GROUP, part.shape[1]), dtype)
-            yield values.view(part.shape), scale, zero
+            count = min(step, rows - start)
+            part, exact, rounded = memory[:, : columns * count].view(3, -1, GROUP, count)
+            part.view(columns, count).copy_(weight[start : start + count].t())
+            values, scale, zero = _grouped(part, exact, rounded, dtype)
+            yield values.view(columns, count), scale, zero
 
     return _tiled(parts, rows, columns, dtype, tile)
 
@@ -280,8 +290,8 @@ Parts: TypeAlias = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
 
 def _tiled(parts: Parts, rows: int, columns: int, dtype: torch.dtype, tile: int) -> Int4:
     padded = -(-rows // TILE) * TILE
-    packed = torch.empty(padded // tile, columns, tile // 2, dtype=torch.uint8)
-    scales = torch.zeros(columns // GROUP, padded, 2, dtype=dtype)
+    packed = zeros((padded // tile, columns, tile // 2), torch.uint8)
+    scales = zeros((columns // GROUP, padded, 2), dtype)
     start = 0
     for values, scale, zero in parts():
         count = values.shape[1]
@@ -298,12 +308,16 @@ def _packed(values: Tensor, tile: int) -> Tensor:
     return (low | (high << 4)).transpose(0, 1).contiguous()
 
 
-def _grouped(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped(
+    weights: Tensor, exact: Tensor, rounded: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Values, as weights, and scales and zero points [groups, rows] as numbers of the dtype, of
-    weights [groups, GROUP, rows] in float32."""
+    weights [groups, GROUP, rows] in float32.
+
+    exact, rounded: memory of the same shape, to overwrite.
+    """
     low, high = weights.amin(1), weights.amax(1)
     middle, span = (low + high) / 2, (high - low) / 15
-    exact, rounded = torch.empty_like(weights), torch.empty_like(weights)
 
     def quantise(scale: Tensor, zero: Tensor) -> Tensor:
         """Values from -8 to 7, which the next call overwrites."""

@@ -9,6 +9,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from tilewright.kv_storage import zeros
 from tilewright.types import ModelConfig, PackedTensor, TensorSource
 from tilewright.weights import (
     EMBEDDING,
@@ -190,13 +191,16 @@ def packed_tensors(
 
 
 def _plain(weights: TensorSource | None, name: str, dtype: torch.dtype) -> Tensor:
-    """In the dtype; converted some rows at a time, so that the source's are not held beside it."""
+    """A tensor in the dtype. A matrix of another is converted some rows at a time, so that it is
+    not held beside its source; vectors are copied, since a file's pages hold more than them."""
     assert weights is not None
     info = weights.info(name)
-    if len(info.shape) != 2 or torch_dtype(info.dtype) == dtype:
-        return weights.get(name).to(dtype)
-    stored, tensor = StoredRows(weights, name), torch.empty(info.shape, dtype=dtype)
-    step = max(1, _SLAB // info.shape[1])
+    if len(info.shape) == 2 and torch_dtype(info.dtype) == dtype:
+        return weights.get(name)
+    tensor = zeros(info.shape, dtype)
+    if len(info.shape) == 1:
+        return tensor.copy_(weights.get(name))
+    stored, step = StoredRows(weights, name), max(1, _SLAB // info.shape[1])
     for start in range(0, info.shape[0], step):
         tensor[start : start + step] = stored[start : start + step]
     return tensor

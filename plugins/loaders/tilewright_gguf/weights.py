@@ -128,7 +128,6 @@ class _Shard:
         )
 
     def _drop(self, name: str) -> None:
-        """A tensor's pages: all of them, since reading one may map up to 2 MiB around it."""
         stored = self.stored[name]
         drop_pages(self.file.memory, stored.start, stored.nbytes)
 

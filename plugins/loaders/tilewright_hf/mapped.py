@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _MAP_NORESERVE = 0x4000
 """Linux's value on the architectures that torch supports; Python defines it only since 3.13."""
 
+_AROUND = 2**21
+"""Bytes before and after a page that Linux may map with it: a huge page."""
+
 
 def map_file(path: Path) -> mmap.mmap:
     """A whole file. Raises ModelError for one that cannot be read, or holds no weights."""
@@ -56,9 +59,10 @@ def mapped_tensor(
 
 
 def drop_pages(memory: mmap.mmap, start: int, nbytes: int) -> None:
-    """Take bytes of a mapped file out of the process's memory, and whatever shares their pages.
+    """Take bytes of a mapped file out of the process's memory, and what lies around them.
 
     They stay in the file cache, and come back when they are read. Nothing may have written to them.
     """
-    first = start - start % mmap.PAGESIZE
-    memory.madvise(mmap.MADV_DONTNEED, first, start + nbytes - first)
+    first = max(0, start - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = min(len(memory), start + nbytes + _AROUND)
+    memory.madvise(mmap.MADV_DONTNEED, first, end - first)
