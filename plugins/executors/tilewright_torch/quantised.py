@@ -249,7 +249,7 @@ def int4(weight: Rows, dtype: torch.dtype, tile: int = TILE) -> Int4:
         for start in range(0, rows, step):
             count = min(step, rows - start)
             part, exact, rounded = memory[:, : columns * count].view(3, -1, GROUP, count)
-            part.view(columns, count).copy_(weight[start : start + count].t())
+            part.view(columns, count).copy_(weight[start : start + count].t().contiguous())
             values, scale, zero = _grouped(part, exact, rounded, dtype)
             yield values.view(columns, count), scale, zero
 
@@ -368,6 +368,11 @@ def _not_zero(scale: Tensor) -> Tensor:
 
 
 # --- products -------------------------------------------------------------------------------------
+
+
+def has_native_products() -> bool:
+    """Whether torch multiplies few rows of bfloat16 with quantised weights natively here."""
+    return _native_tile() is not None
 
 
 def _fast(x: Tensor, most: int) -> bool:
