@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from tilewright import LLMEngine
 from tilewright.cli import main
-from tilewright.errors import ConfigError, ExecutorError
+from tilewright.errors import ConfigError, ExecutorError, ModelError
 from tilewright.types import RuntimeConfig
 from tilewright.weights import expected_tensors
 from tilewright_compare import Choice, compare
@@ -287,8 +287,13 @@ def test_a_converted_model_has_the_same_logits_and_is_not_quantised_again(
         for function in ("int8", "int4"):
             monkeypatch.setattr(quantised, function, None)
     assert torch.equal(*found)
-    with LLMEngine.from_plugins() as engine, pytest.raises(Exception, match="packed in int"):
+    with LLMEngine.from_plugins() as engine, pytest.raises(ModelError, match="packed in int"):
         engine.init_model("m", out, RuntimeConfig(weight_dtype="bfloat16"))
+    with (
+        LLMEngine.from_plugins(executor="pypto-npu") as engine,
+        pytest.raises(ModelError, match="packed for executor tilewright:torch"),
+    ):
+        engine.init_model("m", out, RuntimeConfig())
 
 
 def test_an_unknown_dtype_is_refused_with_those_that_exist(models: Path) -> None:
