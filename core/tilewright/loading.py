@@ -113,6 +113,7 @@ def make_ready(
     started: when loading began, on time.perf_counter's clock.
     """
     try:
+        _check_owner(selection, loaded)
         runtime = _resolved(selection, asked, loaded)
         loaded = _checked(selection, loaded, runtime)
         executor = _create_executor(selection, observers, model_id, loaded, runtime)
@@ -196,13 +197,17 @@ def _checked(selection: Selection, loaded: LoadedModel, runtime: RuntimeConfig) 
     if loaded.packing is None:
         check_tensors(loaded.weights, loaded.config, loaded.source)
         return loaded
-    executor = selection.plugins["executor"].plugin.qualified
-    if loaded.packing.executor == executor:  # others may not understand it
-        expected, tensors = _packed(selection, loaded, runtime)
-    else:
-        expected, tensors = evolve(loaded.packing, executor=executor), []
+    expected, tensors = _packed(selection, loaded, runtime)
     check_packing(loaded.packing, expected, loaded.source)
     return without(loaded, check_packed(loaded.weights, tensors, loaded.source))
+
+
+def _check_owner(selection: Selection, loaded: LoadedModel) -> None:
+    """Raise ModelError for weights that were packed for another executor, which may have dtypes
+    that this one does not know."""
+    if loaded.packing is not None:
+        executor = selection.plugins["executor"].plugin.qualified
+        check_packing(loaded.packing, evolve(loaded.packing, executor=executor), loaded.source)
 
 
 def _packed(

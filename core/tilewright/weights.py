@@ -283,6 +283,37 @@ def get_quantised(source: TensorSource, name: str) -> QuantisedTensor | None:
     return found
 
 
+def get_rows(source: TensorSource, name: str, start: int, stop: int) -> "Tensor | None":
+    """Rows ``start`` up to ``stop`` of a matrix, from a ``RowSource``; None from others.
+
+    Raises what ``TensorSource.get`` raises.
+    """
+    get = getattr(source, "get_rows", None)
+    rows: Tensor | None = get(name, start, stop) if get else None
+    return rows
+
+
+class StoredRows:
+    """A matrix of a source. Rows are read each time they are sliced, or all rows the first time
+    where the source cannot read a part."""
+
+    def __init__(self, source: TensorSource, name: str):
+        self.shape = source.info(name).shape
+        self._source = source
+        self._name = name
+        self._whole: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "Tensor":
+        """Raises what ``TensorSource.get`` raises."""
+        if self._whole is None:
+            start, stop, _ = rows.indices(self.shape[0])
+            part = get_rows(self._source, self._name, start, stop)
+            if part is not None:
+                return part
+            self._whole = self._source.get(self._name)
+        return self._whole[rows]
+
+
 class NamedSource:
     """A tensor source with other names, or with fewer of them."""
 
@@ -302,6 +333,9 @@ class NamedSource:
 
     def get_quantised(self, name: str) -> QuantisedTensor | None:
         return get_quantised(self._source, self._stored[name])
+
+    def get_rows(self, name: str, start: int, stop: int) -> "Tensor | None":
+        return get_rows(self._source, self._stored[name], start, stop)
 
     def close(self) -> None:
         self._source.close()
@@ -325,17 +359,25 @@ class MeteredSource:
 
     def get(self, name: str) -> "Tensor":
         tensor = self._source.get(name)
-        self._count(name)
+        self._count(name, self._source.info(name).nbytes)
         return tensor
+
+    def get_rows(self, name: str, start: int, stop: int) -> "Tensor | None":
+        part = get_rows(self._source, name, start, stop)
+        if part is not None:
+            info = self._source.info(name)
+            row_bytes = info.nbytes // info.shape[0]
+            self._count(name, row_bytes * (stop - start))
+        return part
 
     def get_quantised(self, name: str) -> QuantisedTensor | None:
         found = get_quantised(self._source, name)
         if found:
-            self._count(name)
+            self._count(name, self._source.info(name).nbytes)
         return found
 
-    def _count(self, name: str) -> None:
-        self._read += self._source.info(name).nbytes
+    def _count(self, name: str, nbytes: int) -> None:
+        self._read += nbytes
         self._on_read(name, self._read, self._total)
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from tilewright.types import (
 )
 from tilewright.weights import (
     MeteredSource,
+    StoredRows,
     check_tensors,
     expected_tensors,
     needed_tensors,
@@ -156,3 +157,32 @@ def test_a_metered_source_reports_bytes_read_and_total() -> None:
     assert metered.get("b") is source.tensors["b"]
     assert metered.get("a") is source.tensors["a"]
     assert heard == [("b", 20, 44), ("a", 44, 44)]
+
+
+def test_rows_of_a_stored_matrix_are_read_alone_where_its_source_can() -> None:
+    source = Dictionary({"a": (4, 2)})
+    whole = torch.arange(8.0).view(4, 2)
+    reads: list[object] = []
+
+    def get(name: str) -> torch.Tensor:
+        reads.append(name)
+        return whole
+
+    source.get = get  # type: ignore[method-assign]
+    rows = StoredRows(source, "a")
+    assert rows.shape == (4, 2)
+    assert torch.equal(rows[1:3], whole[1:3])
+    assert torch.equal(rows[2:9], whole[2:])
+    assert reads == ["a"]
+
+    def get_rows(name: str, start: int, stop: int) -> torch.Tensor:
+        reads.append((start, stop))
+        return whole[start:stop]
+
+    source.get_rows = get_rows  # type: ignore[attr-defined]
+    heard: list[tuple[str, int, int]] = []
+    metered = MeteredSource(source, lambda *event: heard.append(event))
+    rows = StoredRows(metered, "a")
+    assert torch.equal(torch.cat((rows[:3], rows[3:])), whole)
+    assert reads == ["a", (0, 3), (3, 4)]
+    assert heard == [("a", 24, 32), ("a", 32, 32)]

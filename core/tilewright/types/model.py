@@ -154,6 +154,18 @@ class QuantisedSource(TensorSource, Protocol):
         ...
 
 
+class RowSource(TensorSource, Protocol):
+    """A source that can read some rows of a matrix. Optional: see
+    ``tilewright.weights.StoredRows``."""
+
+    def get_rows(self, name: str, start: int, stop: int) -> "Tensor | None":
+        """Rows ``start`` up to ``stop`` of what ``get`` returns; None if that must be read whole.
+
+        Raises what ``get`` raises.
+        """
+        ...
+
+
 @frozen(kw_only=True)
 class TextAssets:
     """Tokenizer and templates, for text to token ids and back."""

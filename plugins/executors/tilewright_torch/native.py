@@ -227,7 +227,7 @@ def library(
     Raises ExecutorError without a compiler, with what the compiler said when it failed, and when
     the folder cannot be written.
     """
-    compiler = _compiler()
+    command = compiler()
     flags = [
         *FLAGS,
         f"-DWEIGHT_DTYPE={_DTYPES[weight_dtype]}",
@@ -235,14 +235,14 @@ def library(
         f"-DQUANTISED={int(quantised)}",
     ]
     openmp = _openmp()
-    key = (SOURCE.read_text(), *compiler, *flags, *openmp, _cpu())
+    key = (SOURCE.read_text(), *command, *flags, *openmp, _cpu())
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
     folder, note = cache_folder("tilewright", "torch")
     if note:
         warnings.warn(f"{note} for the compiled step", PluginWarning, stacklevel=2)
     built = folder / f"step-{digest[:16]}.so"
     if not built.exists():
-        _build([*compiler, *flags, str(SOURCE)], openmp, built)
+        _build([*command, *flags, str(SOURCE)], openmp, built)
     loaded = ctypes.CDLL(str(built))
     loaded.max_tokens.restype = loaded.scratch_bytes.restype = _Int
     loaded.scratch_bytes.argtypes = (_Pointer, _Pointer)
@@ -252,7 +252,7 @@ def library(
     return loaded
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """The command of the C++ compiler: $CXX, or the first of COMPILERS that is installed."""
     asked = shlex.split(os.environ.get("CXX", ""))
     for command in [asked] if asked else [[name] for name in COMPILERS]:

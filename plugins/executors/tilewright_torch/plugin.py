@@ -89,24 +89,9 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def doctor_checks() -> list[Check]:
-    import torch
+    from tilewright_torch import card_checks, cpu_checks
 
-    from tilewright_torch.card_checks import checks
-    from tilewright_torch.linear import has_native
-
-    native = [d for d in ("bfloat16", "float16") if has_native(getattr(torch, d))]
-    found = f"{' and '.join(native)} natively" if native else "float32 only"
-    return [
-        Check(
-            name="matrix products on this CPU",
-            status="ok",
-            found=f"{found}; other 16-bit dtypes are widened to float32 block by block, which is "
-            "as exact, slower in prefill and as fast in decode"
-            if len(native) < 2
-            else found,
-        ),
-        *checks(),
-    ]
+    return [*cpu_checks.checks(), *card_checks.checks()]
 
 
 @hookimpl

@@ -21,15 +21,16 @@ The two operations of torch were measured to take 50 to 100 times as long in oth
 without vector instructions, and more than twice as long as blocks for many rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from attrs import field, frozen
 from torch import Tensor
 
+from tilewright.kv_storage import zeros
 from tilewright.types import QuantisedTensor
 from tilewright.weights import EMBEDDING, HEAD
 from tilewright_torch.linear import BLOCK_BYTES, has_native, onednn
@@ -44,7 +45,7 @@ TILE = 64
 _FEW_INT8, _FEW_INT4 = 8, 16
 """Most rows for which torch's operation is faster than block by block."""
 
-_SLAB = 2**16
+_SLAB_INT8, _SLAB_INT4 = 2**16, 2**17
 """Weights that are quantised at a time, so that what is tried stays in the CPU's cache."""
 
 _SHRUNK = (0.92, 0.84)
@@ -199,37 +200,58 @@ def stored_shapes(kind: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], t
 
 # --- quantising -----------------------------------------------------------------------------------
 
+# Results are mapped (``zeros``): those that malloc puts between temporaries keep it from using the
+# memory of these again.
 
-def int8(weight: Tensor, dtype: torch.dtype) -> Int8:
-    """Quantise a weight [out, in] of any float dtype for a model of a dtype.
+
+class Rows(Protocol):
+    """A weight [out, in] of any float dtype: a tensor, or a matrix whose rows are read when they
+    are sliced."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+def int8(weight: Rows, dtype: torch.dtype) -> Int8:
+    """Quantise a weight for a model of a dtype.
 
     The scale is a row's largest magnitude over 127, as a number of the dtype.
     """
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], dtype=dtype)
-    step = max(1, _SLAB // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        part = weight[start : start + step].float()
-        scale = _not_zero((part.abs().amax(1) / 127).to(dtype))
-        scales[start : start + step] = scale
-        scaled = part / scale.float().unsqueeze(1)
-        values[start : start + step] = scaled.round_().clamp_(-127, 127)
+    rows, columns = weight.shape
+    values = zeros((rows, columns), torch.int8)
+    scales = zeros((rows,), dtype)
+    step = max(1, _SLAB_INT8 // columns)
+    wide, scaled = torch.empty(2, step, columns)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        part = wide[:count].copy_(weight[start : start + count])
+        largest = torch.abs(part, out=scaled[:count]).amax(1)
+        scale = _not_zero((largest / 127).to(dtype))
+        scales[start : start + count] = scale
+        torch.div(part, scale.float().unsqueeze(1), out=scaled[:count])
+        values[start : start + count] = scaled[:count].round_().clamp_(-127, 127)
     return Int8(values=values, scales=scales)
 
 
-def int4(weight: Tensor, dtype: torch.dtype, tile: int = TILE) -> Int4:
-    """Quantise a weight [out, in] of any float dtype, in a multiple of GROUP, for a model of a
-    dtype: the scale and zero point of a group are those of a few that leave the least squared
-    error, of numbers of the dtype."""
+def int4(weight: Rows, dtype: torch.dtype, tile: int = TILE) -> Int4:
+    """Quantise a weight, in a multiple of GROUP, for a model of a dtype.
+
+    The scale and zero point of a group are those of a few that leave the least squared error, of
+    numbers of the dtype.
+    """
     rows, columns = weight.shape
 
     def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        step = TILE * max(1, _SLAB // (TILE * columns))
+        step = TILE * max(1, _SLAB_INT4 // (TILE * columns))
+        memory = torch.empty(3, columns * step)
         for start in range(0, rows, step):
-            part = weight[start : start + step].float()
-            values, scale, zero = _grouped(part.view(-1, GROUP), dtype)
-            of_rows = (len(part), columns // GROUP)
-            yield values.reshape(len(part), columns), scale.view(of_rows), zero.view(of_rows)
+            count = min(step, rows - start)
+            part, exact, rounded = memory[:, : columns * count].view(3, -1, GROUP, count)
+            part.view(columns, count).copy_(weight[start : start + count].t().contiguous())
+            values, scale, zero = _grouped(part, exact, rounded, dtype)
+            yield values.view(columns, count), scale, zero
 
     return _tiled(parts, rows, columns, dtype, tile)
 
@@ -242,7 +264,7 @@ def kept(stored: QuantisedTensor, dtype: torch.dtype, tile: int = TILE) -> Int4 
     rows, columns = stored.values.shape
     # float64, so that the zero point of a symmetric group is exactly 0.
     zeros = (stored.offsets.double() + 8 * stored.scales.double()).float()
-    parts = lambda: iter([(stored.values, stored.scales, zeros)])  # noqa: E731
+    parts = lambda: iter([(stored.values.t(), stored.scales.t(), zeros.t())])  # noqa: E731
     return _tiled(parts, rows, columns, dtype, tile)
 
 
@@ -251,9 +273,9 @@ def retiled(weight: Int4, tile: int) -> Int4:
     if weight.tile == tile:
         return weight
     values = torch.cat((weight.values & 15, weight.values >> 4), 2)  # [tiles, in, rows]
-    by_row = values.transpose(1, 2).flatten(0, 1)
+    by_column = values.transpose(0, 1).flatten(1)
     return Int4(
-        values=_packed(by_row, tile), scales=weight.scales, out=weight.out, bias=weight.bias
+        values=_packed(by_column, tile), scales=weight.scales, out=weight.out, bias=weight.bias
     )
 
 
@@ -263,67 +285,79 @@ def memory_tile() -> int:
 
 
 Parts: TypeAlias = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
-"""Values [rows, in], and scales and zero points [rows, in / GROUP], of some rows at a time."""
+"""Values [in, rows], and scales and zero points [in / GROUP, rows], of some rows at a time."""
 
 
 def _tiled(parts: Parts, rows: int, columns: int, dtype: torch.dtype, tile: int) -> Int4:
     padded = -(-rows // TILE) * TILE
-    packed = torch.empty(padded // tile, columns, tile // 2, dtype=torch.uint8)
-    scales = torch.zeros(columns // GROUP, padded, 2, dtype=dtype)
+    packed = zeros((padded // tile, columns, tile // 2), torch.uint8)
+    scales = zeros((columns // GROUP, padded, 2), dtype)
     start = 0
     for values, scale, zero in parts():
-        stop = start + len(values)
-        scales[:, start:stop, 0], scales[:, start:stop, 1] = scale.t(), zero.t()
-        values = F.pad(values, (0, 0, 0, -len(values) % TILE), value=8)
-        packed[start // tile : (start + len(values)) // tile] = _packed(values, tile)
-        start = stop
+        count = values.shape[1]
+        scales[:, start : start + count, 0], scales[:, start : start + count, 1] = scale, zero
+        values = F.pad(values, (0, -count % TILE), value=8)
+        packed[start // tile : (start + values.shape[1]) // tile] = _packed(values, tile)
+        start += count
     return Int4(values=packed, scales=scales, out=rows)
 
 
 def _packed(values: Tensor, tile: int) -> Tensor:
-    """Values [rows, in] from 0 to 15, rows a multiple of tile, as ``Int4.values``."""
-    low, high = values.to(torch.uint8).view(-1, 2, tile // 2, values.shape[1]).unbind(1)
-    return (low | (high << 4)).transpose(1, 2).contiguous()
+    """Values [in, rows] from 0 to 15, rows a multiple of tile, as ``Int4.values``."""
+    low, high = values.to(torch.uint8).reshape(len(values), -1, 2, tile // 2).unbind(2)
+    return (low | (high << 4)).transpose(0, 1).contiguous()
 
 
-Tried: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The squared error of each group, its values, its scale and its zero point."""
+def _grouped(
+    weights: Tensor, exact: Tensor, rounded: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, as weights, and scales and zero points [groups, rows] as numbers of the dtype, of
+    weights [groups, GROUP, rows] in float32.
 
-
-def _grouped(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [groups, GROUP], and scales and zero points [groups] as numbers of the dtype, of
-    weights [groups, GROUP] in float32."""
-    weights = weights.t().contiguous()  # operations along groups are vectorised
-    low, high = weights.aminmax(dim=0)
+    exact, rounded: memory of the same shape, to overwrite.
+    """
+    low, high = weights.amin(1), weights.amax(1)
     middle, span = (low + high) / 2, (high - low) / 15
+
+    def quantise(scale: Tensor, zero: Tensor) -> Tensor:
+        """Values from -8 to 7, which the next call overwrites."""
+        torch.sub(weights, zero.unsqueeze(1), out=exact).div_(scale.unsqueeze(1))
+        return torch.round(exact, out=rounded).clamp_(-8, 7)
 
     def tried(scale: Tensor, zero: Tensor) -> Tried:
         scale, zero = _not_zero(scale.to(dtype)).float(), zero.to(dtype).float()
-        values = (weights - zero).div_(scale).round_().clamp_(-8, 7)
-        error = torch.addcmul(zero, values, scale).sub_(weights).square_().sum(0)
-        return error, values, scale, zero
+        off = exact.sub_(quantise(scale, zero))
+        return off.square_().sum(1).mul_(scale.square()), scale, zero
 
     best = tried(span, middle + span / 2)
     for part in _SHRUNK:
         best = _better(best, tried(part * span, middle + part * span / 2))
-    _, values, scale, zero = _better(best, tried(*_fitted(weights, best[1])))
-    return values.add_(8).to(torch.uint8).t(), scale, zero
+    fitted = _fitted(weights, quantise(*best[1:]), exact)
+    _, scale, zero = _better(best, tried(*fitted))
+    return quantise(scale, zero).add_(8).to(torch.int8), scale, zero
+
+
+Tried: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""The squared error of each group, its scale and its zero point."""
 
 
 def _better(best: Tried, other: Tried) -> Tried:
     """Of each group, the one with less error."""
     less = other[0] < best[0]
-    error, values, scale, zero = (
+    error, scale, zero = (
         torch.where(less, theirs, ours) for theirs, ours in zip(other, best, strict=True)
     )
-    return error, values, scale, zero
+    return error, scale, zero
 
 
-def _fitted(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and zero point of each group that suit its values best: a linear regression."""
-    mean, level = values.mean(0), weights.mean(0)
-    covariance = (values * weights).mean(0) - mean * level
-    variance = values.square().mean(0) - mean.square()
+def _fitted(weights: Tensor, values: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and zero point of each group that suit its values best: a linear regression.
+
+    products: memory of the same shape, to overwrite.
+    """
+    mean, level = values.sum(1) / GROUP, weights.sum(1) / GROUP
+    covariance = torch.mul(values, weights, out=products).sum(1) / GROUP - mean * level
+    variance = torch.square(values, out=products).sum(1) / GROUP - mean.square()
     scale = covariance / variance.clamp(min=1e-6)
     return scale, level - scale * mean
 
@@ -334,6 +368,11 @@ def _not_zero(scale: Tensor) -> Tensor:
 
 
 # --- products -------------------------------------------------------------------------------------
+
+
+def has_native_products() -> bool:
+    """Whether torch multiplies few rows of bfloat16 with quantised weights natively here."""
+    return _native_tile() is not None
 
 
 def _fast(x: Tensor, most: int) -> bool:
@@ -349,7 +388,7 @@ def _native_tile() -> int | None:
         return None
     values = torch.arange(TILE * GROUP, dtype=torch.int32).mul_(7).remainder_(16).view(TILE, GROUP)
     theirs = torch._convert_weight_to_int4pack_for_cpu(values, 1)
-    return tile if torch.equal(theirs.flatten(), _packed(values, tile).flatten()) else None
+    return tile if torch.equal(theirs.flatten(), _packed(values.t(), tile).flatten()) else None
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:

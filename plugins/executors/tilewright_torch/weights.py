@@ -9,8 +9,16 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from tilewright.kv_storage import zeros
 from tilewright.types import ModelConfig, PackedTensor, TensorSource
-from tilewright.weights import EMBEDDING, HEAD, expected_tensors, get_quantised, torch_dtype
+from tilewright.weights import (
+    EMBEDDING,
+    HEAD,
+    StoredRows,
+    expected_tensors,
+    get_quantised,
+    torch_dtype,
+)
 from tilewright_torch import quantised
 from tilewright_torch.linear import Dense, Linear, converted
 from tilewright_torch.quantised import Int4, Int8, Quantised
@@ -20,6 +28,9 @@ PACKED_VERSION = 1
 
 _SCALES = ".scales"
 """What follows a packed weight's name in that of its scales."""
+
+_SLAB = 2**20
+"""Weights that are converted at a time."""
 
 
 @frozen(kw_only=True)
@@ -85,7 +96,7 @@ def load(
         read = _read_quantised(config, layers, weights, dtype, weight_dtype)
     else:
         read = {
-            name: (weights.get(name) if stream else weights.get(name).to(dtype)).contiguous()
+            name: (weights.get(name) if stream else _plain(weights, name, dtype)).contiguous()
             for name in expected_tensors(config, layers)
         }
 
@@ -180,8 +191,19 @@ def packed_tensors(
 
 
 def _plain(weights: TensorSource | None, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor in the dtype. A matrix of another is converted some rows at a time, so that it is
+    not held beside its source; vectors are copied, since a file's pages hold more than them."""
     assert weights is not None
-    return weights.get(name).to(dtype)
+    info = weights.info(name)
+    if len(info.shape) == 2 and torch_dtype(info.dtype) == dtype:
+        return weights.get(name)
+    tensor = zeros(info.shape, dtype)
+    if len(info.shape) == 1:
+        return tensor.copy_(weights.get(name))
+    stored, step = StoredRows(weights, name), max(1, _SLAB // info.shape[1])
+    for start in range(0, info.shape[0], step):
+        tensor[start : start + step] = stored[start : start + step]
+    return tensor
 
 
 def _part(
@@ -196,11 +218,12 @@ def _quantised(
     weights: TensorSource, name: str, kind: str, dtype: torch.dtype, tile: int
 ) -> Quantised:
     """A weight, quantised; int4 with the values of its file where that stores 4 bits."""
+    rows = StoredRows(weights, name)
     if kind == "int8":
-        return quantised.int8(weights.get(name), dtype)
+        return quantised.int8(rows, dtype)
     stored = get_quantised(weights, name)
     found = quantised.kept(stored, dtype, tile) if stored else None
-    return found or quantised.int4(weights.get(name), dtype, tile)
+    return found or quantised.int4(rows, dtype, tile)
 
 
 def _read_quantised(
@@ -210,8 +233,8 @@ def _read_quantised(
     dtype: torch.dtype,
     weight_dtype: str,
 ) -> Mapping[str, Tensor | Quantised]:
-    """One weight at a time, the largest first: each is read in the dtype of its source, which may
-    take as much memory as all that are quantised."""
+    """One weight at a time, the largest first: a source that cannot read some rows of it holds it
+    in its own dtype, which may take as much memory as all that are quantised."""
     expected, tile = expected_tensors(config, layers), quantised.memory_tile()
     packed = any(name.endswith(_SCALES) for name in weights.names())
     kinds = {name: quantised.kind(name, expected[name], weight_dtype) for name in expected}

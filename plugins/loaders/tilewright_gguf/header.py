@@ -19,8 +19,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from tilewright.errors import ModelError
 from tilewright.weights import printable
-from tilewright_hf.files import check_file, one_line
-from tilewright_hf.shards import no_weights
+from tilewright_hf.files import check_file
+from tilewright_hf.mapped import map_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -32,9 +32,6 @@ MAX_STRING = 2**28
 """Larger numbers indicate damage; reading on would only waste time and memory."""
 
 MAX_DIMENSIONS = 4
-
-_MAP_NORESERVE = 0x4000
-"""Linux's value on the architectures that torch supports; Python defines it only since 3.13."""
 
 _NUMBERS: dict[GGUFValueType, str] = {
     GGUFValueType.UINT8: "<u1",
@@ -84,7 +81,7 @@ def open_file(path: Path) -> GgufFile:
     Raises ModelError for a file that is not GGUF, is damaged, or is shorter than its header says.
     """
     check_file(path)
-    memory = _map(path)
+    memory = map_file(path)
     start = bytes(memory[:8])
     if start[:4] != MAGIC:
         found = f"a file that begins with {start!r}"
@@ -92,23 +89,6 @@ def open_file(path: Path) -> GgufFile:
             found = "a GGML file, which is older: convert the model again, or download a GGUF of it"
         raise ModelError(f"{path}: expected a GGUF file, found {found}")
     return _Header(path, memory).read()
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            if why := no_weights(path):
-                raise ModelError(f"{path}: {why}")
-            # Private and writable, so that torch takes the tensors without a copy or a warning.
-            # Writes never reach the file; a page costs memory only once it is written.
-            return mmap.mmap(
-                file.fileno(),
-                0,
-                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 class _Header:

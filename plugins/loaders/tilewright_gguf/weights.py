@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tilewright.errors import ModelError, listed
 from tilewright.types import DType, ModelConfig, QuantisedTensor, TensorInfo
 from tilewright.weights import EMBEDDING, HEAD, printable
 from tilewright_gguf.header import GgufFile, StoredTensor
+from tilewright_hf.mapped import drop_pages, mapped_tensor
 from tilewright_hf.shards import Opened, ShardedSource
 
 if TYPE_CHECKING:
@@ -104,18 +105,31 @@ class _Shard:
 
     def read(self, name: str) -> "Tensor":
         values = read(self.file, self.stored[name])
+        self._drop(name)
         return self._in_order(name, values)
+
+    def read_rows(self, name: str, start: int, stop: int) -> "Tensor | None":
+        if name in self.heads:
+            return None
+        rows = read(self.file, _rows(self.stored[name], start, stop))
+        self._drop(name)
+        return rows
 
     def read_quantised(self, name: str) -> QuantisedTensor | None:
         stored = read_quantised(self.file, self.stored[name])
         if stored is None:
             return None
+        self._drop(name)
         return QuantisedTensor(
             values=self._in_order(name, stored.values),
             scales=self._in_order(name, stored.scales),
             offsets=self._in_order(name, stored.offsets),
             group=stored.group,
         )
+
+    def _drop(self, name: str) -> None:
+        stored = self.stored[name]
+        drop_pages(self.file.memory, stored.start, stored.nbytes)
 
     def _in_order(self, name: str, rows: "Tensor") -> "Tensor":
         return _split_pairs(rows, self.heads[name]) if name in self.heads else rows
@@ -203,10 +217,7 @@ def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
 
     dtype: torch.dtype = getattr(torch, _STORED_AS.get(stored.kind, "float32"))
     if stored.kind in _STORED_AS:
-        flat = torch.frombuffer(
-            file.memory, dtype=dtype, count=stored.nbytes // dtype.itemsize, offset=stored.start
-        )
-        return flat.view(stored.shape)
+        return mapped_tensor(file.memory, dtype, stored.shape, stored.start)
     from gguf.quants import dequantize
 
     columns = stored.shape[-1]
@@ -219,6 +230,18 @@ def read(file: GgufFile, stored: StoredTensor) -> "Tensor":
         for first in range(0, len(rows), step):
             rows[first : first + step] = dequantize(raw[first : first + step], stored.kind)
     return values
+
+
+def _rows(stored: StoredTensor, start: int, stop: int) -> StoredTensor:
+    """Some rows of a tensor as a tensor of their own."""
+    rows, *inner = stored.shape
+    row_bytes = stored.nbytes // rows
+    return evolve(
+        stored,
+        shape=(stop - start, *inner),
+        start=stored.start + start * row_bytes,
+        nbytes=(stop - start) * row_bytes,
+    )
 
 
 _GROUP = 32

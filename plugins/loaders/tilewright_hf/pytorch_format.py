@@ -80,6 +80,9 @@ class _Shard:
     def read(self, name: str) -> "Tensor":
         return self._loaded[name].detach().contiguous()
 
+    def read_rows(self, name: str, start: int, stop: int) -> "Tensor":
+        return self._loaded[name].detach()[start:stop].contiguous()
+
 
 class PytorchSource(ShardedSource):
     """Tensors of pickles, where two names may refer to the same tensor."""

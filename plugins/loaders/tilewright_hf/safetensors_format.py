@@ -12,8 +12,9 @@ from attrs import field, frozen, validators
 from tilewright.errors import ConfigError, ModelError
 from tilewright.hookspecs import hookimpl
 from tilewright.types import PluginInfo, TensorInfo, TensorSource
-from tilewright.weights import SAFETENSORS_DTYPES
+from tilewright.weights import SAFETENSORS_DTYPES, torch_dtype
 from tilewright_hf.files import check_file, one_line
+from tilewright_hf.mapped import map_file, mapped_tensor
 from tilewright_hf.shards import ShardedSource, no_weights, open_shards, other_sets
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class _Shard:
         check_file(path)
         try:
             self.handle: Any = safe_open(path, "pt", **_backend(backend))
-            self.tensors = _infos(path)
+            self.tensors, self.starts = _header(path)
         except Exception as error:
             if isinstance(error, TypeError) and backend != "mmap":
                 raise ConfigError(
@@ -96,30 +97,44 @@ class _Shard:
                 ) from error
             raise ModelError(f"{path}: {_diagnosis(path, error)}") from error
         self.path = path
+        self.memory = map_file(path) if backend == "mmap" else None
 
     def read(self, name: str) -> "Tensor":
-        tensor: Tensor = self.handle.get_tensor(name)
-        return tensor
+        stored = self.tensors[name]
+        if self.memory is None or stored.dtype not in SAFETENSORS_DTYPES.values():
+            tensor: Tensor = self.handle.get_tensor(name)
+            return tensor
+        dtype = torch_dtype(stored.dtype)
+        return mapped_tensor(self.memory, dtype, stored.shape, self.starts[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> "Tensor":
+        if self.memory is not None:
+            return self.read(name)[start:stop]
+        rows: Tensor = self.handle.get_slice(name)[start:stop]
+        return rows
 
 
 def _backend(backend: str) -> dict[str, str]:
     return {} if backend == "mmap" else {"backend": backend}
 
 
-def _infos(path: Path) -> dict[str, TensorInfo]:
-    """Shapes and sizes from the header of a file that safetensors has validated."""
+def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """The tensors of a file that safetensors has validated, and the offset of each in it."""
     with path.open("rb", buffering=0) as file:  # a buffer would also read tensors
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
     header.pop("__metadata__", None)
-    return {
-        name: TensorInfo(
+    infos, starts = {}, {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        infos[name] = TensorInfo(
             shape=tuple(entry["shape"]),
             dtype=_dtype(entry["dtype"]),
-            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            nbytes=end - start,
             location=str(path),
         )
-        for name, entry in header.items()
-    }
+        starts[name] = 8 + size + start
+    return infos, starts
 
 
 def _dtype(code: str) -> str:

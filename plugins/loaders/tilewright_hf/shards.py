@@ -44,6 +44,10 @@ class Shard(Protocol):
         """May raise any exception; the source adds the file and the tensor."""
         ...
 
+    def read_rows(self, name: str, start: int, stop: int) -> "Tensor | None":
+        """As ``read``, and from row ``start`` up to ``stop`` only; None: not for this tensor."""
+        ...
+
 
 S = TypeVar("S", bound=Shard)
 
@@ -61,7 +65,7 @@ class Opened(Generic[S]):
 
 
 class ShardedSource:
-    """A ``TensorSource`` over open files. Any thread may call ``get``.
+    """A ``RowSource`` over open files. Any thread may call ``get``.
 
     Its names include the tensors that an index names and no file has, since a model may not need
     them; asking for one raises ModelError.
@@ -83,6 +87,10 @@ class ShardedSource:
 
     def get(self, name: str) -> "Tensor":
         tensor: Tensor = self._read(name, lambda shard: shard.read(name))
+        return tensor
+
+    def get_rows(self, name: str, start: int, stop: int) -> "Tensor | None":
+        tensor: Tensor | None = self._read(name, lambda shard: shard.read_rows(name, start, stop))
         return tensor
 
     def _read(self, name: str, read: Callable[[Any], Any]) -> Any:

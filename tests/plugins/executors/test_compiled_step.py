@@ -27,8 +27,8 @@ from test_torch_executor import (  # noqa: F401  collected here too, with option
 from torch import Tensor
 
 from tilewright.errors import ConfigError, ExecutorError
-from tilewright.types import DType
-from tilewright_torch import native
+from tilewright.types import Check, DType
+from tilewright_torch import native, plugin
 from tilewright_torch.plugin import Options
 
 COMPILER = next(filter(None, map(shutil.which, native.COMPILERS)), None)
@@ -239,6 +239,23 @@ def test_without_a_compiler_the_option_is_refused_before_a_weight_is_read(
     monkeypatch.setattr("tilewright_torch.weights.load", lambda *_: pytest.fail("weights read"))
     with pytest.raises(ExecutorError, match=r"needs a C\+\+ compiler, and one of g\+\+, c\+\+"):
         serve(tmp_path)
+
+
+def test_doctor_names_the_compiler_or_says_what_it_would_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> Check:
+        (check,) = (c for c in plugin.doctor_checks() if c.name == "C++ compiler")
+        return check
+
+    fake = tmp_path / "c++"
+    fake.write_text("#!/bin/sh\necho c++ 14.1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    assert found().found.startswith(f"{fake}, c++ 14.1: option compile")
+    fake.unlink()
+    assert (found().status, found().found) == ("ok", "none")
+    assert "apt install g++" in found().advice
 
 
 def test_what_a_compiler_says_is_in_the_error_and_nothing_is_left(

@@ -1,6 +1,9 @@
 """Weights of 8 and 4 bits: the executor ``torch``, and what reads, writes and compares them."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf_files
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from tilewright import LLMEngine
 from tilewright.cli import main
-from tilewright.errors import ConfigError, ExecutorError
+from tilewright.errors import ConfigError, ExecutorError, ModelError
 from tilewright.types import RuntimeConfig
 from tilewright.weights import expected_tensors
 from tilewright_compare import Choice, compare
@@ -284,8 +287,13 @@ def test_a_converted_model_has_the_same_logits_and_is_not_quantised_again(
         for function in ("int8", "int4"):
             monkeypatch.setattr(quantised, function, None)
     assert torch.equal(*found)
-    with LLMEngine.from_plugins() as engine, pytest.raises(Exception, match="packed in int"):
+    with LLMEngine.from_plugins() as engine, pytest.raises(ModelError, match="packed in int"):
         engine.init_model("m", out, RuntimeConfig(weight_dtype="bfloat16"))
+    with (
+        LLMEngine.from_plugins(executor="pypto-npu") as engine,
+        pytest.raises(ModelError, match="packed for executor tilewright:torch"),
+    ):
+        engine.init_model("m", out, RuntimeConfig())
 
 
 def test_an_unknown_dtype_is_refused_with_those_that_exist(models: Path) -> None:
@@ -303,6 +311,92 @@ def test_quantised_weights_are_not_streamed(models: Path) -> None:
         pytest.raises(ExecutorError, match="cannot stream quantised weights"),
     ):
         engine.init_model("m", models / "tied", runtime)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+LARGE = Qwen3Config(
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+"""65 million weights, half of them in the embedding."""
+
+LOADING = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tilewright import plugins
+from tilewright.loading import InstalledFormats
+from tilewright.types import RuntimeConfig
+from tilewright_gguf import loader as gguf
+from tilewright_hf import loader as hf
+from tilewright_torch import plugin
+
+
+def memory(what):
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(what + ":")[1].split()[0]) * 1024
+
+
+def opened(path):
+    if path.endswith(".gguf"):
+        return gguf.load_model(path, None)
+    return hf.load_model(path, None, InstalledFormats(plugins.new_manager(), {}))
+
+
+def measure(model, weight_dtype):
+    loaded = opened(model)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    runtime = RuntimeConfig(weight_dtype=weight_dtype, kv_dtype="float32", max_seq_len=16)
+    layers = range(loaded.config.num_layers)
+    made = plugin.create_executor(loaded.config, runtime, loaded.weights, layers, None)
+    stored = sum(weight.nbytes for weight in made._opened().weights.values())
+    return stored, memory("VmHWM") - before
+
+
+torch.set_num_threads(1)
+for case in sys.argv[1:]:
+    small, model, weight_dtype = case.split("=")
+    if os.fork() == 0:
+        measure(small, weight_dtype)  # reads the code
+        print(*measure(model, weight_dtype), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    """From a checkpoint in another dtype, from GGUF, and from a converted model."""
+    for name, config in (("small", TIED), ("large", LARGE)):
+        folder = tmp_path / name
+        model = write_model(config, folder / "float32", "float32")
+        gguf_files.write(model, folder / "model.gguf", gguf_files.Kind.Q8_0)
+        shutil.copytree(folder / "float32", folder / "bfloat16")
+        model.bfloat16().save_pretrained(folder / "bfloat16")
+    cases = [("float32", "bfloat16"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+    cases += [("model.gguf", "int8"), ("model.gguf", "int4")]
+    arguments = [
+        f"{tmp_path / 'small' / path}={tmp_path / 'large' / path}={dtype}" for path, dtype in cases
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", LOADING, *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    measured = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    assert len(measured) == len(cases)
+    for case, (stored, grown) in zip(cases, measured, strict=True):
+        assert stored > 40e6
+        assert grown < 1.1 * stored, (case, stored, grown)
 
 
 # --- GGUF -----------------------------------------------------------------------------------------
@@ -371,7 +465,7 @@ def test_compare_finds_a_weight_that_is_not_the_checkpoints(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantise = quantised.int8
-    monkeypatch.setattr(quantised, "int8", lambda weight, dtype: quantise(weight.flip(0), dtype))
+    monkeypatch.setattr(quantised, "int8", lambda weight, dtype: quantise(weight[:].flip(0), dtype))
     ids = list(prompts(CONFIGS["tied"], [5]))
     candidate = Choice(executor="torch", runtime=RuntimeConfig(weight_dtype="int8"))
     found = compare(models / "tied-bfloat16", Choice(executor="torch"), candidate, ids)

@@ -45,6 +45,7 @@ from tilewright import plugins
 from tilewright.cli import main
 from tilewright.errors import ModelError
 from tilewright.types import LoadedModel, RopeConfig
+from tilewright.weights import StoredRows
 from tilewright_gguf.loader import can_load
 from tilewright_gguf.tokenizer import ENDS, SPLITTINGS
 from tilewright_gguf.weights import QUANTISED
@@ -173,6 +174,11 @@ def test_random_blocks_are_dequantised_correctly(kind: Kind, tmp_path: Path) -> 
     # A scale may be any bit pattern, so some are not finite.
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
     assert found.isfinite().float().mean() > 0.5
+    rows = StoredRows(load(path).weights, "model.layers.0.mlp.down_proj.weight")
+    assert torch.equal(rows[3:20].nan_to_num(), found[3:20].nan_to_num())
+    interleaved = StoredRows(load(path).weights, "model.layers.0.self_attn.q_proj.weight")
+    whole = load(path).weights.get("model.layers.0.self_attn.q_proj.weight")
+    assert torch.equal(interleaved[1:9], whole[1:9])
 
 
 def five_bits(raw: npt.NDArray[np.uint8], kind: Kind, columns: int) -> torch.Tensor:

@@ -83,6 +83,8 @@ def test_every_tensor_matches_the_safetensors_library(
         assert info.shape == tuple(tensor.shape)
         assert info.dtype == str(tensor.dtype).removeprefix("torch.")
         assert info.nbytes == tensor.nbytes
+        if tensor.dim() and len(tensor) > 1:
+            assert torch.equal(source.get_rows(name, 1, 2).float(), tensor[1:2].float())
         assert Path(info.location).parent == directory
     with pytest.raises(KeyError):
         source.info("absent")
@@ -107,6 +109,19 @@ def test_mapped_tensors_take_no_private_memory(tmp_path: Path, backend: str, own
     grown = resident_kib("RssAnon") - before
     assert grown > 1.8 * kib if own else grown < kib / 8
     assert (first.data_ptr() == second.data_ptr()) is not own
+
+
+def test_the_pages_of_a_tensor_are_dropped_with_it(tmp_path: Path) -> None:
+    kib = 64 * 1024
+    save_file({"a": torch.ones(64, kib * 4)}, tmp_path / "model.safetensors")
+    source = open_weights(tmp_path)
+    before = resident_kib("RssFile")
+    rows = source.get("a")[:32]
+    assert rows.sum() == rows.numel()
+    assert resident_kib("RssFile") - before > kib / 3
+    del rows
+    assert resident_kib("RssFile") - before < kib / 8
+    assert source.get("a")[40, 7] == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
