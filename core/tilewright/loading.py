@@ -154,7 +154,7 @@ def _resolved(selection: Selection, runtime: RuntimeConfig, loaded: LoadedModel)
     stored = loaded.packing.weight_dtype if loaded.packing else config.dtype
     weight_dtype = runtime.weight_dtype or stored
     executor = selection.plugins["executor"]
-    # The dtype of quantised weights is none that keys and values are stored in.
+    # Keys and values are not stored in the dtype of quantised weights.
     in_weights = weight_dtype in executor.info.kv_dtypes
     kv_dtype = runtime.kv_dtype or (weight_dtype if in_weights else config.dtype)
     for name, dtype, supported, default in (

@@ -51,7 +51,7 @@ class RuntimeConfig:
     )
     total_pages: int | None = described(
         "pages in the KV cache; default: enough for max_batch_size sequences of max_seq_len "
-        "tokens, within half of the free memory",
+        "tokens, within the memory that the executor finds free for it",
         validator=if_set(validators.ge(1), validators.le(_MOST_PAGES)),
     )
     max_seq_len: int | None = described(

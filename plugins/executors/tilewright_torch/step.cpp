@@ -2,9 +2,9 @@
 //
 // native.py compiles it for one machine, with the dtypes of the weights and of the KV cache:
 // WEIGHT_DTYPE and KV_DTYPE, each one of the three below, and QUANTISED, which is 1 for matrices of
-// 8 and 4 bits (quantised.py has their layout) in a model of WEIGHT_DTYPE, otherwise 0. Results are rounded to the weights' dtype
-// where model.py rounds them; everything between two roundings is computed in float32. A result
-// does not depend on the number of threads, nor on the other tokens of the step.
+// 8 and 4 bits (quantised.py has their layout) in a model of WEIGHT_DTYPE, otherwise 0. Results are
+// rounded to that dtype where model.py rounds them; all between two roundings is in float32. A
+// result does not depend on the number of threads, nor on the other tokens of the step.
 
 #include <math.h>
 #include <initializer_list>
@@ -284,7 +284,8 @@ static inline void dots(const Stored *weight, const Operand *x, int64_t n, float
                      joined(acc[r][t + 3]), total + t);
         }
         for (int t = 0; t < T; t++) {
-            for (int64_t j = i; j < n; j++) total[t] += wide(weight[r * n + j]) * wide(x[t * n + j]);
+            for (int64_t j = i; j < n; j++)
+                total[t] += wide(weight[r * n + j]) * wide(x[t * n + j]);
             out[r * MAX_TOKENS + t] = total[t];
         }
     }
@@ -340,9 +341,8 @@ static void tile_of(const Matrix &m, int64_t tile, const float *x, float *out) {
             const int8_t *at = packed + k * (TILE / 2);
             Floats w[PARTS];
 #pragma GCC unroll 8
-            for (int p = 0; p < PARTS / 2; p++) {
+            for (int p = 0; p < PARTS / 2; p++)
                 nibbles(at + p * LANES, w[p], w[PARTS / 2 + p]);
-            }
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
                 float value = x[t * m.columns + k];
@@ -401,7 +401,7 @@ static void product(const Matrix &m, int64_t start, int64_t stop, const Operand 
     }
 #endif
     int64_t row = start;
-    // Memory is read fastest row by row; two rows together save loads where arithmetic is the limit.
+    // Memory is read fastest row by row; two rows together save loads where arithmetic is limiting.
     for (; tokens > ROW_BY_ROW && row + ROWS <= stop; row += ROWS) {
         rows_of<ROWS>(m, row, x, tokens, out);
         finish(row, ROWS);
@@ -414,23 +414,35 @@ static void product(const Matrix &m, int64_t start, int64_t stop, const Operand 
 
 // ---- Norms, rotary embedding, attention.
 
-static float inverse_rms(const float *x, int64_t n, float eps) {
-    Floats squares = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) squares += load(x + i) * load(x + i);
-    float total = sum(squares);
-    for (; i < n; i++) total += x[i] * x[i];
-    return 1.0f / sqrtf(total / n + eps);
-}
-
-static void norm(const Weight *x, const Weight *weight, int64_t n, float eps, Operand *out) {
+template <class T>
+static float inverse_rms(const T *x, int64_t n, float eps) {
     Floats squares = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) squares += load(x + i) * load(x + i);
     float total = sum(squares);
     for (; i < n; i++) total += wide(x[i]) * wide(x[i]);
-    float scale = 1.0f / sqrtf(total / n + eps);
-    for (i = 0; i < n; i++) set(out + i, rounded(wide(x[i]) * scale) * wide(weight[i]));
+    return 1.0f / sqrtf(total / n + eps);
+}
+
+static void norm(const Weight *x, const Weight *weight, int64_t n, float eps, Operand *out) {
+    float scale = inverse_rms(x, n, eps);
+    for (int64_t i = 0; i < n; i++)
+        set(out + i, rounded(wide(x[i]) * scale) * wide(weight[i]));
+}
+
+// SiLU of gate, rounded, times up.
+static void activate(const float *gate, const float *up, int64_t n, Operand *out) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        int64_t count = n - i < LANES ? n - i : LANES;
+        Floats x = {};
+        if (count == LANES)
+            x = load(gate + i);
+        else
+            memcpy(&x, gate + i, count * sizeof(float));
+        Floats e = exponential((x < 0.0f) ? x : -x);
+        Floats y = x * ((x < 0.0f ? e : (Floats){} + 1.0f) / (1.0f + e));
+        for (int64_t j = 0; j < count; j++) set(out + i + j, rounded(y[j]) * up[i + j]);
+    }
 }
 
 // Normalises a head in place, if there is a weight, and rotates it into out.
@@ -448,9 +460,8 @@ static void rotate_head(float *x, const Weight *weight, const float *cos, const 
 }
 
 const int CHUNK = 128;  // keys that one thread attends to before it may be another one's turn
+const int AHEAD = 8;    // keys that are on their way from memory
 const int GROUP = 4;    // most query heads of a KV head that are computed together
-
-const int AHEAD = 8;   // keys that are on their way from memory
 
 // A cache is read in short pieces, which the CPU does not foresee.
 static inline void prefetch(const Cached *at, int64_t n) {
@@ -576,6 +587,8 @@ static void attend(const float *q, int64_t n, const Cached *const *keys,
 }
 
 // As attend, for all query heads of a KV head, and the keys of a sequence from start to stop.
+// fetch: how many elements of a row of the cache are fetched on the way: those of all KV heads for
+// the first, since memory is read fastest in order, and none for the others.
 static void attend_to(const float *q, int64_t group, int64_t n, const Cached *keys,
                       const Cached *values, int64_t row, const int32_t *pages, int64_t page_size,
                       int64_t start, int64_t stop, int64_t fetch, float *out) {
@@ -622,7 +635,7 @@ template <class T> static T *take(char *&at, int64_t count) {
 
 struct Buffers {
     Operand *normed, *attended, *active;
-    float *qkv, *rotated, *partial, *cos, *sin;
+    float *qkv, *rotated, *partial, *cos, *sin, *gate, *up;
     int64_t chunks;
 };
 
@@ -638,6 +651,8 @@ static Buffers buffers(const Model &m, const Step &s, char *&at) {
     b.partial = take<float>(at, t * m.heads * chunks * (2 + head));
     b.cos = take<float>(at, t * head / 2);
     b.sin = take<float>(at, t * head / 2);
+    b.gate = take<float>(at, t * m.inner);
+    b.up = take<float>(at, t * m.inner);
     return b;
 }
 
@@ -687,14 +702,16 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
     const int64_t entry = 2 + head;
     r = share(b.chunks * tokens * m.kv_heads, parts, part);
     for (int64_t unit = r.start; unit < r.stop; unit++) {
-        int64_t c = unit / (tokens * m.kv_heads), t = unit / m.kv_heads % tokens, h = unit % m.kv_heads;
+        int64_t h = unit % m.kv_heads, t = unit / m.kv_heads % tokens;
+        int64_t c = unit / (tokens * m.kv_heads);
         Span span = seen(s, t, layer.window);
         int64_t start = span.start + c * CHUNK;
         int64_t stop = start + CHUNK < span.stop ? start + CHUNK : span.stop;
         if (start >= stop) continue;
         attend_to(b.rotated + t * q_rows + h * group * head, group, head, layer.keys + h * head,
-               layer.values + h * head, kv_rows, s.block_table + span.sequence * s.max_pages,
-               m.page_size, start, stop, h ? 0 : kv_rows, b.partial + ((c * tokens + t) * m.heads + h * group) * entry);
+                  layer.values + h * head, kv_rows,
+                  s.block_table + span.sequence * s.max_pages, m.page_size, start, stop,
+                  h ? 0 : kv_rows, b.partial + ((c * tokens + t) * m.heads + h * group) * entry);
     }
 #pragma omp barrier
     r = share(tokens * m.heads, parts, part);
@@ -732,20 +749,18 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
         norm(hidden + t * m.hidden, layer.mlp_norm, m.hidden, m.eps, b.normed + t * m.hidden);
 #pragma omp barrier
     r = share(units_of(layer.gate), parts, part);
-    const int64_t together = layer.gate.tile == 1 ? ROWS : 1;
-    for (int64_t unit = r.start; unit < r.stop; unit += together) {
-        float gate[(ROWS > MAX_TILE ? ROWS : MAX_TILE) * MAX_TOKENS];
-        int64_t stop = unit + together < r.stop ? unit + together : r.stop;
-        const int64_t first = unit * layer.gate.tile;
-        product(layer.gate, unit, stop, b.normed, tokens, [&](int64_t row, const float *values) {
-            memcpy(gate + (row - first) * MAX_TOKENS, values, tokens * sizeof(float));
-        });
-        product(layer.up, unit, stop, b.normed, tokens, [&](int64_t row, const float *values) {
-            for (int64_t t = 0; t < tokens; t++) {
-                float g = gate[(row - first) * MAX_TOKENS + t];
-                set(b.active + t * m.inner + row, rounded(g / (1.0f + expf(-g))) * values[t]);
-            }
-        });
+    auto into = [&](float *out) {
+        return [=](int64_t row, const float *values) {
+            for (int64_t t = 0; t < tokens; t++) out[t * m.inner + row] = values[t];
+        };
+    };
+    product(layer.gate, r.start, r.stop, b.normed, tokens, into(b.gate));
+    product(layer.up, r.start, r.stop, b.normed, tokens, into(b.up));
+    int64_t own_rows = r.stop * layer.gate.tile;
+    own_rows = (own_rows < m.inner ? own_rows : m.inner) - r.start * layer.gate.tile;
+    for (int64_t t = 0; t < tokens; t++) {
+        int64_t first = t * m.inner + r.start * layer.gate.tile;
+        activate(b.gate + first, b.up + first, own_rows, b.active + first);
     }
 #pragma omp barrier
     r = share(units_of(layer.down), parts, part);
