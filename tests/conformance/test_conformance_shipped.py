@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tilewright_testing import (
 from tilewright_testing.executor import MODELS
 from tilewright_testing.kernels import MODELS as KERNEL_MODELS
 from tilewright_testing.models import Model, make_model, write_hf_directory
+from tilewright_torch.native import COMPILERS
 
 
 class TestHfLocal(LoaderSuite):
@@ -77,6 +79,27 @@ class TestTorchInOtherWays(ExecutorSuite):
     @pytest.fixture
     def dtypes(self) -> list[DType]:
         return ["bfloat16"]
+
+
+@pytest.mark.skipif(not any(map(which, COMPILERS)), reason="no C++ compiler is on the PATH")
+class TestTorchCompiled(ExecutorSuite):
+    """In float32, where a step with a tap and one without differ only in the order of sums."""
+
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "torch"
+
+    @pytest.fixture
+    def options(self) -> dict[str, Any]:
+        return {"compile": True}
+
+    @pytest.fixture
+    def models(self) -> dict[str, ModelConfig]:
+        return {name: MODELS[name] for name in ("all-biases", "sliding-window")}
+
+    @pytest.fixture
+    def dtypes(self) -> list[DType]:
+        return ["float32"]
 
 
 class TestPyptoNpu(ExecutorSuite):

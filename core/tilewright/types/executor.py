@@ -249,8 +249,9 @@ class LayerwiseExecutor(Executor, Protocol):
     with the same layer of another executor, and so that a model can be split by layers.
 
     A step is begin, embed, run_layer of each layer in turn, and run_head of the wanted rows:
-    ``forward`` computes exactly that; without a tap, only if ``limits.tap_exact``. Hidden states
-    stay on the executor's device; inputs from elsewhere are moved there.
+    ``forward`` with a tap computes exactly what they do with one, and without one as well if
+    ``limits.tap_exact``. Hidden states stay on the executor's device; inputs from elsewhere are
+    moved there.
     """
 
     @property

@@ -1292,14 +1292,15 @@ class ExecutorSuite(PluginSuite):
             steps: list[Tokens] = [{"a": a, "b": b}, {"a": [5], "b": [6]}]
             for phase, all_rows in whole.steps(sequences, *steps):
                 batch = evolve(all_rows, logits_rows=all_rows.logits_rows[1::3])
-                # A path for steps without a tap may round otherwise.
-                logits = whole.run(batch, None if whole.limits.tap_exact else recorder({}))
+                # Without a tap, the whole step may take another path, which rounds otherwise.
+                tap = None if whole.limits.tap_exact else recorder({})
+                logits = whole.run(batch, tap)
                 executor = parts.executor
                 step = executor.begin(batch)
-                hidden = executor.embed(step)
+                hidden = executor.embed(step, tap)
                 for layer in executor.layers:
                     kept = hidden.clone()
-                    out = executor.run_layer(step, layer, hidden)
+                    out = executor.run_layer(step, layer, hidden, tap)
                     assert same_bits(hidden, kept), "run_layer must not change its input"
                     hidden = out
                 expected = (len(batch.token_ids), case.model.config.hidden_size)
@@ -1308,7 +1309,7 @@ class ExecutorSuite(PluginSuite):
                     f"{list(hidden.shape)}"
                 )
                 wanted = hidden[batch.logits_rows]
-                assert same_bits(executor.run_head(step, wanted).cpu(), logits), (
+                assert same_bits(executor.run_head(step, wanted, tap).cpu(), logits), (
                     f"{phase}: embed, run_layer of each layer and run_head must give the logits of "
                     "the whole step"
                 )

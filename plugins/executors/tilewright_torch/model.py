@@ -12,7 +12,7 @@ from math import inf
 
 import torch
 import torch.nn.functional as F
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from tilewright import kv_storage
@@ -53,6 +53,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
 
     plugin = "torch"
     device = "cpu"
+    limits = ExecutorLimits()
 
     def __init__(
         self,
@@ -67,7 +68,8 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         """
         num_layers = model.config.num_layers
         super().__init__(model, kv_cache_spec, layers or range(num_layers), num_layers)
-        self.limits = ExecutorLimits(tap_exact=not compile)
+        if compile:
+            self.limits = evolve(self.limits, tap_exact=False)
         self._compile = compile
         self._native: native.Native | None = None
         self._angles, self._rope_scale = angles(model.config)

@@ -21,7 +21,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from tilewright.errors import ExecutorError, PluginWarning
+from tilewright.errors import ExecutorError, PluginWarning, quoted
 from tilewright.paths import cache_folder
 from tilewright.types import KvLayer, ModelConfig, StepBatch
 from tilewright_torch.linear import Dense, Linear
@@ -225,7 +225,7 @@ def library(
     The folder is ``tilewright/torch`` in the user's cache.
 
     Raises ExecutorError without a compiler, with what the compiler said when it failed, and when
-    the folder cannot be written.
+    the folder cannot be written or libraries cannot be loaded from it.
     """
     command = compiler()
     flags = [
@@ -241,9 +241,15 @@ def library(
     if note:
         warnings.warn(f"{note} for the compiled step", PluginWarning, stacklevel=2)
     built = folder / f"step-{digest[:16]}.so"
-    if not built.exists():
-        _build([*command, *flags, str(SOURCE)], openmp, built)
-    loaded = ctypes.CDLL(str(built))
+    if not _is_whole(built):
+        _build(command, flags, openmp, built)
+    try:
+        loaded = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise ExecutorError(
+            f"the compiled step cannot be loaded ({error}): set XDG_CACHE_HOME to a folder that is "
+            "not mounted noexec or CXX to another C++ compiler, or leave option compile out"
+        ) from error
     loaded.max_tokens.restype = loaded.scratch_bytes.restype = _Int
     loaded.scratch_bytes.argtypes = (_Pointer, _Pointer)
     loaded.run_layers.restype = loaded.run_head.restype = None
@@ -254,7 +260,13 @@ def library(
 
 def compiler() -> list[str]:
     """The command of the C++ compiler: $CXX, or the first of COMPILERS that is installed."""
-    asked = shlex.split(os.environ.get("CXX", ""))
+    try:
+        asked = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise ExecutorError(
+            f"CXX must be the command of a C++ compiler, found {quoted(os.environ['CXX'])} "
+            f"({error}): mend or unset it, or leave option compile out"
+        ) from error
     for command in [asked] if asked else [[name] for name in COMPILERS]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
@@ -265,25 +277,64 @@ def compiler() -> list[str]:
     )
 
 
-def _build(command: list[str], libraries: list[str], built: Path) -> None:
+def _is_whole(built: Path) -> bool:
+    """Whether a library is as ``_build`` left it: the loader would crash on one that was cut off
+    when a disk was full or a machine went down."""
+    try:
+        content = built.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return content[-size:] == _digest(content[:-size])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _build(compiler: list[str], flags: list[str], libraries: list[str], built: Path) -> None:
+    """Compile step.cpp, and append the digest of the library, which ``_is_whole`` checks."""
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=built.parent) as folder:
             made = Path(folder, built.name)
-            command = [*command, "-o", str(made), "-Wl,--as-needed", *libraries]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                said = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr)
+            output = ["-o", str(made), "-Wl,--as-needed", *libraries]
+            why = _failure([*compiler, *flags, str(SOURCE), *output])
+            if not why and not made.exists():
+                why = "it wrote no file"
+            if why:
                 raise ExecutorError(
-                    f"{command[0]} could not compile {SOURCE} ({said.strip()[:200]}): set CXX to "
+                    f"{shlex.join(compiler)} could not compile {SOURCE} ({why}): set CXX to "
                     "another C++ compiler (GCC 12 is known to work), or leave option compile out"
                 )
+            content = made.read_bytes()
+            made.write_bytes(content + _digest(content))
             os.replace(made, built)
     except OSError as error:
         raise ExecutorError(
             f"the compiled step cannot be written to {built.parent} ({error.strerror}): make it "
             "writable, set XDG_CACHE_HOME, or leave option compile out"
         ) from error
+
+
+def _failure(command: list[str]) -> str:
+    """Run a compiler. Returns why it failed, in one line; empty if it did not."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except OSError as error:
+        return f"it cannot be run: {error.strerror}"
+    if not done.returncode:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("collect2:")]  # after the linker's own
+    lines = [line for line in lines if "error" in line] or lines[-1:]
+    return lines[0][:200] if lines else f"no message, exit status {done.returncode}"
 
 
 def _openmp() -> list[str]:

@@ -54,7 +54,8 @@ class Options:
         default=False,
         metadata={
             "help": "run steps of few tokens in C++ that is compiled when the model is loaded "
-            "(a second, the first time) and kept in the user's cache; faster, needs a C++ compiler"
+            "(two or three seconds, the first time) and kept in the user's cache; faster, needs a "
+            "C++ compiler"
         },
     )
 

@@ -5,6 +5,7 @@ import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import test_torch_executor as plain
@@ -230,6 +231,30 @@ def test_a_second_load_needs_no_compiler_run(
     assert built.suffix == ".so"
 
 
+@pytest.mark.parametrize("kept", [0, 20, 400])
+def test_a_library_that_was_cut_off_is_compiled_again(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_library: None
+) -> None:
+    # The loader ends the process with SIGBUS where a library is shorter than it says.
+    compiled: list[Path] = []
+
+    def build(compiler: Any, flags: Any, libraries: Any, built: Path) -> None:
+        compiled.append(built)
+        content = bytes(500)
+        built.write_bytes(content + native._digest(content))
+
+    monkeypatch.setattr(native, "cache_folder", lambda *_: (tmp_path, ""))
+    monkeypatch.setattr(native, "_build", build)
+    monkeypatch.setattr("ctypes.CDLL", lambda path: Mock())
+    for cut in (False, True, False):
+        native.library.cache_clear()
+        native.library(torch.float32, torch.float32)
+        if cut:
+            with compiled[0].open("r+b") as file:
+                file.truncate(kept)
+    assert compiled == [tmp_path / compiled[0].name] * 2
+
+
 def test_without_a_compiler_the_option_is_refused_before_a_weight_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_library: None
 ) -> None:
@@ -267,6 +292,40 @@ def test_what_a_compiler_says_is_in_the_error_and_nothing_is_left(
         native.library(torch.float32, torch.float32)
     assert "\n" not in str(raised.value)
     assert list((tmp_path / "tilewright" / "torch").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("false", r"\(no message, exit status 1\)"),
+        ("true", r"\(it wrote no file\)"),
+        (f"{COMPILER} -lnosuch", "cannot find -lnosuch"),
+        ("'g++", "CXX must be the command"),
+        ("nosuch++", r"CXX = nosuch\+\+ is not on the PATH"),
+    ],
+)
+def test_a_wrong_command_in_cxx_is_an_error_that_says_why(
+    command: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_library: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(ExecutorError, match=why) as raised:
+        native.library(torch.float32, torch.float32)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.glob("**/*.so")) == []
+
+
+def test_a_library_that_cannot_be_loaded_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_library: None
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_build", lambda *_: None)
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    with pytest.raises(ExecutorError, match=r"failed to map segment.*not mounted noexec"):
+        native.library(torch.float32, torch.float32)
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
