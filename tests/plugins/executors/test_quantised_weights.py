@@ -376,7 +376,7 @@ for case in sys.argv[1:]:
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
-    """From a checkpoint in another dtype, from GGUF, and from a converted model."""
+    """From a checkpoint in another dtype, and from GGUF."""
     for name, config in (("small", TIED), ("large", LARGE)):
         folder = tmp_path / name
         model = write_model(config, folder / "float32", "float32")
