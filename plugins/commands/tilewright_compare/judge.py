@@ -203,9 +203,15 @@ SCATTER: dict[Mode, float] = {"isolated": 1.0, "chained": 2.0, "untapped": 2.0}
 """Spread of one row's error over its mean: larger where layers have amplified the error."""
 
 
-def slack(mode: Mode, rows: int) -> float:
-    """Factor by which a limit is widened where an error is measured on few rows."""
-    return 1 + SCATTER[mode] / math.sqrt(rows)
+ELEMENT_SCATTER = 2.0
+"""The same of one element's error. It is one number: with FACTOR, an element that has all of a
+tensor's norm may have 4.5 standard deviations."""
+
+
+def slack(mode: Mode, rows: float, elements: float = math.inf) -> float:
+    """Factor by which a limit is widened where an error is measured on few rows, or where few
+    elements have nearly all of the tensor's norm."""
+    return 1 + max(SCATTER[mode] / math.sqrt(rows), ELEMENT_SCATTER / math.sqrt(elements))
 
 
 def judge(
@@ -227,14 +233,18 @@ def judge(
     if place.stage == "logits":  # float32 by contract, computed in the weights' dtype
         floor = FLOOR.get(baseline.dtype, floor)
     near, worst_row = difference(baseline, truth), row_error(baseline, truth)
-    noise.add(near.relative_rms, worst_row, len(truth))
-    wider = slack(place.mode, len(truth))
-    limit = max(FACTOR * wider * max(near.relative_rms, noise.relative_rms), floor)
+    squares = _finite_squares(truth)
+    even = participation(squares.sum(1))
+    usual = usual_error(baseline, truth)
+    rounding = _expected(near.relative_rms, usual[0], even)
+    noise.add(rounding, _expected(worst_row, usual[1], even), len(truth))
+    wider = slack(place.mode, even, participation(squares))
+    limit = max(FACTOR * wider * max(rounding, noise.relative_rms), floor)
     limits = Limits(
         relative_rms=limit,
         worst_row=max(ROW_FACTOR * wider * noise.worst_row, 4 * floor),
         # Rounding errors point in random directions, so they hardly change the tensor's norm.
-        gain=max(2 * limit / math.sqrt(len(truth)), FACTOR * abs(near.gain - 1)),
+        gain=max(2 * limit / math.sqrt(even), FACTOR * abs(near.gain - 1)),
     )
     if candidate.shape != truth.shape:
         why = f"its shape is {list(candidate.shape)}, expected {list(truth.shape)}"
@@ -294,6 +304,46 @@ def row_error(tensor: Tensor, truth: Tensor) -> float:
     error = (tensor.double() - truth.double()).flatten(1).norm(dim=1)
     norm = truth.double().flatten(1).norm(dim=1).pow(2).mean().sqrt()
     return float(error.nan_to_num(nan=float("inf")).max() / norm) if norm else 0.0
+
+
+def participation(squares: Tensor) -> float:
+    """How many equal squares would scatter as much as these: the participation ratio, the square
+    of their sum over the sum of their squares. From 1, if one has nearly all of the sum, to their
+    number, if they are equal or all 0."""
+    if not squares.any():
+        return float(squares.numel())
+    parts = squares / squares.max()
+    return float(parts.sum().square() / parts.square().sum())
+
+
+def usual_error(baseline: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The relative error, of the whole and of the worst row as ``row_error`` has it, if each row's
+    error over its norm were the median of its elements' relative errors.
+
+    For normally distributed elements and errors, that median is the ratio of their standard
+    deviations, so the two are the same. Where one element has a row's norm, the row's error is that
+    element's, which may be small by luck; the median is not.
+    """
+    squares = _finite_squares(truth)
+    norms = squares.sum(1)
+    if not norms.any():
+        return 0.0, 0.0
+    errors = _finite_squares(baseline.double() - truth.double())
+    ratios = (errors / squares.where(squares > 0, 1.0)).median(1).values
+    shares = ratios * norms / norms.mean()
+    return float(shares.mean().sqrt()), float(shares.max().sqrt())
+
+
+def _finite_squares(tensor: Tensor) -> Tensor:
+    """[rows, elements of a row], float64; 0 for elements that are not finite."""
+    return tensor.double().flatten(1).square().nan_to_num(nan=0.0, posinf=0.0)
+
+
+def _expected(error: float, usual: float, rows: float) -> float:
+    """The error of another run that rounds as the baseline does: the baseline's, or more if that is
+    less than usual. The mean of n squares of normal numbers has a relative variance of 2 / n; that
+    is the share of the usual error, in squares. On one or two rows it is all of it."""
+    return math.sqrt(error**2 + min(2 / rows, 1.0) * max(usual**2 - error**2, 0.0))
 
 
 @frozen(kw_only=True)
