@@ -440,19 +440,15 @@ def fused(monkeypatch):
     """Plants a path that forward takes without a tap: a function of the executor, the batch and the
     right logits that returns other logits."""
 
-    forward, made = planted.PlantedExecutor.forward, planted.PlantedExecutor.__init__
+    forward = planted.PlantedExecutor.forward
 
     def planted_path(path, **limits: Any) -> None:
         def chosen(self, batch, tap=None):
             logits = forward(self, batch, tap)
             return logits if tap else path(self, batch, logits)
 
-        def limited(self, *given):
-            made(self, *given)
-            self.limits = ExecutorLimits(**limits)
-
         monkeypatch.setattr(planted.PlantedExecutor, "forward", chosen)
-        monkeypatch.setattr(planted.PlantedExecutor, "__init__", limited)
+        monkeypatch.setattr(planted, "LIMITS", ExecutorLimits(**limits))
 
     return planted_path
 
