@@ -760,7 +760,7 @@ def test_a_mixed_step_that_cannot_be_run_is_said_not_to_be(models: Path, runtime
 
 
 def test_an_executor_that_does_not_mix_gets_no_mixed_step(models: Path, monkeypatch):
-    monkeypatch.setattr(planted.PlantedExecutor, "limits", ExecutorLimits(mixed=False))
+    monkeypatch.setattr(planted, "LIMITS", ExecutorLimits(mixed=False))
     found = plant("none").compare(models)
     assert found.equal
     assert {f.place.phase for f in found.findings} == {"prefill", "decode"}
