@@ -28,6 +28,7 @@ from tilewright import hookimpl
 from tilewright.rope import dynamic_frequencies, dynamic_lengths, frequencies
 from tilewright.settings import DEMO_MODEL
 from tilewright.types import (
+    ExecutorLimits,
     KvCacheSpec,
     ModelConfig,
     PluginInfo,
@@ -473,6 +474,8 @@ MISTAKES: dict[str, Mistake] = {
 }
 
 RIGHT = Way()
+LIMITS: ExecutorLimits | None = None
+"""The executor's limits; None: those of the torch executor."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -489,6 +492,7 @@ class PlantedExecutor(TorchExecutor):
 
     def __init__(self, model: Model, spec: KvCacheSpec, layers: range, options: "Options"):
         super().__init__(model, spec, layers)
+        self.limits = LIMITS or self.limits
         self._options = options
         self._mistake = MISTAKES.get(options.mistake)
 

@@ -440,19 +440,15 @@ def fused(monkeypatch):
     """Plants a path that forward takes without a tap: a function of the executor, the batch and the
     right logits that returns other logits."""
 
-    forward, made = planted.PlantedExecutor.forward, planted.PlantedExecutor.__init__
+    forward = planted.PlantedExecutor.forward
 
     def planted_path(path, **limits: Any) -> None:
         def chosen(self, batch, tap=None):
             logits = forward(self, batch, tap)
             return logits if tap else path(self, batch, logits)
 
-        def limited(self, *given):
-            made(self, *given)
-            self.limits = ExecutorLimits(**limits)
-
         monkeypatch.setattr(planted.PlantedExecutor, "forward", chosen)
-        monkeypatch.setattr(planted.PlantedExecutor, "__init__", limited)
+        monkeypatch.setattr(planted, "LIMITS", ExecutorLimits(**limits))
 
     return planted_path
 
@@ -764,7 +760,7 @@ def test_a_mixed_step_that_cannot_be_run_is_said_not_to_be(models: Path, runtime
 
 
 def test_an_executor_that_does_not_mix_gets_no_mixed_step(models: Path, monkeypatch):
-    monkeypatch.setattr(planted.PlantedExecutor, "limits", ExecutorLimits(mixed=False))
+    monkeypatch.setattr(planted, "LIMITS", ExecutorLimits(mixed=False))
     found = plant("none").compare(models)
     assert found.equal
     assert {f.place.phase for f in found.findings} == {"prefill", "decode"}

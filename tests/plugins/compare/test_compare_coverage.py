@@ -266,7 +266,7 @@ def test_an_executor_without_the_hook_is_said_to_declare_nothing(models: Path):
 
 def test_prompts_wait_where_an_executor_takes_fewer_at_a_time(models: Path, monkeypatch):
     limits = ExecutorLimits(max_batch_size=1, max_batch_tokens=4, mixed=False)
-    monkeypatch.setattr(planted.PlantedExecutor, "limits", limits)
+    monkeypatch.setattr(planted, "LIMITS", limits)
     found = planted_run(models)
     assert found.finished
     assert found.divergence is None
