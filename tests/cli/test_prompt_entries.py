@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright import GenerateConfig, LLMEngine, plugins
+from tilewright import GenerateConfig, LLMEngine, RuntimeConfig, plugins
 from tilewright.chat import Chat
 from tilewright.cli import add_arguments, prompts
 from tilewright.cli.parser import Parser, option_strings
@@ -47,8 +47,9 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model):
+    """In float32, in which a prompt alone draws the tokens that it draws in a batch."""
     with LLMEngine.from_plugins() as engine:
-        engine.init_model("m", model)
+        engine.init_model("m", model, RuntimeConfig(weight_dtype="float32"))
         yield engine
 
 
@@ -165,7 +166,7 @@ def test_settings_of_a_line_replace_those_of_the_run(records, engine):
     run = GenerateConfig(max_new_tokens=4, temperature=3.0, seed=100)
     found = records(
         *["generate", "--prompt-file", "p.jsonl", "--max-new-tokens", "4"],
-        *["--temperature", "3", "--seed", "100"],
+        *["--temperature", "3", "--seed", "100", "--weight-dtype", "float32"],
     )
     alone = [
         ("We the", GenerateConfig(max_new_tokens=3, seed=100)),

@@ -12,7 +12,14 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from tilewright.types import KvCacheSpec, KvLayer, ModelConfig, RopeConfig, StepBatch
+from tilewright.types import (
+    KvCacheSpec,
+    KvLayer,
+    ModelConfig,
+    RopeConfig,
+    StepBatch,
+    TensorInfo,
+)
 from tilewright.weights import expected_tensors
 from tilewright_kernels.qwen3_14b.shape import LayerShape
 from tilewright_pypto.packing import pack
@@ -33,6 +40,13 @@ class Weights:
 
     def names(self) -> Collection[str]:
         return self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self.tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return TensorInfo(
+            shape=tuple(tensor.shape), dtype=dtype, nbytes=tensor.nbytes, location="memory"
+        )
 
     def get(self, name: str) -> Tensor:
         return self.tensors[name]
