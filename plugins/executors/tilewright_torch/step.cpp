@@ -7,8 +7,10 @@
 // result does not depend on the number of threads, nor on the other tokens of the step.
 
 #include <math.h>
+#include <atomic>
 #include <initializer_list>
 #include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -760,8 +762,30 @@ static Buffers buffers(const Model &m, const Step &s, char *&at) {
     return b;
 }
 
+// Where the threads of a step wait for each other. OpenMP's own barrier sleeps at once when a
+// process has more OpenMP threads than CPUs, as with two models, and waking up takes as long as a
+// product.
+struct Meeting {
+    std::atomic<int64_t> arrived{0}, turn{0};
+
+    void wait(int64_t parts) {
+        int64_t before = turn.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == parts) {
+            arrived.store(0, std::memory_order_relaxed);
+            turn.store(before + 1, std::memory_order_release);
+            return;
+        }
+        for (int64_t spins = 0; turn.load(std::memory_order_acquire) == before; spins++) {
+            if (spins > 20000) sched_yield();  // another process has a CPU
+#if defined(__x86_64__)
+            _mm_pause();
+#endif
+        }
+    }
+};
+
 static void run_layer(const Model &m, const Layer &layer, const Step &s, const Buffers &b,
-                      Weight *hidden, int64_t part, int64_t parts) {
+                      Weight *hidden, int64_t part, int64_t parts, Meeting &meeting) {
     const int64_t tokens = s.tokens, head = m.head_dim, group = m.heads / m.kv_heads;
     const int64_t q_rows = m.heads * head, kv_rows = m.kv_heads * head;
     const int64_t qkv_rows = q_rows + 2 * kv_rows;
@@ -769,7 +793,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
     Range r = share(tokens, parts, part);
     for (int64_t t = r.start; t < r.stop; t++)
         norm(hidden, t, layer.attn_norm, m.hidden, m.eps, b.normed);
-#pragma omp barrier
+    meeting.wait(parts);
     const Matrix *projections[] = {&layer.q, &layer.k, &layer.v};
     int64_t units = 0, first_unit = 0, first_row = 0;
     for (const Matrix *matrix : projections) units += units_of(*matrix);
@@ -784,7 +808,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
         first_unit += own;
         first_row += matrix->rows;
     }
-#pragma omp barrier
+    meeting.wait(parts);
     int64_t all_heads = m.heads + 2 * m.kv_heads;
     r = share(tokens * all_heads, parts, part);
     for (int64_t unit = r.start; unit < r.stop; unit++) {
@@ -802,7 +826,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
         for (int64_t i = 0; i < head; i++)
             put((key ? layer.keys : layer.values) + at + i, key ? turned[i] : x[i]);
     }
-#pragma omp barrier
+    meeting.wait(parts);
     const int64_t entry = 2 + head;
     r = share(b.chunks * tokens * m.kv_heads, parts, part);
     for (int64_t unit = r.start; unit < r.stop; unit++) {
@@ -817,7 +841,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
                   s.block_table + span.sequence * s.max_pages, m.page_size, start, stop,
                   h ? 0 : kv_rows, b.partial + ((c * tokens + t) * m.heads + h * group) * entry);
     }
-#pragma omp barrier
+    meeting.wait(parts);
     r = share(tokens * m.heads, parts, part);
     for (int64_t unit = r.start; unit < r.stop; unit++) {
         int64_t t = unit / m.heads;
@@ -838,7 +862,7 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
             b.attended.set(unit * head + i, value / total);
         }
     }
-#pragma omp barrier
+    meeting.wait(parts);
     auto residual = [&](int64_t row, const float *values) {
         for (int64_t t = 0; t < tokens; t++) {
             Weight *at = hidden + t * m.hidden + row;
@@ -847,11 +871,11 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
     };
     r = share(units_of(layer.o), parts, part);
     product(layer.o, r.start, r.stop, b.attended, tokens, residual);
-#pragma omp barrier
+    meeting.wait(parts);
     r = share(tokens, parts, part);
     for (int64_t t = r.start; t < r.stop; t++)
         norm(hidden, t, layer.mlp_norm, m.hidden, m.eps, b.normed);
-#pragma omp barrier
+    meeting.wait(parts);
     r = share(units_of(layer.gate), parts, part);
     auto into = [&](float *out) {
         return [=](int64_t row, const float *values) {
@@ -866,10 +890,10 @@ static void run_layer(const Model &m, const Layer &layer, const Step &s, const B
         int64_t first = t * m.inner + r.start * layer.gate.tile;
         activate(b.gate, b.up, first, first + own_rows, b.active);
     }
-#pragma omp barrier
+    meeting.wait(parts);
     r = share(units_of(layer.down), parts, part);
     product(layer.down, r.start, r.stop, b.active, tokens, residual);
-#pragma omp barrier
+    meeting.wait(parts);
 }
 
 extern "C" {
@@ -897,9 +921,11 @@ void run_layers(const Model *model, const Layer *layers, int64_t count, const St
         b.cos[i] = cosf(step->angles[i]) * step->scale;
         b.sin[i] = sinf(step->angles[i]) * step->scale;
     }
+    Meeting meeting;
 #pragma omp parallel num_threads(model->threads)
     for (int64_t i = 0; i < count; i++)
-        run_layer(*model, layers[i], *step, b, hidden, omp_get_thread_num(), omp_get_num_threads());
+        run_layer(*model, layers[i], *step, b, hidden, omp_get_thread_num(), omp_get_num_threads(),
+                  meeting);
 }
 
 // The final norm and the head: hidden [tokens, hidden] to logits [tokens, head->rows].
