@@ -25,6 +25,7 @@ from tilewright.errors import ExecutorError, PluginWarning, quoted
 from tilewright.paths import cache_folder
 from tilewright.types import KvLayer, ModelConfig, StepBatch
 from tilewright_torch.linear import Dense, Linear
+from tilewright_torch.openmp import openmp_libraries
 from tilewright_torch.quantised import Int4, Int8
 from tilewright_torch.weights import Layer, Model
 
@@ -234,7 +235,7 @@ def library(
         f"-DKV_DTYPE={_DTYPES[kv_dtype]}",
         f"-DQUANTISED={int(quantised)}",
     ]
-    openmp = _openmp()
+    openmp = openmp_libraries()  # so that both share its threads
     key = (SOURCE.read_text(), *command, *flags, *openmp, _cpu())
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
     folder, note = cache_folder("tilewright", "torch")
@@ -335,15 +336,6 @@ def _failure(command: list[str]) -> str:
     lines = [line for line in lines if not line.startswith("collect2:")]  # after the linker's own
     lines = [line for line in lines if "error" in line] or lines[-1:]
     return lines[0][:200] if lines else f"no message, exit status {done.returncode}"
-
-
-def _openmp() -> list[str]:
-    """The OpenMP library that torch has loaded, so that both share its threads."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return []
-    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
-    return sorted(file for file in files if "libgomp" in Path(file).name)
 
 
 def _cpu() -> str:

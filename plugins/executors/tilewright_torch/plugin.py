@@ -112,6 +112,7 @@ def create_executor(
     import torch
 
     from tilewright.weights import torch_dtype
+    from tilewright_torch import openmp
     from tilewright_torch.model import TorchExecutor
     from tilewright_torch.weights import load, quantised_bytes
 
@@ -146,6 +147,7 @@ def create_executor(
         # Half of the memory that is free once all weights are read.
         memory_limit=max(0, free - size) // 2,
     )
+    openmp.end_threads()  # steps run in a thread of their own
     return TorchExecutor(model, spec, layers, options.compile)
 
 
