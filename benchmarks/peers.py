@@ -144,9 +144,12 @@ def llama_cpp(model: Path, dtype: str, length: int, threads: int) -> Iterator[Si
     """llama.cpp on a GGUF file written from the model: one sequence, its defaults otherwise."""
     from gguf_file import KINDS, write_gguf
 
+    from tilewright_torch.openmp import end_threads
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.gguf")
         size = write_gguf(model, path, KINDS[dtype])
+        end_threads()  # llama.cpp uses the same library, in a thread of its own
         server = LlamaCpp(path, length, threads)
         yield Side(LLAMA_CPP, dtype, server.run, size, stored=KINDS[dtype])
 
