@@ -169,14 +169,14 @@ class Native:
         return hidden
 
     def run_head(self, hidden: Tensor, final_norm: Tensor) -> Tensor | None:
-        """Logits [L, vocab_size] float32 of hidden [L, hidden_size]; None if it does not serve
-        the head, or so many rows."""
+        """Logits [L, vocab_size] float32 of hidden [L, hidden_size]; None if it does not take so
+        many rows."""
         tokens = len(hidden)
-        if self._head is None or tokens > self.max_tokens:
+        if tokens > self.max_tokens:
             return None
+        assert self._head is not None
         hidden = hidden.to(self._dtype).contiguous()
         logits = torch.empty(tokens, self._head.rows)
-        scratch = torch.empty(2, *hidden.shape)
         self._model.threads = torch.get_num_threads()
         self._library.run_head(
             ctypes.byref(self._model),
@@ -184,7 +184,6 @@ class Native:
             ctypes.byref(self._head),
             tokens,
             hidden.data_ptr(),
-            scratch.data_ptr(),
             logits.data_ptr(),
         )
         return logits
@@ -255,7 +254,7 @@ def library(
     loaded.scratch_bytes.argtypes = (_Pointer, _Pointer)
     loaded.run_layers.restype = loaded.run_head.restype = None
     loaded.run_layers.argtypes = (_Pointer, _Pointer, _Int, _Pointer, _Pointer, _Pointer)
-    loaded.run_head.argtypes = (_Pointer, _Pointer, _Pointer, _Int, _Pointer, _Pointer, _Pointer)
+    loaded.run_head.argtypes = (_Pointer, _Pointer, _Pointer, _Int, _Pointer, _Pointer)
     return loaded
 
 

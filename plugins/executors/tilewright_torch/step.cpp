@@ -9,6 +9,7 @@
 #include <math.h>
 #include <atomic>
 #include <initializer_list>
+#include <memory>
 #include <omp.h>
 #include <sched.h>
 #include <stdint.h>
@@ -930,8 +931,12 @@ void run_layers(const Model *model, const Layer *layers, int64_t count, const St
 
 // The final norm and the head: hidden [tokens, hidden] to logits [tokens, head->rows].
 void run_head(const Model *model, const Weight *final_norm, const Matrix *head, int64_t tokens,
-              const Weight *hidden, char *scratch, float *logits) {
-    Operands normed = operands(scratch, tokens * model->hidden);
+              const Weight *hidden, float *logits) {
+    char *size = 0;
+    operands(size, tokens * model->hidden);
+    std::unique_ptr<char[]> scratch(new char[size - (char *)0]);
+    char *at = scratch.get();
+    Operands normed = operands(at, tokens * model->hidden);
     for (int64_t t = 0; t < tokens; t++)
         norm(hidden, t, final_norm, model->hidden, model->eps, normed);
 #pragma omp parallel num_threads(model->threads)
