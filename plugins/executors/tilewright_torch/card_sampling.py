@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tilewright.sampling import uniform
 from tilewright.types import SamplerRow, SamplingParams
+from tilewright_sampling.logits import TEMPERATURES, changes_logits
 
 Send = Callable[[Tensor], Tensor]
 """Copies a CPU tensor to the device, without waiting."""
@@ -21,19 +22,10 @@ Send = Callable[[Tensor], Tensor]
 CHUNK = 128
 """Neighbouring ids whose scores are compared first by their maximum."""
 
-_LOWEST, _HIGHEST = 1e-30, 1e30
-"""Limits of the temperature, as in ``tilewright_sampling``."""
-
 
 def serves(params: SamplingParams) -> bool:
     """Whether ``choose`` samples with these parameters: no penalties, bias or log-probabilities."""
-    return (
-        params.logprobs is None
-        and params.repetition_penalty == 1.0
-        and not params.presence_penalty
-        and not params.frequency_penalty
-        and not params.logit_bias
-    )
+    return params.logprobs is None and not changes_logits(params)
 
 
 def choose(logits: Tensor, rows: Sequence[SamplerRow | None], send: Send) -> Tensor:
@@ -42,6 +34,7 @@ def choose(logits: Tensor, rows: Sequence[SamplerRow | None], send: Send) -> Ten
     Logits that are not finite give tokens of the vocabulary, but no certain ones.
     """
     vocab_size = logits.shape[1]
+    lowest, highest = TEMPERATURES
     groups = _grouped(rows, vocab_size)
     chosen = None
     for draw, group in groups:
@@ -49,7 +42,7 @@ def choose(logits: Tensor, rows: Sequence[SamplerRow | None], send: Send) -> Ten
             (
                 i,
                 uniform(row.params.seed, row.position),
-                min(max(row.params.temperature, _LOWEST), _HIGHEST),
+                min(max(row.params.temperature, lowest), highest),
                 _most(row.params, vocab_size),
                 row.params.top_p if row.params.top_p < 1.0 else inf,
                 row.params.min_p,

@@ -16,7 +16,7 @@ from tilewright.errors import RequestError
 from tilewright.types import SamplerRow, SamplingParams, TokenLogprobs
 
 _LARGEST = torch.finfo(torch.float32).max
-_TEMPERATURES = (1e-30, 1e30)  # float32 would round values far outside to 0 or infinity
+TEMPERATURES = (1e-30, 1e30)  # float32 would round values far outside to 0 or infinity
 
 
 def sanitise(logits: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def shortlist(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     if 0 < params.top_k < vocab_size:
         ids = largest(scores, params.top_k)
         scores = scores[ids]
-    low, high = _TEMPERATURES
+    low, high = TEMPERATURES
     weights = ((scores - top) / min(max(params.temperature, low), high)).exp()
     if params.top_p < 1.0:
         total = weights.sum(dtype=torch.float64).item()
