@@ -9,6 +9,12 @@ from tilewright.types import KvCacheSpec, StepBatch, Tap
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+def of_layer(tap: Tap, layer: int) -> Tap:
+    """A tap for the tensors of a layer, by the name that they have in it."""
+    return lambda stage, tensor: tap(f"layers.{layer}.{stage}", tensor)
+
+
 ModelT = TypeVar("ModelT")
 StepT = TypeVar("StepT")
 

@@ -29,8 +29,8 @@ from tilewright.errors import (
     quoted,
 )
 from tilewright.kv_storage import page_shape
-from tilewright.layerwise import LayerwiseBase
-from tilewright.rope import dynamic_frequencies, dynamic_lengths, frequencies
+from tilewright.layerwise import LayerwiseBase, of_layer
+from tilewright.rope import frequencies
 from tilewright.types import (
     ExecutorLimits,
     KvCacheSpec,
@@ -49,6 +49,7 @@ from tilewright.types import (
 from tilewright.weights import expected_tensors, torch_dtype
 from tilewright_torch import card_sampling
 from tilewright_torch.card_weights import CardLayer, CardModel, load_on_card, projections
+from tilewright_torch.rope import angles
 
 MOST_SCORED_ROWS = 256
 """Rows of logits of a step beyond those that are sampled: each takes vocab_size * 4 bytes."""
@@ -196,13 +197,13 @@ def card_number(device: str) -> int:
         capability = torch.cuda.get_device_capability(index)
     except RuntimeError as error:
         raise ExecutorError(
-            f"device = {quoted(device)} cannot be used ({_first_line(error)}): check the driver "
+            f"device = {quoted(device)} cannot be used ({first_line(error)}): check the driver "
             "(`tilewright doctor`), or choose another device"
         ) from error
     if capability < LEAST_CAPABILITY:
         raise ExecutorError(
             f"executor torch needs a card of compute capability "
-            f"{_dotted(LEAST_CAPABILITY)} or later, found {_dotted(capability)} on {device} "
+            f"{dotted(LEAST_CAPABILITY)} or later, found {dotted(capability)} on {device} "
             f"({torch.cuda.get_device_name(index)}): choose another card, or device = 'cpu'"
         )
     if find_spec("triton") is None:
@@ -222,7 +223,7 @@ def _initialise() -> None:
         os.environ.pop(name, None)
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
@@ -489,7 +490,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         model, kernels = self._opened(), self._kernels
         at = self.layers.index(layer)
         weights, eps = model.layers[at], model.config.norm_eps
-        named = _of_layer(tap, layer) if tap else None
+        named = of_layer(tap, layer) if tap else None
         with self._on_card():
             x: Tensor = hidden.to(self._card.device)
             normed = kernels.rms_norm(x, weights.attn_norm, eps)
@@ -779,8 +780,8 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
         config = self._opened().config
         if config.rope.kind != "dynamic":
             return None
-        frequency = dynamic_frequencies(config, dynamic_lengths(batch))
-        angle = batch.positions.float().unsqueeze(1) * frequency
+        of_step, _ = angles(config)
+        angle = of_step(batch)
         return self._send(angle.cos()), self._send(angle.sin())
 
     def _room_for(self, batch: StepBatch) -> None:
@@ -853,7 +854,7 @@ class CudaExecutor(LayerwiseBase[CardModel, _Inputs]):
             if not is_lost(error):
                 raise
             raise ExecutorLostError(
-                f"{self.device} failed in a step ({_first_line(error)}): load the model again, in "
+                f"{self.device} failed in a step ({first_line(error)}): load the model again, in "
                 "a new process if that fails too"
             ) from error
 
@@ -876,7 +877,7 @@ def is_lost(error: RuntimeError) -> bool:
     return isinstance(error, kind) or str(error).startswith(("CUDA error", "Triton Error [CUDA]"))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].strip()
 
 
@@ -899,10 +900,6 @@ def _length(tokens: int, sequences: int, most_pages: int) -> int:
 
 def _padded(values: Tensor, count: int, fill: int) -> tuple[Tensor, Tensor]:
     return values, values.new_full((count,), fill)
-
-
-def _of_layer(tap: Tap, layer: int) -> Tap:
-    return lambda stage, tensor: tap(f"layers.{layer}.{stage}", tensor)
 
 
 def _tap_projections(tap: Tap, config: ModelConfig, layer: CardLayer, qkv: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from sysconfig import get_path
 import torch
 
 from tilewright.types import Check
-from tilewright_torch.card import LEAST_CAPABILITY
+from tilewright_torch.card import LEAST_CAPABILITY, dotted, first_line
 
 
 def checks() -> list[Check]:
@@ -53,16 +53,14 @@ def _card(index: int) -> Check:
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
         advice = "check `nvidia-smi`: another process may hold the card, or the driver has failed"
-        return Check(name=name, status="failed", found=reason, advice=advice)
+        return Check(name=name, status="failed", found=first_line(error), advice=advice)
     capability = properties.major, properties.minor
     found = (
-        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.name}, compute capability {dotted(capability)}, "
         f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     )
     if capability < LEAST_CAPABILITY:
-        least = ".".join(map(str, LEAST_CAPABILITY))
-        advice = f"executor torch needs compute capability {least} or later"
+        advice = f"executor torch needs compute capability {dotted(LEAST_CAPABILITY)} or later"
         return Check(name=name, status="warning", found=found, advice=advice)
     return Check(name=name, status="ok", found=found)

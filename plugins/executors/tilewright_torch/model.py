@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tilewright import kv_storage
 from tilewright.errors import ExecutorError
-from tilewright.layerwise import LayerwiseBase
+from tilewright.layerwise import LayerwiseBase, of_layer
 from tilewright.types import (
     ExecutorLimits,
     KvCacheSpec,
@@ -132,7 +132,7 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         if self._native and step.compiled and not tap:
             return self._native.run_layers(step.compiled, at, 1, hidden)
         config, weights = model.config, model.layers[at]
-        layer_tap = _of_layer(tap, layer) if tap else None
+        layer_tap = of_layer(tap, layer) if tap else None
         x = hidden + _attention(
             weights,
             config,
@@ -179,27 +179,23 @@ class TorchExecutor(LayerwiseBase[Model, _Step]):
         return self._opened().weight(name)
 
 
-def _of_layer(tap: Tap, layer: int) -> Tap:
-    return lambda stage, tensor: tap(f"layers.{layer}.{stage}", tensor)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (arXiv:1910.07467) over the last dimension: rounded, then times the weight.
 
     The same as F.rms_norm, which is composed of twice as many operations.
     """
     size = x.shape[-1]
-    if x.numel() == size and x.device.type == "cpu":  # a number takes fewer operations
+    if x.numel() == size:  # a number takes fewer operations
         mean = torch.linalg.vector_norm(x, dtype=torch.float32).item() ** 2 / size + eps
         return x * (mean**-0.5 if mean else inf) * weight
     norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
-    scale = torch.addcmul(_scalar(eps, x.device), norm, norm, value=1 / size).rsqrt_()
+    scale = torch.addcmul(_scalar(eps), norm, norm, value=1 / size).rsqrt_()
     return (x * scale).to(x.dtype) * weight
 
 
 @cache
-def _scalar(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=device)
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
 
 
 def _attention(

@@ -35,8 +35,6 @@ from tilewright.types import QuantisedTensor
 from tilewright.weights import EMBEDDING, HEAD
 from tilewright_torch.linear import BLOCK_BYTES, has_native, onednn
 
-DTYPES = ("int8", "int4")
-
 GROUP = 32
 """Weights of a row that share a scale and a zero point in int4."""
 TILE = 64
@@ -180,7 +178,7 @@ Quantised: TypeAlias = Int8 | Int4
 
 
 def kind(name: str, shape: tuple[int, ...], weight_dtype: str) -> str | None:
-    """How a tensor of a model is stored in a weight dtype of ``DTYPES``: ``int8``, ``int4``, or
+    """How a tensor of a model is stored in a quantised weight dtype: ``int8``, ``int4``, or
     None for one that stays in the model's dtype (norms and biases)."""
     if name in (EMBEDDING, HEAD):
         return "int8"
