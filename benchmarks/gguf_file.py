@@ -16,6 +16,7 @@ from gguf.quants import quantize
 from tilewright import LLMEngine
 from tilewright.types import ModelConfig
 from tilewright.weights import EMBEDDING, HEAD
+from tilewright_testing.samples import add_sizes
 
 Kind = gguf.GGMLQuantizationType
 KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
@@ -70,16 +71,7 @@ def write_gguf(model: Path, path: Path, kind: str) -> int:
 
 
 def write_header(writer: Any, config: ModelConfig) -> None:
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope.theta)
+    add_sizes(writer, config)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")

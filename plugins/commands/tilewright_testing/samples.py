@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from attrs import evolve
 
 from tilewright.types import (
     GenerateConfig,
     LoadedModel,
+    ModelConfig,
     Packing,
     TextAssets,
 )
@@ -74,16 +75,7 @@ def write_gguf(directory: Path) -> Written:
     names = get_tensor_name_map(MODEL_ARCH.QWEN3, config.num_layers)
     path = directory / "sample.gguf"
     writer = GGUFWriter(path, "qwen3")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope.theta)
+    add_sizes(writer, config)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -99,6 +91,20 @@ def write_gguf(directory: Path) -> Written:
     writer.write_tensors_to_file()
     writer.close()
     return Written(path, model)
+
+
+def add_sizes(writer: Any, config: ModelConfig) -> None:
+    """Tell a ``gguf.GGUFWriter`` the sizes of a model with default RoPE."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope.theta)
 
 
 WRITERS: dict[str, Callable[[Path], Written]] = {
