@@ -35,7 +35,7 @@ def _quantised_products() -> Check:
 
 
 def _compiled_steps() -> Check:
-    """A compiler is optional, so that none is no warning."""
+    """The compiler for option compile. Nothing else needs one, so the check is ok without."""
     name = "C++ compiler"
     try:
         command = compiler()

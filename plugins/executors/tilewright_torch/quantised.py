@@ -340,7 +340,7 @@ Tried: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def _better(best: Tried, other: Tried) -> Tried:
-    """Of each group, the one with less error."""
+    """For each group, the one of the two with less error."""
     less = other[0] < best[0]
     error, scale, zero = (
         torch.where(less, theirs, ours) for theirs, ours in zip(other, best, strict=True)

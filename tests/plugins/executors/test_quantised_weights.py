@@ -220,7 +220,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(engine: LLMEngine, model: Path, ids: list[int], runtime: RuntimeConfig) -> Tensor:
-    """Of a prompt and of a decode step."""
+    """The logits of a prompt and of a decode step."""
     from tilewright_testing.paged import Sequences
 
     engine.init_model("m", model, evolve(runtime, max_seq_len=64))
@@ -264,7 +264,7 @@ def test_what_is_wide_keeps_the_checkpoints_values(models: Path) -> None:
     kinds = {name.rpartition("layers.0.")[2]: type(held[name]) for name in held}
     assert kinds["input_layernorm.weight"] is Tensor
     assert kinds["mlp.down_proj.weight"] is Int4
-    assert kinds["self_attn.q_proj.weight"] is Int8  # 72 columns are no groups of 32
+    assert kinds["self_attn.q_proj.weight"] is Int8  # 72 is not a multiple of 32
     assert kinds["lm_head.weight"] is Int8
     assert kinds["model.embed_tokens.weight"] is Int8
 
