@@ -1,5 +1,6 @@
 """The ASGI application: routes, keys, limits, and errors as OpenAI's API has them."""
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -131,9 +132,10 @@ async def _tokenize(server: Server, request: Request, body: bytes) -> Response:
     model = server.model(asked.model)
     text = model.loaded.text
     if asked.prompt is None:
-        ids = chat_completions.prompt_ids(text, asked)
+        ids = await asyncio.to_thread(chat_completions.prompt_ids, text, asked)
     else:
-        ids = text.encode(asked.prompt, asked.add_special_tokens is not False)
+        special = asked.add_special_tokens is not False
+        ids = await asyncio.to_thread(text.encode, asked.prompt, special)
     names = [text.token(i) or "" for i in ids] if asked.return_token_strs else None
     limit = model.loaded.runtime.max_seq_len
     return JSONResponse(
@@ -238,7 +240,7 @@ class _Keyed:
         if scope["type"] == "http" and self._key is not None and not self._open(scope["path"]):
             given = Request(scope).headers.get("authorization", "")
             kind, _, key = given.partition(" ")
-            right = hmac.compare_digest(key.strip().encode(), self._key.encode())
+            right = hmac.compare_digest(key.strip().encode("latin-1"), self._key.encode())
             if kind.lower() != "bearer" or not right:
                 found = "no key" if not given else "another one"
                 message = f"expected Authorization: Bearer KEY with the server's key, found {found}"
@@ -263,18 +265,24 @@ class _Counting:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499
+        begun = False
 
-        async def note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, note)
-        finally:
+        def count(status: int) -> None:
+            nonlocal begun
+            begun = True
             routes = scope["app"].routes
             found = (r.path for r in routes if r.matches(scope)[0] is not Match.NONE)
             path = next(found, "none")
             self._server.metrics.requests.labels(scope["method"], path, str(status)).inc()
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        except Exception:
+            if not begun:
+                count(500)  # which Starlette answers, around this
+            raise
