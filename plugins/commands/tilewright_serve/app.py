@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from tilewright_serve.errors import ApiError
 from tilewright_serve.fields import Detokenize, Tokenize
 from tilewright_serve.server import Model, Reload, Server
 from tilewright_serve.settings import ServeSettings
+
+log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 
@@ -67,7 +70,6 @@ def create_app(
             ApiError: _refuse,
             HTTPException: _refuse_route,
             ClientDisconnect: _nobody,
-            Exception: _broken,
         },
     )
     app.state.server = server
@@ -221,11 +223,6 @@ async def _nobody(request: Request, error: Exception) -> Response:
     return PlainTextResponse("", status_code=499)
 
 
-async def _broken(request: Request, error: Exception) -> Response:
-    made = ApiError(500, f"the server failed: {type(error).__name__}")
-    return JSONResponse(made.body, status_code=500)
-
-
 # --- around all endpoints ------------------------------------------------------------------------
 
 
@@ -255,7 +252,7 @@ class _Keyed:
 
 
 class _Counting:
-    """Counts what was answered, by route and status."""
+    """Counts what was answered, by route and status; what nobody has caught is answered here."""
 
     def __init__(self, app: ASGIApp, server: Server):
         self._app = app
@@ -282,7 +279,9 @@ class _Counting:
 
         try:
             await self._app(scope, receive, note)
-        except Exception:
-            if not begun:
-                count(500)  # which Starlette answers, around this
-            raise
+        except Exception as error:
+            if begun:
+                raise
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            made = ApiError(500, f"the server failed: {type(error).__name__}")
+            await JSONResponse(made.body, status_code=500)(scope, receive, note)
