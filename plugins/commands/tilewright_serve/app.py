@@ -189,7 +189,7 @@ async def _stats(request: Request) -> Response:
 async def _openapi(request: Request) -> Response:
     from tilewright_serve.openapi import document
 
-    return JSONResponse(document())
+    return JSONResponse(document(_server(request).settings.api_key is not None))
 
 
 async def _index(request: Request) -> Response:

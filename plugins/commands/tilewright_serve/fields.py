@@ -7,7 +7,15 @@ ignored, as is one that changes nothing about the text, such as ``user``.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
 
 from tilewright.errors import listed
 from tilewright_serve.errors import ApiError
@@ -16,6 +24,28 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Messages = Annotated[
+    list[
+        Annotated[
+            dict[str, Any],
+            WithJsonSchema(
+                {
+                    "type": "object",
+                    "properties": {
+                        "role": {"type": "string"},
+                        "content": {"description": "text, or a list of parts of type text"},
+                    },
+                    "required": ["role"],
+                }
+            ),
+        ]
+    ],
+    Field(
+        min_length=1,
+        description="the conversation; which roles and other keys there are is up to the model's "
+        "chat template",
+    ),
+]
 
 MOST_LOGPROBS = 20
 """Most alternatives of a token that are reported: OpenAI's limit for chat completions."""
@@ -54,10 +84,28 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 """Values of fields that are not served which ask for what is done anyway."""
 
 
+def _with_refused(schema: dict[str, Any]) -> None:
+    """Say in a body's schema which values the fields that are not served may have."""
+    for name in sorted(REFUSED | HARMLESS):
+        schema["properties"].setdefault(
+            name,
+            {
+                "enum": [None, [], {}, *HARMLESS.get(name, ())],
+                "description": f"not served: {_cure(name)}",
+            },
+        )
+
+
+def _cure(name: str) -> str:
+    return REFUSED.get(name) or "leave it out"
+
+
 class Body(BaseModel):
     """What all bodies have in common."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_with_refused
+    )
 
     model: str | None = Field(None, description="the model; may be absent if one is served")
 
@@ -67,22 +115,27 @@ class Body(BaseModel):
             if value is None or value in HARMLESS.get(name, ()) or value in ([], {}):
                 continue
             if name in REFUSED or name in HARMLESS:
-                cure = REFUSED.get(name) or "leave it out"
-                raise ApiError(400, f"{name!r} is not served: {cure}", name)
+                raise ApiError(400, f"{name!r} is not served: {_cure(name)}", name)
 
 
-class StreamOptions(BaseModel):
+class Part(BaseModel):
+    """A mapping in a body."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StreamOptions(Part):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Part):
     name: str | None = None
     json_schema: Any = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Part):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -100,7 +153,7 @@ class ResponseFormat(BaseModel):
 class StructuredOutputs(BaseModel):
     """Exactly one of these; see the logits processor ``structured-output``."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     json_: Any = Field(None, alias="json", description="a JSON schema")
     json_object: StrictBool | None = Field(None, description="any JSON object")
@@ -175,26 +228,22 @@ class Completion(Generation):
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
-class FunctionDescription(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class FunctionDescription(Part):
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class Tool(Part):
     type: Literal["function"]
     function: FunctionDescription
 
 
-class FunctionName(BaseModel):
+class FunctionName(Part):
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Part):
     type: Literal["function"]
     function: FunctionName
 
@@ -202,7 +251,7 @@ class NamedTool(BaseModel):
 class ChatCompletion(Generation):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Messages
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="variables of the model's chat template, such as enable_thinking"
@@ -252,7 +301,7 @@ class Tokenize(Body):
     """The body of POST /tokenize: a prompt, or messages as for a chat completion."""
 
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
