@@ -22,7 +22,11 @@ from tilewright_serve.errors import ApiError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}),
+]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Messages = Annotated[
     list[
@@ -84,20 +88,36 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 """Values of fields that are not served which ask for what is done anyway."""
 
 
+def _exactly_one(*names: str) -> dict[str, Any]:
+    """A schema of objects in which one of some keys is not null."""
+    some: dict[str, Any] = {"not": {"type": "null"}}
+    return {"oneOf": [{"required": [one], "properties": {one: some}} for one in names]}
+
+
 def _with_refused(schema: dict[str, Any]) -> None:
     """Say in a body's schema which values the fields that are not served may have."""
     for name in sorted(REFUSED | HARMLESS):
         schema["properties"].setdefault(
             name,
             {
-                "enum": [None, [], {}, *HARMLESS.get(name, ())],
+                "enum": list(_harmless(name)),
                 "description": f"not served: {_cure(name)}",
             },
         )
 
 
+def _harmless(name: str) -> tuple[Any, ...]:
+    """The values that a field which is not served may have."""
+    return (None, [], {}, *HARMLESS.get(name, ()))
+
+
 def _cure(name: str) -> str:
     return REFUSED.get(name) or "leave it out"
+
+
+def _with_refused_and_one(schema: dict[str, Any]) -> None:
+    _with_refused(schema)
+    schema |= _exactly_one("prompt", "messages")
 
 
 class Body(BaseModel):
@@ -112,7 +132,7 @@ class Body(BaseModel):
     def check_served(self) -> None:
         """Raise ApiError for a field that is not served and must not be ignored."""
         for name, value in (self.model_extra or {}).items():
-            if value is None or value in HARMLESS.get(name, ()) or value in ([], {}):
+            if any(value == one and type(value) is type(one) for one in _harmless(name)):
                 continue
             if name in REFUSED or name in HARMLESS:
                 raise ApiError(400, f"{name!r} is not served: {_cure(name)}", name)
@@ -136,6 +156,18 @@ class JsonSchema(Part):
 
 
 class ResponseFormat(Part):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"type": {"enum": ["text", "json_object"]}}},
+                {
+                    "required": ["json_schema"],
+                    "properties": {"json_schema": _exactly_one("schema")},
+                },
+            ]
+        }
+    )
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -153,7 +185,11 @@ class ResponseFormat(Part):
 class StructuredOutputs(BaseModel):
     """Exactly one of these; see the logits processor ``structured-output``."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        json_schema_extra=_exactly_one("json", "json_object", "regex", "choice", "grammar"),
+    )
 
     json_: Any = Field(None, alias="json", description="a JSON schema")
     json_object: StrictBool | None = Field(None, description="any JSON object")
@@ -181,7 +217,7 @@ class Generation(Body):
     frequency_penalty: Penalty | None = None
     ignore_eos: bool | None = Field(None, description="go on after an end-of-sequence token")
     include_stop_str_in_output: bool | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_p: Probability | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -219,7 +255,12 @@ class Generation(Body):
 class Completion(Generation):
     """The body of POST /v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
     add_special_tokens: bool | None = Field(
         None, description="with the tokens that the tokenizer puts around a prompt (true)"
     )
@@ -299,6 +340,8 @@ class ChatCompletion(Generation):
 
 class Tokenize(Body):
     """The body of POST /tokenize: a prompt, or messages as for a chat completion."""
+
+    model_config = ConfigDict(json_schema_extra=_with_refused_and_one)
 
     prompt: str | None = None
     messages: Messages | None = None

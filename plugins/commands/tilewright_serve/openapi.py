@@ -188,16 +188,26 @@ def _posting(
     """chunk: what a stream's events hold, if it can be streamed."""
     content = _is(answer)
     if chunk is not None:
-        events = (
-            f"With stream = true: server-sent events, each with a {chunk.__name__} as JSON, the "
-            "last with [DONE]. If generation fails, an Error is the last event before that."
-        )
-        content["text/event-stream"] = {"schema": {"type": "string", "description": events}}
+        content["text/event-stream"] = {"schema": _event(chunk)}
     made = _operation(keyed, name, summary, content, 400, 404, 413, 500, 503)
     if chunk is not None:
         made["responses"]["200"]["headers"] = {"x-request-id": _header("the answer's id")}
     media = {"schema": _reference(body), "example": example}
     return made | {"requestBody": {"required": True, "content": {"application/json": media}}}
+
+
+def _event(chunk: Any) -> dict[str, Any]:
+    """One of the server-sent events of a stream; OpenAPI 3.1 has no schema of all of them."""
+    told = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(chunk), _reference(answers.Error)]},
+    }
+    return {
+        "type": "object",
+        "description": "An event. If generation fails, an Error is the last event before [DONE].",
+        "properties": {"data": {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}},
+        "required": ["data"],
+    }
 
 
 def _health() -> dict[str, Any]:
