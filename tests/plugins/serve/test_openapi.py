@@ -150,7 +150,7 @@ def check(case: Any, url: str) -> None:
 
 
 def whole(value: Any) -> Any:
-    """A value with 2 in place of 2.0, which JSON Schema, but not the server, takes as an integer."""
+    """A value with 2 in place of 2.0: both are integers in JSON Schema, but the server wants 2."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
