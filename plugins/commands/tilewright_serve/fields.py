@@ -162,7 +162,7 @@ class ResponseFormat(Part):
                 {"properties": {"type": {"enum": ["text", "json_object"]}}},
                 {
                     "required": ["json_schema"],
-                    "properties": {"json_schema": _exactly_one("schema")},
+                    "properties": {"json_schema": {"type": "object"} | _exactly_one("schema")},
                 },
             ]
         }
