@@ -224,7 +224,7 @@ class StructuredOutputProcessor:
         # What could follow in its place shows if its text is written in the smallest steps.
         rest, ahead, possible = self._words.text(token), None, words
         while True:
-            allowed = memoryview(np.flatnonzero(possible))
+            allowed = np.flatnonzero(possible).tolist()
             if not all(_agree(texts[i], rest) for i in allowed):
                 return None
             step = min(allowed, key=lambda i: len(texts[i]))
