@@ -1,7 +1,7 @@
 """Tool calls in the text of an answer, in the forms that models are trained to write.
 
-- Hermes, Qwen: ``{"name": ..., "arguments": {...}}`` on a line between the lines ``<tool_call>`` and
-  ``</tool_call>``, any number of times, beside other text
+- Hermes, Qwen: ``{"name": ..., "arguments": {...}}`` on a line between the lines ``<tool_call>``
+  and ``</tool_call>``, any number of times, beside other text
   (https://github.com/NousResearch/Hermes-Function-Calling).
 - Llama 3.1 and later: ``{"name": ..., "parameters": {...}}``, which is the whole answer
   (https://github.com/meta-llama/llama-models, models/llama3_1/prompt_format.md). ``<|python_tag|>``

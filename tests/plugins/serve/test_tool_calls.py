@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 from attrs import evolve
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import byte_level
 from transformers import PreTrainedTokenizerFast
@@ -146,6 +146,7 @@ def rendered(template: str, message: dict[str, Any], before: str, after: str) ->
     return text.partition(before)[2].removesuffix(after)
 
 
+@settings(max_examples=40)
 @given(CALLS, st.sampled_from(["", "Let me see.", "a\n\nb <tool"]), st.randoms())
 def test_calls_of_qwens_template_are_found_and_give_its_text_again(
     calls: Any, content: str, random: Random
@@ -159,6 +160,7 @@ def test_calls_of_qwens_template_are_found_and_give_its_text_again(
     assert all(arguments in text for _, arguments in found[1])
 
 
+@settings(max_examples=40)
 @given(ARGUMENTS, st.booleans(), st.randoms())
 def test_a_call_of_llamas_template_is_found(arguments: Any, tagged: bool, random: Random) -> None:
     told = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
