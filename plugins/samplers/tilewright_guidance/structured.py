@@ -13,7 +13,7 @@ models fall into where any white space is allowed.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -129,10 +129,9 @@ class StructuredOutputProcessor:
         return State(start, start.deep_copy())
 
     def edits(self, rows: Sequence[tuple[int, State]]) -> LogitsEdits:
-        allowed = np.zeros((len(rows), -(-self._vocab_size // 32) * 32), dtype=bool)
-        for mask, (_, state) in zip(allowed, rows, strict=True):
-            self._allow(mask[: self._vocab_size], state)
-        masks = np.packbits(allowed, axis=1, bitorder="little").view("<i4")
+        masks = np.zeros((len(rows), -(-self._vocab_size // 32)), dtype=np.int32)
+        for mask, (_, state) in zip(masks, rows, strict=True):
+            self._allow(mask, state)
         numbers = torch.tensor([row for row, _ in rows], dtype=torch.int64)
         return LogitsEdits(mask_rows=numbers, masks=torch.from_numpy(masks))
 
@@ -143,7 +142,7 @@ class StructuredOutputProcessor:
         if token_id in self._ends:
             state.ended = state.matcher.is_accepting()
             state.lost = not state.ended
-            if state.lost and self._mask(state.matcher) is None:
+            if state.lost and self._mask(state.matcher, state.begun) is None:
                 # All matchers of a grammar share what has reached its limit.
                 self._compiled.cache_clear()
                 raise _refused(f"no token can go on with the text ({_reason(state.matcher)})")
@@ -184,56 +183,60 @@ class StructuredOutputProcessor:
         )
         if matcher.is_error():
             raise _refused(_reason(matcher))
-        if self._mask(matcher) is None:
+        if self._mask(matcher, begun=False) is None:
             raise _refused(
                 f"no text of the model's tokens is what it describes ({_reason(matcher)})"
             )
         return matcher
 
-    def _mask(self, matcher: "LLMatcher") -> "NDArray[np.bool_] | None":
-        """Which words may be next; None if none may or the matcher has reached a limit."""
+    def _mask(self, matcher: "LLMatcher", begun: bool) -> "NDArray[np.int32] | None":
+        """Which words may be next, 32 in a number; None if none may or a limit was reached."""
         mask = np.zeros((1, -(-len(self._words.texts) // 32)), dtype=np.int32)
         self._fill(matcher, mask, 0)
-        words = np.unpackbits(mask.view(np.uint8), bitorder="little").view(bool)
-        words &= self._words.possible  # a grammar can name any token's id
+        # A grammar can name any token's id, and not every word is a token's in every place.
+        words = mask[0] & (self._words.later_words if begun else self._words.first_words)
         return words if words.any() and not matcher.is_error() else None
 
-    def _allow(self, mask: "NDArray[np.bool_]", state: State) -> None:
+    def _allow(self, mask: "NDArray[np.int32]", state: State) -> None:
         """Set which tokens may be next. Where none may, an end may, which ``accept`` refuses."""
-        words = None if state.ended or state.lost else self._mask(state.matcher)
+        words = None
+        if not state.ended and not state.lost:
+            words = self._mask(state.matcher, state.begun)
         if words is None:
-            mask[self._last if state.ended else self._ends] = True
-            return
-        forced = self._forced(words, state.matcher)
-        if forced is not None:
-            mask[forced] = True
-        elif state.begun:
-            mask[:] = words[self._words.later]
+            mask[:] = _packed(self._last if state.ended else self._ends, self._vocab_size)
+        elif (forced := self._forced(words, state)) is not None:
+            mask[:] = _packed([forced], self._vocab_size)
+        elif state.begun and self._words.tokens_are_words:
+            mask[:] = words[: len(mask)]
         else:
-            mask[:] = words[self._words.first]
-            words[self._ends] = False
-            mask[self._words.silent] = words[self._words.later].any()
+            bits = _unpacked(words)
+            allowed = bits[self._words.later if state.begun else self._words.first]
+            if not state.begun:
+                bits[self._ends] = False
+                allowed[self._words.silent] = bits[self._words.later].any()
+            mask[:] = _packed(np.flatnonzero(allowed).tolist(), self._vocab_size)
 
-    def _forced(self, words: "NDArray[np.bool_]", matcher: "LLMatcher") -> int | None:
+    def _forced(self, words: "NDArray[np.int32]", state: State) -> int | None:
         """The added token whose text has to follow, if there is one."""
         texts = self._words.texts
-        tokens = [i for i in self._words.added if words[self._words.later[i]]]
+        of = [(i, int(self._words.later[i])) for i in self._words.added]
+        tokens = [i for i, word in of if words[word // 32] >> (word % 32) & 1]
         if not tokens:
             return None
         token = max(tokens, key=lambda i: len(self._words.text(i)))
         # What could follow in its place shows if its text is written in the smallest steps.
         rest, ahead, possible = self._words.text(token), None, words
         while True:
-            allowed = np.flatnonzero(possible).tolist()
+            allowed = np.flatnonzero(_unpacked(possible)).tolist()
             if not all(_agree(texts[i], rest) for i in allowed):
                 return None
             step = min(allowed, key=lambda i: len(texts[i]))
             rest = rest[len(texts[step]) :]
             if not rest:
                 return token
-            ahead = ahead or matcher.deep_copy()
+            ahead = ahead or state.matcher.deep_copy()
             ahead.consume_token(step)
-            following = self._mask(ahead)
+            following = self._mask(ahead, begun=True)
             if following is None:
                 return None
             possible = following
@@ -258,8 +261,13 @@ class Words:
     """[vocab_size] the word of each token after another one"""
     first: "NDArray[np.int64]"
     """[vocab_size] the word of each token at the beginning of a text"""
-    possible: "NDArray[np.bool_]"
-    """[words, up to the next multiple of 32] whether it has bytes or ends a text"""
+    later_words: "NDArray[np.int32]"
+    """[ceil(words / 32)] bit i of number w: whether a token adds word 32 * w + i, or is it and ends
+    a text, after another token"""
+    first_words: "NDArray[np.int32]"
+    """The same at the beginning, where a token may add nothing and another one follow."""
+    tokens_are_words: bool
+    """Whether each token that adds something after another one is the only one that adds it."""
     silent: Sequence[int]
     """Tokens that add nothing at the beginning."""
     added: Sequence[int]
@@ -294,13 +302,32 @@ def _read_words(text: Text, size: int, ends: Sequence[int]) -> Words:
                 number[of] = len(words)
                 words.append(of)
             first[i] = number[of]
-    possible = np.zeros(-(-len(words) // 32) * 32, dtype=bool)
-    possible[: len(words)] = [of not in (b"", _NO_WORD) for of in words]
-    possible[list(ends)] = True
     silent = [i for i, of in vocabulary.first.bytes_of.items() if not of]
     known = text.assets.tokenizer.get_added_tokens_decoder()
     added = [i for i in known if i in vocabulary.later.bytes_of]
-    return Words(words, later, first, possible, silent, added)
+    none = words.index(_NO_WORD)
+    after, at_first = (set(map(int, of)) - {none} for of in (later, first))
+    return Words(
+        texts=words,
+        later=later,
+        first=first,
+        later_words=_packed(after, len(words)),
+        first_words=_packed(at_first | after if silent else at_first, len(words)),
+        tokens_are_words=len(after) == int((later != none).sum()),
+        silent=silent,
+        added=added,
+    )
+
+
+def _packed(numbers: Collection[int], count: int) -> "NDArray[np.int32]":
+    """[ceil(count / 32)] bit i of element w is set for number 32 * w + i."""
+    bits = np.zeros(-(-count // 32) * 32, dtype=bool)
+    bits[np.fromiter(numbers, np.int64, len(numbers))] = True
+    return np.packbits(bits, bitorder="little").view("<i4")
+
+
+def _unpacked(words: "NDArray[np.int32]") -> "NDArray[np.bool_]":
+    return np.unpackbits(words.view(np.uint8), bitorder="little").view(bool)
 
 
 @frozen(eq=False)
@@ -422,6 +449,6 @@ def _reason(matcher: "LLMatcher") -> str:
     lines = matcher.get_error().split("\n<", 1)[0].splitlines()
     kept = [line.strip() for line in lines if not re.match(r"\s*(\d+ \||\^)", line)]
     # "at 1(8): " is where each grammar begins that is made here.
-    reason = re.sub(r"^at 1\(8\): (failed to compile JSON schema: )?", "", " ".join(kept))
+    reason = re.sub(r"^at 1\(8\): |^.*failed to compile JSON schema: ", "", " ".join(kept))
     reason = re.sub(r"invalid regex .* error: ", "invalid regular expression: ", reason)
     return shortened(reason, 300) or "only token ids without a text are allowed"
