@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import reduce
 from pathlib import Path
 from threading import Lock
@@ -19,6 +20,7 @@ from tilewright.types import (
     LoadedModel,
     ModelStats,
     RuntimeConfig,
+    TokenLogprobs,
 )
 
 
@@ -32,7 +34,7 @@ class AsyncLLMEngine:
 
     def __init__(self, engine: LLMEngine):
         self.engine = engine
-        self._open: dict[str, _Generation] = {}
+        self._open: dict[str, AsyncGeneration] = {}
         self._wakers: dict[asyncio.AbstractEventLoop, _Waker] = {}
 
     @classmethod
@@ -84,6 +86,44 @@ class AsyncLLMEngine:
         """See ``LLMEngine.stats``."""
         return self.engine.stats(model_id)
 
+    async def submit(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        config: GenerateConfig | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> "AsyncGeneration":
+        """Start a generation, and return once the model has accepted it.
+
+        For callers that must know of a refusal before they read; ``generate`` explains the
+        arguments, and what is raised. Read it to the end, or close it.
+        """
+        thread = self.engine._thread(model_id)
+        name = request_id or self.engine._next_id(thread.runner.model)
+        generation = AsyncGeneration(self._waker(), thread, self._open, name)
+        if self._open.setdefault(name, generation) is not generation:
+            raise RequestError(
+                f"request id {name!r} is in use: choose another, or wait until that generation "
+                "has ended"
+            )
+        try:
+            arguments = thread, prompt, config, name
+            if isinstance(prompt, (str, Chat)) or getattr(config, "logits_processors", None):
+                # A long text takes a while, and so do a chat template and a vocabulary.
+                request = await asyncio.to_thread(self.engine._new_request, *arguments)
+            else:
+                request = self.engine._new_request(*arguments)
+            request.on_news = generation._receive
+            generation._request = request
+            await asyncio.wrap_future(thread.submit(lambda: thread.runner.add(request)))
+            if generation._aborted:
+                thread.abort(request)
+        except BaseException:
+            await generation.aclose()
+            raise
+        return generation
+
     async def generate(
         self,
         model_id: str,
@@ -104,37 +144,10 @@ class AsyncLLMEngine:
         Raises, when it is first read, what ``LLMEngine.generate`` raises, and RequestError for a
         request id that is in use.
         """
-        thread = self.engine._thread(model_id)
-        name = request_id or self.engine._next_id(thread.runner.model)
-        generation = _Generation(self._waker(), thread)
-        if self._open.setdefault(name, generation) is not generation:
-            raise RequestError(
-                f"request id {name!r} is in use: choose another, or wait until that generation "
-                "has ended"
-            )
-        try:
-            arguments = thread, prompt, config, name
-            if isinstance(prompt, (str, Chat)) or getattr(config, "logits_processors", None):
-                # A long text takes a while, and so do a chat template and a vocabulary.
-                request = await asyncio.to_thread(self.engine._new_request, *arguments)
-            else:
-                request = self.engine._new_request(*arguments)
-            request.on_news = generation.receive
-            generation.request = request
-            await asyncio.wrap_future(thread.submit(lambda: thread.runner.add(request)))
-            if generation.aborted:
-                thread.abort(request)
-            while True:
-                delta = await generation.next()
-                if delta.token_ids or delta.result:
-                    yield delta
-                if delta.error:
-                    raise copied(delta.error)
-                if delta.result:
-                    return
-        finally:
-            del self._open[name]
-            generation.abort()
+        generation = await self.submit(model_id, prompt, config, request_id=request_id)
+        async with aclosing(generation):
+            async for delta in generation:
+                yield delta
 
     async def generate_result(
         self,
@@ -176,9 +189,9 @@ class _Waker:
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
         self._lock = Lock()
-        self._readers: list[_Generation] = []
+        self._readers: list[AsyncGeneration] = []
 
-    def wake(self, reader: "_Generation") -> None:
+    def wake(self, reader: "AsyncGeneration") -> None:
         """Called in a stepping thread."""
         with self._lock:
             self._readers.append(reader)
@@ -192,28 +205,72 @@ class _Waker:
 
     def _wake_all(self) -> None:
         for reader in self._take():
-            reader.arrived.set()
+            reader._arrived.set()
 
-    def _take(self) -> "list[_Generation]":
+    def _take(self) -> "list[AsyncGeneration]":
         with self._lock:
             readers, self._readers = self._readers, []
         return readers
 
 
-class _Generation:
-    """A generation that has not ended, and what it has made and its task has not taken."""
+class AsyncGeneration(AsyncIterator[GenerateDelta]):
+    """A generation that a model has accepted: deltas as ``AsyncLLMEngine.generate`` has them."""
 
-    def __init__(self, waker: _Waker, thread: SteppingThread):
+    def __init__(
+        self,
+        waker: _Waker,
+        thread: SteppingThread,
+        open_: "dict[str, AsyncGeneration]",
+        name: str,
+    ):
+        """Use ``AsyncLLMEngine.submit``."""
         self._waker = waker
         self._thread = thread
-        self.request: Request | None = None
+        self._open = open_
+        self._name = name
+        self._request: Request | None = None
         """None while its prompt is tokenised."""
-        self.aborted = False
+        self._aborted = False
         self._lock = Lock()
         self._deltas: list[GenerateDelta] = []
-        self.arrived = asyncio.Event()
+        """What it has made and its reader has not taken."""
+        self._arrived = asyncio.Event()
+        self._last: GenerateDelta | None = None
 
-    def receive(self, request: Request) -> None:
+    async def __anext__(self) -> GenerateDelta:
+        while self._last is None:
+            delta = await self._next()
+            if delta.result or delta.error:
+                self._last = delta
+                self._leave()
+            if delta.token_ids or delta.result:
+                return delta
+        if self._last.error:
+            raise copied(self._last.error)
+        raise StopAsyncIteration
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """Those of its prompt, if they were asked for; complete once it has made a token."""
+        assert self._request
+        return (None, *self._request.prompt_logprobs)
+
+    def abort(self) -> None:
+        """End it with what it has until now, after the step that is running."""
+        self._aborted = True
+        if self._request:
+            self._thread.abort(self._request)
+
+    async def aclose(self) -> None:
+        """Abort it, if it has not ended; nothing more is read."""
+        self._leave()
+        self.abort()
+
+    def _leave(self) -> None:
+        if self._open.get(self._name) is self:
+            del self._open[self._name]
+
+    def _receive(self, request: Request) -> None:
         """Called in the stepping thread."""
         with self._lock:
             self._deltas.append(request.take())
@@ -221,14 +278,9 @@ class _Generation:
                 return
         self._waker.wake(self)
 
-    def abort(self) -> None:
-        self.aborted = True
-        if self.request:
-            self._thread.abort(self.request)
-
-    async def next(self) -> GenerateDelta:
-        await self.arrived.wait()
-        self.arrived.clear()
+    async def _next(self) -> GenerateDelta:
+        await self._arrived.wait()
+        self._arrived.clear()
         with self._lock:
             deltas, self._deltas = self._deltas, []
         return reduce(GenerateDelta.joined, deltas)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from tilewright import models, plugins, toml
 from tilewright.errors import ConfigError, PluginError, nearest, quoted, shortened
@@ -44,6 +44,8 @@ class Resolved:
     config: RunConfig
     origins: Mapping[Place, str]
     """Origins of the settings that were given; the others are defaults."""
+    own: Mapping[str, Any] = field(factory=dict)
+    """Settings of the command's own sections, by section."""
 
     def origin(self, *place: str) -> str:
         return self.origins.get(place, DEFAULT)
@@ -53,8 +55,12 @@ def resolve(
     file: str | Path | None = None,
     flags: Layer | None = None,
     environ: Mapping[str, str] | None = None,
+    own: Mapping[str, type] | None = None,
 ) -> Resolved:
     """Merge the layers. Precedence: flags, environment, run file, models file, defaults.
+
+    own: sections that the calling command adds to ``SECTIONS``, each with its attrs class. A run
+    file may also have sections with the names of other commands, which are not read.
 
     A model given by name is taken from a models file (tilewright.models) if that defines the
     name, even if a path of that name exists.
@@ -63,11 +69,12 @@ def resolve(
     or PluginError for a plugin that is not installed; both begin with the location of the error.
     """
     environ = os.environ if environ is None else environ
+    sections = {**SECTIONS, **(own or {})}
     given: dict[Place, Given] = {}
-    from_file = _file_layer(Path(file)) if file is not None else {}
+    from_file = _file_layer(Path(file), sections) if file is not None else {}
     for layer in (
         from_file,
-        _environment_layer(environ),
+        _environment_layer(environ, sections),
         _granted_device(environ),
         flags or {},
     ):
@@ -78,7 +85,7 @@ def resolve(
         _lay_over(given, over)
     elif path and path is from_file.get(PATH):
         given[PATH] = located(PATH, path, Path(file or "").parent)
-    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    values: dict[str, dict[str, Any]] = {section: {} for section in sections}
     options: dict[str, dict[str, Any]] = {}
     for (section, *rest), setting in given.items():
         if section == "options":
@@ -88,27 +95,25 @@ def resolve(
                 table = table.setdefault(name, {})
             table[key] = setting.value
         else:
-            values[section][rest[0]] = read_setting((section, rest[0]), setting)
-    config = RunConfig(
-        options=options,
-        **{section: _made(section, values[section], given) for section in SECTIONS},
-    )
+            values[section][rest[0]] = read_setting((section, rest[0]), setting, sections)
+    made = {name: _made(name, cls, values[name], given) for name, cls in sections.items()}
+    config = RunConfig(options=options, **{section: made.pop(section) for section in SECTIONS})
     _check_plugins(config, given)
     if TEXT not in given and FILE not in given and config.model.path == str(DEMO_MODEL):
         config = evolve(config, prompts=evolve(config.prompts, text=(DEMO_PROMPT,)))
     if not config.model.id:
         name = Path(config.model.path).absolute().name or "model"
         config = evolve(config, model=evolve(config.model, id=name))
-    return Resolved(config, {place: setting.origin for place, setting in given.items()})
+    return Resolved(config, {place: setting.origin for place, setting in given.items()}, made)
 
 
-def _made(section: str, values: Mapping[str, Any], given: Layer) -> Any:
+def _made(section: str, cls: type, values: Mapping[str, Any], given: Layer) -> Any:
     """The settings of a section, each of which is valid by itself.
 
     Raises ConfigError, which begins with an origin, for settings that contradict each other.
     """
     try:
-        return SECTIONS[section](**values)
+        return cls(**values)
     except ConfigError as error:
         origins = {key: given[section, key].origin for key in values}
         named = [origin for key, origin in origins.items() if str(error).startswith(f"{key!r} ")]
@@ -181,7 +186,7 @@ def _granted_device(environ: Mapping[str, str]) -> Layer:
 # --- the environment ------------------------------------------------------------------------------
 
 
-def _environment_layer(environ: Mapping[str, str]) -> Layer:
+def _environment_layer(environ: Mapping[str, str], sections: Mapping[str, type]) -> Layer:
     """Settings from ``TILEWRIGHT_<SECTION>_<KEY>``; empty variables are ignored."""
     layer: dict[Place, Given] = {}
     for name in sorted(environ):
@@ -196,12 +201,13 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
                     f"{ENVIRONMENT_PREFIX}OPTIONS_EXECUTOR_<OPTION>; set others in a run file"
                 )
             layer["options", kind, key.removeprefix(f"{kind}_")] = Given(environ[name], name)
-        elif section in SECTIONS:
-            if key not in keys(section):
-                names = [f"{ENVIRONMENT_PREFIX}{section}_{k}".upper() for k in keys(section)]
+        elif section in sections:
+            known = keys(section, sections)
+            if key not in known:
+                names = [f"{ENVIRONMENT_PREFIX}{section}_{k}".upper() for k in known]
                 raise ConfigError(
                     f"{name}: no such setting{nearest(name, names)} "
-                    f"(settings of [{section}]: {', '.join(keys(section))})"
+                    f"(settings of [{section}]: {', '.join(known)})"
                 )
             layer[section, key] = located((section, key), Given(environ[name], name), Path())
     return layer
@@ -210,19 +216,25 @@ def _environment_layer(environ: Mapping[str, str]) -> Layer:
 # --- run files ------------------------------------------------------------------------------------
 
 
-def _file_layer(path: Path) -> Layer:
+def _file_layer(path: Path, sections: Mapping[str, type]) -> Layer:
     text = read_text(path_of(path), "run file")
     document, origin = toml.parse(path, text)
-    return dict(_settings(document, origin, path.parent))
+    return dict(_settings(document, origin, path.parent, sections))
 
 
 def _settings(
-    document: Mapping[str, Any], origin: Callable[[Place], str], folder: Path
+    document: Mapping[str, Any],
+    origin: Callable[[Place], str],
+    folder: Path,
+    sections: Mapping[str, type],
 ) -> Iterator[tuple[Place, Given]]:
+    commands = {plugin.name for plugin in plugins.installed("command")}
     for section, table in document.items():
         where = origin((section,))
-        if section not in SECTIONS and section != "options":
-            raise ConfigError(f"{where}: unknown section {_hint(section, None)}")
+        if section not in sections and section != "options":
+            if section in commands:
+                continue
+            raise ConfigError(f"{where}: unknown section {_hint(section, None, sections)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{where}: [{section}] must be a table, found {shown(table)}")
         if section == "options":
@@ -230,8 +242,8 @@ def _settings(
             continue
         for key, value in table.items():
             place = (section, key)
-            if key not in keys(section):
-                raise ConfigError(f"{origin(place)}: unknown key {_hint(key, section)}")
+            if key not in keys(section, sections):
+                raise ConfigError(f"{origin(place)}: unknown key {_hint(key, section, sections)}")
             setting = Given(value, origin(place))
             # A model's path may be a name, so it is resolved once all layers are known.
             yield place, setting if place == PATH else located(place, setting, folder)
@@ -263,10 +275,11 @@ def _options(
                 yield (*place, key), Given(value, origin((*place, key)))
 
 
-def _hint(name: str, section: str | None) -> str:
+def _hint(name: str, section: str | None, sections: Mapping[str, type]) -> str:
     """An unknown name with the nearest known one, or with the section that it belongs to."""
-    home = next((s for s in SECTIONS if s != section and name in keys(s)), None)
-    known = [*SECTIONS, "options"] if section is None else keys(section)
+    others = (s for s in sections if s != section and name in keys(s, sections))
+    home = next(others, None)
+    known = [*sections, "options"] if section is None else keys(section, sections)
     guess = f"; it is a key of [{home}]" if home else nearest(name, known)
     within = "sections" if section is None else f"keys of [{section}]"
     return f"{quoted(name)}{guess} ({within}: {', '.join(known)})"

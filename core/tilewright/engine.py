@@ -308,6 +308,11 @@ class LLMEngine:
         """A loaded model. Raises RequestError, listing the known ones, for an unknown name."""
         return self._thread(model_id).runner.model
 
+    @property
+    def model_ids(self) -> tuple[str, ...]:
+        """The names of the loaded models."""
+        return tuple(self._models)
+
     def stats(self, model_id: str) -> ModelStats:
         """What a model is doing, and has done since it was loaded."""
         return self._thread(model_id).runner.stats()

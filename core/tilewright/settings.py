@@ -149,17 +149,17 @@ FILES = (FILE, TOOLS, ("output", "file"))
 _STREAM = ("generate", "stream")
 
 
-def keys(section: str) -> list[str]:
+def keys(section: str, sections: Mapping[str, type] = SECTIONS) -> list[str]:
     """The keys of a section. Streaming is the command line's own choice, not a setting of a run."""
-    return [a.name for a in fields(SECTIONS[section]) if (section, a.name) != _STREAM]
+    return [a.name for a in fields(sections[section]) if (section, a.name) != _STREAM]
 
 
-def read_setting(place: Place, setting: Given) -> Any:
+def read_setting(place: Place, setting: Given, sections: Mapping[str, type] = SECTIONS) -> Any:
     """A value with the type of its setting. Raises ConfigError, which begins with its origin."""
     (section, key), value = place, setting.value
     if place in (TEXT, FILE) and isinstance(value, str):
         value = [value]  # never parsed as a JSON list
-    return getattr(structure(SECTIONS[section], {key: value}, setting.origin), key)
+    return getattr(structure(sections[section], {key: value}, setting.origin), key)
 
 
 def located(place: Place, setting: Given, folder: Path) -> Given:

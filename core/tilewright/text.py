@@ -1,6 +1,7 @@
 """Text to token ids and back: tokenizer, chat template, incremental detokenisation."""
 
 from collections.abc import Sequence
+from functools import cache
 
 from tilewright.chat import (
     BEGIN_THINKING,
@@ -72,6 +73,31 @@ class Text:
         a replacement character.
         """
         return token_id in self._byte_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, after another one; of a special token its name.
+
+        They may be a part of a character.
+        """
+        name = self.token(token_id)
+        if name is None:
+            return b""
+        if token_id in self._special_ids:
+            return name.encode()
+        if self.is_byte(token_id):
+            return bytes([int(name[3:5], 16)])
+        if self.is_byte_level:
+            try:
+                return bytes(_byte_of()[character] for character in name)
+            except KeyError:  # an added token, which is written as it is
+                return name.encode()
+        return self.decode([token_id, token_id])[len(self.decode([token_id])) :].encode()
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether the tokenizer writes each byte of a token as one character, as GPT-2's does."""
+        decoder = self._tokenizer.decoder
+        return decoder is not None and decoder.decode(["Ã", "©"]) == "é"
 
     def render_chat(
         self,
@@ -222,6 +248,17 @@ class TextStream:
 
     def _begins_stop(self, ending: str) -> bool:
         return any(len(ending) < len(s) and s.startswith(ending) for s in self._stop)
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """The byte of each character: printable Latin-1 is itself, the others follow from U+0100 on
+    (bytes_to_unicode of GPT-2's encoder.py)."""
+    from tokenizers import pre_tokenizers
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    values = sorted(range(256), key=lambda value: chr(value) not in characters)
+    return dict(zip(characters, values, strict=True))
 
 
 def _common(a: str, b: str) -> int:

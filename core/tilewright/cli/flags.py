@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -40,10 +40,13 @@ _OPTIONS = "options"
 _PROMPT = "prompt"
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that choose model and plugins, and set how the model runs."""
-    model = parser.add_argument_group("model")
-    add(model, "model", {"path", "format"})
+def add_engine_flags(parser: argparse.ArgumentParser, model: bool = True) -> None:
+    """Flags that choose model and plugins, and set how the model runs.
+
+    model: with ``--model``, which a command that takes several has of its own.
+    """
+    group = parser.add_argument_group("model")
+    add(group, "model", {"path", "format"} if model else {"format"})
     add(parser.add_argument_group("runtime"), "runtime")
     group = parser.add_argument_group("plugins")
     add(group, "plugins")
@@ -170,10 +173,18 @@ def flag_name(section: str, key: str) -> str:
     return _NAMES.get((section, key), f"--{key.replace('_', '-')}")
 
 
-def add(group: TakesArguments, section: str, chosen: Collection[str] | None = None) -> None:
-    """Flags for the settings of a section, or for some of them."""
-    for option in options_of(SECTIONS[section]):
-        if option.name in (chosen or keys(section)):
+def add(
+    group: TakesArguments,
+    section: str,
+    chosen: Collection[str] | None = None,
+    sections: Mapping[str, type] = SECTIONS,
+) -> None:
+    """Flags for the settings of a section, or for some of them.
+
+    sections: also those of the command's own (``config.resolve``).
+    """
+    for option in options_of(sections[section]):
+        if option.name in (chosen or keys(section, sections)):
             short = _SHORT.get((section, option.name))
             group.add_argument(
                 *([short] if short else []),

@@ -1,0 +1,281 @@
+"""The ASGI application: routes, keys, limits, and errors as OpenAI's API has them."""
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Match, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tilewright import AsyncLLMEngine, LLMEngine, __version__
+from tilewright_serve import chat_completions
+from tilewright_serve.answering import answer as answer
+from tilewright_serve.answering import generate, read
+from tilewright_serve.errors import ApiError
+from tilewright_serve.fields import Detokenize, Tokenize
+from tilewright_serve.server import Model, Reload, Server
+from tilewright_serve.settings import ServeSettings
+
+PAGE = Path(__file__).parent / "page"
+
+OPEN_PATHS = ("/", "/health", "/version", "/metrics", "/openapi.json")
+"""Paths that need no key."""
+
+
+def create_app(
+    *engines: LLMEngine | AsyncLLMEngine,
+    settings: ServeSettings | None = None,
+    reload: Reload | None = None,
+) -> Starlette:
+    """An application that serves all models that are loaded in some engines.
+
+    The caller closes the engines after the server. ``settings`` that concern the process, such as
+    the port, have no effect here. reload: called in another thread with an engine and the name of
+    a model whose executor has failed, ``settings.restarts`` times at most, to load it again.
+
+    Raises ConfigError if two engines have a model of the same name.
+    """
+    plain = [e.engine if isinstance(e, AsyncLLMEngine) else e for e in engines]
+    server = Server(plain, settings or ServeSettings(), reload)
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", _posted(generate), methods=["POST"]),
+            Route("/v1/chat/completions", _posted(generate), methods=["POST"]),
+            Route("/v1/models", _models),
+            Route("/v1/models/{name:path}", _model),
+            Route("/tokenize", _posted(_tokenize), methods=["POST"]),
+            Route("/detokenize", _posted(_detokenize), methods=["POST"]),
+            Route("/health", _health),
+            Route("/version", _version),
+            Route("/metrics", _metrics),
+            Route("/stats", _stats),
+            Route("/openapi.json", _openapi),
+            Route("/", _index),
+            Mount("/page", StaticFiles(directory=PAGE)),
+        ],
+        middleware=[Middleware(_Counting, server=server), Middleware(_Keyed, server=server)],
+        exception_handlers={
+            ApiError: _refuse,
+            HTTPException: _refuse_route,
+            ClientDisconnect: _nobody,
+            Exception: _broken,
+        },
+    )
+    app.state.server = server
+    return app
+
+
+def _server(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+# --- endpoints -----------------------------------------------------------------------------------
+
+Endpoint = Callable[[Server, Request, bytes], Awaitable[Response]]
+
+
+def _posted(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that gets a body of JSON, within the limit."""
+
+    async def handle(request: Request) -> Response:
+        server = _server(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        body = await _body(request, server.settings.max_body_bytes)
+        if kind != "application/json":
+            # Also keeps web pages of other origins out: a browser asks before it sends this type.
+            raise ApiError(400, f"expected Content-Type application/json, found {kind or 'none'!r}")
+        return await endpoint(server, request, body)
+
+    return handle
+
+
+async def _body(request: Request, most: int) -> bytes:
+    made = bytearray()
+    async for part in request.stream():
+        made += part
+        if len(made) > most:
+            raise ApiError(413, f"the body is larger than {most} bytes: send less")
+    return bytes(made)
+
+
+def _model_object(model: Model) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "tilewright",
+        "max_model_len": model.loaded.runtime.max_seq_len,
+    }
+
+
+async def _models(request: Request) -> Response:
+    models = [_model_object(model) for model in _server(request).working]
+    return JSONResponse({"object": "list", "data": models})
+
+
+async def _model(request: Request) -> Response:
+    return JSONResponse(_model_object(_server(request).model(request.path_params["name"])))
+
+
+async def _tokenize(server: Server, request: Request, body: bytes) -> Response:
+    asked = read(Tokenize, body)
+    model = server.model(asked.model)
+    text = model.loaded.text
+    if asked.prompt is None:
+        ids = chat_completions.prompt_ids(text, asked)
+    else:
+        ids = text.encode(asked.prompt, asked.add_special_tokens is not False)
+    names = [text.token(i) or "" for i in ids] if asked.return_token_strs else None
+    limit = model.loaded.runtime.max_seq_len
+    return JSONResponse(
+        {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names}
+    )
+
+
+async def _detokenize(server: Server, request: Request, body: bytes) -> Response:
+    asked = read(Detokenize, body)
+    text = server.model(asked.model).loaded.text
+    unknown = next((i for i in asked.tokens if text.token(i) is None), None)
+    if unknown is not None:
+        raise ApiError(400, f"'tokens' has {unknown}, which the model's tokenizer does not know")
+    return JSONResponse({"prompt": text.decode(asked.tokens)})
+
+
+async def _health(request: Request) -> Response:
+    models = {
+        model.name: "loading again" if model.restarting else model.failure or "ok"
+        for model in _server(request).models.values()
+    }
+    well = all(found == "ok" for found in models.values())
+    body = {"status": "ok" if well else "failed", "models": models}
+    return JSONResponse(body, status_code=200 if well else 503)
+
+
+async def _version(request: Request) -> Response:
+    return JSONResponse({"version": __version__})
+
+
+async def _metrics(request: Request) -> Response:
+    from prometheus_client.exposition import choose_encoder
+
+    encode, kind = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(_server(request).metrics.registry), headers={"content-type": kind})
+
+
+async def _stats(request: Request) -> Response:
+    found = {}
+    for model in _server(request).working:
+        stats = asdict(model.engine.stats(model.name))
+        del stats["model_id"]
+        loaded = model.loaded
+        found[model.name] = {
+            **stats,
+            "executor": model.engine.engine.selection["executor"],
+            "device": loaded.runtime.device,
+            "max_model_len": loaded.runtime.max_seq_len,
+        }
+    return JSONResponse({"models": found})
+
+
+async def _openapi(request: Request) -> Response:
+    from tilewright_serve.openapi import document
+
+    return JSONResponse(document())
+
+
+async def _index(request: Request) -> Response:
+    return FileResponse(PAGE / "index.html")
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    """For a path or a method that does not exist."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path
+    message = f"{method} {path} is not served: see /openapi.json"
+    status = error.status_code if error.status_code in (404, 405) else 400
+    made = ApiError(status, message)
+    return JSONResponse(made.body, status_code=status, headers=error.headers)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    """For a client that went away; nobody reads this. 499 is nginx's number for it."""
+    return PlainTextResponse("", status_code=499)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    made = ApiError(500, f"the server failed: {type(error).__name__}")
+    return JSONResponse(made.body, status_code=500)
+
+
+# --- around all endpoints ------------------------------------------------------------------------
+
+
+class _Keyed:
+    """Refuses requests without the key."""
+
+    def __init__(self, app: ASGIApp, server: Server):
+        self._app = app
+        self._key = server.settings.api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._key is not None and not self._open(scope["path"]):
+            given = Request(scope).headers.get("authorization", "")
+            kind, _, key = given.partition(" ")
+            right = hmac.compare_digest(key.strip().encode(), self._key.encode())
+            if kind.lower() != "bearer" or not right:
+                found = "no key" if not given else "another one"
+                message = f"expected Authorization: Bearer KEY with the server's key, found {found}"
+                error = ApiError(401, message, code="invalid_api_key")
+                response = JSONResponse(error.body, status_code=401, headers=error.headers)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _open(self, path: str) -> bool:
+        return path in OPEN_PATHS or path.startswith("/page/")
+
+
+class _Counting:
+    """Counts what was answered, by route and status."""
+
+    def __init__(self, app: ASGIApp, server: Server):
+        self._app = app
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 499
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        finally:
+            routes = scope["app"].routes
+            found = (r.path for r in routes if r.matches(scope)[0] is not Match.NONE)
+            path = next(found, "none")
+            self._server.metrics.requests.labels(scope["method"], path, str(status)).inc()

@@ -1,0 +1,187 @@
+"""Serve models over HTTP, as OpenAI's API has it.
+
+Flags and the environment override the run file.
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from attrs import fields
+
+from tilewright import plugins
+from tilewright.cli import USER_ERROR, flags
+from tilewright.cli.output import note
+from tilewright.cli.session import open_engine
+from tilewright.config import Resolved, resolve
+from tilewright.errors import ConfigError
+from tilewright.settings import PATH, Given, Layer
+from tilewright_serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    import uvicorn
+
+    from tilewright.engine import LLMEngine
+
+tilewright_api = 2
+
+SECTIONS: dict[str, type] = {"serve": ServeSettings}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "tilewright serve [options] [CONFIG]"
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a run file, in TOML")
+    parser.add_argument(
+        "-m",
+        "--model",
+        action="append",
+        metavar="[NAME=]MODEL",
+        dest="named_models",
+        help="registered name or directory of a model, and the name that clients call it by "
+        "(repeatable; default: the run file's model, else the bundled demo model)",
+    )
+    group = parser.add_argument_group("server")
+    settings = [a.name for a in fields(ServeSettings) if a.name != "models"]
+    flags.add(group, "serve", settings, SECTIONS)
+    flags.add_engine_flags(parser, model=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    with needing_extra("serve"):
+        import uvicorn
+
+        from tilewright_serve.app import create_app
+    runs = list(_runs(args))
+    settings: ServeSettings = runs[0].own["serve"]
+    if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.api_key is None:
+        note(
+            f"warning: anyone who reaches {settings.host} can use this server: set --api-key, or "
+            "listen at 127.0.0.1"
+        )
+    with ExitStack() as opened:
+        resolved: dict[LLMEngine, Resolved] = {}
+        for one in runs:
+            engine = opened.enter_context(open_engine(one, processors=_processors()))
+            resolved[engine] = one
+
+        def reload(engine: "LLMEngine", name: str) -> None:
+            config = resolved[engine].config
+            if name in engine.model_ids:
+                engine.unload(name)
+            with redirect_stdout(sys.stderr):
+                engine.init_model(name, config.model.path, config.runtime, config.model.format)
+
+        app = create_app(*resolved, settings=settings, reload=reload)
+        names = ", ".join(one.config.model.id for one in runs)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=_LOGGING,
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout),
+            server_header=False,
+        )
+        return _serve(config, names)
+
+
+def _serve(config: "uvicorn.Config", names: str) -> int:
+    """Serve until SIGTERM or Ctrl-C, and let what runs finish; a second one ends it at once."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            usual = {
+                number: signal.signal(number, self.handle_exit)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
+            try:
+                yield
+            finally:  # uvicorn's own would raise the signal again, and the exit code be its number
+                for number, handler in usual.items():
+                    signal.signal(number, handler)
+
+        def handle_exit(self, number: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                os._exit(128 + number)
+            self.should_exit = True
+
+        async def startup(self, sockets: "list[socket] | None" = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                host, port = self.servers[0].sockets[0].getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
+                note(f"serving {names} at http://{host}:{port}")
+
+    server = Server(config)
+    server.run()
+    return 0 if server.started else USER_ERROR
+
+
+_LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "loggers": {
+        "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+        "tilewright_serve": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
+    },
+}
+
+
+def _processors() -> list[str]:
+    """Logits processors that requests may name: options for these are not a mistake."""
+    return [p.name for p in plugins.installed("logits_processor")]
+
+
+@contextmanager
+def needing_extra(extra: str) -> Iterator[None]:
+    """Make an ImportError in this block say which packages to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"this command needs packages that are not installed ({error.name}): "
+            f"pip install 'tilewright[{extra}]'"
+        ) from error
+
+
+def _runs(args: argparse.Namespace) -> Iterator[Resolved]:
+    """The settings of each model. Raises ConfigError for two of one name."""
+    layer = flags.layer(args)
+    first = resolve(args.config, layer, own=SECTIONS)
+    further = first.own["serve"].models
+    origin = first.origin("serve", "models")
+    named = [(one, "--model") for one in args.named_models or ()]
+    own = [] if named else [first]
+    chosen = [
+        _resolved(args, layer, one, at) for one, at in named or [(m, origin) for m in further]
+    ]
+    names = set[str]()
+    for one in [*own, *chosen]:
+        if one.config.model.id in names:
+            raise ConfigError(
+                f"two models are named {one.config.model.id!r}: name them, as in --model NAME=MODEL"
+            )
+        names.add(one.config.model.id)
+        yield one
+
+
+def _resolved(args: argparse.Namespace, layer: Layer, given: str, origin: str) -> Resolved:
+    name, equals, path = given.partition("=")
+    if not equals or "/" in name:
+        name, path = "", given
+    if not path:
+        raise ConfigError(f"{origin}: expected [NAME=]MODEL, found {given!r}")
+    layer = {**layer, PATH: Given(path, origin), ("model", "id"): Given(name, origin)}
+    return resolve(args.config, layer, own=SECTIONS)

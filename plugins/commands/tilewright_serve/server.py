@@ -1,0 +1,220 @@
+"""The models of a server: which requests they take, and whether they work."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from attrs import define, field
+
+from tilewright import AsyncLLMEngine
+from tilewright.async_engine import AsyncGeneration
+from tilewright.engine import LLMEngine
+from tilewright.errors import NonFiniteLogitsError, OutOfPagesError, RequestError, on_one_line
+from tilewright.loading import ServedModel
+from tilewright.logits_processing import LogitsProcessorError
+from tilewright.types import GenerateConfig, GenerateDelta
+from tilewright_serve.errors import ApiError, failure, refusal, unknown_model
+from tilewright_serve.metrics import Metrics
+from tilewright_serve.settings import ServeSettings
+
+log = logging.getLogger(__name__)
+
+Reload = Callable[[LLMEngine, str], None]
+"""Loads a model of an engine again, under the name it had; may block."""
+
+Text = tuple[Sequence[int], GenerateConfig]
+"""A text to generate: the token ids of its prompt, and its settings."""
+
+OF_ONE_REQUEST = (RequestError, OutOfPagesError, NonFiniteLogitsError, LogitsProcessorError)
+"""Errors that say nothing about whether the model works for other requests."""
+
+
+@define(eq=False)
+class Model:
+    """A model that is served."""
+
+    name: str
+    engine: AsyncLLMEngine
+    created: int = field(factory=lambda: int(time.time()))
+    num_open: int = 0
+    """Texts that are generated or wait for their turn."""
+    failure: str | None = None
+    """Why its executor failed, until it works again."""
+    restarting: bool = False
+    num_restarts: int = 0
+
+    @property
+    def loaded(self) -> ServedModel:
+        """Raises ApiError while it is not loaded."""
+        try:
+            return self.engine.engine.model(self.name)
+        except RequestError as error:
+            raise ApiError(503, self.failure or str(error)) from error
+
+
+@define(eq=False)
+class Server:
+    """The models of some engines, by name. All its methods are for one event loop."""
+
+    engines: Sequence[LLMEngine]
+    settings: ServeSettings
+    reload: Reload | None = None
+    models: dict[str, Model] = field(init=False)
+    metrics: Metrics = field(init=False)
+    _restarts: set[asyncio.Task[None]] = field(init=False, factory=set)
+
+    def __attrs_post_init__(self) -> None:
+        self.models = {
+            name: Model(name, AsyncLLMEngine(engine))
+            for engine in self.engines
+            for name in engine.model_ids
+        }
+        self.metrics = Metrics(lambda: [m.engine.stats(m.name) for m in self.working])
+
+    @property
+    def working(self) -> list[Model]:
+        """The models that are loaded."""
+        return [m for m in self.models.values() if m.name in m.engine.engine.model_ids]
+
+    def model(self, name: str | None) -> Model:
+        """The model of a name, or the only one. Raises ApiError."""
+        names = list(self.models)
+        if name is None and len(names) == 1:
+            return self.models[names[0]]
+        if name is None:
+            raise ApiError(400, f"'model' is missing: expected one of {', '.join(names)}", "model")
+        if name not in self.models:
+            raise unknown_model(name, names)
+        return self.models[name]
+
+    @asynccontextmanager
+    async def generating(
+        self, model: Model, texts: Sequence[Text]
+    ) -> AsyncIterator[list[AsyncGeneration]]:
+        """Generations that the model has accepted. They end with the block.
+
+        Raises ApiError for texts that the model does not accept, or that are too many.
+        """
+        self._admit(model, len(texts))
+        generations: list[AsyncGeneration] = []
+        model.num_open += len(texts)
+        try:
+            for ids, config in texts:
+                generations.append(await self._submitted(model, ids, config))
+            yield generations
+        finally:
+            model.num_open -= len(texts)
+            for generation in generations:
+                await generation.aclose()
+
+    async def deltas(
+        self, model: Model, generations: Sequence[AsyncGeneration]
+    ) -> AsyncIterator[tuple[int, GenerateDelta]]:
+        """The number of a generation and what it has added, as they come.
+
+        Raises ApiError for the first that fails.
+        """
+        started = time.perf_counter()
+        last: dict[int, float] = {}
+        try:
+            async for number, delta in _merged(generations):
+                now = time.perf_counter()
+                since = now - last.get(number, started)
+                self.metrics.tokens(model.name, len(delta.token_ids), since, number not in last)
+                last[number] = now
+                yield number, delta
+        except OF_ONE_REQUEST as error:
+            raise failure(error) from error
+        except Exception as error:
+            self._failed(model, error)
+            raise failure(error) from error
+        model.failure = None
+        self.metrics.durations.labels(model.name).observe(time.perf_counter() - started)
+
+    async def _submitted(
+        self, model: Model, ids: Sequence[int], config: GenerateConfig
+    ) -> AsyncGeneration:
+        try:
+            return await model.engine.submit(model.name, ids, config)
+        except Exception as error:
+            if not isinstance(error, OF_ONE_REQUEST):
+                log.error("model %r: %s", model.name, on_one_line(str(error)))
+            raise refusal(error, bool(config.logits_processors)) from error
+
+    def _admit(self, model: Model, count: int) -> None:
+        if model.restarting:
+            raise ApiError(503, f"model {model.name!r} has failed and is loaded again: try later")
+        if count > self.settings.max_choices:
+            raise ApiError(
+                400,
+                f"expected at most {self.settings.max_choices} texts of one request (prompts "
+                f"times n), found {count}: send several requests",
+                "n",
+            )
+        most = model.loaded.runtime.max_batch_size + self.settings.max_queue
+        if model.num_open and model.num_open + count > most:
+            raise ApiError(
+                503,
+                f"model {model.name!r} has {model.num_open} texts to generate, and takes at most "
+                f"{most}: try again later",
+                code="queue_full",
+            )
+
+    def _failed(self, model: Model, error: Exception) -> None:
+        """Note that an executor has failed, and load its model again if that is asked for."""
+        reason = on_one_line(f"{type(error).__name__}: {error}")
+        if model.restarting or model.failure == reason:  # told by another request of the step
+            return
+        model.failure = reason
+        self.metrics.failures.labels(model.name).inc()
+        log.error("model %r failed: %s", model.name, reason)
+        if self.reload and model.num_restarts < self.settings.restarts:
+            model.restarting = True
+            model.num_restarts += 1
+            task = asyncio.create_task(self._load_again(model, self.reload))
+            self._restarts.add(task)
+            task.add_done_callback(self._restarts.discard)
+
+    async def _load_again(self, model: Model, reload: Reload) -> None:
+        log.warning(
+            "model %r is loaded again (%d of %d times)",
+            model.name,
+            model.num_restarts,
+            self.settings.restarts,
+        )
+        try:
+            await asyncio.to_thread(reload, model.engine.engine, model.name)
+            model.failure = None
+        except Exception as error:
+            model.failure = on_one_line(f"it could not be loaded again: {error}")
+            log.error("model %r: %s", model.name, model.failure)
+        finally:
+            model.restarting = False
+
+
+async def _merged(
+    generations: Sequence[AsyncGeneration],
+) -> AsyncIterator[tuple[int, GenerateDelta]]:
+    """The deltas of all generations with their numbers, as they come."""
+    if len(generations) == 1:
+        async for delta in generations[0]:
+            yield 0, delta
+        return
+    waiting = {asyncio.ensure_future(anext(g)): i for i, g in enumerate(generations)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number = waiting.pop(task)
+                try:
+                    delta = task.result()
+                except StopAsyncIteration:
+                    continue
+                yield number, delta
+                waiting[asyncio.ensure_future(anext(generations[number]))] = number
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
