@@ -61,12 +61,13 @@ export class AnswerView {
   add(pieces) {
     this.answer.pieces.push(...pieces);
     this.waiting.push(...pieces);
-    this.frame ??= requestAnimationFrame(() => this.flush());
+    this.timer ??= setTimeout(() => this.flush(), this.pause);
   }
 
   flush() {
-    cancelAnimationFrame(this.frame);
-    this.frame = null;
+    const started = performance.now();
+    clearTimeout(this.timer);
+    this.timer = null;
     const { reasoning, calls, error, finish } = this.answer;
     this.tokenText.add(this.waiting);
     this.waiting = [];
@@ -82,6 +83,9 @@ export class AnswerView {
     this.element.classList.toggle('busy', !finish && !error);
     this.element.setAttribute('aria-busy', String(!finish && !error));
     this.drawn?.();
+    // A long text takes long to lay out: it is drawn less often, so that a quarter of the time goes there.
+    this.element.getBoundingClientRect();
+    this.pause = Math.max(30, 3 * (performance.now() - started));
   }
 }
 
@@ -92,6 +96,7 @@ export async function run(view, path, body, signal) {
   const started = performance.now();
   const seconds = () => (performance.now() - started) / 1000;
   let unspoken = '';
+  let worked = started;
   try {
     for await (const delta of deltas(path, body, signal)) {
       answer.reasoning += delta.reasoning;
@@ -112,6 +117,11 @@ export async function run(view, path, body, signal) {
         unspoken = '';
       }
       if (delta.finish) answer.finish = delta.finish;
+      // Many events may come at once: the page stays usable meanwhile.
+      if (performance.now() - worked > 20) {
+        await new Promise((resolve) => setTimeout(resolve));
+        worked = performance.now();
+      }
     }
     answer.finish ??= 'stop';
   } catch (error) {

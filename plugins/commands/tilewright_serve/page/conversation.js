@@ -22,6 +22,7 @@ const changed = () => listeners.forEach((listener) => listener());
 function save() {
   store(KEY, conversations) || store(KEY, conversations, (name, value) => (name === 'tokens' ? [] : value));
 }
+addEventListener('beforeunload', () => running?.abort()); // else its connection breaks, which is an error
 addEventListener('pagehide', save);
 document.addEventListener('visibilitychange', save);
 

@@ -29,6 +29,7 @@ export const keep = () => store(KEY, settings);
 export function fields(values, chat, probabilities = settings.probabilities) {
   const body = {};
   for (const name of NUMBERS) if (Number.isFinite(values[name])) body[name] = values[name];
+  if (chat) body.separate_reasoning = true;
   if (chat && values.thinking) body.chat_template_kwargs = { enable_thinking: values.thinking === 'on' };
   if (probabilities) Object.assign(body, chat ? { logprobs: true, top_logprobs: 5 } : { logprobs: 5 });
   return body;
