@@ -14,6 +14,7 @@ function pages({ used_pages: used, cached_pages: cached, total_pages: total }) {
   const text = `${used} used, ${cached} cached of ${total} pages`;
   const bar = element('span', { className: 'bar' });
   for (const [name, count] of [['used', used], ['cached', cached]]) {
+    if (!count) continue;
     const part = element('span', { className: name });
     part.style.width = `${(100 * count) / (total || 1)}%`;
     bar.append(part);

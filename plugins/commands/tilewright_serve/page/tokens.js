@@ -205,7 +205,8 @@ function show(span) {
   span.setAttribute('aria-describedby', tip.id);
   span.classList.add('pointed');
   tip.hidden = false;
-  const place = span.getClientRects()[0] ?? span.getBoundingClientRect();
+  // Of a token with a line break within: the larger part.
+  const place = [...span.getClientRects()].reduce((a, b) => (b.width > a.width ? b : a));
   const { width, height } = tip.getBoundingClientRect();
   const below = place.bottom + 6 + height < innerHeight;
   tip.style.left = `${Math.max(8, Math.min(place.left, document.documentElement.clientWidth - width - 8))}px`;
