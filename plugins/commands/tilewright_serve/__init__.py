@@ -1,4 +1,4 @@
-"""An OpenAI-compatible HTTP server over AsyncLLMEngine: ``create_app`` makes its ASGI application."""
+"""An OpenAI-compatible HTTP server over AsyncLLMEngine, as an ASGI application: ``create_app``."""
 
 TYPE_CHECKING = False
 

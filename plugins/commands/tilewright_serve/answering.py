@@ -5,7 +5,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -94,10 +94,12 @@ async def _prepared_whole(server: Server, asked: Generation) -> dict[str, Any]:
 async def whole(server: Server, work: Answer) -> dict[str, Any]:
     """Generate all texts, and answer in one piece. Raises ApiError."""
     results: list[GenerateResult | None] = [None] * len(work.texts)
-    async with server.generating(work.model, work.texts) as generations:
-        async with aclosing(server.deltas(work.model, generations)) as deltas:
-            async for number, delta in deltas:
-                results[number] = delta.result or results[number]
+    async with (
+        server.generating(work.model, work.texts) as generations,
+        aclosing(server.deltas(work.model, generations)) as deltas,
+    ):
+        async for number, delta in deltas:
+            results[number] = delta.result or results[number]
     found = [result for result in results if result]
     return {
         "id": f"{work.kind}-{secrets.token_hex(12)}",
@@ -183,7 +185,7 @@ class Stream:
     async def aclose(self) -> None:
         await self._open.aclose()
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The lines of all events. An error is the last event before ``[DONE]``."""
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -243,7 +245,8 @@ class EventStream(StreamingResponse):
             "X-Accel-Buffering": "no",
             "x-request-id": stream.id,
         }
-        super().__init__(stream.events(), media_type="text/event-stream", headers=headers)
+        self._events = stream.events()
+        super().__init__(self._events, media_type="text/event-stream", headers=headers)
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -251,8 +254,5 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             # A task that is cancelled while it sends leaves the iterator suspended.
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
+            await self._events.aclose()
             await self._stream.aclose()
-
-
-Handler = Callable[[Server, Request, bytes], Awaitable[Response]]

@@ -1,8 +1,7 @@
 """The ASGI application: routes, keys, limits, and errors as OpenAI's API has them."""
 
 import hmac
-import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 

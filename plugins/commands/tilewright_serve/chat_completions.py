@@ -25,6 +25,7 @@ from tilewright_serve.generation import (
 )
 from tilewright_serve.logprobs import chat_logprobs
 from tilewright_serve.server import Model
+from tilewright_serve.server import Text as Prompted
 from tilewright_serve.tool_calls import (
     CallArguments,
     CallBegun,
@@ -225,7 +226,7 @@ class ChatAnswer:
 
     model: Model
     body: ChatCompletion
-    texts: list[Any]
+    texts: list[Prompted]
     echoed: str
     parts: list[_Parts]
 

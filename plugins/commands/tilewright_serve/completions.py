@@ -7,7 +7,6 @@ from typing import Any
 from attrs import evolve, frozen
 
 from tilewright.async_engine import AsyncGeneration
-from tilewright.text import Text
 from tilewright.types import GenerateDelta, GenerateResult, TokenLogprobs
 from tilewright_serve.errors import ApiError
 from tilewright_serve.fields import Completion
@@ -20,7 +19,7 @@ from tilewright_serve.generation import (
     stop_reason,
 )
 from tilewright_serve.logprobs import CompletionLogprobs
-from tilewright_serve.server import Model
+from tilewright_serve.server import Model, Text
 
 USUAL_MAX_TOKENS = 16
 """OpenAI's default."""
@@ -72,7 +71,7 @@ class CompletionAnswer:
 
     model: Model
     body: Completion
-    texts: list[Any]
+    texts: list[Text]
     prompts: list[str]
     """For echo."""
     num_each: int

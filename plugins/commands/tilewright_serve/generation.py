@@ -19,12 +19,18 @@ STRUCTURED_OUTPUT = "structured-output"
 class Answer(Protocol):
     """The texts that one request asks for, and how they are told to its client."""
 
-    model: Model
-    texts: Sequence[Text]
     kind: str
     """What its id begins with."""
     object: str
     chunk_object: str
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def texts(self) -> Sequence[Text]:
+        """In the order of their numbers, those of a prompt next to each other."""
+        ...
 
     def begun(self, number: int, generation: AsyncGeneration) -> dict[str, Any] | None:
         """What a stream says of a text before its first token, if anything."""

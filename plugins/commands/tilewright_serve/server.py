@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from attrs import define, field
@@ -111,7 +111,7 @@ class Server:
 
     async def deltas(
         self, model: Model, generations: Sequence[AsyncGeneration]
-    ) -> AsyncIterator[tuple[int, GenerateDelta]]:
+    ) -> AsyncGenerator[tuple[int, GenerateDelta], None]:
         """The number of a generation and what it has added, as they come.
 
         Raises ApiError for the first that fails.

@@ -1,4 +1,4 @@
-"""How a server is run: the table ``[serve]`` of a run file, and the flags of ``tilewright serve``."""
+"""How a server is run: the table ``[serve]`` of a run file, and flags of ``tilewright serve``."""
 
 from attrs import frozen, validators
 
