@@ -360,7 +360,10 @@ def test_the_page_says_that_the_server_is_gone_and_finds_it_again(
     ask(page, QUESTION)
     expect(page.locator(".error")).to_have_text("The server does not answer.")
     expect(page.locator("#figures")).to_contain_text("has not answered since")
-    with served(engine, port=httpx.URL(address).port):
+    with (
+        page.expect_request("**/v1/models"),
+        served(engine, port=httpx.URL(address).port),
+    ):
         expect(page.locator("#figures")).to_contain_text("0 running")
         page.click("text=Try again")
         expect(page.locator(".note")).to_contain_text(f"{NEW_TOKENS} tokens")
@@ -380,7 +383,10 @@ def test_html_of_a_model_is_text(opened: Opened) -> None:
         assert page.locator(f"{place} :is(img, script, b)").count() == 0
 
 
-def test_tokens_that_are_parts_of_characters_are_shown_as_characters(opened: Opened) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_tokens_that_are_parts_of_characters_are_shown_as_characters(
+    opened: Opened, together: bool
+) -> None:
     page = opened()
     euro, smile = "€".encode(), "🙂".encode()
     parts = [b"a", *(euro[i : i + 1] for i in range(3)), smile[:2], smile[2:], b"z"]
@@ -393,6 +399,8 @@ def test_tokens_that_are_parts_of_characters_are_shown_as_characters(opened: Ope
         except UnicodeDecodeError:
             text = ""
         chunks.append(chunk(text, [token(part, -1 - number)]))
+    if together:
+        chunks = [chunk("a€🙂z", [token(part) for part in parts])]
     answer_with(page, events(*chunks, chunk(finish="stop")))
     ask(page, QUESTION)
     finished(page)
@@ -423,9 +431,8 @@ def test_the_text_is_the_servers_whatever_its_tokens(
 
 def test_events_are_read_however_they_are_split(opened: Opened) -> None:
     page = opened()
-    body = (
-        'data: {"a":"é\\n"}\r\n\r\n: comment\n\ndata:two\ndata: lines\n\n\revent: x\rdata: 🙂\r\r\n'
-    )
+    body = 'data: {"a":"é\\n"}\r\n\r\n: comment\n\ndata:two\r\ndata: lines\n\n'
+    body += "\revent: x\rdata: 🙂\r\r\n"
     found = page.evaluate(
         """async (body) => {
           const { events } = await import('/page/server.js');

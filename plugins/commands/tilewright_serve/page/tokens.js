@@ -74,9 +74,8 @@ export class Pieces {
         this.lost = [];
       } else if (text.startsWith(this.text)) {
         break; // the rest of this token's text is still to come
-      } else if (this.text.startsWith(text.trimStart()) && text.trim()) {
-        take(text.trimStart().length, tokens); // the first word without its space
       } else {
+        // What stands before the next token's text is that of those which were not found.
         const at = this.lost.length ? this.text.slice(0, 64).indexOf(text) : -1;
         if (at > 0) {
           take(at, this.lost);
