@@ -161,6 +161,20 @@ class TestChoiceOfBytes(TestChoice):
         return ["hello", "hell", "h", "數学", "数", "数学"]
 
 
+class TestStructuredOutput(LogitsProcessorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "structured-output"
+
+    @pytest.fixture
+    def wrong_arguments(self) -> Sequence[Any]:
+        return [
+            *({}, {"regex": "a", "choice": ["b"]}, {"xml": "a"}, "{", [{"regex": "a"}]),
+            *({"json": "{"}, {"json": 3}, {"json": {"type": "objekt"}}, {"json_object": False}),
+            *({"regex": "["}, {"regex": "a\\"}, {"choice": []}, {"grammar": "start: other"}),
+        ]
+
+
 class TestCommands(CommandSuite):
     @pytest.fixture(params=[plugin.name for plugin in plugins.installed("command")])
     def plugin(self, request: pytest.FixtureRequest) -> Any:
