@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from other_threads import eventually
+from pydantic import BaseModel
 from serving import serving
 
 from tilewright import LLMEngine, RuntimeConfig
@@ -232,3 +234,75 @@ def test_a_full_queue_is_tried_again(client: Any, served: Any) -> None:
     finally:
         patient._client.event_hooks = {}
     assert waits == ["1"]
+
+
+# --- structured output and tools ------------------------------------------------------------------
+
+
+class Verdict(BaseModel):
+    sound: bool
+    kind: Literal["text", "speech"]
+
+
+def test_an_answer_parsed_as_a_pydantic_model(client: Any) -> None:
+    asked = {"model": "demo", "messages": QUESTION, "temperature": 0, "response_format": Verdict}
+    made = client.chat.completions.parse(**asked)
+    parsed = made.choices[0].message.parsed
+    assert isinstance(parsed, Verdict)
+    assert Verdict.model_validate_json(made.choices[0].message.content) == parsed
+    with client.chat.completions.stream(**asked) as stream:
+        (done,) = [event for event in stream if event.type == "content.done"]
+    assert done.parsed == parsed
+
+
+TEMPLATE = """\
+{%- for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
+{%- for message in messages %}
+{{- message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson + '}\\n</tool_call>' }}
+{%- endfor %}
+{%- endfor %}
+"""
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of the bundled model with a template that writes calls as Qwen's does."""
+    directory = tmp_path_factory.mktemp("caller") / "model"
+    shutil.copytree(DEMO_MODEL, directory)
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("caller", directory, RuntimeConfig(max_seq_len=512))
+        with (
+            serving(create_app(engine)) as url,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            yield client
+
+
+def test_a_forced_call(caller: Any) -> None:
+    tools = [openai.pydantic_function_tool(Verdict)]
+    asked = {"model": "caller", "messages": QUESTION, "tools": tools, "temperature": 0}
+    made = caller.chat.completions.parse(**asked, tool_choice="required", parallel_tool_calls=False)
+    (call, *_) = made.choices[0].message.tool_calls
+    assert made.choices[0].finish_reason == "tool_calls"
+    assert call.function.name == "Verdict"
+    assert isinstance(call.function.parsed_arguments, Verdict)
+    named = {"type": "function", "function": {"name": "Verdict"}}
+    with caller.chat.completions.stream(**asked, tool_choice=named) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    deltas = [e for e in events if e.type == "tool_calls.function.arguments.delta"]
+    (done,) = [e for e in events if e.type == "tool_calls.function.arguments.done"]
+    assert "".join(event.arguments_delta for event in deltas) == done.arguments
+    (streamed,) = final.choices[0].message.tool_calls
+    assert streamed.id.startswith("call_")
+    assert streamed.function.parsed_arguments == call.function.parsed_arguments
+    history = [*QUESTION, final.choices[0].message.to_dict()]
+    result = {"role": "tool", "tool_call_id": streamed.id, "content": "done"}
+    again = caller.chat.completions.create(
+        model="caller", messages=[*history, result], tools=tools, max_tokens=2
+    )
+    assert again.choices[0].message.role == "assistant"
