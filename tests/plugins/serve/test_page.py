@@ -2,20 +2,18 @@
 
 import json
 import shutil
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
 import pytest
 from other_threads import eventually
+from serving import serving
 
 from tilewright import Chat, GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.settings import DEMO_MODEL
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect  # noqa: E402
 
 from tilewright_serve import ServeSettings, create_app  # noqa: E402
@@ -43,19 +41,8 @@ def engine() -> Iterator[LLMEngine]:
 def served(engine: LLMEngine, port: int = 0, **settings: object) -> Iterator[str]:
     """The address of a server of the engine's models."""
     app = create_app(engine, settings=ServeSettings(**settings))
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(("127.0.0.1", port))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            eventually(lambda: server.started)
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with serving(app, port) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture(scope="module")
