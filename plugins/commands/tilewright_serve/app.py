@@ -3,7 +3,7 @@
 import hmac
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import asdict
 from starlette.applications import Starlette
@@ -16,6 +16,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tilewright import AsyncLLMEngine, LLMEngine, __version__
+from tilewright.errors import ConfigError
+from tilewright.paths import path_of
 from tilewright_serve import chat_completions
 from tilewright_serve.answering import answer as answer
 from tilewright_serve.answering import generate, read
@@ -23,6 +25,9 @@ from tilewright_serve.errors import ApiError
 from tilewright_serve.fields import Detokenize, Tokenize
 from tilewright_serve.server import Model, Reload, Server
 from tilewright_serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from tilewright_serve.batch_files import BatchFiles
 
 PAGE = Path(__file__).parent / "page"
 
@@ -45,10 +50,12 @@ def create_app(
     """
     plain = [e.engine if isinstance(e, AsyncLLMEngine) else e for e in engines]
     server = Server(plain, settings or ServeSettings(), reload)
+    batches = _batches(server)
     app = Starlette(
         routes=[
             Route("/v1/completions", _posted(generate), methods=["POST"]),
             Route("/v1/chat/completions", _posted(generate), methods=["POST"]),
+            *(batches.routes if batches else []),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
             Route("/tokenize", _posted(_tokenize), methods=["POST"]),
@@ -61,6 +68,7 @@ def create_app(
             Route("/", _index),
             Mount("/page", StaticFiles(directory=PAGE)),
         ],
+        lifespan=(lambda app: batches.running()) if batches else None,
         middleware=[Middleware(_Counting, server=server), Middleware(_Keyed, server=server)],
         exception_handlers={
             ApiError: _refuse,
@@ -71,6 +79,24 @@ def create_app(
     )
     app.state.server = server
     return app
+
+
+def _batches(server: Server) -> "BatchFiles | None":
+    if server.settings.batch_dir is None:
+        return None
+    folder = path_of(server.settings.batch_dir)
+    try:
+        from tilewright_serve.batch_files import BatchFiles
+
+        folder.mkdir(exist_ok=True)
+    except ImportError as error:
+        raise ConfigError(
+            f"--batch-dir needs a package that is not installed ({error.name}): "
+            "pip install 'tilewright[serve]'"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--batch-dir {folder} cannot be made: {error.strerror}") from error
+    return BatchFiles(server, folder)
 
 
 def _server(request: Request) -> Server:
