@@ -167,7 +167,7 @@ def unfounded(found: Comparison) -> list[str]:
 DTYPES = ("bfloat16", "float32")
 
 
-@pytest.mark.parametrize(("seed", "dtype"), [(seed, DTYPES[seed % 2]) for seed in range(16)])
+@pytest.mark.parametrize(("seed", "dtype"), [(seed, DTYPES[seed % 2]) for seed in range(8)])
 def test_another_order_of_arithmetic_is_no_mistake(seed: int, dtype: str, models: Path):
     page_size = (1, 3, 4, 16)[seed // 2 % 4]
     directory = models / f"right-{seed}-{dtype}"
@@ -180,7 +180,7 @@ def test_another_order_of_arithmetic_is_no_mistake(seed: int, dtype: str, models
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(16, 225))
+@pytest.mark.parametrize("seed", range(8, 225))
 def test_another_order_of_arithmetic_in_many_more_models(seed: int, dtype: str, models: Path):
     test_another_order_of_arithmetic_is_no_mistake(seed, dtype, models)
 
