@@ -15,7 +15,10 @@ from tilewright_serve.errors import ApiError
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[int, Field(ge=0)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+"""The first wrong one ends the reading: a body of millions would have as many errors."""
+
+StopString = Annotated[str, Field(min_length=1)]
 
 MOST_LOGPROBS = 20
 """Most alternatives of a token that are reported: OpenAI's limit for chat completions."""
@@ -105,7 +108,9 @@ class StructuredOutputs(BaseModel):
     json_: Any = Field(None, alias="json", description="a JSON schema")
     json_object: StrictBool | None = Field(None, description="any JSON object")
     regex: StrictStr | None = Field(None, description="a regular expression for the whole text")
-    choice: list[StrictStr] | None = Field(None, description="the texts to choose from")
+    choice: Annotated[list[StrictStr], Field(fail_fast=True)] | None = Field(
+        None, description="the texts to choose from"
+    )
     grammar: StrictStr | None = Field(None, description="a context-free grammar in Lark's form")
 
     @model_validator(mode="after")
@@ -138,10 +143,8 @@ class Generation(Body):
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = Field(None, description="token ids of prompt and text, too")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = (
-        None
-    )
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -166,7 +169,15 @@ class Generation(Body):
 class Completion(Generation):
     """The body of POST /v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[
+            Annotated[list[str], Field(fail_fast=True)]
+            | Annotated[list[TokenIds], Field(fail_fast=True)],
+            Field(min_length=1),
+        ]
+    )
     add_special_tokens: bool | None = Field(
         None, description="with the tokens that the tokenizer puts around a prompt (true)"
     )
@@ -202,7 +213,7 @@ class NamedTool(BaseModel):
 class ChatCompletion(Generation):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="variables of the model's chat template, such as enable_thinking"
@@ -220,7 +231,7 @@ class ChatCompletion(Generation):
         None, description="what the model thinks in reasoning_content, not in content"
     )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -252,13 +263,13 @@ class Tokenize(Body):
     """The body of POST /tokenize: a prompt, or messages as for a chat completion."""
 
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
@@ -270,4 +281,4 @@ class Tokenize(Body):
 class Detokenize(Body):
     """The body of POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
