@@ -250,6 +250,11 @@ class AsyncGeneration(AsyncIterator[GenerateDelta]):
         raise StopAsyncIteration
 
     @property
+    def ended(self) -> bool:
+        """Whether the model has ended it; its reader may not have got to the end yet."""
+        return self._request is not None and self._request.over
+
+    @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """Those of its prompt, if they were asked for; complete once it has made a token."""
         assert self._request

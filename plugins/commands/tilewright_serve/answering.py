@@ -5,7 +5,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -13,13 +13,13 @@ from attrs import define, field
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tilewright import __version__
 from tilewright.async_engine import AsyncGeneration
 from tilewright.types import GenerateResult
 from tilewright_serve import chat_completions, completions
-from tilewright_serve.errors import ApiError, invalid
+from tilewright_serve.errors import ApiError, failure, invalid
 from tilewright_serve.fields import Body, ChatCompletion, Completion, Generation
 from tilewright_serve.generation import Answer
 from tilewright_serve.server import Server
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
+
+STALLED = 60.0
+"""Seconds after which a client that reads nothing of a stream is given up."""
 
 SYSTEM_FINGERPRINT = f"tilewright-{__version__}"
 
@@ -51,13 +54,21 @@ def read(kind: type[B], body: bytes) -> B:
 
 
 async def prepared(server: Server, body: Generation) -> Answer:
-    """What a body asks for. Raises ApiError."""
+    """What a body asks for. Raises ApiError, at once if it is more than the model takes."""
     model = server.model(body.model)
+    server.admit(model, _num_texts(body))
     if isinstance(body, Completion):
         return await completions.prepared(model, body)
     assert isinstance(body, ChatCompletion)
     separate = server.settings.separate_reasoning
     return await chat_completions.prepared(model, body, separate)
+
+
+def _num_texts(body: Generation) -> int:
+    if not isinstance(body, Completion):
+        return body.n or 1
+    several = not isinstance(body.prompt, str) and not isinstance(body.prompt[0], int)
+    return (len(body.prompt) if several else 1) * max(body.n or 1, body.best_of or 1)
 
 
 async def answer(server: Server, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
@@ -187,17 +198,27 @@ class Stream:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The lines of all events. An error is the last event before ``[DONE]``."""
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                async for chunk in self._chunks():
-                    yield _event(chunk)
-        except TimeoutError:
-            yield _event(_timed_out(self.server).body)
-        except ApiError as error:
-            yield _event(error.body)
+        async with aclosing(self._chunks()) as chunks:
+            while event := await self._next(chunks):
+                yield _event(event)
+                if "error" in event:
+                    break
         yield b"data: [DONE]\n\n"
 
-    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def _next(self, chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any] | None:
+        """The next chunk, an error, or None at the end."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await anext(chunks, None)
+        except TimeoutError:
+            return _timed_out(self.server).body
+        except ApiError as error:
+            return error.body
+        except Exception as error:  # the answer has begun: nobody else can tell its client
+            log.exception("stream %s failed", self.id)
+            return failure(error).body
+
+    async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         work, options = self.work, self.asked.stream_options
         with_usage = options is not None and bool(options.include_usage)
         running = options is not None and bool(options.continuous_usage_stats)
@@ -250,8 +271,14 @@ class EventStream(StreamingResponse):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def in_time(message: Message) -> None:
+            async with asyncio.timeout(STALLED):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, in_time)
+        except TimeoutError:
+            log.warning("stream %s: its client has read nothing for a while", self._stream.id)
         finally:
             # A task that is cancelled while it sends leaves the iterator suspended.
             await self._events.aclose()

@@ -1,9 +1,11 @@
 """The ASGI application: routes, keys, limits, and errors as OpenAI's API has them."""
 
+import asyncio
 import hmac
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import asdict
 from starlette.applications import Starlette
@@ -16,6 +18,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tilewright import AsyncLLMEngine, LLMEngine, __version__
+from tilewright.errors import ConfigError
+from tilewright.paths import path_of
 from tilewright_serve import chat_completions
 from tilewright_serve.answering import answer as answer
 from tilewright_serve.answering import generate, read
@@ -23,6 +27,11 @@ from tilewright_serve.errors import ApiError
 from tilewright_serve.fields import Detokenize, Tokenize
 from tilewright_serve.server import Model, Reload, Server
 from tilewright_serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from tilewright_serve.batch_files import BatchFiles
+
+log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 
@@ -45,10 +54,12 @@ def create_app(
     """
     plain = [e.engine if isinstance(e, AsyncLLMEngine) else e for e in engines]
     server = Server(plain, settings or ServeSettings(), reload)
+    batches = _batches(server)
     app = Starlette(
         routes=[
             Route("/v1/completions", _posted(generate), methods=["POST"]),
             Route("/v1/chat/completions", _posted(generate), methods=["POST"]),
+            *(batches.routes if batches else []),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
             Route("/tokenize", _posted(_tokenize), methods=["POST"]),
@@ -61,16 +72,34 @@ def create_app(
             Route("/", _index),
             Mount("/page", StaticFiles(directory=PAGE)),
         ],
+        lifespan=(lambda app: batches.running()) if batches else None,
         middleware=[Middleware(_Counting, server=server), Middleware(_Keyed, server=server)],
         exception_handlers={
             ApiError: _refuse,
             HTTPException: _refuse_route,
             ClientDisconnect: _nobody,
-            Exception: _broken,
         },
     )
     app.state.server = server
     return app
+
+
+def _batches(server: Server) -> "BatchFiles | None":
+    if server.settings.batch_dir is None:
+        return None
+    folder = path_of(server.settings.batch_dir)
+    try:
+        from tilewright_serve.batch_files import BatchFiles
+
+        folder.mkdir(exist_ok=True)
+    except ImportError as error:
+        raise ConfigError(
+            f"--batch-dir needs a package that is not installed ({error.name}): "
+            "pip install 'tilewright[serve]'"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--batch-dir {folder} cannot be made: {error.strerror}") from error
+    return BatchFiles(server, folder)
 
 
 def _server(request: Request) -> Server:
@@ -131,9 +160,10 @@ async def _tokenize(server: Server, request: Request, body: bytes) -> Response:
     model = server.model(asked.model)
     text = model.loaded.text
     if asked.prompt is None:
-        ids = chat_completions.prompt_ids(text, asked)
+        ids = await asyncio.to_thread(chat_completions.prompt_ids, text, asked)
     else:
-        ids = text.encode(asked.prompt, asked.add_special_tokens is not False)
+        special = asked.add_special_tokens is not False
+        ids = await asyncio.to_thread(text.encode, asked.prompt, special)
     names = [text.token(i) or "" for i in ids] if asked.return_token_strs else None
     limit = model.loaded.runtime.max_seq_len
     return JSONResponse(
@@ -219,11 +249,6 @@ async def _nobody(request: Request, error: Exception) -> Response:
     return PlainTextResponse("", status_code=499)
 
 
-async def _broken(request: Request, error: Exception) -> Response:
-    made = ApiError(500, f"the server failed: {type(error).__name__}")
-    return JSONResponse(made.body, status_code=500)
-
-
 # --- around all endpoints ------------------------------------------------------------------------
 
 
@@ -238,7 +263,7 @@ class _Keyed:
         if scope["type"] == "http" and self._key is not None and not self._open(scope["path"]):
             given = Request(scope).headers.get("authorization", "")
             kind, _, key = given.partition(" ")
-            right = hmac.compare_digest(key.strip().encode(), self._key.encode())
+            right = hmac.compare_digest(key.strip().encode("latin-1"), self._key.encode())
             if kind.lower() != "bearer" or not right:
                 found = "no key" if not given else "another one"
                 message = f"expected Authorization: Bearer KEY with the server's key, found {found}"
@@ -253,7 +278,7 @@ class _Keyed:
 
 
 class _Counting:
-    """Counts what was answered, by route and status."""
+    """Counts what was answered, by route and status; what nobody has caught is answered here."""
 
     def __init__(self, app: ASGIApp, server: Server):
         self._app = app
@@ -263,18 +288,26 @@ class _Counting:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499
+        begun = False
 
-        async def note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, note)
-        finally:
+        def count(status: int) -> None:
+            nonlocal begun
+            begun = True
             routes = scope["app"].routes
             found = (r.path for r in routes if r.matches(scope)[0] is not Match.NONE)
             path = next(found, "none")
             self._server.metrics.requests.labels(scope["method"], path, str(status)).inc()
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        except Exception as error:
+            if begun:
+                raise
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            made = ApiError(500, f"the server failed: {type(error).__name__}")
+            await JSONResponse(made.body, status_code=500)(scope, receive, note)

@@ -4,11 +4,13 @@ Flags and the environment override the run file.
 """
 
 import argparse
-import math
+import asyncio
+import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import fields
 
 from tilewright import plugins
-from tilewright.cli import USER_ERROR, flags
+from tilewright.cli import flags
 from tilewright.cli.output import note
 from tilewright.cli.session import open_engine
 from tilewright.config import Resolved, resolve
@@ -25,13 +27,13 @@ from tilewright.settings import PATH, Given, Layer
 from tilewright_serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from socket import socket
-
     import uvicorn
 
     from tilewright.engine import LLMEngine
 
 tilewright_api = 2
+
+log = logging.getLogger(__name__)
 
 SECTIONS: dict[str, type] = {"serve": ServeSettings}
 
@@ -67,9 +69,10 @@ def run(args: argparse.Namespace) -> int:
             "listen at 127.0.0.1"
         )
     with ExitStack() as opened:
+        listening = opened.enter_context(_bound(settings.host, settings.port))
         resolved: dict[LLMEngine, Resolved] = {}
         for one in runs:
-            engine = opened.enter_context(open_engine(one, processors=_processors()))
+            engine = opened.enter_context(open_engine(one, processors=processors()))
             resolved[engine] = one
 
         def reload(engine: "LLMEngine", name: str) -> None:
@@ -83,18 +86,42 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(one.config.model.id for one in runs)
         config = uvicorn.Config(
             app,
-            host=settings.host,
-            port=settings.port,
             log_config=_LOGGING,
             access_log=False,
-            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout),
             server_header=False,
         )
-        return _serve(config, names)
+        _serve(config, listening, settings.shutdown_timeout, list(resolved), names)
+        return 0
 
 
-def _serve(config: "uvicorn.Config", names: str) -> int:
-    """Serve until SIGTERM or Ctrl-C, and let what runs finish; a second one ends it at once."""
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket with an address of its own, at which nobody is listened to yet."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, proto)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {host}, port {port}: {error.strerror}: choose another --host or "
+            "--port (0: a free one)"
+        ) from error
+    return made
+
+
+def _serve(
+    config: "uvicorn.Config",
+    listening: socket.socket,
+    shutdown_timeout: float,
+    engines: "Sequence[LLMEngine]",
+    names: str,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, and let what runs finish; a second one ends it at once.
+
+    What has not finished in time ends with an error, which its client has a second to read.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -115,16 +142,27 @@ def _serve(config: "uvicorn.Config", names: str) -> int:
                 os._exit(128 + number)
             self.should_exit = True
 
-        async def startup(self, sockets: "list[socket] | None" = None) -> None:
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            if self.started:
-                host, port = self.servers[0].sockets[0].getsockname()[:2]
-                host = f"[{host}]" if ":" in host else host
-                note(f"serving {names} at http://{host}:{port}")
+            host, port = listening.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            note(f"serving {names} at http://{host}:{port}")
 
-    server = Server(config)
-    server.run()
-    return 0 if server.started else USER_ERROR
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            ending = asyncio.create_task(self.end())
+            await super().shutdown(sockets)
+            ending.cancel()
+
+        async def end(self) -> None:
+            await asyncio.sleep(shutdown_timeout)
+            log.warning("requests are ended that run after %g seconds", shutdown_timeout)
+            closing = [asyncio.to_thread(engine.close) for engine in engines]
+            await asyncio.wait([*map(asyncio.ensure_future, closing)], timeout=1.0)
+            await asyncio.sleep(1.0)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+
+    Server(config).run([listening])
 
 
 _LOGGING: dict[str, Any] = {
@@ -139,7 +177,7 @@ _LOGGING: dict[str, Any] = {
 }
 
 
-def _processors() -> list[str]:
+def processors() -> list[str]:
     """Logits processors that requests may name: options for these are not a mistake."""
     return [p.name for p in plugins.installed("logits_processor")]
 
@@ -178,10 +216,14 @@ def _runs(args: argparse.Namespace) -> Iterator[Resolved]:
 
 
 def _resolved(args: argparse.Namespace, layer: Layer, given: str, origin: str) -> Resolved:
+    return resolve(args.config, {**layer, **named_model(given, origin)}, own=SECTIONS)
+
+
+def named_model(given: str, origin: str) -> Layer:
+    """The settings of ``[NAME=]MODEL``. Raises ConfigError."""
     name, equals, path = given.partition("=")
     if not equals or "/" in name:
         name, path = "", given
     if not path:
         raise ConfigError(f"{origin}: expected [NAME=]MODEL, found {given!r}")
-    layer = {**layer, PATH: Given(path, origin), ("model", "id"): Given(name, origin)}
-    return resolve(args.config, layer, own=SECTIONS)
+    return {PATH: Given(path, origin), ("model", "id"): Given(name, origin)}

@@ -58,7 +58,7 @@ async def prepared(model: Model, body: Completion) -> "CompletionAnswer":
         model=model,
         body=body,
         texts=texts,
-        prompts=[p if isinstance(p, str) else text.decode(p) for p in prompts],
+        prompts=prompts,
         num_each=n,
         best_of=most,
         offsets=[CompletionLogprobs(text) for _ in texts],
@@ -72,7 +72,7 @@ class CompletionAnswer:
     model: Model
     body: Completion
     texts: list[Text]
-    prompts: list[str]
+    prompts: Sequence[str | list[int]]
     """For echo."""
     num_each: int
     best_of: int
@@ -86,7 +86,7 @@ class CompletionAnswer:
         """The prompt, if it is echoed."""
         if not self.body.echo:
             return None
-        choice = self._choice(number, self.prompts[number // self.best_of])
+        choice = self._choice(number, self._prompt(number))
         if self.body.logprobs is not None:
             choice["logprobs"] = self.offsets[number].of(
                 zip(self.texts[number][0], generation.prompt_logprobs, strict=True)
@@ -128,7 +128,7 @@ class CompletionAnswer:
         tokens, logprobs = ((), ()) if nothing else (result.token_ids, result.logprobs)
         choice = self._choice(number, text)
         if self.body.echo:
-            choice["text"] = self.prompts[number // self.best_of] + text
+            choice["text"] = self._prompt(number) + text
         if self.body.logprobs is not None:
             found = list(zip(tokens, logprobs or (), strict=False))
             if self.body.echo:
@@ -139,6 +139,10 @@ class CompletionAnswer:
             choice["token_ids"] = list(tokens)
             choice["prompt_token_ids"] = list(result.prompt_token_ids)
         return choice | self._end(result)
+
+    def _prompt(self, number: int) -> str:
+        given = self.prompts[number // self.best_of]
+        return given if isinstance(given, str) else self.model.loaded.text.decode(given)
 
     @property
     def _with_ids(self) -> bool:

@@ -27,7 +27,9 @@ LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}),
 ]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+"""The first wrong one ends the reading: a body of millions would have as many errors."""
+
 Messages = Annotated[
     list[
         Annotated[
@@ -46,10 +48,13 @@ Messages = Annotated[
     ],
     Field(
         min_length=1,
+        fail_fast=True,
         description="the conversation; which roles and other keys there are is up to the model's "
         "chat template",
     ),
 ]
+
+StopString = Annotated[str, Field(min_length=1)]
 
 MOST_LOGPROBS = 20
 """Most alternatives of a token that are reported: OpenAI's limit for chat completions."""
@@ -194,7 +199,9 @@ class StructuredOutputs(BaseModel):
     json_: Any = Field(None, alias="json", description="a JSON schema")
     json_object: StrictBool | None = Field(None, description="any JSON object")
     regex: StrictStr | None = Field(None, description="a regular expression for the whole text")
-    choice: list[StrictStr] | None = Field(None, description="the texts to choose from")
+    choice: Annotated[list[StrictStr], Field(fail_fast=True)] | None = Field(
+        None, description="the texts to choose from"
+    )
     grammar: StrictStr | None = Field(None, description="a context-free grammar in Lark's form")
 
     @model_validator(mode="after")
@@ -227,10 +234,8 @@ class Generation(Body):
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = Field(None, description="token ids of prompt and text, too")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = (
-        None
-    )
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -258,8 +263,8 @@ class Completion(Generation):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
     add_special_tokens: bool | None = Field(
         None, description="with the tokens that the tokenizer puts around a prompt (true)"
@@ -310,7 +315,7 @@ class ChatCompletion(Generation):
         None, description="what the model thinks in reasoning_content, not in content"
     )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -350,7 +355,7 @@ class Tokenize(Body):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
@@ -362,4 +367,4 @@ class Tokenize(Body):
 class Detokenize(Body):
     """The body of POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -4,14 +4,20 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 from attrs import define, field
 
 from tilewright import AsyncLLMEngine
 from tilewright.async_engine import AsyncGeneration
 from tilewright.engine import LLMEngine
-from tilewright.errors import NonFiniteLogitsError, OutOfPagesError, RequestError, on_one_line
+from tilewright.errors import (
+    ExecutorLostError,
+    NonFiniteLogitsError,
+    OutOfPagesError,
+    RequestError,
+    on_one_line,
+)
 from tilewright.loading import ServedModel
 from tilewright.logits_processing import LogitsProcessorError
 from tilewright.types import GenerateConfig, GenerateDelta
@@ -38,12 +44,19 @@ class Model:
     name: str
     engine: AsyncLLMEngine
     created: int = field(factory=lambda: int(time.time()))
-    num_open: int = 0
-    """Texts that are generated or wait for their turn."""
+    num_submitted: int = 0
+    """Texts that the engine is about to accept."""
+    generations: set[AsyncGeneration] = field(factory=set)
+    """Those that it has accepted, and whose answers have not ended."""
     failure: str | None = None
     """Why its executor failed, until it works again."""
     restarting: bool = False
     num_restarts: int = 0
+
+    @property
+    def num_open(self) -> int:
+        """Texts that are generated or wait for their turn; not those that wait for a reader."""
+        return self.num_submitted + sum(not one.ended for one in self.generations)
 
     @property
     def loaded(self) -> ServedModel:
@@ -52,6 +65,13 @@ class Model:
             return self.engine.engine.model(self.name)
         except RequestError as error:
             raise ApiError(503, self.failure or str(error)) from error
+
+    def has(self, loaded: ServedModel) -> bool:
+        """Whether it is still loaded, and was not loaded again since."""
+        try:
+            return not self.restarting and self.loaded is loaded
+        except ApiError:
+            return False
 
 
 @define(eq=False)
@@ -76,7 +96,11 @@ class Server:
     @property
     def working(self) -> list[Model]:
         """The models that are loaded."""
-        return [m for m in self.models.values() if m.name in m.engine.engine.model_ids]
+        return [
+            model
+            for model in self.models.values()
+            if not model.restarting and model.name in model.engine.engine.model_ids
+        ]
 
     def model(self, name: str | None) -> Model:
         """The model of a name, or the only one. Raises ApiError."""
@@ -95,17 +119,21 @@ class Server:
     ) -> AsyncIterator[list[AsyncGeneration]]:
         """Generations that the model has accepted. They end with the block.
 
-        Raises ApiError for texts that the model does not accept, or that are too many.
+        Raises ApiError for texts that the model does not accept, and for a full queue.
         """
-        self._admit(model, len(texts))
+        self.admit(model, len(texts))
         generations: list[AsyncGeneration] = []
-        model.num_open += len(texts)
         try:
-            for ids, config in texts:
-                generations.append(await self._submitted(model, ids, config))
+            model.num_submitted += len(texts)
+            try:
+                for ids, config in texts:
+                    generations.append(await self._submitted(model, ids, config))
+            finally:
+                model.num_submitted -= len(texts)
+            model.generations.update(generations)
             yield generations
         finally:
-            model.num_open -= len(texts)
+            model.generations.difference_update(generations)
             for generation in generations:
                 await generation.aclose()
 
@@ -116,34 +144,41 @@ class Server:
 
         Raises ApiError for the first that fails.
         """
+        loaded = model.loaded
         started = time.perf_counter()
         last: dict[int, float] = {}
         try:
-            async for number, delta in _merged(generations):
-                now = time.perf_counter()
-                since = now - last.get(number, started)
-                self.metrics.tokens(model.name, len(delta.token_ids), since, number not in last)
-                last[number] = now
-                yield number, delta
+            async with aclosing(_merged(generations)) as merged:
+                async for number, delta in merged:
+                    now = time.perf_counter()
+                    since = now - last.get(number, started)
+                    self.metrics.tokens(model.name, len(delta.token_ids), since, number not in last)
+                    last[number] = now
+                    yield number, delta
         except OF_ONE_REQUEST as error:
             raise failure(error) from error
         except Exception as error:
-            self._failed(model, error)
+            self._failed(model, loaded, error)
             raise failure(error) from error
-        model.failure = None
+        if model.has(loaded):
+            model.failure = None
         self.metrics.durations.labels(model.name).observe(time.perf_counter() - started)
 
     async def _submitted(
         self, model: Model, ids: Sequence[int], config: GenerateConfig
     ) -> AsyncGeneration:
+        loaded = model.loaded
         try:
             return await model.engine.submit(model.name, ids, config)
         except Exception as error:
-            if not isinstance(error, OF_ONE_REQUEST):
-                log.error("model %r: %s", model.name, on_one_line(str(error)))
+            if not model.has(loaded):
+                raise failure(error) from error
+            if isinstance(error, ExecutorLostError):
+                self._failed(model, loaded, error)
             raise refusal(error, bool(config.logits_processors)) from error
 
-    def _admit(self, model: Model, count: int) -> None:
+    def admit(self, model: Model, count: int) -> None:
+        """Raise ApiError if the model takes no texts now, or not so many."""
         if model.restarting:
             raise ApiError(503, f"model {model.name!r} has failed and is loaded again: try later")
         if count > self.settings.max_choices:
@@ -154,18 +189,21 @@ class Server:
                 "n",
             )
         most = model.loaded.runtime.max_batch_size + self.settings.max_queue
-        if model.num_open and model.num_open + count > most:
+        num_open = model.num_open
+        if num_open and num_open + count > most:
             raise ApiError(
                 503,
-                f"model {model.name!r} has {model.num_open} texts to generate, and takes at most "
+                f"model {model.name!r} has {num_open} texts to generate, and takes at most "
                 f"{most}: try again later",
                 code="queue_full",
             )
 
-    def _failed(self, model: Model, error: Exception) -> None:
+    def _failed(self, model: Model, loaded: ServedModel, error: Exception) -> None:
         """Note that an executor has failed, and load its model again if that is asked for."""
         reason = on_one_line(f"{type(error).__name__}: {error}")
-        if model.restarting or model.failure == reason:  # told by another request of the step
+        if not model.has(loaded):  # a slow reader's news of the one before
+            return
+        if model.failure == reason:  # told by another request of the step
             return
         model.failure = reason
         self.metrics.failures.labels(model.name).inc()
@@ -196,7 +234,7 @@ class Server:
 
 async def _merged(
     generations: Sequence[AsyncGeneration],
-) -> AsyncIterator[tuple[int, GenerateDelta]]:
+) -> AsyncGenerator[tuple[int, GenerateDelta], None]:
     """The deltas of all generations with their numbers, as they come."""
     if len(generations) == 1:
         async for delta in generations[0]:
