@@ -220,9 +220,9 @@ def test_a_full_queue_is_tried_again(client: Any, served: Any) -> None:
     def note(response: Any) -> None:
         if response.status_code == 503:
             waits.append(response.headers["retry-after"])
-            model.num_open -= 10_000  # the others have ended
+            model.num_submitted -= 10_000  # the others have ended
 
-    model.num_open += 10_000
+    model.num_submitted += 10_000
     asked = {"model": "demo", "prompt": PROMPT, "max_tokens": 2}
     with pytest.raises(openai.InternalServerError) as caught:
         client.completions.create(**asked)
