@@ -76,9 +76,10 @@ def document(keyed: bool = False) -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    def generated(kinds: tuple[Any, ...], mode: JsonSchemaMode) -> dict[str, dict[str, Any]]:
+    def generated(kinds: tuple[Any, ...], mode: JsonSchemaMode) -> dict[str, Any]:
         inputs = [(kind, mode, TypeAdapter(kind).core_schema) for kind in kinds]
-        return GenerateJsonSchema(ref_template=PLACE).generate_definitions(inputs)[1]
+        found = GenerateJsonSchema(ref_template=PLACE).generate_definitions(inputs)[1]
+        return {str(name): schema for name, schema in found.items()}
 
     bodies = generated(BODIES, "validation")
     made = generated(ANSWERS, "serialization")

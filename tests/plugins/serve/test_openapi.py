@@ -54,7 +54,7 @@ FEW = settings(
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-MANY = settings(FEW, max_examples=200)
+MANY = settings(FEW, max_examples=100)
 
 CHECKED = schemathesis.openapi.from_dict(document(keyed=True))
 OPERATIONS = [found.ok() for found in CHECKED.get_all_operations()]
