@@ -200,6 +200,67 @@ def test_errors_are_of_the_client_s_kinds(
     assert param in caught.value.body["message"]
 
 
+SHARED: dict[str, Any] = {
+    "model": "demo",
+    "frequency_penalty": -2,
+    "logit_bias": {"5": 0},
+    "n": 1,
+    "presence_penalty": 2,
+    "seed": -9007199254740991,
+    "stop": "\n",
+    "stream": True,
+    "stream_options": {"include_obfuscation": True, "include_usage": True},
+    "temperature": 1,
+    "top_p": 1,
+    "user": "user-1234",
+}
+
+
+def test_all_parameters_at_once(client: Any) -> None:
+    stream = client.completions.create(
+        **SHARED, prompt=PROMPT, best_of=1, echo=True, logprobs=0, max_tokens=2
+    )
+    assert list(stream)[-1].usage.completion_tokens <= 2
+    stream = client.chat.completions.create(
+        **SHARED,
+        messages=[{"role": "developer", "content": "Be brief", "name": "a"}, *QUESTION],
+        function_call="none",
+        logprobs=True,
+        max_completion_tokens=2,
+        metadata={"key": "value"},
+        modalities=["text"],
+        parallel_tool_calls=True,
+        prediction={"type": "content", "content": "so"},
+        prompt_cache_key="key",
+        reasoning_effort="none",
+        response_format={"type": "text"},
+        safety_identifier="a",
+        service_tier="auto",
+        store=True,
+        tool_choice="none",
+        top_logprobs=0,
+        verbosity="medium",
+    )
+    assert list(stream)[-1].usage.completion_tokens <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("audio", {"format": "wav", "voice": "alloy"}),
+        ("function_call", {"name": "f"}),
+        ("functions", [{"name": "f"}]),
+        ("modalities", ["text", "audio"]),
+        ("verbosity", "low"),
+        ("web_search_options", {"search_context_size": "low"}),
+    ],
+)
+def test_what_would_mislead_is_refused(name: str, value: Any, client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"'{name}' is not served") as caught:
+        client.chat.completions.create(model="demo", messages=QUESTION, **{name: value})
+    assert caught.value.param == name
+
+
 def test_a_wrong_key(client: Any) -> None:
     with pytest.raises(openai.AuthenticationError) as caught:
         client.with_options(api_key="another").models.list()
