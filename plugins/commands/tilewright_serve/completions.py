@@ -86,9 +86,7 @@ class CompletionAnswer:
         """The prompt, as far as it is asked for."""
         if not self.body.echo and not self._with_ids:
             return None
-        choice = self._choice(
-            number, self.prompts[number // self.best_of] if self.body.echo else ""
-        )
+        choice = self._choice(number, self._prompt(number) if self.body.echo else "")
         if self.body.echo and self.body.logprobs is not None:
             choice["logprobs"] = self.offsets[number].of(
                 zip(self.texts[number][0], generation.prompt_logprobs, strict=True)
