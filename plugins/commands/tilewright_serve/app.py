@@ -35,6 +35,12 @@ log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",  # files of another version would not fit each other
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the page itself says the rest
+    "X-Content-Type-Options": "nosniff",
+}
+
 OPEN_PATHS = ("/", "/health", "/version", "/metrics", "/openapi.json")
 """Paths that need no key."""
 
@@ -50,7 +56,7 @@ def create_app(
     the port, have no effect here. reload: called in another thread with an engine and the name of
     a model whose executor has failed, ``settings.restarts`` times at most, to load it again.
 
-    Raises ConfigError if two engines have a model of the same name.
+    Raises ConfigError if two engines have a model of the same name, or none has a model.
     """
     plain = [e.engine if isinstance(e, AsyncLLMEngine) else e for e in engines]
     server = Server(plain, settings or ServeSettings(), reload)
@@ -70,7 +76,7 @@ def create_app(
             Route("/stats", _stats),
             Route("/openapi.json", _openapi),
             Route("/", _index),
-            Mount("/page", StaticFiles(directory=PAGE)),
+            Mount("/page", _PageFiles(directory=PAGE)),
         ],
         lifespan=(lambda app: batches.running()) if batches else None,
         middleware=[Middleware(_Counting, server=server), Middleware(_Keyed, server=server)],
@@ -223,7 +229,14 @@ async def _openapi(request: Request) -> Response:
 
 
 async def _index(request: Request) -> Response:
-    return FileResponse(PAGE / "index.html")
+    return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 # --- errors --------------------------------------------------------------------------------------
