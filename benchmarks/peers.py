@@ -237,11 +237,8 @@ def transformers(model: Path, dtype: str) -> Iterator[Side]:
     yield Side(TRANSFORMERS, dtype, run, weight_bytes(model, dtype))
 
 
-@contextmanager
-def vllm(
-    python: Path, model: Path, dtype: str, batch: int, length: int, threads: int
-) -> Iterator[Side]:
-    """vLLM's CPU build in a child process, run by its own interpreter (``vllm_child.py``)."""
+def vllm_environment(python: Path, threads: int) -> dict[str, str]:
+    """Variables for a process of vLLM's CPU build, which binds its threads to CPUs."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -256,6 +253,14 @@ def vllm(
     openmp = python.parent.parent / "lib" / "libiomp5.so"  # where pip puts it; vLLM asks for it
     if openmp.exists():
         environment["LD_PRELOAD"] = str(openmp)
+    return environment
+
+
+@contextmanager
+def vllm(
+    python: Path, model: Path, dtype: str, batch: int, length: int, threads: int
+) -> Iterator[Side]:
+    """vLLM's CPU build in a child process, run by its own interpreter (``vllm_child.py``)."""
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
             [python, Path(__file__).with_name("vllm_child.py")],
@@ -263,7 +268,7 @@ def vllm(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=environment,
+            env=vllm_environment(python, threads),
         )
         assert child.stdin
         assert child.stdout

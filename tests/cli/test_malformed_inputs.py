@@ -417,16 +417,15 @@ def test_a_closed_standard_stream_is_a_one_line_error(redirection, message):
     assert message in done.stderr.decode()
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    ("flags", "output"),
+    ("flags", "unbuffered", "output"),
     [
-        ([], "standard output"),
-        (["--json"], "standard output"),
-        (["--output", "/dev/full"], "output file '/dev/full'"),
+        ([], "", "standard output"),
+        (["--json"], "1", "standard output"),
+        (["--output", "/dev/full"], "", "output file '/dev/full'"),
     ],
 )
-def test_output_for_which_there_is_no_space_is_a_one_line_error(flags, output, unbuffered):
+def test_output_for_which_there_is_no_space_is_a_one_line_error(flags, unbuffered, output):
     command = [sys.executable, "-m", "tilewright", "generate", "We", "--max-new-tokens", "2"]
     environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:

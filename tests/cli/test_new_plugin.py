@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 
 import plugin_distributions as dists
@@ -18,7 +17,6 @@ from tilewright_kernels.qwen3_14b import plugin as qwen3
 from tilewright_testing import KernelsSuite, LoaderSuite
 
 KINDS = list(plugins.KINDS)
-QUICK, SLOW = ["loader"], [kind for kind in KINDS if kind != "loader"]
 SET = "kernels"  # its tests are run in tests/plugins/third_party, as they take a minute
 
 
@@ -58,8 +56,9 @@ def test_new_plugins_of_all_kinds_are_found_and_pass_check(site: Path) -> None:
     assert not found
 
 
-def passes_its_tests(written: Path, site: Path, kinds: Sequence[str]) -> None:
-    folders = [str(written / kind / "tests") for kind in kinds]
+@pytest.mark.slow
+def test_new_plugins_pass_their_tests(written: Path, site: Path) -> None:
+    folders = [str(written / kind / "tests") for kind in KINDS if kind != SET]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(written)]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = dists.run("-m", "pytest", *options, *folders, site=site, **environment)
@@ -68,32 +67,20 @@ def passes_its_tests(written: Path, site: Path, kinds: Sequence[str]) -> None:
     assert "failed" not in done.out
 
 
-def passes_its_type_check(written: Path, site: Path, kinds: Sequence[str]) -> None:
+@pytest.mark.slow
+def test_new_plugins_pass_their_type_check(written: Path, site: Path) -> None:
     # What a kernel set adds to the settings names its own modules.
-    config = written / (SET if SET in kinds else kinds[0]) / "pyproject.toml"
-    assert tomllib.loads(config.read_text())["tool"]["mypy"]["strict"] is True
-    parts = [str(written / kind / part) for kind in kinds for part in ("src", "tests")]
+    config = written / SET / "pyproject.toml"
+    parts = [str(written / kind / part) for kind in KINDS for part in ("src", "tests")]
     options = ["--config-file", str(config), "--cache-dir", str(written / "mypy")]
     done = dists.run("-m", "mypy", *options, *parts, site=site)
     assert done.code == 0, done.out + done.err
 
 
-def test_a_new_loader_passes_its_tests(written: Path, site: Path) -> None:
-    passes_its_tests(written, site, QUICK)
-
-
-def test_a_new_loader_passes_its_type_check(written: Path, site: Path) -> None:
-    passes_its_type_check(written, site, QUICK)
-
-
-@pytest.mark.slow
-def test_new_plugins_of_all_other_kinds_pass_their_tests(written: Path, site: Path) -> None:
-    passes_its_tests(written, site, [kind for kind in SLOW if kind != SET])
-
-
-@pytest.mark.slow
-def test_new_plugins_of_all_other_kinds_pass_their_type_check(written: Path, site: Path) -> None:
-    passes_its_type_check(written, site, SLOW)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_plugin_asks_for_strict_type_checks(written: Path, kind: str) -> None:
+    settings = tomllib.loads((written / kind / "pyproject.toml").read_text())
+    assert settings["tool"]["mypy"]["strict"] is True
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -327,8 +327,9 @@ def test_a_question_is_answered_and_streamed(tilewright, engine, model):
 THOUGHT = "<think>\nWell.\n</think>\n\nYes."
 
 
-@pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize("command", ["generate", "run", "chat"])
+@pytest.mark.parametrize(
+    ("command", "opened"), [("generate", False), ("generate", True), ("run", True), ("chat", False)]
+)
 def test_thinking_is_hidden_on_request(tilewright, monkeypatch, engine, model, command, opened):
     """The model's text is chosen: one that thinks, in a template that may open the thinking."""
     template = TEMPLATE.replace("{%- if mood", "{{ '<think>' }}{%- if mood") if opened else TEMPLATE

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from asked import Asked
 from attrs import asdict, evolve, frozen
-from conformance import Fault, missed, own_tests, run
+from conformance import Fault, full_name, missed, own_tests, run
 from planted import MISTAKES, PlantedExecutor
 from planted import Options as Planted
 from torch import Tensor
@@ -605,6 +605,14 @@ class FasterWithoutTaps(TorchExecutor):
     def forward(self, batch: StepBatch, tap: "Tap | None" = None) -> Tensor:
         logits = super().forward(batch, tap)
         return logits if tap else logits * self.factor
+
+
+class Limited(DoesNotMix, GivesThreeRows, FasterWithoutTaps, OwnCacheUnshared):
+    """Right within the limits that it states, which are those of all of these."""
+
+    limits = ExecutorLimits(
+        mixed=False, max_batch_tokens=40, max_logits_rows=3, tap_exact=False, shares_pages=False
+    )
 
 
 class WrongWithoutTaps(FasterWithoutTaps):
@@ -1661,11 +1669,8 @@ def test_the_suite_passes_weights_in_a_layout_of_the_executors_own() -> None:
 
 
 def test_the_suite_passes_correct_executors_within_what_they_state() -> None:
-    assert outcomes(of(OwnCacheUnshared), **_SMALL) == ([], {SHARED, NAMED})
     mixed = "prompts_chunks_and_decodes_may_share_a_step"
-    assert outcomes(of(DoesNotMix), **_SMALL) == ([], {mixed, NAMED})
-    assert outcomes(of(GivesThreeRows), **_SMALL) == ([], {NAMED})
-    assert outcomes(of(FasterWithoutTaps), **_SMALL) == ([], {NAMED})
+    assert outcomes(of(Limited), **_SMALL) == ([], {SHARED, mixed, NAMED})
     assert outcomes(of(Samples), **_SMALL) == ([], set())
 
 
@@ -1696,13 +1701,14 @@ def test_the_suite_passes_quantised_weights() -> None:
     assert outcomes(int8(), models=SOME["models"]) == ([], {NAMED})
     only_bfloat16 = int8(kv_dtypes=("bfloat16",))
     other_kv = "the_kv_cache_may_have_another_dtype"
-    assert outcomes(only_bfloat16, models=SOME["models"]) == ([], {NAMED, other_kv})
+    assert outcomes(only_bfloat16, models=_SMALL["models"]) == ([], {NAMED, other_kv})
 
 
 def test_an_executor_may_refuse_models_that_it_does_not_state() -> None:
     stating = Executors(only(is_grouped), serves=lambda config: not config.qkv_bias)
-    for plugin in (Executors(only(is_grouped)), stating):
-        assert outcomes(plugin, models=_BIASED["models"], dtypes=["float32"]) == ([], {NAMED})
+    assert outcomes(Executors(only(is_grouped)), **_BIASED) == ([], {NAMED})
+    states = full_name(SUITE, "it_runs_the_models_that_it_states")
+    assert run(SUITE, stating, [states], **_BIASED).found == {states: "passed"}
 
 
 class OneAtATime:

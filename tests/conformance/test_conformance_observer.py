@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -221,7 +221,7 @@ class NeverCloses(Journal):
         KEPT.append(self.file)
 
 
-KEPT: list[Any] = []
+KEPT: list[IO[str]] = []
 
 
 class OneFile(Journal):
@@ -467,12 +467,14 @@ SUITE = ObserverSuite
 
 
 @pytest.fixture(autouse=True)
-def _threads_end() -> Iterator[None]:
+def _threads_end_and_files_close() -> Iterator[None]:
     yield
     DONE.set()
     while WORKERS:
         WORKERS.pop().join()
     DONE.clear()
+    while KEPT:
+        KEPT.pop().close()
 
 
 def test_each_broken_observer_is_found() -> None:

@@ -8,6 +8,7 @@ from shutil import which
 from typing import Any
 
 import pytest
+from attrs import evolve
 from checkout import ROOT
 
 from tilewright import plugins
@@ -27,6 +28,13 @@ from tilewright_testing.executor import MODELS
 from tilewright_testing.kernels import MODELS as KERNEL_MODELS
 from tilewright_testing.models import Model, make_model, write_hf_directory
 from tilewright_torch.native import COMPILERS
+
+CHOSEN: dict[str, ModelConfig] = MODELS | {
+    "biases-and-windows": evolve(MODELS["all-biases"], num_layers=3, sliding_windows=(None, 7, 3)),
+    # With a layer between the first and the last.
+    "in-16s": evolve(MODELS["in-16s"], num_layers=3),
+}
+"""Few models that differ in what an executor can do wrong with a batch or with its pages."""
 
 
 class TestHfLocal(LoaderSuite):
@@ -60,6 +68,13 @@ class TestTorch(ExecutorSuite):
     def plugin(self) -> str:
         return "torch"
 
+    @pytest.fixture
+    def models(self) -> dict[str, ModelConfig]:
+        """Some, since results are compared with those of the same executor: its own tests compare
+        all of them with transformers."""
+        names = ("grouped", "biases-and-windows", "qk-norm-tied-gqa-5", "dynamic-rope")
+        return {name: CHOSEN[name] for name in names}
+
 
 class TestTorchInOtherWays(ExecutorSuite):
     """In bfloat16 alone, and with layers that are converted each time they run."""
@@ -74,7 +89,7 @@ class TestTorchInOtherWays(ExecutorSuite):
 
     @pytest.fixture
     def models(self) -> dict[str, ModelConfig]:
-        return {name: MODELS[name] for name in ("all-biases", "sliding-window")}
+        return {"biases-and-windows": CHOSEN["biases-and-windows"]}
 
     @pytest.fixture
     def dtypes(self) -> list[DType]:
@@ -95,7 +110,7 @@ class TestTorchCompiled(ExecutorSuite):
 
     @pytest.fixture
     def models(self) -> dict[str, ModelConfig]:
-        return {name: MODELS[name] for name in ("all-biases", "sliding-window")}
+        return {"biases-and-windows": CHOSEN["biases-and-windows"]}
 
     @pytest.fixture
     def dtypes(self) -> list[DType]:
@@ -114,7 +129,7 @@ class TestPyptoNpu(ExecutorSuite):
     @pytest.fixture
     def models(self) -> dict[str, ModelConfig]:
         """TestKernelSets runs more."""
-        return {name: MODELS[name] for name in ("in-16s", "in-64s", "dynamic-rope")}
+        return {name: CHOSEN[name] for name in ("in-16s", "dynamic-rope")}
 
 
 class TestKernelSets(KernelsSuite):
@@ -159,6 +174,20 @@ class TestChoiceOfBytes(TestChoice):
     @pytest.fixture
     def argument(self) -> list[str]:
         return ["hello", "hell", "h", "數学", "数", "数学"]
+
+
+class TestStructuredOutput(LogitsProcessorSuite):
+    @pytest.fixture
+    def plugin(self) -> str:
+        return "structured-output"
+
+    @pytest.fixture
+    def wrong_arguments(self) -> Sequence[Any]:
+        return [
+            *({}, {"regex": "a", "choice": ["b"]}, {"xml": "a"}, "{", [{"regex": "a"}]),
+            *({"json": "{"}, {"json": 3}, {"json": {"type": "objekt"}}, {"json_object": False}),
+            *({"regex": "["}, {"regex": "a\\"}, {"choice": []}, {"grammar": "start: other"}),
+        ]
 
 
 class TestCommands(CommandSuite):

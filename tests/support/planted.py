@@ -711,17 +711,21 @@ class Plant:
     def __str__(self) -> str:
         return f"{self.mistake}, {self.model}, {self.dtype}, {self.phase}, layer {self.layer}"
 
-    def compare(self, models: Path) -> Comparison:
-        """Compare the planted executor with torch; models are written to ``models`` and reused."""
-        options = {"mistake": self.mistake, "layer": self.layer, "phase": self.phase}
-        runtime = RuntimeConfig(weight_dtype=self.dtype, page_size=4)
+    def directory(self, models: Path) -> Path:
+        """The model's directory, which is written to ``models`` the first time."""
         config = MODELS[self.model]
         directory = models / self.model if config else DEMO_MODEL
         if config and not directory.exists():
             write_model(config, directory)
-        vocab = config or Qwen3Config(vocab_size=1999)
+        return directory
+
+    def compare(self, models: Path) -> Comparison:
+        """Compare the planted executor with torch; models are written to ``models`` and reused."""
+        options = {"mistake": self.mistake, "layer": self.layer, "phase": self.phase}
+        runtime = RuntimeConfig(weight_dtype=self.dtype, page_size=4)
+        vocab = MODELS[self.model] or Qwen3Config(vocab_size=1999)
         return compare(
-            directory,
+            self.directory(models),
             Choice(executor="torch"),
             Choice(executor="planted", options=options, runtime=runtime),
             list(prompts(vocab, [21, 9, 5])),

@@ -10,9 +10,9 @@ from starlette.applications import Starlette
 
 
 @contextmanager
-def serving(app: Starlette) -> Iterator[str]:
-    """The URL of an application that is served in this block."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+def serving(app: Starlette, port: int = 0) -> Iterator[str]:
+    """The URL of an application that is served in this block; port 0: a free one."""
+    with socket.create_server(("127.0.0.1", port)) as listening:
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         thread = Thread(target=server.run, args=([listening],), daemon=True)

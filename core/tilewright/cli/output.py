@@ -91,14 +91,19 @@ _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 def write_json(value: Any, file: IO[str]) -> None:
-    """JSON in one line, escaped to ASCII where the stream cannot encode Unicode.
-
-    Characters at which ``str.splitlines`` ends a line are escaped in any case.
-    """
+    """JSON in one line, as ``json_line``, in ASCII where the stream cannot encode Unicode."""
     unicode = (getattr(file, "encoding", None) or "").lower().startswith("utf")
-    line = json.dumps(value, ensure_ascii=not unicode)
-    file.write(line.translate(_LINE_ENDS) + "\n")
+    file.write(json_line(value, unicode) + "\n")
     file.flush()
+
+
+def json_line(value: Any, unicode: bool = True) -> str:
+    """JSON in one line, without the line's end.
+
+    unicode: False to escape all that is not ASCII. Characters at which ``str.splitlines`` ends a
+    line are escaped in any case.
+    """
+    return json.dumps(value, ensure_ascii=not unicode).translate(_LINE_ENDS)
 
 
 def result_record(

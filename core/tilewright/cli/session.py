@@ -260,12 +260,12 @@ class LoadingBar:
             self._progress = None
 
 
-def counting(total: int) -> "Progress":
+def counting(total: int, *more: "ProgressColumn") -> "Progress":
     """A started bar on standard error that counts items, with one task."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return _started("", total, *columns, TimeElapsedColumn())
+    return _started("", total, *columns, TimeElapsedColumn(), *more)
 
 
 def _loading(bytes_total: int) -> "Progress":

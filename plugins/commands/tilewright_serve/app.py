@@ -5,7 +5,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import asdict
 from starlette.applications import Starlette
@@ -18,6 +18,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tilewright import AsyncLLMEngine, LLMEngine, __version__
+from tilewright.errors import ConfigError
+from tilewright.paths import path_of
 from tilewright_serve import chat_completions
 from tilewright_serve.answering import answer as answer
 from tilewright_serve.answering import generate, read
@@ -26,9 +28,18 @@ from tilewright_serve.fields import Detokenize, Tokenize
 from tilewright_serve.server import Model, Reload, Server
 from tilewright_serve.settings import ServeSettings
 
+if TYPE_CHECKING:
+    from tilewright_serve.batch_files import BatchFiles
+
 log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
+
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",  # files of another version would not fit each other
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the page itself says the rest
+    "X-Content-Type-Options": "nosniff",
+}
 
 OPEN_PATHS = ("/", "/health", "/version", "/metrics", "/openapi.json")
 """Paths that need no key."""
@@ -45,14 +56,16 @@ def create_app(
     the port, have no effect here. reload: called in another thread with an engine and the name of
     a model whose executor has failed, ``settings.restarts`` times at most, to load it again.
 
-    Raises ConfigError if two engines have a model of the same name.
+    Raises ConfigError if two engines have a model of the same name, or none has a model.
     """
     plain = [e.engine if isinstance(e, AsyncLLMEngine) else e for e in engines]
     server = Server(plain, settings or ServeSettings(), reload)
+    batches = _batches(server)
     app = Starlette(
         routes=[
             Route("/v1/completions", _posted(generate), methods=["POST"]),
             Route("/v1/chat/completions", _posted(generate), methods=["POST"]),
+            *(batches.routes if batches else []),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
             Route("/tokenize", _posted(_tokenize), methods=["POST"]),
@@ -63,8 +76,9 @@ def create_app(
             Route("/stats", _stats),
             Route("/openapi.json", _openapi),
             Route("/", _index),
-            Mount("/page", StaticFiles(directory=PAGE)),
+            Mount("/page", _PageFiles(directory=PAGE)),
         ],
+        lifespan=(lambda app: batches.running()) if batches else None,
         middleware=[Middleware(_Counting, server=server), Middleware(_Keyed, server=server)],
         exception_handlers={
             ApiError: _refuse,
@@ -74,6 +88,24 @@ def create_app(
     )
     app.state.server = server
     return app
+
+
+def _batches(server: Server) -> "BatchFiles | None":
+    if server.settings.batch_dir is None:
+        return None
+    folder = path_of(server.settings.batch_dir)
+    try:
+        from tilewright_serve.batch_files import BatchFiles
+
+        folder.mkdir(exist_ok=True)
+    except ImportError as error:
+        raise ConfigError(
+            f"--batch-dir needs a package that is not installed ({error.name}): "
+            "pip install 'tilewright[serve]'"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--batch-dir {folder} cannot be made: {error.strerror}") from error
+    return BatchFiles(server, folder)
 
 
 def _server(request: Request) -> Server:
@@ -193,11 +225,18 @@ async def _stats(request: Request) -> Response:
 async def _openapi(request: Request) -> Response:
     from tilewright_serve.openapi import document
 
-    return JSONResponse(document())
+    return JSONResponse(document(_server(request).settings.api_key is not None))
 
 
 async def _index(request: Request) -> Response:
-    return FileResponse(PAGE / "index.html")
+    return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ async def prepared(model: Model, body: ChatCompletion, separate: bool) -> "ChatA
     format = tool_format(_template(text, bool(tools))) if called else None
     if called and called != "auto":
         config = evolve(config, logits_processors=_forced(config.logits_processors, format, body))
+    # What a grammar shapes begins with the answer.
+    opened = opened and not config.logits_processors
     n = body.n or 1
     return ChatAnswer(
         model=model,

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         listening = opened.enter_context(_bound(settings.host, settings.port))
         resolved: dict[LLMEngine, Resolved] = {}
         for one in runs:
-            engine = opened.enter_context(open_engine(one, processors=_processors()))
+            engine = opened.enter_context(open_engine(one, processors=processors()))
             resolved[engine] = one
 
         def reload(engine: "LLMEngine", name: str) -> None:
@@ -177,7 +177,7 @@ _LOGGING: dict[str, Any] = {
 }
 
 
-def _processors() -> list[str]:
+def processors() -> list[str]:
     """Logits processors that requests may name: options for these are not a mistake."""
     return [p.name for p in plugins.installed("logits_processor")]
 
@@ -216,10 +216,14 @@ def _runs(args: argparse.Namespace) -> Iterator[Resolved]:
 
 
 def _resolved(args: argparse.Namespace, layer: Layer, given: str, origin: str) -> Resolved:
+    return resolve(args.config, {**layer, **named_model(given, origin)}, own=SECTIONS)
+
+
+def named_model(given: str, origin: str) -> Layer:
+    """The settings of ``[NAME=]MODEL``. Raises ConfigError."""
     name, equals, path = given.partition("=")
     if not equals or "/" in name:
         name, path = "", given
     if not path:
         raise ConfigError(f"{origin}: expected [NAME=]MODEL, found {given!r}")
-    layer = {**layer, PATH: Given(path, origin), ("model", "id"): Given(name, origin)}
-    return resolve(args.config, layer, own=SECTIONS)
+    return {PATH: Given(path, origin), ("model", "id"): Given(name, origin)}

@@ -83,14 +83,16 @@ class CompletionAnswer:
     chunk_object = "text_completion"
 
     def begun(self, number: int, generation: AsyncGeneration) -> dict[str, Any] | None:
-        """The prompt, if it is echoed."""
-        if not self.body.echo:
+        """The prompt, as far as it is asked for."""
+        if not self.body.echo and not self._with_ids:
             return None
-        choice = self._choice(number, self._prompt(number))
-        if self.body.logprobs is not None:
+        choice = self._choice(number, self._prompt(number) if self.body.echo else "")
+        if self.body.echo and self.body.logprobs is not None:
             choice["logprobs"] = self.offsets[number].of(
                 zip(self.texts[number][0], generation.prompt_logprobs, strict=True)
             )
+        if self._with_ids:
+            choice |= {"token_ids": [], "prompt_token_ids": list(self.texts[number][0])}
         return choice
 
     def added(self, number: int, delta: GenerateDelta) -> list[dict[str, Any]]:

@@ -93,8 +93,13 @@ def unknown_model(name: str, known: list[str]) -> ApiError:
 
 
 def invalid(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in words, with its place and what was found."""
-    found = error.errors(include_url=False)[0]
+    """The first thing that is wrong with a body, in words, with its place and what was found.
+
+    Of the alternatives of a field, it is the one that fits the most.
+    """
+    first, *further = error.errors(include_url=False)
+    same = [one for one in further if one["loc"][:1] == first["loc"][:1]]
+    found = max([first, *same], key=lambda one: len(one["loc"]))
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']}")
     place = [part for part in found["loc"] if not _names_alternative(part)]

@@ -7,16 +7,52 @@ ignored, as is one that changes nothing about the text, such as ``user``.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
 
 from tilewright.errors import listed
 from tilewright_serve.errors import ApiError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}),
+]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 """The first wrong one ends the reading: a body of millions would have as many errors."""
+
+Messages = Annotated[
+    list[
+        Annotated[
+            dict[str, Any],
+            WithJsonSchema(
+                {
+                    "type": "object",
+                    "properties": {
+                        "role": {"type": "string"},
+                        "content": {"description": "text, or a list of parts of type text"},
+                    },
+                    "required": ["role"],
+                }
+            ),
+        ]
+    ],
+    Field(
+        min_length=1,
+        fail_fast=True,
+        description="the conversation; which roles and other keys there are is up to the model's "
+        "chat template",
+    ),
+]
 
 StopString = Annotated[str, Field(min_length=1)]
 
@@ -57,35 +93,86 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 """Values of fields that are not served which ask for what is done anyway."""
 
 
+def _exactly_one(*names: str) -> dict[str, Any]:
+    """A schema of objects in which one of some keys is not null."""
+    some: dict[str, Any] = {"not": {"type": "null"}}
+    return {"oneOf": [{"required": [one], "properties": {one: some}} for one in names]}
+
+
+def _with_refused(schema: dict[str, Any]) -> None:
+    """Say in a body's schema which values the fields that are not served may have."""
+    for name in sorted(REFUSED | HARMLESS):
+        schema["properties"].setdefault(
+            name,
+            {
+                "enum": list(_harmless(name)),
+                "description": f"not served: {_cure(name)}",
+            },
+        )
+
+
+def _harmless(name: str) -> tuple[Any, ...]:
+    """The values that a field which is not served may have."""
+    return (None, [], {}, *HARMLESS.get(name, ()))
+
+
+def _cure(name: str) -> str:
+    return REFUSED.get(name) or "leave it out"
+
+
+def _with_refused_and_one(schema: dict[str, Any]) -> None:
+    _with_refused(schema)
+    schema |= _exactly_one("prompt", "messages")
+
+
 class Body(BaseModel):
     """What all bodies have in common."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_with_refused
+    )
 
     model: str | None = Field(None, description="the model; may be absent if one is served")
 
     def check_served(self) -> None:
         """Raise ApiError for a field that is not served and must not be ignored."""
         for name, value in (self.model_extra or {}).items():
-            if value is None or value in HARMLESS.get(name, ()) or value in ([], {}):
+            if any(value == one and type(value) is type(one) for one in _harmless(name)):
                 continue
             if name in REFUSED or name in HARMLESS:
-                cure = REFUSED.get(name) or "leave it out"
-                raise ApiError(400, f"{name!r} is not served: {cure}", name)
+                raise ApiError(400, f"{name!r} is not served: {_cure(name)}", name)
 
 
-class StreamOptions(BaseModel):
+class Part(BaseModel):
+    """A mapping in a body."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StreamOptions(Part):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Part):
     name: str | None = None
     json_schema: Any = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Part):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"type": {"enum": ["text", "json_object"]}}},
+                {
+                    "required": ["json_schema"],
+                    "properties": {"json_schema": {"type": "object"} | _exactly_one("schema")},
+                },
+            ]
+        }
+    )
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -103,7 +190,11 @@ class ResponseFormat(BaseModel):
 class StructuredOutputs(BaseModel):
     """Exactly one of these; see the logits processor ``structured-output``."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        json_schema_extra=_exactly_one("json", "json_object", "regex", "choice", "grammar"),
+    )
 
     json_: Any = Field(None, alias="json", description="a JSON schema")
     json_object: StrictBool | None = Field(None, description="any JSON object")
@@ -133,7 +224,7 @@ class Generation(Body):
     frequency_penalty: Penalty | None = None
     ignore_eos: bool | None = Field(None, description="go on after an end-of-sequence token")
     include_stop_str_in_output: bool | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_p: Probability | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -172,11 +263,8 @@ class Completion(Generation):
     prompt: (
         str
         | TokenIds
-        | Annotated[
-            Annotated[list[str], Field(fail_fast=True)]
-            | Annotated[list[TokenIds], Field(fail_fast=True)],
-            Field(min_length=1),
-        ]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
     add_special_tokens: bool | None = Field(
         None, description="with the tokens that the tokenizer puts around a prompt (true)"
@@ -186,26 +274,22 @@ class Completion(Generation):
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
-class FunctionDescription(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class FunctionDescription(Part):
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class Tool(Part):
     type: Literal["function"]
     function: FunctionDescription
 
 
-class FunctionName(BaseModel):
+class FunctionName(Part):
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Part):
     type: Literal["function"]
     function: FunctionName
 
@@ -213,7 +297,7 @@ class NamedTool(BaseModel):
 class ChatCompletion(Generation):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
+    messages: Messages
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="variables of the model's chat template, such as enable_thinking"
@@ -262,8 +346,10 @@ class ChatCompletion(Generation):
 class Tokenize(Body):
     """The body of POST /tokenize: a prompt, or messages as for a chat completion."""
 
+    model_config = ConfigDict(json_schema_extra=_with_refused_and_one)
+
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -1,7 +1,238 @@
-"""The OpenAPI document, generated from the bodies' fields."""
+"""The OpenAPI document, generated from the fields of bodies and of answers."""
 
 from typing import Any
 
+from attrs import fields
+from pydantic import BaseModel, TypeAdapter, create_model
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
-def document() -> dict[str, Any]:
-    return {}
+from tilewright import __version__
+from tilewright.types import ModelStats
+from tilewright_serve import answers
+from tilewright_serve.errors import KINDS
+from tilewright_serve.fields import ChatCompletion, Completion, Detokenize, Tokenize
+
+PLACE = "#/components/schemas/{model}"
+
+ModelFigures: type[BaseModel] = create_model(
+    "ModelFigures",
+    **{a.name: int for a in fields(ModelStats) if a.name != "model_id"},  # type: ignore[call-overload]
+    executor=str,
+    device=str,
+    max_model_len=int,
+)
+
+
+class Figures(BaseModel):
+    """What the engine is doing, and has done since it was loaded, by model."""
+
+    models: dict[str, ModelFigures]  # type: ignore[valid-type]
+
+
+BODIES = (Completion, ChatCompletion, Tokenize, Detokenize)
+ANSWERS = (
+    answers.CompletionAnswer,
+    answers.CompletionChunk,
+    answers.ChatCompletionAnswer,
+    answers.ChatCompletionChunk,
+    answers.ModelList,
+    answers.ModelObject,
+    answers.Tokens,
+    answers.Prompt,
+    answers.Health,
+    answers.Version,
+    answers.Error,
+    Figures,
+)
+
+WHY = {
+    400: "a field is missing or wrong, is not served, or is too large for the model",
+    401: "the key is missing or wrong",
+    404: "no such model",
+    413: "the body is too large",
+    500: "the model failed",
+    503: "there is too much to do, or the model is not loaded: try again later",
+}
+"""What an error's status says."""
+
+MESSAGES = [{"role": "user", "content": "Who are you?"}]
+
+
+def document(keyed: bool = False) -> dict[str, Any]:
+    """The OpenAPI 3.1 document. keyed: whether the server wants a key."""
+    made: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Tilewright",
+            "version": __version__,
+            "description": "OpenAI's API for the models that this server has loaded.",
+        },
+        "paths": _paths(keyed),
+        "components": {"schemas": _schemas()},
+    }
+    if keyed:
+        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return made
+
+
+def _schemas() -> dict[str, Any]:
+    def generated(kinds: tuple[Any, ...], mode: JsonSchemaMode) -> dict[str, Any]:
+        inputs = [(kind, mode, TypeAdapter(kind).core_schema) for kind in kinds]
+        found = GenerateJsonSchema(ref_template=PLACE).generate_definitions(inputs)[1]
+        return {str(name): schema for name, schema in found.items()}
+
+    bodies = generated(BODIES, "validation")
+    made = generated(ANSWERS, "serialization")
+    for schema in made.values():
+        schema["additionalProperties"] = False
+    return bodies | made
+
+
+def _paths(keyed: bool) -> dict[str, Any]:
+    model = {
+        "name": "name",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "minLength": 1},
+        "description": "its id in the list of models",
+    }
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    return {
+        "/v1/completions": {
+            "post": _posting(
+                keyed,
+                "complete",
+                "Continue prompts",
+                Completion,
+                answers.CompletionAnswer,
+                {"prompt": "When in the Course of", "max_tokens": 8, "temperature": 0},
+                answers.CompletionChunk,
+            )
+        },
+        "/v1/chat/completions": {
+            "post": _posting(
+                keyed,
+                "chat",
+                "Answer a conversation",
+                ChatCompletion,
+                answers.ChatCompletionAnswer,
+                {"messages": MESSAGES, "max_tokens": 8, "temperature": 0},
+                answers.ChatCompletionChunk,
+            )
+        },
+        "/v1/models": {
+            "get": _operation(keyed, "listModels", "The served models", _is(answers.ModelList))
+        },
+        "/v1/models/{name}": {
+            "get": _operation(
+                keyed, "getModel", "A served model", _is(answers.ModelObject), 404, 503
+            )
+            | {"parameters": [model]}
+        },
+        "/tokenize": {
+            "post": _posting(
+                keyed,
+                "tokenize",
+                "The token ids of a prompt or a conversation",
+                Tokenize,
+                answers.Tokens,
+                {"prompt": "When in the Course of"},
+            )
+        },
+        "/detokenize": {
+            "post": _posting(
+                keyed,
+                "detokenize",
+                "The text of token ids",
+                Detokenize,
+                answers.Prompt,
+                {"tokens": [1, 2, 3]},
+            )
+        },
+        "/health": {"get": _health()},
+        "/version": {"get": _operation(False, "version", "The version", _is(answers.Version))},
+        "/metrics": {
+            "get": _operation(
+                False,
+                "metrics",
+                "Metrics for Prometheus",
+                text | {"application/openmetrics-text": {"schema": {"type": "string"}}},
+            )
+        },
+        "/stats": {"get": _operation(keyed, "stats", "What the models are doing", _is(Figures))},
+    }
+
+
+def _operation(
+    keyed: bool, name: str, summary: str, content: dict[str, Any], *statuses: int
+) -> dict[str, Any]:
+    """statuses: of its errors."""
+    wanted = sorted((*statuses, *([401] if keyed else ())))
+    refused = {str(status): _refused(status) for status in wanted}
+    made = {
+        "operationId": name,
+        "summary": summary,
+        "responses": {"200": {"description": "the answer", "content": content}, **refused},
+    }
+    return made | ({"security": [{"key": []}]} if keyed else {})
+
+
+def _posting(
+    keyed: bool,
+    name: str,
+    summary: str,
+    body: Any,
+    answer: Any,
+    example: dict[str, Any],
+    chunk: Any = None,
+) -> dict[str, Any]:
+    """chunk: what a stream's events hold, if it can be streamed."""
+    content = _is(answer)
+    if chunk is not None:
+        content["text/event-stream"] = {"schema": _event(chunk)}
+    made = _operation(keyed, name, summary, content, 400, 404, 413, 500, 503)
+    if chunk is not None:
+        made["responses"]["200"]["headers"] = {"x-request-id": _header("the answer's id")}
+    media = {"schema": _reference(body), "example": example}
+    return made | {"requestBody": {"required": True, "content": {"application/json": media}}}
+
+
+def _event(chunk: Any) -> dict[str, Any]:
+    """One of the server-sent events of a stream; OpenAPI 3.1 has no schema of all of them."""
+    told = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(chunk), _reference(answers.Error)]},
+    }
+    return {
+        "type": "object",
+        "description": "An event. If generation fails, an Error is the last event before [DONE].",
+        "properties": {"data": {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}},
+        "required": ["data"],
+    }
+
+
+def _health() -> dict[str, Any]:
+    made = _operation(False, "health", "Whether all models work", _is(answers.Health))
+    failed = {"description": "a model does not work", "content": _is(answers.Health)}
+    return made | {"responses": made["responses"] | {"503": failed}}
+
+
+def _refused(status: int) -> dict[str, Any]:
+    made = {"description": f"{WHY[status]} ({KINDS[status]})", "content": _is(answers.Error)}
+    if status == 503:
+        made["headers"] = {"Retry-After": _header("seconds to wait", "integer")}
+    if status == 401:
+        made["headers"] = {"WWW-Authenticate": _header("Bearer")}
+    return made
+
+
+def _header(description: str, kind: str = "string") -> dict[str, Any]:
+    return {"description": description, "schema": {"type": kind}}
+
+
+def _is(kind: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": _reference(kind)}}
+
+
+def _reference(kind: Any) -> dict[str, Any]:
+    return {"$ref": PLACE.format(model=kind.__name__)}

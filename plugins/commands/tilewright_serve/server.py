@@ -12,10 +12,12 @@ from tilewright import AsyncLLMEngine
 from tilewright.async_engine import AsyncGeneration
 from tilewright.engine import LLMEngine
 from tilewright.errors import (
+    ConfigError,
     ExecutorLostError,
     NonFiniteLogitsError,
     OutOfPagesError,
     RequestError,
+    listed,
     on_one_line,
 )
 from tilewright.loading import ServedModel
@@ -86,6 +88,11 @@ class Server:
     _restarts: set[asyncio.Task[None]] = field(init=False, factory=set)
 
     def __attrs_post_init__(self) -> None:
+        """Raises ConfigError unless there are models, and each has a name of its own."""
+        names = [name for engine in self.engines for name in engine.model_ids]
+        if not names or len(names) > len(set(names)):
+            found = listed([repr(name) for name in names]) or "none"
+            raise ConfigError(f"expected loaded models with different names, found {found}")
         self.models = {
             name: Model(name, AsyncLLMEngine(engine))
             for engine in self.engines

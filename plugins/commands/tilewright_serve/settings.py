@@ -43,6 +43,10 @@ class ServeSettings:
     restarts: int = described(
         "how often a model whose executor has failed is loaded again", 0, validator=validators.ge(0)
     )
+    batch_dir: str | None = described(
+        "folder for the files of /v1/files and /v1/batches; default: these are not served",
+        validator=if_set(validators.min_len(1)),
+    )
     separate_reasoning: bool = described(
         "put what a model thinks into reasoning_content, unless a request says otherwise", False
     )

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from attrs import field, frozen
+
 _INVERTED = bytes(255 - byte for byte in range(256))
 
 
@@ -21,18 +23,34 @@ def contents(place: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files_of(place)}
 
 
-def open_files() -> Counter[str]:
+@frozen
+class OpenFile:
+    """An open file, which equals itself also after it or a folder above it got another path."""
+
+    device: int
+    inode: int
+    path: str = field(eq=False)
+    """With " (deleted)" at its end if the file was deleted."""
+
+
+def open_files() -> Counter[OpenFile]:
     """The files that this process has open, and how often, after garbage collection."""
     gc.collect()
-    found: Counter[str] = Counter()
+    found: Counter[OpenFile] = Counter()
     for number in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{number}")
+            status = os.fstat(int(number))
         except OSError:  # the listing itself
             continue
         if target.startswith("/") and not target.startswith(("/proc/", "/dev/")):
-            found[target] += 1
+            found[OpenFile(status.st_dev, status.st_ino, target)] += 1
     return found
+
+
+def still_open(before: Counter[OpenFile]) -> list[str]:
+    """The paths of the files that are open more often than ``before``."""
+    return [file.path for file in open_files() - before]
 
 
 def bytes_read() -> int:

@@ -25,7 +25,7 @@ from tilewright.types import (
     Timings,
     TokenLogprobs,
 )
-from tilewright_testing.files import open_files
+from tilewright_testing.files import open_files, still_open
 from tilewright_testing.models import Model, make_model, same_bits, write_hf_directory
 from tilewright_testing.state import left_alone
 from tilewright_testing.suite import Implementation, PluginSuite
@@ -210,7 +210,7 @@ class ObserverSuite(PluginSuite):
         before = open_files()
         observer = make()
         _generate(model_directory, observer)
-        left = open_files() - before
+        left = still_open(before)
         assert not left, (
             f"on_close() must close the observer's files, but {', '.join(left)} stayed open"
         )

@@ -19,6 +19,7 @@ from tilewright_testing.files import (
     files_of,
     invert,
     open_files,
+    still_open,
 )
 from tilewright_testing.interleaving import Step, interrupted, steps_of
 from tilewright_testing.models import dtype_name, read_some, same_bits
@@ -216,7 +217,7 @@ class TensorSourceSuite(PluginSuite):
                 _check_interrupted(source, name, second, expected, step)
                 source.close()
                 del source
-        left = open_files() - before
+        left = still_open(before)
         assert not left, (
             "two threads that read first at once must not open files that close() leaves open, but "
             f"{', '.join(left)} stayed open"
@@ -238,7 +239,7 @@ class TensorSourceSuite(PluginSuite):
         source = opened()
         read_some(source)
         source.close()
-        left = open_files() - before
+        left = still_open(before)
         assert not left, f"close() must close the files, but {', '.join(left)} stayed open"
 
     def test_tensors_stay_valid_when_their_source_is_closed(self, opened: Open) -> None:

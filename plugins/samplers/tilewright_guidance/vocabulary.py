@@ -8,7 +8,6 @@ same token later.
 from collections.abc import Collection, Mapping, Sequence
 
 from attrs import frozen
-from tokenizers import pre_tokenizers
 
 from tilewright.errors import RequestError
 from tilewright.text import Text
@@ -39,18 +38,12 @@ def read_vocabulary(text: Text, vocab_size: int, ends: Collection[int]) -> Vocab
 
     Raises RequestError if what a token adds depends on more than whether it is the first.
     """
-    tokenizer = text.assets.tokenizer
     ids = [i for i in range(vocab_size) if i not in ends and text.has_text(i)]
-    names = {i: tokenizer.id_to_token(i) or "" for i in ids}
+    first = later = {i: text.token_bytes(i) for i in ids}
     parts: dict[int, bytes] = {}  # of characters, which decode only together
-    if tokenizer.decoder is not None and tokenizer.decoder.decode(["Ã", "©"]) == "é":
-        first = later = {i: _of_byte_level(name) for i, name in names.items()}
-    else:
-        values = {i: int(names[i][3:5], 16) for i in ids if text.is_byte(i)}
-        parts = {i: bytes([value]) for i, value in values.items() if value >= 0x80}
-        once = {i: text.decode([i]) for i in ids}
-        first = {i: once[i].encode() for i in ids} | parts
-        later = {i: text.decode([i, i])[len(once[i]) :].encode() for i in ids} | parts
+    if not text.is_byte_level:
+        parts = {i: later[i] for i in ids if text.is_byte(i) and later[i] >= b"\x80"}
+        first = {i: text.decode([i]).encode() for i in ids} | parts
     whole = [i for i in ids if i not in parts]
     expected = b"".join(later[i] if n else first[i] for n, i in enumerate(whole))
     if text.decode(whole) != expected.decode(errors="replace"):
@@ -68,22 +61,3 @@ def _tokens(bytes_of: Mapping[int, bytes], ids: Sequence[int]) -> Tokens:
     for i in ids:
         by_bytes.setdefault(bytes_of[i], []).append(i)
     return Tokens({i: bytes_of[i] for i in ids}, by_bytes)
-
-
-def _of_byte_level(name: str) -> bytes:
-    """The bytes of a token of a byte-level vocabulary, which has one character for each byte."""
-    try:
-        return bytes(_BYTES[character] for character in name)
-    except KeyError:  # an added token, which is written as it is
-        return name.encode()
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The byte of each character: printable Latin-1 is itself, the others follow from U+0100 on
-    (bytes_to_unicode of GPT-2's encoder.py)."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    values = sorted(range(256), key=lambda value: chr(value) not in characters)
-    return dict(zip(characters, values, strict=True))
-
-
-_BYTES = _byte_level_alphabet()

@@ -63,7 +63,7 @@ def by_mistake() -> dict[str, list[Plant]]:
 
 
 ONE_EACH = [p[i % len(p)] for i, p in enumerate(by_mistake().values())]
-IN_THE_DEMO = list(plants("demo"))[::8]
+IN_THE_DEMO = list(plants("demo"))[::16]
 
 
 def test_every_mistake_is_planted():
@@ -164,10 +164,12 @@ def unfounded(found: Comparison) -> list[str]:
     return wrong + [f"{f.place}: {f.why}" for f in found.findings if not f.passed]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("seed", range(25))
+DTYPES = ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(("seed", "dtype"), [(seed, DTYPES[seed % 2]) for seed in range(8)])
 def test_another_order_of_arithmetic_is_no_mistake(seed: int, dtype: str, models: Path):
-    page_size = (1, 3, 4, 16)[seed % 4]
+    page_size = (1, 3, 4, 16)[seed // 2 % 4]
     directory = models / f"right-{seed}-{dtype}"
     found = compared(
         a_model(seed), directory, "planted", seed, weight_dtype=dtype, page_size=page_size
@@ -177,8 +179,8 @@ def test_another_order_of_arithmetic_is_no_mistake(seed: int, dtype: str, models
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("seed", range(25, 225))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(8, 225))
 def test_another_order_of_arithmetic_in_many_more_models(seed: int, dtype: str, models: Path):
     test_another_order_of_arithmetic_is_no_mistake(seed, dtype, models)
 
@@ -332,11 +334,10 @@ def test_a_reason_that_does_not_hold_in_later_steps_is_not_named(models: Path, m
 
 
 def test_no_bug_is_named_where_rounding_explains_the_layer(models: Path):
-    candidate = plant("none", dtype="bfloat16")
-    candidate.compare(models)
+    directory = plant("none").directory(models)
     choice = Choice(executor="planted", runtime=RuntimeConfig(weight_dtype="bfloat16"))
     strict = [Tolerance("*", "max_abs", 0.0)]
-    found = compare(models / candidate.model, TORCH, choice, PROMPTS, tolerances=strict)
+    found = compare(directory, TORCH, choice, PROMPTS, tolerances=strict)
     assert found.divergence is not None
     assert found.reason is not None
     assert found.reason.unexplained < 1
@@ -346,10 +347,9 @@ def test_no_bug_is_named_where_rounding_explains_the_layer(models: Path):
 def tolerated(models: Path, *tolerances: Tolerance) -> Comparison:
     """A comparison of a model whose layer 1 has an RMSNorm with too large an eps."""
     candidate = plant("eps too large")
-    directory = models / candidate.model
-    candidate.compare(models)
     options = {"mistake": candidate.mistake, "layer": 1}
     choice = Choice(executor="planted", options=options)
+    directory = candidate.directory(models)
     return compare(directory, TORCH, choice, PROMPTS, new_tokens=2, tolerances=tolerances)
 
 
@@ -414,11 +414,8 @@ def test_a_stage_that_is_tapped_in_some_layers_only_is_wrong(models: Path, monke
 
 
 def test_a_chunk_of_one_token_is_run_as_decode_and_called_so(models: Path):
-    candidate = plant("none")
-    candidate.compare(models)
-    found = compare(
-        models / candidate.model, TORCH, Choice(executor="planted"), [[5, 6, 7]], chunk=2
-    )
+    directory = plant("none").directory(models)
+    found = compare(directory, TORCH, Choice(executor="planted"), [[5, 6, 7]], chunk=2)
     assert [f.place.phase for f in found.findings if f.place.tensor == "embed"][:3] == [
         "prefill",
         "decode",
@@ -747,11 +744,9 @@ def test_a_mistake_in_mixed_steps_only_is_found_there(models: Path, monkeypatch)
     [({}, 2, "a step of 2 tokens is too small"), ({"total_pages": 3}, 8, "3 pages, too few")],
 )
 def test_a_mixed_step_that_cannot_be_run_is_said_not_to_be(models: Path, runtime, chunk, why):
-    plant("none").compare(models)
+    directory = plant("none").directory(models)
     choice = Choice(executor="planted", runtime=RuntimeConfig(page_size=4, **runtime))
-    found = compare(
-        models / "qwen3-tied", TORCH, choice, [[5, 6, 7, 8, 9, 10]], new_tokens=3, chunk=chunk
-    )
+    found = compare(directory, TORCH, choice, [[5, 6, 7, 8, 9, 10]], new_tokens=3, chunk=chunk)
     assert found.equal
     assert "mixed" not in {f.place.phase for f in found.findings}
     assert "mixed prompts and decoding in a step" in found.sentence
@@ -768,10 +763,9 @@ def test_an_executor_that_does_not_mix_gets_no_mixed_step(models: Path, monkeypa
 
 
 def test_progress_counts_the_steps_that_are_run(models: Path):
-    plant("none").compare(models)
     told: list[tuple[int, int]] = []
     found = compare(
-        models / "qwen3-tied",
+        plant("none").directory(models),
         TORCH,
         Choice(executor="planted"),
         [[5] * 5, [6], [7] * 9],
