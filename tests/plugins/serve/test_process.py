@@ -125,7 +125,8 @@ def test_a_second_signal_ends_it_at_once() -> None:
         body = STREAM | {"n": 100, "max_tokens": 200}
         address = url.replace("0.0.0.0", "127.0.0.1")
         with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # which closes the connection when nobody holds it
+            next(lines)
             process.send_signal(signal.SIGTERM)
             while not refuses(address):
                 time.sleep(0.01)
