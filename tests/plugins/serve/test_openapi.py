@@ -33,7 +33,7 @@ NOT_IN_A_SCHEMA = (
     "the prompt is empty",
     "'min_tokens' must be at most",
     "'best_of'",
-    "structured output cannot be served",
+    "structured.output",  # a schema, expression or grammar that is wrong in itself
     "expected one of 'response_format' and 'structured_outputs'",
     "expected at most .* texts of one request",
     "'stream_options' need stream",
