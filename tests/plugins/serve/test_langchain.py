@@ -115,3 +115,7 @@ class TestChat(ChatModelIntegrationTests):  # type: ignore[misc]
     @pytest.mark.xfail(reason="the schema allows further keys, and the model adds some")
     def test_structured_output_pydantic_2_v1(self, model: Any) -> None:
         super().test_structured_output_pydantic_2_v1(model)
+
+    @pytest.mark.xfail(reason="the model writes <string> in place of the name it is told")
+    def test_unicode_tool_call_integration(self, model: Any) -> None:
+        super().test_unicode_tool_call_integration(model)
