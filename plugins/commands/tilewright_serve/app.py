@@ -225,7 +225,9 @@ async def _stats(request: Request) -> Response:
 async def _openapi(request: Request) -> Response:
     from tilewright_serve.openapi import document
 
-    return JSONResponse(document(_server(request).settings.api_key is not None))
+    settings = _server(request).settings
+    keyed, batches = settings.api_key is not None, settings.batch_dir is not None
+    return JSONResponse(document(keyed, batches))
 
 
 async def _index(request: Request) -> Response:

@@ -9,6 +9,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 from tilewright import __version__
 from tilewright.types import ModelStats
 from tilewright_serve import answers
+from tilewright_serve.batch import URLS
 from tilewright_serve.errors import KINDS
 from tilewright_serve.fields import ChatCompletion, Completion, Detokenize, Tokenize
 
@@ -42,6 +43,9 @@ ANSWERS = (
     answers.Health,
     answers.Version,
     answers.Error,
+    answers.File,
+    answers.Batch,
+    answers.BatchList,
     Figures,
 )
 
@@ -58,8 +62,11 @@ WHY = {
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
 
 
-def document(keyed: bool = False) -> dict[str, Any]:
-    """The OpenAPI 3.1 document. keyed: whether the server wants a key."""
+def document(keyed: bool = False, batches: bool = False) -> dict[str, Any]:
+    """The OpenAPI 3.1 document.
+
+    keyed: whether the server wants a key; batches: whether it takes batches of requests.
+    """
     made: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -67,7 +74,7 @@ def document(keyed: bool = False) -> dict[str, Any]:
             "version": __version__,
             "description": "OpenAI's API for the models that this server has loaded.",
         },
-        "paths": _paths(keyed),
+        "paths": _paths(keyed) | (_batch_paths(keyed) if batches else {}),
         "components": {"schemas": _schemas()},
     }
     if keyed:
@@ -160,6 +167,59 @@ def _paths(keyed: bool) -> dict[str, Any]:
             )
         },
         "/stats": {"get": _operation(keyed, "stats", "What the models are doing", _is(Figures))},
+    }
+
+
+def _batch_paths(keyed: bool) -> dict[str, Any]:
+    def identified(name: str, summary: str, content: dict[str, Any], *more: int) -> dict[str, Any]:
+        place = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+        return _operation(keyed, name, summary, content, 404, *more) | {"parameters": [place]}
+
+    def sent(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+        return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
+
+    upload = {
+        "type": "object",
+        "properties": {
+            "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+            "purpose": {"const": "batch"},
+        },
+        "required": ["file", "purpose"],
+    }
+    begin = {
+        "type": "object",
+        "properties": {
+            "input_file_id": {"type": "string"},
+            "endpoint": {"enum": list(URLS)},
+            "completion_window": {"type": ["string", "null"]},
+            "metadata": {"description": "kept with the batch"},
+        },
+        "required": ["input_file_id", "endpoint"],
+    }
+    asked = [
+        {"name": "limit", "in": "query", "schema": {"type": "integer"}},
+        {"name": "after", "in": "query", "schema": {"type": "string"}},
+    ]
+    file, batch, lines = _is(answers.File), _is(answers.Batch), {"schema": {"type": "string"}}
+    created = _operation(keyed, "createBatch", "Begin a batch", batch, 400, 404)
+    listed = _operation(keyed, "listBatches", "The batches", _is(answers.BatchList), 400)
+    return {
+        "/v1/files": {
+            "post": _operation(keyed, "uploadFile", "Upload batch lines", file, 400, 413)
+            | sent("multipart/form-data", upload)
+        },
+        "/v1/files/{id}": {"get": identified("getFile", "A file", file)},
+        "/v1/files/{id}/content": {
+            "get": identified("getContent", "What a file holds", {"application/jsonl": lines})
+        },
+        "/v1/batches": {
+            "get": listed | {"parameters": asked},
+            "post": created | sent("application/json", begin),
+        },
+        "/v1/batches/{id}": {"get": identified("getBatch", "A batch", batch)},
+        "/v1/batches/{id}/cancel": {
+            "post": identified("cancelBatch", "Cancel a batch", batch, 400)
+        },
     }
 
 

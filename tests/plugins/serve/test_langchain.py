@@ -103,3 +103,19 @@ class TestChat(ChatModelIntegrationTests):  # type: ignore[misc]
     @property
     def model_override_value(self) -> str:
         return "again"
+
+    @pytest.mark.xfail(reason="by itself, so small a model calls no tool")
+    def test_agent_loop(self, model: Any) -> None:
+        super().test_agent_loop(model)
+
+    @pytest.mark.xfail(reason="json_mode asks for some object; the model makes up its keys")
+    def test_json_mode(self, model: Any) -> None:
+        super().test_json_mode(model)
+
+    @pytest.mark.xfail(reason="the schema allows further keys, and the model adds some")
+    def test_structured_output_pydantic_2_v1(self, model: Any) -> None:
+        super().test_structured_output_pydantic_2_v1(model)
+
+    @pytest.mark.xfail(reason="the model writes <string> in place of the name it is told")
+    def test_unicode_tool_call_integration(self, model: Any) -> None:
+        super().test_unicode_tool_call_integration(model)
