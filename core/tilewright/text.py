@@ -32,8 +32,11 @@ class Text:
         self._special_ids = {
             i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
+        decoder = tokenizer.decoder
+        self.is_byte_level = decoder is not None and decoder.decode(["Ã", "©"]) == "é"
+        """Whether the tokenizer writes each byte of a token as one character, as GPT-2's does."""
         self._byte_ids: set[int] = set()
-        if tokenizer.decoder is not None and tokenizer.decoder.decode(["<0x41>"]) == "A":
+        if decoder is not None and decoder.decode(["<0x41>"]) == "A":
             names = [f"<0x{b:{case}}>" for b in range(256) for case in ("02X", "02x")]
             self._byte_ids = {i for n in names if (i := tokenizer.token_to_id(n)) is not None}
 
@@ -92,12 +95,6 @@ class Text:
             except KeyError:  # an added token, which is written as it is
                 return name.encode()
         return self.decode([token_id, token_id])[len(self.decode([token_id])) :].encode()
-
-    @property
-    def is_byte_level(self) -> bool:
-        """Whether the tokenizer writes each byte of a token as one character, as GPT-2's does."""
-        decoder = self._tokenizer.decoder
-        return decoder is not None and decoder.decode(["Ã", "©"]) == "é"
 
     def render_chat(
         self,

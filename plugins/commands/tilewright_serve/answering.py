@@ -19,7 +19,7 @@ from tilewright import __version__
 from tilewright.async_engine import AsyncGeneration
 from tilewright.types import GenerateResult
 from tilewright_serve import chat_completions, completions
-from tilewright_serve.errors import ApiError, failure, invalid
+from tilewright_serve.errors import TIMEOUT, ApiError, failure, invalid
 from tilewright_serve.fields import Body, ChatCompletion, Completion, Generation
 from tilewright_serve.generation import Answer
 from tilewright_serve.server import Server
@@ -137,7 +137,7 @@ def _timed_out(server: Server) -> ApiError:
     return ApiError(
         503,
         f"the request took longer than {seconds:g} seconds: ask for fewer tokens",
-        code="timeout",
+        code=TIMEOUT,
     )
 
 

@@ -15,6 +15,7 @@ from tilewright.errors import (
     on_one_line,
     shortened,
 )
+from tilewright.logits_processing import LogitsProcessorError
 
 KINDS = {
     400: "invalid_request_error",
@@ -26,6 +27,9 @@ KINDS = {
     503: "overloaded_error",
 }
 """The ``type`` of an error by its status."""
+
+TIMEOUT = "timeout"
+"""The ``code`` of an answer that took too long."""
 
 RETRY_AFTER = 1
 """Seconds, for clients that were refused since the server had too much to do."""
@@ -57,6 +61,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
+        if self.code == TIMEOUT:
+            return {"x-should-retry": "false"}  # OpenAI's clients would ask for as much again
         return {"Retry-After": str(RETRY_AFTER)} if self.status == 503 else {}
 
 
@@ -67,7 +73,8 @@ def refusal(error: Exception, structured: bool = False) -> ApiError:
     """
     if isinstance(error, (RequestError, ConfigError, OutOfPagesError)):
         return ApiError(400, str(error))
-    if structured and isinstance(error, PluginError):
+    missing = isinstance(error, PluginError) and not isinstance(error, LogitsProcessorError)
+    if structured and missing:
         return ApiError(400, f"structured output cannot be served: {error}")
     return failure(error)
 

@@ -6,6 +6,9 @@ from typing import Any
 from tilewright.text import Text
 from tilewright.types import TokenLogprobs
 
+LEAST = -9999.0
+"""What is reported for less likely tokens, such as forbidden ones, as in vLLM's answers."""
+
 
 def token_text(text: Text, token_id: int) -> str:
     """A token as it stands in a text; one with a part of a character as ``bytes:\\xe2\\x82``."""
@@ -35,15 +38,15 @@ class CompletionLogprobs:
             token = token_text(self._text, token_id)
             made["text_offset"].append(self._offset)
             made["tokens"].append(token)
-            made["token_logprobs"].append(None if found is None else found.logprob)
+            made["token_logprobs"].append(None if found is None else max(found.logprob, LEAST))
             made["top_logprobs"].append(None if found is None else self._top(token, found))
             self._offset += len(token)
         return made
 
     def _top(self, token: str, found: TokenLogprobs) -> dict[str, float]:
         """The token itself, then the most likely ones."""
-        top = {token_text(self._text, i): logprob for i, logprob in found.top}
-        return {token: found.logprob, **top}
+        top = {token_text(self._text, i): max(logprob, LEAST) for i, logprob in found.top}
+        return {token: max(found.logprob, LEAST), **top}
 
 
 def chat_logprobs(text: Text, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -61,6 +64,6 @@ def chat_logprobs(text: Text, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]
 def _token(text: Text, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": token_text(text, token_id),
-        "logprob": logprob,
+        "logprob": max(logprob, LEAST),
         "bytes": list(text.token_bytes(token_id)),
     }

@@ -29,7 +29,7 @@ class ServeSettings:
         "most texts of one HTTP request: prompts times n", 128, validator=validators.ge(1)
     )
     max_body_bytes: int = described(
-        "size limit of a request's body", 8 * 2**20, validator=validators.ge(1)
+        "size limit of a request's body", 2 * 2**20, validator=validators.ge(1)
     )
     request_timeout: float | None = described(
         "time after which a request is ended with an error; default: none",
