@@ -1,6 +1,7 @@
 """Errors as OpenAI's API words them, and which of them an error of the engine becomes."""
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 from pydantic import ValidationError
@@ -15,6 +16,9 @@ from tilewright.errors import (
     on_one_line,
     shortened,
 )
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 KINDS = {
     400: "invalid_request_error",
@@ -86,7 +90,7 @@ def unknown_model(name: str, known: list[str]) -> ApiError:
     served = ", ".join(map(repr, known))
     return ApiError(
         404,
-        f"no model is named {shortened(name)!r}{nearest(name, known)} (served: {served})",
+        f"no model is named {shortened(name)!r}{nearest(name[:100], known)} (served: {served})",
         "model",
         "model_not_found",
     )
@@ -94,7 +98,10 @@ def unknown_model(name: str, known: list[str]) -> ApiError:
 
 def invalid(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body, in words, with its place and what was found."""
-    found = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = errors[0]["loc"][:1]
+    # Of a value that may have several types, what is wrong with the one that fits best.
+    found = max((one for one in errors if one["loc"][:1] == first), key=_how_far)
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']}")
     place = [part for part in found["loc"] if not _names_alternative(part)]
@@ -103,11 +110,21 @@ def invalid(error: ValidationError) -> ApiError:
     if found["type"] == "missing":
         return ApiError(400, f"'{where}' is missing: it is required", param)
     value = on_one_line(shortened(repr(found["input"])))
-    why = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    why = re.sub(r"^(Value error,|Input|String|List|Dictionary) ", "", found["msg"])
+    why = re.sub(r" after validation, not \d+$", "", why)
     subject = f"'{where}'" if where else "the body"
     return ApiError(400, f"{subject} {why}, found {value}", param)
 
 
+def _how_far(error: "ErrorDetails") -> tuple[int, int, bool]:
+    """How deep in a value an error is, how late in its last list, and whether its type is right."""
+    place = [part for part in error["loc"] if not _names_alternative(part)]
+    late = place[-1] if place and isinstance(place[-1], int) else 0
+    return len(place), late, not error["type"].endswith("_type")
+
+
 def _names_alternative(part: int | str) -> bool:
     """Whether a part of a place is pydantic's name for one type of a union."""
-    return isinstance(part, str) and (part in ("str", "int", "bool") or not part.isidentifier())
+    return isinstance(part, str) and (
+        part in ("str", "int", "bool") or part[:1].isupper() or not part.isidentifier()
+    )

@@ -20,6 +20,14 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 StopString = Annotated[str, Field(min_length=1)]
 
+MOST_SETTINGS = 4096
+"""Most entries of stop, stop_token_ids and logit_bias, whose cost in each step grows with them."""
+
+MOST_TOOLS = 1024
+
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=2**15, fail_fast=True)]
+"""A template has 3 seconds, enough for three times as many."""
+
 MOST_LOGPROBS = 20
 """Most alternatives of a token that are reported: OpenAI's limit for chat completions."""
 
@@ -51,6 +59,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "verbosity": ("medium",),
 }
@@ -67,7 +76,7 @@ class Body(BaseModel):
     def check_served(self) -> None:
         """Raise ApiError for a field that is not served and must not be ignored."""
         for name, value in (self.model_extra or {}).items():
-            if value is None or value in HARMLESS.get(name, ()) or value in ([], {}):
+            if value is None or value == [] or value in HARMLESS.get(name, ()):
                 continue
             if name in REFUSED or name in HARMLESS:
                 cure = REFUSED.get(name) or "leave it out"
@@ -133,7 +142,12 @@ class Generation(Body):
     frequency_penalty: Penalty | None = None
     ignore_eos: bool | None = Field(None, description="go on after an end-of-sequence token")
     include_stop_str_in_output: bool | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_SETTINGS)
+        ]
+        | None
+    ) = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_p: Probability | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -143,8 +157,14 @@ class Generation(Body):
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = Field(None, description="token ids of prompt and text, too")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(fail_fast=True)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(max_length=MOST_SETTINGS, fail_fast=True)]
+        | None
+    ) = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MOST_SETTINGS, fail_fast=True)] | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -213,7 +233,7 @@ class NamedTool(BaseModel):
 class ChatCompletion(Generation):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
+    messages: Messages
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="variables of the model's chat template, such as enable_thinking"
@@ -231,12 +251,12 @@ class ChatCompletion(Generation):
         None, description="what the model thinks in reasoning_content, not in content"
     )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _agree_in_a_chat(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "'top_logprobs' need logprobs = true: set it", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise ApiError(
@@ -263,13 +283,13 @@ class Tokenize(Body):
     """The body of POST /tokenize: a prompt, or messages as for a chat completion."""
 
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
