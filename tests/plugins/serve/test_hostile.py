@@ -69,6 +69,14 @@ def test_what_is_wrong_with_a_chat(
     assert found.json()["error"]["message"].startswith(message)
 
 
+def test_settings_that_contradict_each_other_are_the_clients_mistake(client: httpx.Client) -> None:
+    body = {**TEXT, "max_tokens": 8, "min_tokens": 8, "structured_outputs": {"choice": ["a"]}}
+    found = client.post("/v1/completions", json=body)
+    assert found.status_code == 400
+    assert "change these settings" in found.json()["error"]["message"]
+    assert client.get("/health").status_code == 200
+
+
 def test_no_alternatives_may_be_asked_for_without_logprobs(client: httpx.Client) -> None:
     found = client.post("/v1/chat/completions", json={**CHAT, "top_logprobs": 0})
     assert found.status_code == 200
