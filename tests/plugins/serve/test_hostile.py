@@ -92,6 +92,19 @@ def test_a_long_chain_of_references_is_served(client: httpx.Client, count: int) 
     assert found.status_code == 200
 
 
+def test_a_grammar_that_takes_forever_is_refused(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tilewright_guidance.structured._MOST_SECONDS", 0.2)
+    # 15: the thread that goes on ends soon after the test.
+    patterns = [{"type": "string", "pattern": f".*a{i}.*"} for i in range(15)]
+    body = {**TEXT, "structured_outputs": {"json": {"allOf": patterns}}}
+    found = client.post("/v1/completions", json=body)
+    assert found.status_code == 400
+    assert "not compiled after 0.2 seconds" in found.json()["error"]["message"]
+    assert client.post("/v1/completions", json=TEXT).status_code == 200
+
+
 def test_others_are_answered_while_a_long_text_is_tokenized(engine: LLMEngine) -> None:
     text = engine.model("demo").text
 
