@@ -25,6 +25,10 @@ class LogitsProcessorError(PluginError):
     """The processors of the only request that is concerned; None: all of them are."""
 
 
+class NoTokenLeftError(LogitsProcessorError):
+    """A request's logits processors and settings contradict each other."""
+
+
 @frozen(eq=False)
 class Processing:
     """One processor at work on one request."""
@@ -150,7 +154,7 @@ def _mask(name: str, logits: "Tensor", edits: LogitsEdits) -> None:
 
 
 def _check_some_left(logits: "Tensor", places: Sequence[Place]) -> None:
-    """Raise LogitsProcessorError if the masks of a request and its settings leave no token, unless
+    """Raise NoTokenLeftError if the masks of a request and its settings leave no token, unless
     a draft before it was forbidden: then the row is not used."""
     allowed = logits[[place.row for place in places]] != FORBIDDEN
     masked = allowed.any(1).logical_not().tolist()
@@ -164,7 +168,7 @@ def _check_some_left(logits: "Tensor", places: Sequence[Place]) -> None:
         before = [numbers[id(place.processing), i] for i in range(len(place.drafts))]
         if allowed[before, list(place.drafts)].all():
             names = " and ".join(one.name for one in place.processing)
-            error = LogitsProcessorError(
+            error = NoTokenLeftError(
                 f"{names} together forbid every token: use one of them, or give them arguments "
                 "that agree"
                 if masked[number]

@@ -53,7 +53,9 @@ class Text:
                 f"expected valid Unicode, found a lone surrogate ({text[error.start]!r}) at "
                 f"character {error.start} of the text: decode its source with the right encoding"
             ) from error
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike ``encode``, this lets other threads run meanwhile.
+        (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(found.ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids. Special tokens and unknown ids are skipped; spaces are kept."""

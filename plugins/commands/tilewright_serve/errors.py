@@ -1,6 +1,7 @@
 """Errors as OpenAI's API words them, and which of them an error of the engine becomes."""
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 from pydantic import ValidationError
@@ -16,6 +17,9 @@ from tilewright.errors import (
     shortened,
 )
 from tilewright.logits_processing import LogitsProcessorError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 KINDS = {
     400: "invalid_request_error",
@@ -93,20 +97,18 @@ def unknown_model(name: str, known: list[str]) -> ApiError:
     served = ", ".join(map(repr, known))
     return ApiError(
         404,
-        f"no model is named {shortened(name)!r}{nearest(name, known)} (served: {served})",
+        f"no model is named {shortened(name)!r}{nearest(name[:100], known)} (served: {served})",
         "model",
         "model_not_found",
     )
 
 
 def invalid(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in words, with its place and what was found.
-
-    Of the alternatives of a field, it is the one that fits the most.
-    """
-    first, *further = error.errors(include_url=False)
-    same = [one for one in further if one["loc"][:1] == first["loc"][:1]]
-    found = max([first, *same], key=lambda one: len(one["loc"]))
+    """The first thing that is wrong with a body, in words, with its place and what was found."""
+    errors = error.errors(include_url=False)
+    first = errors[0]["loc"][:1]
+    # Of a value that may have several types, what is wrong with the one that fits best.
+    found = max((one for one in errors if one["loc"][:1] == first), key=_how_far)
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']}")
     place = [part for part in found["loc"] if not _names_alternative(part)]
@@ -115,11 +117,21 @@ def invalid(error: ValidationError) -> ApiError:
     if found["type"] == "missing":
         return ApiError(400, f"'{where}' is missing: it is required", param)
     value = on_one_line(shortened(repr(found["input"])))
-    why = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    why = re.sub(r"^(Value error,|Input|String|List|Dictionary) ", "", found["msg"])
+    why = re.sub(r" after validation, not \d+$", "", why)
     subject = f"'{where}'" if where else "the body"
     return ApiError(400, f"{subject} {why}, found {value}", param)
 
 
+def _how_far(error: "ErrorDetails") -> tuple[int, int, bool]:
+    """How deep in a value an error is, how late in its last list, and whether its type is right."""
+    place = [part for part in error["loc"] if not _names_alternative(part)]
+    late = place[-1] if place and isinstance(place[-1], int) else 0
+    return len(place), late, not error["type"].endswith("_type")
+
+
 def _names_alternative(part: int | str) -> bool:
     """Whether a part of a place is pydantic's name for one type of a union."""
-    return isinstance(part, str) and (part in ("str", "int", "bool") or not part.isidentifier())
+    return isinstance(part, str) and (
+        part in ("str", "int", "bool") or part[:1].isupper() or not part.isidentifier()
+    )

@@ -20,12 +20,20 @@ from pydantic import (
 from tilewright.errors import listed
 from tilewright_serve.errors import ApiError
 
+MOST_SETTINGS = 4096
+"""Most entries of stop, stop_token_ids and logit_bias, whose cost in each step grows with them."""
+
+MOST_TOOLS = 1024
+
+MOST_MESSAGES = 2**15
+"""A template has 3 seconds, enough for three times as many."""
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
-    Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}),
+    Field(max_length=MOST_SETTINGS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}}),
 ]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 """The first wrong one ends the reading: a body of millions would have as many errors."""
@@ -48,6 +56,7 @@ Messages = Annotated[
     ],
     Field(
         min_length=1,
+        max_length=MOST_MESSAGES,
         fail_fast=True,
         description="the conversation; which roles and other keys there are is up to the model's "
         "chat template",
@@ -71,6 +80,7 @@ REFUSED = {
     "guided_grammar": "use structured_outputs",
     "guided_json": "use structured_outputs",
     "guided_regex": "use structured_outputs",
+    "logits_processors": "use structured_outputs or logit_bias",
     "length_penalty": "beam search is not served",
     "mm_processor_kwargs": "models are served with text alone",
     "prompt_embeds": "give the prompt as text or token ids",
@@ -87,6 +97,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "verbosity": ("medium",),
 }
@@ -113,7 +124,7 @@ def _with_refused(schema: dict[str, Any]) -> None:
 
 def _harmless(name: str) -> tuple[Any, ...]:
     """The values that a field which is not served may have."""
-    return (None, [], {}, *HARMLESS.get(name, ()))
+    return (None, [], *HARMLESS.get(name, ()))
 
 
 def _cure(name: str) -> str:
@@ -234,8 +245,14 @@ class Generation(Body):
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = Field(None, description="token ids of prompt and text, too")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(fail_fast=True)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(max_length=MOST_SETTINGS, fail_fast=True)]
+        | None
+    ) = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MOST_SETTINGS, fail_fast=True)] | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -315,12 +332,12 @@ class ChatCompletion(Generation):
         None, description="what the model thinks in reasoning_content, not in content"
     )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _agree_in_a_chat(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "'top_logprobs' need logprobs = true: set it", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise ApiError(
@@ -355,7 +372,7 @@ class Tokenize(Body):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:

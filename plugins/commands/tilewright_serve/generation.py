@@ -16,6 +16,10 @@ STRUCTURED_OUTPUT = "structured-output"
 """The logits processor that holds a text to a grammar."""
 
 
+_MOST_DIGITS = 20
+"""Of a token id."""
+
+
 class Answer(Protocol):
     """The texts that one request asks for, and how they are told to its client."""
 
@@ -161,7 +165,7 @@ def _logit_bias(body: Generation) -> dict[int, float] | None:
     if body.logit_bias is None:
         return None
     for name in body.logit_bias:
-        if not (name.isascii() and name.isdigit()):
+        if not (name.isascii() and name.isdigit() and len(name) < _MOST_DIGITS):
             raise ApiError(
                 400, f"'logit_bias' must have token ids as keys, found {name!r:.60}", "logit_bias"
             )

@@ -21,7 +21,7 @@ from tilewright.errors import (
     on_one_line,
 )
 from tilewright.loading import ServedModel
-from tilewright.logits_processing import LogitsProcessorError
+from tilewright.logits_processing import LogitsProcessorError, NoTokenLeftError
 from tilewright.types import GenerateConfig, GenerateDelta
 from tilewright_serve.errors import ApiError, failure, refusal, unknown_model
 from tilewright_serve.metrics import Metrics
@@ -163,6 +163,9 @@ class Server:
                     last[number] = now
                     yield number, delta
         except OF_ONE_REQUEST as error:
+            own = isinstance(error, RequestError) and model.has(loaded)
+            if own or isinstance(error, NoTokenLeftError):
+                raise ApiError(400, str(error)) from error
             raise failure(error) from error
         except Exception as error:
             self._failed(model, loaded, error)

@@ -13,7 +13,9 @@ models fall into where any white space is allowed.
 
 import json
 import re
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,19 @@ a grammar that names one fails with a clear error only where there is any."""
 
 _CACHED = 32
 """How many grammars are kept compiled."""
+
+_MOST_CHARACTERS = 2**17
+"""Size limit of a grammar: the time to compile one grows with the square of its length."""
+
+_STACK_BYTES = 2**29
+"""Of the thread that compiles: llguidance follows references by recursion, of up to 8 KiB for each
+one, and ends the process where the stack ends. Only what is used takes memory."""
+
+_MOST_SECONDS = 10.0
+"""To compile a grammar: for some, such as the texts that match each of many patterns, it takes
+exponentially long."""
+
+_threads = threading.Lock()
 
 
 @hookimpl
@@ -172,6 +187,14 @@ class StructuredOutputProcessor:
 
     def _compile(self, grammar: str) -> "LLMatcher":
         """A matcher before a text. Raises RequestError for a grammar that cannot be served."""
+        if len(grammar) > _MOST_CHARACTERS:
+            raise _refused(
+                f"expected a grammar of at most {_MOST_CHARACTERS} characters, found "
+                f"{len(grammar)}: ask for less"
+            )
+        return _compiled_apart(lambda: self._matcher(grammar))
+
+    def _matcher(self, grammar: str) -> "LLMatcher":
         # Forced bytes would be tokenized again in each step, of which a grammar can have millions.
         text = grammar + '\n%llguidance {"no_forcing": true}'
         try:
@@ -240,6 +263,34 @@ class StructuredOutputProcessor:
             if following is None:
                 return None
             possible = following
+
+
+def _compiled_apart(make: "Callable[[], LLMatcher]") -> "LLMatcher":
+    """What a function returns or raises, in a thread with a stack of ``_STACK_BYTES``.
+
+    Raises RequestError after ``_MOST_SECONDS``. Then the thread goes on, as nothing can end it.
+    """
+    made: Future[LLMatcher] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    with _threads:  # the size is a setting of the process
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=work, name="grammar", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+    try:
+        return made.result(_MOST_SECONDS)
+    except TimeoutError as error:
+        raise _refused(
+            f"its grammar is not compiled after {_MOST_SECONDS:g} seconds: ask for less, such as "
+            "fewer patterns for one text"
+        ) from error
 
 
 def _agree(one: bytes, other: bytes) -> bool:
