@@ -272,7 +272,8 @@ class Stream:
             yield {**self._head, "choices": [], "usage": work.usage(found).body}
 
     def _usage_until_now(self, counts: Sequence[int]) -> dict[str, int]:
-        prompt = len(self.work.texts[0][0])
+        texts = self.work.texts[:: self.work.texts_per_prompt]
+        prompt = sum(len(ids) for ids, _ in texts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": sum(counts),

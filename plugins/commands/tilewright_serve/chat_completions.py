@@ -42,7 +42,7 @@ async def prepared(model: Model, body: ChatCompletion, separate: bool) -> "ChatA
     separate: whether thinking is separated from the answer, if the body does not say it.
     """
     text = model.loaded.text
-    tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
+    tools = _tools(body)
     called = None if body.tool_choice == "none" or not tools else body.tool_choice or "auto"
     chat = _chat(text, body, tools if called else None)
     separate = separate if body.separate_reasoning is None else body.separate_reasoning
@@ -77,8 +77,11 @@ async def prepared(model: Model, body: ChatCompletion, separate: bool) -> "ChatA
 
 def prompt_ids(text: Text, body: Tokenize) -> list[int]:
     """The prompt that a chat template makes of messages. Raises ApiError."""
-    tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
-    return _ids(text, _chat(text, body, tools or None), body)
+    return _ids(text, _chat(text, body, _tools(body) or None), body)
+
+
+def _tools(body: ChatCompletion | Tokenize) -> list[dict[str, Any]]:
+    return [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
 
 
 def _chat(
@@ -167,11 +170,11 @@ def _forced(
             'from its chat template; use "auto"',
             "tool_choice",
         )
-    tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
+    tools = _tools(body)
     names = [tool["function"]["name"] for tool in tools]
+    several = body.parallel_tool_calls is not False
     if isinstance(body.tool_choice, NamedTool):
-        names = [body.tool_choice.function.name]
-    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
+        names, several = [body.tool_choice.function.name], False
     return {STRUCTURED_OUTPUT: {"grammar": format.grammar(tools, names, several)}}
 
 
@@ -236,6 +239,10 @@ class ChatAnswer:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    @property
+    def texts_per_prompt(self) -> int:
+        return len(self.texts)
+
     def begun(self, number: int, generation: AsyncGeneration) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": self.echoed}
         choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -267,7 +274,7 @@ class ChatAnswer:
         return [self._whole(i, result) for i, result in enumerate(results)]
 
     def usage(self, results: Sequence[GenerateResult]) -> Usage:
-        return Usage.of(results, len(results))
+        return Usage.of(results, self.texts_per_prompt)
 
     def _whole(self, number: int, result: GenerateResult) -> dict[str, Any]:
         parts = self.parts[number]

@@ -60,7 +60,7 @@ async def prepared(model: Model, body: Completion) -> "CompletionAnswer":
         texts=texts,
         prompts=prompts,
         num_each=n,
-        best_of=most,
+        texts_per_prompt=most,
         offsets=[CompletionLogprobs(text) for _ in texts],
     )
 
@@ -75,7 +75,9 @@ class CompletionAnswer:
     prompts: Sequence[str | list[int]]
     """For echo."""
     num_each: int
-    best_of: int
+    """How many texts of a prompt are returned."""
+    texts_per_prompt: int
+    """How many are generated, of which the likeliest are returned."""
     offsets: list[CompletionLogprobs]
 
     kind = "cmpl"
@@ -114,15 +116,15 @@ class CompletionAnswer:
 
     def whole(self, results: Sequence[GenerateResult]) -> list[dict[str, Any]]:
         choices = []
-        for i in range(0, len(results), self.best_of):
-            group = list(range(i, i + self.best_of))
-            if self.best_of > self.num_each:
+        for i in range(0, len(results), self.texts_per_prompt):
+            group = list(range(i, i + self.texts_per_prompt))
+            if self.texts_per_prompt > self.num_each:
                 group.sort(key=lambda j: mean_logprob(results[j]), reverse=True)
             choices += [self._whole(j, results[j]) for j in group[: self.num_each]]
         return [choice | {"index": i} for i, choice in enumerate(choices)]
 
     def usage(self, results: Sequence[GenerateResult]) -> Usage:
-        return Usage.of(results, self.best_of, nothing=self.body.max_tokens == 0)
+        return Usage.of(results, self.texts_per_prompt, nothing=self.body.max_tokens == 0)
 
     def _whole(self, number: int, result: GenerateResult) -> dict[str, Any]:
         nothing = self.body.max_tokens == 0
@@ -143,7 +145,7 @@ class CompletionAnswer:
         return choice | self._end(result)
 
     def _prompt(self, number: int) -> str:
-        given = self.prompts[number // self.best_of]
+        given = self.prompts[number // self.texts_per_prompt]
         return given if isinstance(given, str) else self.model.loaded.text.decode(given)
 
     @property

@@ -32,6 +32,9 @@ class Answer(Protocol):
         """In the order of their numbers, those of a prompt next to each other."""
         ...
 
+    @property
+    def texts_per_prompt(self) -> int: ...
+
     def begun(self, number: int, generation: AsyncGeneration) -> dict[str, Any] | None:
         """What a stream says of a text before its first token, if anything."""
         ...

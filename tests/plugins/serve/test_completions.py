@@ -87,6 +87,14 @@ def test_joined_chunks_are_the_whole_text(
         assert choice["text"] == generated(engine, PROMPT, max_new_tokens=30, **config).text
 
 
+def test_usage_while_a_stream_runs_counts_each_prompt_once(client: httpx.Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": [PROMPT, PROMPT + " of"], "n": 2, "stream_options": options, **GREEDY}
+    *_, last, end = events(client, "completions", **body)
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert last["usage"][name] == end["usage"][name]
+
+
 def test_characters_of_several_tokens_are_never_cut(client: httpx.Client) -> None:
     text = client.get("/v1/models").json()["data"][0]["id"]
     pieces = "é", "🙂", "漢字"
