@@ -19,13 +19,12 @@ from tilewright_serve.generation import (
     STRUCTURED_OUTPUT,
     Usage,
     finish_reason,
+    generate_config,
     later_seeds,
-    settings,
     stop_reason,
 )
 from tilewright_serve.logprobs import chat_logprobs
-from tilewright_serve.server import Model
-from tilewright_serve.server import Text as Prompted
+from tilewright_serve.server import Model, TextRequest
 from tilewright_serve.tool_calls import (
     CallArguments,
     CallBegun,
@@ -49,7 +48,7 @@ async def prepared(model: Model, body: ChatCompletion, separate: bool) -> "ChatA
     ids, opened, echoed = await asyncio.to_thread(_encoded, text, chat, body, separate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    config = settings(model, body, [ids], most, None, logprobs)
+    config = generate_config(model, body, [ids], most, None, logprobs)
     if not body.ignore_eos:
         ends = (*(config.stop_token_ids or ()), *text.assets.turn_end_ids)
         config = evolve(config, stop_token_ids=ends)
@@ -231,7 +230,7 @@ class ChatAnswer:
 
     model: Model
     body: ChatCompletion
-    texts: list[Prompted]
+    texts: list[TextRequest]
     echoed: str
     parts: list[_Parts]
 

@@ -13,13 +13,13 @@ from tilewright_serve.fields import Completion
 from tilewright_serve.generation import (
     Usage,
     finish_reason,
+    generate_config,
     later_seeds,
     mean_logprob,
-    settings,
     stop_reason,
 )
 from tilewright_serve.logprobs import CompletionLogprobs
-from tilewright_serve.server import Model, Text
+from tilewright_serve.server import Model, TextRequest
 
 USUAL_MAX_TOKENS = 16
 """OpenAI's default."""
@@ -48,7 +48,7 @@ async def prepared(model: Model, body: Completion) -> "CompletionAnswer":
         return [text.encode(p, special) if isinstance(p, str) else p for p in prompts]
 
     ids = await asyncio.to_thread(encoded)
-    config = settings(model, body, ids, body.max_tokens, USUAL_MAX_TOKENS, body.logprobs)
+    config = generate_config(model, body, ids, body.max_tokens, USUAL_MAX_TOKENS, body.logprobs)
     if most > n and config.logprobs is None:
         config = evolve(config, logprobs=0)
     if body.echo and body.logprobs is not None:
@@ -71,7 +71,7 @@ class CompletionAnswer:
 
     model: Model
     body: Completion
-    texts: list[Text]
+    texts: list[TextRequest]
     prompts: Sequence[str | list[int]]
     """For echo."""
     num_each: int

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Reload = Callable[[LLMEngine, str], None]
 """Loads a model of an engine again, under the name it had; may block."""
 
-Text = tuple[Sequence[int], GenerateConfig]
+TextRequest = tuple[Sequence[int], GenerateConfig]
 """A text to generate: the token ids of its prompt, and its settings."""
 
 OF_ONE_REQUEST = (RequestError, OutOfPagesError, NonFiniteLogitsError, LogitsProcessorError)
@@ -122,7 +122,7 @@ class Server:
 
     @asynccontextmanager
     async def generating(
-        self, model: Model, texts: Sequence[Text]
+        self, model: Model, texts: Sequence[TextRequest]
     ) -> AsyncIterator[list[AsyncGeneration]]:
         """Generations that the model has accepted. They end with the block.
 
