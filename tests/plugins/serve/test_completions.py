@@ -87,6 +87,14 @@ def test_joined_chunks_are_the_whole_text(
         assert choice["text"] == generated(engine, PROMPT, max_new_tokens=30, **config).text
 
 
+def test_texts_of_one_request_start_together(client: httpx.Client, engine: LLMEngine) -> None:
+    count = engine.model("demo").runtime.max_batch_size
+    before = engine.stats("demo").num_steps
+    body = {"prompt": PROMPT, "n": count, "max_tokens": count, "ignore_eos": True}
+    assert len(answer(client, "completions", **body)["choices"]) == count
+    assert engine.stats("demo").num_steps - before < 1.75 * count  # one after the other: twice
+
+
 def test_usage_while_a_stream_runs_counts_each_prompt_once(client: httpx.Client) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = {"prompt": [PROMPT, PROMPT + " of"], "n": 2, "stream_options": options, **GREEDY}
