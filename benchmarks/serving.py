@@ -36,7 +36,7 @@ from tilewright import AsyncLLMEngine, GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright_tools.bench_serving import latency
 
 ENGINE = "engine"
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 900.0
 """For a server to answer the first time."""
 
 
