@@ -54,7 +54,8 @@ def create_app(
     the port, have no effect here. reload: called in another thread with an engine and the name of
     a model whose executor has failed, ``settings.restarts`` times at most, to load it again.
 
-    Raises ConfigError if two engines have a model of the same name, or none has a model.
+    Raises ConfigError if two engines have a model of the same name, or none has a model, and for a
+    ``batch_dir`` that cannot be made.
     """
     plain = [e.engine if isinstance(e, AsyncLLMEngine) else e for e in engines]
     server = Server(plain, settings or ServeSettings(), reload)

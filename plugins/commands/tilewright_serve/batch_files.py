@@ -129,10 +129,15 @@ class BatchFiles:
         return JSONResponse(self._made_file(name, file.filename or name, "batch"))
 
     def _keep(self, name: str, content: BinaryIO) -> None:
-        with self._content_of(name).open("xb") as file:
-            shutil.copyfileobj(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        path = self._content_of(name)
+        try:
+            with path.open("xb") as file:
+                shutil.copyfileobj(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
     def _made_file(self, name: str, filename: str, purpose: str) -> dict[str, Any]:
         made = {

@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]MODEL",
         dest="named_models",
         help="registered name or directory of a model, and the name that clients call it by "
-        "(repeatable; default: the run file's model, else the bundled demo model)",
+        "(repeatable; default: the run file's models, else the bundled demo model)",
     )
     group = parser.add_argument_group("server")
     settings = [a.name for a in fields(ServeSettings) if a.name != "models"]
