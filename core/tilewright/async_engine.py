@@ -256,7 +256,7 @@ class AsyncGeneration(AsyncIterator[GenerateDelta]):
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
-        """Those of its prompt, if they were asked for; complete once it has made a token."""
+        """Log-probabilities of its prompt, if asked for; complete once it has made a token."""
         assert self._request
         return (None, *self._request.prompt_logprobs)
 

@@ -228,12 +228,11 @@ def _settings(
     folder: Path,
     sections: Mapping[str, type],
 ) -> Iterator[tuple[Place, Given]]:
-    commands = {plugin.name for plugin in plugins.installed("command")}
     for section, table in document.items():
         where = origin((section,))
         if section not in sections and section != "options":
-            if section in commands:
-                continue
+            if section in {plugin.name for plugin in plugins.installed("command")}:
+                continue  # settings of that command
             raise ConfigError(f"{where}: unknown section {_hint(section, None, sections)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{where}: [{section}] must be a table, found {shown(table)}")

@@ -80,9 +80,9 @@ class Text:
         return token_id in self._byte_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text, after another one; of a special token its name.
+        """The bytes that a token adds to a text, after another one; maybe a part of a character.
 
-        They may be a part of a character.
+        A special token adds its name, and an id that the tokenizer does not know adds nothing.
         """
         name = self.token(token_id)
         if name is None:

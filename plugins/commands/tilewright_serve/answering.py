@@ -5,7 +5,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -39,6 +39,33 @@ BODIES: dict[str, type[Generation]] = {
     "/v1/chat/completions": ChatCompletion,
 }
 """The body of each endpoint that generates."""
+
+
+Endpoint = Callable[[Server, Request, bytes], Awaitable[Response]]
+
+
+def posted(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that gets a body of JSON, within the limit."""
+
+    async def handle(request: Request) -> Response:
+        server: Server = request.app.state.server
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        body = await _body(request, server.settings.max_body_bytes)
+        if kind != "application/json":
+            # Also keeps web pages of other origins out: a browser asks before it sends this type.
+            raise ApiError(400, f"expected Content-Type application/json, found {kind or 'none'!r}")
+        return await endpoint(server, request, body)
+
+    return handle
+
+
+async def _body(request: Request, most: int) -> bytes:
+    made = bytearray()
+    async for part in request.stream():
+        made += part
+        if len(made) > most:
+            raise ApiError(413, f"the body is larger than {most} bytes: send less")
+    return bytes(made)
 
 
 def read(kind: type[B], body: bytes) -> B:
@@ -245,7 +272,8 @@ class Stream:
             yield {**self._head, "choices": [], "usage": work.usage(found).body}
 
     def _usage_until_now(self, counts: Sequence[int]) -> dict[str, int]:
-        prompt = len(self.work.texts[0][0])
+        texts = self.work.texts[:: self.work.texts_per_prompt]
+        prompt = sum(len(ids) for ids, _ in texts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": sum(counts),
@@ -271,14 +299,18 @@ class EventStream(StreamingResponse):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def in_time(message: Message) -> None:
+        async def send_in_time(message: Message) -> None:
             async with asyncio.timeout(STALLED):
                 await send(message)
 
         try:
-            await super().__call__(scope, receive, in_time)
+            await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
-            log.warning("stream %s: its client has read nothing for a while", self._stream.id)
+            log.warning(
+                "stream %s is given up: its client has read nothing for %g seconds",
+                self._stream.id,
+                STALLED,
+            )
         finally:
             # A task that is cancelled while it sends leaves the iterator suspended.
             await self._events.aclose()

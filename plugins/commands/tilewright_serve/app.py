@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,7 @@ from tilewright import AsyncLLMEngine, LLMEngine, __version__
 from tilewright.errors import ConfigError
 from tilewright.paths import path_of
 from tilewright_serve import chat_completions
-from tilewright_serve.answering import answer as answer
-from tilewright_serve.answering import generate, read
+from tilewright_serve.answering import generate, posted, read
 from tilewright_serve.errors import ApiError
 from tilewright_serve.fields import Detokenize, Tokenize
 from tilewright_serve.server import Model, Reload, Server
@@ -56,20 +54,21 @@ def create_app(
     the port, have no effect here. reload: called in another thread with an engine and the name of
     a model whose executor has failed, ``settings.restarts`` times at most, to load it again.
 
-    Raises ConfigError if two engines have a model of the same name, or none has a model.
+    Raises ConfigError if two engines have a model of the same name, or none has a model, and for a
+    ``batch_dir`` that cannot be made.
     """
     plain = [e.engine if isinstance(e, AsyncLLMEngine) else e for e in engines]
     server = Server(plain, settings or ServeSettings(), reload)
     batches = _batches(server)
     app = Starlette(
         routes=[
-            Route("/v1/completions", _posted(generate), methods=["POST"]),
-            Route("/v1/chat/completions", _posted(generate), methods=["POST"]),
+            Route("/v1/completions", posted(generate), methods=["POST"]),
+            Route("/v1/chat/completions", posted(generate), methods=["POST"]),
             *(batches.routes if batches else []),
             Route("/v1/models", _models),
             Route("/v1/models/{name:path}", _model),
-            Route("/tokenize", _posted(_tokenize), methods=["POST"]),
-            Route("/detokenize", _posted(_detokenize), methods=["POST"]),
+            Route("/tokenize", posted(_tokenize), methods=["POST"]),
+            Route("/detokenize", posted(_detokenize), methods=["POST"]),
             Route("/health", _health),
             Route("/version", _version),
             Route("/metrics", _metrics),
@@ -115,32 +114,6 @@ def _server(request: Request) -> Server:
 
 # --- endpoints -----------------------------------------------------------------------------------
 
-Endpoint = Callable[[Server, Request, bytes], Awaitable[Response]]
-
-
-def _posted(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that gets a body of JSON, within the limit."""
-
-    async def handle(request: Request) -> Response:
-        server = _server(request)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        body = await _body(request, server.settings.max_body_bytes)
-        if kind != "application/json":
-            # Also keeps web pages of other origins out: a browser asks before it sends this type.
-            raise ApiError(400, f"expected Content-Type application/json, found {kind or 'none'!r}")
-        return await endpoint(server, request, body)
-
-    return handle
-
-
-async def _body(request: Request, most: int) -> bytes:
-    made = bytearray()
-    async for part in request.stream():
-        made += part
-        if len(made) > most:
-            raise ApiError(413, f"the body is larger than {most} bytes: send less")
-    return bytes(made)
-
 
 def _model_object(model: Model) -> dict[str, Any]:
     return {
@@ -180,10 +153,16 @@ async def _tokenize(server: Server, request: Request, body: bytes) -> Response:
 async def _detokenize(server: Server, request: Request, body: bytes) -> Response:
     asked = read(Detokenize, body)
     text = server.model(asked.model).loaded.text
-    unknown = next((i for i in asked.tokens if text.token(i) is None), None)
-    if unknown is not None:
-        raise ApiError(400, f"'tokens' has {unknown}, which the model's tokenizer does not know")
-    return JSONResponse({"prompt": text.decode(asked.tokens)})
+
+    def decoded() -> str:
+        unknown = next((i for i in asked.tokens if text.token(i) is None), None)
+        if unknown is not None:
+            raise ApiError(
+                400, f"'tokens' has {unknown}, which the model's tokenizer does not know", "tokens"
+            )
+        return text.decode(asked.tokens)
+
+    return JSONResponse({"prompt": await asyncio.to_thread(decoded)})
 
 
 async def _health(request: Request) -> Response:
@@ -250,11 +229,12 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
-    """For a path or a method that does not exist."""
+    """For a path or a method that does not exist, and a form that cannot be read."""
     assert isinstance(error, HTTPException)
-    method, path = request.method, request.url.path
-    message = f"{method} {path} is not served: see /openapi.json"
-    status = error.status_code if error.status_code in (404, 405) else 400
+    status, message = 400, error.detail
+    if error.status_code in (404, 405):
+        status = error.status_code
+        message = f"{request.method} {request.url.path} is not served: see /openapi.json"
     made = ApiError(status, message)
     return JSONResponse(made.body, status_code=status, headers=error.headers)
 

@@ -133,7 +133,7 @@ def survey(path: Path, models: Collection[str] | None = None) -> Survey:
 def _lines(path: Path, digest: "hashlib._Hash") -> Iterator[tuple[int, bytes]]:
     """The number and the content of each line; the content is empty for a blank line.
 
-    Of a line above the limit, only a little more than the limit is read into memory.
+    A line above the limit is yielded without its rest, so it does not fill the memory.
     digest: is updated with all bytes of the file. Raises ConfigError if it cannot be read.
     """
     number = 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 tilewright_api = 2
 
 _SECONDS_BETWEEN_LINES = 30.0
-"""Between two lines about the progress, where there is no bar."""
+"""Time between two lines about the progress, where there is no bar."""
 
 _UNBOUNDED = 2**31
 """The server's queue is bounded for many clients; a batch bounds what is in flight itself."""

@@ -31,8 +31,9 @@ from tilewright.cli.output import opened
 from tilewright.errors import ConfigError, ExecutorError, on_one_line
 from tilewright.values import shown
 from tilewright_serve import batch
+from tilewright_serve.answering import posted
 from tilewright_serve.batch_answers import answering
-from tilewright_serve.errors import ApiError
+from tilewright_serve.errors import TIMEOUT, ApiError
 from tilewright_serve.server import Server
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ _RETRY_SECONDS = 5.0
 """Until a request is sent again that could not be answered: the server was full, or its model is
 loaded again."""
 
-_OPEN = ("validating", "in_progress", "finalizing")
+_OPEN = ("validating", "in_progress")
 """States of a batch that is to be worked on."""
 
 
@@ -77,7 +78,7 @@ class BatchFiles:
             Route("/v1/files", self._upload, methods=["POST"]),
             Route("/v1/files/{id}", self._file),
             Route("/v1/files/{id}/content", self._content),
-            Route("/v1/batches", self._create, methods=["POST"]),
+            Route("/v1/batches", posted(self._create), methods=["POST"]),
             Route("/v1/batches", self._list),
             Route("/v1/batches/{id}", self._batch),
             Route("/v1/batches/{id}/cancel", self._cancel, methods=["POST"]),
@@ -128,10 +129,15 @@ class BatchFiles:
         return JSONResponse(self._made_file(name, file.filename or name, "batch"))
 
     def _keep(self, name: str, content: BinaryIO) -> None:
-        with self._content_of(name).open("xb") as file:
-            shutil.copyfileobj(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        path = self._content_of(name)
+        try:
+            with path.open("xb") as file:
+                shutil.copyfileobj(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
     def _made_file(self, name: str, filename: str, purpose: str) -> dict[str, Any]:
         made = {
@@ -158,9 +164,9 @@ class BatchFiles:
 
     # --- batches ----------------------------------------------------------------------------------
 
-    async def _create(self, request: Request) -> Response:
+    async def _create(self, server: Server, request: Request, content: bytes) -> Response:
         try:
-            body = json.loads(await request.body())
+            body = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {on_one_line(str(error))}") from error
         if not isinstance(body, dict):
@@ -267,11 +273,10 @@ class BatchFiles:
             self._tallies.pop(name, None)
 
     def _end(self, name: str, status: str, output: str) -> None:
-        made = self._now(name)
-        if self._content_of(output).exists():
+        written = self._content_of(output).exists()
+        if written:
             self._made_file(output, f"{name}_output.jsonl", "batch_output")
-            made["output_file_id"] = output
-        self._change(name, status, output_file_id=made["output_file_id"])
+        self._change(name, status, output_file_id=output if written else None)
 
     async def _run(self, found: batch.Survey, file: FileIO, tally: batch.Tally) -> None:
         answered = answering(self.server)
@@ -280,7 +285,7 @@ class BatchFiles:
             while True:
                 with suppress(ExecutorError):
                     status, value = await answered(path, body)
-                    if value.get("error", {}).get("code") == "timeout":
+                    if value.get("error", {}).get("code") == TIMEOUT:
                         return 504, value  # the request's own fault
                     if status not in batch.UNAVAILABLE:
                         return status, value

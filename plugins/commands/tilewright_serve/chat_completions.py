@@ -19,13 +19,12 @@ from tilewright_serve.generation import (
     STRUCTURED_OUTPUT,
     Usage,
     finish_reason,
+    generate_config,
     later_seeds,
-    settings,
     stop_reason,
 )
 from tilewright_serve.logprobs import chat_logprobs
-from tilewright_serve.server import Model
-from tilewright_serve.server import Text as Prompted
+from tilewright_serve.server import Model, TextRequest
 from tilewright_serve.tool_calls import (
     CallArguments,
     CallBegun,
@@ -42,14 +41,14 @@ async def prepared(model: Model, body: ChatCompletion, separate: bool) -> "ChatA
     separate: whether thinking is separated from the answer, if the body does not say it.
     """
     text = model.loaded.text
-    tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
+    tools = _tools(body)
     called = None if body.tool_choice == "none" or not tools else body.tool_choice or "auto"
     chat = _chat(text, body, tools if called else None)
     separate = separate if body.separate_reasoning is None else body.separate_reasoning
     ids, opened, echoed = await asyncio.to_thread(_encoded, text, chat, body, separate)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    config = settings(model, body, [ids], most, None, logprobs)
+    config = generate_config(model, body, [ids], most, None, logprobs)
     if not body.ignore_eos:
         ends = (*(config.stop_token_ids or ()), *text.assets.turn_end_ids)
         config = evolve(config, stop_token_ids=ends)
@@ -77,8 +76,11 @@ async def prepared(model: Model, body: ChatCompletion, separate: bool) -> "ChatA
 
 def prompt_ids(text: Text, body: Tokenize) -> list[int]:
     """The prompt that a chat template makes of messages. Raises ApiError."""
-    tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
-    return _ids(text, _chat(text, body, tools or None), body)
+    return _ids(text, _chat(text, body, _tools(body) or None), body)
+
+
+def _tools(body: ChatCompletion | Tokenize) -> list[dict[str, Any]]:
+    return [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
 
 
 def _chat(
@@ -167,11 +169,11 @@ def _forced(
             'from its chat template; use "auto"',
             "tool_choice",
         )
-    tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
+    tools = _tools(body)
     names = [tool["function"]["name"] for tool in tools]
+    several = body.parallel_tool_calls is not False
     if isinstance(body.tool_choice, NamedTool):
-        names = [body.tool_choice.function.name]
-    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
+        names, several = [body.tool_choice.function.name], False
     return {STRUCTURED_OUTPUT: {"grammar": format.grammar(tools, names, several)}}
 
 
@@ -228,13 +230,17 @@ class ChatAnswer:
 
     model: Model
     body: ChatCompletion
-    texts: list[Prompted]
+    texts: list[TextRequest]
     echoed: str
     parts: list[_Parts]
 
     kind = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+
+    @property
+    def texts_per_prompt(self) -> int:
+        return len(self.texts)
 
     def begun(self, number: int, generation: AsyncGeneration) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": self.echoed}
@@ -267,7 +273,7 @@ class ChatAnswer:
         return [self._whole(i, result) for i, result in enumerate(results)]
 
     def usage(self, results: Sequence[GenerateResult]) -> Usage:
-        return Usage.of(results, len(results))
+        return Usage.of(results, self.texts_per_prompt)
 
     def _whole(self, number: int, result: GenerateResult) -> dict[str, Any]:
         parts = self.parts[number]

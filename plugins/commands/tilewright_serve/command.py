@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]MODEL",
         dest="named_models",
         help="registered name or directory of a model, and the name that clients call it by "
-        "(repeatable; default: the run file's model, else the bundled demo model)",
+        "(repeatable; default: the run file's models, else the bundled demo model)",
     )
     group = parser.add_argument_group("server")
     settings = [a.name for a in fields(ServeSettings) if a.name != "models"]
@@ -95,14 +95,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket with an address of its own, at which nobody is listened to yet."""
+    """A socket with the address, which does not listen yet. Raises ConfigError."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         made = socket.socket(family, kind, proto)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except OSError:
+            made.close()
+            raise
     except OSError as error:
         raise ConfigError(
             f"cannot listen at {host}, port {port}: {error.strerror}: choose another --host or "

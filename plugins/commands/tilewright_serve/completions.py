@@ -13,13 +13,13 @@ from tilewright_serve.fields import Completion
 from tilewright_serve.generation import (
     Usage,
     finish_reason,
+    generate_config,
     later_seeds,
     mean_logprob,
-    settings,
     stop_reason,
 )
 from tilewright_serve.logprobs import CompletionLogprobs
-from tilewright_serve.server import Model, Text
+from tilewright_serve.server import Model, TextRequest
 
 USUAL_MAX_TOKENS = 16
 """OpenAI's default."""
@@ -48,7 +48,7 @@ async def prepared(model: Model, body: Completion) -> "CompletionAnswer":
         return [text.encode(p, special) if isinstance(p, str) else p for p in prompts]
 
     ids = await asyncio.to_thread(encoded)
-    config = settings(model, body, ids, body.max_tokens, USUAL_MAX_TOKENS, body.logprobs)
+    config = generate_config(model, body, ids, body.max_tokens, USUAL_MAX_TOKENS, body.logprobs)
     if most > n and config.logprobs is None:
         config = evolve(config, logprobs=0)
     if body.echo and body.logprobs is not None:
@@ -60,7 +60,7 @@ async def prepared(model: Model, body: Completion) -> "CompletionAnswer":
         texts=texts,
         prompts=prompts,
         num_each=n,
-        best_of=most,
+        texts_per_prompt=most,
         offsets=[CompletionLogprobs(text) for _ in texts],
     )
 
@@ -71,11 +71,13 @@ class CompletionAnswer:
 
     model: Model
     body: Completion
-    texts: list[Text]
+    texts: list[TextRequest]
     prompts: Sequence[str | list[int]]
     """For echo."""
     num_each: int
-    best_of: int
+    """How many texts of a prompt are returned."""
+    texts_per_prompt: int
+    """How many are generated, of which the likeliest are returned."""
     offsets: list[CompletionLogprobs]
 
     kind = "cmpl"
@@ -114,15 +116,15 @@ class CompletionAnswer:
 
     def whole(self, results: Sequence[GenerateResult]) -> list[dict[str, Any]]:
         choices = []
-        for i in range(0, len(results), self.best_of):
-            group = list(range(i, i + self.best_of))
-            if self.best_of > self.num_each:
+        for i in range(0, len(results), self.texts_per_prompt):
+            group = list(range(i, i + self.texts_per_prompt))
+            if self.texts_per_prompt > self.num_each:
                 group.sort(key=lambda j: mean_logprob(results[j]), reverse=True)
             choices += [self._whole(j, results[j]) for j in group[: self.num_each]]
         return [choice | {"index": i} for i, choice in enumerate(choices)]
 
     def usage(self, results: Sequence[GenerateResult]) -> Usage:
-        return Usage.of(results, self.best_of, nothing=self.body.max_tokens == 0)
+        return Usage.of(results, self.texts_per_prompt, nothing=self.body.max_tokens == 0)
 
     def _whole(self, number: int, result: GenerateResult) -> dict[str, Any]:
         nothing = self.body.max_tokens == 0
@@ -143,7 +145,7 @@ class CompletionAnswer:
         return choice | self._end(result)
 
     def _prompt(self, number: int) -> str:
-        given = self.prompts[number // self.best_of]
+        given = self.prompts[number // self.texts_per_prompt]
         return given if isinstance(given, str) else self.model.loaded.text.decode(given)
 
     @property

@@ -84,7 +84,7 @@ def refusal(error: Exception, structured: bool = False) -> ApiError:
 
 
 def failure(error: Exception) -> ApiError:
-    """What a client gets for a request that was accepted and did not end by itself."""
+    """What a client gets for a request that was accepted and has failed."""
     if isinstance(error, RequestError):  # the model was unloaded, or the engine closed
         return ApiError(503, str(error))
     if isinstance(error, TilewrightError):

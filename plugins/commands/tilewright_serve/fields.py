@@ -85,7 +85,7 @@ REFUSED = {
     "mm_processor_kwargs": "models are served with text alone",
     "prompt_embeds": "give the prompt as text or token ids",
     "prompt_logprobs": "use echo with logprobs, of completions",
-    "suffix": "no model is served that fills in a middle",
+    "suffix": "the served models do not fill in a middle",
     "truncate_prompt_tokens": "shorten the prompt",
     "use_beam_search": "beam search is not served",
     "web_search_options": "this server searches nothing",

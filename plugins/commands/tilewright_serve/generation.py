@@ -10,7 +10,7 @@ from tilewright.errors import ConfigError
 from tilewright.types import GenerateConfig, GenerateDelta, GenerateResult
 from tilewright_serve.errors import ApiError
 from tilewright_serve.fields import Generation
-from tilewright_serve.server import Model, Text
+from tilewright_serve.server import Model, TextRequest
 
 STRUCTURED_OUTPUT = "structured-output"
 """The logits processor that holds a text to a grammar."""
@@ -32,16 +32,19 @@ class Answer(Protocol):
     def model(self) -> Model: ...
 
     @property
-    def texts(self) -> Sequence[Text]:
+    def texts(self) -> Sequence[TextRequest]:
         """In the order of their numbers, those of a prompt next to each other."""
         ...
 
+    @property
+    def texts_per_prompt(self) -> int: ...
+
     def begun(self, number: int, generation: AsyncGeneration) -> dict[str, Any] | None:
-        """What a stream says of a text before its first token, if anything."""
+        """The choice that begins a text in a stream, before its tokens; None if there is none."""
         ...
 
     def added(self, number: int, delta: GenerateDelta) -> list[dict[str, Any]]:
-        """What a stream says of a text's next tokens: the choices of none, one or two chunks."""
+        """The choices that tell a text's next tokens in a stream: a chunk for each."""
         ...
 
     def whole(self, results: Sequence[GenerateResult]) -> list[dict[str, Any]]:
@@ -82,7 +85,7 @@ class Usage:
         }
 
 
-def settings(
+def generate_config(
     model: Model,
     body: Generation,
     prompts: Sequence[Sequence[int]],

@@ -27,7 +27,7 @@ class CompletionLogprobs:
         self._offset = 0
 
     def of(self, tokens: Iterable[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
-        """Of token ids; None for a prompt's first token, which has no probability."""
+        """tokens: each id with its log-probabilities; None for a prompt's first token."""
         made: dict[str, list[Any]] = {
             "text_offset": [],
             "token_logprobs": [],

@@ -201,7 +201,7 @@ def _batch_paths(keyed: bool) -> dict[str, Any]:
         {"name": "after", "in": "query", "schema": {"type": "string"}},
     ]
     file, batch, lines = _is(answers.File), _is(answers.Batch), {"schema": {"type": "string"}}
-    created = _operation(keyed, "createBatch", "Begin a batch", batch, 400, 404)
+    created = _operation(keyed, "createBatch", "Begin a batch", batch, 400, 404, 413)
     listed = _operation(keyed, "listBatches", "The batches", _is(answers.BatchList), 400)
     return {
         "/v1/files": {

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Reload = Callable[[LLMEngine, str], None]
 """Loads a model of an engine again, under the name it had; may block."""
 
-Text = tuple[Sequence[int], GenerateConfig]
+TextRequest = tuple[Sequence[int], GenerateConfig]
 """A text to generate: the token ids of its prompt, and its settings."""
 
 OF_ONE_REQUEST = (RequestError, OutOfPagesError, NonFiniteLogitsError, LogitsProcessorError)
@@ -122,26 +122,33 @@ class Server:
 
     @asynccontextmanager
     async def generating(
-        self, model: Model, texts: Sequence[Text]
+        self, model: Model, texts: Sequence[TextRequest]
     ) -> AsyncIterator[list[AsyncGeneration]]:
         """Generations that the model has accepted. They end with the block.
 
         Raises ApiError for texts that the model does not accept, and for a full queue.
         """
         self.admit(model, len(texts))
-        generations: list[AsyncGeneration] = []
+        accepted: dict[int, AsyncGeneration] = {}
+
+        async def submit(number: int) -> None:
+            accepted[number] = await self._submitted(model, *texts[number])
+
+        # At once: a model accepts between two steps, so one after the other would take a step each.
+        tasks = [asyncio.ensure_future(submit(number)) for number in range(len(texts))]
         try:
             model.num_submitted += len(texts)
             try:
-                for ids, config in texts:
-                    generations.append(await self._submitted(model, ids, config))
+                await asyncio.gather(*tasks)
             finally:
                 model.num_submitted -= len(texts)
-            model.generations.update(generations)
-            yield generations
+            model.generations.update(accepted.values())
+            yield [accepted[number] for number in range(len(texts))]
         finally:
-            model.generations.difference_update(generations)
-            for generation in generations:
+            for task in tasks:
+                task.cancel()
+            model.generations.difference_update(accepted.values())
+            for generation in accepted.values():
                 await generation.aclose()
 
     async def deltas(

@@ -21,7 +21,7 @@ class ServeSettings:
         "further models to serve, each as NAME=MODEL or MODEL, as --model has them", ()
     )
     max_queue: int = described(
-        "requests of a model that may wait for their turn; more are answered with 503",
+        "texts of a model that may wait for their turn; further requests are answered with 503",
         256,
         validator=validators.ge(0),
     )

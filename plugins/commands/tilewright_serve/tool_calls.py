@@ -114,7 +114,8 @@ class ToolCallSplitter:
 
     Calls are told as they come: after its name, the text of a call's arguments follows as the model
     writes it, so it is not JSON if the model ends early or makes a mistake within the arguments.
-    What is no call of one of the tools is content. White space beside calls is part of neither.
+    Text that is not a call of one of the tools is content. White space beside calls belongs to
+    neither.
     """
 
     def __init__(self, format: ToolFormat, tools: Sequence[Mapping[str, Any]]):
@@ -163,7 +164,7 @@ class ToolCallSplitter:
         return False
 
     def _beginning(self, final: bool) -> bool:
-        """Of an answer that is a call or has none."""
+        """The beginning of an answer that either is a call or has none."""
         text = self._held.lstrip()
         begun = text.removeprefix(PYTHON_TAG).lstrip()
         if not final and (not begun or PYTHON_TAG.startswith(text)):

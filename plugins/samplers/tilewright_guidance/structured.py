@@ -307,7 +307,7 @@ class Words:
     for each. Word i is what token i adds after another token, unless an earlier token adds it."""
 
     texts: Sequence[bytes]
-    """Of each word; empty for one that no text has."""
+    """The bytes of each word; empty for a token that is not one."""
     later: "NDArray[np.int64]"
     """[vocab_size] the word of each token after another one"""
     first: "NDArray[np.int64]"

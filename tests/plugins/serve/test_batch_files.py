@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from serving import serving
 from test_batch import line
@@ -168,6 +169,21 @@ def test_wrong_files_and_names_are_refused(client, folder):
     with pytest.raises(openai.NotFoundError):
         client.batches.retrieve("batch_000000000000000000000000")
     assert os.listdir(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "kind", "status", "message"),
+    [
+        ("batches", b"{}", "text/plain", 400, "expected Content-Type application/json"),
+        ("batches", b" " * (2**21 + 1), "application/json", 413, "larger than 2097152 bytes"),
+        ("files", b"x", "multipart/form-data", 400, "Missing boundary"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused(client, path, content, kind, status, message):
+    headers = {"Content-Type": kind}
+    answer = httpx.post(f"{client.base_url}{path}", content=content, headers=headers)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
 
 
 def test_two_servers_cannot_have_one_folder(client, engine, folder):

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serving
+from serving import events, serving
 
 from tilewright import Chat, GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.settings import DEMO_MODEL
@@ -39,13 +39,12 @@ def answer(client: httpx.Client, path: str, **body: Any) -> Any:
     return found.json()
 
 
-def events(client: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
+def chunks(client: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
     found = client.post(f"/v1/{path}", json={**body, "stream": True})
     assert found.status_code == 200, found.text
-    *blocks, end = found.text.split("\n\n")
-    assert end == ""
-    assert blocks.pop() == "data: [DONE]"
-    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+    *made, end = events(found.text)
+    assert end == "[DONE]"
+    return made
 
 
 def generated(engine: LLMEngine, prompt: Any, **settings: Any) -> Any:
@@ -74,7 +73,7 @@ def test_joined_chunks_are_the_whole_text(
     whole = answer(client, "completions", **body)
     texts, tokens = ["", "", ""], [[], [], []]
     ends: list[list[str]] = [[], [], []]
-    for event in events(client, "completions", **body):
+    for event in chunks(client, "completions", **body):
         (choice,) = event["choices"]
         texts[choice["index"]] += choice["text"]
         tokens[choice["index"]] += choice["logprobs"]["tokens"] if choice["logprobs"] else []
@@ -87,6 +86,22 @@ def test_joined_chunks_are_the_whole_text(
         assert choice["text"] == generated(engine, PROMPT, max_new_tokens=30, **config).text
 
 
+def test_texts_of_one_request_start_together(client: httpx.Client, engine: LLMEngine) -> None:
+    count = engine.model("demo").runtime.max_batch_size
+    before = engine.stats("demo").num_steps
+    body = {"prompt": PROMPT, "n": count, "max_tokens": count, "ignore_eos": True}
+    assert len(answer(client, "completions", **body)["choices"]) == count
+    assert engine.stats("demo").num_steps - before < 1.75 * count  # one after the other: twice
+
+
+def test_usage_while_a_stream_runs_counts_each_prompt_once(client: httpx.Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": [PROMPT, PROMPT + " of"], "n": 2, "stream_options": options, **GREEDY}
+    *_, last, end = chunks(client, "completions", **body)
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert last["usage"][name] == end["usage"][name]
+
+
 def test_characters_of_several_tokens_are_never_cut(client: httpx.Client) -> None:
     text = client.get("/v1/models").json()["data"][0]["id"]
     pieces = "é", "🙂", "漢字"
@@ -95,7 +110,7 @@ def test_characters_of_several_tokens_are_never_cut(client: httpx.Client) -> Non
         bias = {str(i): 100 for i in ids}
         body = {"prompt": text, "max_tokens": 24, "temperature": 1, "logit_bias": bias, "seed": 1}
         whole = answer(client, "completions", **body)["choices"][0]["text"]
-        joined = "".join(e["choices"][0]["text"] for e in events(client, "completions", **body))
+        joined = "".join(e["choices"][0]["text"] for e in chunks(client, "completions", **body))
         assert joined == whole
 
 
@@ -113,7 +128,7 @@ def test_echo_scores_the_prompt_as_the_engine_does(client: httpx.Client, engine:
         assert choice["text"] == PROMPT + (result.text if most else "")
         assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
         assert whole["usage"]["completion_tokens"] == most
-        streamed = events(client, "completions", **body)
+        streamed = chunks(client, "completions", **body)
         assert "".join(e["choices"][0]["text"] for e in streamed) == choice["text"]
         told = [e["choices"][0]["logprobs"] for e in streamed]
         assert [t for one in told if one for t in one["tokens"]] == choice["logprobs"]["tokens"]
@@ -158,7 +173,7 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_usage_if_asked(
 ) -> None:
     for options in (None, {"include_usage": True}):
         body = {"messages": QUESTION, "stream_options": options, **GREEDY}
-        found = events(client, "chat/completions", **body)
+        found = chunks(client, "chat/completions", **body)
         assert len({event["id"] for event in found}) == 1
         assert found[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
         if options:
@@ -185,7 +200,7 @@ def test_token_ids_are_returned_if_asked(client: httpx.Client, engine: LLMEngine
     (choice,) = answer(client, "completions", **body)["choices"]
     assert choice["token_ids"] == list(result.token_ids)
     assert choice["prompt_token_ids"] == list(result.prompt_token_ids)
-    streamed = [e["choices"][0] for e in events(client, "completions", **body)]
+    streamed = [e["choices"][0] for e in chunks(client, "completions", **body)]
     assert [i for one in streamed for i in one["token_ids"]] == list(result.token_ids)
     assert streamed[0]["prompt_token_ids"] == list(result.prompt_token_ids)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from attrs import define, field
 from other_threads import eventually
-from serving import serving
+from serving import events, request, serving
 
 from tilewright import LLMEngine, RuntimeConfig, hookimpl
 from tilewright.errors import ExecutorLostError
@@ -119,14 +119,6 @@ class Served:
         return not (stats.used_pages or stats.num_running or stats.num_waiting or self.num_open)
 
 
-def request(path: str, body: bytes, length: int | None = None) -> bytes:
-    length = len(body) if length is None else length
-    return (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        f"content-length: {length}\r\n\r\n"
-    ).encode() + body
-
-
 @pytest.fixture(scope="module")
 def observer() -> Shaky:
     return Shaky()
@@ -172,11 +164,6 @@ def demo(_shared: Served) -> Iterator[Served]:
     assert _shared.post(max_tokens=1).status_code == 200
     eventually(_shared.is_idle)
     assert _shared.health() == (200, "ok")
-
-
-def events(text: str) -> list[Any]:
-    blocks = [block.removeprefix("data: ") for block in text.split("\n\n")[:-1]]
-    return [block if block == "[DONE]" else json.loads(block) for block in blocks]
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -573,7 +560,7 @@ def test_a_fault_of_the_server_itself_is_an_error_object_and_the_connection_goes
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr("tilewright_serve.completions.settings", broken)
+        patch.setattr("tilewright_serve.completions.generate_config", broken)
         failed = demo.post()
         assert failed.status_code == 500
         assert error_of(failed)["type"] == "server_error"

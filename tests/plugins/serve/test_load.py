@@ -21,7 +21,7 @@ import httpx
 import pytest
 from attrs import define, field, frozen
 from other_threads import eventually
-from serving import serving
+from serving import events, request, serving
 from test_process import serving as serving_process
 
 from tilewright import Chat, GenerateConfig, LLMEngine, RuntimeConfig
@@ -30,6 +30,7 @@ from tilewright_serve import ServeSettings, create_app
 
 SEED = int(os.environ.get("TILEWRIGHT_LOAD_SEED", "1"))
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+CLOSE = "connection: close\r\n"
 LENGTHS = (1, 4, 12)
 AT_ONCE = 100
 SETTINGS = {"max_batch_size": 16, "max_batch_tokens": 32, "max_seq_len": 256, "total_pages": 256}
@@ -167,7 +168,7 @@ class Load:
 
     async def half_open(self, rng: random.Random) -> None:
         path, body, _ = self.asked(rng)
-        content = request(path, json.dumps(body).encode())
+        content = request(path, json.dumps(body).encode(), headers=CLOSE)
         _, writer = await self.connected()
         writer.write(content[: rng.randrange(content.index(b"\r\n"))])
         self.held.append(writer)
@@ -217,7 +218,7 @@ class Load:
         self, path: str, body: bytes
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await self.connected()
-        writer.write(request(path, body))
+        writer.write(request(path, body, headers=CLOSE))
         return reader, writer
 
     async def answered(self, path: str, body: bytes, pause: float = 0.0) -> tuple[int, bytes]:
@@ -236,13 +237,6 @@ class Load:
             return status, b"".join(chunks(content))
         assert len(content) == int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
         return status, content
-
-
-def request(path: str, body: bytes) -> bytes:
-    return (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close"
-        f"\r\ncontent-length: {len(body)}\r\n\r\n"
-    ).encode() + body
 
 
 def chunks(content: bytes) -> Iterator[bytes]:
@@ -272,9 +266,8 @@ def whole(answer: bytes, body: dict[str, Any], chat: bool) -> tuple[list[str], d
 
 
 def streamed(answer: bytes, chat: bool) -> tuple[list[str], dict[str, Any]]:
-    events = [event.removeprefix("data: ") for event in answer.decode().split("\n\n")]
-    assert events[-2:] == ["[DONE]", ""]
-    made = [json.loads(event) for event in events[:-2]]
+    *made, end = events(answer.decode())
+    assert end == "[DONE]"
     assert len({each["id"] for each in made}) == 1
     texts: dict[int, str] = {}
     ends: list[int] = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serving
+from serving import events, serving
 from smollm2 import convert, download
 
 from tilewright import LLMEngine, RuntimeConfig
@@ -95,14 +95,6 @@ PARAMS = {
     "chat tools forced": "messages",
 }
 """The field that we name where vLLM names another one or none."""
-
-
-def events(text: str) -> list[Any]:
-    made = []
-    for block in text.split("\n\n")[:-1]:
-        data = block.removeprefix("data: ")
-        made.append(data if data == "[DONE]" else json.loads(data))
-    return made
 
 
 def check_whole(name: str, expected: dict[str, Any], found: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ const place = document.getElementById('figures');
 const time = () => new Date().toLocaleTimeString([], { hour: '2-digit', minute: '2-digit', second: '2-digit' });
 
 let before = null; // {at, models}
-let gone = null; // when the server stopped to answer
+let gone = null; // when the server stopped answering
 
 function pages({ used_pages: used, cached_pages: cached, total_pages: total }) {
   const text = `${used} used, ${cached} cached of ${total} pages`;

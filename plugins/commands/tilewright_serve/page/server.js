@@ -87,7 +87,7 @@ export async function* deltas(path, body, signal) {
     for await (const data of events(response.body)) {
       if (data === '[DONE]') return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServerError(chunk.error.message, chunk.error.code);
+      if (chunk.error) throw new ServerError(chunk.error.message, response.status);
       const choice = chunk.choices[0] ?? {};
       finished ||= Boolean(choice.finish_reason);
       yield {

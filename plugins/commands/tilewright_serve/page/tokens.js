@@ -9,7 +9,7 @@ const utf8 = new TextEncoder();
 const binary = (bytes) => String.fromCharCode(...bytes);
 const bytesOf = (text) => Uint8Array.from(text, (character) => character.charCodeAt(0));
 
-// The text of /v1/completions writes a token of bytes that are no text as `bytes:\xe2\x82`.
+// The text of /v1/completions writes a token that is a part of a character as `bytes:\xe2\x82`.
 function binaryOfText(text) {
   if (/^bytes:(\\x[0-9a-f]{2})+$/.test(text)) {
     return binary(text.match(/[0-9a-f]{2}(?=\\|$)/g).map((digits) => parseInt(digits, 16)));
@@ -102,7 +102,7 @@ export class Pieces {
   }
 }
 
-// A token as it can be read in a list: with visible spaces, bytes that are no text as hexadecimal.
+// A token as it can be read in a list: with visible spaces, parts of characters as hexadecimal.
 export function visible(bytes) {
   try {
     const text = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytesOf(bytes));
@@ -204,7 +204,7 @@ function show(span) {
   span.setAttribute('aria-describedby', tip.id);
   span.classList.add('pointed');
   tip.hidden = false;
-  // Of a token with a line break within: the larger part.
+  // A token with a line break within has two rectangles: the wider one counts.
   const place = [...span.getClientRects()].reduce((a, b) => (b.width > a.width ? b : a));
   const { width, height } = tip.getBoundingClientRect();
   const below = place.bottom + 6 + height < innerHeight;
