@@ -304,10 +304,13 @@ def over_http(url: str) -> Ask:
         async with httpx.AsyncClient(timeout=None, verify=False) as client:
             sent = time.perf_counter()
             async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
-                async for event in response.aiter_lines():
-                    if event.startswith("data: {"):
-                        assert "error" not in json.loads(event[6:]), event
-                        pieces.append(time.perf_counter())
+                rest = b""
+                async for part in response.aiter_bytes():
+                    *events, rest = (rest + part).split(b"\n\n")
+                    for event in events:
+                        if event.startswith(b"data: {"):
+                            assert "error" not in json.loads(event[6:]), event
+                            pieces.append(time.perf_counter())
         return Seen(sent, pieces)
 
     return ask

@@ -586,7 +586,7 @@ def _settings(
     runner: Runner, config: GenerateConfig | None, single: bool = False
 ) -> GenerateConfig:
     """A request's settings, with the model's defaults for what is not set. Makes the logits
-    processors that they name.
+    processors that they name, and has them prepare their arguments.
 
     single: one result is wanted. Raises RequestError for settings that the model cannot serve.
     """
@@ -598,7 +598,7 @@ def _settings(
             "LLMEngine, which returns a list of results, or one call for each"
         )
     check_settings(runner.model, settings)
-    runner.make_processors(settings.logits_processors or ())
+    runner.prepare_processors(settings.logits_processors or {})
     return settings
 
 

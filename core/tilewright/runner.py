@@ -2,10 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, field, frozen
 
@@ -31,6 +31,7 @@ from tilewright.types import (
     Executor,
     ModelStats,
     PendingStep,
+    PreparingProcessor,
     ReplaceableSampler,
     SampledToken,
     Sampler,
@@ -191,15 +192,19 @@ class Runner:
             max_new_tokens=request.max_new_tokens,
         )
 
-    def make_processors(self, names: Iterable[str]) -> None:
-        """Make the logits processors of these names, which may read a vocabulary for seconds.
+    def prepare_processors(self, arguments: Mapping[str, Any]) -> None:
+        """Make the logits processors of these names, which may read a vocabulary for seconds, and
+        have them prepare their arguments.
 
         Any thread may call this. Otherwise ``add`` makes those that a request is the first to name.
-        Raises PluginError for a name that means no plugin, and for a plugin that fails.
+        Raises PluginError for a name that means no plugin, and for a plugin that fails, and
+        RequestError for an argument that a processor cannot take.
         """
-        assert self._processors or not names
-        for name in names:
-            self._processors(name)  # type: ignore[misc]
+        assert self._processors or not arguments
+        for name, argument in arguments.items():
+            one = self._processors(name)  # type: ignore[misc]
+            if isinstance(one.processor, PreparingProcessor):
+                one.call("prepare", argument)
 
     def _begin_processing(self, request: Request) -> None:
         assert self._processors or not request.logits_processors

@@ -22,7 +22,11 @@ from tilewright.types.executor import (
 from tilewright.types.fields import described
 from tilewright.types.kernels import KernelSet, ServedModels
 from tilewright.types.kv_cache import KvAllocator, KvCacheSpec, KvLayer, RowOrder
-from tilewright.types.logits_processor import LogitsEdits, LogitsProcessor
+from tilewright.types.logits_processor import (
+    LogitsEdits,
+    LogitsProcessor,
+    PreparingProcessor,
+)
 from tilewright.types.model import (
     DTYPES,
     DType,
@@ -101,6 +105,7 @@ __all__ = [
     "PendingStep",
     "Phase",
     "PluginInfo",
+    "PreparingProcessor",
     "QuantisedSource",
     "QuantisedTensor",
     "ReplaceableSampler",

@@ -1,7 +1,7 @@
 """What a logits processor makes of requests and logits."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import frozen
 
@@ -40,7 +40,8 @@ class LogitsProcessor(Protocol):
     def begin(self, request_id: str, argument: Any, prompt_token_ids: Sequence[int]) -> Any:
         """The state of a new request. argument: what the request gave for this processor.
 
-        All requests of the model wait meanwhile, so what takes long belongs in the factory.
+        All requests of the model wait meanwhile, so what takes long belongs in the factory, or in
+        ``PreparingProcessor.prepare``.
 
         Raises RequestError for an argument that it cannot take.
         """
@@ -71,4 +72,21 @@ class LogitsProcessor(Protocol):
 
     def end(self, state: Any) -> None:
         """A request has ended; its state is not used again."""
+        ...
+
+
+@runtime_checkable
+class PreparingProcessor(LogitsProcessor, Protocol):
+    """A logits processor that has work to do for an argument which would hold up a step.
+
+    Optional: without ``prepare``, all that there is to do for an argument is done in ``begin``.
+    """
+
+    def prepare(self, argument: Any) -> None:
+        """Do for an argument what takes long, and keep it for the ``begin`` that follows.
+
+        Any thread may call this, also several at once, while steps run.
+
+        Raises RequestError as ``begin`` does.
+        """
         ...

@@ -282,7 +282,8 @@ class Stream:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: %b\n\n" % json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    # In ASCII, since some clients also end a line at U+2028 and the like.
+    return b"data: %b\n\n" % json.dumps(data, separators=(",", ":")).encode()
 
 
 class EventStream(StreamingResponse):

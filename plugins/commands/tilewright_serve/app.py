@@ -160,7 +160,8 @@ async def _detokenize(server: Server, request: Request, body: bytes) -> Response
             raise ApiError(
                 400, f"'tokens' has {unknown}, which the model's tokenizer does not know", "tokens"
             )
-        return text.decode(asked.tokens)
+        # Special tokens stay, so that it is the other way round of /tokenize.
+        return str(text.assets.tokenizer.decode(asked.tokens, skip_special_tokens=False))
 
     return JSONResponse({"prompt": await asyncio.to_thread(decoded)})
 
@@ -252,7 +253,7 @@ class _Keyed:
 
     def __init__(self, app: ASGIApp, server: Server):
         self._app = app
-        self._key = server.settings.api_key
+        self._key = (server.settings.api_key or "").strip() or None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._key is not None and not self._open(scope["path"]):

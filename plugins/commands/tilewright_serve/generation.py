@@ -9,7 +9,7 @@ from tilewright.async_engine import AsyncGeneration
 from tilewright.errors import ConfigError
 from tilewright.types import GenerateConfig, GenerateDelta, GenerateResult
 from tilewright_serve.errors import ApiError
-from tilewright_serve.fields import Generation
+from tilewright_serve.fields import ChatCompletion, Generation
 from tilewright_serve.server import Model, TextRequest
 
 STRUCTURED_OUTPUT = "structured-output"
@@ -99,6 +99,7 @@ def generate_config(
     temperature of 1. max_tokens: the body's; usual_max_tokens: if it has none; None: all that fit.
     Raises ApiError.
     """
+    chat = body if isinstance(body, ChatCompletion) else None
     limit = model.loaded.runtime.max_seq_len
     room = limit - max(map(len, prompts))
     if room < 1:
@@ -106,15 +107,17 @@ def generate_config(
             400,
             f"the prompt has {limit - room} tokens, and model {model.name!r} takes at most {limit} "
             "of prompt and answer: shorten it",
-            "prompt",
+            "messages" if chat else "prompt",
             "context_length_exceeded",
         )
     if (max_tokens or 0) > room:
+        newer = chat and chat.max_completion_tokens is not None
+        name = "max_completion_tokens" if newer else "max_tokens"
         raise ApiError(
             400,
-            f"'max_tokens' = {max_tokens} and a prompt of {limit - room} tokens are more than the "
+            f"{name!r} = {max_tokens} and a prompt of {limit - room} tokens are more than the "
             f"{limit} tokens that model {model.name!r} takes: ask for at most {room}",
-            "max_tokens",
+            name,
             "context_length_exceeded",
         )
     most = min(usual_max_tokens or room, room) if max_tokens is None else max(max_tokens, 1)

@@ -108,7 +108,7 @@ class Snapshot:
 
 
 class StructuredOutputProcessor:
-    """A ``LogitsProcessor`` (see tilewright.types)."""
+    """A ``PreparingProcessor`` (see tilewright.types)."""
 
     def __init__(self, text: Text, config: ModelConfig):
         """Raises RequestError if llguidance is not installed, and as ``read_vocabulary`` does."""
@@ -133,6 +133,11 @@ class StructuredOutputProcessor:
             self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=self._ends)
         # Many requests give the same schema.
         self._compiled = lru_cache(_CACHED)(self._compile)
+
+    def prepare(self, argument: Any) -> None:
+        """Compile a grammar, which can take seconds."""
+        if self._ends:  # else begin says why there can be no grammar
+            self._compiled(grammar_of(argument))
 
     def begin(self, request_id: str, argument: Any, prompt_token_ids: Sequence[int]) -> State:
         if not self._ends:

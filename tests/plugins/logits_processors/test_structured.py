@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
@@ -451,3 +452,39 @@ def test_a_grammar_is_compiled_once_for_many_requests() -> None:
     for _ in range(20):
         processor.begin("a", {"json": ANSWER}, [])
     assert processor._compiled.cache_info().misses == 1
+
+
+def test_grammars_are_compiled_while_the_model_runs_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiling, compiled, done = threading.Event(), threading.Event(), threading.Event()
+    matcher = StructuredOutputProcessor._matcher
+
+    def slow(self: StructuredOutputProcessor, grammar: str) -> Any:
+        compiling.set()
+        assert compiled.wait(30)
+        return matcher(self, grammar)
+
+    with LLMEngine.from_plugins() as engine:
+        engine.init_model("demo", DEMO_MODEL)
+        # Makes the processor, which reads the vocabulary.
+        engine.generate("demo", PROMPT, structured({"regex": "a"}))
+        monkeypatch.setattr(StructuredOutputProcessor, "_matcher", slow)
+
+        def ask() -> None:
+            assert engine.generate("demo", PROMPT, structured({"regex": "b"})) == "b"
+            done.set()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert compiling.wait(30)
+        assert engine.generate("demo", PROMPT, GenerateConfig(max_new_tokens=3))
+        assert not done.is_set()
+        compiled.set()
+        thread.join(30)
+        assert done.is_set()
+
+
+def structured(argument: dict[str, Any]) -> GenerateConfig:
+    processors = {"structured-output": argument}
+    return GenerateConfig(max_new_tokens=8, temperature=0.0, logits_processors=processors)

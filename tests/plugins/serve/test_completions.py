@@ -278,3 +278,33 @@ def test_the_emulated_npu_is_served_too() -> None:
             assert [choice["text"] for choice in found["choices"]] == [expected] * 2
             stats = client.get("/stats").json()["models"]["demo"]
             assert stats["device"] == "emulated"
+
+
+def test_the_names_of_a_chat_are_in_its_errors(client: httpx.Client) -> None:
+    long = [{"role": "user", "content": "word " * 600}]
+    for body, param in (
+        ({"messages": long}, "messages"),
+        ({"messages": QUESTION, "max_completion_tokens": 10_000}, "max_completion_tokens"),
+        ({"messages": QUESTION, "max_tokens": 10_000}, "max_tokens"),
+    ):
+        found = client.post("/v1/chat/completions", json=body)
+        assert found.status_code == 400
+        assert found.json()["error"]["param"] == param
+        assert found.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_token_ids_become_the_text_that_they_were_made_of(client: httpx.Client) -> None:
+    text = "<|im_start|>user\nnaïve 🙂<|im_end|>\n"
+    ids = client.post("/tokenize", json={"prompt": text}).json()["tokens"]
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+
+
+def test_events_are_ascii_so_that_every_client_ends_lines_at_the_same_places(
+    client: httpx.Client,
+) -> None:
+    text = "a\u2028b\u0085c"
+    body = {"prompt": text, "echo": True, "stream": True, "max_tokens": 1, "temperature": 0}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["text"] == text
