@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from tilewright_serve.command import named_model, needing_extra, processors
 
     with needing_extra("serve"):
-        import tilewright_serve.app  # noqa: F401
+        import tilewright_serve.batch_answers  # noqa: F401
     chosen = named_model(args.named_model, "--model") if args.named_model else {}
     resolved = resolve(flags={**flags.layer(args), **chosen})
     model_id = resolved.config.model.id
@@ -100,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answering(engine: "LLMEngine") -> "Answer":
-    """What the server answers that serves this engine."""
-    from tilewright_serve import ServeSettings, create_app
+    """What a server of this engine answers."""
     from tilewright_serve.batch_answers import answering
+    from tilewright_serve.server import Server
+    from tilewright_serve.settings import ServeSettings
 
-    settings = ServeSettings(max_queue=_UNBOUNDED)
-    return answering(create_app(engine, settings=settings).state.server)
+    return answering(Server([engine], ServeSettings(max_queue=_UNBOUNDED)))
 
 
 def _asked(resolved: Resolved) -> dict[str, Any]:

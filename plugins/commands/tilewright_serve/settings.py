@@ -7,7 +7,7 @@ from tilewright.types.fields import checked, described, if_set
 
 @frozen(field_transformer=checked)
 class ServeSettings:
-    """How models are served. Times are in seconds."""
+    """How models are served."""
 
     host: str = described("address to listen at; 0.0.0.0: all of this machine's", "127.0.0.1")
     port: int = described(
@@ -26,17 +26,17 @@ class ServeSettings:
         validator=validators.ge(0),
     )
     max_choices: int = described(
-        "most texts of one HTTP request: prompts times n", 128, validator=validators.ge(1)
+        "limit of texts in one HTTP request: prompts times n", 128, validator=validators.ge(1)
     )
     max_body_bytes: int = described(
         "size limit of a request's body", 2 * 2**20, validator=validators.ge(1)
     )
     request_timeout: float | None = described(
-        "time after which a request is ended with an error; default: none",
+        "seconds after which a request is ended with an error; default: none",
         validator=if_set(validators.gt(0.0)),
     )
     shutdown_timeout: float = described(
-        "time that running requests have to finish after SIGTERM or Ctrl-C",
+        "seconds that running requests have to finish after SIGTERM or Ctrl-C",
         30.0,
         validator=validators.ge(0.0),
     )
