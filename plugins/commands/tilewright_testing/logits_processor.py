@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from tilewright.errors import RequestError
-from tilewright.types import LogitsEdits, LogitsProcessor, TextAssets
+from tilewright.types import LogitsEdits, LogitsProcessor, PreparingProcessor, TextAssets
 from tilewright_testing.random_calls import run_random_calls
 from tilewright_testing.state import left_alone
 from tilewright_testing.suite import Implementation, PluginSuite
@@ -233,6 +233,8 @@ def _begin(
     processor: LogitsProcessor, request_id: str, argument: Any, prompt: Sequence[int]
 ) -> Any:
     """The state of a new request, whose argument and prompt are its own."""
+    if isinstance(processor, PreparingProcessor):
+        processor.prepare(copy.deepcopy(argument))
     return processor.begin(request_id, copy.deepcopy(argument), list(prompt))
 
 
@@ -634,14 +636,16 @@ class LogitsProcessorSuite(PluginSuite):
         for value in (*_ODD, *wrong_arguments):
             wrong = any(value is one for one in wrong_arguments)
             try:
+                if isinstance(processor, PreparingProcessor):
+                    processor.prepare(value)
                 state = processor.begin("odd", value, _prompt(0))
             except RequestError as error:
                 messages.append(str(error))
                 continue
             except Exception as error:
                 pytest.fail(
-                    f"begin() must take an argument or raise RequestError, but for {value!r:.100} "
-                    f"it raised {error!r:.200}",
+                    "prepare() and begin() must take an argument or raise RequestError, but for "
+                    f"{value!r:.100} {error!r:.200} was raised",
                     pytrace=False,
                 )
             assert not wrong, f"begin() must raise RequestError for {value!r:.100}, but took it"
