@@ -107,7 +107,7 @@ def invalid(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body, in words, with its place and what was found."""
     errors = error.errors(include_url=False)
     first = errors[0]["loc"][:1]
-    # Of a value that may have several types, what is wrong with the one that fits best.
+    # A value that may have several types has errors for each: the one that fits best counts.
     found = max((one for one in errors if one["loc"][:1] == first), key=_how_far)
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']}")

@@ -17,7 +17,7 @@ STRUCTURED_OUTPUT = "structured-output"
 
 
 _MOST_DIGITS = 20
-"""Of a token id."""
+"""Digits that a token id may not reach."""
 
 
 class Answer(Protocol):

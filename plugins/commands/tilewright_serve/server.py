@@ -134,11 +134,16 @@ class Server:
         async def submit(number: int) -> None:
             accepted[number] = await self._submitted(model, *texts[number])
 
-        # At once: a model accepts between two steps, so one after the other would take a step each.
-        tasks = [asyncio.ensure_future(submit(number)) for number in range(len(texts))]
+        tasks: list[asyncio.Task[None]] = []
         try:
             model.num_submitted += len(texts)
             try:
+                rest = range(len(texts))
+                if texts[0][1].logits_processors:
+                    await submit(0)  # prepares the argument, which is the same for all
+                    rest = rest[1:]
+                # At once: a model accepts between two steps; one by one, each would take a step.
+                tasks += [asyncio.create_task(submit(number)) for number in rest]
                 await asyncio.gather(*tasks)
             finally:
                 model.num_submitted -= len(texts)

@@ -53,12 +53,12 @@ _MOST_CHARACTERS = 2**17
 """Size limit of a grammar: the time to compile one grows with the square of its length."""
 
 _STACK_BYTES = 2**29
-"""Of the thread that compiles: llguidance follows references by recursion, of up to 8 KiB for each
-one, and ends the process where the stack ends. Only what is used takes memory."""
+"""Stack size of the thread that compiles: llguidance follows references by recursion, with up to
+8 KiB for each one, and ends the process where the stack ends. Only what is used takes memory."""
 
 _MOST_SECONDS = 10.0
-"""To compile a grammar: for some, such as the texts that match each of many patterns, it takes
-exponentially long."""
+"""Time limit for compiling a grammar: for some, such as the texts that match each of many patterns,
+it takes exponentially long."""
 
 _threads = threading.Lock()
 

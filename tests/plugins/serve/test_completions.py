@@ -11,6 +11,7 @@ from serving import events, serving
 
 from tilewright import Chat, GenerateConfig, LLMEngine, RuntimeConfig
 from tilewright.settings import DEMO_MODEL
+from tilewright_guidance.structured import StructuredOutputProcessor
 from tilewright_serve import create_app
 
 PROMPT = "We hold these truths to be self-evident,"
@@ -92,6 +93,23 @@ def test_texts_of_one_request_start_together(client: httpx.Client, engine: LLMEn
     body = {"prompt": PROMPT, "n": count, "max_tokens": count, "ignore_eos": True}
     assert len(answer(client, "completions", **body)["choices"]) == count
     assert engine.stats("demo").num_steps - before < 1.75 * count  # one after the other: twice
+
+
+def test_a_grammar_is_compiled_once_for_the_texts_of_a_request(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    matcher = StructuredOutputProcessor._matcher
+
+    def counted(self: StructuredOutputProcessor, grammar: str) -> Any:
+        compiled.append(grammar)
+        return matcher(self, grammar)
+
+    monkeypatch.setattr(StructuredOutputProcessor, "_matcher", counted)
+    body = {"prompt": PROMPT, "n": 8, "structured_outputs": {"choice": ["once"]}}
+    texts = [choice["text"] for choice in answer(client, "completions", **body)["choices"]]
+    assert texts == ["once"] * 8
+    assert len(compiled) == 1
 
 
 def test_usage_while_a_stream_runs_counts_each_prompt_once(client: httpx.Client) -> None:

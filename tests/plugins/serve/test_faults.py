@@ -400,8 +400,9 @@ def test_an_executor_that_raises_fails_the_requests_of_its_step_and_is_told_once
 
 def test_an_error_after_the_first_token_is_an_event(demo: Served, steps: Steps) -> None:
     steps.fault = lambda batch, logits: logits if steps.count < 4 else fault(OSError("gone"))(0, 0)  # type: ignore[arg-type]
-    found = events(demo.post(stream=True, temperature=0, ignore_eos=True).text)
-    assert len([each for each in found[:-2] if each["choices"][0]["text"]]) == 3
+    body = {"stream": True, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    found = events(demo.post(**body).text)
+    assert sum(len(each["choices"][0]["token_ids"]) for each in found[:-2]) == 3
     assert "gone" in found[-2]["error"]["message"]
     assert found[-1] == "[DONE]"
     steps.fault = None
