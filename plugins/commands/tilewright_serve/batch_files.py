@@ -118,6 +118,9 @@ class BatchFiles:
     # --- files ------------------------------------------------------------------------------------
 
     async def _upload(self, request: Request) -> Response:
+        # Browsers send forms of any page without asking, and say where the page is from.
+        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise ApiError(400, "files are not taken from web pages of other origins")
         async with _Limited(request.scope, request.receive).form(max_files=1) as form:
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile):

@@ -8,7 +8,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
 from tilewright import __version__
 from tilewright.types import ModelStats
-from tilewright_serve import answers
+from tilewright_serve import answer_types
 from tilewright_serve.batch import URLS
 from tilewright_serve.errors import KINDS
 from tilewright_serve.fields import ChatCompletion, Completion, Detokenize, Tokenize
@@ -32,20 +32,20 @@ class Figures(BaseModel):
 
 BODIES = (Completion, ChatCompletion, Tokenize, Detokenize)
 ANSWERS = (
-    answers.CompletionAnswer,
-    answers.CompletionChunk,
-    answers.ChatCompletionAnswer,
-    answers.ChatCompletionChunk,
-    answers.ModelList,
-    answers.ModelObject,
-    answers.Tokens,
-    answers.Prompt,
-    answers.Health,
-    answers.Version,
-    answers.Error,
-    answers.File,
-    answers.Batch,
-    answers.BatchList,
+    answer_types.CompletionAnswer,
+    answer_types.CompletionChunk,
+    answer_types.ChatCompletionAnswer,
+    answer_types.ChatCompletionChunk,
+    answer_types.ModelList,
+    answer_types.ModelObject,
+    answer_types.Tokens,
+    answer_types.Prompt,
+    answer_types.Health,
+    answer_types.Version,
+    answer_types.Error,
+    answer_types.File,
+    answer_types.Batch,
+    answer_types.BatchList,
     Figures,
 )
 
@@ -111,9 +111,9 @@ def _paths(keyed: bool) -> dict[str, Any]:
                 "complete",
                 "Continue prompts",
                 Completion,
-                answers.CompletionAnswer,
+                answer_types.CompletionAnswer,
                 {"prompt": "When in the Course of", "max_tokens": 8, "temperature": 0},
-                answers.CompletionChunk,
+                answer_types.CompletionChunk,
             )
         },
         "/v1/chat/completions": {
@@ -122,17 +122,17 @@ def _paths(keyed: bool) -> dict[str, Any]:
                 "chat",
                 "Answer a conversation",
                 ChatCompletion,
-                answers.ChatCompletionAnswer,
+                answer_types.ChatCompletionAnswer,
                 {"messages": MESSAGES, "max_tokens": 8, "temperature": 0},
-                answers.ChatCompletionChunk,
+                answer_types.ChatCompletionChunk,
             )
         },
         "/v1/models": {
-            "get": _operation(keyed, "listModels", "The served models", _is(answers.ModelList))
+            "get": _operation(keyed, "listModels", "The served models", _is(answer_types.ModelList))
         },
         "/v1/models/{name}": {
             "get": _operation(
-                keyed, "getModel", "A served model", _is(answers.ModelObject), 404, 503
+                keyed, "getModel", "A served model", _is(answer_types.ModelObject), 404, 503
             )
             | {"parameters": [model]}
         },
@@ -142,7 +142,7 @@ def _paths(keyed: bool) -> dict[str, Any]:
                 "tokenize",
                 "The token ids of a prompt or a conversation",
                 Tokenize,
-                answers.Tokens,
+                answer_types.Tokens,
                 {"prompt": "When in the Course of"},
             )
         },
@@ -152,12 +152,12 @@ def _paths(keyed: bool) -> dict[str, Any]:
                 "detokenize",
                 "The text of token ids",
                 Detokenize,
-                answers.Prompt,
+                answer_types.Prompt,
                 {"tokens": [1, 2, 3]},
             )
         },
         "/health": {"get": _health()},
-        "/version": {"get": _operation(False, "version", "The version", _is(answers.Version))},
+        "/version": {"get": _operation(False, "version", "The version", _is(answer_types.Version))},
         "/metrics": {
             "get": _operation(
                 False,
@@ -200,9 +200,13 @@ def _batch_paths(keyed: bool) -> dict[str, Any]:
         {"name": "limit", "in": "query", "schema": {"type": "integer"}},
         {"name": "after", "in": "query", "schema": {"type": "string"}},
     ]
-    file, batch, lines = _is(answers.File), _is(answers.Batch), {"schema": {"type": "string"}}
+    file, batch, lines = (
+        _is(answer_types.File),
+        _is(answer_types.Batch),
+        {"schema": {"type": "string"}},
+    )
     created = _operation(keyed, "createBatch", "Begin a batch", batch, 400, 404, 413)
-    listed = _operation(keyed, "listBatches", "The batches", _is(answers.BatchList), 400)
+    listed = _operation(keyed, "listBatches", "The batches", _is(answer_types.BatchList), 400)
     return {
         "/v1/files": {
             "post": _operation(keyed, "uploadFile", "Upload batch lines", file, 400, 413)
@@ -261,7 +265,7 @@ def _event(chunk: Any) -> dict[str, Any]:
     """One of the server-sent events of a stream; OpenAPI 3.1 has no schema of all of them."""
     told = {
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_reference(chunk), _reference(answers.Error)]},
+        "contentSchema": {"anyOf": [_reference(chunk), _reference(answer_types.Error)]},
     }
     return {
         "type": "object",
@@ -272,13 +276,13 @@ def _event(chunk: Any) -> dict[str, Any]:
 
 
 def _health() -> dict[str, Any]:
-    made = _operation(False, "health", "Whether all models work", _is(answers.Health))
-    failed = {"description": "a model does not work", "content": _is(answers.Health)}
+    made = _operation(False, "health", "Whether all models work", _is(answer_types.Health))
+    failed = {"description": "a model does not work", "content": _is(answer_types.Health)}
     return made | {"responses": made["responses"] | {"503": failed}}
 
 
 def _refused(status: int) -> dict[str, Any]:
-    made = {"description": f"{WHY[status]} ({KINDS[status]})", "content": _is(answers.Error)}
+    made = {"description": f"{WHY[status]} ({KINDS[status]})", "content": _is(answer_types.Error)}
     if status == 503:
         made["headers"] = {"Retry-After": _header("seconds to wait", "integer")}
     if status == 401:

@@ -163,6 +163,9 @@ def test_wrong_files_and_names_are_refused(client, folder):
     before = os.listdir(folder)
     with pytest.raises(openai.BadRequestError, match="'purpose' must be 'batch'"):
         client.files.create(file=b"{}", purpose="fine-tune")
+    page = {"sec-fetch-site": "cross-site"}
+    with pytest.raises(openai.BadRequestError, match="web pages of other origins"):
+        client.files.create(file=b"{}", purpose="batch", extra_headers=page)
     for name in ("batch_x", "..%2f..%2fetc%2fpasswd"):
         with pytest.raises(openai.NotFoundError):
             client.files.retrieve(name)
