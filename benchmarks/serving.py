@@ -5,8 +5,7 @@ Each client sends the next request when its last answer has ended: /v1/completio
 token ids as prompt, greedy. Servers are processes of their own and take turns; those that do not
 have the turn are stopped (SIGSTOP). The clients are this process, which shares the CPUs with the
 server, as all sides' do. ``engine`` is AsyncLLMEngine in this process without HTTP, with as many
-callers; it shows what HTTP and the clients cost together. What the server's event loop costs alone
-is its thread's share of the server's CPU time.
+callers. What the server's event loop costs is its thread's share of the server's CPU time.
 """
 
 import argparse

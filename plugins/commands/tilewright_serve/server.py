@@ -35,6 +35,9 @@ Reload = Callable[[LLMEngine, str], None]
 TextRequest = tuple[Sequence[int], GenerateConfig]
 """A text to generate: the token ids of its prompt, and its settings."""
 
+RELOAD_PAUSE = 5.0
+"""Seconds before a model that could not be loaded again is loaded once more, times the tries."""
+
 OF_ONE_REQUEST = (RequestError, OutOfPagesError, NonFiniteLogitsError, LogitsProcessorError)
 """Errors that say nothing about whether the model works for other requests."""
 
@@ -232,24 +235,27 @@ class Server:
         log.error("model %r failed: %s", model.name, reason)
         if self.reload and model.num_restarts < self.settings.restarts:
             model.restarting = True
-            model.num_restarts += 1
             task = asyncio.create_task(self._load_again(model, self.reload))
             self._restarts.add(task)
             task.add_done_callback(self._restarts.discard)
 
     async def _load_again(self, model: Model, reload: Reload) -> None:
-        log.warning(
-            "model %r is loaded again (%d of %d times)",
-            model.name,
-            model.num_restarts,
-            self.settings.restarts,
-        )
+        """Load a model again; if that fails, once more after a while, as often as is asked for."""
         try:
-            await asyncio.to_thread(reload, model.engine.engine, model.name)
-            model.failure = None
-        except Exception as error:
-            model.failure = on_one_line(f"it could not be loaded again: {error}")
-            log.error("model %r: %s", model.name, model.failure)
+            while True:
+                model.num_restarts += 1
+                which = f"{model.num_restarts} of {self.settings.restarts} times"
+                log.warning("model %r is loaded again (%s)", model.name, which)
+                try:
+                    await asyncio.to_thread(reload, model.engine.engine, model.name)
+                    model.failure = None
+                    return
+                except Exception as error:
+                    model.failure = on_one_line(f"it could not be loaded again: {error}")
+                    log.error("model %r: %s", model.name, model.failure)
+                if model.num_restarts >= self.settings.restarts:
+                    return
+                await asyncio.sleep(RELOAD_PAUSE * model.num_restarts)
         finally:
             model.restarting = False
 

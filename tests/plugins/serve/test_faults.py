@@ -456,6 +456,26 @@ def test_a_model_that_cannot_be_loaded_again_says_why(loaded: LLMEngine, steps: 
         assert demo.health() == (200, "ok")
 
 
+def test_a_model_that_could_not_be_loaded_again_is_loaded_once_more(
+    loaded: LLMEngine, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tilewright_serve.server.RELOAD_PAUSE", 0.01)
+    tries = 0
+
+    def reload(engine: LLMEngine, name: str) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError("the disk is away")
+
+    with served(loaded, reload, restarts=5) as demo:
+        steps.fault = fault(RuntimeError("a fault"))
+        assert demo.post().status_code == 500
+        steps.fault = None
+        eventually(lambda: demo.health() == (200, "ok"))
+        assert tries == 3
+
+
 def test_while_a_model_is_loaded_again_its_requests_are_told_to_wait(
     loaded: LLMEngine, steps: Steps
 ) -> None:
