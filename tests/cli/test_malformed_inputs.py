@@ -276,7 +276,7 @@ def test_a_wrong_value_of_a_flag_is_an_error_that_names_the_flag(capsys, place, 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected a command, found none: bench, chat, compare"),
+        ([], "expected a command, found none: batch, bench, chat"),
         (["generat"], "no command is named 'generat'; did you mean 'generate'"),
         (["--versio"], "unknown option '--versio'; did you mean '--version'"),
         (["generate", "--temprature=1"], "did you mean '--temperature'"),
