@@ -87,7 +87,7 @@ async def prepared(server: Server, body: Generation) -> Answer:
     if isinstance(body, Completion):
         return await completions.prepared(model, body)
     assert isinstance(body, ChatCompletion)
-    separate = server.settings.separate_reasoning
+    separate = server.settings.reasoning
     return await chat_completions.prepared(model, body, separate)
 
 

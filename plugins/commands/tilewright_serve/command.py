@@ -39,8 +39,8 @@ SECTIONS: dict[str, type] = {"serve": ServeSettings}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "tilewright serve [options] [CONFIG]"
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a run file, in TOML")
+    parser.usage = "tilewright serve [options] [FILE]"
+    parser.add_argument("config", metavar="FILE", nargs="?", help="a run file, in TOML")
     parser.add_argument(
         "-m",
         "--model",

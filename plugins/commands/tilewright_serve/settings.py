@@ -47,6 +47,6 @@ class ServeSettings:
         "folder for the files of /v1/files and /v1/batches; default: these are not served",
         validator=if_set(validators.min_len(1)),
     )
-    separate_reasoning: bool = described(
+    reasoning: bool = described(
         "put what a model thinks into reasoning_content, unless a request says otherwise", False
     )

@@ -645,7 +645,7 @@ class LogitsProcessorSuite(PluginSuite):
             except Exception as error:
                 pytest.fail(
                     "prepare() and begin() must take an argument or raise RequestError, but for "
-                    f"{value!r:.100} {error!r:.200} was raised",
+                    f"{value!r:.100} it raised {error!r:.200}",
                     pytrace=False,
                 )
             assert not wrong, f"begin() must raise RequestError for {value!r:.100}, but took it"
