@@ -232,12 +232,16 @@ async def _refuse(request: Request, error: Exception) -> Response:
 async def _refuse_route(request: Request, error: Exception) -> Response:
     """For a path or a method that does not exist, and a form that cannot be read."""
     assert isinstance(error, HTTPException)
-    status, message = 400, error.detail
+    status, message, headers = 400, error.detail, dict(error.headers or {})
     if error.status_code in (404, 405):
         status = error.status_code
         message = f"{request.method} {request.url.path} is not served: see /openapi.json"
+    if status == 405:  # Starlette names the methods of one route, and a path may have several
+        routes = (r for r in request.app.routes if r.matches(request.scope)[0] is not Match.NONE)
+        methods = {method for r in routes if isinstance(r, Route) for method in r.methods or ()}
+        headers["Allow"] = ", ".join(sorted(methods))
     made = ApiError(status, message)
-    return JSONResponse(made.body, status_code=status, headers=error.headers)
+    return JSONResponse(made.body, status_code=status, headers=headers)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:

@@ -207,3 +207,9 @@ def test_without_a_folder_there_are_no_batches(engine):
         pytest.raises(openai.NotFoundError),
     ):
         client.batches.list()
+
+
+def test_a_method_that_is_not_served_is_told_all_that_are(client):
+    found = httpx.options(str(client.base_url).rstrip("/") + "/batches")
+    assert found.status_code == 405
+    assert found.headers["allow"] == "GET, HEAD, POST"
