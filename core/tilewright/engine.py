@@ -27,7 +27,14 @@ from tilewright.errors import (
 from tilewright.loading import ServedModel
 from tilewright.logits_processing import LogitsProcessorError
 from tilewright.plugins import Observers, Selection, select_all
-from tilewright.request import Request, check_settings, drawn_seed, new_request, refused
+from tilewright.request import (
+    Request,
+    check_settings,
+    drawn_seed,
+    later_seed,
+    new_request,
+    refused,
+)
 from tilewright.runner import Runner
 from tilewright.stepping import SteppingThread
 from tilewright.types import (
@@ -497,12 +504,12 @@ class LLMEngine:
             settings = _settings(thread.runner, config)
             n = settings.n or 1
             each = [
-                (evolve(settings, seed=_later(settings.seed, i * n)), None)
+                (evolve(settings, seed=later_seed(settings.seed, i * n)), None)
                 for i in range(len(prompts))
             ]
         usual_n = thread.runner.model.generation_defaults.n or 1
         choices = [
-            (prompt, evolve(settings, seed=_later(settings.seed, j)), error)
+            (prompt, evolve(settings, seed=later_seed(settings.seed, j)), error)
             for prompt, (settings, error) in zip(prompts, each, strict=True)
             for j in range(settings.n or usual_n)
         ]
@@ -610,11 +617,6 @@ def _settings_or_error(
         return _settings(runner, config), None
     except (RequestError, ConfigError) as error:
         return config, error
-
-
-def _later(seed: int | None, by: int) -> int | None:
-    """The seed of a later result. Seeds have 63 bits, and 0 follows the largest."""
-    return None if seed is None else (seed + by) % 2**63
 
 
 def _run(thread: SteppingThread, requests: Mapping[int, Request]) -> dict[int, TilewrightError]:

@@ -218,6 +218,11 @@ def drawn_seed() -> int:
     return secrets.randbits(_SEED_BITS)
 
 
+def later_seed(seed: int | None, by: int) -> int | None:
+    """The seed of a later result. Seeds have 63 bits, and 0 follows the largest."""
+    return None if seed is None else (seed + by) % 2**63
+
+
 def new_request(
     request_id: str,
     model: "ServedModel",

@@ -7,6 +7,7 @@ from attrs import evolve, frozen
 
 from tilewright.async_engine import AsyncGeneration
 from tilewright.errors import ConfigError
+from tilewright.request import later_seed
 from tilewright.types import GenerateConfig, GenerateDelta, GenerateResult
 from tilewright_serve.errors import ApiError
 from tilewright_serve.fields import ChatCompletion, Generation
@@ -141,7 +142,7 @@ def generate_config(
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
             logit_bias=_logit_bias(body),
-            seed=None if body.seed is None else body.seed % 2**63,
+            seed=later_seed(body.seed, 0),  # a negative one, too, becomes one of 63 bits
             n=1,
             logprobs=logprobs,
             logits_processors=structured(body),
@@ -181,8 +182,7 @@ def _logit_bias(body: Generation) -> dict[int, float] | None:
 def later_seeds(config: GenerateConfig, count: int) -> Iterator[GenerateConfig]:
     """The settings of each text: with a seed, text i is sampled with seed + i."""
     for i in range(count):
-        seed = None if config.seed is None else (config.seed + i) % 2**63
-        yield evolve(config, seed=seed)
+        yield evolve(config, seed=later_seed(config.seed, i))
 
 
 def finish_reason(result: GenerateResult) -> str:
