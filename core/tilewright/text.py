@@ -125,10 +125,11 @@ class Text:
             )
         return render(chat, compiled(source), self.assets.special_tokens, add_generation_prompt)
 
-    def encode_chat(self, chat: Chat) -> list[int]:
-        """The token ids of a conversation. Raises what ``render_chat`` raises."""
+    def encode_chat(self, chat: Chat, add_generation_prompt: bool = True) -> list[int]:
+        """The token ids of a conversation. Takes and raises what ``render_chat`` does."""
+        rendered = self.render_chat(chat, add_generation_prompt)
         # Templates write their own special tokens.
-        return self.encode(self.render_chat(chat), add_special_tokens=False)
+        return self.encode(rendered, add_special_tokens=False)
 
     def opens_thinking(self, chat: Chat) -> bool:
         """Whether the answer to a chat begins within the model's thinking.

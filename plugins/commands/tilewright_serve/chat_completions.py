@@ -145,9 +145,7 @@ def _encoded(
 
 def _ids(text: Text, chat: Chat, body: ChatCompletion | Tokenize) -> list[int]:
     try:
-        rendered = text.render_chat(chat, body.add_generation_prompt is not False)
-        # Templates write their own special tokens.
-        return text.encode(rendered, add_special_tokens=False)
+        return text.encode_chat(chat, body.add_generation_prompt is not False)
     except RequestError as error:
         raise ApiError(400, str(error), "messages") from error
     except ModelError as error:
